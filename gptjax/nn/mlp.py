@@ -1,0 +1,70 @@
+"""The feed-forward half of a block, as parts (see `module.py`): dense or gated, an activation each.
+
+Dense:  down(act(up(x)))                 Gated:  down(act(gate(x)) * up(x))          (Shazeer 2020, arXiv:2002.05202)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.kernels.linear import linear
+from gptjax.nn.module import Weight, zeros
+from gptjax.sharding import Rules
+from gptjax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MLP:
+    """A part `mlp(weight, x [B, T, D], hidden F, ...) -> [B, T, D]`. A subclass says which activation, and if gated."""
+
+    gated: ClassVar[bool] = False
+
+    def activation(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def __call__(self, weight: Weight, x: Array, hidden: int, bias: bool, scale: float, rules: Rules) -> Array:
+        """`scale` multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small."""
+        width = x.shape[-1]
+        inner = rules("batch", "sequence", "ffn")
+
+        def expand(name: str) -> Array:
+            y = linear(x, weight(name, (width, hidden), ("embed", "ffn")), inner)
+            return y + weight(f"{name}_bias", (hidden,), ("ffn",), zeros) if bias else y
+
+        y = self.activation(expand("gate")) * expand("up") if self.gated else self.activation(expand("up"))
+        down = weight("down", (hidden, width), ("ffn", "embed"), jax.nn.initializers.normal(0.02 * scale))
+        y = linear(y, down, rules("batch", "sequence", None))
+        return y + weight("down_bias", (width,), (None,), zeros) if bias else y
+
+
+class GELU(MLP):
+    """x * Phi(x) in its tanh form, as in GPT-2. Hendrycks and Gimpel 2016, arXiv:1606.08415."""
+
+    def activation(self, x: Array) -> Array:
+        return jax.nn.gelu(x, approximate=True)
+
+
+class ReLUSquared(MLP):
+    """max(x, 0)^2. So et al. 2021, arXiv:2109.08668."""
+
+    def activation(self, x: Array) -> Array:
+        return jnp.square(jax.nn.relu(x))
+
+
+class SwiGLU(MLP):
+    """Gated, with silu(x) = x * sigmoid(x), as in Llama."""
+
+    gated = True
+
+    def activation(self, x: Array) -> Array:
+        return jax.nn.silu(x)
+
+
+class GeGLU(GELU):
+    """Gated, with GELU in its tanh form, as in Gemma."""
+
+    gated = True

@@ -1,0 +1,49 @@
+"""Normalisation of the width, as parts (see `module.py`). Statistics are float32 whatever the compute dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from gptjax.nn.module import Weight, ones, zeros
+from gptjax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A part `norm(weight, x [..., D]) -> [..., D]`."""
+
+    eps: float = 1e-5
+    """Added to the variance, so that a row of equal values divides by something."""
+
+    def __call__(self, weight: Weight, x: Array) -> Array:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm(Norm):
+    """(x - mean) / sqrt(variance + eps) * scale + bias, over the last axis. Ba et al. 2016, arXiv:1607.06450."""
+
+    bias: bool = True
+    """Whether to add a learned bias."""
+
+    def __call__(self, weight: Weight, x: Array) -> Array:
+        scale = weight("scale", x.shape[-1:], (None,), ones)
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        y = y.astype(x.dtype) * scale
+        return y + weight("bias", x.shape[-1:], (None,), zeros) if self.bias else y
+
+
+@dataclasses.dataclass(frozen=True)
+class RMSNorm(Norm):
+    """x / sqrt(mean(x^2) + eps) * scale, over the last axis. Zhang and Sennrich 2019, arXiv:1910.07467."""
+
+    def __call__(self, weight: Weight, x: Array) -> Array:
+        scale = weight("scale", x.shape[-1:], (None,), ones)
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * scale

@@ -1,0 +1,121 @@
+"""Where arrays live: a mesh of devices with explicit axes, and the rules that place logical axes on it.
+
+A module names its axes logically ("embed", "heads"); `Rules` says which mesh axis each lies on. Data parallel, FSDP,
+tensor parallel and their products are different `Rules`, never different code:
+
+    Rules()                                               nothing is sharded; no mesh is needed
+    Rules(batch="data")                                   data parallel
+    Rules(batch=("data", "fsdp"), embed="fsdp")           and fully sharded parameters
+    Rules(batch=("data", "fsdp"), embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from gptjax.types import UserError
+
+Axis = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axis, or several, or none. Calling it makes the PartitionSpec of an array."""
+
+    batch: Axis = None
+    """Rows of a batch."""
+    sequence: Axis = None
+    """Positions in a row."""
+    embed: Axis = None
+    """The width of the residual stream."""
+    heads: Axis = None
+    """Query heads."""
+    kv_heads: Axis = None
+    """Key/value heads."""
+    ffn: Axis = None
+    """Hidden units of the MLP."""
+    vocab: Axis = None
+    """Token ids."""
+    experts: Axis = None
+    """Experts of a mixture."""
+    layers: Axis = None
+    """Stacked blocks."""
+
+    def __call__(self, *axes: str | None) -> PartitionSpec | None:
+        """The spec for an array with these logical axes; None where there is no mesh, so that modules run anywhere."""
+        if jax.sharding.get_abstract_mesh().empty:
+            return None
+        return PartitionSpec(*(None if axis is None else getattr(self, axis) for axis in axes))
+
+    def parts(self, axis: str, sizes: dict[str, int]) -> int:
+        """How many parts a mesh of these sizes cuts a logical axis into."""
+        names = getattr(self, axis) or ()
+        return math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
+
+
+STANDARD = Rules(batch=("data", "fsdp"), embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
+"""FSDP and tensor parallelism on a `Mesh`: what an experiment uses unless it says otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How the devices are arranged. One axis may be -1: all devices that are left."""
+
+    data: int = -1
+    """Copies of the model, each on its share of the batch."""
+    fsdp: int = 1
+    """Shares of the batch that also share out the parameters."""
+    tensor: int = 1
+    """Parts of every layer: heads, hidden units, vocabulary."""
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Axis sizes on that many devices. Raises UserError when they don't fit."""
+        sizes = dataclasses.asdict(self)
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise UserError(f"mesh: only one axis can be -1 (the rest of the devices), got {' and '.join(free)}")
+        for axis, size in sizes.items():
+            if size == 0 or size < -1:
+                raise UserError(f"mesh.{axis}: got {size}, must be positive, or -1 for the rest of the devices")
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if free and devices % fixed == 0:
+            sizes[free[0]] = devices // fixed
+        if math.prod(sizes.values()) != devices:
+            shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+            raise UserError(f"mesh: {shape} does not fit {devices} device(s); the product must be {devices}")
+        return sizes
+
+    def make(self, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+        """The jax mesh, with explicit axes, over these devices (default: all there are)."""
+        devices = list(devices) if devices is not None else jax.devices()
+        sizes = self.sizes(len(devices))
+        return jax.make_mesh(
+            tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes), devices=devices
+        )
+
+
+def use(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
+    """Context in which `mesh` is current; one device needs none, and its programs are simpler without."""
+    if mesh is None or mesh.size == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(mesh)
+
+
+def global_array(local, rules: Rules):
+    """A tree of host arrays [B / processes, ...] -> global `jax.Array`s [B, ...] sharded by `rules.batch`."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.tree.map(jax.numpy.asarray, local)
+
+    def place(x):
+        spec = PartitionSpec(rules.batch, rules.sequence, *[None] * (x.ndim - 2))
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+
+    return jax.tree.map(place, local)

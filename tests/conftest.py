@@ -1,0 +1,31 @@
+"""Tests run on 8 virtual CPU devices, with a compilation cache that outlives the run."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # Tiny programs: compiling them takes longer than running them.
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "gptjax-test-compilation-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+SHARED = Path(os.environ.get("GPTJAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The maintainers' folder of real data, tokenizers and trained models; the test skips where it is absent."""
+    if not (SHARED / "data.md").exists():
+        pytest.skip(f"needs the maintainers' shared folder of real data ({SHARED} is absent; set GPTJAX_SHARED)")
+    return SHARED

@@ -1,0 +1,112 @@
+"""Attention and position encodings against their equations, written out in numpy."""
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+
+from gptjax.kernels.attention import attention
+from gptjax.nn import Layer, LearnedPositions, Mask, MultiHeadAttention, RoPE, Sinusoidal
+
+# float32 sums of some tens of products
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def paper_attention(q, k, v, visible):
+    """softmax(Q K^T / sqrt(d_k)) V, one head, float64 ("Attention Is All You Need", equation 1)."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    return softmax(np.where(visible, q @ k.T / np.sqrt(q.shape[-1]), -np.inf)) @ v
+
+
+def test_multi_head_attention_is_the_papers():
+    """MultiHead(Q, K, V) = Concat(head_1, ..., head_h) W^O, causal as in its decoder."""
+    layer = MultiHeadAttention(heads=3, head_size=4)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 10))
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    params = layer.init(jax.random.key(1), x, positions, Mask())["params"]
+    params = jax.tree.map(lambda p: p * 20, params)  # far from uniform attention
+    y, _ = layer.apply({"params": params}, x, positions, Mask())
+    w = {name: np.asarray(p, np.float64) for name, p in params.items()}
+    for b in range(2):
+        row = np.asarray(x[b], np.float64)
+        heads = [
+            paper_attention(*(row @ w[name][:, n] for name in "qkv"), visible=np.tri(7, dtype=bool)) for n in range(3)
+        ]
+        expected = np.concatenate(heads, -1) @ w["o"].reshape(12, 10)
+        np.testing.assert_allclose(y[b], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("offset", [0, 5])
+def test_grouped_queries_offset_and_segments(kv_heads, offset):
+    keys = jax.random.split(jax.random.key(0), 4)
+    T, S, N, H = 6, 6 + offset, 4, 8
+    q = jax.random.normal(keys[0], (2, T, N, H))
+    k, v = (jax.random.normal(key, (2, S, kv_heads, H)) for key in keys[1:3])
+    key_segments = jnp.sort(jax.random.randint(keys[3], (2, S), 1, 4), axis=1)
+    mask = Mask(offset=offset, query_segments=key_segments[:, offset:], key_segments=key_segments)
+    y = attention(q, k, v, mask)
+    for b in range(2):
+        segments = np.asarray(key_segments[b])
+        visible = (np.arange(offset, S)[:, None] >= np.arange(S)) & (segments[offset:, None] == segments)
+        for n in range(N):
+            m = n // (N // kv_heads)
+            np.testing.assert_allclose(
+                y[b, :, n], paper_attention(q[b, :, n], k[b, :, m], v[b, :, m], visible), **CLOSE
+            )
+
+
+def test_gradient_of_attention_is_that_of_finite_differences():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, 5, 2, 4)) for key in keys)
+    f = lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, Mask())))  # noqa: E731
+    jax.test_util.check_grads(f, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_sinusoidal_is_the_papers():
+    """PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(pos / 10000^(2i/d)), section 3.5."""
+    d, positions = 12, np.array([[0, 1, 2, 50, 1000]])
+    added = Sinusoidal()(None, jnp.zeros((1, 5, d)), jnp.asarray(positions))
+    for t, pos in enumerate(positions[0]):
+        for i in range(d // 2):
+            angle = pos / 10000 ** (2 * i / d)
+            # the angle itself is float32: 1000 rad has 6e-5 of rounding
+            np.testing.assert_allclose(added[0, t, 2 * i], np.sin(angle), atol=1e-4)
+            np.testing.assert_allclose(added[0, t, 2 * i + 1], np.cos(angle), atol=1e-4)
+
+
+def test_rope_is_rotation_by_position():
+    """The pair (x_i, x_{i+H/2}) as a complex number times exp(i pos theta^(-2i/H)), arXiv:2104.09864 equation 13."""
+    x = jax.random.normal(jax.random.key(0), (1, 6, 2, 8))
+    positions = jnp.array([[0, 1, 2, 3, 10, 100]])
+    y = np.asarray(RoPE(theta=100.0).rotate(x, positions))
+    pair = np.asarray(x[..., :4], np.complex128) + 1j * np.asarray(x[..., 4:])
+    angle = np.asarray(positions)[0, :, None, None] * 100.0 ** (-np.arange(4) / 4)
+    expected = pair * np.exp(1j * angle)
+    np.testing.assert_allclose(y[..., :4] + 1j * y[..., 4:], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rope_scores_depend_on_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+
+    def score(i: int, j: int) -> float:
+        turn = lambda x, p: RoPE().rotate(x, jnp.array([[p]]))  # noqa: E731
+        return float(jnp.sum(turn(q, i) * turn(k, j)))
+
+    for shift in (1, 17, 300):
+        np.testing.assert_allclose(score(9 + shift, 4 + shift), score(9, 4), rtol=1e-4, atol=1e-4)
+    assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_learned_positions_are_a_table():
+    x = jnp.ones((1, 3, 4))
+    layer = Layer(part=LearnedPositions(8))
+    params = layer.init(jax.random.key(0), x, jnp.array([[5, 0, 7]]))
+    y = layer.apply(params, x, jnp.array([[5, 0, 7]]))
+    np.testing.assert_allclose(y, 1 + params["params"]["table"][jnp.array([[5, 0, 7]])])

@@ -1,0 +1,191 @@
+"""Laws of the transformer, for every position encoding and kind of block."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import sharding
+from gptjax.nn import (
+    GELU,
+    MLP,
+    LayerNorm,
+    Positions,
+    Transformer,
+    TransformerConfig,
+    count,
+    make_cache,
+    unstack,
+)
+from gptjax.sharding import STANDARD, Mesh, Rules
+from gptjax.types import UserError
+
+BASE = TransformerConfig(vocab=32, layers=2, width=16, heads=4, kv_heads=2)
+TOKENS = jax.random.randint(jax.random.key(7), (4, 12), 0, 32)
+# Logits are of size 1 and pass through 2 layers of sums of 16 to 48 float32 products.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def every(base: type) -> list[type]:
+    return [base, *(s for c in base.__subclasses__() for s in every(c))]
+
+
+def make(kind: type):
+    """An encoding with its defaults; one that has a `length` gets room for the tests."""
+    return kind(length=16) if "length" in {f.name for f in dataclasses.fields(kind)} else kind()
+
+
+CONFIGS = {kind.__name__: dataclasses.replace(BASE, positions=make(kind)) for kind in every(Positions)}
+CONFIGS |= {kind.__name__: dataclasses.replace(BASE, mlp=kind()) for kind in every(MLP) if kind is not MLP}
+CONFIGS["gpt2"] = dataclasses.replace(
+    CONFIGS["LearnedPositions"], kv_heads=None, norm=LayerNorm(), mlp=GELU(), bias=True, tied=False
+)
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def model(request):
+    model = Transformer(CONFIGS[request.param])
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    return model, jax.tree.map(lambda p: p * 3 if p.ndim > 2 else p, params)  # attention that is not uniform
+
+
+def apply(model, params, *args, **kwargs):
+    return jax.jit(lambda params, *args: model.apply({"params": params}, *args, **kwargs))(params, *args)
+
+
+def test_changing_a_token_leaves_what_came_before(model):
+    model, params = model
+    logits, _ = apply(model, params, TOKENS)
+    changed, _ = apply(model, params, TOKENS.at[:, 6].add(1) % 32)
+    np.testing.assert_array_equal(logits[:, :6], changed[:, :6])
+    assert (jnp.abs(logits[:, 6:] - changed[:, 6:]).max(-1) > 1e-5).all()
+
+
+def test_cached_decoding_equals_the_full_forward(model):
+    """In one go and in pieces, with stacked and unstacked parameters, behind padding of any length."""
+    model, params = model
+    logits, _ = apply(model, params, TOKENS)
+    layers = params | {"blocks": unstack(params["blocks"])}
+    pad = jnp.array([0, 1, 3, 0])
+    cache = make_cache(model.config, 4, 20)
+    tokens = jnp.stack([jnp.roll(jnp.pad(row, (0, 3)), n) for row, n in zip(TOKENS, pad, strict=True)])
+    place = jnp.arange(15) - pad[:, None]
+    segments = ((place >= 0) & (place < 12)).astype(jnp.int32)
+    start = 0
+    pieces = []
+    for size in (5, 1, 1, 6, 2):
+        part = slice(start, start + size)
+        args = (tokens[:, part], jnp.clip(place[:, part], 0), segments[:, part], cache)
+        out, cache = apply(model, params if size > 4 else layers, *args)
+        pieces.append(out)
+        start += size
+    decoded = jnp.concatenate(pieces, 1)
+    for row in range(4):
+        np.testing.assert_allclose(decoded[row, pad[row] : pad[row] + 12], logits[row], **CLOSE)
+
+
+def test_packed_equals_unpacked(model):
+    """Two documents in one row read as each alone."""
+    model, params = model
+    packed = jnp.concatenate([TOKENS[:1, :7], TOKENS[1:2, :5]], 1)
+    segments = jnp.array([[1] * 7 + [2] * 5])
+    positions = jnp.concatenate([jnp.arange(7), jnp.arange(5)])[None]
+    together, _ = apply(model, params, packed, positions, segments)
+    first, _ = apply(model, params, TOKENS[:1, :7])
+    second, _ = apply(model, params, TOKENS[1:2, :5])
+    np.testing.assert_allclose(together, jnp.concatenate([first, second], 1), **CLOSE)
+
+
+def test_a_mesh_changes_nothing(model):
+    model, params = model
+    config = dataclasses.replace(model.config, kv_heads=4 if model.config.kv_heads is None else 2)
+    expected, _ = apply(model, params, TOKENS)
+    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
+        sharded = Transformer(config, STANDARD)
+        tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
+        places = jax.eval_shape(lambda key: sharded.init(key, tokens)["params"], jax.random.key(0))
+        mesh = jax.sharding.get_mesh()
+        put = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
+        params = jax.tree.map(put, params, places)
+        assert params["blocks"]["attention"]["q"].sharding.spec == jax.P(None, "fsdp", "tensor", None)
+        logits, _ = apply(sharded, params, tokens)
+        cache = make_cache(config, 4, 12, STANDARD)
+        first, cache = apply(sharded, params, tokens[:, :8], cache=cache)
+        second, _ = apply(sharded, params, tokens[:, 8:], cache=cache)
+    np.testing.assert_allclose(logits, expected, **CLOSE)
+    np.testing.assert_allclose(np.concatenate([first, second], 1), expected, **CLOSE)
+
+
+def test_layers_and_rows_differ_at_initialisation():
+    params = Transformer(BASE).init(jax.random.key(0), TOKENS)["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["blocks"]):
+        if "scale" not in str(path[-1]):
+            assert not np.allclose(leaf[0], leaf[1]), path
+    np.testing.assert_allclose(params["embedding"].std(), 0.02, rtol=0.2)
+    np.testing.assert_allclose(params["blocks"]["mlp"]["down"].std(), 0.02 / 2, rtol=0.2)
+
+
+def test_remat_and_bfloat16():
+    """Recomputation changes no bit; bfloat16 has 8 bits of mantissa, so logits agree to about 1 %."""
+    params = Transformer(BASE).init(jax.random.key(0), TOKENS)["params"]
+
+    def gradient(**changes):
+        model = Transformer(dataclasses.replace(BASE, **changes))
+        loss = lambda p: jnp.sum(jnp.square(model.apply({"params": p}, TOKENS)[0].astype(jnp.float32)))  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)
+
+    expected = gradient()
+    for policy in ("nothing_saveable", "dots_with_no_batch_dims_saveable"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient(remat=policy), expected
+        )
+    rounded = gradient(dtype="bfloat16")
+    for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == jnp.float32
+        assert jnp.linalg.norm(a - b) < 0.05 * jnp.linalg.norm(b)
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean():
+    config = dataclasses.replace(BASE, dropout=0.5)
+    model = Transformer(config)
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    run = jax.jit(lambda key: model.apply({"params": params}, TOKENS, rngs={"dropout": key})[0])
+    plain, _ = model.apply({"params": params}, TOKENS)
+    np.testing.assert_array_equal(plain, Transformer(BASE).apply({"params": params}, TOKENS)[0])
+    assert not np.allclose(run(jax.random.key(1)), run(jax.random.key(2)))
+    np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
+
+
+def test_flops_count_the_matrices():
+    params = Transformer(BASE).init(jax.random.key(0), TOKENS)["params"]
+    matrices = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 2) + params["embedding"].size
+    assert BASE.flops(0) == 6 * matrices
+    assert BASE.flops(10) - BASE.flops(0) == 12 * 2 * 16 * 10
+    assert count(params) == sum(p.size for p in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"heads": 5}, "model.heads: got 5"),
+        ({"kv_heads": 3}, "model.kv_heads: got 3"),
+        ({"layers": 0}, "model.layers: got 0"),
+        ({"dropout": 1.0}, "model.dropout: got 1.0"),
+        ({"remat": "everything"}, "model.remat: got 'everything'"),
+        ({"dtype": "float8"}, "model.dtype: got 'float8'"),
+        ({"head_size": 3}, "model.head_size: got 3"),
+    ],
+)
+def test_a_bad_field_is_named(changes, field):
+    with pytest.raises(UserError, match=field):
+        dataclasses.replace(BASE, **changes)
+
+
+def test_mesh_that_does_not_fit():
+    assert Mesh(data=-1, tensor=2).sizes(8) == {"data": 4, "fsdp": 1, "tensor": 2}
+    for mesh in (Mesh(data=3), Mesh(data=-1, fsdp=3), Mesh(data=-1, fsdp=-1), Mesh(data=0)):
+        with pytest.raises(UserError, match="mesh"):
+            mesh.sizes(8)
+    assert Rules()("batch") is None
