@@ -1,0 +1,50 @@
+"""Data: where text comes from (sources), how it becomes tokens (tokenizers) and batches (pipeline, packing).
+
+from gptjax import data
+
+data.Pretrain(data.TFDS("c4/en"), length=1_024, batch=512)
+data.Pretrain(data.Mix((data.PyDocs(), data.Text("books/*.txt")), weights=(3, 1)))
+data.Chat(data.ChatJsonl("conversations.jsonl"), length=512, batch=32)
+"""
+
+from gptjax.data.chat import Conversation, Message
+from gptjax.data.packing import BestFit, Concatenate
+from gptjax.data.pipeline import Batches, Chat, Evaluation, Mix, Pretrain
+from gptjax.data.pydocs import PyDocs, PyDocsChat
+from gptjax.data.sources import TFDS, ChatJsonl, Jsonl, Text
+from gptjax.data.store import Tokens
+from gptjax.data.tokenizers import (
+    CHAT_SPECIALS,
+    Bytes,
+    LoadTokenizer,
+    Tokenizer,
+    TrainCharacters,
+    TrainSentencePiece,
+    load_tokenizer,
+)
+
+__all__ = [
+    "CHAT_SPECIALS",
+    "TFDS",
+    "Batches",
+    "BestFit",
+    "Bytes",
+    "Chat",
+    "ChatJsonl",
+    "Concatenate",
+    "Conversation",
+    "Evaluation",
+    "Jsonl",
+    "LoadTokenizer",
+    "Message",
+    "Mix",
+    "Pretrain",
+    "PyDocs",
+    "PyDocsChat",
+    "Text",
+    "Tokenizer",
+    "Tokens",
+    "TrainCharacters",
+    "TrainSentencePiece",
+    "load_tokenizer",
+]

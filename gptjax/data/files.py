@@ -1,0 +1,141 @@
+"""Files of text: found by path, glob or web address (downloaded once into the cache folder), read line by line."""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import gzip
+import hashlib
+import http.client
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from gptjax.types import UserError
+
+ATTEMPTS = 4
+PAUSE = 1.0
+"""Seconds before the second attempt; each later pause is twice the one before."""
+
+
+def cache_dir() -> Path:
+    """Where downloads and built data sets are kept: `$GPTJAX_CACHE`, or `~/.cache/gptjax`."""
+    return Path(os.environ.get("GPTJAX_CACHE") or "~/.cache/gptjax").expanduser()
+
+
+def download(url: str) -> Path:
+    """The cached file of an http(s) `url`, downloaded if it isn't there yet.
+
+    Raises UserError when the server refuses (4xx), or when `ATTEMPTS` attempts failed.
+    """
+    name = Path(urllib.parse.urlsplit(url).path).name or "index"
+    target = cache_dir() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    problem = ""
+    for attempt in range(1, ATTEMPTS + 1):
+        if attempt > 1:
+            time.sleep(PAUSE * 2 ** (attempt - 2))
+        try:
+            _fetch(url, target)
+            return target
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP {error.code} {error.reason}"
+            error.close()
+            if 400 <= error.code < 500 and error.code not in (408, 429):
+                break
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(getattr(error, "reason", error)) or type(error).__name__
+    raise UserError(
+        f"path: got {url}, which could not be downloaded ({problem}); "
+        f"check the address and the network, or download the file yourself and give its path"
+    )
+
+
+def _fetch(url: str, target: Path) -> None:
+    """One attempt, into a temporary file that takes the target's name only when it is whole."""
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=30) as response:
+            shutil.copyfileobj(response, file)
+            # http.client ends quietly when the connection breaks in the middle of a body.
+            if response.length:
+                raise ConnectionError(f"the connection broke {response.length} bytes before the end")
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def find(path: str) -> list[Path]:
+    """The files that `path` (file, glob or address) names, sorted; none of them empty."""
+    if path.startswith(("http://", "https://")):
+        return [download(path)]
+    plain = Path(path).expanduser()
+    if plain.is_dir():
+        raise UserError(f"path: got the folder {path}, must be a file, a glob such as {plain / '*.txt'} or a URL")
+    found = [plain] if plain.exists() else sorted(Path(p) for p in glob.glob(str(plain), recursive=True))
+    found = [file for file in found if file.is_file()]
+    if not found:
+        raise UserError(f"path: got {path}, where there is no file (looked from {Path.cwd()})")
+    for file in found:
+        if not file.stat().st_size:
+            raise UserError(f"path: got {file}, which is empty; must hold text")
+    return found
+
+
+def facts(path: str) -> list[Any]:
+    """What tells that the files behind `path` have not changed."""
+    stats = [(file, file.stat()) for file in find(path)]
+    if path.startswith(("http://", "https://")):  # when and where it was downloaded makes no difference
+        return [stat.st_size for _, stat in stats]
+    return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+
+def read_lines(path: Path, invalid: Literal["error", "skip"] = "error") -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its end) of a UTF-8 file, gzipped if it ends in .gz. Line ends become "\\n".
+
+    Raises UserError, naming file and line, where a line is not UTF-8, unless `invalid` is "skip": then such lines are
+    left out, and their count is logged at the end.
+    """
+    skipped = 0
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    if invalid == "error":
+                        raise UserError(
+                            f"path: {path}:{number}: got invalid UTF-8 (byte 0x{line[error.start]:02x} at column "
+                            f'{error.start + 1}); mend the file, or leave such lines out with invalid "skip"'
+                        ) from None
+                    skipped += 1
+                    continue
+                yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"path: {path}: damaged gzip file ({error}); copy or download it again") from None
+    if skipped:
+        logging.getLogger(__name__).warning("%s: skipped %d lines that are not UTF-8", path, skipped)
+
+
+def read_json(path: Path, invalid: Literal["error", "skip"] = "error") -> Iterator[tuple[str, Any]]:
+    """("file:line", value) of a file with a JSON value a line; empty lines are left out. Raises UserError."""
+    for number, line in read_lines(path, invalid):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"path: {path}:{number}: not JSON ({error}); must be one JSON value a line") from None
+            yield f"{path}:{number}", value

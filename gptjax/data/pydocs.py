@@ -1,0 +1,158 @@
+"""The embedded corpus as two sources: Python's own documentation to pretrain on, and conversations about it.
+
+The data set behind them is built from the running Python by `pydocs_builder` on first use, in a few seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from gptjax.data.sources import Split
+
+if TYPE_CHECKING:
+    from gptjax.data.chat import Conversation
+    from gptjax.data.pydocs_builder import Doc
+
+LIMIT = 300
+"""Characters that an answer may have."""
+QUESTIONS = {
+    "function": ("What does {} do?", "Explain {}.", "How do I use {}?", "What is {} for?"),
+    "class": ("What is {}?", "Explain the class {}.", "What does the class {} do?", "What is {} for?"),
+    "module": ("What is the module {} for?", "What does the module {} do?", "Explain the module {}."),
+    "topic": ("Explain {}.", "Tell me about {}.", "What should I know about {}?"),
+}
+SIGNATURE_QUESTIONS = ("What are the arguments of {}?", "How do I call {}?", "What is the signature of {}?")
+FOLLOW_UPS = ("What are its arguments?", "How do I call it?", "And its arguments?")
+SENTENCES = re.compile(r"(?<=[.!?])(?<![ei]\.[ge]\.) +(?=[A-Z\"'(`])")
+ENDED = re.compile(r"[.!?][\"')]*$")
+NOT_PROSE = re.compile(
+    r"::=|<instance>|^ *[-=*~^+]{3,}|^[\w.]+\(.*\)( *->.*)?$|^[\w.]+\(.*->|\S {3,}\S",
+    re.MULTILINE,
+)
+LISTED = re.compile(r"\s|[-*+|:@#$>]|\d+[.)] |[\w, ]+ -- ")
+
+
+@dataclasses.dataclass(frozen=True)
+class PyDocs:
+    """The documentation that every CPython carries: the language reference by topic, and the docstrings of the standard
+    library, each under its signature. About 2 million characters, no network."""
+
+    data_dir: str | None = None
+    """Where the built data set is kept; none: datasets/ in the cache folder ($GPTJAX_CACHE, else ~/.cache/gptjax)."""
+    root: str | None = None
+    """A folder of Python files, such as your own project, to read instead of the standard library and the topics."""
+
+    def documents(self, split: Split) -> Iterator[str]:
+        for doc in _docs(self, split):
+            heading = "" if doc.kind == "topic" else f"# {_heading(doc)}\n\n"
+            yield f"{heading}{doc.text}\n"
+
+    def fingerprint(self) -> str:
+        return _content(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class PyDocsChat:
+    """Questions about the same documentation, with answers taken from it: what a thing does and how it is called. What
+    `PyDocs` holds out for validation, no training conversation is about."""
+
+    data_dir: str | None = None
+    """Where the built data set is kept; none: datasets/ in the cache folder ($GPTJAX_CACHE, else ~/.cache/gptjax)."""
+    root: str | None = None
+    """A folder of Python files, such as your own project, to read instead of the standard library and the topics."""
+
+    def documents(self, split: Split) -> Iterator[Conversation]:
+        for doc in _docs(self, split):
+            yield from conversations(doc)
+
+    def questions(self, n: int) -> list[tuple[str, str]]:
+        """At most `n` validation questions, each with the answer that the documentation gives."""
+        first = (chat for doc in _docs(self, "validation") for chat in conversations(doc)[:1])
+        return [(chat[0].content, chat[1].content) for chat in itertools.islice(first, n)]
+
+    def fingerprint(self) -> str:
+        return _content(self)
+
+
+def conversations(doc: Doc) -> list[Conversation]:
+    """What may be asked of a public name: two phrasings of "what is it", the first of them sometimes followed by a
+    question about the arguments, and sometimes that question alone. Which, a hash of the name decides."""
+    from gptjax.data.chat import Message
+
+    explanation = answer(doc.text)
+    if not explanation or any(part.startswith("_") for part in doc.name.split(".")):
+        return []
+    dice = int.from_bytes(hashlib.sha256(doc.name.encode()).digest()[:8], "big")
+    subject = _title(doc) if doc.kind == "topic" else doc.name
+    questions = [_choose(QUESTIONS[doc.kind], dice // 8 + turn).format(subject) for turn in (0, 1)]
+    first, second = [(Message("user", question), Message("assistant", explanation)) for question in questions]
+    if not doc.signature or len(doc.signature) > LIMIT // 2:
+        return [first, second]
+    call = Message("assistant", f"Call it as {doc.signature}.")
+    if dice % 4 == 0:
+        first += (Message("user", _choose(FOLLOW_UPS, dice // 8)), call)
+    alone = (Message("user", _choose(SIGNATURE_QUESTIONS, dice // 8).format(doc.name)), call)
+    return [first, second, alone] if dice % 2 else [first, second]
+
+
+def answer(text: str) -> str:
+    """The first sentences of a docstring as running prose of at most `LIMIT` characters; "" if it begins with none."""
+    sentences, room = [], LIMIT
+    for paragraph in re.split(r"\n[ \t]*\n", text.strip("\n")):
+        prose = _prose(paragraph)
+        if not prose and sentences:
+            break
+        for sentence in SENTENCES.split(prose):
+            room -= len(sentence) + 1
+            if room >= 0 and sentence:
+                sentences.append(sentence)
+    # What announces a list or an example that is left out here ("For instance:") is no end.
+    while sentences and not ENDED.search(sentences[-1]) and (len(sentences) > 1 or sentences[0].endswith(":")):
+        sentences.pop()
+    said = " ".join(sentences)
+    if len(said) < 10:
+        return ""
+    said = said[0].upper() + said[1:] if re.match(r"[a-z]+ ", said) else said
+    return said if ENDED.search(said) else f"{said}."
+
+
+def _prose(paragraph: str) -> str:
+    """A paragraph as one line up to a list or example within it; "" for headings, signatures, tables and grammar."""
+    if NOT_PROSE.search(paragraph):
+        return ""
+    lines = itertools.takewhile(lambda line: not LISTED.match(line), paragraph.split("\n"))
+    return " ".join(" ".join(lines).split())
+
+
+def _choose(options: Sequence[str], dice: int) -> str:
+    return options[dice % len(options)]
+
+
+def _title(doc: Doc) -> str:
+    """A topic's heading, as it stands within a sentence: 'the "assert" statement'."""
+    return doc.text.split("\n", 1)[0].strip().lower()
+
+
+def _heading(doc: Doc) -> str:
+    called = doc.signature or doc.name
+    return called if doc.kind == "function" else f"{doc.kind} {called}"
+
+
+def _docs(source: PyDocs | PyDocsChat, split: Split) -> Iterator[Doc]:
+    from gptjax.data.pydocs_builder import load  # imports tensorflow_datasets
+
+    return (doc for doc in load(source.data_dir, source.root) if doc.split == split)
+
+
+def _content(source: PyDocs | PyDocsChat) -> str:
+    """sha256 over all documents: it holds what the Python version and the code made of them, wherever they lie."""
+    content = hashlib.sha256()
+    for split in ("train", "validation"):
+        for document in source.documents(split):
+            content.update(f"{split} {document!r}\n".encode())
+    return content.hexdigest()

@@ -1,0 +1,281 @@
+"""Where text comes from: TFDS data sets, text files, jsonl files, chat files.
+
+A source is a frozen dataclass with two methods. `documents(split)` streams the documents of "train" or "validation",
+one at a time, so memory does not grow with the corpus; `fingerprint()` names the content, so that tokens made from it
+can be kept and found again. Write your own with these two methods and it works wherever these do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from gptjax.data.files import facts, find, read_json, read_lines
+from gptjax.types import UserError
+
+if TYPE_CHECKING:
+    from gptjax.data.chat import Conversation
+
+Split = Literal["train", "validation"]
+Document = TypeVar("Document")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Source(Protocol[T_co]):
+    """What the pipeline needs of a source of texts (`Source[str]`) or of conversations (`Source[Conversation]`)."""
+
+    def documents(self, split: Split) -> Iterator[T_co]:
+        """The documents of one split, always in the same order. Raises UserError when there are none."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A sha256 in hex that changes when the documents may have changed."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TFDS:
+    """A prepared TensorFlow Datasets data set, read without TensorFlow: ArrayRecord files, or any other format with
+    random access. https://www.tensorflow.org/datasets"""
+
+    name: str
+    """Name in the catalogue, such as "lm1b" or "c4/en:3.0.1", or a folder that holds a dataset_info.json."""
+    data_dir: str | None = None
+    """Folder of data sets, local or gs://; none: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    text: str = "text"
+    """The feature that holds the document."""
+    train: str = "train"
+    """The split to train on; slices such as "train[:90%]" work."""
+    validation: str = "validation"
+    """The split to evaluate on."""
+
+    def documents(self, split: Split) -> Iterator[str]:
+        builder, part = _builder(self), getattr(self, split)
+        if self.text not in builder.info.features:
+            raise UserError(
+                f"text: got {self.text}, must be a feature of {self.name}: {', '.join(builder.info.features)}"
+            )
+        try:
+            count, read = _records(builder, part)
+        except ValueError as error:
+            raise UserError(
+                f"{split}: got {part}, must be a split of {self.name}: {str(error).splitlines()[0]}"
+            ) from None
+        for start in range(0, count, 256):
+            for index, record in enumerate(read(range(start, min(start + 256, count))), start):
+                try:
+                    text = record[self.text].decode()
+                except UnicodeDecodeError:
+                    raise UserError(f"name: got {self.name}, where example {index} of {part} is not UTF-8") from None
+                if text.strip():
+                    yield text
+
+    def fingerprint(self) -> str:
+        builder = _builder(self)
+        return fingerprint(self, str(builder.data_dir), (builder.data_path / "dataset_info.json").read_text())
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Plain text files. One file without a separator is one text, and its END is the validation split (nanoGPT's
+    90/10); otherwise there are many documents, and a hash of each says on which side it is."""
+
+    path: str
+    """A file, a glob such as "books/*.txt", or an http(s) address; files may be gzipped (.gz)."""
+    separator: str | None = None
+    """What stands between two documents of a file, such as "\\n" or "<|endoftext|>"; none: a file is a document."""
+    validation: float = 0.1
+    """Fraction held out for validation, from 0 up to but without 1."""
+    invalid: Literal["error", "skip"] = "error"
+    """What to do with a line that is not UTF-8: stop, or leave the line out and say how many were."""
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation)
+        if self.separator == "":
+            raise UserError('separator: got "", must be a text such as "\\n", or none for a whole file a document')
+
+    def documents(self, split: Split) -> Iterator[str]:
+        paths = find(self.path)
+        if self.separator is None and len(paths) == 1:
+            text = "".join(line for _, line in read_lines(paths[0], self.invalid))
+            cut = int(len(text) * (1 - self.validation))
+            part = text[:cut] if split == "train" else text[cut:]
+            if not part.strip():
+                raise _no_documents(split, self.path, self.validation)
+            yield part
+        else:
+            documents = (document for path in paths for document in self._divide(path))
+            yield from _side(((document, document) for document in documents), split, self.path, self.validation)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self, *facts(self.path))
+
+    def _divide(self, path: Path) -> Iterator[str]:
+        pending, searched = "", 0
+        for _, line in read_lines(path, self.invalid):
+            pending += line
+            if self.separator is None:
+                continue
+            while (at := pending.find(self.separator, searched)) >= 0:
+                if pending[:at].strip():
+                    yield pending[:at]
+                pending, searched = pending[at + len(self.separator) :], 0
+            searched = max(0, len(pending) - len(self.separator) + 1)
+        if pending.strip():
+            yield pending
+
+
+@dataclasses.dataclass(frozen=True)
+class Jsonl:
+    """JSON objects, one a line, with the document in one of their fields."""
+
+    path: str
+    """A file, a glob such as "c4/*.jsonl.gz", or an http(s) address; files may be gzipped (.gz)."""
+    text: str = "text"
+    """The field that holds the document."""
+    validation: float = 0.1
+    """Fraction of the documents held out for validation, chosen by a hash of the document."""
+    invalid: Literal["error", "skip"] = "error"
+    """What to do with a line that is not UTF-8: stop, or leave the line out and say how many were."""
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation)
+
+    def documents(self, split: Split) -> Iterator[str]:
+        documents = (self._text(*line) for path in find(self.path) for line in read_json(path, self.invalid))
+        yield from _side(((text, text) for text in documents if text.strip()), split, self.path, self.validation)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self, *facts(self.path))
+
+    def _text(self, where: str, value: Any) -> str:
+        if not isinstance(value, dict) or not isinstance(value.get(self.text), str):
+            found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+            raise UserError(f'text: {where}: got {found}, must be an object with a text in "{self.text}"')
+        return value[self.text]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatJsonl:
+    """Conversations, one a line: `{"messages": [{"role": "user", "content": "Hi"}, ...]}`, or the list alone. Roles are
+    "system", "user" and "assistant"."""
+
+    path: str
+    """A file, a glob, or an http(s) address; files may be gzipped (.gz)."""
+    validation: float = 0.1
+    """Fraction of the conversations held out for validation, chosen by a hash of the conversation."""
+    invalid: Literal["error", "skip"] = "error"
+    """What to do with a line that is not UTF-8: stop, or leave the line out and say how many were."""
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation)
+
+    def documents(self, split: Split) -> Iterator[Conversation]:
+        conversations = (_conversation(*line) for path in find(self.path) for line in read_json(path, self.invalid))
+        yield from _side(((repr(c), c) for c in conversations), split, self.path, self.validation)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self, *facts(self.path))
+
+
+def fingerprint(source: Any, *facts: Any) -> str:
+    """sha256 in hex over a source's class, its fields and the facts it found in the world."""
+    content = [type(source).__name__, dataclasses.asdict(source), *facts]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def held_out(key: str, fraction: float) -> bool:
+    """Whether `key` is among the `fraction` of all keys kept for validation: a pure function of the key."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") < fraction * 2**64
+
+
+def _check_fraction(validation: float) -> None:
+    if not 0 <= validation < 1:
+        raise UserError(f"validation: got {validation}, must be a fraction from 0 up to but without 1")
+
+
+def _side(keyed: Iterable[tuple[str, Document]], split: Split, path: str, validation: float) -> Iterator[Document]:
+    """The documents whose key falls on the side of `split`."""
+    empty = True
+    for key, document in keyed:
+        if held_out(key, validation) == (split == "validation"):
+            empty = False
+            yield document
+    if empty:
+        raise _no_documents(split, path, validation)
+
+
+def _no_documents(split: Split, path: str, validation: float) -> UserError:
+    return UserError(
+        f"validation: got {validation}, which leaves no document of {path} for {split}; "
+        f"give more text, or a {'smaller' if split == 'train' else 'larger'} fraction"
+    )
+
+
+def _conversation(where: str, value: Any) -> Conversation:
+    from gptjax.data.chat import conversation
+
+    messages = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages:
+        raise UserError(
+            f'path: {where}: got no messages, must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
+        )
+    try:
+        return conversation(messages)
+    except UserError as error:
+        raise UserError(f"path: {where}: {error}") from None
+
+
+def _builder(source: TFDS) -> Any:
+    """The builder of a prepared data set. Raises UserError when there is none."""
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    folder = epath.Path(source.data_dir or "").expanduser() / source.name
+    if (folder / "dataset_info.json").exists():
+        return tfds.builder_from_directory(folder)
+    try:
+        builder = tfds.builder(source.name, data_dir=source.data_dir)
+    except (ValueError, AssertionError):  # what TFDS raises for an unknown name, configuration or version
+        builder = None
+    if builder is None or not builder.info.splits:
+        raise UserError(
+            f"name: got {source.name}, must be a data set prepared in {source.data_dir or '~/tensorflow_datasets'} or "
+            f'a folder with a dataset_info.json; prepare it once with: python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder({source.name!r}, data_dir={source.data_dir!r}, file_format='array_record')"
+            f'.download_and_prepare()" (most of the catalogue needs tensorflow installed for that)'
+        )
+    return builder
+
+
+def _records(builder: Any, split: str) -> tuple[int, Callable[[range], list[dict[str, Any]]]]:
+    """How many examples `split` has, and a function that reads those of a range."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    info = builder.info
+    if info.available_file_formats() & tfds.core.FileFormat.with_random_access():
+        source = builder.as_data_source(split)
+        return len(source), source.__getitems__
+    # Data sets are often converted in place, and their dataset_info.json does not tell of the ArrayRecord files.
+    beside = sorted(builder.data_path.glob("*.array_record-*-of-*"))
+    if not beside:
+        raise UserError(
+            f"name: got {info.full_name}, prepared in {builder.data_dir} as {info.file_format.value} alone, must be "
+            f"ArrayRecord; write it anew with `tfds convert_format --dataset_version_dir={builder.data_dir} "
+            f"--out_file_format=array_record`"
+        )
+    prefix = beside[0].name.split("-")[0]
+    splits = tfds.core.SplitDict(
+        part.replace(
+            filename_template=part.filename_template.replace(dataset_name=prefix, filetype_suffix="array_record")
+        )
+        for part in info.splits.values()
+    )
+    instructions: Any = splits[split].file_instructions
+    source = ArrayRecordDataSource(instructions)
+    return len(source), lambda rows: [info.features.deserialize_example_np(r) for r in source.__getitems__(rows)]

@@ -1,0 +1,156 @@
+"""Byte-level BPE from published ranks, by the `tiktoken` library: GPT-2, GPT-4 and later.
+
+Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from gptjax.data.tokenizers.tokenizer import Tokenizer, named
+from gptjax.types import UserError
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+CL100K_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"""
+    r"""\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+O200K_PATTERN = (
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+    r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+ENCODINGS = {
+    "gpt2": (GPT2_PATTERN, {"<|endoftext|>": 50_256}),
+    "r50k_base": (GPT2_PATTERN, {"<|endoftext|>": 50_256}),
+    "p50k_base": (GPT2_PATTERN, {"<|endoftext|>": 50_256}),
+    "cl100k_base": (
+        CL100K_PATTERN,
+        {
+            "<|endoftext|>": 100_257,
+            "<|fim_prefix|>": 100_258,
+            "<|fim_middle|>": 100_259,
+            "<|fim_suffix|>": 100_260,
+            "<|endofprompt|>": 100_276,
+        },
+    ),
+    "o200k_base": (O200K_PATTERN, {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018}),
+}
+"""Name -> the pattern that cuts text before merging, and the special tokens. From `tiktoken_ext` (MIT)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TiktokenTokenizer(Tokenizer):
+    """A `.tiktoken` file: on each line the bytes of a token, in base64, and its rank, which is its id."""
+
+    kind = "tiktoken"
+    file = "ranks.tiktoken"
+
+    pattern: str = GPT2_PATTERN
+    """The regular expression that cuts text into the words within which bytes are merged."""
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """A file of ranks named as in `ENCODINGS`. Raises `UserError` for another name or content."""
+        path = Path(path)
+        if path.stem not in ENCODINGS:
+            raise UserError(
+                f"tokenizer: got {path}, must be named after its encoding, one of {', '.join(ENCODINGS)}; "
+                "that decides how text is cut"
+            )
+        pattern, specials = ENCODINGS[path.stem]
+        tokenizer = cls(path.read_bytes(), named(specials, "<|endoftext|>", "<|endoftext|>"), pattern)
+        try:
+            complete = all(bytes([byte]) in tokenizer._ranks for byte in range(256))
+        except (ValueError, binascii.Error):
+            complete = False
+        if not complete:
+            raise UserError(
+                f"tokenizer: got {path}, must be a file of tiktoken ranks; it is damaged or of another kind"
+            )
+        return tokenizer
+
+    @classmethod
+    def from_gpt2_folder(cls, folder: str | Path) -> Self:
+        """OpenAI's `encoder.json` and `vocab.bpe`. Raises `UserError` where the two do not belong together."""
+        folder = Path(folder)
+        alphabet = byte_alphabet()
+        try:
+            encoder: dict[str, int] = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+            merges = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+            agree = all(encoder[merge.replace(" ", "")] == 256 + i for i, merge in enumerate(merges))
+            specials = {"<|endoftext|>": encoder.pop("<|endoftext|>")}
+            ranks = {bytes(map(alphabet.__getitem__, piece)): i for piece, i in encoder.items()}
+        except (ValueError, KeyError):
+            agree, specials, ranks = False, {}, {}
+        if not agree:
+            raise UserError(
+                f"tokenizer: got {folder}, must hold an encoder.json and a vocab.bpe of one vocabulary; one is damaged"
+            )
+        return cls(_lines(ranks), named(specials, "<|endoftext|>", "<|endoftext|>"), GPT2_PATTERN)
+
+    @classmethod
+    def download(cls, name: str) -> Self:
+        """A published encoding, by `tiktoken`, which keeps a copy. Raises `UserError` without a network."""
+        try:
+            encoding = _tiktoken().get_encoding(name)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"tokenizer: got {name!r}, which cannot be downloaded ({type(error).__name__}), must be reachable; "
+                "give the path of a file or folder that has it"
+            ) from None
+        pattern, specials = ENCODINGS[name]
+        return cls(_lines(encoding._mergeable_ranks), named(specials, "<|endoftext|>", "<|endoftext|>"), pattern)
+
+    @functools.cached_property
+    def _ranks(self) -> dict[bytes, int]:
+        lines = (line.split() for line in self.data.splitlines() if line)
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+
+    @functools.cached_property
+    def _encoding(self) -> Encoding:
+        # It is told of no special tokens, so it can produce none.
+        return _tiktoken().Encoding("gptjax", pat_str=self.pattern, mergeable_ranks=self._ranks, special_tokens={})
+
+    @functools.cached_property
+    def pieces(self) -> list[bytes]:
+        pieces = [b""] * (1 + max(self._ranks.values()))
+        for token, rank in self._ranks.items():
+            pieces[rank] = token
+        return pieces
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The character that GPT-2's files write for each byte -> that byte: itself where it prints, else U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _lines(ranks: dict[bytes, int]) -> bytes:
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
+
+
+def _tiktoken():
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError("tokenizer: this one needs the tiktoken library; pip install 'gptjax[hf]'") from None
+    return tiktoken

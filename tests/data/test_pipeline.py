@@ -1,0 +1,368 @@
+"""The laws of the input pipeline: nothing lost, nothing leaked, the same order whatever happens."""
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.data.chat import Message, render
+from gptjax.data.packing import BestFit, Concatenate
+from gptjax.data.pipeline import Chat, Mix, Pretrain, permute
+from gptjax.data.store import Tokens, tokenize
+from gptjax.data.tokenizers import Bytes
+from gptjax.types import Batch, UserError
+
+BYTES = Bytes().build(iter(()))
+BOS, END = BYTES.bos, BYTES.end
+PACKINGS = pytest.mark.parametrize("packing", [Concatenate(), BestFit()], ids=["concatenate", "best_fit"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """Documents of one letter repeated, each with its own ending, 1 to 40 long."""
+
+    count: int = 37
+    letter: str = "a"
+    reads: list = dataclasses.field(default_factory=list, compare=False)
+
+    def documents(self, split):
+        self.reads.append(split)
+        if split == "train":
+            for i in range(self.count):
+                yield self.letter * (i * 7 % 38) + f"{i:02}"
+        else:
+            yield from ("x" * 11, "y" * 30)
+
+    def fingerprint(self):
+        return f"{self.count} {self.letter}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Talks:
+    def documents(self, split):
+        for i in range(9):
+            yield tuple(Message("assistant" if j % 2 else "user", "ä" * (i + j)) for j in range(2 + i % 3))
+
+    def fingerprint(self):
+        return "talks"
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def segments_of(batch: Batch):
+    """(tokens, targets, weights, positions) of each segment of each row."""
+    for row in range(len(batch.tokens)):
+        for segment in range(1, batch.segments[row].max(initial=0) + 1):
+            mine = batch.segments[row] == segment
+            yield tuple(np.asarray(x)[row][mine] for x in (batch.tokens, batch.targets, batch.weights, batch.positions))
+
+
+def stored(text):
+    return [BOS, *BYTES.encode(text), END]
+
+
+@PACKINGS
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize("length", [5, 16, 64, 4096])
+def test_an_epoch_holds_every_token_once_and_predicts_within_documents(tmp_path, packing, length, epoch):
+    source = Letters()
+    store = tokenize(source, BYTES, "train", tmp_path)
+    rows = len(packing.plan(store.offsets, length))
+    data = Pretrain(source, length=length, batch=rows, packing=packing)
+    batches = data.batches(BYTES, "train", 0, tmp_path)
+    batches.restore({"step": epoch})
+    batch = next(batches)
+    batches.close()
+
+    documents = [stored(text) for text in source.documents("train")]
+    seen, pairs = [], []
+    for tokens, targets, weights, positions in segments_of(batch):
+        np.testing.assert_array_equal(positions, np.arange(len(tokens)))
+        assert (weights[:-1] == 1).all()
+        np.testing.assert_array_equal(tokens[1:], targets[:-1])  # so it is part of one document, or the next is wrong
+        assert any(contains(document, list(tokens)) for document in documents)
+        assert weights[-1] == (tokens[-1] != END)
+        assert weights[-1] or targets[-1] == 0
+        seen += list(tokens)
+        pairs += [(a, b) for a, b, w in zip(tokens, targets, weights, strict=True) if w]
+    assert sorted(seen) == sorted(itertools.chain(*documents))
+    assert sorted(pairs) == sorted(itertools.chain(*(itertools.pairwise(d) for d in documents)))
+    padding = batch.segments == 0
+    for field in (batch.tokens, batch.targets, batch.weights, batch.positions):
+        assert not np.asarray(field)[padding].any()
+    assert (np.diff(padding.astype(int), axis=1) >= 0).all()  # on the right
+
+
+def contains(document, part):
+    return any(document[i : i + len(part)] == part for i in range(len(document) - len(part) + 1))
+
+
+def test_concatenate_has_no_padding_and_best_fit_keeps_documents_whole(tmp_path):
+    source, count = Letters(), {}
+    for packing in (Concatenate(), BestFit()):
+        batches = Pretrain(source, 48, 7, packing=packing).evaluation(BYTES, "train", tmp_path)
+        count[packing] = sum((batch.segments == 0).sum() for batch in batches)
+        pieces = [list(tokens) for batch in batches for tokens, *_ in segments_of(batch)]
+        whole = sorted(pieces) == sorted(stored(text) for text in source.documents("train"))
+        assert whole == (packing == BestFit())
+    assert count[Concatenate()] < 7 * 48
+    assert count[BestFit()] < 8 * 48
+
+
+def test_windows_are_cut_at_other_places_in_another_epoch(tmp_path):
+    data = Pretrain(Letters(), length=16, batch=1, shuffle=False)
+    rows = len(data.packing.plan(tokenize(data.source, BYTES, "train", tmp_path).offsets, 16))
+    batches = data.batches(BYTES, "train", 0, tmp_path)
+    made = take(batches, 2 * rows)
+    batches.close()
+    first, second = ({x.tokens.tobytes() for x in part} for part in (made[:rows], made[rows:]))
+    assert len(first & second) < len(first) / 2  # some windows hold but one letter
+
+
+def test_chat_weights_are_those_of_the_rendering(tmp_path):
+    batches = Chat(Talks(), length=128, batch=4).evaluation(BYTES, "train", tmp_path)
+    got = [segment for batch in batches for segment in segments_of(batch)]
+    expected = {tuple(ids): weights for ids, weights in (render(talk, BYTES) for talk in Talks().documents("train"))}
+    assert len(got) == len(expected) == 9
+    for tokens, _, weights, _ in got:
+        np.testing.assert_array_equal(weights, [*expected[tuple(tokens)][1:], 0])
+    said = [m.content for talk in Talks().documents("train") for m in talk if m.role == "assistant"]
+    targets = sum(batch.weights.sum() for batch in batches)
+    assert batches.bytes_per_target == sum(len(text.encode()) for text in said) / targets
+
+
+def test_the_evaluation_covers_the_split_in_batches_of_one_shape(tmp_path):
+    data = Pretrain(Letters(), length=8, batch=4)
+    batches = data.evaluation(BYTES, "validation", tmp_path)
+    assert len(batches) == len(list(batches)) == 2  # 13 + 32 tokens are 6 rows
+    assert {x.tokens.shape for x in batches} == {(4, 8)}
+    texts = list(data.source.documents("validation"))
+    everything = np.concatenate([x.tokens[x.segments > 0] for x in batches])
+    assert list(everything) == stored(texts[0]) + stored(texts[1])
+    assert not batches[1].segments[2:].any()
+    assert not batches[1].weights[2:].any()
+    assert batches.bytes_per_target == pytest.approx((11 + 30) / (12 + 31))
+    assert_equal(list(batches), list(data.evaluation(BYTES, "validation", tmp_path)))
+    (few,) = data.evaluation(BYTES, "validation", tmp_path, rows=3)
+    np.testing.assert_array_equal(few.tokens[:3], np.concatenate([x.tokens for x in batches])[[0, 2, 4]])
+    assert not few.segments[3:].any()
+    parts = [data.evaluation(BYTES, "validation", tmp_path, rank, 2) for rank in (0, 1)]
+    assert_equal([join(pair) for pair in zip(*parts, strict=True)], list(batches))
+
+
+def join(batches):
+    return jax.tree.map(lambda *x: np.concatenate(x), *batches)
+
+
+@PACKINGS
+def test_the_order_is_a_function_of_the_seed_and_differs_between_epochs(tmp_path, packing):
+    data = Pretrain(Letters(), length=48, batch=1, packing=packing)
+    rows = len(data.evaluation(BYTES, "train", tmp_path))
+
+    def order(data, seed):
+        batches = data.batches(BYTES, "train", seed, tmp_path)
+        made = [batch.tokens.tobytes() for batch in take(batches, 2 * rows)]
+        batches.close()
+        return made[:rows], made[rows:]
+
+    first, second = order(data, 1)
+    assert (first, second) == order(data, 1)
+    assert first != second
+    other, _ = order(data, 2)
+    assert first != other
+    unshuffled, _ = order(dataclasses.replace(data, shuffle=False), 1)
+    assert first != unshuffled == [x.tokens.tobytes() for x in data.evaluation(BYTES, "train", tmp_path)]
+    assert sorted(first) == sorted(other) == sorted(unshuffled)
+    assert (sorted(first) == sorted(second)) == (packing == BestFit())  # the windows are others, whole documents stay
+
+
+@pytest.mark.parametrize("step", [0, 7, 505])
+@pytest.mark.parametrize("source", [Letters(), Mix((Letters(), Letters(5, "b")), (3, 1))], ids=["one", "mixed"])
+def test_a_restored_position_goes_on_exactly_there_on_any_number_of_processes(tmp_path, source, step):
+    data = Pretrain(source, length=16, batch=4)  # 256 steps are made at a time by one process, 512 by each of two
+    batches = data.batches(BYTES, "train", 3, tmp_path)
+    take(batches, step)
+    state = json.loads(json.dumps(batches.state()))
+    assert state == {"step": step}
+    expected = take(batches, 10)
+    batches.close()
+
+    for ranks in (4, 2, 1):
+        parts = []
+        for rank in range(ranks):
+            part = data.batches(BYTES, "train", 3, tmp_path, rank, ranks)
+            next(part)
+            part.restore(state)
+            parts.append(take(part, 10))
+            assert part.state() == batches.state()
+            part.close()
+        assert_equal([join(pair) for pair in zip(*parts, strict=True)], expected)
+
+
+def test_a_mix_keeps_its_proportions_and_repeats_what_runs_out(tmp_path):
+    source = Mix((Letters(30, "a"), Letters(4, "b"), Letters(30, "c")), (0.6, 0.3, 0.1))
+    batches = Pretrain(source, length=16, batch=10, packing=BestFit()).batches(BYTES, "train", 0, tmp_path)
+    rows = np.concatenate([x.tokens for x in take(batches, 100)])
+    batches.close()
+    letters = [max("abc", key=lambda letter, row=row: (row == BYTES.encode(letter)[0]).sum()) for row in rows]
+    named = np.array([(row[:, None] == [BYTES.encode(x)[0] for x in "abc"]).any() for row in rows])
+    for letter, share in zip("abc", (0.6, 0.3, 0.1), strict=True):
+        got = np.cumsum(np.array(letters)[named] == letter) / np.arange(1, named.sum() + 1)
+        assert abs(got[-1] - share) < 0.03
+        assert abs(got[200] - share) < 0.06
+
+
+def test_permute_is_a_permutation_that_looks_random():
+    for size in (1, 2, 3, 10, 97, 1000):
+        assert sorted(permute(np.arange(size), size, (0, 1))) == list(range(size))
+    index = np.arange(5)
+    orders = {tuple(permute(index, 5, (seed,))) for seed in range(1000)}
+    assert len(orders) == 120
+    places = np.stack([permute(np.arange(16), 16, (7, seed)) for seed in range(1600)])
+    counts = np.stack([np.bincount(places[:, i], minlength=16) for i in range(16)])
+    chi_squared = ((counts - 100) ** 2 / 100).sum()  # of 225 degrees of freedom
+    assert 225 - 5 * 450**0.5 < chi_squared < 225 + 5 * 450**0.5
+    big = permute(np.arange(10_000), 10_000, (0,))
+    assert abs(np.corrcoef(big[:-1], big[1:])[0, 1]) < 0.05
+    assert abs(np.corrcoef(np.arange(10_000), big)[0, 1]) < 0.05
+
+
+def test_a_source_is_tokenised_once(tmp_path):
+    source = Letters()
+    first = tokenize(source, BYTES, "train", tmp_path)
+    again = tokenize(source, BYTES, "train", tmp_path)
+    assert source.reads == ["train"]
+    np.testing.assert_array_equal(first.tokens(), again.tokens())
+    tokenize(dataclasses.replace(source, count=2), BYTES, "train", tmp_path)
+    tokenize(source, BYTES.with_specials(["<|new|>"]), "train", tmp_path)
+    tokenize(source, BYTES, "validation", tmp_path)
+    assert source.reads == ["train", "train", "train", "validation"]
+
+
+@pytest.mark.parametrize("damage", ["tokens.bin", "offsets.bin", "header.json", "missing"])
+def test_a_damaged_store_is_made_again(tmp_path, damage, caplog):
+    source = Letters()
+    store = tokenize(source, BYTES, "train", tmp_path)
+    expected = store.tokens().copy()
+    if damage == "missing":
+        store.path.unlink()
+    else:
+        file = store.path.with_name(damage)
+        file.write_bytes(file.read_bytes()[:-5])
+    np.testing.assert_array_equal(tokenize(source, BYTES, "train", tmp_path).tokens(), expected)
+    assert source.reads == ["train", "train"]
+    assert "damaged" in caplog.text
+
+
+class Interrupted(Letters):
+    def documents(self, split):
+        yield from itertools.islice(super().documents(split), 3)
+        raise KeyboardInterrupt
+
+
+class Slow(Letters):
+    def documents(self, split):
+        for text in super().documents(split):
+            time.sleep(60)
+            yield text
+
+
+def test_an_interrupted_tokenisation_leaves_nothing_that_counts(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(Interrupted(), BYTES, "train", tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+    killed = multiprocessing.get_context("spawn").Process(target=tokenize, args=(Slow(), BYTES, "train", tmp_path))
+    killed.start()
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*.unfinished/tokens.bin")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.kill()
+    killed.join()
+    assert len(list(tmp_path.glob("*.unfinished"))) == 1
+
+    source = Letters()
+    tokenize(source, BYTES, "train", tmp_path)
+    assert source.reads == ["train"]
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_memory_mapped_tokens_are_read_where_they_are(tmp_path):
+    tokens = np.arange(100, dtype=np.uint16)
+    tokens[[9, 39, 99]] = 7
+    tokens.tofile(tmp_path / "train.bin")
+    source = Tokens(str(tmp_path / "train.bin"), str(tmp_path / "none.bin"))
+    (batch,) = Pretrain(source, length=50, batch=2).evaluation(BYTES, "train", tmp_path)
+    np.testing.assert_array_equal(batch.tokens.reshape(-1), tokens)
+    np.testing.assert_array_equal(batch.targets.reshape(-1)[:-1], tokens[1:])
+    np.testing.assert_array_equal(batch.weights.reshape(-1), [1] * 99 + [0])
+    divided = dataclasses.replace(source, separator=7)
+    assert tokenize(divided, BYTES, "train", tmp_path).offsets.tolist() == [0, 8, 10, 40, 100]
+    with pytest.raises(UserError, match=r"validation: got .*none.bin, where there is no file"):
+        tokenize(source, BYTES, "validation", tmp_path)
+    np.full(9, 60_000, np.uint16).tofile(tmp_path / "none.bin")
+    with pytest.raises(UserError, match="token 60000, but the tokenizer's are below"):
+        tokenize(source, BYTES, "validation", tmp_path)
+
+
+def test_an_exception_keeps_the_position_and_close_ends_the_thread(tmp_path, monkeypatch):
+    before = set(threading.enumerate())
+    batches = Pretrain(Letters(), length=16, batch=4).batches(BYTES, "train", 0, tmp_path)
+    expected = take(batches, 6)
+    batches.restore({"step": 2})
+    next(batches)
+    interrupted = KeyboardInterrupt()
+
+    def interrupt(*_):
+        monkeypatch.undo()
+        raise interrupted
+
+    monkeypatch.setattr(jax.tree, "map", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    assert batches.state() == {"step": 3}
+    assert_equal(take(batches, 3), expected[3:])
+    batches.close()
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
+
+
+def test_a_prompt_begins_what_was_trained_on():
+    assert stored("Once upon")[:5] == Pretrain(Letters()).prompt(BYTES, "Once")
+    talk = (Message("user", "Hi"), Message("assistant", "Hello"))
+    ids, weights = render(talk, BYTES)
+    assert Chat(Talks()).prompt(BYTES, "Hi") == ids[: weights.index(1)]
+
+
+def test_bad_input_is_named(tmp_path):
+    class Empty(Letters):
+        def documents(self, split):
+            return iter(())
+
+    data = Pretrain(Letters(), length=16, batch=6)
+    with pytest.raises(UserError, match="batch: got 6, must be a multiple of the number of processes, 4"):
+        data.batches(BYTES, "train", 0, tmp_path, 0, 4)
+    with pytest.raises(UserError, match=r"source: .*Empty.* has no documents for train"):
+        Pretrain(Empty()).batches(BYTES, "train", 0, tmp_path)
+    with pytest.raises(UserError, match="length: got 0"):
+        Pretrain(Letters(), length=0)
+    with pytest.raises(UserError, match="seed: got -1"):
+        data.batches(BYTES, "train", -1, tmp_path)
+    with pytest.raises(UserError, match="weights: got"):
+        Mix((Letters(),), (1.0, 2.0))
+    assert not list(Path(tmp_path).glob("*.unfinished"))
