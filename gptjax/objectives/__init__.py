@@ -1,0 +1,5 @@
+"""Objectives: pure losses. An objective receives the model as an argument and returns weighted sums."""
+
+from gptjax.objectives.next_token import NextToken
+
+__all__ = ["NextToken"]

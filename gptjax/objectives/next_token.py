@@ -1,0 +1,41 @@
+"""The loss of language models: predict the next token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from gptjax.kernels.cross_entropy import cross_entropy
+from gptjax.types import Batch, Key, Metrics, Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Cross entropy of the targets, weighted by `batch.weights`:
+
+        loss = sum_bt w_bt (nll_bt + z_loss * logsumexp_bt²) / sum_bt w_bt
+
+    The z-loss keeps the softmax's denominator near 1, so that logits do not drift (PaLM, arXiv:2204.02311, section 5).
+    """
+
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator; 1e-4 is usual, 0 leaves it out."""
+
+    def __post_init__(self):
+        if not self.z_loss >= 0:
+            raise UserError(f"objective.z_loss: got {self.z_loss}, must be 0 or more; 1e-4 is usual")
+
+    def __call__(self, apply: Callable, params: Params, batch: Batch, key: Key | None = None) -> Metrics:
+        """`apply` is a model's: `apply({"params": params}, tokens, positions, segments) -> (logits [B,T,V], cache)`.
+        Without a key there is no dropout. Metrics, in nats a token: "loss", and "cross_entropy" which is the loss
+        without its z-loss."""
+        rngs = {} if key is None else {"rngs": {"dropout": key}}
+        logits, _ = apply({"params": params}, batch.tokens, batch.positions, batch.segments, **rngs)
+        nll, logsumexp = cross_entropy(logits, jnp.asarray(batch.targets))
+        weight = jnp.sum(batch.weights)
+        return {
+            "loss": (jnp.sum(batch.weights * (nll + self.z_loss * logsumexp**2)), weight),
+            "cross_entropy": (jnp.sum(batch.weights * nll), weight),
+        }

@@ -1,0 +1,199 @@
+"""Schedules, optimizers and decay masks: against their equations, and sharded against unsharded."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptjax.nn import LayerNorm, LearnedPositions, Transformer, TransformerConfig
+from gptjax.optim import Adafactor, AdamW, Constant, Cosine, Linear, Lion, Muon, Optimizer, Schedule, WarmupStableDecay
+from gptjax.sharding import STANDARD, Mesh, Rules, use
+from gptjax.types import UserError
+
+MODEL = TransformerConfig(
+    vocab=16, layers=2, width=8, heads=4, kv_heads=2, hidden=16, positions=LearnedPositions(8), tied=False
+)  # fmt: skip
+
+
+def shapes(rules: Rules = Rules(), **changes):
+    """The shapes and shardings of a real parameter tree."""
+    model = Transformer(dataclasses.replace(MODEL, **changes), rules)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((4, 8), jnp.int32)))["params"]
+
+
+def fill(shapes, seed: int, scale: float = 0.1):
+    """The same numbers for the same seed, wherever they lie."""
+    leaves, tree = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(seed)
+    values = [rng.normal(0, scale, leaf.shape).astype(np.float32) for leaf in leaves]
+    if jax.sharding.get_mesh().empty:
+        return tree.unflatten(jnp.asarray(x) for x in values)
+    shardings = [jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec) for leaf in leaves]
+    return tree.unflatten(jax.device_put(values, shardings))
+
+
+def run(optimizer: Optimizer, params, gradients, steps: int = 10):
+    """The parameters after one step for each of the gradients."""
+    transformation = optimizer.build(steps)
+    state = jax.jit(transformation.init)(params)
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = transformation.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for gradient in gradients:
+        params, state = step(params, state, gradient)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [
+        (Constant(10), lambda x: 1.0),
+        (Linear(10, floor=0.2), lambda x: 1 - 0.8 * x),
+        (Cosine(10, floor=0.1), lambda x: 0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2),
+        (Cosine(0, floor=0.0), lambda x: (1 + math.cos(math.pi * x)) / 2),
+        # 110 steps in all, the last 22 of them fall; x counts the 100 after the warmup
+        (WarmupStableDecay(10, floor=0.5, decay=0.2), lambda x: 1 - 0.5 * max(0, x - 0.78) / 0.22),
+        (WarmupStableDecay(10, decay=1.0), lambda x: 1 - x),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Schedule) else "",
+)
+def test_schedule_is_its_formula(schedule, after):
+    rate = AdamW(peak=0.02, schedule=schedule).learning_rate(schedule.warmup + 100)
+    for step in range(schedule.warmup):
+        np.testing.assert_allclose(rate(step), 0.02 * (step + 1) / (schedule.warmup + 1), rtol=1e-5)
+    for step in (0, 1, 50, 77, 79, 90, 99, 100, 1000):
+        expected = 0.02 * after(min(step, 100) / 100)
+        np.testing.assert_allclose(rate(schedule.warmup + step), expected, rtol=1e-4, atol=1e-8)
+    assert rate(schedule.warmup + 99) > 0, "no step is wasted"
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: Cosine(-1), "optimizer.schedule.warmup: got -1"),
+        (lambda: Linear(floor=1.5), "optimizer.schedule.floor: got 1.5"),
+        (lambda: WarmupStableDecay(decay=0.0), "optimizer.schedule.decay: got 0.0"),
+        (lambda: AdamW(schedule=Cosine(101)).build(100), "optimizer.schedule.warmup: got 101, .*100 steps"),
+        (lambda: AdamW(peak=0.0), "optimizer.peak: got 0.0"),
+        (lambda: Lion(weight_decay=-0.1), "optimizer.weight_decay: got -0.1"),
+        (lambda: Adafactor(clip=0.0), "optimizer.clip: got 0.0"),
+        (lambda: AdamW(b2=1.0), "optimizer.b2: got 1.0"),
+        (lambda: Muon(momentum=math.nan), "optimizer.momentum: got nan"),
+        (lambda: Muon(iterations=0), "optimizer.iterations: got 0"),
+    ],
+)
+def test_bad_settings_are_named(make, field):
+    with pytest.raises(UserError, match=f"^{field}"):
+        make()
+
+
+def test_only_matrices_decay():
+    tree = shapes(bias=True, norm=LayerNorm())
+
+    def decayed(optimizer: Optimizer) -> set[str]:
+        mask = jax.tree.leaves_with_path(optimizer.decays(tree))
+        return {jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays}
+
+    attention = {f"blocks/attention/{name}" for name in "qkvo"}
+    mlp = {f"blocks/mlp/{name}" for name in ("up", "gate", "down")}
+    assert decayed(AdamW()) == attention | mlp | {"head"}
+    assert decayed(AdamW(no_decay=("scale", "bias"))) == attention | mlp | {"head", "embedding", "positions/table"}
+
+
+def test_adamw_is_its_equation():
+    optimizer = AdamW(peak=0.01, schedule=Linear(warmup=1), weight_decay=0.1, clip=1.0, b1=0.9, b2=0.95, eps=1e-3)
+    tree = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32), "bias": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    start, gradients = fill(tree, 0), [fill(tree, 1, scale=3.0), fill(tree, 2, scale=0.01)]
+    got = run(optimizer, start, gradients, steps=5)
+
+    norms = [math.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(g))) for g in gradients]
+    assert norms[0] > 1 > norms[1], "one gradient is clipped, one is not"
+    for name, decay in {"w": 0.1, "bias": 0.0}.items():
+        p, m, v = np.asarray(start[name], np.float64), 0.0, 0.0
+        for t, (gradient, norm, rate) in enumerate(zip(gradients, norms, (0.005, 0.01), strict=True), start=1):
+            g = np.asarray(gradient[name], np.float64) * min(1, 1 / norm)
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+            p = p - rate * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-3) + decay * p)
+        np.testing.assert_allclose(got[name], p, rtol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent(Optimizer):
+    """What it takes to add an optimizer."""
+
+    def direction(self) -> optax.GradientTransformation:
+        return optax.identity()
+
+
+@pytest.mark.parametrize(("norm", "clip", "expected"), [(5, 2.0, 2), (1, 2.0, 1), (5, None, 5), (0, 2.0, 0)])
+def test_gradients_are_clipped_by_global_norm(norm, clip, expected):
+    gradient = {"a": jnp.array([0.6, 0.0]) * norm, "b": jnp.array([[0.8]]) * norm}
+    zeros = jax.tree.map(jnp.zeros_like, gradient)
+    params = run(Descent(peak=1.0, schedule=Constant(), weight_decay=0.0, clip=clip), zeros, [gradient])
+    np.testing.assert_allclose(params["a"], [-0.6 * expected, 0], rtol=1e-6)
+    np.testing.assert_allclose(params["b"], [[-0.8 * expected]], rtol=1e-6)
+
+
+def test_muon_orthogonalises_the_matrices_of_each_layer():
+    """With U S V' the decomposition of a layer's matrix, heads merged, the update is 0.2 sqrt(longer side) U p(S) V',
+    where p is five rounds of the quintic that pushes singular values towards 1. The rest is Adam's."""
+    optimizer = Muon(peak=1.0, schedule=Constant(), weight_decay=0.0)
+    gradient = fill(shapes(), 0)
+    zeros = jax.tree.map(jnp.zeros_like, gradient)
+    update = jax.tree.map(np.asarray, run(optimizer, zeros, [gradient]))
+
+    D, F = MODEL.width, 16
+    sides = {"q": (D, 8), "k": (D, 4), "v": (D, 4), "o": (8, D), "up": (D, F), "gate": (D, F), "down": (F, D)}
+    for name, (inputs, outputs) in sides.items():
+        part = "attention" if name in "qkvo" else "mlp"
+        matrices = np.asarray(gradient["blocks"][part][name], np.float64).reshape(2, inputs, outputs)
+        for layer, matrix in enumerate(matrices):
+            u, s, v = np.linalg.svd(matrix, full_matrices=False)
+            s /= np.linalg.norm(s)
+            for _ in range(5):
+                s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+            expected = -0.2 * math.sqrt(max(inputs, outputs)) * (u * s) @ v
+            got = update["blocks"][part][name][layer].reshape(inputs, outputs)
+            np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
+    adam = run(AdamW(peak=1.0, schedule=Constant(), weight_decay=0.0), zeros, [gradient])
+    for name in ("embedding", "head", "norm", "positions"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), update[name], adam[name])
+
+
+def test_adafactor_treats_stacked_layers_as_parameters_of_their_own():
+    tree = {"blocks": {"up": jax.ShapeDtypeStruct((3, 4, 5), jnp.float32), "scale": jax.ShapeDtypeStruct((3, 4), "f4")}}
+    optimizer = Adafactor(schedule=Constant(), factor_from=4, clip=None)
+    start, gradients = fill(tree, 0), [fill(tree, 1), fill(tree, 2)]
+    got = run(optimizer, start, gradients)
+    for layer in range(3):
+        own, own_gradients, expected = jax.tree.map(lambda x: x[layer], (start, gradients, got))  # noqa: B023
+        alone = run(optimizer, own["blocks"], [gradient["blocks"] for gradient in own_gradients])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), alone, expected["blocks"])
+
+
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(peak=0.1), Lion(peak=0.1), Adafactor(peak=0.1, factor_from=4), Muon(peak=0.1)],
+    ids=lambda optimizer: type(optimizer).__name__,
+)  # fmt: skip
+def test_sharded_is_unsharded(optimizer):
+    """Two steps, the second with a gradient short enough not to be clipped, on data 2 x fsdp 2 x tensor 2."""
+
+    def two_steps(rules):
+        tree = shapes(rules)
+        attention, mlp = tree["blocks"]["attention"], tree["blocks"]["mlp"]
+        # one of each kind of parameter: to compile less
+        blocks = {"q": attention["q"], "o": attention["o"], "up": mlp["up"], "norm_1": tree["blocks"]["norm_1"]}
+        tree = {"embedding": tree["embedding"], "blocks": blocks}
+        return jax.device_get(run(optimizer, fill(tree, 0), [fill(tree, 1), fill(tree, 2, scale=1e-3)]))
+
+    alone = two_steps(Rules())
+    with use(Mesh(data=2, fsdp=2, tensor=2).make()):
+        sharded = two_steps(STANDARD)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), alone, sharded)
