@@ -1,0 +1,235 @@
+"""The training loop: batches in, checkpoints and records out, and every stop a place to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import sharding
+from gptjax.optim import Optimizer
+from gptjax.train import state as train_state
+from gptjax.train.checkpoint import Checkpoints
+from gptjax.train.display import Display
+from gptjax.train.records import Records
+from gptjax.train.state import State
+from gptjax.train.step import make_step
+from gptjax.types import Metrics, Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training run on one kind of data: pretraining, fine-tuning."""
+
+    data: Any
+    """What it reads: `data.Pretrain` or `data.Chat`."""
+    objective: Any
+    """What it minimises, such as `objectives.NextToken`."""
+    optimizer: Optimizer
+    """How, such as `optim.AdamW`."""
+    steps: int
+    """Optimizer steps, a batch each."""
+    accumulate: int = 1
+    """Parts that a batch goes through in, one after the other, to save memory."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the parameters, which is then what is evaluated and deployed."""
+    evaluate_every: int = 250
+    """Steps between validation losses, and samples of text."""
+    evaluate_rows: int = 256
+    """Rows of validation data that a validation loss is taken over."""
+    save_every: int = 250
+    """Steps between checkpoints. Stopping by Ctrl-C or SIGTERM also saves one."""
+    keep: int = 2
+    """How many of the newest checkpoints stay, beside the best by validation loss."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    prompts: tuple[str, ...] = ("\n",)
+    """What the samples shown during training begin with."""
+    evaluations: tuple[Any, ...] = ()
+    """What is measured at the end: `evals.BitsPerByte`, `evals.Answers`, ..."""
+
+    def __post_init__(self):
+        for field in ("steps", "accumulate", "evaluate_every", "evaluate_rows", "save_every", "keep", "log_every"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field}: got {getattr(self, field)}, must be at least 1")
+        if self.data.batch % self.accumulate:
+            raise UserError(f"accumulate: got {self.accumulate}, must divide data.batch {self.data.batch}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema: got {self.ema}, must be between 0 and 1, or none")
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number any more."""
+
+
+Sampler = Callable[[Params, str], str]
+"""Parameters and a prompt -> what the model says."""
+
+
+def train(
+    stage: Stage,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    records: Records,
+    *,
+    cache: Path,
+    seed: int = 0,
+    start: Callable[[], Params] | None = None,
+    sample: Sampler | None = None,
+    description: dict[str, Any] | None = None,
+) -> Params:
+    """Run one stage to its end, from its newest checkpoint in `folder` if there is one. Returns the trained parameters.
+
+    model        `gptjax.nn.Transformer` with its sharding rules; the mesh is the current one (`sharding.use`)
+    folder       where the checkpoints lie
+    cache        where tokenised text is kept
+    start        gives the parameters to begin from, another stage's say; none: they are initialised from `seed`
+    sample       shows what the model writes
+    description  goes into every checkpoint, beside the input position
+
+    Ctrl-C or SIGTERM ends the step under way, saves, and raises KeyboardInterrupt; run again, it goes on to the same
+    bits as if it had never stopped. Raises `Diverged` when the loss is not finite.
+    """
+    share: dict[str, Any] = {"cache_dir": cache, "rank": jax.process_index(), "ranks": jax.process_count()}
+    batches = stage.data.batches(tokenizer, "train", seed=seed, **share)
+    validation = stage.data.evaluation(tokenizer, "validation", rows=stage.evaluate_rows, **share)
+    optimizer = stage.optimizer.build(stage.steps)
+    learning_rate = stage.optimizer.learning_rate(stage.steps)
+    objective = functools.partial(stage.objective, model.apply)
+    step = make_step(objective, optimizer, stage.accumulate, stage.ema)
+    evaluate = jax.jit(lambda params, batch: objective(params, batch, None))
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(folder, keep=stage.keep))
+        stack.callback(batches.close)
+        create = functools.partial(_create, stage, model, optimizer, seed)
+        if checkpoints.steps():
+            restored = checkpoints.restore(jax.eval_shape(create))
+            if restored.extra["tokenizer"] != tokenizer.fingerprint:
+                raise UserError(f"tokenizer: the checkpoint in {folder} was trained with another one; restore that one")
+            state = restored.state
+            batches.restore(restored.extra["input"])
+        else:
+            state = jax.jit(create)() if start is None else jax.jit(create)(start())
+        done = int(state.step)
+        records.resume(name, done)
+
+        def save(state: State, done: int, loss: float | None) -> None:
+            extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint, "input": batches.state()}
+            checkpoints.save(done, state, extra, loss)
+
+        def check(done: int, metrics: dict[str, float]) -> None:
+            if not math.isfinite(metrics["loss"]):
+                checkpoints.wait()
+                last = checkpoints.latest_step()
+                good = f"the last good checkpoint is step {last} in {folder}" if last else "no checkpoint was saved yet"
+                raise Diverged(
+                    f"{name}: the loss became {metrics['loss']} at step {done}; {good}. "
+                    f"Try a lower {name}.optimizer.peak, a longer warmup or a smaller clip"
+                )
+
+        def show(state: State, done: int) -> float:
+            total = _sum(evaluate(state.best, sharding.global_array(batch, model.rules)) for batch in validation)
+            losses = _divide(total)
+            records.log(done, name, **{f"validation_{key}": value for key, value in losses.items()})
+            display.evaluation(done, losses["loss"])
+            if sample is not None:
+                for prompt in stage.prompts:
+                    text = sample(state.best, prompt)
+                    records.text(done, f"{name}/sample", prompt + text)
+                    display.sample(done, prompt, text)
+            return losses["loss"]
+
+        if done >= stage.steps:
+            return state.best
+        stop = stack.enter_context(_stop_signals())
+        tokens = stage.data.batch * stage.data.length
+        flops = model.config.flops(stage.data.length)
+        display = stack.enter_context(Display(name, stage.steps, tokens, flops, done))
+        pending: tuple[int, Metrics] | None = None
+
+        def report() -> None:
+            """Fetch the metrics of an earlier step, while the device works on a later one."""
+            if pending is not None:
+                values = _divide(pending[1])
+                check(pending[0], values)
+                rate = np.asarray(learning_rate(pending[0] - 1)).item()
+                records.log(pending[0], name, **values, learning_rate=rate)
+                display.update(pending[0], **values)
+
+        while done < stage.steps:
+            batch = sharding.global_array(next(batches), model.rules)
+            state, metrics = step(state, batch)
+            done += 1
+            report()
+            pending = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
+            evaluating = done % stage.evaluate_every == 0 or done == stage.steps
+            saving = done % stage.save_every == 0 or done == stage.steps or stop.is_set
+            if evaluating or saving:
+                report()
+                pending = None
+                check(done, _divide(metrics))
+            loss = show(state, done) if evaluating else None
+            if saving:
+                save(state, done, loss)
+            if stop.is_set and done < stage.steps:
+                checkpoints.wait()
+                display.note(f"stopped and saved at step {done}")
+                raise KeyboardInterrupt
+        checkpoints.wait()
+        return state.best
+
+
+def _create(stage: Stage, model: Any, optimizer: Any, seed: int, params: Params | None = None) -> State:
+    key, init_key = jax.random.split(jax.random.key(seed))
+    if params is None:
+        where = model.rules("batch", "sequence")
+        tokens = jnp.zeros((stage.data.batch, stage.data.length), jnp.int32, out_sharding=where)
+        params = model.init(init_key, tokens)["params"]
+    return train_state.create(params, optimizer, key, stage.ema is not None)
+
+
+def _sum(metrics: Iterator[Metrics]) -> Metrics:
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), metrics)
+
+
+def _divide(metrics: Metrics) -> dict[str, float]:
+    fetched = jax.device_get(metrics)
+    return {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in fetched.items()}
+
+
+class _Stop:
+    """Set by the first Ctrl-C or SIGTERM; a second Ctrl-C interrupts at once."""
+
+    is_set = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's business
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

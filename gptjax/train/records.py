@@ -1,0 +1,188 @@
+"""Records of a run: metrics.jsonl and TensorBoard files always, Weights & Biases when asked.
+
+    records = Records("runs/small")
+    records.resume("pretrain", 1000)  # the step of the checkpoint that is gone on from
+    records.log(1001, "pretrain", loss=3.2, rate=3e-4)
+    records.text(1001, "pretrain/sample", "Once upon a time")
+
+The lines of runs/small/metrics.jsonl are
+
+    {"step": 1001, "stage": "pretrain", "time": 1767225600.0, "loss": 3.2, "rate": 0.0003}
+
+and runs/small/tensorboard/STAGE/ has the same as curves. Record a step before its checkpoint is saved: then each
+step is there once, whenever the run was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self, SupportsFloat
+
+import jax
+
+from gptjax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class WandB:
+    """Weights & Biases, besides the files. A run that is resumed goes on under the same id."""
+
+    project: str = "gptjax"
+    """Project to log to."""
+    entity: str | None = None
+    """User or team; none: your default one."""
+    name: str | None = None
+    """Name of the run; none: that of its folder."""
+    group: str | None = None
+    """Group of runs to show together."""
+    tags: tuple[str, ...] = ()
+    """Tags to find it by."""
+
+
+class Records:
+    """Writes what a run measures into `folder`, from the first process of a job; on others every call does nothing.
+
+    config: the resolved configuration, for Weights & Biases to show.
+    Raises UserError when `wandb` is asked for and not installed, and whenever the folder can't be written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], wandb: WandB | None = None, config: dict | None = None):
+        self.folder = Path(folder)
+        self._writes = jax.process_index() == 0
+        self._boards: dict[str, Any] = {}
+        self._resumed: dict[str, int] = {}
+        self._wandb = None
+        if self._writes:
+            self._path = self.folder / "metrics.jsonl"
+            with _writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _keep(self._path, lambda _: True)
+            self._wandb = _start_wandb(wandb, self.folder, config) if wandb else None
+            with _writing(self.folder):
+                self._file = self._path.open("ab", buffering=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def resume(self, stage: str, step: int) -> None:
+        """A stage goes on from this step: forgets what was recorded of it later, which will be recorded again."""
+        if self._writes:
+            with _writing(self.folder):
+                self._file.close()
+                _keep(self._path, lambda line: line["stage"] != stage or line["step"] <= step)
+                self._file = self._path.open("ab", buffering=0)
+            self._resumed[stage] = step
+            if stage in self._boards:
+                self._boards.pop(stage).close()
+
+    def log(self, step: int, stage: str, **values: SupportsFloat) -> None:
+        """Numbers measured at this step of a stage, also arrays of one. What isn't finite becomes null in the file."""
+        if self._writes:
+            numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+            finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+            with _writing(self.folder):
+                self._write(step, stage, finite)
+                for name, value in numbers.items():
+                    self._board(stage).add_scalar(name, value, step)
+            self._log_wandb(step, stage, numbers)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text of this step, such as a sample of what the model writes. Its name is "STAGE/WHAT"."""
+        if self._writes:
+            stage, _, what = name.rpartition("/")
+            with _writing(self.folder):
+                self._write(step, stage, {what: text})
+                self._board(stage).add_text(what, f"```\n{text}\n```", step)
+            self._log_wandb(step, stage, {what: text})
+
+    def close(self) -> None:
+        if self._writes:
+            self._file.close()
+            for board in self._boards.values():
+                board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    def _write(self, step: int, stage: str, values: dict[str, Any]) -> None:
+        line = {"step": int(step), "stage": stage, "time": round(time.time(), 3), **values}
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        if self._file.write(data) < len(data):  # unbuffered, so that a line is one system call
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _log_wandb(self, step: int, stage: str, values: dict[str, Any]) -> None:
+        if self._wandb is not None:  # each stage counts its own steps, and W&B's own counter can't go back on a resume
+            self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._wandb.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}})
+
+    def _board(self, stage: str) -> Any:
+        """TensorBoard's writer of a stage: one folder each, as `purge_step` is for a whole folder."""
+        if stage not in self._boards:
+            from tensorboardX import SummaryWriter
+
+            purge = self._resumed[stage] + 1 if stage in self._resumed else None
+            folder = str(self.folder / "tensorboard" / stage)
+            suffix = f".{time.time_ns()}"  # its own names differ by the second: a quick resume would overwrite
+            self._boards[stage] = SummaryWriter(folder, purge_step=purge, flush_secs=10, filename_suffix=suffix)
+        return self._boards[stage]
+
+
+def read(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, in the order of writing; a line cut short by a kill is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"records: can't write to {folder} ({reason}); free some space or make it writable") from error
+
+
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrites the file with the whole lines that are wanted; a kill meanwhile leaves the old file or the new one."""
+    if path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{json.dumps(line)}\n" for line in read(path.parent) if wanted(line)))
+        os.replace(temporary, path)
+
+
+def _start_wandb(config: WandB, folder: Path, run_config: dict | None) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError("wandb: got WandB(...), but it is not installed; pip install 'gptjax[wandb]'") from error
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        identity.write_text(secrets.token_hex(4))
+    return wandb.init(
+        project=config.project,
+        entity=config.entity,
+        name=config.name or folder.resolve().name,
+        group=config.group,
+        tags=list(config.tags),
+        config=run_config,
+        id=identity.read_text(),
+        resume="allow",
+        dir=str(folder),
+    )

@@ -1,0 +1,65 @@
+"""The training step: gradient of the objective, accumulated, averaged, applied. One jitted function with donated state,
+the same on one CPU, a GPU box and a TPU pod."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from gptjax.train.state import State
+from gptjax.types import Array, Batch, Key, Metrics, Objective, Params
+
+
+def make_step(
+    objective: Objective, optimizer: optax.GradientTransformation, accumulate: int = 1, ema: float | None = None
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """A function (state, batch) -> (state, metrics); the state passed in is donated.
+
+    accumulate  the batch goes through in this many parts, one after the other; the gradient is that of the whole
+    ema         decay of the parameter average, which must then be in the state
+
+    The loss is a weighted sum, and sums add up: the gradient is divided by the total weight once, at the end, so parts
+    with different numbers of counted tokens need no care.
+    """
+
+    def gradient(params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
+        def loss(params: Params) -> tuple[Array, Metrics]:
+            metrics = objective(params, batch, key)
+            return metrics["loss"][0], metrics
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def accumulated(params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
+        parts = jax.tree.map(lambda x: _split(x, accumulate), batch)
+        keys = jax.random.split(key, accumulate)
+        first = gradient(params, jax.tree.map(lambda x: x[0], parts), keys[0])
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+        return lax.scan(add, first, (jax.tree.map(lambda x: x[1:], parts), keys[1:]))[0]
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, metrics = (accumulated if accumulate > 1 else gradient)(state.params, batch, key)
+        weight = jnp.maximum(metrics["loss"][1], 1e-8)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.ema
+        if ema is not None:
+            change = 1 - ema
+            average = jax.tree.map(lambda a, p: a + change * (p - a), average, params)
+        metrics = metrics | {"gradient_norm": (optax.global_norm(grads), jnp.ones(()))}
+        return State(state.step + 1, params, opt_state, state.key, average), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _split(x: Array, parts: int) -> Array:
+    """[B, T] -> [parts, B / parts, T]. Part i takes every parts-th row, so that a sharded batch stays where it is."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
