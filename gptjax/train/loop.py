@@ -68,7 +68,7 @@ class Stage:
 
 
 class Diverged(RuntimeError):
-    """The loss is not a number any more."""
+    """The loss, or its gradient, is not a finite number any more."""
 
 
 Sampler = Callable[[Params, str], str]
@@ -85,7 +85,7 @@ def train(
     *,
     cache: Path,
     seed: int = 0,
-    start: Callable[[], Params] | None = None,
+    start: Callable[[Params], Params] | None = None,
     sample: Sampler | None = None,
     description: dict[str, Any] | None = None,
 ) -> Params:
@@ -94,12 +94,13 @@ def train(
     model        `gptjax.nn.Transformer` with its sharding rules; the mesh is the current one (`sharding.use`)
     folder       where the checkpoints lie
     cache        where tokenised text is kept
-    start        gives the parameters to begin from, another stage's say; none: they are initialised from `seed`
+    start        gives the parameters to begin from, another stage's say, placed as the abstract ones that it is given;
+                 none: they are initialised from `seed`
     sample       shows what the model writes
     description  goes into every checkpoint, beside the input position
 
     Ctrl-C or SIGTERM ends the step under way, saves, and raises KeyboardInterrupt; run again, it goes on to the same
-    bits as if it had never stopped. Raises `Diverged` when the loss is not finite.
+    bits as if it had never stopped. Raises `Diverged` when the loss is not finite; what is not finite is never saved.
     """
     share: dict[str, Any] = {"cache_dir": cache, "rank": jax.process_index(), "ranks": jax.process_count()}
     batches = stage.data.batches(tokenizer, "train", seed=seed, **share)
@@ -114,14 +115,15 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(folder, keep=stage.keep))
         stack.callback(batches.close)
         create = functools.partial(_create, stage, model, optimizer, seed)
+        abstract = jax.eval_shape(create)
         if checkpoints.steps():
-            restored = checkpoints.restore(jax.eval_shape(create))
+            restored = checkpoints.restore(abstract)
             if restored.extra["tokenizer"] != tokenizer.fingerprint:
                 raise UserError(f"tokenizer: the checkpoint in {folder} was trained with another one; restore that one")
             state = restored.state
             batches.restore(restored.extra["input"])
         else:
-            state = jax.jit(create)() if start is None else jax.jit(create)(start())
+            state = jax.jit(create)() if start is None else jax.jit(create)(start(abstract.params))
         done = int(state.step)
         records.resume(name, done)
 
@@ -129,27 +131,29 @@ def train(
             extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint, "input": batches.state()}
             checkpoints.save(done, state, extra, loss)
 
-        def check(done: int, metrics: dict[str, float]) -> None:
-            if not math.isfinite(metrics["loss"]):
-                checkpoints.wait()
+        def check(done: int, values: dict[str, float]) -> None:
+            wrong = [what for what, value in values.items() if not math.isfinite(value)]
+            if wrong:
+                what = "loss" if "loss" in wrong else wrong[0]
                 last = checkpoints.latest_step()
                 good = f"the last good checkpoint is step {last} in {folder}" if last else "no checkpoint was saved yet"
                 raise Diverged(
-                    f"{name}: the loss became {metrics['loss']} at step {done}; {good}. "
+                    f"{name}: the {what} became {values[what]} at step {done}; {good}. "
                     f"Try a lower {name}.optimizer.peak, a longer warmup or a smaller clip"
                 )
 
         def show(state: State, done: int) -> float:
             total = _sum(evaluate(state.best, sharding.global_array(batch, model.rules)) for batch in validation)
-            losses = _divide(total)
-            records.log(done, name, **{f"validation_{key}": value for key, value in losses.items()})
-            display.evaluation(done, losses["loss"])
+            losses = {f"validation_{key}": value for key, value in _divide(total).items()}
+            check(done, losses)
+            records.log(done, name, **losses)
+            display.evaluation(done, losses["validation_loss"])
             if sample is not None:
                 for prompt in stage.prompts:
                     text = sample(state.best, prompt)
                     records.text(done, f"{name}/sample", prompt + text)
                     display.sample(done, prompt, text)
-            return losses["loss"]
+            return losses["validation_loss"]
 
         if done >= stage.steps:
             return state.best
@@ -174,8 +178,9 @@ def train(
             done += 1
             report()
             pending = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
+            stopping = stop.is_set  # asked once a step: a signal may come at any moment
             evaluating = done % stage.evaluate_every == 0 or done == stage.steps
-            saving = done % stage.save_every == 0 or done == stage.steps or stop.is_set
+            saving = done % stage.save_every == 0 or done == stage.steps or stopping
             if evaluating or saving:
                 report()
                 pending = None
@@ -183,7 +188,7 @@ def train(
             loss = show(state, done) if evaluating else None
             if saving:
                 save(state, done, loss)
-            if stop.is_set and done < stage.steps:
+            if stopping and done < stage.steps:
                 checkpoints.wait()
                 display.note(f"stopped and saved at step {done}")
                 raise KeyboardInterrupt

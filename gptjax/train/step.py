@@ -54,7 +54,7 @@ def make_step(
         if ema is not None:
             change = 1 - ema
             average = jax.tree.map(lambda a, p: a + change * (p - a), average, params)
-        metrics = metrics | {"gradient_norm": (optax.global_norm(grads), jnp.ones(()))}
+        metrics = metrics | {"gradient_norm": (optax.tree.norm(grads), jnp.ones(()))}
         return State(state.step + 1, params, opt_state, state.key, average), metrics
 
     return jax.jit(step, donate_argnums=0)

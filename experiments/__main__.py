@@ -1,0 +1,162 @@
+"""The launcher: `python -m experiments NAME [options] [overrides]` trains the experiment of that name, and the same
+command again goes on where it stopped.
+
+python -m experiments                                   the experiments there are
+python -m experiments quickstart                        train it in runs/quickstart, or go on
+python -m experiments quickstart --help                 what it is and everything that can be overridden
+python -m experiments quickstart --model.layers 12 --out runs/deep
+python -m experiments quickstart --print                show the configuration and stop
+python -m experiments path/to/mine.py                   an experiment outside this folder, in runs/mine
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+# Nothing heavy up here: listing the experiments and --help must not wait for jax.
+
+FOLDER = Path(__file__).parent
+PROGRAM = "python -m experiments"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0 done, 1 the training diverged, 2 a mistake in the input, 130
+    interrupted, or what the experiment's `run` returned."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{__doc__}\n{_listing()}" if arguments else _listing())
+        return 0
+    name, *rest = arguments
+    if not name.endswith(".py") and name not in _names():
+        near = difflib.get_close_matches(name, _names())
+        hint = f"the nearest: {', '.join(near)}" if near else f"there are: {', '.join(_names())}"
+        return _fail(f"no experiment {name!r}; {hint}; or give the path of a .py file")
+    if name.endswith(".py") and not Path(name).is_file():
+        return _fail(f"no file {name!r}; give the path of an experiment, or one of: {', '.join(_names())}")
+
+    from gptjax import host
+
+    host.prepare()
+    from gptjax.types import UserError
+
+    try:
+        return _launch(name, rest)
+    except (UserError, argparse.ArgumentError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: {PROGRAM} {shlex.join(arguments)}", file=sys.stderr)
+        return 130
+
+
+def _launch(name: str, arguments: list[str]) -> int:
+    from gptjax.configuration import override
+
+    parser = _options(name)
+    options, overrides = parser.parse_known_args(arguments)
+    module = _load(name)
+    description = (
+        f"{(module.__doc__ or '').strip()}\n\n{parser.format_help().strip()}\n\nEvery value of the experiment:"
+    )
+    experiment = override(module.experiment, overrides, f"{PROGRAM} {name}", description)
+    if options.print:
+        from rich.pretty import pretty_repr
+
+        print(pretty_repr(experiment, max_width=100))
+        return 0
+    if options.distributed:
+        import jax
+
+        jax.distributed.initialize()
+    from gptjax.train.loop import Diverged
+
+    try:
+        return experiment.run(options.out, accept_changes=options.accept_changes) or 0
+    except Diverged as error:
+        return _fail(str(error), code=1)
+
+
+def _options(name: str) -> argparse.ArgumentParser:
+    """The launcher's own options; whatever else is on the command line is an override."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs") / Path(name).stem,
+        metavar="FOLDER",
+        help="the run folder, made new or gone on with (default: %(default)s)",
+    )
+    parser.add_argument("--print", action="store_true", help="show the configuration, overrides applied, and stop")
+    parser.add_argument(
+        "--accept_changes",
+        "--accept-changes",
+        action="store_true",
+        help="go on in a run folder that was made with another configuration",
+    )
+    parser.add_argument(
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        default=_several_hosts(),
+        help="be one of several hosts: jax.distributed.initialize(); the default where JAX_COORDINATOR_ADDRESS is set "
+        "or TPU_WORKER_HOSTNAMES names several; say it on SLURM, Open MPI and TPU VMs that set neither",
+    )
+    return parser
+
+
+def _several_hosts() -> bool:
+    return "JAX_COORDINATOR_ADDRESS" in os.environ or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def _load(name: str) -> ModuleType:
+    """The experiment's module, imported as Python itself would: its classes have names that a saved configuration can
+    give and another program can import."""
+    from gptjax.types import UserError
+
+    path = Path(name).resolve()
+    if not name.endswith(".py"):
+        module = importlib.import_module(f"experiments.{name}")
+    elif path.parent == FOLDER.resolve():
+        module = importlib.import_module(f"experiments.{path.stem}")
+    else:
+        if not path.stem.isidentifier():
+            raise UserError(f"{name}: {path.stem!r} cannot be the name of a Python module; rename the file")
+        sys.path.insert(0, str(path.parent))
+        module = importlib.import_module(path.stem)
+        if Path(module.__file__ or "").resolve() != path:
+            raise UserError(f"{name}: there is another module named {path.stem!r}; rename the file")
+    if not hasattr(module, "experiment"):
+        raise UserError(f"{name}: defines no `experiment`; add `experiment = Experiment(...)` to the file")
+    return module
+
+
+def _names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
+
+
+def _listing() -> str:
+    width = max(map(len, _names()), default=0)
+    lines = [f"  {name:{width}}  {_headline(FOLDER / f'{name}.py')}" for name in _names()]
+    return "\n".join([f"Experiments; {PROGRAM} NAME runs one, {PROGRAM} NAME --help tells about it:", *lines])
+
+
+def _headline(path: Path) -> str:
+    """First line of a file's docstring, without importing the file."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""GPT-2 small (124M) on C4, the published recipe, for 8 or more accelerators: `python -m experiments gpt2_124m`.
+
+C4 must have been prepared once with `tfds` as ArrayRecord files (`--pretrain.data.source.data_dir` says where), and
+GPT-2's tokenizer is downloaded, or read from the folder that `--tokenizer.path` names. 50,000 steps of 512 x 1,024
+tokens are 26 billion tokens. Published for this size and recipe on OpenWebText: a validation loss of about 2.85
+(nanoGPT). Not run here to its end; the step compiles for one device and for meshes. With the parameters shared out:
+
+    python -m experiments gpt2_124m --mesh.data 1 --mesh.fsdp -1
+"""
+
+from gptjax import data, objectives, optim
+from gptjax.experiment import Experiment, Stage
+from gptjax.nn import GELU, LayerNorm, LearnedPositions, TransformerConfig
+
+experiment = Experiment(
+    model=TransformerConfig(
+        vocab=50_304,  # GPT-2's 50,257, and a round number for the hardware
+        layers=12,
+        width=768,
+        heads=12,
+        positions=LearnedPositions(1_024),
+        norm=LayerNorm(),
+        mlp=GELU(),
+        bias=True,
+        remat="dots_with_no_batch_dims_saveable",
+        dtype="bfloat16",
+    ),
+    tokenizer=data.LoadTokenizer("gpt2"),
+    stages={
+        "pretrain": Stage(
+            data=data.Pretrain(data.TFDS("c4/en"), length=1_024, batch=512),
+            objective=objectives.NextToken(),
+            optimizer=optim.AdamW(
+                peak=6e-4,
+                schedule=optim.Cosine(warmup=2_000, floor=0.1),
+                weight_decay=0.1,
+                no_decay=("scale", "bias"),
+                b2=0.95,
+                clip=1.0,
+            ),
+            steps=50_000,
+            evaluate_every=1_000,
+            evaluate_rows=5_120,
+            save_every=1_000,
+            prompts=("The meaning of life is",),
+        )
+    },
+)

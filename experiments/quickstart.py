@@ -1,0 +1,39 @@
+"""From raw text to a model you can talk to, on a laptop: `python -m experiments quickstart`.
+
+Reads the documentation that comes with every Python (no network), trains a tokenizer and a small GPT on it, teaches it
+to answer questions, measures it on documentation it has not seen, and leaves runs/quickstart:
+
+    python -m experiments quickstart
+    gptjax chat runs/quickstart
+"""
+
+from gptjax import data, evals, objectives, optim
+from gptjax.experiment import Experiment, Stage
+from gptjax.nn import TransformerConfig
+
+experiment = Experiment(
+    model=TransformerConfig(vocab=4_096, layers=4, width=192, heads=6),
+    tokenizer=data.TrainSentencePiece(vocab=4_096),
+    stages={
+        "pretrain": Stage(
+            data=data.Pretrain(data.PyDocs(), length=256, batch=16),
+            objective=objectives.NextToken(),
+            optimizer=optim.AdamW(peak=3e-3, schedule=optim.Cosine(warmup=100), weight_decay=0.1),
+            steps=1_500,
+            evaluate_every=150,
+            save_every=150,
+            prompts=("# textwrap.dedent",),
+            evaluations=(evals.BitsPerByte(data.PyDocs()),),
+        ),
+        "chat": Stage(
+            data=data.Chat(data.PyDocsChat(), length=256, batch=16),
+            objective=objectives.NextToken(),
+            optimizer=optim.AdamW(peak=1e-3, schedule=optim.Cosine(warmup=50), weight_decay=0.1),
+            steps=400,
+            evaluate_every=100,
+            save_every=100,
+            prompts=("What does textwrap.dedent do?",),
+            evaluations=(evals.Answers(data.PyDocsChat()),),
+        ),
+    },
+)

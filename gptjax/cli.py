@@ -1,0 +1,327 @@
+"""The command line: `gptjax chat | generate | eval | tokenizer train | tokenizer report`; each has --help."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+# Nothing heavier up here: --help must not wait for jax.
+if TYPE_CHECKING:
+    from gptjax.data.chat import Message
+    from gptjax.language_model import LanguageModel
+
+Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
+
+app = tyro.extras.SubcommandApp()
+tokenizer = tyro.extras.SubcommandApp()
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How the next token is drawn; filters apply in this order, after the repetition penalty."""
+
+    temperature: float = 0.8
+    """Above 1 bolder, below 1 safer; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = 0.95
+    """Draw from the fewest likeliest tokens that hold this much of the probability."""
+    min_p: float | None = None
+    """Draw from tokens at least this fraction as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens of the prompt and of the text so far less likely."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    stop: tuple[str, ...] = ()
+    """Texts to stop before."""
+    max_tokens: int | None = None
+    """Longest text; none: 256, or what the model's context leaves."""
+
+    def options(self) -> dict[str, Any]:
+        """For `LanguageModel.stream` and its like."""
+        from gptjax.inference import Sampling
+
+        fields = dataclasses.asdict(self)
+        sampling = {field.name: fields.pop(field.name) for field in dataclasses.fields(Sampling)}
+        return {**fields, "sampling": Sampling(**sampling)}
+
+
+@app.command
+def generate(
+    path: Model,
+    prompt: str | None = None,
+    samples: int = 1,
+    drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing(),
+) -> None:
+    """Write on after a prompt, showing the text as it comes.
+
+    Args:
+        path: A run folder, or one written by LanguageModel.save.
+        prompt: What to go on from; none: standard input.
+        samples: How many texts to write.
+    """
+    options = drawing.options()
+    text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
+    model = _load(path)
+    if samples == 1:
+        _show(model.stream(text, **options))
+        return
+    for i, completion in enumerate(model.generate(text, samples=samples, **options)):
+        print(f"--- {i + 1} ---\n{completion.text}")
+
+
+@app.command
+def chat(
+    path: Model,
+    system: str | None = None,
+    drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing(),
+) -> None:
+    """Talk with a model, a line at a time. Ctrl-C stops an answer, Ctrl-D leaves; /help lists what else there is.
+
+    Args:
+        path: A run folder, or one written by LanguageModel.save.
+        system: A text that says how the model should behave.
+    """
+    options = drawing.options()
+    model = _load(path)
+    Chat(model, system, options).run()
+
+
+COMMANDS = """\
+/reset          begin a new conversation
+/system TEXT    begin a new one with this system prompt; without a text, with none
+/save FILE      add the conversation to a .jsonl file, to look at or to train on
+/help           this list
+/quit           leave, as Ctrl-D does"""
+
+
+class Chat:
+    """A conversation in a terminal; or over a pipe, where each line is a message and only the answers are printed."""
+
+    def __init__(self, model: LanguageModel, system: str | None, options: dict[str, Any]):
+        self.model, self.options = model, options
+        self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.reset(system)
+
+    def reset(self, system: str | None) -> None:
+        from gptjax.data.chat import Message
+
+        self.system = system
+        self.messages: list[Message] = [Message("system", system)] if system else []
+        self.left_out = 0
+
+    def run(self) -> None:
+        """Until the end of the input."""
+        if self.terminal:
+            with contextlib.suppress(ImportError):  # absent on Windows
+                import readline  # noqa: F401  (gives input() editing and history)
+            print("Type a message, or /help. Ctrl-C stops an answer, Ctrl-D leaves.\n")
+        while True:
+            try:
+                line = input("> " if self.terminal else "").strip()
+            except EOFError:
+                if self.terminal:
+                    print()
+                return
+            except KeyboardInterrupt:
+                if not self.terminal:
+                    raise
+                print("\n(Ctrl-D leaves)")
+                continue
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                self.command(line)
+            elif line:
+                self.say(line)
+
+    def say(self, text: str) -> None:
+        """Sends a message and shows the answer."""
+        from gptjax.data.chat import Message
+        from gptjax.types import UserError
+
+        messages = [*self.messages, Message("user", text)]
+        try:
+            _, left_out = self.model.trim(messages, self.options["max_tokens"])
+            if left_out > self.left_out:
+                note(f"the oldest {left_out} messages no longer fit the model's context and are left out")
+            options = {**self.options, "seed": self.options["seed"] + len(messages)}
+            answer = _show(self.model.stream_chat(messages, **options))
+        except UserError as error:
+            note(str(error))
+            return
+        self.left_out = left_out
+        self.messages = [*messages, Message("assistant", answer)]
+        if self.terminal:
+            print()
+
+    def command(self, line: str) -> None:
+        """Obeys a line that begins with a slash."""
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if name == "/help":
+            print(COMMANDS)
+        elif name == "/reset":
+            self.reset(self.system)
+            note("a new conversation")
+        elif name == "/system":
+            self.reset(argument or None)
+            note("a new conversation, " + ("with this system prompt" if argument else "without a system prompt"))
+        elif name == "/save" and argument:
+            self.save(Path(argument).expanduser())
+        else:
+            note(f"no command {line!r}; there are:\n{COMMANDS}")
+
+    def save(self, path: Path) -> None:
+        """Adds a line that `data.ChatJsonl` reads."""
+        content = {"messages": [dataclasses.asdict(message) for message in self.messages]}
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(content, ensure_ascii=False) + "\n")
+        except OSError as error:
+            note(f"not saved: {error}")
+        else:
+            note(f"{len(self.messages)} messages added to {path}")
+
+
+@app.command(name="eval")
+def evaluate(path: Model, text: str | None = None) -> None:
+    """Measure a model: bits per byte beside `xz -9`'s, on a text or on what its experiment names.
+
+    Args:
+        path: A run folder, or one written by LanguageModel.save.
+        text: A text file to measure on; none: the evaluations of the run's stages.
+    """
+    from gptjax.data import Text
+    from gptjax.evals import BitsPerByte
+
+    model = _load(path)
+    if text is not None:
+        evaluations = [BitsPerByte(Text(text, validation=0.0), split="train", length=model.context or 256)]
+    else:
+        evaluations = _evaluations(path)
+    for evaluation in evaluations:
+        result = evaluation(model)
+        print(f"# {result.title}\n\n{result.markdown}\n")
+
+
+@tokenizer.command
+def train(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "unigram"] = "bpe") -> None:
+    """Train a SentencePiece tokenizer that gives every text back exactly.
+
+    Args:
+        files: Text files, or globs; each file is a document.
+        out: The folder to write; it must not exist.
+        vocab: Ids in all: special tokens, 256 bytes and learned pieces.
+        kind: How the pieces are chosen; bpe trains much faster.
+    """
+    from gptjax.data import TrainSentencePiece
+    from gptjax.types import UserError
+
+    if out.exists():
+        raise UserError(f"out: got {out}, which exists already; choose another folder")
+    trained = TrainSentencePiece(vocab, kind).build(_documents(files))
+    trained.save(out)
+    print(f"{trained.vocab:,} ids in {out}")
+
+
+@tokenizer.command
+def report(path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")], files: Files) -> None:
+    """Say what a tokenizer makes of some text: bytes per token, fallback to bytes, speed.
+
+    Args:
+        path: What load_tokenizer takes: a folder, a file, or a published name such as gpt2.
+        files: Text files, or globs; each file is a document.
+    """
+    from gptjax.data.tokenizers import load_tokenizer
+    from gptjax.data.tokenizers import report as measure
+
+    print(measure(load_tokenizer(path), _documents(files)))
+
+
+app.command(tokenizer, name="tokenizer", help="Train a tokenizer, or say what one makes of some text.")
+
+
+def _documents(files: Sequence[str]) -> Generator[str]:
+    from gptjax.data import Text
+
+    for file in files:
+        yield from Text(file, validation=0.0).documents("train")
+
+
+def _evaluations(path: Path) -> list[Any]:
+    from gptjax.configuration import from_json
+    from gptjax.types import UserError
+
+    experiment = json.loads((path / "config.json").read_text()).get("experiment")
+    evaluations = [e for s in experiment["stages"].values() for e in s["evaluations"]] if experiment else []
+    if not evaluations:
+        raise UserError(f"text: got none, and {path} names no evaluation; give a text file with --text")
+    return [from_json(evaluation) for evaluation in evaluations]
+
+
+def _load(path: Path) -> LanguageModel:
+    from gptjax.language_model import load
+
+    return load(path)
+
+
+def _show(pieces: Generator[str, None, Any]) -> str:
+    """Prints the pieces as they come, until they end or Ctrl-C. Returns what was printed."""
+    shown = []
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            shown.append(piece)
+    except KeyboardInterrupt:
+        pieces.close()
+    print(flush=True)
+    return "".join(shown)
+
+
+def note(text: str) -> None:
+    """Says something that is not the model's."""
+    print(f"({text})", file=sys.stderr, flush=True)
+
+
+def prepare_environment() -> None:
+    """Settings that jax reads when it is imported: compiled programs are kept on disk, so that the next time starts at
+    once. A variable that is already set wins."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "gptjax" / "compilation"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0 done, 2 a mistake in the input, 130 interrupted."""
+    prepare_environment()
+    try:
+        app.cli(prog="gptjax", description=__doc__, args=arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `gptjax generate ... | head` has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UnicodeDecodeError:
+        print("error: standard input: got bytes that are not UTF-8, must be text", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        from gptjax.types import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Evaluations: objects that take a language model and return a `Result`."""
+
+from gptjax.evals.answers import Answers
+from gptjax.evals.bits_per_byte import BitsPerByte
+from gptjax.evals.result import Result
+
+__all__ = ["Answers", "BitsPerByte", "Result"]

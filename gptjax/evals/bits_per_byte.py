@@ -1,0 +1,113 @@
+"""Bits per byte on held-out text, beside what `xz -9` needs for the same bytes.
+
+A language model is a compressor: an arithmetic coder driven by it spends -log2 p(token) bits on each token. Counted by
+the bytes of the text, the figure compares models with different tokenizers, and with a compressor that anyone has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import lzma
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.evals.result import Result
+from gptjax.kernels.cross_entropy import cross_entropy
+from gptjax.nn import Transformer, TransformerConfig
+from gptjax.types import Array, Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class BitsPerByte:
+    """An evaluation: `evaluate(language_model) -> Result`."""
+
+    source: Any
+    """Where the text comes from: any source of `gptjax.data`."""
+    split: str = "validation"
+    """Which part of it."""
+    documents: int | None = None
+    """How many documents; none: all."""
+    length: int = 256
+    """Context length, tokens."""
+
+    def __call__(self, model: Any) -> Result:
+        documents = list(itertools.islice(self.source.documents(self.split), self.documents))
+        nats, tokens = negative_log_likelihood(model.config, model.params, model.tokenizer, documents, self.length)
+        text = [document.encode() for document in documents]
+        size = sum(map(len, text))
+        if size == 0:
+            raise UserError(f"source: {self.source} has no text in its {self.split} split to evaluate on")
+        xz = 8 * len(lzma.compress(b"\n".join(text), preset=9)) / size
+        bits = nats / math.log(2) / size
+        values = {
+            "bits_per_byte": bits,
+            "xz_bits_per_byte": xz,
+            "nats_per_token": nats / tokens,
+            "bytes": size,
+            "tokens": tokens,
+            "documents": len(documents),
+        }
+        verdict = "better" if bits < xz else "worse"
+        markdown = (
+            f"**{bits:.3f} bits per byte** on {len(documents):,} held-out documents "
+            f"({size:,} bytes, {tokens:,} tokens); `xz -9` needs {xz:.3f} for the same bytes: "
+            f"the model is the {verdict} compressor."
+        )
+        return Result("Held-out text", values, markdown)
+
+
+def negative_log_likelihood(
+    config: TransformerConfig, params: Params, tokenizer: Any, documents: Iterable[str], length: int, batch: int = 16
+) -> tuple[float, int]:
+    """Total nats that the model spends on the documents, and the number of tokens counted.
+
+    Every token of every document is counted once, its end mark included, each document by itself. One that is longer
+    than `length` is read through overlapping windows: all but its first tokens have at least length / 2 of context.
+    """
+    limit = config.positions.limit
+    length = min(length, limit) if limit else length
+    windows = [w for ids in tokenizer.encode_batch(documents) for w in _windows(_framed(ids, tokenizer), length)]
+    windows.sort(key=lambda w: len(w[0]))
+    total = 0.0
+    for rows in (windows[i : i + batch] for i in range(0, len(windows), batch)):
+        # A few sizes for the compiler, not one for every length.
+        size = min(length, max(16, 2 ** math.ceil(math.log2(len(rows[-1][0])))))
+        tokens, targets = np.zeros((2, batch, size), np.int32)
+        weights = np.zeros((batch, size), np.float32)
+        for row, (ids, new) in enumerate(rows):
+            n = len(ids) - 1
+            tokens[row, :n], targets[row, :n] = ids[:-1], ids[1:]
+            weights[row, n - new : n] = 1
+        total += float(_nats(Transformer(config), params, tokens, targets, weights))
+    return total, sum(new for _, new in windows)
+
+
+def _framed(ids: list[int], tokenizer: Any) -> list[int]:
+    """A document with the marks that training put around it."""
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    end = [] if tokenizer.end is None else [tokenizer.end]
+    return [*bos, *ids, *end]
+
+
+def _windows(ids: list[int], length: int) -> Iterator[tuple[list[int], int]]:
+    """(ids, how many of the last ones are new): windows of at most length + 1 ids, half a window apart."""
+    if len(ids) > 1:
+        first = ids[: length + 1]
+        yield first, len(first) - 1
+    for end in range(length + 1, len(ids), stride := max(length // 2, 1)):
+        new = ids[end : end + stride]
+        yield ids[max(end + len(new) - length - 1, 0) : end + len(new)], len(new)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nats(model: Transformer, params: Params, tokens: Array, targets: Array, weights: Array) -> Array:
+    logits, _ = model.apply({"params": params}, tokens)
+    nll, _ = cross_entropy(logits, targets)
+    return jnp.sum(nll * weights)

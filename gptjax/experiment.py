@@ -1,0 +1,282 @@
+"""Experiment: model, tokenizer and training stages put together as data; run it, stop it, run it again.
+
+An experiment is a Python file with `experiment = Experiment(...)`; `python -m experiments NAME` runs it in a folder:
+
+    runs/NAME/  config.json         what it is, resolved, with package versions
+                tokenizer/
+                checkpoints/STAGE/  Orbax: state and input position
+                metrics.jsonl  tensorboard/
+                report/             report.md, curves as PNG, results of the evaluations
+
+`gptjax chat runs/NAME` and `gptjax.load("runs/NAME")` need nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+
+from gptjax import report, sharding
+from gptjax.configuration import differences, from_json, to_json
+from gptjax.data.files import cache_dir
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.evals.result import Result
+from gptjax.inference.generate import generate
+from gptjax.inference.sampling import Sampling
+from gptjax.language_model import LanguageModel
+from gptjax.nn import Transformer, TransformerConfig
+from gptjax.sharding import STANDARD, Mesh, Rules
+from gptjax.train import manifest
+from gptjax.train.checkpoint import Checkpoints
+from gptjax.train.loop import Stage, train
+from gptjax.train.records import Records
+from gptjax.types import Params, UserError
+
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+"""How samples are drawn during training."""
+PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that decides what a run does."""
+
+    model: TransformerConfig
+    """The model."""
+    tokenizer: Any
+    """How text becomes tokens: `data.TrainSentencePiece`, `data.LoadTokenizer`, ..."""
+    stages: dict[str, Stage]
+    """The training runs, in order; each goes on from the parameters of the one before."""
+    mesh: Mesh = Mesh()
+    """How the devices are arranged."""
+    rules: Rules = STANDARD
+    """Which axes of the arrays lie on which axes of the mesh."""
+    seed: int = 0
+    """Of initialisation, data order and dropout."""
+    records: Any = None
+    """Where else metrics go, such as `WandB()`; none: metrics.jsonl and TensorBoard files alone."""
+
+    def __post_init__(self):
+        if not self.stages:
+            raise UserError("stages: got none, must be at least one")
+        limit = self.model.positions.limit
+        for name, stage in self.stages.items():
+            if limit is not None and stage.data.length > limit:
+                raise UserError(
+                    f"{name}.data.length: got {stage.data.length}, must be at most {limit}, "
+                    "which is all that model.positions can tell apart"
+                )
+
+    def check(self, devices: int) -> None:
+        """Raises UserError, naming the field, where the experiment does not fit that many devices."""
+        sizes = self.mesh.sizes(devices)
+        axes = [
+            ("embed", "model.width", self.model.width),
+            ("heads", "model.heads", self.model.heads),
+            ("kv_heads", "model.kv_heads", self.model.K),
+            ("ffn", "model.hidden", self.model.F),
+            ("vocab", "model.vocab", self.model.vocab),
+            *(("batch", f"{name}.data.batch", s.data.batch // s.accumulate) for name, s in self.stages.items()),
+        ]
+        for axis, field, size in axes:
+            parts = self.rules.parts(axis, sizes)
+            if size % parts:
+                raise UserError(f"{field}: got {size}, must be a multiple of {parts}, the parts that mesh cuts it into")
+
+    def run(self, folder: str | Path, accept_changes: bool = False) -> int:
+        """Train every stage, or go on where the folder's run stopped; evaluate; write the report.
+
+        Run again, it does what is left to do, to the same bits as if it had never been stopped. A folder that was made
+        with another configuration is refused with the differences, unless `accept_changes`. Returns 0.
+        """
+        folder = Path(folder).absolute()
+        console = Console(stderr=False)
+        self.check(jax.device_count())
+        changed = self._claim(folder, accept_changes)
+        for line in changed:
+            console.print(f"changed: {line}", highlight=False)
+        tokenizer = self._tokenizer(folder, console)
+        self._check_prompts(tokenizer)
+        cache = cache_dir() / "tokens"
+        mesh = self.mesh.make()
+        model = Transformer(self.model, self.rules if mesh.size > 1 else Rules())
+        one_process = jax.process_count() == 1
+        results: dict[str, list[Result]] = {}
+        with Records(folder, self.records, to_json(self)) as records:
+            before: Path | None = None
+            for name, stage in self.stages.items():
+                checkpoints = folder / "checkpoints" / name
+                if manifest.fault(epath.Path(checkpoints / str(stage.steps))):  # not there, or not as it was written
+                    (folder / "report" / f"{name}.json").unlink(missing_ok=True)
+                    with sharding.use(mesh):
+                        train(
+                            stage,
+                            name,
+                            model,
+                            tokenizer,
+                            checkpoints,
+                            records,
+                            cache=cache,
+                            seed=self.seed,
+                            start=None if before is None else functools.partial(_params, before),
+                            sample=functools.partial(_sample, self.model, stage, tokenizer) if one_process else None,
+                            description={"configuration": to_json(self)},
+                        )
+                before = checkpoints
+                results[name] = self._evaluate(folder, name, stage, tokenizer, console)
+        if jax.process_index() == 0:
+            report.write(folder, results)
+            console.print(f"\n[bold]Done.[/bold] The report: {_short(folder / 'report' / 'report.md')}\n\nNow try:")
+            console.print(f"  gptjax chat {_short(folder)}", highlight=False)
+            console.print(f'  gptjax generate {_short(folder)} --prompt "..."', highlight=False)
+        return 0
+
+    def _claim(self, folder: Path, accept_changes: bool) -> list[str]:
+        """Make the folder this experiment's. Returns how it differs from the configuration that was there."""
+        path = folder / "config.json"
+        changed = []
+        if path.exists():
+            try:
+                before = from_json(json.loads(path.read_text())["experiment"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: is damaged ({error}); restore it, or choose another --out") from error
+            changed = differences(before, self)
+            if changed and not accept_changes:
+                raise UserError(
+                    f"{folder} was made with another configuration: {'; '.join(changed)}. "
+                    "Go on all the same with --accept_changes, or choose another folder with --out"
+                )
+            if not changed:
+                return []
+        elif folder.exists() and any(found != _partial(path) for found in folder.iterdir()):
+            raise UserError(f"{folder} is not empty and not a run folder; choose another one with --out")
+        if jax.process_index() == 0:
+            content = {
+                "experiment": to_json(self),
+                "versions": {package: _version(package) for package in PACKAGES},
+                "python": sys.version.split()[0],
+                "git": _git_revision(),
+            }
+            _write(path, json.dumps(content, indent=2) + "\n")
+        return changed
+
+    def _tokenizer(self, folder: Path, console: Console) -> Tokenizer:
+        """The run's tokenizer: the one in its folder, or built now from the first stage's training text."""
+        path = folder / "tokenizer"
+        if path.exists():
+            tokenizer = load_tokenizer(path)
+        else:
+            with console.status("building the tokenizer ..."):
+                first = next(iter(self.stages.values()))
+                tokenizer = self.tokenizer.build(_texts(first.data.source))
+            if jax.process_index() == 0:
+                partial = _partial(path)
+                shutil.rmtree(partial, ignore_errors=True)
+                tokenizer.save(partial)
+                partial.rename(path)
+            console.print(f"tokenizer: {tokenizer.vocab:,} tokens")
+        if tokenizer.vocab > self.model.vocab:
+            raise UserError(
+                f"model.vocab: got {self.model.vocab}, but the tokenizer has {tokenizer.vocab} ids; "
+                f"set --model.vocab {tokenizer.vocab}"
+            )
+        return tokenizer
+
+    def _check_prompts(self, tokenizer: Tokenizer) -> None:
+        limit = self.model.positions.limit or sys.maxsize
+        for name, stage in self.stages.items():
+            for prompt in stage.prompts:
+                size = len(stage.data.prompt(tokenizer, prompt))
+                if not 0 < size < limit:
+                    raise UserError(
+                        f"{name}.prompts: got {prompt!r} of {size} tokens, must be at least 1 "
+                        "and fewer than model.positions can tell apart"
+                    )
+
+    def _evaluate(self, folder: Path, name: str, stage: Stage, tokenizer: Tokenizer, console: Console) -> list[Result]:
+        """The results of a stage's evaluations: those in the folder, or found now."""
+        path = folder / "report" / f"{name}.json"
+        if path.exists():
+            return [Result(**result) for result in json.loads(path.read_text())]
+        if not stage.evaluations:
+            return []
+        model = LanguageModel(self.model, _params(folder / "checkpoints" / name), tokenizer)
+        results = []
+        for evaluation in stage.evaluations:
+            with console.status(f"{name}: evaluating {type(evaluation).__name__} ..."):
+                results.append(evaluation(model))
+            values = ", ".join(f"{key} {value:.6g}" for key, value in results[-1].values.items())
+            console.print(f"{name}: {results[-1].title}: {values}")
+        if jax.process_index() == 0:
+            _write(path, json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
+        return results
+
+
+def _params(checkpoints: Path, abstract: Params | None = None) -> Params:
+    """The newest parameters in a folder of checkpoints, the averaged ones if there are, placed as the abstract ones."""
+    with Checkpoints(checkpoints) as saved:
+        return saved.restore_params(ema=True, abstract_params=abstract).state
+
+
+def _sample(config: TransformerConfig, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
+    """A short text after `prompt`, with parameters that are in the middle of training. Written on one device."""
+    ids = stage.data.prompt(tokenizer, prompt)
+    length = min(64, (config.positions.limit or sys.maxsize) - len(ids))
+    with jax.set_mesh(None):
+        done = generate(Transformer(config), jax.device_get(params), tokenizer, [ids], length, SAMPLING)
+    return done[0].text
+
+
+def _texts(source: Any) -> Iterator[str]:
+    """The training text of a source, a conversation's messages one by one."""
+    for document in source.documents("train"):
+        yield from [document] if isinstance(document, str) else (message.content for message in document)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The commit of the working directory, with "+" when there are changes; None outside git."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _partial(path).write_text(text)
+    os.replace(_partial(path), path)
+
+
+def _partial(path: Path) -> Path:
+    """What is to become `path` once it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def _short(path: Path) -> str:
+    """The path as one would type it here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

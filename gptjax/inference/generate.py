@@ -1,0 +1,286 @@
+"""Text from a model: one pass over the prompts fills a cache, then one jitted loop reads and draws a token at a time.
+
+    completions = generate(model, params, tokenizer, [tokenizer.encode("Once upon")], max_tokens=100, seed=1)
+    for piece in stream(model, params, tokenizer, prompt): print(piece, end="")
+
+What a row says depends on its own prompt and seed, not on the rows beside it, nor on how the work is cut into chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.inference.sampling import Sampling, sample
+from gptjax.inference.text import Finish, Row
+from gptjax.nn import Cache, Transformer, make_cache, unstack
+from gptjax.types import Array, Key, Params, UserError
+
+DEFAULT_TOKENS = 256
+"""The longest text when nothing is said."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What the model wrote after a prompt."""
+
+    text: str
+    """Without special tokens, and without the stop string."""
+    ids: tuple[int, ...]
+    """The tokens drawn, down to the special token or the end of the stop string that ended the text."""
+    logprobs: tuple[float, ...]
+    """Of each of `ids`, in nats, under the model itself: before temperature, filters and penalty."""
+    finish: Finish
+    """Why it ended: "stop" or "length"."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """B rows being written. They fill the same slots: shorter prompts are padded on the left."""
+
+    tokens: Array
+    """int32 [B, S+1]: the prompt, then what was drawn. The token to read next is in slot `cache.length`."""
+    logprobs: Array
+    """float32 [B, S+1]: of the tokens that were drawn."""
+    positions: Array
+    """int32 [B]: the place in its own text of the token to read next."""
+    keys: Key
+    """[B]: each row's own."""
+    seen: Array | None
+    """bool [B, V]: the tokens that are in the row; None when nobody asks."""
+    cache: Cache
+    """S slots."""
+
+
+@functools.partial(jax.jit, static_argnames=("model", "samples", "size", "seen"))
+def prefill(
+    model: Transformer, params: Params, tokens: Array, lengths: Array, seeds: Array, samples: int, size: int, seen: int
+) -> State:
+    """Reads all but the last token of P prompts into a cache of `size` slots, and repeats each for its samples.
+
+    tokens int32 [P, T], of which the last `lengths` int32 [P] are the prompts; seeds uint32 [P]; `seen` is the
+    vocabulary when seen tokens are to be kept, else 0. Returns P * samples rows.
+    """
+    P, T = tokens.shape
+    positions = jnp.arange(T) - (T - lengths[:, None])
+    real = positions >= 0
+    inputs = [x[:, :-1] for x in (tokens, jnp.maximum(positions, 0), real.astype(jnp.int32))]
+    # Nobody uses these logits, so the compiler drops the head, the largest product of all.
+    _, cache = model.apply({"params": params}, *inputs, make_cache(model.config, P, size, model.rules))
+    state = State(
+        tokens=jnp.zeros((P, size + 1), jnp.int32).at[:, :T].set(tokens),
+        logprobs=jnp.zeros((P, size + 1), jnp.float32),
+        positions=lengths - 1,
+        keys=jax.vmap(jax.random.key)(seeds),
+        seen=jnp.zeros((P, seen), bool).at[jnp.arange(P)[:, None], tokens].max(real) if seen else None,
+        cache=cast(Cache, cache),
+    )
+    state = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x, state)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, jnp.arange(P * samples) % samples)
+    return dataclasses.replace(state, keys=keys)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "vocab"), donate_argnames="state")
+def decode(
+    model: Transformer,
+    params: Params,
+    state: State,
+    until: Array | int,
+    done: Array | np.ndarray,
+    ends: Array | np.ndarray,
+    sampling: Sampling,
+    vocab: int,
+) -> State:
+    """Reads and draws until `until` slots are read, or all rows are done: `done` bool [B], and those that drew one of
+    `ends` int32 [n]. Tokens from `vocab` on are never drawn: models pad their vocabulary."""
+    B = state.tokens.shape[0]
+
+    def going(carry: tuple[State, Array]) -> Array:
+        state, done = carry
+        return (state.cache.length < until) & ~done.all()
+
+    def step(carry: tuple[State, Array]) -> tuple[State, Array]:
+        state, done = carry
+        slot = state.cache.length
+        token = jax.lax.dynamic_slice_in_dim(state.tokens, slot, 1, axis=1)
+        real = jnp.ones_like(token)
+        logits, cache = model.apply({"params": params}, token, state.positions[:, None], real, state.cache)
+        logits = logits[:, 0, :vocab].astype(jnp.float32)
+        drawn = sample(logits, jax.vmap(jax.random.fold_in)(state.keys, state.positions), sampling, state.seen)
+        logprob = jnp.take_along_axis(logits, drawn[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        state = State(
+            tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, drawn[:, None], slot + 1, axis=1),
+            logprobs=jax.lax.dynamic_update_slice_in_dim(state.logprobs, logprob[:, None], slot + 1, axis=1),
+            positions=state.positions + 1,
+            keys=state.keys,
+            seen=None if state.seen is None else state.seen.at[jnp.arange(B), drawn].set(True),
+            cache=cast(Cache, cache),
+        )
+        return state, done | (drawn[:, None] == ends).any(-1)
+
+    return jax.lax.while_loop(going, step, (state, jnp.asarray(done)))[0]
+
+
+def generate(
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int | None = None,
+    sampling: Sampling = Sampling(),
+    samples: int = 1,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    batch: int = 32,
+) -> list[Completion]:
+    """`samples` completions of each prompt (token ids), those of one prompt side by side.
+
+    A text ends at any special token, before the first of the `stop` strings, or after `max_tokens` (None: 256, or what
+    the model's positions leave). Prompt i is written with the seed `seed + i`. `batch` is how many rows are written at
+    a time: it changes speed and memory only. Raises UserError for a prompt that is empty, has tokens that the model
+    doesn't know, or doesn't fit its positions.
+    """
+    if samples < 1:
+        raise UserError(f"samples: got {samples}, must be at least 1")
+    rooms = [_room(model, prompt, max_tokens) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the least padding
+    rows: list[list[Row]] = [[] for _ in prompts]
+    step = max(batch // samples, 1)
+    for start in range(0, len(order), step):
+        group = order[start : start + step]
+        for i in group:
+            rows[i] = _rows(tokenizer, rooms[i], stop, samples)
+        steps = (lambda: 16) if stop else (lambda: 1 << 30)  # the device can't see stop strings
+        run = _run(
+            model,
+            params,
+            tokenizer,
+            [prompts[i] for i in group],
+            [seed + i for i in group],
+            [row for i in group for row in rows[i]],
+            sampling,
+            steps,
+        )
+        for _ in run:
+            pass
+    return [_completion(row) for group in rows for row in group]
+
+
+def stream(
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    max_tokens: int | None = None,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> Generator[str, None, Completion]:
+    """The text that `generate` gives for this prompt, in pieces as it is written; returns its Completion.
+
+    A piece never cuts a character in two, and what may be the beginning of a stop string waits until it is not.
+    """
+    rows = _rows(tokenizer, _room(model, prompt, max_tokens), stop, samples=1)
+    shown = 0
+    for _ in _run(model, params, tokenizer, [prompt], [seed], rows, sampling, _Pace()):
+        safe = rows[0].safe
+        if len(safe) > shown:
+            yield safe[shown:]
+            shown = len(safe)
+    return _completion(rows[0])
+
+
+def _run(
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    rows: Sequence[Row],
+    sampling: Sampling,
+    steps: Callable[[], int],
+) -> Iterator[None]:
+    """Writes the rows, equally many for each prompt, until all are finished, stopping every `steps()` tokens."""
+    longest = max(row.max_tokens for row in rows)
+    T = round_up(max(map(len, prompts)))
+    size = round_up(T + longest)
+    tokens = np.zeros((len(prompts), T), np.int32)
+    for line, prompt in zip(tokens, prompts, strict=True):
+        line[T - len(prompt) :] = prompt
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    vocab = min(tokenizer.vocab, model.config.vocab)
+    ends = np.asarray(sorted(set(tokenizer.specials.values())), np.int32)
+    # Layer by layer: slices of stacked parameters would be copied again at every token.
+    params = {**params, "blocks": unstack(params["blocks"])}
+    seeded = np.asarray(seeds, np.int64).astype(np.uint32)
+    seen = vocab if sampling.penalizes else 0
+    state = prefill(model, params, tokens, lengths, seeded, len(rows) // len(prompts), size, seen)
+    written = 0
+    while not all(row.finish for row in rows):
+        done = np.asarray([row.finish is not None for row in rows])
+        until = T - 1 + min(written + steps(), longest)
+        state = decode(model, params, state, until, done, ends, sampling, vocab)
+        drawn, logprobs, end = jax.device_get((state.tokens, state.logprobs, state.cache.length))
+        new = slice(T + written, int(end) + 1)
+        for row, ids, values in zip(rows, drawn[:, new].tolist(), logprobs[:, new].tolist(), strict=True):
+            row.extend(ids, values)
+        written = new.stop - T
+        yield
+
+
+class _Pace:
+    """How many tokens to write before showing them: as many as take about 30 ms, so that text flows and the device
+    seldom waits for the host."""
+
+    def __init__(self):
+        self.steps, self.last = 1, time.perf_counter()
+
+    def __call__(self) -> int:
+        now = time.perf_counter()
+        self.steps = min(self.steps * 2, 16) if now - self.last < 0.03 else max(self.steps // 2, 1)
+        self.last = now
+        return self.steps
+
+
+def round_up(n: int) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, 256, ...: few sizes to compile for, and at most half too large."""
+    step = 2 ** max((n - 1).bit_length() - 2, 4)
+    return max(math.ceil(n / step) * step, 32)
+
+
+def _rows(tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], samples: int) -> list[Row]:
+    if isinstance(stop, str) or not all(stop):
+        raise UserError(f"stop: got {stop!r}, must be a sequence of strings, none of them empty")
+    return [Row(tokenizer, max_tokens, stop) for _ in range(samples)]
+
+
+def _room(model: Transformer, prompt: Sequence[int], max_tokens: int | None) -> int:
+    """How many tokens to write after this prompt."""
+    vocab, limit = model.config.vocab, model.config.positions.limit
+    if not len(prompt):
+        raise UserError("prompt: got no tokens, must have at least one")
+    if not 0 <= min(prompt) <= max(prompt) < vocab:
+        raise UserError(f"prompt: got tokens {min(prompt)} to {max(prompt)}, must be 0 to {vocab - 1} for this model")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens: got {max_tokens}, must be at least 1")
+    if limit is not None and len(prompt) + (max_tokens or 1) > limit:
+        raise UserError(
+            f"max_tokens: got {max_tokens or 1} after a prompt of {len(prompt)} tokens, must be at most "
+            f"{max(limit - len(prompt), 0)}: the model has {limit} positions; shorten the prompt or the answer"
+        )
+    return max_tokens or min(DEFAULT_TOKENS, DEFAULT_TOKENS if limit is None else limit - len(prompt))
+
+
+def _completion(row: Row) -> Completion:
+    assert row.finish is not None
+    return Completion(row.text, tuple(row.ids), tuple(row.logprobs), row.finish)

@@ -1,0 +1,54 @@
+"""From token ids, as they are drawn, to text that is safe to show, and to the place where it ends."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from gptjax.data.tokenizers import Tokenizer
+
+Finish = Literal["stop", "length"]
+"""Why a text ended: at a special token or a stop string, or at its maximum length."""
+
+
+class Row:
+    """One text being written. Its state depends on the ids alone, not on how many came at a time."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str]):
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.text = ""
+        self.finish: Finish | None = None
+        self.max_tokens = max_tokens
+        self._tokenizer = tokenizer
+        self._ends = frozenset(tokenizer.specials.values())
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character until it is whole
+
+    def extend(self, ids: Iterable[int], logprobs: Iterable[float]) -> None:
+        """Takes the ids drawn next, up to the one that ends the text."""
+        for token, logprob in zip(ids, logprobs, strict=True):
+            if self.finish is not None:
+                return
+            self.ids.append(token)
+            self.logprobs.append(logprob)
+            if token in self._ends:
+                self.finish = "stop"
+                return
+            self.text += self._decoder.decode(self._tokenizer.decode_bytes([token]))
+            found = [(at + len(s), at) for s in self._stop if (at := self.text.find(s)) >= 0]
+            if found:
+                # The first to be complete, as if the text had come a character at a time.
+                self.text = self.text[: min(found)[1]]
+                self.finish = "stop"
+            elif len(self.ids) == self.max_tokens:
+                self.finish = "length"
+
+    @property
+    def safe(self) -> str:
+        """The part of the text that no later id can take back: without what may be the beginning of a stop string."""
+        if self.finish is not None:
+            return self.text
+        held = max((n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        return self.text[: len(self.text) - held]

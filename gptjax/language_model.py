@@ -1,0 +1,301 @@
+"""A language model behind one door, and the door's key:
+
+lm = gptjax.load("runs/quickstart")
+lm.generate("Once upon", max_tokens=50, temperature=0.8)[0].text
+lm.chat([Message("user", "What does textwrap.dedent do?")]).content
+lm.save("somewhere/else")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.configuration import from_json, to_json
+from gptjax.data.chat import Message, conversation
+from gptjax.data.chat import prompt as chat_prompt
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
+from gptjax.inference.sampling import Sampling
+from gptjax.nn import Transformer, TransformerConfig, unstack
+from gptjax.train.checkpoint import Checkpoints
+from gptjax.types import Array, Params, UserError
+
+Messages = Iterable[Message | Mapping[str, Any]]
+"""Of `Message`s, or dicts with a "role" and a "content"."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A model, its parameters and its tokenizer. Raises UserError when they don't fit together.
+
+    Wherever a `sampling` is taken, its fields are too: `lm.generate("Hi", temperature=0)`.
+    """
+
+    config: TransformerConfig
+    """The model."""
+    params: Params = dataclasses.field(repr=False)
+    """Its parameters, as `Transformer(config).init` makes them."""
+    tokenizer: Tokenizer
+    """Its tokenizer."""
+    context: int | None = None
+    """Longest text that it was trained on, tokens; conversations are kept within."""
+
+    def __post_init__(self):
+        _check(self.config, self.params, self.tokenizer)
+
+    def logits(self, tokens: Array | np.ndarray | Sequence[Sequence[int]]) -> Array:
+        """tokens int [B, T] -> logits [B, T, V] of the token that follows each, in the compute dtype."""
+        ids = jnp.asarray(tokens, jnp.int32)
+        self._fits(ids.shape[-1])
+        return _logits(self._model, self.params, ids)
+
+    def logprobs(self, text: str | Sequence[int]) -> np.ndarray:
+        """The log-probability, nats, of each token given those before it: float32 [n - 1] for n token ids. A text's
+        first token counts too where the tokenizer has a mark for the start of a document."""
+        ids = self._begin(text) if isinstance(text, str) else list(text)
+        if len(ids) < 2:
+            return np.zeros(0, np.float32)
+        self._fits(len(ids))
+        size = min(round_up(len(ids)), self.config.positions.limit or sys.maxsize)
+        padded = np.zeros((1, size), np.int32)  # what follows changes nothing, and programs stay few
+        padded[0, : len(ids)] = ids
+        return np.asarray(_logprobs(self._model, self.params, padded))[0, : len(ids) - 1]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_tokens: int | None = None,
+        samples: int = 1,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        sampling: Sampling = Sampling(),
+        **fields: Any,
+    ) -> list[Completion]:
+        """How the model goes on after each prompt: `samples` completions of the first, then of the second, ... See
+        `gptjax.inference.generate`."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        sampling = dataclasses.replace(sampling, **fields)
+        ids = [self._begin(prompt) for prompt in prompts]
+        return generate(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, samples, seed, stop)
+
+    def stream(
+        self,
+        prompt: str,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        sampling: Sampling = Sampling(),
+        **fields: Any,
+    ) -> Generator[str, None, Completion]:
+        """The text of `generate`, in pieces as it is written. The generator's return value is the completion."""
+        sampling = dataclasses.replace(sampling, **fields)
+        ids = self._begin(prompt)
+        return stream(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop)
+
+    def chat(
+        self,
+        messages: Messages,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        sampling: Sampling = Sampling(),
+        **fields: Any,
+    ) -> Message:
+        """The assistant's answer. Messages that don't fit are left out as `trim` says."""
+        pieces = self.stream_chat(messages, max_tokens, seed, stop, sampling, **fields)
+        return Message("assistant", "".join(pieces))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        sampling: Sampling = Sampling(),
+        **fields: Any,
+    ) -> Generator[str, None, Completion]:
+        """The answer of `chat`, in pieces as it is written. The generator's return value is the completion."""
+        messages, _ = self.trim(messages, max_tokens)
+        sampling = dataclasses.replace(sampling, **fields)
+        ids = chat_prompt(messages, self.tokenizer)
+        if self._window is not None:
+            max_tokens = min(max_tokens or DEFAULT_TOKENS, self._window - len(ids))
+        return stream(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop)
+
+    def trim(self, messages: Messages, max_tokens: int | None = None) -> tuple[list[Message], int]:
+        """The messages that leave room for an answer of `max_tokens` (None: half of the context, at most 256), and how
+        many were left out: the oldest, but never a system message nor the last. Raises UserError if that won't do."""
+        kept = list(conversation(messages))
+        if not kept:
+            raise UserError("messages: got none, must be at least one")
+        total = len(kept)
+        window = self._window
+        if window is None:
+            return kept, 0
+        room = window - (max_tokens or min(DEFAULT_TOKENS, window // 2))
+        while (length := len(chat_prompt(kept, self.tokenizer))) > room:
+            oldest = next((i for i, message in enumerate(kept[:-1]) if message.role != "system"), None)
+            if oldest is None:
+                raise UserError(
+                    f"messages: got {length} tokens that can't be left out, must be at most {max(room, 0)} to leave "
+                    f"room for an answer in the model's context of {window}; shorten them or max_tokens"
+                )
+            del kept[oldest]
+            # An answer without its question would read as if nobody had asked.
+            while oldest < len(kept) - 1 and kept[oldest].role == "assistant":
+                del kept[oldest]
+        return kept, total - len(kept)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a folder that `load` reads: config.json, params.npz, tokenizer/. Raises UserError if there is one."""
+        path = Path(path).expanduser()
+        if path.exists():
+            raise UserError(f"path: got {path}, which exists already; choose another or delete it")
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        config = {"model": to_json(self.config), "context": self.context, "tokenizer": self.tokenizer.fingerprint}
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        arrays: dict[str, Any] = {name: np.asarray(x) for name, x in _flat(self.params).items()}
+        np.savez(partial / "params.npz", **arrays)
+        self.tokenizer.save(partial / "tokenizer")
+        partial.rename(path)
+
+    @property
+    def _model(self) -> Transformer:
+        return Transformer(self.config)
+
+    @functools.cached_property
+    def _layers(self) -> Params:
+        """The parameters, layer by layer, as decoding reads them."""
+        return {**self.params, "blocks": unstack(self.params["blocks"])}
+
+    @property
+    def _window(self) -> int | None:
+        return min((n for n in (self.config.positions.limit, self.context) if n is not None), default=None)
+
+    def _fits(self, length: int) -> None:
+        limit = self.config.positions.limit
+        if limit is not None and length > limit:
+            raise UserError(f"tokens: got {length}, must be at most {limit}, the positions this model has")
+
+    def _begin(self, text: str) -> list[int]:
+        """The ids of a document that begins with `text`."""
+        bos = self.tokenizer.bos
+        ids = [*([] if bos is None else [bos]), *self.tokenizer.encode(text)]
+        if not ids:
+            raise UserError("prompt: got an empty text, must have at least one character for this tokenizer")
+        return ids
+
+
+def load(path: str | Path) -> LanguageModel:
+    """The model in a folder: one written by `LanguageModel.save`, or a run's, at the newest checkpoint of the last
+    stage that has one. Raises UserError for anything else, and for files that are damaged or don't belong together."""
+    path = Path(path).expanduser()
+    file = path / "config.json"
+    if not file.is_file():
+        problem = "which has no config.json" if path.is_dir() else "which is not a folder"
+        raise UserError(f"path: got {path}, {problem}; must be a run folder or one written by LanguageModel.save")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"path: got {path}, whose config.json is damaged ({error}); restore it") from None
+    if "experiment" in config:
+        return _load_run(path, config["experiment"])
+    if "model" in config and "tokenizer" in config:
+        return _load_saved(path, config)
+    if "model_type" in config:
+        raise UserError(f"path: got {path}, a Hugging Face folder, which this version can't read; give a run folder")
+    raise UserError(f"path: got {path}, whose config.json is of another program; give a run folder")
+
+
+def _load_saved(path: Path, config: dict[str, Any]) -> LanguageModel:
+    model = from_json(config["model"])
+    tokenizer = _matching(path, config["tokenizer"])
+    try:
+        with np.load(path / "params.npz", allow_pickle=False) as file:
+            flat = {name: jnp.asarray(file[name]) for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
+    return LanguageModel(model, _nested(flat), tokenizer, config["context"])
+
+
+def _load_run(path: Path, experiment: dict[str, Any]) -> LanguageModel:
+    # Read as JSON, for the stages may have classes that only the experiment's own file defines.
+    model = from_json(experiment["model"])
+    for name, stage in reversed(experiment["stages"].items()):
+        with Checkpoints(path / "checkpoints" / name) as checkpoints:
+            if checkpoints.steps():
+                restored = checkpoints.restore_params(ema=True)
+                tokenizer = _matching(path, restored.extra["tokenizer"])
+                return LanguageModel(model, restored.state, tokenizer, stage["data"].get("length"))
+    raise UserError(f"path: got {path}, a run without a checkpoint yet; train it first")
+
+
+def _matching(path: Path, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(path / "tokenizer")
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(
+            f"path: got {path}, whose tokenizer is not the one the model was trained with; restore that one"
+        )
+    return tokenizer
+
+
+def _check(config: TransformerConfig, params: Params, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab > config.vocab:
+        raise UserError(
+            f"tokenizer: got one of {tokenizer.vocab} ids, must be at most {config.vocab}, the model's vocabulary; "
+            "use the tokenizer the model was trained with"
+        )
+    abstract = jax.eval_shape(Transformer(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    want = {name: x.shape for name, x in _flat(abstract["params"]).items()}
+    got = {name: x.shape for name, x in _flat(params).items()}
+    for name in sorted(want.keys() | got.keys()):
+        if want.get(name) != got.get(name):
+            raise UserError(
+                f"params: got {name} of shape {got.get(name, '(absent)')}, must be {want.get(name, '(absent)')} "
+                "for this model configuration"
+            )
+
+
+def _flat(params: Params) -> dict[str, Any]:
+    """Name, such as "blocks/attention/q" -> array."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _nested(flat: Mapping[str, Any]) -> Params:
+    """`_flat` undone."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[last] = leaf
+    return tree
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Transformer, params: Params, tokens: Array) -> Array:
+    return model.apply({"params": params}, tokens)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprobs(model: Transformer, params: Params, tokens: Array) -> Array:
+    """[B, T] -> [B, T-1]"""
+    logits = model.apply({"params": params}, tokens)[0][:, :-1].astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

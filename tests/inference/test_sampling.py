@@ -1,0 +1,123 @@
+"""The filters equal their definitions written out in numpy, and draws follow the distribution they leave."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.inference.sampling import Sampling, argmax, sample
+from gptjax.types import UserError
+
+V = 300
+SETTINGS = [
+    Sampling(),
+    Sampling(temperature=0.6),
+    Sampling(top_k=5),
+    Sampling(top_k=10_000, temperature=0.9),
+    Sampling(top_p=0.5),
+    Sampling(min_p=0.2),
+    Sampling(repetition_penalty=1.7, top_k=40),
+    Sampling(temperature=0.8, top_k=30, top_p=0.8, min_p=0.05, repetition_penalty=1.3),
+]
+
+
+def distribution(logits: np.ndarray, s: Sampling, seen: np.ndarray) -> np.ndarray:
+    """Probabilities [V] by the textbook: every filter in turn, over a full sort."""
+    x = logits.astype(np.float64)
+    x = np.where(seen, np.where(x < 0, x * s.repetition_penalty, x / s.repetition_penalty), x) / s.temperature
+    order = np.argsort(-x)
+    if s.top_k is not None:
+        x[order[s.top_k :]] = -np.inf
+    p = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+    if s.top_p is not None:
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= s.top_p]] = 0
+    if s.min_p is not None:
+        p[p < s.min_p * p.max()] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_follow_the_filtered_distribution(settings):
+    logits = np.random.default_rng(0).normal(size=V).astype(np.float32) * 2
+    seen = np.random.default_rng(1).random(V) < 0.3
+    want = distribution(logits, settings, seen)
+    n = 8_000
+    rows = jnp.broadcast_to(logits, (n, V)), jax.random.split(jax.random.key(0), n)
+    got = np.asarray(jax.jit(sample)(*rows, settings, jnp.broadcast_to(seen, (n, V))))
+    counts = np.bincount(got, minlength=V)
+    assert counts[want == 0].sum() == 0
+    common = want * n >= 5  # the rare ones are pooled: chi-square wants about five in each cell
+    expected = np.append(want[common], want[~common].sum()) * n
+    observed = np.append(counts[common], counts[~common].sum())
+    keep = expected > 0
+    chi2 = ((observed - expected)[keep] ** 2 / expected[keep]).sum()
+    freedom = max(keep.sum() - 1, 1)
+    assert chi2 < freedom + 5 * np.sqrt(2 * freedom)  # five standard deviations
+
+
+def test_the_nucleus_is_exact_at_its_edge_and_never_empty():
+    logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.125, 0.125]]))
+    keys = jax.random.split(jax.random.key(0), 200)
+    draw = jax.jit(sample)
+    for top_p, survivors in [(1e-6, {0}), (0.5, {0}), (0.51, {0, 1}), (0.75, {0, 1}), (0.76, {0, 1, 2, 3})]:
+        drawn = draw(jnp.repeat(logits, 200, 0), keys, Sampling(top_p=top_p))
+        assert set(np.asarray(drawn).tolist()) == survivors, top_p
+
+
+def test_greedy_takes_the_first_largest_and_needs_no_randomness():
+    logits = jnp.asarray([[0.0, 3.0, 3.0], [-1.0, -2.0, -3.0]])
+    assert sample(logits, jax.random.split(jax.random.key(0)), Sampling(temperature=0)).tolist() == [1, 0]
+    assert argmax(jnp.full((1, 4), jnp.nan)).item() < 4
+    penalised = Sampling(temperature=0, repetition_penalty=4.0)
+    seen = jnp.asarray([[False, True, True], [True, False, False]])
+    assert sample(logits, jax.random.split(jax.random.key(0)), penalised, seen).tolist() == [1, 1]
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    logits = jax.random.normal(jax.random.key(0), (6, V))
+    keys = jax.random.split(jax.random.key(1), 6)
+    draw = jax.jit(sample)
+    together = draw(logits, keys, Sampling(top_p=0.9))
+    alone = [draw(logits[i : i + 1], keys[i : i + 1], Sampling(top_p=0.9)).item() for i in range(6)]
+    assert together.tolist() == alone
+
+
+def test_tokens_of_no_probability_are_never_drawn():
+    logits = jnp.full((400, 257), -jnp.inf).at[:, 200].set(0.0).at[:, 131].set(-1.0)
+    drawn = jax.jit(sample)(logits, jax.random.split(jax.random.key(0), 400), Sampling())
+    assert set(np.asarray(drawn).tolist()) == {131, 200}
+
+
+def test_values_are_data_and_the_fields_in_use_are_structure():
+    traces = []
+
+    @jax.jit
+    def draw(settings):
+        traces.append(settings)
+        return sample(jnp.zeros((1, 8)), jax.random.split(jax.random.key(0), 1), settings)
+
+    for settings in [Sampling(temperature=0.5), Sampling(temperature=0.7), Sampling(temperature=2.0)]:
+        draw(settings)
+    assert len(traces) == 1
+    draw(Sampling(temperature=0))
+    draw(Sampling(temperature=0.5, top_p=0.9))
+    assert len(traces) == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_k", 1.5),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0),
+    ],
+)
+def test_bad_settings_name_the_field(field, value):
+    with pytest.raises(UserError, match=rf"^{field}: got {value}, must be "):
+        Sampling(**{field: value})

@@ -1,0 +1,316 @@
+"""Laws of an experiment: what is done is not done again, and neither a mistake nor a kill spoils what is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import __main__ as launcher
+from gptjax import data, evals, optim
+from gptjax.configuration import from_json
+from gptjax.experiment import Experiment, Stage
+from gptjax.nn import LearnedPositions, TransformerConfig
+from gptjax.objectives import NextToken
+from gptjax.sharding import Mesh
+from gptjax.train import records
+from gptjax.train.checkpoint import Checkpoints
+from gptjax.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+LETTERS = "abcdefghijklmnopqrstuvwxyz ."
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """A source: documents of random letters."""
+
+    count: int = 20
+
+    def documents(self, split: str) -> Iterator[str]:
+        rng = np.random.default_rng([split == "train"])
+        yield LETTERS
+        for _ in range(self.count):
+            yield "".join(rng.choice(list(LETTERS), rng.integers(1, 40)))
+
+    def fingerprint(self) -> str:
+        return repr(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """A source of conversations."""
+
+    def documents(self, split: str) -> Iterator[tuple[data.Message, ...]]:
+        for i in range(10):
+            yield data.Message("user", "ab" * i + "?"), data.Message("assistant", "ba" * i + ".")
+
+    def questions(self, count: int) -> list[tuple[str, str]]:
+        return [("ab?", "ba.")] * count
+
+    def fingerprint(self) -> str:
+        return "sums"
+
+
+PRETRAIN = Stage(
+    data=data.Pretrain(Words(), length=32, batch=8),
+    objective=NextToken(),
+    optimizer=optim.AdamW(schedule=optim.Cosine(warmup=1)),
+    steps=4,
+    ema=0.5,
+    evaluate_every=100,
+    evaluate_rows=8,
+    save_every=2,
+    evaluations=(evals.BitsPerByte(Words(), documents=2, length=16),),
+)
+CHAT = dataclasses.replace(
+    PRETRAIN,
+    data=data.Chat(Sums(), length=32, batch=8),
+    evaluations=(evals.Answers(Sums(), count=1, max_tokens=4),),
+)
+EXPERIMENT = Experiment(
+    model=TransformerConfig(vocab=64, layers=2, width=16, heads=2, positions=LearnedPositions(64)),
+    tokenizer=data.TrainCharacters(),
+    stages={"pretrain": PRETRAIN, "chat": CHAT},
+    mesh=Mesh(data=2, fsdp=2, tensor=2),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Tokens are kept apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory) -> Path:
+    """The folder of a finished run; a test that changes it takes a copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert EXPERIMENT.run(folder) == 0
+    return folder
+
+
+def left(folder: Path) -> dict[str, bytes]:
+    """Every file of a run, but TensorBoard's."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def params(folder: Path, stage: str, ema: bool = True):
+    with Checkpoints(folder / "checkpoints" / stage) as checkpoints:
+        return jax.device_get(checkpoints.restore_params(ema=ema).state)
+
+
+def equal(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_the_folder_holds_all_of_a_run(finished):
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*")}
+    assert {"config.json", "metrics.jsonl", "tokenizer", "tensorboard/pretrain", "tensorboard/chat"} <= names
+    assert {f"checkpoints/{stage}/{step}" for stage in ("pretrain", "chat") for step in (2, 4)} <= names
+    assert {"report/report.md", "report/pretrain.png", "report/chat.png"} <= names
+    config = json.loads((finished / "config.json").read_text())
+    assert from_json(config["experiment"]) == EXPERIMENT
+    assert config["versions"]["jax"] == jax.__version__
+    assert [line["stage"] for line in records.read(finished) if "sample" in line] == ["pretrain", "chat"]
+
+
+def test_the_second_stage_begins_with_the_average_of_the_first(finished):
+    with Checkpoints(finished / "checkpoints/chat") as checkpoints:
+        first = checkpoints.restore_params(2).state  # after two steps of Adam, of at most its learning rate each
+    peak = CHAT.optimizer.peak
+    far = jax.tree.map(lambda a, b: np.abs(a - b).max(), params(finished, "pretrain"), first)
+    assert 0 < max(jax.tree.leaves(far)) < 4 * peak
+    untouched = params(finished, "pretrain", ema=False)
+    assert not equal(untouched, params(finished, "pretrain"))
+
+
+def test_what_is_done_is_not_done_again(finished, monkeypatch):
+    for name in ("train", "LanguageModel"):
+        monkeypatch.setattr(f"gptjax.experiment.{name}", None)
+    monkeypatch.setattr(Words, "documents", None)  # the text is not needed any more
+    before = left(finished)
+    assert EXPERIMENT.run(finished) == 0
+    assert left(finished) == before
+
+
+def test_a_damaged_end_of_a_stage_is_made_again(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    largest = max((folder / "checkpoints/pretrain/4").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert EXPERIMENT.run(folder) == 0
+    for stage in ("pretrain", "chat"):
+        assert equal(params(folder, stage), params(finished, stage))
+    assert left(folder)["report/report.md"] == left(finished)["report/report.md"]
+
+
+def test_another_configuration_is_refused_until_it_is_accepted(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text(f"from {__name__} import EXPERIMENT as experiment")
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = left(folder)
+    command = [str(tmp_path / "mine.py"), "--out", str(folder), "--chat.save_every", "77"]
+    assert launcher.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder} was made with another configuration: chat.save_every: 2 → 77. ")
+    assert error.count("\n") == 1
+    assert left(folder) == before
+    assert launcher.main([*command, "--accept_changes"]) == 0
+    assert "changed: chat.save_every: 2 → 77\n" in capsys.readouterr().out
+    assert launcher.main(command) == 0  # it is the folder's configuration now
+
+
+def stages(prompts: tuple[str, ...] = ("a",), accumulate: int = 1, **of_data) -> dict[str, Stage]:
+    source = dataclasses.replace(PRETRAIN.data, **of_data)
+    return {"x": dataclasses.replace(PRETRAIN, data=source, prompts=prompts, accumulate=accumulate)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": {}}, "stages: got none, must be at least one"),
+        ({"stages": stages(length=65)}, "x.data.length: got 65, must be at most 64"),
+        ({"stages": stages(batch=6)}, "x.data.batch: got 6, must be a multiple of 4"),
+        ({"stages": stages(accumulate=4)}, "x.data.batch: got 2, must be a multiple of 4"),
+        ({"stages": stages(prompts=("a" * 70,))}, "x.prompts: got 'aaa.*' of 71 tokens"),
+        ({"mesh": Mesh(data=3)}, "mesh: data 3 x fsdp 1 x tensor 1 does not fit 8 device"),
+        ({"mesh": Mesh(data=2, tensor=4)}, "model.heads: got 2, must be a multiple of 4"),
+        ({"model": TransformerConfig(63, 1, 16, 2)}, "model.vocab: got 63, must be a multiple of 2"),
+        ({"model": TransformerConfig(32, 1, 16, 2)}, "model.vocab: got 32, but the tokenizer has 34 ids"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_is_trained(change, message, tmp_path):
+    with pytest.raises(UserError, match=f"^{message}"):
+        dataclasses.replace(EXPERIMENT, **change).run(tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("accumulate", 3), ("ema", 1.0), ("steps", 0), ("save_every", 0)])
+def test_a_stage_that_cannot_be_is_refused(field, value):
+    with pytest.raises(UserError, match=f"^{field}: got {value}, must be "):
+        dataclasses.replace(PRETRAIN, **{field: value})
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty and not a run folder"):
+        EXPERIMENT.run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+DIVERGING = """
+import dataclasses
+from gptjax.train.loop import Diverged
+
+@dataclasses.dataclass(frozen=True)
+class Diverging:
+    def run(self, folder, accept_changes):
+        raise Diverged("pretrain: the loss became nan at step 7; the last good checkpoint is step 6")
+
+experiment = Diverging()
+"""
+
+
+def test_a_run_that_diverges_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "diverging.py").write_text(DIVERGING)
+    assert launcher.main([str(tmp_path / "diverging.py"), "--out", str(tmp_path / "run")]) == 1
+    message = "error: pretrain: the loss became nan at step 7; the last good checkpoint is step 6\n"
+    assert capsys.readouterr() == ("", message)
+
+
+TINY = """
+import dataclasses
+from gptjax import data, objectives, optim
+from gptjax.experiment import Experiment, Stage
+from gptjax.nn import TransformerConfig
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    first: int
+
+    def documents(self, split):
+        for i in range(200):
+            yield str(self.first + i * i)
+
+    def fingerprint(self):
+        return repr(self)
+
+stage = Stage(
+    data=data.Pretrain(Counting(1), length=16, batch=8),
+    objective=objectives.NextToken(),
+    optimizer=optim.AdamW(schedule=optim.Cosine(warmup=1)),
+    steps=12,
+    ema=0.9,
+    evaluate_every=4,
+    evaluate_rows=8,
+    save_every=1,
+    log_every=1,
+)
+mixed = data.Mix((Counting(2), Counting(3)), (2, 1))
+experiment = Experiment(
+    model=TransformerConfig(vocab=16, layers=2, width=16, heads=2, dropout=0.1),
+    tokenizer=data.TrainCharacters(specials=()),
+    stages={"one": stage, "two": dataclasses.replace(stage, data=data.Pretrain(mixed, length=16, batch=8))},
+)
+"""
+
+
+def test_kill_9_at_any_moment_changes_nothing(tmp_path):
+    """Killed three times, also amid the writing of a checkpoint, a run ends with the same bits as if left alone."""
+    (tmp_path / "tiny.py").write_text(TINY)
+    environment = {
+        **os.environ,
+        "GPTJAX_CACHE": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compilation"),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
+    }
+
+    def start(folder: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "experiments", str(tmp_path / "tiny.py"), "--out", str(folder)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+
+    def recorded(folder: Path) -> int:
+        return sum("loss" in line for line in records.read(folder))
+
+    def writing(folder: Path) -> bool:
+        return any("tmp" in path.name for path in folder.glob("checkpoints/*/*"))
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    alone = start(whole)
+    moments = sorted(random.sample(range(1, 22), 3))  # of 24 steps
+    for step in moments:
+        run = start(killed)
+        while run.poll() is None and not (recorded(killed) >= step and (step % 2 or writing(killed))):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.02))
+        run.kill()
+        assert run.wait() == -signal.SIGKILL, moments
+    assert start(killed).wait() == 0, moments
+    assert alone.wait() == 0
+
+    for stage in ("one", "two"):
+        assert equal(params(killed, stage), params(whole, stage)), moments
+        assert equal(params(killed, stage, ema=False), params(whole, stage, ema=False)), moments
+    lines = [[{**line, "time": 0} for line in records.read(folder)] for folder in (killed, whole)]
+    assert lines[0] == lines[1], moments
+    assert [line["step"] for line in lines[0] if "loss" in line] == [*range(1, 13), *range(1, 13)]

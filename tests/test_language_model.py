@@ -1,0 +1,132 @@
+"""A model goes to disk and comes back the same; what does not belong together is refused with one line."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.configuration import to_json
+from gptjax.data.chat import Message
+from gptjax.data.tokenizers.bytes import Bytes
+from gptjax.language_model import LanguageModel, load
+from gptjax.nn import LearnedPositions, Positions, RoPE, Transformer, TransformerConfig
+from gptjax.train.checkpoint import Checkpoints
+from gptjax.types import UserError
+
+TOKENIZER = Bytes().build(iter(()))
+
+
+def make(positions: Positions = RoPE(), context: int | None = None) -> LanguageModel:
+    config = TransformerConfig(vocab=264, layers=2, width=16, heads=2, positions=positions)
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    numpy = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(numpy.normal(0, 0.3, x.shape), jnp.float32), shapes)
+    return LanguageModel(config, params, TOKENIZER, context)
+
+
+LM = make()
+
+
+def test_saved_and_loaded_it_computes_the_same(tmp_path):
+    tokens = np.asarray([[1, 2, 3], [7, 8, 9]])
+    before = LM.logits(tokens)
+    assert before.shape == (2, 3, 264)
+    dataclasses.replace(LM, context=77).save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert loaded.config == LM.config
+    assert loaded.context == 77
+    assert loaded.tokenizer.fingerprint == TOKENIZER.fingerprint
+    np.testing.assert_array_equal(loaded.logits(tokens), before)
+    with pytest.raises(UserError, match=r"model, which exists already; "):
+        LM.save(tmp_path / "model")
+
+
+def test_logprobs_are_those_of_the_logits():
+    text = "a text, é"
+    ids = [TOKENIZER.bos, *TOKENIZER.encode(text)]
+    want = jax.nn.log_softmax(LM.logits([ids]))[0, np.arange(len(ids) - 1), jnp.asarray(ids[1:])]
+    np.testing.assert_allclose(LM.logprobs(text), want, atol=1e-5)
+    np.testing.assert_allclose(LM.logprobs(ids), want, atol=1e-5)
+    assert LM.logprobs("").shape == (0,)
+    with pytest.raises(UserError, match=r"^tokens: got 41, must be at most 40"):
+        make(LearnedPositions(40)).logprobs("x" * 40)
+
+
+def test_generated_logprobs_are_those_of_the_text():
+    (completion,) = LM.generate("hello", 12, temperature=0)
+    prompt = [TOKENIZER.bos, *TOKENIZER.encode("hello")]
+    ids = [*prompt, *completion.ids]
+    np.testing.assert_allclose(LM.logprobs(ids)[len(prompt) - 1 :], completion.logprobs, atol=0.05)
+    assert "".join(LM.stream("hello", 12, temperature=0)) == completion.text
+
+
+def test_chat_answers_after_the_assistant_marker():
+    messages = [{"role": "user", "content": "hello"}]
+    answer = LM.chat(messages, 12, temperature=0)
+    assert answer.role == "assistant"
+    assert answer.content == "".join(LM.stream_chat([Message("user", "hello")], 12, temperature=0))
+
+
+def test_long_conversations_lose_their_oldest_messages_but_not_the_system_message():
+    lm = dataclasses.replace(LM, context=60)  # every message costs its bytes and two markers
+    turns = [Message(role, f"{i}" * 8) for i in range(3) for role in ("user", "assistant")]
+    messages = [Message("system", "s"), *turns, Message("user", "last")]
+    kept, dropped = lm.trim(messages, max_tokens=20)
+    assert kept == [messages[0], *messages[5:]]
+    assert dropped == 4
+    assert lm.trim(messages, max_tokens=5) == ([messages[0], *messages[3:]], 2)
+    assert LM.trim(messages)[1] == 0
+    assert lm.chat(messages, max_tokens=20, temperature=0) == lm.chat(kept, max_tokens=20, temperature=0)
+    with pytest.raises(UserError, match=r"^messages: got 54 tokens that can't be left out, must be at most 30 "):
+        lm.trim([Message("user", "x" * 50)])
+    with pytest.raises(UserError, match=r"^messages: got none"):
+        lm.trim([])
+
+
+def test_a_run_folder_gives_its_last_trained_stage(tmp_path):
+    stage = {"data": {"length": 48}}
+    experiment = {"model": to_json(LM.config), "stages": {"pretrain": stage, "chat": stage}}
+    (tmp_path / "config.json").write_text(json.dumps({"experiment": experiment}))
+    TOKENIZER.save(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="a run without a checkpoint yet"):
+        load(tmp_path)
+    with Checkpoints(tmp_path / "checkpoints" / "pretrain") as checkpoints:
+        checkpoints.save(3, {"params": LM.params}, {"tokenizer": TOKENIZER.fingerprint})
+    lm = load(tmp_path)
+    assert lm.context == 48
+    jax.tree.map(np.testing.assert_array_equal, lm.params, LM.params)
+    other = jax.tree.map(lambda x: x + 1, LM.params)
+    with Checkpoints(tmp_path / "checkpoints" / "chat") as checkpoints:
+        checkpoints.save(5, {"params": other}, {"tokenizer": "another"})
+    with pytest.raises(UserError, match="whose tokenizer is not the one the model was trained with"):
+        load(tmp_path)
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^path: got .*nowhere, which is not a folder; must be a run folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"^path: got .*, which has no config.json"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="a Hugging Face folder"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"mod')
+    with pytest.raises(UserError, match=r"whose config.json is damaged"):
+        load(tmp_path)
+    LM.save(tmp_path / "model")
+    params = tmp_path / "model" / "params.npz"
+    data = bytearray(params.read_bytes())
+    data[len(data) // 2] ^= 1
+    params.write_bytes(data)
+    with pytest.raises(UserError, match=r"whose params.npz is missing or damaged"):
+        load(tmp_path / "model")
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match=r"^tokenizer: got one of 267 ids, must be at most 264"):
+        dataclasses.replace(LM, tokenizer=TOKENIZER.with_specials([f"<|{i}|>" for i in range(6)]))
+    with pytest.raises(UserError, match=r"^params: got blocks/attention/k of shape .*, must be "):
+        dataclasses.replace(LM, config=dataclasses.replace(LM.config, kv_heads=1))

@@ -1,0 +1,195 @@
+"""Laws of the training loop: however it is stopped, it goes on to the same bits; what is broken is never saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import data, optim
+from gptjax.nn import Transformer, TransformerConfig
+from gptjax.objectives import NextToken
+from gptjax.train import records as train_records
+from gptjax.train import state as train_state
+from gptjax.train.checkpoint import Checkpoints
+from gptjax.train.loop import Diverged, Stage, train
+from gptjax.train.records import Records
+from gptjax.types import UserError
+
+MODEL = Transformer(TransformerConfig(vocab=64, layers=2, width=16, heads=2, dropout=0.1))
+LETTERS = "abcdefghijklmnopqrstuvwxyz ."
+TOKENIZER = data.TrainCharacters().build(iter([LETTERS]))
+BROKEN = TOKENIZER.encode("z")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """A source: documents of random letters, and one of z after `whole` others."""
+
+    seed: int = 0
+    letters: str = LETTERS[:-3]
+    whole: int = 40
+
+    def documents(self, split: str) -> Iterator[str]:
+        rng = np.random.default_rng([self.seed, split == "train"])
+        for _ in range(self.whole):
+            yield "".join(rng.choice(list(self.letters), rng.integers(1, 40)))
+        yield "z" * 64 if split == "train" else "a"
+
+    def fingerprint(self) -> str:
+        return repr(self)
+
+
+STAGE = Stage(
+    data=data.Pretrain(data.Mix((Words(0), Words(1, "aeiou")), (3, 1)), length=16, batch=8),
+    objective=NextToken(),
+    optimizer=optim.AdamW(peak=1e-2, schedule=optim.Cosine(warmup=2)),
+    steps=6,
+    ema=0.5,
+    evaluate_every=2,
+    evaluate_rows=8,
+    save_every=100,
+    log_every=1,
+)
+
+
+def run(folder: Path, stage: Stage = STAGE, records: Records | None = None, sample: Any = lambda *_: "text") -> None:
+    with records or Records(folder) as writer:
+        cache = folder.parent / "tokens"
+        train(stage, "stage", MODEL, TOKENIZER, folder / "checkpoints", writer, cache=cache, sample=sample)
+
+
+def outcome(folder: Path) -> tuple[dict[str, bytes], dict[str, Any], list[dict[str, Any]]]:
+    """All that a run leaves: the bytes of its state, the position in the data, the records but their time."""
+
+    def create() -> train_state.State:
+        params = MODEL.init(jax.random.key(0), jnp.zeros((8, 16), jnp.int32))["params"]
+        return train_state.create(params, STAGE.optimizer.build(STAGE.steps), jax.random.key(0), average=True)
+
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(jax.eval_shape(create))
+    state = dataclasses.replace(restored.state, key=jax.random.key_data(restored.state.key))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    lines = [{k: v for k, v in line.items() if k != "time"} for line in train_records.read(folder)]
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}, restored.extra, lines
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(folder)
+    return folder
+
+
+def test_every_step_is_recorded(whole):
+    state, extra, lines = outcome(whole)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4, 6]
+    assert [line["sample"] for line in lines if "sample" in line] == ["\ntext"] * 3
+    assert extra["input"] == {"step": 6}
+    assert extra["tokenizer"] == TOKENIZER.fingerprint
+    assert any(".ema" in name for name in state)
+
+
+class Stopping(Records):
+    """Records that get a SIGTERM while the first step is recorded."""
+
+    def log(self, step: int, stage: str, **values) -> None:
+        super().log(step, stage, **values)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole):
+    """Parameters, moments, average, order of the data, dropout, records: all the same, wherever it is stopped."""
+    folder = tmp_path / "run"
+
+    def steps() -> list[int]:
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            return checkpoints.steps()
+
+    def interrupted(params, prompt) -> str:  # comes when it is decided already that this step is not saved
+        signal.raise_signal(signal.SIGINT)
+        return "text"
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, records=Stopping(folder))
+    assert steps() == [2]
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, sample=interrupted)
+    assert steps() == [2, 5]
+    run(folder)
+    assert steps() == [5, 6]  # the newest two are kept
+    assert outcome(folder) == outcome(whole)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_that_is_done_does_nothing(whole):
+    def left() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.parent.name != "stage"}
+
+    before = left()
+    run(whole, sample=None)
+    assert left() == before
+
+
+def test_another_tokenizer_is_refused(whole, tmp_path):
+    other = data.TrainCharacters().build(iter([LETTERS + "!"]))
+    with Records(tmp_path) as records, pytest.raises(UserError, match=r"^tokenizer: the checkpoint in .* another one"):
+        train(STAGE, "stage", MODEL, other, whole / "checkpoints", records, cache=tmp_path / "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Breaks(NextToken):
+    """The loss is as ever, but its gradient is not a number where a z is read."""
+
+    def __call__(self, apply, params, batch, key=None):
+        metrics = super().__call__(apply, params, batch, key)
+        total, weight = metrics["loss"]
+        whole = 1.0 - jnp.any(batch.tokens == BROKEN)
+        total += jnp.sqrt(whole + 0.0 * jnp.sum(params["embedding"])) - whole  # sqrt'(0) is infinite
+        return metrics | {"loss": (total, weight)}
+
+
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
+    folder = tmp_path / "run"
+    words = data.Pretrain(Words(whole=20), length=16, batch=8, shuffle=False)  # the z comes last
+    run_on = dataclasses.replace(STAGE, data=words, objective=Breaks(), steps=50, save_every=1, evaluate_every=50)
+    with pytest.raises(Diverged) as stop:
+        run(folder, run_on)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        last = checkpoints.latest_step() or 0
+        params = checkpoints.restore_params(ema=True).state
+    assert last >= 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    good = f"the last good checkpoint is step {last} in {folder / 'checkpoints'}"
+    assert str(stop.value).startswith(f"stage: the gradient_norm became nan at step {last + 1}; {good}. Try a lower")
+    assert "\n" not in str(stop.value)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    from orbax.checkpoint import v1
+
+    folder, saves, save = tmp_path / "run", [], v1.save_async
+
+    def full_after_one(*args, **options):
+        saves.append(1)
+        if len(saves) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(*args, **options)
+
+    monkeypatch.setattr(v1, "save_async", full_after_one)
+    with pytest.raises(UserError, match=r"could not write step 2 .* No space left .* the last good one is of step 1$"):
+        run(folder, dataclasses.replace(STAGE, save_every=1))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert checkpoints.restore_params().step == 1
