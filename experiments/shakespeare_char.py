@@ -31,7 +31,7 @@ experiment = Experiment(
             ),
             objective=objectives.NextToken(),
             optimizer=optim.AdamW(
-                peak=1e-3,
+                peak=3e-3,
                 schedule=optim.Cosine(warmup=100, floor=0.1),
                 weight_decay=0.1,
                 no_decay=("scale", "bias"),

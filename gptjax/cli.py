@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gptjax import host
+
 # Nothing heavier up here: --help must not wait for jax.
 if TYPE_CHECKING:
     from gptjax.data.chat import Message
@@ -293,16 +295,9 @@ def note(text: str) -> None:
     print(f"({text})", file=sys.stderr, flush=True)
 
 
-def prepare_environment() -> None:
-    """Settings that jax reads when it is imported: compiled programs are kept on disk, so that the next time starts at
-    once. A variable that is already set wins."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "gptjax" / "compilation"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0 done, 2 a mistake in the input, 130 interrupted."""
-    prepare_environment()
+    host.prepare()
     try:
         app.cli(prog="gptjax", description=__doc__, args=arguments)
     except KeyboardInterrupt:

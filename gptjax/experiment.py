@@ -103,11 +103,12 @@ class Experiment:
         with another configuration is refused with the differences, unless `accept_changes`. Returns 0.
         """
         folder = Path(folder).absolute()
-        console = Console(stderr=False)
+        # Paths to copy are not cut into lines, nor read as markup.
+        console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
         self.check(jax.device_count())
         changed = self._claim(folder, accept_changes)
         for line in changed:
-            console.print(f"changed: {line}", highlight=False)
+            console.print(f"changed: {line}")
         tokenizer = self._tokenizer(folder, console)
         self._check_prompts(tokenizer)
         cache = cache_dir() / "tokens"
@@ -139,9 +140,9 @@ class Experiment:
                 results[name] = self._evaluate(folder, name, stage, tokenizer, console)
         if jax.process_index() == 0:
             report.write(folder, results)
-            console.print(f"\n[bold]Done.[/bold] The report: {_short(folder / 'report' / 'report.md')}\n\nNow try:")
-            console.print(f"  gptjax chat {_short(folder)}", highlight=False)
-            console.print(f'  gptjax generate {_short(folder)} --prompt "..."', highlight=False)
+            console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}\n\nNow try:")
+            console.print(f"  gptjax chat {_short(folder)}")
+            console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
         return 0
 
     def _claim(self, folder: Path, accept_changes: bool) -> list[str]:

@@ -16,8 +16,8 @@ def prepare() -> None:
     Compiled programs are kept on disk, so that going on, or running again, starts at once.
 
     On Linux, freed memory is kept for the next step. XLA's CPU backend allocates all that a step needs at its start and
-    frees it at its end; glibc would give such large pieces back to the kernel and get them anew, page by page, which
-    takes a quarter of a small model's training step.
+    frees it at its end; glibc would give such large pieces back to the kernel and get them anew, page by page: 7 % of
+    the training step of a model of 6 layers, 384 wide.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "gptjax" / "compilation"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -1,16 +1,21 @@
-"""The report of a run: loss curves as pictures and the evaluations; `report/report.md` in the run folder."""
+"""The report of a run: loss curves as pictures, what the model writes, the evaluations. `report/report.md` in the run
+folder; it links to what lies beside it, so that the folder can be moved."""
 
 from __future__ import annotations
 
-import json
+import textwrap
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from gptjax.evals.result import Result
+from gptjax.train import records
 
-TRAIN, VALIDATION = "#9db4c8", "#c1440e"
+Rows = list[dict[str, Any]]
+"""Lines of metrics.jsonl."""
+TRAINING, VALIDATION, INK = "#4878a8", "#d1581b", "#444444"
 
 
 def write(folder: Path, results: dict[str, list[Result]]) -> None:
@@ -18,53 +23,61 @@ def write(folder: Path, results: dict[str, list[Result]]) -> None:
     target = folder / "report"
     target.mkdir(exist_ok=True)
     lines = [f"# {folder.name}\n"]
-    metrics = read_metrics(folder / "metrics.jsonl")
-    for stage, rows in metrics.items():
+    metrics = records.read(folder)
+    for stage, found in results.items():
+        rows = [row for row in metrics if row["stage"] == stage]
         curve(rows, f"{folder.name}: {stage}", target / f"{stage}.png")
-        lines += [f"## {stage}\n", _summary(rows), f"\n![loss curves of {stage}]({stage}.png)\n"]
-        for result in results.get(stage, []):
+        lines += [f"## {stage}\n", _summary(rows), f"\n![loss curves of {stage}]({quote(stage)}.png)\n"]
+        for result in found:
             lines += [f"### {result.title}\n", result.markdown, ""]
-    lines += ["## Next\n", f"    gptjax chat {folder.name}", f'    gptjax generate {folder.name} --prompt "..."', ""]
+        lines += _samples(rows)
     (target / "report.md").write_text("\n".join(lines))
 
 
-def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Stage -> its lines of metrics.jsonl, in order."""
-    stages: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        stages.setdefault(row["stage"], []).append(row)
-    return stages
-
-
-def curve(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+def curve(rows: Rows, title: str, path: Path) -> None:
     """Training and validation loss by step, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=140, layout="constrained")
+    figure = Figure(figsize=(7.5, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     steps, loss = _column(rows, "loss")
-    window = max(1, len(loss) // 50)
-    axes.plot(steps, loss, color=TRAIN, linewidth=0.7, alpha=0.6)
-    if len(loss) >= window:
-        smooth = np.convolve(loss, np.ones(window) / window, "valid")
-        axes.plot(steps[window - 1 :], smooth, color=TRAIN, linewidth=1.8, label="training")
-    steps, loss = _column(rows, "validation_loss")
-    axes.plot(steps, loss, color=VALIDATION, linewidth=1.8, marker="o", markersize=3, label="validation")
-    axes.set(title=title, xlabel="step", ylabel="loss, nats a token")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+    axes.plot(steps, loss, color=TRAINING, linewidth=0.8, alpha=0.3)
+    curves = [("training", TRAINING, "", steps, _smooth(loss))]
+    curves += [("validation", VALIDATION, "o", *_column(rows, "validation_loss"))]
+    curves = sorted((curve for curve in curves if len(curve[-1])), key=lambda curve: curve[-1][-1])
+    for name, color, marker, steps, loss in curves:
+        axes.plot(steps, loss, color=color, linewidth=2, marker=marker, markersize=4)
+        # A curve is named where it ends; the lower one below its end, to leave room for the higher.
+        text, end, place = f"{name} {loss[-1]:.3f}", (steps[-1], loss[-1]), "top" if name == curves[0][0] else "bottom"
+        axes.annotate(text, end, (8, 0), textcoords="offset points", color=color, va=place, annotation_clip=False)
+    axes.set_title(title, loc="left", color=INK, fontweight="bold", pad=12)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel("loss, nats a token", color=INK)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#b0b0b0")
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.2)
 
 
-def _column(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Each value averaged with its neighbours, a twentieth of all, fewer where there are no more."""
+    around = np.ones(2 * (len(values) // 40) + 1)
+    if not len(values):
+        return values
+    return np.convolve(values, around, "same") / np.convolve(np.ones(len(values)), around, "same")
+
+
+def _column(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     pairs = [(row["step"], row[name]) for row in rows if name in row]
     steps, values = np.array(pairs, float).reshape(-1, 2).T
     return steps, values
 
 
-def _summary(rows: list[dict[str, Any]]) -> str:
+def _summary(rows: Rows) -> str:
     steps, loss = _column(rows, "validation_loss")
     if not len(steps):
         return "No validation loss yet."
@@ -73,3 +86,12 @@ def _summary(rows: list[dict[str, Any]]) -> str:
         f"{int(steps[-1]):,} steps. Validation loss **{loss[-1]:.4f}** nats a token at the end; "
         f"the lowest was {loss[best]:.4f}, at step {int(steps[best]):,}."
     )
+
+
+def _samples(rows: Rows) -> list[str]:
+    """The first thing that the model wrote and the last, as Markdown."""
+    samples = [row for row in rows if "sample" in row]
+    lines = ["### What it writes\n"] if samples else []
+    for row in samples[:1] + samples[1:][-1:]:
+        lines += [f"After {row['step']:,} steps:\n", textwrap.indent(row["sample"].strip("\n"), "    "), ""]
+    return lines

@@ -19,7 +19,7 @@ class MultiHeadAttention(Module, kw_only=True):
         layer = MultiHeadAttention(heads=8, head_size=64)
         y, _ = layer.apply(params, x, positions, Mask())          # x [B, T, D], positions int32 [B, T] -> y [B, T, D]
 
-    For incremental decoding, pass the (keys, values) slots [B, S, K, H] of a `Cache` and get them back with the T new
+    For incremental decoding, pass the (keys, values) slots [B, K, S, H] of a `Cache` and get them back with the T new
     entries written at `mask.offset`. Dropout is on when the "dropout" rng is given.
     """
 
@@ -49,8 +49,12 @@ class MultiHeadAttention(Module, kw_only=True):
         k = self.positions.rotate(project("k", K, "kv_heads"), positions)
         v = project("v", K, "kv_heads")
         if slots is not None:
-            slots = kv.write(slots[0], k, mask.offset), kv.write(slots[1], v, mask.offset)
-            k, v = slots
+            keys, values = (
+                kv.write(filled, new.swapaxes(1, 2), mask.offset, axis=2)
+                for filled, new in zip(slots, (k, v), strict=True)
+            )
+            slots = keys, values
+            k, v = keys.swapaxes(1, 2), values.swapaxes(1, 2)
         key = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
         y = attention(q, k, v, mask, self.dropout, key)
         o = self.weight("o", (N, H, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * self.scale))

@@ -20,9 +20,9 @@ class Cache:
     """
 
     keys: tuple[Array, ...]
-    """One [B, S, K, H] a layer. Separate arrays, because a slice of a stacked one would be copied at every token."""
+    """One [B, K, S, H] a layer, in the order attention reads, and not stacked: nothing is copied at every token."""
     values: tuple[Array, ...]
-    """One [B, S, K, H] a layer."""
+    """One [B, K, S, H] a layer."""
     segments: Array
     """int32 [B, S]: the segment of the token in each slot; 0 is empty or padding, which no real token sees."""
     length: Array
@@ -34,16 +34,16 @@ class Cache:
         return self.segments.shape[1]
 
 
-def write(slots: Array, new: Array, start: Array | int) -> Array:
-    """`slots` [B, S, ...] with `new` [B, T, ...] at start .. start + T."""
-    return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
+def write(slots: Array, new: Array, start: Array | int, axis: int) -> Array:
+    """`slots` with the T entries of `new` along `axis` at start .. start + T."""
+    return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis)
 
 
 def empty(layers: int, batch: int, size: int, kv_heads: int, head_size: int, dtype: str, sharding=None) -> Cache:
-    """A cache with nothing in it. `sharding` is the PartitionSpec of a [B, S, K, H] array, None without a mesh."""
+    """A cache with nothing in it. `sharding` is the PartitionSpec of a [B, K, S, H] array, None without a mesh."""
 
     def zeros() -> Array:
-        return jnp.zeros((batch, size, kv_heads, head_size), dtype, out_sharding=sharding)
+        return jnp.zeros((batch, kv_heads, size, head_size), dtype, out_sharding=sharding)
 
     rows = None if sharding is None else jax.sharding.PartitionSpec(sharding[0], None)
     return Cache(

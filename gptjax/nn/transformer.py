@@ -234,7 +234,7 @@ class Transformer(nn.Module):
 
         if segments is None:
             segments = jnp.ones_like(x[..., 0], jnp.int32)
-        filled = kv.write(cache.segments, segments, cache.length)
+        filled = kv.write(cache.segments, segments, cache.length, axis=1)
         mask = Mask(offset=cache.length, query_segments=segments, key_segments=filled)
         slots = []
         for params, keys, values in zip(unstack(stack), cache.keys, cache.values, strict=True):
@@ -254,7 +254,7 @@ def unstack(blocks: Params) -> tuple[Params, ...]:
 
 def make_cache(config: TransformerConfig, batch: int, size: int, rules: Rules = Rules()) -> Cache:
     """An empty cache of `size` slots for this model."""
-    sharding = rules("batch", None, "kv_heads", None)
+    sharding = rules("batch", "kv_heads", None, None)
     return kv.empty(config.layers, batch, size, config.K, config.H, config.dtype, sharding)
 
 
