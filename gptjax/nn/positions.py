@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,7 +50,7 @@ class LearnedPositions(Positions):
 
     def __call__(self, weight: Weight, x: Array, positions: Array) -> Array:
         table = weight("table", (self.length, x.shape[-1]), (None, None), normal)
-        return x + table[positions]
+        return x + table.at[positions].get(out_sharding=jax.typeof(x).sharding)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,8 @@ def test_a_mesh_changes_nothing(model):
         put = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
         params = jax.tree.map(put, params, places)
         assert params["blocks"]["attention"]["q"].sharding.spec == jax.P(None, "fsdp", "tensor", None)
-        logits, _ = apply(sharded, params, tokens)
+        places = sharding.global_array(np.tile(np.arange(12, dtype=np.int32), (4, 1)), STANDARD)
+        logits, _ = apply(sharded, params, tokens, places, jnp.ones_like(tokens))
         cache = make_cache(config, 4, 12, STANDARD)
         first, cache = apply(sharded, params, tokens[:, :8], cache=cache)
         second, _ = apply(sharded, params, tokens[:, 8:], cache=cache)

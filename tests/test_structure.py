@@ -1,0 +1,119 @@
+"""Laws of the code itself: imports point one way, start-up is light, files stay short, every experiment lowers."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from gptjax.experiment import Experiment
+from gptjax.nn import Transformer
+from gptjax.sharding import Mesh
+from gptjax.train import state as train_state
+from gptjax.train.step import make_step
+from gptjax.types import Batch
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted([*ROOT.glob("gptjax/**/*.py"), *ROOT.glob("experiments/*.py")])
+EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiments/*.py") if not path.stem.startswith("_"))
+FLOORS = (
+    {"types"},
+    {"configuration", "host", "kernels", "sharding"},
+    {"nn", "data", "objectives", "optim"},
+    {"inference"},
+    {"train"},
+    {"evals"},
+    {"language_model", "report"},
+    {"experiment"},
+    {"cli", "gptjax"},
+    {"experiments"},
+)
+"""A room may import those of the floors below. Rooms of one floor do not know each other: an objective or a data set
+never sees a model's code. "gptjax" is the package's own __init__.py."""
+
+
+def floor(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def room(module: str) -> str:
+    """The room of a module, or of a name imported from one."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "gptjax" and len(parts) > 1 and not parts[1].startswith("__") else parts[0]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full name of everything that a file imports, at any level of it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_one_way():
+    for path in FILES:
+        here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        assert here in set().union(*FLOORS), f"{path}: say on which floor {here} is"
+        for name in imports(path):
+            if name.split(".")[0] in ("gptjax", "experiments"):
+                there = room(name)
+                assert there == here or floor(there) < floor(here), f"{path}: {here} must not import {name}"
+
+
+def test_only_nn_knows_flax():
+    knowing = [path for path in FILES if any(name.split(".")[0] == "flax" for name in imports(path))]
+    assert {path.parent for path in knowing} == {ROOT / "gptjax" / "nn"}
+
+
+SLOW = {"grain", "matplotlib", "orbax", "sentencepiece", "tensorboardX", "tensorflow_datasets", "tokenizers", "torch"}
+
+
+@pytest.mark.parametrize(("module", "slow"), [("gptjax", SLOW | {"jax"}), (f"experiments.{EXPERIMENTS[0]}", SLOW)])
+def test_start_up_is_light(module, slow):
+    """What takes long to import is imported when it is used."""
+    program = f"import sys, {module}; sys.exit(', '.join({slow} & set(sys.modules)) or 0)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.stderr == "", f"import {module} also imports {run.stderr}"
+
+
+def test_files_can_be_read_in_one_go():
+    assert {path.name: lines for path in FILES if (lines := len(path.read_text().splitlines())) > 400} == {}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_steps_of_an_experiment_lower_without_devices_or_data(name):
+    """For TPUs, on a mesh that shares out the batch, the parameters and the layers."""
+    experiment: Experiment = importlib.import_module(f"experiments.{name}").experiment
+    experiment.check(1)
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    dataclasses.replace(experiment, mesh=Mesh(**sizes)).check(8)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * 3)
+    model = Transformer(experiment.model, experiment.rules)
+    for stage in experiment.stages.values():
+        shape, rows = (stage.data.batch, stage.data.length), NamedSharding(mesh, PartitionSpec(experiment.rules.batch))
+        ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
+        optimizer = stage.optimizer.build(stage.steps)
+
+        def create(ids, optimizer=optimizer, stage=stage):
+            params = model.init(jax.random.key(0), ids)["params"]
+            return train_state.create(params, optimizer, jax.random.key(1), stage.ema is not None)
+
+        with jax.sharding.use_abstract_mesh(mesh):
+            objective = functools.partial(stage.objective, model.apply)
+            step = make_step(objective, optimizer, stage.accumulate, stage.ema)
+            state = jax.eval_shape(create, ids)
+            traced = step.trace(state, Batch(ids, ids, weights, ids, ids))
+            text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert '"data"=2, "fsdp"=2, "tensor"=2' in text
