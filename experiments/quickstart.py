@@ -19,7 +19,7 @@ experiment = Experiment(
             data=data.Pretrain(data.PyDocs(), length=256, batch=8),
             objective=objectives.NextToken(),
             optimizer=optim.Muon(peak=5e-3, schedule=optim.Linear(warmup=20)),
-            steps=700,
+            steps=600,
             evaluate_every=100,
             evaluate_rows=64,
             save_every=100,

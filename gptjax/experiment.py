@@ -32,6 +32,7 @@ from rich.console import Console
 from gptjax import report, sharding
 from gptjax.configuration import differences, from_json, to_json
 from gptjax.data.files import cache_dir
+from gptjax.data.pipeline import Chat
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.evals.result import Result
 from gptjax.inference.generate import generate
@@ -238,7 +239,7 @@ def _sample(config: TransformerConfig, stage: Stage, tokenizer: Tokenizer, param
     length = min(64, (config.positions.limit or sys.maxsize) - len(ids))
     with jax.set_mesh(None):
         done = generate(Transformer(config), jax.device_get(params), tokenizer, [ids], length, SAMPLING)
-    return done[0].text
+    return ("\n" if isinstance(stage.data, Chat) else "") + done[0].text
 
 
 def _texts(source: Any) -> Iterator[str]:
