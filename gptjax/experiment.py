@@ -156,7 +156,10 @@ class Experiment:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: is damaged ({error}); restore it, or choose another --out") from error
             changed = differences(before, self)
-            if changed and not accept_changes:
+            if changed and not (folder / "checkpoints").exists():
+                # A run that failed before it trained, on a mistaken path say, does not hold the folder.
+                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            elif changed and not accept_changes:
                 raise UserError(
                     f"{folder} was made with another configuration: {'; '.join(changed)}. "
                     "Go on all the same with --accept_changes, or choose another folder with --out"

@@ -246,6 +246,14 @@ def test_a_run_killed_in_its_first_moment_is_not_something_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_run_that_failed_before_it_trained_does_not_hold_its_folder(tmp_path):
+    small = dataclasses.replace(EXPERIMENT, model=TransformerConfig(32, 1, 16, 2))
+    with pytest.raises(UserError, match=r"^model.vocab: got 32, but the tokenizer has 34 ids"):
+        small.run(tmp_path)
+    assert "model.vocab: 32 → 64" in EXPERIMENT._claim(tmp_path, accept_changes=False)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
 DIVERGING = """
 import dataclasses
 from gptjax.train.loop import Diverged
