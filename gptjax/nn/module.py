@@ -50,7 +50,7 @@ class Module(nn.Module):
     ) -> Array:
         """The parameter `name`: float32, sharded by `rules(*axes)`, cast to the compute dtype."""
         value = self.param(name, lambda key: init(key, shape, jnp.float32, out_sharding=self.rules(*axes)))
-        return value.astype(self.dtype)
+        return jnp.asarray(value, self.dtype)  # numpy parameters are welcome
 
 
 class Layer(Module, kw_only=True):

@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         layer = functools.partial(Layer, rules=rules, dtype=c.dtype)
 
         table = self.param("embedding", lambda key: _init(key, (c.vocab, c.width), rules("vocab", "embed")))
-        table = table.astype(c.dtype)
+        table = jnp.asarray(table, c.dtype)
         x = embed(table, tokens, rules("vocab", None), rules("batch", "sequence", None))
         x = layer(part=c.positions, name="positions")(x, positions)
         x = dropout(x, c.dropout, None if dropout_key is None else jax.random.fold_in(dropout_key, 0))
@@ -199,7 +199,7 @@ class Transformer(nn.Module):
             head = table.T
         else:
             head = self.param("head", lambda key: _init(key, (c.width, c.vocab), rules("embed", "vocab")))
-        logits = linear(x, head.astype(c.dtype), rules("batch", "sequence", "vocab"))
+        logits = linear(x, jnp.asarray(head, c.dtype), rules("batch", "sequence", "vocab"))
         return logits, cache
 
     def _blocks(

@@ -8,6 +8,7 @@ import math
 import jax
 import optax
 import optax.contrib
+from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
 from gptjax.optim.optimizers import Optimizer, by_name
@@ -75,9 +76,11 @@ def _auto_axes(transformation: optax.GradientTransformation) -> optax.GradientTr
     transpose are ambiguous under explicit axes."""
 
     def update(updates, state, params=None):
-        if jax.sharding.get_abstract_mesh().empty:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
             return transformation.update(updates, state, params)
-        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+        # A count that was made outside the mesh has a spec, but not its mesh.
+        shardings = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), (updates, state))
         automatic = jax.sharding.auto_axes(transformation.update, out_sharding=shardings)
         return automatic(updates, state, params)  # pyright: ignore[reportCallIssue] (typed as a decorator only)
 
