@@ -52,7 +52,7 @@ def peer(config: TransformerConfig, length: int) -> GPT2LMHeadModel:
 
 
 def parameters(model: GPT2LMHeadModel, config: TransformerConfig) -> dict:
-    """The peer's weights as ours, layer by layer."""
+    """The peer's weights under our names."""
     tensors = {name: value.numpy() for name, value in model.transformer.state_dict().items()}
     D, N, H = config.width, config.heads, config.H
 
@@ -72,13 +72,12 @@ def parameters(model: GPT2LMHeadModel, config: TransformerConfig) -> dict:
         return {"norm_1": norm(f"h.{i}.ln_1"), "attention": attention, "norm_2": norm(f"h.{i}.ln_2"), "mlp": mlp}
 
     blocks = [layer(i) for i in range(config.layers)]
-    params = {
+    return {
         "embedding": tensors["wte.weight"],
         "positions": {"table": tensors["wpe.weight"]},
         "blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks),
         "norm": norm("ln_f"),
     }
-    return {**jax.device_put(params), "blocks": unstack(jax.device_put(params["blocks"]))}
 
 
 def seconds(run: Callable[[], np.ndarray]) -> float:
@@ -91,7 +90,8 @@ def measure(name: str, batch: int, turns: int) -> None:
     config, new = SIZES[name]
     config = TransformerConfig(**{**vars(config), "norm": LayerNorm(), "mlp": GELU(), "bias": True})
     theirs = peer(config, config.positions.limit or 0)
-    params, model = parameters(theirs, config), Transformer(config)
+    params, model = jax.device_put(parameters(theirs, config)), Transformer(config)
+    params["blocks"] = unstack(params["blocks"])
     prompts = np.random.default_rng(0).integers(1, config.vocab, (batch, PROMPT)).astype(np.int32)
     ids = torch.tensor(prompts, dtype=torch.int64)
 
