@@ -77,7 +77,7 @@ def reference(q: Array, k: Array, v: Array, mask: Mask) -> Array:
 
 # The gradient is written out to keep two things from happening. Differentiation would save more than the probabilities;
 # and XLA's CPU backend would fuse the elementwise work into the products, which takes them off its fast path: that is
-# what the barriers are for. Together they take a fifth off a training step.
+# what the barriers are for. Together they take a sixth off a training step.
 
 
 @jax.custom_vjp

@@ -25,7 +25,7 @@ from gptjax.sharding import Rules
 from gptjax.types import Array, Key, Params, UserError
 
 UNROLLED = 12
-"""Depth up to which the scan over layers is unrolled: a sixth off a training step on CPU, where slices are copies."""
+"""Depth up to which the scan over layers is unrolled: 8 to 15 % off a training step on CPU, where slices are copies."""
 
 
 @dataclasses.dataclass(frozen=True)
