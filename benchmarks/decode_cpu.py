@@ -91,7 +91,7 @@ def measure(name: str, batch: int, turns: int) -> None:
     config = TransformerConfig(**{**vars(config), "norm": LayerNorm(), "mlp": GELU(), "bias": True})
     theirs = peer(config, config.positions.limit or 0)
     params, model = jax.device_put(parameters(theirs, config)), Transformer(config)
-    params["blocks"] = unstack(params["blocks"])
+    params = unstack(config, params)
     prompts = np.random.default_rng(0).integers(1, config.vocab, (batch, PROMPT)).astype(np.int32)
     ids = torch.tensor(prompts, dtype=torch.int64)
 

@@ -180,7 +180,7 @@ class LanguageModel:
     @functools.cached_property
     def _layers(self) -> Params:
         """The parameters, layer by layer, as decoding reads them."""
-        return {**self.params, "blocks": unstack(self.params["blocks"])}
+        return unstack(self.config, self.params)
 
     @property
     def _window(self) -> int | None:

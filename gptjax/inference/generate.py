@@ -221,7 +221,7 @@ def _run(
     vocab = min(tokenizer.vocab, model.config.vocab)
     ends = np.asarray(sorted(set(tokenizer.specials.values())), np.int32)
     # Layer by layer: slices of stacked parameters would be copied again at every token.
-    params = {**params, "blocks": unstack(params["blocks"])}
+    params = unstack(model.config, params)
     seeded = np.asarray(seeds, np.int64).astype(np.uint32)
     seen = vocab if sampling.penalizes else 0
     state = prefill(model, params, tokens, lengths, seeded, len(rows) // len(prompts), size, seen)

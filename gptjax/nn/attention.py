@@ -1,53 +1,136 @@
-"""Multi-head attention with grouped queries and any position encoding."""
+"""Multi-head attention with grouped queries, any position encoding and the usual additions, as a part (`module.py`)."""
 
 from __future__ import annotations
 
-import flax.linen as nn
+import dataclasses
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from gptjax.kernels.attention import Mask, attention
 from gptjax.kernels.linear import linear
 from gptjax.nn import cache as kv
-from gptjax.nn.module import Module, zeros
+from gptjax.nn.module import Weight, normal, zeros
+from gptjax.nn.norms import Norm
 from gptjax.nn.positions import Positions
-from gptjax.types import Array
+from gptjax.sharding import Rules
+from gptjax.types import Array, Key, UserError
 
 
-class MultiHeadAttention(Module, kw_only=True):
-    """o(concat_n softmax(q_n k_n^T / sqrt(H)) v_n), "Attention Is All You Need", arXiv:1706.03762, section 3.2.2.
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """A part `attention(weight, x [B, T, D], positions, mask, ...) -> (y [B, T, D], slots)`.
 
-        layer = MultiHeadAttention(heads=8, head_size=64)
-        y, _ = layer.apply(params, x, positions, Mask())          # x [B, T, D], positions int32 [B, T] -> y [B, T, D]
-
-    For incremental decoding, pass the (keys, values) slots [B, K, S, H] of a `Cache` and get them back with the T new
-    entries written at `mask.offset`. Dropout is on when the "dropout" rng is given.
+    Sizes that are None are the model's: `TransformerConfig` fills them in.
     """
 
-    heads: int
-    head_size: int
+    heads: int | None = None
+    """N, the number of query heads; none: the model's."""
+    head_size: int | None = None
+    """H, the size of a head; none: the model's."""
     kv_heads: int | None = None
-    """Key/value heads; queries share them in groups. None: as many as heads."""
-    positions: Positions = Positions()
-    bias: bool = False
-    dropout: float = 0.0
-    scale: float = 1.0
-    """Multiplies the initial output weights."""
+    """K, the number of key/value heads that queries share in groups (1: multi-query); none: the model's or N."""
+    positions: Positions | None = None
+    """Position encoding that turns queries and keys; none: the model's."""
+    bias: bool | None = None
+    """Whether the projections have biases; none: as the model's linear layers."""
+    window: int | None = None
+    """Each token sees this many tokens, itself included; none: all before it."""
+    scale: float | None = None
+    """What scores are multiplied by; none: 1 / sqrt(head size)."""
 
-    @nn.compact
+    def __post_init__(self):
+        for field in ("heads", "head_size", "kv_heads", "window"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise UserError(f"model.attention.{field}: got {value}, must be at least 1")
+
     def __call__(
-        self, x: Array, positions: Array, mask: Mask, slots: tuple[Array, Array] | None = None
+        self,
+        weight: Weight,
+        x: Array,
+        positions: Array,
+        mask: Mask = Mask(),
+        slots: Any = None,
+        *,
+        bias: Array | None = None,
+        source: Array | None = None,
+        output_scale: float = 1.0,
+        dropout: float = 0.0,
+        key: Key | None = None,
+    ) -> tuple[Array, Any]:
+        """x [B, T, D], positions int32 [B, T] -> y [B, T, D].
+
+        slots         for incremental decoding, those of a `Cache`; they come back with the T new entries written at
+                      `mask.offset`
+        bias          float [N, T, S], added to the scores
+        source        [B, S, D], what keys and values are of: cross-attention; None: x itself
+        output_scale  multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small
+        dropout       share of the probabilities to drop, when there is a key
+        """
+        raise NotImplementedError
+
+    def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> Any:
+        """What a cache of `size` slots keeps for this layer, empty."""
+        raise NotImplementedError
+
+    def products(self, width: int, length: int) -> int:
+        """Multiplications for a token that sees `length` others: weights of matrix products, scores and sums."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiHeadAttention(Attention):
+    """o(concat_n softmax(q_n k_n^T / sqrt(H)) v_n), "Attention Is All You Need", arXiv:1706.03762, section 3.2.2.
+
+    layer = Layer(part=MultiHeadAttention(heads=8, head_size=64))
+    y, _ = layer.apply(params, x, positions)                     # x [B, T, D], positions int32 [B, T] -> y [B, T, D]
+    """
+
+    output_bias: bool | None = None
+    """Whether the output projection has a bias; none: as the others."""
+    qk_norm: Norm | None = None
+    """Normalises queries and keys before they are turned (arXiv:2302.05442); none: leaves them."""
+    joint_qk_norm: bool = False
+    """Whether `qk_norm` is over all heads at once, as in OLMo 2, or over each alone."""
+    softcap: float | None = None
+    """Scores are bounded by this: softcap * tanh(score / softcap), as in Gemma 2; none: they are not."""
+    sinks: bool = False
+    """Whether each head has a learned score for attending to nothing, as in gpt-oss."""
+
+    def __call__(
+        self,
+        weight: Weight,
+        x: Array,
+        positions: Array,
+        mask: Mask = Mask(),
+        slots: tuple[Array, Array] | None = None,
+        *,
+        bias: Array | None = None,
+        source: Array | None = None,
+        output_scale: float = 1.0,
+        dropout: float = 0.0,
+        key: Key | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
-        rules, width = self.rules, x.shape[-1]
-        N, K, H = self.heads, self.kv_heads or self.heads, self.head_size
+        rules, width = weight.rules, x.shape[-1]
+        N, K, H = self._sizes()
+        has_output_bias = self.bias if self.output_bias is None else self.output_bias
 
-        def project(name: str, heads: int, axis: str) -> Array:
-            w = self.weight(name, (width, heads, H), ("embed", axis, None))
+        def project(name: str, x: Array, heads: int, axis: str) -> Array:
+            w = weight(name, (x.shape[-1], heads, H), ("embed", axis, None))
             y = linear(x, w, rules("batch", "sequence", axis, None))
-            return y + self.weight(f"{name}_bias", (heads, H), (axis, None), zeros) if self.bias else y
+            return y + weight(f"{name}_bias", (heads, H), (axis, None), zeros) if self.bias else y
 
-        q = self.positions.rotate(project("q", N, "heads"), positions)
-        k = self.positions.rotate(project("k", K, "kv_heads"), positions)
-        v = project("v", K, "kv_heads")
+        def turned(name: str, x: Array) -> Array:
+            if self.qk_norm is not None:
+                together = (*x.shape[:2], -1) if self.joint_qk_norm else x.shape
+                x = self.qk_norm(weight.of(f"{name}_norm"), x.reshape(together)).reshape(x.shape)
+            return self.positions.rotate(x, positions) if self.positions is not None and source is None else x
+
+        read = x if source is None else source
+        q = turned("q", project("q", x, N, "heads"))
+        k = turned("k", project("k", read, K, "kv_heads"))
+        v = project("v", read, K, "kv_heads")
         if slots is not None:
             keys, values = (
                 kv.write(filled, new.swapaxes(1, 2), mask.offset, axis=2)
@@ -55,9 +138,34 @@ class MultiHeadAttention(Module, kw_only=True):
             )
             slots = keys, values
             k, v = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-        key = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
-        y = attention(q, k, v, mask, self.dropout, key)
-        o = self.weight("o", (N, H, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * self.scale))
+        if self.window is not None:
+            mask = dataclasses.replace(mask, window=self.window)
+        sinks = weight("sinks", (N,), ("heads",), normal) if self.sinks else None
+        y = attention(
+            *(q, k, v, mask),
+            bias=bias,
+            sinks=sinks,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout=dropout,
+            key=key,
+        )
+        o = weight("o", (N, H, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * output_scale))
         y = linear(y, o, rules("batch", "sequence", None), contract=2)
-        y = y + self.weight("o_bias", (width,), (None,), zeros) if self.bias else y
-        return y, slots
+        return y + weight("o_bias", (width,), (None,), zeros) if has_output_bias else y, slots
+
+    def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> tuple[Array, Array]:
+        """Keys and values, [B, K, S, H] each: the order in which attention reads them."""
+        _, K, H = self._sizes()
+        sharding = rules("batch", "kv_heads", None, None)
+        keys, values = (jnp.zeros((batch, K, size, H), dtype, out_sharding=sharding) for _ in range(2))
+        return keys, values
+
+    def products(self, width: int, length: int) -> int:
+        N, K, H = self._sizes()
+        return 2 * width * H * (N + K) + 2 * N * H * min(length, self.window or length)
+
+    def _sizes(self) -> tuple[int, int, int]:
+        if self.heads is None or self.head_size is None:
+            raise UserError("attention: got no heads or head_size; outside a model both must be given")
+        return self.heads, self.kv_heads or self.heads, self.head_size

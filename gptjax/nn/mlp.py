@@ -13,13 +13,12 @@ import jax.numpy as jnp
 
 from gptjax.kernels.linear import linear
 from gptjax.nn.module import Weight, zeros
-from gptjax.sharding import Rules
 from gptjax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class MLP:
-    """A part `mlp(weight, x [B, T, D], hidden F, ...) -> [B, T, D]`. A subclass says which activation, and if gated."""
+    """A part `mlp(weight, x [B, T, D], hidden F) -> [B, T, D]`. A subclass says which activation, and if gated."""
 
     gated: ClassVar[bool] = False
 
@@ -32,9 +31,9 @@ class MLP:
             return self.activation(gate) * up
         return self.activation(*expanded)
 
-    def __call__(self, weight: Weight, x: Array, hidden: int, bias: bool, scale: float, rules: Rules) -> Array:
-        """`scale` multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small."""
-        width = x.shape[-1]
+    def __call__(self, weight: Weight, x: Array, hidden: int, bias: bool = False, output_scale: float = 1.0) -> Array:
+        """`output_scale` multiplies the initial output weights, as in `Attention`."""
+        width, rules = x.shape[-1], weight.rules
         inner = rules("batch", "sequence", "ffn")
 
         def expand(name: str) -> Array:
@@ -43,16 +42,31 @@ class MLP:
 
         # The backward pass computes the activation again rather than keep [B, T, F] arrays of its inner steps.
         y = jax.checkpoint(self._inner)(*map(expand, ("gate", "up") if self.gated else ("up",)))
-        down = weight("down", (hidden, width), ("ffn", "embed"), jax.nn.initializers.normal(0.02 * scale))
+        down = weight("down", (hidden, width), ("ffn", "embed"), jax.nn.initializers.normal(0.02 * output_scale))
         y = linear(y, down, rules("batch", "sequence", None))
         return y + weight("down_bias", (width,), (None,), zeros) if bias else y
 
+    def products(self, width: int, hidden: int) -> int:
+        """Weights that a token is multiplied with."""
+        return width * hidden * (3 if self.gated else 2)
 
+
+@dataclasses.dataclass(frozen=True)
 class GELU(MLP):
-    """x * Phi(x) in its tanh form, as in GPT-2. Hendrycks and Gimpel 2016, arXiv:1606.08415."""
+    """x * Phi(x), Phi the normal distribution function. Hendrycks and Gimpel 2016, arXiv:1606.08415."""
+
+    approximate: bool = True
+    """Whether Phi is computed by its tanh formula, as in GPT-2, or exactly, as in BERT."""
 
     def activation(self, x: Array) -> Array:
-        return jax.nn.gelu(x, approximate=True)
+        return jax.nn.gelu(x, approximate=self.approximate)
+
+
+class ReLU(MLP):
+    """max(x, 0), as in "Attention Is All You Need" and T5."""
+
+    def activation(self, x: Array) -> Array:
+        return jax.nn.relu(x)
 
 
 class ReLUSquared(MLP):
@@ -72,6 +86,6 @@ class SwiGLU(MLP):
 
 
 class GeGLU(GELU):
-    """Gated, with GELU in its tanh form, as in Gemma."""
+    """Gated, with GELU, as in Gemma and T5 1.1."""
 
     gated = True

@@ -1,18 +1,22 @@
 """How parameters are declared: once, with their shape and their logical axes side by side.
 
-Two kinds of thing have parameters. A `Module` is a Flax Linen module (attention, block, transformer). A *part* is a
-plain frozen dataclass that goes into a configuration (`RMSNorm()`, `SwiGLU()`, `LearnedPositions(1024)`): a pure
-function `part(weight, x, ...)` that asks `weight` for what it needs. `Layer` makes a Flax module of a part:
+What goes into a configuration (`RMSNorm()`, `SwiGLU()`, `MultiHeadAttention(window=128)`) is a *part*: a plain frozen
+dataclass, called as a pure function `part(weight, x, ...)`, that asks `weight` for the parameters it needs. `Layer`
+makes a Flax module of a part, to use it alone:
 
     layer = Layer(part=RMSNorm())
     params = layer.init(key, x)
     y = layer.apply(params, x)
+
+The modules that put parts together (`Block`, `Stack`, `Transformer`) make their own `Weight` in the same way.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,43 +25,55 @@ import jax.numpy as jnp
 from gptjax.sharding import Rules
 from gptjax.types import Array
 
-
-class Weight(Protocol):
-    """Declares a parameter, float32 of this shape, and returns it in the compute dtype."""
-
-    def __call__(
-        self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable[..., Array] = ...
-    ) -> Array: ...
-
-
 normal = jax.nn.initializers.normal(0.02)
 zeros = jax.nn.initializers.zeros
 ones = jax.nn.initializers.ones
 
 
-class Module(nn.Module):
-    """A Linen module whose parameters know their logical axes."""
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Declares the parameters of a Flax module: `weight("up", (D, F), ("embed", "ffn"))`."""
 
+    module: nn.Module
     rules: Rules = Rules()
+    """Where the logical axes lie; parts shard what they compute by the same rules."""
     dtype: str = "float32"
+    """Compute dtype."""
+    prefix: str = ""
 
-    def weight(
+    def __call__(
         self,
         name: str,
         shape: tuple[int, ...],
         axes: tuple[str | None, ...],
         init: Callable[..., Array] = normal,
     ) -> Array:
-        """The parameter `name`: float32, sharded by `rules(*axes)`, cast to the compute dtype."""
-        value = self.param(name, lambda key: init(key, shape, jnp.float32, out_sharding=self.rules(*axes)))
-        return jnp.asarray(value, self.dtype)  # numpy parameters are welcome
+        """The parameter `name`: float32 of this shape, sharded by `rules(*axes)`, cast to the compute dtype."""
+
+        def draw(key: jax.Array) -> Array:
+            return init(key, shape, jnp.float32, out_sharding=self.rules(*axes))
+
+        return jnp.asarray(self.module.param(self.prefix + name, draw), self.dtype)  # numpy parameters are welcome
+
+    def of(self, name: str) -> Weight:
+        """For a part inside a part: its "scale" becomes "{name}_scale"."""
+        return dataclasses.replace(self, prefix=f"{self.prefix}{name}_")
+
+    def loss(self, name: str, value: Array) -> None:
+        """Add a scalar to the training loss, as a router's balance: it is in what `apply(..., mutable=["losses"])`
+        returns beside the output, and nowhere when nobody asks."""
+        if not self.module.is_initializing():
+            zero = functools.partial(jnp.zeros, ())
+            self.module.sow("losses", self.prefix + name, value, reduce_fn=jnp.add, init_fn=zero)
 
 
-class Layer(Module, kw_only=True):
-    """A part with parameters of its own."""
+class Layer(nn.Module):
+    """A part with parameters of its own. `init` and `apply` take what the part takes after `weight`."""
 
     part: Callable[..., Any]
+    rules: Rules = Rules()
+    dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, *args):
-        return self.part(self.weight, *args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.part(Weight(self, self.rules, self.dtype), *args, **kwargs)

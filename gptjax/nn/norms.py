@@ -47,8 +47,17 @@ class LayerNorm(Norm):
 class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * scale, over the last axis. Zhang and Sennrich 2019, arXiv:1910.07467."""
 
+    scale: bool = True
+    """Whether to multiply by a learned scale."""
+    plus_one: bool = False
+    """Whether the parameter is the scale less 1, as in Gemma."""
+
     def __call__(self, weight: Weight, x: Array) -> Array:
-        return self._standardise(x) * weight("scale", x.shape[-1:], (None,), ones)
+        y = self._standardise(x)
+        if not self.scale:
+            return y
+        scale = weight("scale", x.shape[-1:], (None,), zeros if self.plus_one else ones)
+        return y * (1 + scale if self.plus_one else scale)
 
     @functools.partial(jax.checkpoint, static_argnums=0)
     def _standardise(self, x: Array) -> Array:

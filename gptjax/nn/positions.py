@@ -16,7 +16,7 @@ from gptjax.types import Array, UserError
 class Positions:
     """No encoding at all: a causal decoder can still tell positions apart by how much it sees (arXiv:2203.16634).
 
-    The two places where an encoding can act; a subclass changes one of them. Positions are int32 [B, T], from 0.
+    The three places where an encoding can act; a subclass changes one of them. Positions are int32 [B, T], from 0.
     """
 
     @property
@@ -31,6 +31,11 @@ class Positions:
     def rotate(self, x: Array, positions: Array) -> Array:
         """Turn queries or keys [B, T, N, H] before they meet."""
         return x
+
+    def bias(self, weight: Weight, distance: Array, heads: int, causal: bool = True) -> Array | None:
+        """Add to attention scores: float32 [N, T, S], or None. distance int32 [T, S] is how many tokens the key lies
+        before the query, the same in every layer. A part too: its parameters lie under "relative"."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
@@ -15,7 +16,7 @@ from gptjax.types import Batch, Key, Metrics, Params, UserError
 class NextToken:
     """Cross entropy of the targets, weighted by `batch.weights`:
 
-        loss = sum_bt w_bt (nll_bt + z_loss * logsumexp_bt²) / sum_bt w_bt
+        loss = sum_bt w_bt (nll_bt + z_loss * logsumexp_bt²) / sum_bt w_bt + what the model's own parts add
 
     The z-loss keeps the softmax's denominator near 1, so that logits do not drift (PaLM, arXiv:2204.02311, section 5).
     """
@@ -29,13 +30,16 @@ class NextToken:
 
     def __call__(self, apply: Callable, params: Params, batch: Batch, key: Key | None = None) -> Metrics:
         """`apply` is a model's: `apply({"params": params}, tokens, positions, segments) -> (logits [B,T,V], cache)`.
-        Without a key there is no dropout. Metrics, in nats a token: "loss", and "cross_entropy" which is the loss
-        without its z-loss."""
+        Without a key there is no dropout. Metrics, in nats a token: "loss"; "cross_entropy", which is the loss without
+        its z-loss; and what parts of the model add to the loss (`Weight.loss`), such as a router's balance."""
         rngs = {} if key is None else {"rngs": {"dropout": key}}
-        logits, _ = apply({"params": params}, batch.tokens, batch.positions, batch.segments, **rngs)
+        inputs = ({"params": params}, batch.tokens, batch.positions, batch.segments)
+        (logits, _), sown = apply(*inputs, mutable=["losses"], **rngs)
         nll, logsumexp = cross_entropy(logits, jnp.asarray(batch.targets))
         weight = jnp.sum(batch.weights)
-        return {
-            "loss": (jnp.sum(batch.weights * (nll + self.z_loss * logsumexp**2)), weight),
-            "cross_entropy": (jnp.sum(batch.weights * nll), weight),
-        }
+        loss = jnp.sum(batch.weights * (nll + self.z_loss * logsumexp**2))
+        metrics = {"cross_entropy": (jnp.sum(batch.weights * nll), weight)}
+        for path, value in jax.tree_util.tree_leaves_with_path(sown):
+            loss = loss + value * weight
+            metrics[path[-1].key] = (value * weight, weight)
+        return {"loss": (loss, weight), **metrics}

@@ -187,4 +187,4 @@ def test_states_are_donated():
     tokens, lengths = np.zeros((1, 32), np.int32), np.asarray([3], np.int32)
     state = g.prefill(model, params, tokens, lengths, np.zeros(1, np.uint32), 1, 48, 0)
     g.decode(model, params, state, 34, np.zeros(1, bool), np.zeros(5, np.int32), GREEDY, TOKENIZER.vocab)
-    assert all(x.is_deleted() for x in state.cache.keys)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.cache.layers))

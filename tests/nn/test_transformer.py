@@ -12,9 +12,13 @@ from gptjax.nn import (
     GELU,
     MLP,
     LayerNorm,
+    MultiHeadAttention,
     Positions,
+    Residual,
+    RMSNorm,
     Transformer,
     TransformerConfig,
+    Variant,
     count,
     make_cache,
     unstack,
@@ -39,6 +43,22 @@ def make(kind: type):
 
 CONFIGS = {kind.__name__: dataclasses.replace(BASE, positions=make(kind)) for kind in every(Positions)}
 CONFIGS |= {kind.__name__: dataclasses.replace(BASE, mlp=kind()) for kind in every(MLP) if kind is not MLP}
+CONFIGS |= {
+    kind.__name__: dataclasses.replace(BASE, residual=kind()) for kind in every(Residual) if kind is not Residual
+}
+CONFIGS["attention"] = dataclasses.replace(
+    BASE, attention=MultiHeadAttention(window=5, qk_norm=RMSNorm(), softcap=3.0, sinks=True, scale=0.4, bias=True)
+)
+CONFIGS["pattern"] = dataclasses.replace(
+    BASE,
+    layers=6,
+    first=(Variant(mlp=GELU(), hidden=8),),
+    pattern=(Variant(window=3), Variant(positions=Positions(), attention=MultiHeadAttention(kv_heads=4))),
+    embedding_scale=4.0,
+    embedding_norm=RMSNorm(scale=False),
+    norm=RMSNorm(plus_one=True),
+    logit_softcap=2.0,
+)
 CONFIGS["gpt2"] = dataclasses.replace(
     CONFIGS["LearnedPositions"], kv_heads=None, norm=LayerNorm(), mlp=GELU(), bias=True, tied=False
 )
@@ -67,7 +87,7 @@ def test_cached_decoding_equals_the_full_forward(model):
     """In one go and in pieces, with stacked and unstacked parameters, behind padding of any length."""
     model, params = model
     logits, _ = apply(model, params, TOKENS)
-    layers = params | {"blocks": unstack(params["blocks"])}
+    layers = unstack(model.config, params)
     pad = jnp.array([0, 1, 3, 0])
     cache = make_cache(model.config, 4, 20)
     tokens = jnp.stack([jnp.roll(jnp.pad(row, (0, 3)), n) for row, n in zip(TOKENS, pad, strict=True)])
@@ -109,7 +129,8 @@ def test_a_mesh_changes_nothing(model):
         mesh = jax.sharding.get_mesh()
         put = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
         params = jax.tree.map(put, params, places)
-        assert params["blocks"]["attention"]["q"].sharding.spec == jax.P(None, "fsdp", "tensor", None)
+        q = params["blocks"].get("0", params["blocks"])["attention"]["q"]
+        assert q.sharding.spec == jax.P(None, "fsdp", "tensor", None)
         places = sharding.global_array(np.tile(np.arange(12, dtype=np.int32), (4, 1)), STANDARD)
         logits, _ = apply(sharded, params, tokens, places, jnp.ones_like(tokens))
         cache = make_cache(config, 4, 12, STANDARD)

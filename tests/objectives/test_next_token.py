@@ -73,19 +73,19 @@ def batch_of(targets, weights) -> Batch:
     return Batch(tokens, targets, weights, np.ones((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1)))
 
 
-def apply(variables, tokens, positions, segments, rngs=None):
+def apply(variables, tokens, positions, segments, mutable, rngs=None):
     """A model of one table: what it was given can be seen in its logits."""
     assert rngs is None or set(rngs) == {"dropout"}
     seen = jnp.asarray(tokens + positions + segments - 1) % V
     noise = 0 if rngs is None else jax.random.normal(rngs["dropout"], (B, T, V))
-    return variables["params"]["table"][seen] + noise, None
+    return (variables["params"]["table"][seen] + noise, None), {}
 
 
 def test_loss_is_the_weighted_sum_and_its_weight():
     logits, targets = draw()
     weights = np.random.default_rng(2).integers(0, 2, (B, T)).astype(np.float32)
     batch, params = batch_of(targets, weights), {"table": logits.reshape(-1, V)[:V]}
-    nll, logsumexp, softmax = reference(apply({"params": params}, batch.tokens, batch.positions, 1)[0], targets)
+    nll, logsumexp, softmax = reference(apply({"params": params}, batch.tokens, batch.positions, 1, [])[0][0], targets)
 
     def loss(params):
         metrics = NextToken(z_loss=0.1)(apply, params, batch, None)
@@ -116,3 +116,17 @@ def test_a_key_means_dropout():
 def test_z_loss_is_not_negative():
     with pytest.raises(UserError, match=r"^objective\.z_loss: got -1"):
         NextToken(z_loss=-1)
+
+
+def test_what_parts_add_is_in_the_loss_and_has_its_own_name():
+    logits, targets = draw()
+    batch, params = batch_of(targets, np.full((B, T), 0.5, np.float32)), {"table": logits.reshape(-1, V)[:V]}
+
+    def adding(variables, *args, **kwargs):
+        return apply(variables, *args, **kwargs)[0], {"losses": {"blocks": {"balance": jnp.float32(0.25)}}}
+
+    plain, added = (NextToken()(f, params, batch) for f in (apply, adding))
+    weight = B * T * 0.5
+    assert [float(x) for x in added["balance"]] == [0.25 * weight, weight]
+    np.testing.assert_allclose(added["loss"][0] - plain["loss"][0], 0.25 * weight, rtol=1e-5)
+    np.testing.assert_allclose(added["cross_entropy"][0], plain["cross_entropy"][0])

@@ -1,0 +1,115 @@
+"""The block of a transformer: attention and MLP, joined to the residual stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gptjax.kernels.attention import Mask
+from gptjax.nn.attention import Attention, MultiHeadAttention
+from gptjax.nn.mlp import MLP, SwiGLU
+from gptjax.nn.module import Layer, Weight
+from gptjax.nn.norms import Norm, RMSNorm
+from gptjax.nn.residual import PreNorm, Residual
+from gptjax.sharding import Rules
+from gptjax.types import Array, Key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every block of a stack sees beside its input."""
+
+    positions: Array
+    """int32 [B, T], places within the document."""
+    mask: Mask
+    """Which tokens see which."""
+    bias: Array | None = None
+    """float32 [N, T, S], added to attention scores."""
+    start: Array | None = None
+    """[B, T, D], what the first block got."""
+    tokens: Array | None = None
+    """int32 [B, T]."""
+    source: Array | None = None
+    """[B, S, D], what cross-attention reads."""
+    source_mask: Mask = Mask(causal=False)
+    """Which tokens of the source cross-attention sees."""
+
+
+def dropout(x: Array, rate: float, key: Key | None) -> Array:
+    """x with a share `rate` of its elements zeroed and the rest scaled up to keep the mean; x itself without a key."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+class Block(nn.Module):
+    """x [B, T, D] -> [B, T, D]. Alone:
+
+        block = Block(attention=MultiHeadAttention(heads=8, head_size=64), hidden=2_048)
+        y, _ = block.apply(params, x, Context(positions, Mask()))
+
+    With slots, those of a `Cache`'s layer, for incremental decoding. Dropout is on when the rng "dropout" is given.
+    """
+
+    attention: Attention = MultiHeadAttention()
+    mlp: MLP = SwiGLU()
+    hidden: int = 0
+    """F, the hidden size of the MLP."""
+    norm: Norm = RMSNorm()
+    residual: Residual = PreNorm()
+    cross: Attention | None = None
+    """Attention to `context.source`, between the other two; none: there is none."""
+    bias: bool = False
+    """Whether the MLP's linear layers have biases."""
+    dropout: float = 0.0
+    """Share of attention probabilities and residual updates that training drops."""
+    drop: float = 0.0
+    """Share of the times that training leaves this block out (LayerDrop, arXiv:1909.11556)."""
+    output_scale: float = 1.0
+    """Multiplies the initial weights of what is added to the stream."""
+    rules: Rules = Rules()
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array, context: Context, slots: Any = None) -> tuple[Array, Any]:
+        layer = functools.partial(Layer, rules=self.rules, dtype=self.dtype)
+        scales = {"output_scale": self.output_scale}
+
+        def key() -> Key | None:
+            return self.make_rng("dropout") if self.has_rng("dropout") else None
+
+        def attend(h: Array) -> Array:
+            nonlocal slots
+            module = layer(part=self.attention, name="attention")
+            draw = {"dropout": self.dropout, "key": key() if self.dropout else None}
+            args = (h, context.positions, context.mask, slots)
+            y, slots = module(*args, bias=context.bias, **scales, **draw)
+            return dropout(y, self.dropout, key())
+
+        def cross(part: Attention, h: Array) -> Array:
+            module = layer(part=part, name="cross")
+            y, _ = module(h, context.positions, context.source_mask, source=context.source, **scales)
+            return dropout(y, self.dropout, key())
+
+        def feed(h: Array) -> Array:
+            y = layer(part=self.mlp, name="mlp")(h, self.hidden, self.bias, self.output_scale)
+            return dropout(y, self.dropout, key())
+
+        def norm(name: str, h: Array) -> Array:
+            return layer(part=self.norm, name=name)(h)
+
+        sublayers = (attend, feed)
+        if self.cross is not None:
+            sublayers = (attend, functools.partial(cross, self.cross), feed)
+        start = x if context.start is None else context.start
+        y = self.residual(Weight(self, self.rules, self.dtype), x, start, norm, sublayers)
+        skip = key() if self.drop else None
+        if skip is not None:
+            y = jnp.where(jax.random.bernoulli(skip, self.drop), x, y)
+        return y, slots

@@ -1,0 +1,179 @@
+"""The shape and the parts of a transformer, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from gptjax.nn.attention import Attention, MultiHeadAttention
+from gptjax.nn.block import Block
+from gptjax.nn.mlp import MLP, SwiGLU
+from gptjax.nn.norms import Norm, RMSNorm
+from gptjax.nn.positions import Positions, RoPE
+from gptjax.nn.residual import PreNorm, Residual
+from gptjax.nn.stack import Stack
+from gptjax.sharding import Rules
+from gptjax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How some layers differ from what the model says. None: they do not."""
+
+    attention: Attention | None = None
+    """Attention part."""
+    positions: Positions | None = None
+    """Position encoding that turns queries and keys."""
+    window: int | None = None
+    """Each token sees this many tokens, itself included."""
+    mlp: MLP | None = None
+    """Feed-forward part."""
+    hidden: int | None = None
+    """F, the hidden size of the MLP."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The shape and the parts of a decoder."""
+
+    vocab: int
+    """V, the number of token ids."""
+    layers: int
+    """L, the number of blocks."""
+    width: int
+    """D, the size of the residual stream."""
+    heads: int
+    """N, the number of query heads."""
+    kv_heads: int | None = None
+    """K, the number of key/value heads that the query heads share; none: one each."""
+    head_size: int | None = None
+    """H, the size of a head; none: width / heads."""
+    hidden: int | None = None
+    """F, the hidden size of the MLP; none: 4 x width, or 8/3 x width rounded up to a multiple of 8 when gated."""
+    positions: Positions = RoPE()
+    """Position encoding."""
+    norm: Norm = RMSNorm()
+    """Normalisation of the residual stream."""
+    attention: Attention = MultiHeadAttention()
+    """Attention part."""
+    mlp: MLP = SwiGLU()
+    """Feed-forward part."""
+    residual: Residual = PreNorm()
+    """How attention and MLP are joined to the residual stream."""
+    pattern: tuple[Variant, ...] = (Variant(),)
+    """What is repeated over the layers: (Variant(window=1_024), Variant()) makes every other one local."""
+    first: tuple[Variant, ...] = ()
+    """Layers before those of the pattern."""
+    bias: bool = False
+    """Whether the linear layers have biases."""
+    dropout: float = 0.0
+    """Share of embeddings, attention probabilities and residual updates that training drops."""
+    layer_drop: float = 0.0
+    """Share of the times that training leaves a block out."""
+    tied: bool = True
+    """Whether the head is the transposed embedding."""
+    embedding_scale: float = 1.0
+    """Multiplies token embeddings: sqrt(width) in Gemma and in "Attention Is All You Need"."""
+    embedding_norm: Norm | None = None
+    """Normalises the embeddings; none: nothing does."""
+    logit_scale: float = 1.0
+    """Multiplies the logits."""
+    logit_softcap: float | None = None
+    """Logits are bounded by this: softcap * tanh(logit / softcap); none: they are not."""
+    remat: str | None = None
+    """What the backward pass keeps, not computes again: a name in `jax.checkpoint_policies`; none: everything."""
+    dtype: str = "float32"
+    """Compute dtype: float32 or bfloat16. Parameters are float32 always."""
+
+    def __post_init__(self):
+        for field in ("vocab", "layers", "width", "heads"):
+            if getattr(self, field) < 1:
+                raise UserError(f"model.{field}: got {getattr(self, field)}, must be at least 1")
+        if self.head_size is None and self.width % self.heads:
+            divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
+            near = sorted(divisors, key=lambda n: abs(n - self.heads))[:3]
+            raise UserError(
+                f"model.heads: got {self.heads}, which does not divide model.width {self.width}; "
+                f"use {', '.join(map(str, sorted(near)))}, or set model.head_size"
+            )
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise UserError(f"model.kv_heads: got {self.kv_heads}, must divide model.heads {self.heads}")
+        if not self.pattern:
+            raise UserError("model.pattern: got none, must be at least one; (Variant(),) makes all layers alike")
+        if len(self.first) > self.layers:
+            raise UserError(f"model.first: got {len(self.first)} layers, must be at most model.layers {self.layers}")
+        for variant in (*self.first, *self.pattern):
+            positions = variant.positions or self.attention.positions or self.positions
+            if isinstance(positions, RoPE) and self.H % 2:
+                raise UserError(f"model.head_size: got {self.H}, must be even for rotary positions, which turn pairs")
+        for field in ("dropout", "layer_drop"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(f"model.{field}: got {getattr(self, field)}, must be at least 0 and less than 1")
+        if self.remat is not None and not hasattr(jax.checkpoint_policies, self.remat):
+            names = ", ".join(name for name in dir(jax.checkpoint_policies) if not name.startswith("_"))
+            raise UserError(f"model.remat: got {self.remat!r}, must be None or one of {names}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"model.dtype: got {self.dtype!r}, must be float32 or bfloat16")
+
+    @property
+    def H(self) -> int:
+        """The size of a head."""
+        return self.head_size or self.width // self.heads
+
+    @property
+    def K(self) -> int:
+        """The number of key/value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def F(self) -> int:
+        """The hidden size of the MLP."""
+        return self.hidden or (-(-8 * self.width // 24) * 8 if self.mlp.gated else 4 * self.width)
+
+    def block(self, variant: Variant = Variant(), rules: Rules = Rules(), cross: Attention | None = None) -> Block:
+        """A layer of the model."""
+
+        def sized(attention: Attention) -> Attention:
+            own = attention.heads is not None
+            return dataclasses.replace(
+                attention,
+                heads=attention.heads or self.heads,
+                kv_heads=attention.kv_heads or (attention.heads if own else self.K),
+                head_size=attention.head_size or self.H,
+                positions=variant.positions or attention.positions or self.positions,
+                window=variant.window or attention.window,
+                bias=self.bias if attention.bias is None else attention.bias,
+            )
+
+        return Block(
+            attention=sized(variant.attention or self.attention),
+            mlp=variant.mlp or self.mlp,
+            hidden=variant.hidden or self.F,
+            norm=self.norm,
+            residual=self.residual,
+            cross=None if cross is None else sized(cross),
+            bias=self.bias,
+            dropout=self.dropout,
+            drop=self.layer_drop,
+            output_scale=(2 * self.layers) ** -0.5,
+            rules=rules,
+            dtype=self.dtype,
+            parent=None,
+        )
+
+    def stack(self, rules: Rules = Rules(), cross: Attention | None = None) -> Stack:
+        """The layers of the model."""
+        first, pattern = (tuple(self.block(v, rules, cross) for v in side) for side in (self.first, self.pattern))
+        repeats, rest = divmod(self.layers - len(first), len(pattern))
+        return Stack(pattern, repeats, first, pattern[:rest], self.remat, parent=None)
+
+    def flops(self, length: int) -> int:
+        """FLOPs of training on one token, forward and backward, at this context length: 6 for every weight of a matrix
+        product, and 12 D T a layer for attention scores and sums (PaLM, arXiv:2204.02311, appendix B; not halved for
+        causality, as is usual)."""
+        layers = sum(
+            block.attention.products(self.width, length) + block.mlp.products(self.width, block.hidden)
+            for block in self.stack().blocks
+        )
+        return 6 * (layers + self.vocab * self.width)

@@ -1,0 +1,87 @@
+"""How the sublayers of a block (attention, MLP) are joined to the residual stream. A new way is one more subclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from gptjax.nn.module import Weight
+from gptjax.types import Array
+
+Sublayer = Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """A part `residual(weight, x, start, norm, sublayers) -> x`, everything [B, T, D].
+
+    start      the stream as the first block got it
+    norm       `norm(name, x)`: the model's normalisation, with parameters under that name
+    sublayers  attention, cross-attention where there is one, MLP
+    """
+
+    final_norm: ClassVar[bool] = True
+    """Whether the stream still needs a norm after the last block."""
+
+    def __call__(
+        self,
+        weight: Weight,
+        x: Array,
+        start: Array,
+        norm: Callable[[str, Array], Array],
+        sublayers: Sequence[Sublayer],
+    ) -> Array:
+        raise NotImplementedError
+
+
+class PreNorm(Residual):
+    """x + f(norm(x)) for each sublayer f in turn: GPT-2, Llama. Xiong et al. 2020, arXiv:2002.04745."""
+
+    def __call__(self, weight, x, start, norm, sublayers):
+        for i, f in enumerate(sublayers, 1):
+            x = x + f(norm(f"norm_{i}", x))
+        return x
+
+
+class PostNorm(Residual):
+    """norm(x + f(x)): "Attention Is All You Need" (arXiv:1706.03762) and BERT."""
+
+    final_norm = False
+
+    def __call__(self, weight, x, start, norm, sublayers):
+        for i, f in enumerate(sublayers, 1):
+            x = norm(f"norm_{i}", x + f(x))
+        return x
+
+
+class SandwichNorm(Residual):
+    """x + norm(f(norm(x))): Gemma 2 and 3. Ding et al. 2021, arXiv:2105.13290."""
+
+    def __call__(self, weight, x, start, norm, sublayers):
+        for i, f in enumerate(sublayers, 1):
+            x = x + norm(f"post_norm_{i}", f(norm(f"norm_{i}", x)))
+        return x
+
+
+class OutputNorm(Residual):
+    """x + norm(f(x)): OLMo 2 (arXiv:2501.00656)."""
+
+    def __call__(self, weight, x, start, norm, sublayers):
+        for i, f in enumerate(sublayers, 1):
+            x = x + norm(f"norm_{i}", f(x))
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel(Residual):
+    """x + f_1(norm(x)) + f_2(norm(x)): attention and MLP side by side, as in GPT-J, GPT-NeoX and PaLM."""
+
+    shared: bool = False
+    """Whether the sublayers read the same norm, as in GPT-J, or one each, as in GPT-NeoX."""
+
+    def __call__(self, weight, x, start, norm, sublayers):
+        if self.shared:
+            h = norm("norm_1", x)
+            return x + sum(f(h) for f in sublayers)
+        return x + sum(f(norm(f"norm_{i}", x)) for i, f in enumerate(sublayers, 1))
