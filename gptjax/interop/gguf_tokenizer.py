@@ -1,0 +1,180 @@
+"""What a GGUF file says of a tokenizer.
+
+llama.cpp tokenises by itself, from one of two descriptions. "llama" is SentencePiece's BPE: pieces with scores, merged
+best score first. "gpt2" is byte-level BPE: tokens in GPT-2's alphabet for bytes, the list of merges in order, and the
+name of a regular expression that cuts text into words. Neither normalises text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from gptjax.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+from gptjax.data.tokenizers.tiktoken import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, byte_alphabet
+from gptjax.types import UserError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""The sorts of token, numbered as SentencePiece does."""
+
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+PATTERNS = {
+    GPT2_PATTERN: "gpt-2",
+    CL100K_PATTERN: "llama-bpe",
+    O200K_PATTERN: "gpt-4o",
+    _CONTRACTIONS + _WORDS % "{1,3}": "llama-bpe",
+    _CONTRACTIONS + _WORDS % "": "qwen2",
+}
+"""How text is cut into words -> llama.cpp's name for it."""
+
+
+class Token(NamedTuple):
+    text: str
+    type: int
+    score: float = 0.0
+
+
+def metadata(tokenizer: Tokenizer, vocab: int) -> dict[str, Any]:
+    """The keys of `tokenizer` for a model with `vocab` rows in its embedding; rows without a token get an unused one.
+
+    Raises `UserError` for a tokenizer that llama.cpp has no description for, one larger than the model, or one without
+    an end."""
+    if tokenizer.vocab > vocab:
+        raise UserError(f"tokenizer: got one of {tokenizer.vocab:,} ids, must be at most the model's {vocab:,}")
+    if tokenizer.end is None:
+        raise UserError("tokenizer: got one without an end token, must have one; llama.cpp would take another for it")
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        keys, tokens = _sentencepiece(tokenizer)
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        keys, tokens = _huggingface(tokenizer)
+    elif isinstance(tokenizer, TiktokenTokenizer):
+        keys, tokens = _tiktoken(tokenizer)
+    else:
+        raise UserError(
+            f"tokenizer: got one of {tokenizer.kind}, can be a BPE of SentencePiece, Hugging Face or tiktoken"
+        )
+    roles = ("<|bos|>", "<|end|>")  # other names of a token that has one of its own, mostly
+    for name, i in sorted(tokenizer.specials.items(), key=lambda item: item[0] in roles):
+        tokens.setdefault(i, Token(name, CONTROL, -1000.0))
+    listed = [tokens.get(i) or Token(f"[PAD{i}]", UNUSED, -1e4) for i in range(vocab)]
+    keys |= {
+        "tokenizer.ggml.tokens": [token.text for token in listed],
+        "tokenizer.ggml.token_type": [token.type for token in listed],
+        "tokenizer.ggml.eos_token_id": tokenizer.end,
+        "tokenizer.ggml.add_bos_token": _begins_with_bos(tokenizer),
+        "tokenizer.ggml.add_eos_token": False,
+    }
+    if tokenizer.bos is not None:
+        keys["tokenizer.ggml.bos_token_id"] = tokenizer.bos
+    if keys["tokenizer.ggml.model"] == "llama":
+        keys["tokenizer.ggml.scores"] = [token.score for token in listed]
+        keys["tokenizer.ggml.add_space_prefix"] = tokenizer.decode_bytes(tokenizer.encode("a")) == b" a"
+    return keys
+
+
+_Parts = tuple[dict[str, Any], dict[int, Token]]
+"""Keys of one sort of tokenizer, and id -> token."""
+
+
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> _Parts:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.data)  # type: ignore[attr-defined]
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != trainer.BPE:
+        kind = trainer.ModelType.Name(trainer.model_type).lower()
+        raise UserError(f"tokenizer: got a SentencePiece model of kind {kind}, GGUF files can have bpe")
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        raise UserError(
+            "tokenizer: got a SentencePiece model that normalises text, GGUF files can have one that does not"
+        )
+    tokens = {i: Token(piece.piece, piece.type, piece.score) for i, piece in enumerate(model.pieces)}
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.unknown_token_id": trainer.unk_id}, tokens
+
+
+def _tiktoken(tokenizer: TiktokenTokenizer) -> _Parts:
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+    ranks = {piece: i for i, piece in enumerate(tokenizer.pieces) if piece}
+    text = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
+    merges = [f"{text[left]} {text[right]}" for left, right in _merges(ranks)]
+    return _byte_level(tokenizer.pattern, merges), {i: Token(text[piece], NORMAL) for piece, i in ranks.items()}
+
+
+def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The pair that each token was first merged from: what is left of it when only earlier merges are made."""
+    for token, rank in ranks.items():
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            if (best := min(pairs)) >= rank:
+                break
+            i = pairs.index(best)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
+def _huggingface(tokenizer: HuggingFaceTokenizer) -> _Parts:
+    spec = json.loads(tokenizer.data)
+    model = spec["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise UserError(f"tokenizer: got a tokenizer.json of type {model['type']}, GGUF files can have BPE")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    added = {
+        token["id"]: Token(token["content"], CONTROL if token["special"] else USER_DEFINED, -1000.0)
+        for token in spec["added_tokens"]
+    }
+    if not model.get("byte_fallback"):
+        tokens = {i: Token(text, NORMAL) for text, i in model["vocab"].items()}
+        return _byte_level(_pattern(spec.get("pre_tokenizer")), merges), tokens | added
+    # Made from SentencePiece, whose score of a piece was the place of the merges that make it.
+    scores: dict[str, float] = {}
+    for i, merge in enumerate(merges):
+        scores.setdefault(merge.replace(" ", ""), -float(i))
+    tokens = {
+        i: Token(text, BYTE if text.startswith("<0x") and len(text) == 6 else NORMAL, scores.get(text, -1e6))
+        for text, i in model["vocab"].items()
+    } | added
+    unknown = model["vocab"].get(model.get("unk_token"))
+    if unknown is None:
+        return {"tokenizer.ggml.model": "llama"}, tokens
+    tokens[unknown] = Token(model["unk_token"], UNKNOWN)
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.unknown_token_id": unknown}, tokens
+
+
+def _byte_level(pattern: str, merges: list[str]) -> dict[str, Any]:
+    if pattern not in PATTERNS:
+        names = ", ".join(sorted(set(PATTERNS.values())))
+        raise UserError(f"tokenizer: got one that cuts text by {pattern!r}, GGUF files can have those of {names}")
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": PATTERNS[pattern],
+        "tokenizer.ggml.merges": merges,
+    }
+
+
+def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
+    """The regular expression of a tokenizer.json with one; any other is given back as it is, to be named."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    match steps:
+        case [{"type": "ByteLevel", "add_prefix_space": False} as step] if step.get("use_regex", True):
+            return GPT2_PATTERN
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}},
+            {"type": "ByteLevel", "add_prefix_space": False} as step,
+        ] if not step.get("use_regex", True):
+            return pattern
+    return json.dumps(pre_tokenizer)
+
+
+def _begins_with_bos(tokenizer: Tokenizer) -> bool:
+    """Whether the model was taught to read a start before all text: what a tokenizer.json says it adds; else, whether
+    there is a start that is not also the end, as GPT-2's is."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(tokenizer.data.decode()).encode("").ids == [tokenizer.bos]
+    return tokenizer.bos not in (None, tokenizer.end)
