@@ -58,7 +58,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{path}: got {found:,} bytes, must be {expected:,} for the sizes in its header ({head.sizes}); "
             "it is damaged, cut short or not a llama2.c model"
         )
-    data = np.memmap(path, np.uint8, mode="r")
+    data = np.asarray(np.memmap(path, np.uint8, mode="r"))
     tensors, start = {}, head.start
     for entry in layout:
         for layer in range(entry.count):
