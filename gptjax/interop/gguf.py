@@ -97,13 +97,16 @@ def q8_0(x: np.ndarray) -> np.ndarray:
     scale = max|x| / 127 over the block, int8 = x / scale rounded to nearest, halves away from zero, before the scale is
     itself rounded to float16."""
     blocks = x.reshape(-1, 32)
-    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
-    # A scale too small for float16 is 0 there; one that has no inverse need not have steps.
-    steps = blocks * np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
-    whole = np.trunc(steps)
     out = np.empty(len(blocks), [("scale", "<f2"), ("values", "i1", 32)])
-    out["scale"] = scale[:, 0]
-    out["values"] = whole + np.copysign(np.abs(steps - whole) >= 0.5, steps)
+    for start in range(0, len(blocks), 4_096):  # so many fit in a cache
+        part = blocks[start : start + 4_096]
+        scale = np.abs(part).max(-1, keepdims=True) / np.float32(127)
+        # A scale too small for float16 is 0 there; one that has no inverse need not have steps.
+        steps = part * np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
+        # Adding 0.5 itself would take the number just below 0.5 to 1.
+        steps += np.copysign(np.nextafter(np.float32(0.5), np.float32(0)), steps)
+        out["scale"][start : start + 4_096] = scale[:, 0]
+        out["values"][start : start + 4_096] = steps  # towards zero
     return out
 
 
