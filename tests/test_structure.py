@@ -32,7 +32,7 @@ FLOORS = (
     {"nn", "data", "objectives", "optim"},
     {"inference"},
     {"train"},
-    {"evals"},
+    {"evals", "interop"},
     {"language_model", "report"},
     {"experiment"},
     {"cli", "gptjax"},

@@ -13,7 +13,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,16 @@ def decode(
         )
         return state, done | (drawn[:, None] == ends).any(-1)
 
-    return jax.lax.while_loop(going, step, (state, jnp.asarray(done)))[0]
+    # XLA's CPU backend copies a cache that has an axis of size 1 at every token.
+    one_row = B == 1 and jax.sharding.get_abstract_mesh().empty
+    if one_row:
+        state = _with_layers(state, jax.tree.map(lambda x: x[0], state.cache.layers))
+    state = jax.lax.while_loop(going, step, (state, jnp.asarray(done)))[0]
+    return _with_layers(state, jax.tree.map(lambda x: x[None], state.cache.layers)) if one_row else state
+
+
+def _with_layers(state: State, layers: Any) -> State:
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
 
 def generate(

@@ -154,7 +154,8 @@ def _attend(
 
 
 def _forward(scale, softcap, q, k, v, visible, bias, sinks, keep):
-    q, k, v = lax.optimization_barrier((q, k, v))
+    if q.shape[2] > 1:  # not in decoding, where it would copy the cache
+        q, k, v = lax.optimization_barrier((q, k, v))
     scores = lax.optimization_barrier(_dot(q, k, 3, 3)) * scale
     tanh = None
     if softcap is not None:

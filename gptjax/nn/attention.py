@@ -61,8 +61,8 @@ class Attention:
     ) -> tuple[Array, Any]:
         """x [B, T, D], positions int32 [B, T] -> y [B, T, D].
 
-        slots         for incremental decoding, those of a `Cache`; they come back with the T new entries written at
-                      `mask.offset`
+        slots         for incremental decoding, those of a `Cache`, which may lack the axis of rows where B is 1; they
+                      come back with the T new entries written at `mask.offset`
         bias          float [N, T, S], added to the scores
         source        [B, S, D], what keys and values are of: cross-attention; None: x itself
         output_scale  multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small
@@ -133,11 +133,11 @@ class MultiHeadAttention(Attention):
         v = project("v", read, K, "kv_heads")
         if slots is not None:
             keys, values = (
-                kv.write(filled, new.swapaxes(1, 2), mask.offset, axis=2)
+                kv.write(filled, new.swapaxes(1, 2), mask.offset, axis=-2)
                 for filled, new in zip(slots, (k, v), strict=True)
             )
             slots = keys, values
-            k, v = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+            k, v = (filled.reshape(x.shape[0], K, -1, H).swapaxes(1, 2) for filled in slots)
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)
         sinks = weight("sinks", (N,), ("heads",), normal) if self.sinks else None

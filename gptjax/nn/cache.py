@@ -35,7 +35,10 @@ class Cache:
 
 
 def write(slots: Array, new: Array, start: Array | int, axis: int) -> Array:
-    """`slots` with the T entries of `new` along `axis` at start .. start + T."""
+    """`slots` with the T entries of `new` along `axis` (from the end: -2) at start .. start + T. Slots may lack the
+    first axis of `new` where its size is 1."""
+    if slots.ndim < new.ndim:
+        new = new[0]
     return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis)
 
 
