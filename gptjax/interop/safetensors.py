@@ -1,0 +1,318 @@
+"""The safetensors format, and how its tensors become jax arrays without a second copy in memory.
+
+    tensors = Tensors(folder)                         # one file or shards; nothing is read yet
+    tensors.shapes["lm_head.weight"]                  # ShapeDtypeStruct
+    leaf = jax.ShapeDtypeStruct((L, D, F), jnp.float32, sharding=sharding)
+    place(leaf, lambda i: tensors[f"layers.{i}.up.weight"].T)
+    write(other, tensors.shapes, tensors.__getitem__)
+
+A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, bytes from and to) and
+the tensors, one after the other (https://huggingface.co/docs/safetensors). `safetensors`' own numpy reader copies
+what it reads; this one maps the file, so that a transposed slice of a tensor is a view too.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from gptjax.types import Array, UserError
+
+INDEX = "model.safetensors.index.json"
+"""Of a folder with several files: which tensor is in which."""
+SINGLE = "model.safetensors"
+LONGEST_HEADER = 100_000_000
+"""Bytes; the format's own limit."""
+DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+"""The format's name -> dtype."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Its first byte in the file."""
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """Name -> tensor of a `.safetensors` file or of a model's folder: a read-only numpy view of the mapped file, always
+    valid. Asking for a tensor lets the disk begin with it, and drops the memory of the last but one (it is read again
+    where it is used again), so that going through all of them holds two.
+
+    Raises UserError for a folder without such files, a damaged file, or an index that does not agree with its files.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        files = _files(path)
+        headers = {file: _header(file) for file in dict.fromkeys(files.values() if files else [path])}
+        self._files = files or dict.fromkeys(headers[path], path)
+        if lacking := [name for name, file in self._files.items() if name not in headers[file]]:
+            raise UserError(
+                f"path: got {path}, whose index names {_some(lacking)} in {self._files[lacking[0]].name}, which lacks "
+                "them; download the folder again"
+            )
+        self._headers = {name: headers[file][name] for name, file in self._files.items()}
+        self._maps = {file: _map(file) for file in headers}
+        self._resident: collections.deque[tuple[mmap.mmap, int, int]] = collections.deque()
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Name -> shape and dtype, without reading."""
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self._headers.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor, data = self._headers[name], self._maps[self._files[name]]
+        start = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
+        extent = data, start, tensor.start + tensor.bytes - start
+        if tensor.bytes and extent not in self._resident:
+            data.madvise(mmap.MADV_WILLNEED, *extent[1:])
+            self._resident.append(extent)
+        if len(self._resident) > 2:
+            old, *pages = self._resident.popleft()
+            old.madvise(mmap.MADV_DONTNEED, *pages)
+        return np.ndarray(tensor.shape, tensor.dtype, data, tensor.start)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._headers)
+
+    def __len__(self) -> int:
+        return len(self._headers)
+
+
+def place(leaf: jax.ShapeDtypeStruct, part: Callable[[int], np.ndarray]) -> Array:
+    """The array of this shape, dtype and sharding (None: one default device) whose values `part` gives.
+
+    leaf     [*stack, *shape]
+    part(i)  [*shape]: the i-th of the stack, row by row where the stack has several axes (layers, experts); all of the
+             leaf where it has none. Best a view of `Tensors`: then the parts of it that this process's devices hold are
+             read, once, into the memory that becomes the array's (on CPU), and the host keeps no other copy.
+
+    Raises ValueError where a part has another shape.
+    """
+
+    def read(index: Any) -> np.ndarray:
+        ranges = [range(*cut.indices(size)) for cut, size in zip(index, leaf.shape, strict=True)]
+        values = _aligned([len(r) for r in ranges], np.dtype(leaf.dtype))
+        stack = leaf.shape[: leaf.ndim - part(0).ndim]
+        numbers = np.arange(math.prod(stack)).reshape(stack)[index[: len(stack)]]
+        # Each part is asked for before the one ahead of it is copied, so that disk and processor work at once.
+        pieces = itertools.pairwise(itertools.chain(map(part, map(int, numbers.flat)), [None]))
+        for at, (piece, _) in zip(np.ndindex(numbers.shape), pieces, strict=True):
+            assert piece is not None
+            if piece.shape != leaf.shape[len(stack) :]:
+                raise ValueError(f"part {numbers[at]} has shape {piece.shape}, must be {leaf.shape[len(stack) :]}")
+            _copy(values[at], piece[index[len(stack) :]])
+        return values
+
+    if leaf.sharding is None:
+        array = jax.device_put(read((slice(None),) * leaf.ndim))
+    else:
+        array = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+    return jax.block_until_ready(array)  # the host's memory is free before the next leaf is read
+
+
+def write(
+    folder: str | Path,
+    shapes: Mapping[str, Any],
+    read: Callable[[str], np.ndarray],
+    max_shard: int = 5_000_000_000,
+) -> None:
+    """Writes tensors to `folder`, as `transformers` reads them: one file, or several of at most `max_shard` bytes
+    (a tensor is never cut) with their index. A file has its name only once it is whole.
+
+    shapes  name -> anything with a shape and a dtype
+    read    the tensor of a name; each is asked for once, when its turn comes
+
+    Raises UserError for a dtype that the format lacks, and for a folder that has a model already.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if found := sorted(path.name for path in folder.glob("model*.safetensors*") if path.suffix != ".partial"):
+        raise UserError(f"path: got {folder}, which has {_some(found)} already; choose another or delete it")
+    tensors = {name: _Tensor(np.dtype(x.dtype), tuple(x.shape), 0) for name, x in shapes.items()}
+    shards = _shards(tensors, max_shard)
+    width = len(shards)
+    names = [SINGLE] if width == 1 else [f"model-{i + 1:05}-of-{width:05}.safetensors" for i in range(width)]
+    for file, shard in zip(names, shards, strict=True):
+        _write_file(folder / file, {name: tensors[name] for name in shard}, read)
+    if width > 1:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        size = sum(tensor.bytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+        partial = folder / f"{INDEX}.partial"
+        partial.write_text(json.dumps(index, indent=2) + "\n")
+        partial.replace(folder / INDEX)
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Name -> the file that has it, as a folder's index says; of one file, nothing."""
+    if not path.is_dir():
+        return {}
+    if (path / INDEX).is_file():
+        try:
+            names: dict[str, str] = json.loads((path / INDEX).read_bytes())["weight_map"]
+            files = {name: path / file for name, file in names.items() if file == Path(file).name}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            names, files = {}, {}
+        if not names or len(files) < len(names):
+            raise UserError(f"path: got {path}, whose {INDEX} is damaged; download the folder again")
+        if missing := sorted({file.name for file in files.values() if not file.is_file()}):
+            raise UserError(f"path: got {path}, which lacks {_some(missing)} of its index; download the folder again")
+        return files
+    if (path / SINGLE).is_file():
+        return dict.fromkeys(_header(path / SINGLE), path / SINGLE)
+    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in PICKLES):
+        raise UserError(
+            f"path: got {path}, whose weights are pickles ({_some(pickles)}), which can run any program when read; "
+            "convert them where you trust them: AutoModel.from_pretrained(path).save_pretrained(new) of transformers"
+        )
+    raise UserError(f"path: got {path}, must hold {SINGLE} or {INDEX}")
+
+
+def _header(path: Path) -> dict[str, _Tensor]:
+    """What a file holds, every byte of it accounted for."""
+
+    def damaged(why: str) -> UserError:
+        return UserError(f"path: got {path}, which is not a whole safetensors file: {why}; download or write it again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                raise damaged(f"its {size} bytes say that the header has {length}")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise UserError(f"path: got {path}, which can't be read ({error.strerror})") from None
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else damaged("the header is not JSON") from None
+    if not isinstance(header, dict):
+        raise damaged("the header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors: dict[str, _Tensor] = {}
+    for name, entry in header.items():
+        try:
+            code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            understood = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            understood = False
+        if not understood:
+            raise damaged(f"the header's entry of {name!r} can't be understood")
+        if code not in DTYPES:
+            raise UserError(f"path: got {path}, where {name} has dtype {code}, must be one of {', '.join(DTYPES)}")
+        tensors[name] = tensor = _Tensor(DTYPES[code], shape, 8 + length + begin)
+        if tensor.bytes != end - begin:
+            raise damaged(f"{name} has {end - begin} bytes, {code} {list(shape)} takes {tensor.bytes}")
+    at = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if tensor.start != at:
+            raise damaged(f"{name} begins at byte {tensor.start}, the tensor before it ends at {at}")
+        at += tensor.bytes
+    if at != size:
+        raise damaged(f"it has {size} bytes instead of {at}")
+    return tensors
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of them."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    data.madvise(mmap.MADV_SEQUENTIAL)  # read ahead, far
+    return data
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Empty memory where jax wants it on CPU: it then takes it over, where it would copy what lies otherwise."""
+    size, alignment = math.prod(shape) * dtype.itemsize, 64
+    memory = np.empty(size + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(to: np.ndarray, values: np.ndarray) -> None:
+    """`to[...] = values`. A transposed matrix goes in tiles, whose lines of memory stay in the cache: numpy alone takes
+    ten times as long."""
+    for axis in range(1, to.ndim):
+        rows = math.prod(to.shape[:axis])
+        try:
+            flat = values.reshape(rows, -1, copy=False)
+        except ValueError:
+            continue
+        if flat.strides[0] == values.itemsize < flat.strides[1]:
+            target = to.reshape(flat.shape, copy=False)
+            for i in range(0, flat.shape[1], 16):
+                target[:, i : i + 16] = flat[:, i : i + 16]
+            return
+    to[...] = values
+
+
+def _shards(tensors: Mapping[str, _Tensor], limit: int) -> list[list[str]]:
+    """The names, in order, in lists whose tensors take at most `limit` bytes together."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.bytes
+    return shards
+
+
+def _write_file(path: Path, tensors: Mapping[str, _Tensor], read: Callable[[str], np.ndarray]) -> None:
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    at = 0
+    # Large items first: then all of them lie at multiples of their size.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in codes:
+            raise UserError(f"dtype: got {tensor.dtype} for {name}, must be one of {', '.join(map(str, codes))}")
+        offsets = [at, at + tensor.bytes]
+        header[name] = {"dtype": codes[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
+        at = offsets[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors.items():
+            value = np.asarray(read(name))
+            if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
+                raise ValueError(f"{name} is {value.dtype} {value.shape}, must be {tensor.dtype} {tensor.shape}")
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
