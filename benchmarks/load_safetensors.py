@@ -5,8 +5,9 @@
 
 The folder has two files, with random weights under Llama's names. Reading takes the bytes in order, 4 MB at a time;
 loading makes stacked leaves, the matrices transposed. Both begin with a cold page cache as far as
-`posix_fadvise` can empty it, and take turns; loading has a process of its own; medians. Ratio: bytes a second of loading
-over those of reading. Memory: the loading process's peak, less what it had before (Python, jax), over the files' size.
+`posix_fadvise` can empty it, and take turns; loading has a process of its own; medians. Ratio: bytes a second of
+loading over those of reading. Memory: the loading process's peak, less what it had before (Python, jax),
+over the files' size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where a model's files are: a folder here, or a repository of the Hugging Face hub, downloaded once and kept.
 
-`HF_HOME` says where downloads are kept, `HF_ENDPOINT` where from, `HF_TOKEN` by whom, as for every program of the hub's.
+`HF_HOME` says where downloads are kept, `HF_ENDPOINT` where from, `HF_TOKEN` by whom, as always with the hub.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _download(name: str, revision: str | None) -> Path:
             raise UserError(f"path: got {name}, must be a folder or a repository of the hub, owner/name") from None
         except errors.RevisionNotFoundError:
             raise UserError(f"revision: got {revision}, must be a branch, tag or commit of {name}") from None
-        except (errors.HTTPError, OSError) as error:
+        except Exception as error:  # of the library's HTTP client too, which differs between its versions
             response = getattr(_cause(error), "response", None)
             status = getattr(response, "status_code", None)
             if isinstance(error, errors.GatedRepoError) or status == 403:

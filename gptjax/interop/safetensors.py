@@ -6,8 +6,8 @@
     place(leaf, lambda i: tensors[f"layers.{i}.up.weight"].T)
     write(other, tensors.shapes, tensors.__getitem__)
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, bytes from and to) and
-the tensors, one after the other (https://huggingface.co/docs/safetensors). `safetensors`' own numpy reader copies
+A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, place) and the
+tensors, one after the other (https://huggingface.co/docs/safetensors). `safetensors`' own numpy reader copies
 what it reads; this one maps the file, so that a transposed slice of a tensor is a view too.
 """
 
@@ -221,11 +221,10 @@ def _header(path: Path) -> dict[str, _Tensor]:
     for name, entry in header.items():
         try:
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            understood = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+                raise TypeError
         except (KeyError, TypeError, ValueError):
-            understood = False
-        if not understood:
-            raise damaged(f"the header's entry of {name!r} can't be understood")
+            raise damaged(f"the header's entry of {name!r} can't be understood") from None
         if code not in DTYPES:
             raise UserError(f"path: got {path}, where {name} has dtype {code}, must be one of {', '.join(DTYPES)}")
         tensors[name] = tensor = _Tensor(DTYPES[code], shape, 8 + length + begin)

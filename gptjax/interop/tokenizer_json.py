@@ -1,0 +1,228 @@
+"""Any tokenizer as Hugging Face's `tokenizer.json`: the same ids for the same text.
+
+`specification(tokenizer)` is the file's content. Five kinds of tokenizer become three models: byte-level BPE (tiktoken;
+bytes, without a merge), BPE over characters with bytes for those it lacks (SentencePiece; characters, without a merge)
+and Unigram (SentencePiece).
+
+SentencePiece writes a space as U+2581. The file has a space instead, so that the two stay two characters.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gptjax.data.tokenizers import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
+from gptjax.data.tokenizers.sentencepiece import SPACE
+from gptjax.data.tokenizers.tiktoken import byte_alphabet
+from gptjax.data.tokenizers.tokenizer import REPLACEMENT
+from gptjax.types import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Spec = dict[str, Any]
+ALIASES = ("<|bos|>", "<|end|>")
+"""Our names of the first and the last token, which may have another in their vocabulary."""
+
+
+def specification(tokenizer: Tokenizer) -> Spec:
+    """The content of the tokenizer's tokenizer.json. Raises UserError for a kind that has none."""
+    match tokenizer:
+        case HuggingFaceTokenizer():
+            spec = json.loads(tokenizer.data)
+        case SentencePieceTokenizer():
+            spec = _sentencepiece(tokenizer)
+        case TiktokenTokenizer():
+            words = {"type": "Split", "pattern": {"Regex": _oniguruma(tokenizer.pattern)}, "behavior": "Isolated"}
+            spec = _byte_level(tokenizer._ranks, [words | {"invert": False}])
+        case ByteTokenizer():
+            spec = _byte_level({piece: i for i, piece in enumerate(tokenizer.pieces)}, [])
+        case CharacterTokenizer():
+            vocab = {piece.decode(): i for i, piece in enumerate(tokenizer.pieces)}
+            spec = _spec(_bpe(vocab, [], unk_token=REPLACEMENT), decoder=_decoder(prefix=False))
+        case _:
+            raise UserError(f"tokenizer: got a {type(tokenizer).__name__}, which tokenizer.json can't hold")
+    known = {token["content"] for token in spec["added_tokens"]}
+    vocab = spec["model"]["vocab"]
+    for i, name in canonical(tokenizer).items():
+        if name not in known:
+            spec["added_tokens"].append(_added(name, i, special=True))
+        if isinstance(vocab, dict):
+            vocab.setdefault(name, i)  # for ids need not be consecutive, and the library numbers others itself
+    spec["added_tokens"].sort(key=lambda token: token["id"])
+    if spec["post_processor"] is None and tokenizer.bos is not None:
+        spec["post_processor"] = _begin_with(canonical(tokenizer)[tokenizer.bos], tokenizer.bos)
+    return spec
+
+
+def canonical(tokenizer: Tokenizer) -> dict[int, str]:
+    """Id -> the name of each special token in the vocabulary: not our alias, where it has another."""
+    ordered = sorted(tokenizer.specials.items(), key=lambda item: item[0] not in ALIASES)
+    return dict(sorted({i: name for name, i in ordered}.items()))
+
+
+@functools.lru_cache(maxsize=4)
+def reader(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The `tokenizers` library's object, which reads special tokens where the text names them."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("tokenizer: a chat template needs the tokenizers library; pip install 'gptjax[hf]'") from None
+    made = tokenizers.Tokenizer.from_str(json.dumps(specification(tokenizer)))
+    made.no_truncation()
+    made.no_padding()
+    return made
+
+
+def from_merges(
+    vocab: Mapping[str, int], merges: Iterable[Sequence[str]], specials: Mapping[str, int], prefix: bool
+) -> HuggingFaceTokenizer:
+    """A byte-level BPE that cuts text as GPT-2 does, after a space put before all text if `prefix` says so."""
+    level = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True}
+    spec = _spec(_bpe(vocab, merges), decoder=level, pre_tokenizer=level)
+    spec["added_tokens"] = [_added(name, i, special=True) for name, i in specials.items()]
+    return HuggingFaceTokenizer(json.dumps(spec).encode(), specials)
+
+
+def _spec(model: Spec, decoder: Spec, normalizer: Spec | None = None, pre_tokenizer: Spec | None = None) -> Spec:
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _bpe(vocab: Mapping[str, int], merges: Iterable[Sequence[str]], **options: Any) -> Spec:
+    defaults = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {"type": "BPE"} | defaults | flags | options | {"vocab": dict(vocab), "merges": [list(m) for m in merges]}
+
+
+def _added(name: str, i: int, special: bool) -> Spec:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": name} | flags | {"special": special}
+
+
+def _begin_with(name: str, i: int) -> Spec:
+    """What puts a token before all text."""
+    first, text, second = (
+        {"SpecialToken": {"id": name, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"Sequence": {"id": "B", "type_id": 1}},
+    )
+    special = {name: {"id": name, "ids": [i], "tokens": [name]}}
+    return {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, second]} | {
+        "special_tokens": special
+    }
+
+
+def _decoder(prefix: bool) -> Spec:
+    """From pieces of characters, and of bytes, to text; without the space before all text if it has that."""
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    return {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, *strip]}
+
+
+def _byte_level(ranks: Mapping[bytes, int], words: list[Spec]) -> Spec:
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = [(spell(a), spell(b)) for a, b in _merges(ranks)]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = _bpe({spell(token): rank for token, rank in ranks.items()}, merges, ignore_merges=bool(merges))
+    return _spec(model, decoder=level, pre_tokenizer={"type": "Sequence", "pretokenizers": [*words, level]})
+
+
+def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two tokens that each token is made of, in the order of the ranks: those left after all earlier merges."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            lowest = min(pairs)
+            if lowest >= rank:
+                break
+            i = pairs.index(lowest)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _oniguruma(pattern: str) -> str:
+    """tiktoken's pattern for the library that reads it here, where `{1,3}+` means several times and `$` a line's end.
+    Nothing that these patterns match depends on what their possessive marks forbid."""
+    return re.sub(r"([+*?]|\{\d+,\d+\})\+", r"\1", pattern).replace("$", r"\z")
+
+
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Spec:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.data)  # type: ignore[attr-defined]
+    kinds, rules, trainer = proto.SentencePiece, proto.normalizer_spec, proto.trainer_spec
+    literal = (kinds.CONTROL, kinds.UNKNOWN, kinds.BYTE)
+    pieces = [p.piece if p.type in literal else p.piece.replace(SPACE, " ") for p in proto.pieces]
+    unknown = next(i for i, p in enumerate(proto.pieces) if p.type == kinds.UNKNOWN)
+    if trainer.model_type == trainer.BPE:
+        scores = {piece: p.score for piece, p in zip(pieces, proto.pieces, strict=True) if p.type == kinds.NORMAL}
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        options = {"unk_token": pieces[unknown], "fuse_unk": True, "byte_fallback": trainer.byte_fallback}
+        model = _bpe(vocab, _splits(scores, vocab), **options)
+    elif trainer.model_type == trainer.UNIGRAM:
+        # A control symbol is never part of a text: no text is so improbable.
+        lowest = min(p.score for p in proto.pieces if p.type == kinds.NORMAL)
+        scored = [
+            [piece, p.score if p.type == kinds.NORMAL else 1000 * lowest]
+            for piece, p in zip(pieces, proto.pieces, strict=True)
+        ]
+        model = {"type": "Unigram", "unk_id": unknown, "vocab": scored, "byte_fallback": trainer.byte_fallback}
+    else:
+        raise UserError("tokenizer: got a SentencePiece model of words or characters, must be of kind bpe or unigram")
+    normalizers = []
+    if rules.precompiled_charsmap:
+        charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if rules.remove_extra_whitespaces:
+        normalizers += [_replace(r"\A +| +\z", ""), _replace(" {2,}", " ")]
+    if rules.add_dummy_prefix:
+        normalizers.append({"type": "Prepend", "prepend": " "})
+    sequence = {"type": "Sequence", "normalizers": normalizers} if normalizers else None
+    spec = _spec(model, decoder=_decoder(rules.add_dummy_prefix), normalizer=sequence)
+    added = [_added(pieces[i], i, special=False) for i, p in enumerate(proto.pieces) if p.type == kinds.USER_DEFINED]
+    return spec | {"added_tokens": added}
+
+
+def _splits(scores: Mapping[str, float], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The merges of SentencePiece's BPE, which has none: two pieces that stand side by side become one wherever the
+    vocabulary has it, the best score first."""
+    merges = []
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        found = [pair for pair in pairs if pair[0] in scores and pair[1] in scores]
+        merges += sorted(found, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    return merges
+
+
+def _replace(pattern: str, content: str) -> Spec:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}

@@ -1,0 +1,138 @@
+"""Tokenizers of Hugging Face folders, in and out.
+
+tokenizer, template = load(folder), load_template(folder)
+save(tokenizer, other, context=2048, template=template)
+transformers.AutoTokenizer.from_pretrained(other)       # the same ids for the same text, and for a conversation
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from gptjax.data.tokenizers import CHAT_SPECIALS, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from gptjax.data.tokenizers.tokenizer import named
+from gptjax.interop.templates import NATIVE, ChatTemplate
+from gptjax.interop.tokenizer_json import canonical, from_merges, specification
+from gptjax.types import UserError
+
+ROLES = {"<|bos|>": "bos_token", "<|end|>": "eos_token"}
+"""What we call the first and the last token -> what Hugging Face's files do."""
+
+
+def load(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a folder: its tokenizer.json, else a SentencePiece model, else GPT-2's vocab.json and
+    merges.txt. Its first and last token are those that tokenizer_config.json and special_tokens_map.json name.
+
+    Raises UserError where there is none, or a damaged one."""
+    folder = Path(folder)
+    settings = _settings(folder)
+    sentencepiece = [folder / name for name in ("tokenizer.model", "spiece.model") if (folder / name).exists()]
+    if (folder / "tokenizer.json").exists():
+        tokenizer = HuggingFaceTokenizer.from_file(folder / "tokenizer.json")
+    elif sentencepiece:
+        tokenizer = SentencePieceTokenizer.from_file(sentencepiece[0])
+        # Fine-tuned models have more special tokens than their SentencePiece file.
+        more = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+        more |= _json(folder / "added_tokens.json")
+        more = {name: i for name, i in more.items() if i >= len(tokenizer.pieces)}
+        tokenizer = dataclasses.replace(tokenizer, specials={**tokenizer.specials, **more})
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        tokenizer = _gpt2(folder, settings)
+    else:
+        raise UserError(
+            f"tokenizer: got the folder {folder}, must hold tokenizer.json, tokenizer.model, "
+            "or vocab.json and merges.txt"
+        )
+    names = canonical(tokenizer)
+    specials = {name: i for i, name in names.items()}
+    first, last = (settings.get(key) or names.get(tokenizer.specials.get(role, -1)) for role, key in ROLES.items())
+    return dataclasses.replace(tokenizer, specials=named(specials, first, last))
+
+
+def load_template(folder: str | Path) -> ChatTemplate | None:
+    """How the folder's model reads conversations; None where it doesn't say, or where that is our own format.
+
+    Raises UserError for a template that is not Jinja's, and where there are several and none is the default."""
+    folder = Path(folder)
+    settings = _settings(folder)
+    source = settings.get("chat_template")
+    if (folder / "chat_template.jinja").exists():
+        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if isinstance(source, list):
+        named_ = {template["name"]: template["template"] for template in source}
+        if "default" not in named_:
+            raise UserError(f"template: got {folder} with {', '.join(named_)}, must have one named default")
+        source = named_["default"]
+    if source is None or source == NATIVE:
+        return None
+    return ChatTemplate(source, {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)})
+
+
+def save(tokenizer: Tokenizer, folder: str | Path, context: int | None, template: ChatTemplate | None = None) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+    context   the most tokens that the model reads
+    template  how the model reads conversations; None: in our own format, where the tokenizer has its markers
+
+    `transformers` then puts the first token, if there is one, before all text, unless told `add_special_tokens=False`,
+    for so begin all documents that models are trained on here; a tokenizer.json that was loaded does as it did.
+    Special tokens that a text spells out it reads as such, where `Tokenizer.encode` doesn't."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = canonical(tokenizer)
+    tokens = dict(template.tokens) if template else {}
+    tokens |= {key: names[tokenizer.specials[role]] for role, key in ROLES.items() if role in tokenizer.specials}
+    if "eos_token" in tokens:
+        tokens.setdefault("pad_token", tokens["eos_token"])
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= tokens
+    if context is not None:
+        settings["model_max_length"] = context
+    if template is not None:
+        settings["chat_template"] = template.source
+    elif set(CHAT_SPECIALS) <= tokenizer.specials.keys():
+        settings["chat_template"] = NATIVE
+    files = {
+        "tokenizer.json": specification(tokenizer),
+        "tokenizer_config.json": settings,
+        "special_tokens_map.json": tokens,
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """special_tokens_map.json and tokenizer_config.json, each token by its text."""
+    settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    return {k: v["content"] if k.endswith("_token") and isinstance(v, dict) else v for k, v in settings.items()}
+
+
+def _gpt2(folder: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:
+    """From vocab.json and merges.txt. How text is cut into words is in neither: not all models cut as GPT-2 does."""
+    kind = settings.get("tokenizer_class", "GPT2Tokenizer")
+    if kind.removesuffix("Fast") != "GPT2Tokenizer":
+        raise UserError(f"tokenizer: got {folder}, a {kind} without tokenizer.json, must have it; download it too")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    vocab: dict[str, int] = _json(folder / "vocab.json")
+    names = {settings.get(key, "<|endoftext|>") for key in ROLES.values()}
+    specials = {name: vocab[name] for name in names if name in vocab}
+    if not vocab or not all(len(m) == 2 and {*m, "".join(m)} <= vocab.keys() for m in merges):
+        raise UserError(f"tokenizer: got {folder}, whose vocab.json and merges.txt don't belong together")
+    return from_merges(vocab, merges, specials, settings.get("add_prefix_space", False))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A file's object; of a file that is not there, none."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"tokenizer: got {file}, must be a JSON object; it is damaged")
+    return content
