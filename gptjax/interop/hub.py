@@ -15,8 +15,8 @@ FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 """Weights, configuration and tokenizer; never a pickle."""
 OTHERS = ["*/*", "consolidated*"]
 """Copies of the weights in other forms, which some repositories hold too."""
-DELAYS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between one try to download and the next."""
+DELAYS = (1.0, 4.0, 16.0)
+"""Seconds between one try to download and the next; within a try, the library repeats some requests itself."""
 _ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
