@@ -93,7 +93,7 @@ def attention(
         visible = jnp.ones((1, 1, T, S), bool)
     visible = jnp.tile(visible, (1, 1, groups, 1))
     if bias is not None:
-        bias = bias.astype(jnp.float32).reshape(K, groups * T, S)
+        bias = bias.astype(jnp.float32).reshape(K, groups, T, S).reshape(K, groups * T, S)  # in steps, for a mesh
     if sinks is not None:
         sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(K, groups), T, axis=1)[..., None]
     keep = None

@@ -8,7 +8,20 @@ from gptjax.nn.config import TransformerConfig, Variant
 from gptjax.nn.mlp import GELU, MLP, GeGLU, ReLU, ReLUSquared, SwiGLU
 from gptjax.nn.module import Layer, Weight
 from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
-from gptjax.nn.positions import LearnedPositions, Positions, RoPE, Sinusoidal
+from gptjax.nn.positions import (
+    ALiBi,
+    LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPE,
+    NTKScaling,
+    Positions,
+    RoPE,
+    Scaling,
+    Sinusoidal,
+    T5Bias,
+    YaRN,
+)
 from gptjax.nn.residual import OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm
 from gptjax.nn.stack import Stack
 from gptjax.nn.transformer import Transformer, count, make_cache, unstack
@@ -16,6 +29,7 @@ from gptjax.nn.transformer import Transformer, count, make_cache, unstack
 __all__ = [
     "GELU",
     "MLP",
+    "ALiBi",
     "Attention",
     "Block",
     "Cache",
@@ -24,8 +38,12 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LearnedPositions",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRoPE",
     "Mask",
     "MultiHeadAttention",
+    "NTKScaling",
     "Norm",
     "OutputNorm",
     "Parallel",
@@ -38,13 +56,16 @@ __all__ = [
     "Residual",
     "RoPE",
     "SandwichNorm",
+    "Scaling",
     "Sinusoidal",
     "Stack",
     "SwiGLU",
+    "T5Bias",
     "Transformer",
     "TransformerConfig",
     "Variant",
     "Weight",
+    "YaRN",
     "count",
     "make_cache",
     "unstack",

@@ -104,9 +104,11 @@ class TransformerConfig:
         if len(self.first) > self.layers:
             raise UserError(f"model.first: got {len(self.first)} layers, must be at most model.layers {self.layers}")
         for variant in (*self.first, *self.pattern):
-            positions = variant.positions or self.attention.positions or self.positions
-            if isinstance(positions, RoPE) and self.H % 2:
-                raise UserError(f"model.head_size: got {self.H}, must be even for rotary positions, which turn pairs")
+            attention = variant.attention or self.attention
+            positions = variant.positions or attention.positions or self.positions
+            positions.check(attention.head_size or self.H)
+            if positions.shared and positions != self.positions:
+                raise UserError(f"model.pattern: got {positions} for a layer, must be model.positions: it acts on all")
         for field in ("dropout", "layer_drop"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"model.{field}: got {getattr(self, field)}, must be at least 0 and less than 1")

@@ -1,4 +1,4 @@
-"""Attention and position encodings against their equations, written out in numpy."""
+"""Attention against its equation, written out in numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax.kernels.attention import attention, reference
-from gptjax.nn import Layer, LearnedPositions, Mask, MultiHeadAttention, RoPE, Sinusoidal
+from gptjax.nn import Layer, Mask, MultiHeadAttention
 
 # float32 sums of some tens of products
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -117,46 +117,3 @@ def test_dropped_probabilities_in_attention_and_its_gradient():
     many = jax.vmap(lambda key: attention(q, k, v, Mask(), dropout=0.3, key=key))(jax.random.split(keys[1], 2000))
     # The standard error of a mean of 2000 terms of size 1 is 0.02.
     np.testing.assert_allclose(many.mean(0), attention(q, k, v, Mask()), atol=0.08)
-
-
-def test_sinusoidal_is_the_papers():
-    """PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(pos / 10000^(2i/d)), section 3.5."""
-    d, positions = 12, np.array([[0, 1, 2, 50, 1000]])
-    added = Sinusoidal()(None, jnp.zeros((1, 5, d)), jnp.asarray(positions))
-    for t, pos in enumerate(positions[0]):
-        for i in range(d // 2):
-            angle = pos / 10000 ** (2 * i / d)
-            # the angle itself is float32: 1000 rad has 6e-5 of rounding
-            np.testing.assert_allclose(added[0, t, 2 * i], np.sin(angle), atol=1e-4)
-            np.testing.assert_allclose(added[0, t, 2 * i + 1], np.cos(angle), atol=1e-4)
-
-
-def test_rope_is_rotation_by_position():
-    """The pair (x_i, x_{i+H/2}) as a complex number times exp(i pos theta^(-2i/H)), arXiv:2104.09864 equation 13."""
-    x = jax.random.normal(jax.random.key(0), (1, 6, 2, 8))
-    positions = jnp.array([[0, 1, 2, 3, 10, 100]])
-    y = np.asarray(RoPE(theta=100.0).rotate(x, positions))
-    pair = np.asarray(x[..., :4], np.complex128) + 1j * np.asarray(x[..., 4:])
-    angle = np.asarray(positions)[0, :, None, None] * 100.0 ** (-np.arange(4) / 4)
-    expected = pair * np.exp(1j * angle)
-    np.testing.assert_allclose(y[..., :4] + 1j * y[..., 4:], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_rope_scores_depend_on_distance_alone():
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
-
-    def score(i: int, j: int) -> float:
-        turn = lambda x, p: RoPE().rotate(x, jnp.array([[p]]))  # noqa: E731
-        return float(jnp.sum(turn(q, i) * turn(k, j)))
-
-    for shift in (1, 17, 300):
-        np.testing.assert_allclose(score(9 + shift, 4 + shift), score(9, 4), rtol=1e-4, atol=1e-4)
-    assert abs(score(9, 4) - score(9, 5)) > 1e-3
-
-
-def test_learned_positions_are_a_table():
-    x = jnp.ones((1, 3, 4))
-    layer = Layer(part=LearnedPositions(8))
-    params = layer.init(jax.random.key(0), x, jnp.array([[5, 0, 7]]))
-    y = layer.apply(params, x, jnp.array([[5, 0, 7]]))
-    np.testing.assert_allclose(y, 1 + params["params"]["table"][jnp.array([[5, 0, 7]])])

@@ -16,9 +16,11 @@ from gptjax.nn import (
     Positions,
     Residual,
     RMSNorm,
+    RoPE,
     Transformer,
     TransformerConfig,
     Variant,
+    YaRN,
     count,
     make_cache,
     unstack,
@@ -46,6 +48,9 @@ CONFIGS |= {kind.__name__: dataclasses.replace(BASE, mlp=kind()) for kind in eve
 CONFIGS |= {
     kind.__name__: dataclasses.replace(BASE, residual=kind()) for kind in every(Residual) if kind is not Residual
 }
+CONFIGS["rope"] = dataclasses.replace(
+    BASE, head_size=8, positions=RoPE(fraction=0.5, interleaved=True, scaling=YaRN(factor=4.0, original=8))
+)
 CONFIGS["attention"] = dataclasses.replace(
     BASE, attention=MultiHeadAttention(window=5, qk_norm=RMSNorm(), softcap=3.0, sinks=True, scale=0.4, bias=True)
 )

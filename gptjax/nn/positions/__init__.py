@@ -1,0 +1,25 @@
+"""Position encodings, each an object for `TransformerConfig(positions=...)` or for a program of your own.
+
+A new one is a subclass of `Positions` and nothing else: the tests find it by themselves.
+"""
+
+from gptjax.nn.positions.absolute import LearnedPositions, Sinusoidal
+from gptjax.nn.positions.encoding import Positions
+from gptjax.nn.positions.relative import ALiBi, T5Bias
+from gptjax.nn.positions.rope import RoPE
+from gptjax.nn.positions.scaling import LinearScaling, Llama3Scaling, LongRoPE, NTKScaling, Scaling, YaRN
+
+__all__ = [
+    "ALiBi",
+    "LearnedPositions",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRoPE",
+    "NTKScaling",
+    "Positions",
+    "RoPE",
+    "Scaling",
+    "Sinusoidal",
+    "T5Bias",
+    "YaRN",
+]

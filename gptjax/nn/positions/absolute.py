@@ -1,0 +1,51 @@
+"""Encodings of the place itself, added to the token embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.nn.module import Weight, normal
+from gptjax.nn.positions.encoding import Positions
+from gptjax.types import Array, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedPositions(Positions):
+    """A learned vector for each position, added to the embedding, as in GPT-2."""
+
+    length: int
+    """How many positions there are."""
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise UserError(f"positions.length: got {self.length}, must be at least 1")
+
+    @property
+    def limit(self) -> int:
+        return self.length
+
+    def __call__(self, weight: Weight, x: Array, positions: Array) -> Array:
+        table = weight("table", (self.length, x.shape[-1]), (None, None), normal)
+        return x + table.at[positions].get(out_sharding=jax.typeof(x).sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sinusoidal(Positions):
+    """The encoding of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), added to the embedding:
+
+    PE(pos, 2i) = sin(pos / theta^(2i/D)),  PE(pos, 2i+1) = cos(pos / theta^(2i/D))
+    """
+
+    theta: float = 10_000.0
+    """Longest wavelength, divided by 2 pi."""
+
+    def __call__(self, weight: Weight, x: Array, positions: Array) -> Array:
+        width = x.shape[-1]
+        frequency = self.theta ** (-np.arange(0, width, 2) / width)
+        angle = positions[..., None] * frequency.astype(np.float32)
+        waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*positions.shape, -1)
+        return x + waves[..., :width].astype(x.dtype)
