@@ -97,6 +97,8 @@ class MultiHeadAttention(Attention):
     """Scores are bounded by this: softcap * tanh(score / softcap), as in Gemma 2; none: they are not."""
     sinks: bool = False
     """Whether each head has a learned score for attending to nothing, as in gpt-oss."""
+    implementation: str | None = None
+    """Which form of `kernels.attention` to use, by name; none: what suits the device, the mask and the options."""
 
     def __call__(
         self,
@@ -149,6 +151,7 @@ class MultiHeadAttention(Attention):
             softcap=self.softcap,
             dropout=dropout,
             key=key,
+            implementation=self.implementation,
         )
         o = weight("o", (N, H, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * output_scale))
         y = linear(y, o, rules("batch", "sequence", None), contract=2)

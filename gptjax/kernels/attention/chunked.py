@@ -1,0 +1,49 @@
+"""The plain form a chunk of queries at a time: the same numbers, in memory that grows with S and not with T times S.
+
+The backward pass computes each chunk's scores again. On a CPU that costs nothing from some thousand tokens on: a
+chunk's scores stay in its caches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gptjax.kernels.attention import place, plain
+from gptjax.kernels.attention.spec import Mask, Options
+from gptjax.types import Array
+
+CHUNK = 128
+"""Queries in a chunk."""
+
+
+def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+    """Why it cannot do this; None: it can."""
+    if q.shape[1] % CHUNK:
+        return f"needs a multiple of {CHUNK} queries, got {q.shape[1]}"
+    if options.dropout:
+        return "has no dropout"
+    return place.refuses(q, k, v)
+
+
+def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
+    """As `gptjax.kernels.attention.attention`."""
+
+    @jax.checkpoint
+    def attend(chunk: Any) -> Array:
+        start, q, segments, bias = chunk
+        shifted = dataclasses.replace(mask, offset=mask.offset + start, query_segments=segments)
+        return plain.attention(q, k, v, shifted, dataclasses.replace(options, bias=bias))
+
+    starts = jnp.arange(0, q.shape[1], CHUNK)
+    y = lax.map(attend, (starts, _cut(q), _cut(mask.query_segments), _cut(options.bias)))
+    return y.swapaxes(0, 1).reshape(*q.shape[:3], v.shape[-1])
+
+
+def _cut(x: Array | None) -> Array | None:
+    """[B, T, ...] -> [T / CHUNK, B, CHUNK, ...]"""
+    return None if x is None else x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)

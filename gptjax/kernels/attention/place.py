@@ -1,0 +1,60 @@
+"""Where a kernel runs: the platform that a program is traced for, and the share of the heads that each device takes.
+
+XLA can split a plain program over a mesh, but not a kernel: a kernel runs on each device's share, in `jax.shard_map`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec, get_abstract_mesh
+
+from gptjax.types import Array
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: that of the current mesh's devices, which may be those of another machine; with no mesh, of
+    jax's default device."""
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] (typed without its options)
+    device = get_abstract_mesh().abstract_device or default
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def refuses(q: Array, k: Array, v: Array) -> str | None:
+    """Why a kernel cannot run on each device's share of q [B, T, N, H], k and v [B, S, K, H]; None: it can."""
+    mesh = get_abstract_mesh()
+    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+        return "needs a mesh with explicit axes"
+    (batch, length, heads, size), *others = (_spec(x) for x in (q, k, v))
+    if any(spec[1] or spec[3] for spec in others) or length or size:
+        return "needs whole sequences and heads on each device"
+    if others[0] != others[1] or others[0][0] != batch or (others[0][2] != heads and k.shape[2] > 1):
+        return "needs queries, keys and values sharded alike"
+    return None
+
+
+def on_each_device(kernel: Callable[..., Array], axes: tuple[str, ...], *arrays: Array | None) -> Array:
+    """kernel(*arrays), on each device's rows and heads.
+
+    axes  the axes of each array by their letters, "BTNH" for queries first, "BSKH" for keys next; the result's are the
+          queries'
+    """
+    mesh = get_abstract_mesh()
+    if not mesh.explicit_axes:
+        return kernel(*arrays)
+    queries, keys = _spec(arrays[0]), _spec(arrays[1])
+    place = {"B": queries[0], "N": queries[2], "K": keys[2]}
+    specs = tuple(PartitionSpec(*(place.get(letter) for letter in letters)) for letters in axes)
+    arrays = tuple(None if x is None else jax.sharding.reshard(x, spec) for x, spec in zip(arrays, specs, strict=True))
+    # Kernels do not say over which axes their results vary, so that cannot be checked.
+    return jax.shard_map(
+        kernel, in_specs=specs, out_specs=specs[0], axis_names=set(mesh.explicit_axes), check_vma=False
+    )(*arrays)
+
+
+def _spec(x: Any) -> tuple[Any, ...]:
+    return tuple(jax.typeof(x).sharding.spec)

@@ -1,0 +1,115 @@
+"""Attention in plain jax.numpy: every mask and option, on any device, in memory that grows with T times S.
+
+It is the fastest on a CPU up to some thousand tokens, and what the kernels that cannot do a case leave to it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gptjax.kernels.attention.spec import Mask, Options
+from gptjax.types import Array
+
+
+def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
+    """As `gptjax.kernels.attention.attention`."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    groups, scale = N // K, options.scale_of(q)
+    bias, sinks = options.bias, options.sinks
+    # One product for each row and key head, over the queries of its whole group.
+    q = q.reshape(B, T, K, groups, H).transpose(0, 2, 3, 1, 4).reshape(B, K, groups * T, H)
+    visible = mask.visible(T, S)
+    if visible is None:
+        visible = jnp.ones((1, 1, T, S), bool)
+    visible = jnp.tile(visible, (1, 1, groups, 1))
+    if bias is not None:
+        # In two steps, for a bias whose heads are sharded.
+        bias = bias.astype(jnp.float32).reshape(K, groups, T, S).reshape(K, groups * T, S)
+    if sinks is not None:
+        sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(K, groups), T, axis=1)[..., None]
+    keep = None
+    if options.key is not None and options.dropout > 0:
+        rate = options.dropout
+        keep = jax.random.bernoulli(options.key, 1 - rate, (B, K, groups * T, S)) / (1 - rate)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    y: Array = _attend(scale, options.softcap, q, k, v, visible, bias, sinks, keep)
+    return y.reshape(B, K, groups, T, v.shape[-1]).transpose(0, 3, 1, 2, 4).reshape(B, T, N, v.shape[-1])
+
+
+# The gradient is written out to keep two things from happening. Differentiation would save more than the probabilities;
+# and XLA's CPU backend would fuse the elementwise work into the products, which takes them off its fast path: that is
+# what the barriers are for. Together they take a sixth off a training step.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    scale: float,
+    softcap: float | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Array,
+    bias: Array | None,
+    sinks: Array | None,
+    keep: Array | None,
+) -> Array:
+    """q [B, K, T, H], k [B, K, S, H], v [B, K, S, Hv], visible bool [1 or B, 1, T, S], bias [K, T, S], sinks [K, T, 1],
+    keep [B, K, T, S] -> [B, K, T, Hv]."""
+    return _forward(scale, softcap, q, k, v, visible, bias, sinks, keep)[0]
+
+
+def _forward(scale, softcap, q, k, v, visible, bias, sinks, keep):
+    if q.shape[2] > 1:  # not in decoding, where it would copy the cache
+        q, k, v = lax.optimization_barrier((q, k, v))
+    scores = lax.optimization_barrier(_dot(q, k, 3, 3)) * scale
+    tanh = None
+    if softcap is not None:
+        tanh = jnp.tanh(scores / softcap)
+        scores = softcap * tanh
+    if bias is not None:
+        scores = scores + bias
+    scores = jnp.where(visible, scores, -1e30)
+    top = scores.max(-1, keepdims=True)
+    if sinks is not None:
+        top = jnp.maximum(top, sinks)
+    p = jnp.exp(scores - top)
+    total = p.sum(-1, keepdims=True)
+    sunk = None
+    if sinks is not None:
+        sunk = jnp.exp(sinks - top)
+        total = total + sunk
+        sunk = sunk / total
+    p = lax.optimization_barrier(p * (1 / total))
+    y = _dot((p if keep is None else p * keep).astype(v.dtype), v, 3, 2).astype(q.dtype)
+    has_bias = None if bias is None else jnp.zeros(())
+    return y, (q, k, v, keep, p, y, tanh, sunk, has_bias)
+
+
+def _backward(scale, softcap, saved, g: Array):
+    q, k, v, keep, p, y, tanh, sunk, has_bias = saved
+    g = lax.optimization_barrier(g)
+    dp = lax.optimization_barrier(_dot(g, v, 3, 3))
+    dp, kept = (dp, p) if keep is None else (dp * keep, p * keep)
+    # sum_s p_s dp_s = g . y, without another pass over the scores
+    along = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1, keepdims=True)
+    ds = p * (dp - along)
+    dbias = None if has_bias is None else ds.sum(0)
+    dsinks = None if sunk is None else -(sunk * along).sum(0)
+    if tanh is not None:
+        ds = ds * (1 - jnp.square(tanh))
+    ds = lax.optimization_barrier((ds * scale).astype(q.dtype))
+    dq, dk, dv = _dot(ds, k, 3, 2), _dot(ds, q, 2, 2), _dot(kept.astype(g.dtype), g, 2, 2)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dbias, dsinks, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _dot(a: Array, b: Array, i: int, j: int) -> Array:
+    """Contract axis i of a with axis j of b for each row and head, accumulated in float32."""
+    return lax.dot_general(a, b, (((i,), (j,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)

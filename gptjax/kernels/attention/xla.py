@@ -1,0 +1,29 @@
+"""`jax.nn.dot_product_attention` as XLA compiles it: nothing chooses it, it is there by name, to compare with."""
+
+from __future__ import annotations
+
+import jax
+
+from gptjax.kernels.attention.spec import Mask, Options
+from gptjax.types import Array
+
+
+def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+    """Why it cannot do this; None: it can."""
+    if options.softcap is not None or options.sinks is not None or options.dropout:
+        return "has no softcap, sinks or dropout"
+    if k.shape[-1] != v.shape[-1]:
+        return f"needs values of the size of keys, got {v.shape[-1]} and {k.shape[-1]}"
+    return None
+
+
+def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
+    """As `gptjax.kernels.attention.attention`."""
+    # The mask as an array: its own `is_causal` knows no offset.
+    return jax.nn.dot_product_attention(
+        *(q, k, v),
+        bias=None if options.bias is None else options.bias[None],
+        mask=mask.visible(q.shape[1], k.shape[1]),
+        scale=options.scale,
+        implementation="xla",
+    )
