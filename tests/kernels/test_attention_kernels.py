@@ -1,6 +1,11 @@
 """The kernels behind `attention` against its reference, and the choice between them."""
 
 import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -177,8 +182,9 @@ def test_cudnn_is_called_with_its_mask(cudnn, monkeypatch):
 def test_cudnn_is_the_reference(case):
     mask, options = CASES[case]
     arrays, options = inputs(options, jnp.bfloat16, size=64)
-    expected = values_and_gradients(reference, {name: x.astype(jnp.float32) for name, x in arrays.items()}, mask=mask)
-    actual = values_and_gradients(attention, arrays, mask=mask, implementation="cudnn")
+    exact = {name: x.astype(jnp.float32) for name, x in arrays.items()}
+    expected = values_and_gradients(reference, exact, mask=mask, **options)
+    actual = values_and_gradients(attention, arrays, mask=mask, implementation="cudnn", **options)
     for name in expected:  # bfloat16 has 8 bits; probabilities, their products and the result are rounded to it
         error = jnp.abs(actual[name].astype(jnp.float32) - expected[name]).max() / jnp.abs(expected[name]).max()
         assert error < 2**-6, name
@@ -199,3 +205,13 @@ def test_a_name_goes_through_the_module():
         program("flash")
     with pytest.raises(UserError, match="got 'cudnn', which cannot do this: it needs a GPU, got cpu"):
         program("cudnn")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
+def test_splash_compiles_for_tpus():
+    """Three generations, and a training step on a mesh of four chips; none of them is here."""
+    program = Path(__file__).with_name("compile_for_tpu.py")
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    forward_and_backward = ["dkv", "dq", "fwd"]
+    assert json.loads(run.stdout) == dict.fromkeys(("v5e", "v6e", "v5p", "training step"), forward_and_backward)

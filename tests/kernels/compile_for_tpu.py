@@ -1,0 +1,94 @@
+"""Compiles attention, and a training step around it, for TPUs that are elsewhere; prints the kernels in the programs.
+
+    python compile_for_tpu.py          # JSON: {what: [names of kernels]}
+
+A program of its own, as libtpu wants its environment set before jax starts.
+"""
+
+import json
+import os
+import re
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no TPU that only one program could hold
+}
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.kernels.attention import Mask, attention
+from gptjax.nn import Transformer, TransformerConfig, Variant
+from gptjax.objectives.next_token import NextToken
+from gptjax.optim.optimizers import AdamW
+from gptjax.sharding import STANDARD, Mesh
+from gptjax.train import state as train_state
+from gptjax.train.step import make_step
+from gptjax.types import Batch
+
+
+def kernels(lowered: jax.stages.Lowered) -> list[str]:
+    text = lowered.compile().as_text()
+    assert text is not None
+    assert "tpu_custom_call" in text
+    return sorted(set(re.findall(r"splash_m[hq]a_(fwd|dq|dkv)", text)))
+
+
+def mesh_of(topology: str) -> jax.sharding.Mesh:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(data=1, fsdp=len(devices) // 2, tensor=2).make(devices)
+
+
+def gradient(topology: str, size: int, dtype: str, mask: Mask, **options) -> list[str]:
+    """Grouped queries, forward and backward."""
+    mesh = mesh_of(topology)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
+        q, k, v = (jax.ShapeDtypeStruct((mesh.size, 1024, heads, size), dtype, sharding=place) for heads in (4, 2, 2))
+
+        def loss(q, k, v):
+            return attention(q, k, v, mask, **options).astype(jnp.float32).sum()
+
+        return kernels(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v))
+
+
+def training_step(topology: str) -> list[str]:
+    """Every other layer with a window; packed documents; parameters and heads shared out."""
+    pattern = (Variant(window=100), Variant())
+    config = TransformerConfig(
+        vocab=256, layers=2, width=128, heads=4, kv_heads=2, pattern=pattern, dtype="bfloat16", remat="nothing_saveable"
+    )
+    model, optimizer = Transformer(config, STANDARD), AdamW(peak=1e-3).build(10)
+    mesh = mesh_of(topology)
+    rows = NamedSharding(mesh, PartitionSpec(STANDARD.batch))
+    ids, weights = (jax.ShapeDtypeStruct((4, 256), dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
+
+    def create(ids):
+        return train_state.create(model.init(jax.random.key(0), ids)["params"], optimizer, jax.random.key(1))
+
+    def on_mesh(x):
+        spec = PartitionSpec() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        step = make_step(functools.partial(NextToken(), model.apply), optimizer)
+        state = jax.tree.map(on_mesh, jax.eval_shape(create, ids))
+        return kernels(step.lower(state, Batch(ids, ids, weights, ids, ids)))
+
+
+if __name__ == "__main__":
+    results = {
+        "v5e": gradient("v5e:2x2", 64, "bfloat16", Mask()),
+        "v6e": gradient("v6e:2x2", 256, "bfloat16", Mask(window=200), softcap=50.0),
+        "v5p": gradient("v5p:2x2x1", 128, "float32", Mask(causal=False)),
+        "training step": training_step("v5e:2x2"),
+    }
+    print(json.dumps(results))
