@@ -174,6 +174,7 @@ def test_cudnn_is_called_with_its_mask(cudnn, monkeypatch):
             assert f"__cudnn$fmha{kind}Softmax(" in text, case
             assert f"__cudnn$fmha{kind}SoftmaxBackward(" in text, case
             assert masks.get(case, "CAUSAL") in text, case
+            assert case != "window" or "sliding_window_length\\22: 100," in text
 
 
 @pytest.mark.gpu
