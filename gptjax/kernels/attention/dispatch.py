@@ -1,4 +1,7 @@
-"""One attention, and the implementations behind it: the fastest that can do the case, or the one that is named."""
+"""Scaled dot-product attention, softmax(q k^T / sqrt(H)) v under a mask (Vaswani et al. 2017, arXiv:1706.03762).
+
+There are several implementations: the fastest that can do a case on its device does it, or the one that is named.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ IMPLEMENTATIONS = {
 CHOICE = {"cpu": (), "gpu": ("cudnn",), "tpu": ("splash",)}
 """Platform -> what is tried there, before "chunked" on long sequences, and "plain"."""
 LONG = 2_048
-"""Number of queries from which "chunked" is no slower than "plain", in a fifth of its memory (benchmarks/README.md)."""
+"""Queries from which "chunked" is surely faster than "plain", in an eighth of its memory (benchmarks/README.md)."""
 
 
 def attention(

@@ -1,4 +1,7 @@
-"""What attention is asked for: which keys a query sees, and what is done to the scores."""
+"""What attention is asked for: which keys a query sees, and what is done to the scores.
+
+The mask is a specification, not an array, so that a kernel can use its structure.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class Mask:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     """Keys that are this many slots away or more are hidden: sliding-window attention, arXiv:2004.05150."""
     offset: Array | int = 0
-    """Slot of the first query among the keys, int32 scalar. Kernels take the number 0 only: an array may be anything."""
+    """Slot of the first query among the keys, int32 scalar. Fused kernels take the number 0 only, not an array."""
     query_segments: Array | None = None
     """int32 [B, T]: a query sees keys of its own segment only."""
     key_segments: Array | None = None

@@ -6,11 +6,11 @@ interpreted: slow, and right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from gptjax.kernels.attention import place
 from gptjax.kernels.attention.spec import Mask, Options
@@ -38,41 +38,46 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str |
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    interpret, scale = place.platform() != "tpu", options.scale_of(q)
+    scale = options.scale_of(q)
 
     def kernel(q, k, v, query_segments, key_segments, sinks):
-        queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
-        attend = splash_attention_kernel.make_splash_mha(
-            splash_attention_mask.MultiHeadMask([_pattern(mask, queries, keys)] * heads),
-            block_sizes=_blocks(queries, keys),
-            attn_logits_soft_cap=options.softcap,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        segments = None
-        if query_segments is not None:
-            segments = splash_attention_kernel.SegmentIds(query_segments, key_segments)
+        row = _kernel(mask, options.softcap, q.shape[1], k.shape[1], heads=q.shape[2])
+        segments = None if query_segments is None else 0
         # The kernel does not scale. In float32, as the scale itself would be rounded to q's dtype first.
         q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-        rows = jax.vmap(attend, in_axes=(0, 0, 0, None if segments is None else 0, None))
-        y: Any = rows(*(x.swapaxes(1, 2) for x in (q, k, v)), segments, sinks)
-        return y.swapaxes(1, 2)
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        rows = jax.vmap(row, in_axes=(0, 0, 0, segments, segments, None))
+        return rows(q, k, v, query_segments, key_segments, sinks).swapaxes(1, 2)
 
     axes = "BTNH", "BSKH", "BSKH", "BT", "BS", "N"
     sinks = None if options.sinks is None else options.sinks.astype(jnp.float32)
     return place.on_each_device(kernel, axes, q, k, v, mask.query_segments, mask.key_segments, sinks)
 
 
-def _pattern(mask: Mask, queries: int, keys: int) -> splash_attention_mask.Mask:
-    shape, reach = (queries, keys), None if mask.window is None else mask.window - 1
-    if reach is not None:
-        return splash_attention_mask.LocalMask(shape, (reach, 0 if mask.causal else reach), offset=0)
-    return splash_attention_mask.CausalMask(shape) if mask.causal else splash_attention_mask.FullMask(shape)
+def _kernel(mask: Mask, softcap: float | None, queries: int, keys: int, heads: int) -> Callable[..., Any]:
+    """Attention of one row: q [N, T, H], k [K, S, H], v [K, S, Hv], segments [T] and [S], sinks [N] -> [N, T, Hv]."""
+    # Imported when it is needed, as it takes a while.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-
-def _blocks(queries: int, keys: int) -> splash_attention_kernel.BlockSizes:
-    q, kv = (next(size for size in BLOCKS if length % size == 0) for length in (queries, keys))
-    return splash_attention_kernel.BlockSizes(
-        block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv
+    shape = queries, keys
+    if mask.window is not None:
+        reach = mask.window - 1
+        pattern = masks.LocalMask(shape, (reach, 0 if mask.causal else reach), offset=0)
+    else:
+        pattern = masks.CausalMask(shape) if mask.causal else masks.FullMask(shape)
+    bq, bk = (next(size for size in BLOCKS if length % size == 0) for length in shape)
+    attend = splash.make_splash_mha(
+        masks.MultiHeadMask([pattern] * heads),
+        block_sizes=splash.BlockSizes(bq, bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk),
+        attn_logits_soft_cap=softcap,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=place.platform() != "tpu",
     )
+
+    def row(q, k, v, query_segments, key_segments, sinks):
+        segments = None if query_segments is None else splash.SegmentIds(query_segments, key_segments)
+        return attend(q, k, v, segments, sinks)
+
+    return row
