@@ -38,7 +38,7 @@ from gptjax.evals.result import Result
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.language_model import LanguageModel
-from gptjax.nn import Transformer, TransformerConfig
+from gptjax.nn import ModelConfig
 from gptjax.sharding import STANDARD, Mesh, Rules
 from gptjax.train import manifest
 from gptjax.train.checkpoint import Checkpoints
@@ -55,7 +55,7 @@ PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gra
 class Experiment:
     """Everything that decides what a run does."""
 
-    model: TransformerConfig
+    model: ModelConfig
     """The model."""
     tokenizer: Any
     """How text becomes tokens: `data.TrainSentencePiece`, `data.LoadTokenizer`, ..."""
@@ -73,7 +73,7 @@ class Experiment:
     def __post_init__(self):
         if not self.stages:
             raise UserError("stages: got none, must be at least one")
-        limit = self.model.positions.limit
+        limit = self.model.limit
         for name, stage in self.stages.items():
             if limit is not None and stage.data.length > limit:
                 raise UserError(
@@ -85,11 +85,7 @@ class Experiment:
         """Raises UserError, naming the field, where the experiment does not fit that many devices."""
         sizes = self.mesh.sizes(devices)
         axes = [
-            ("embed", "model.width", self.model.width),
-            ("heads", "model.heads", self.model.heads),
-            ("kv_heads", "model.kv_heads", self.model.K),
-            ("ffn", "model.hidden", self.model.F),
-            ("vocab", "model.vocab", self.model.vocab),
+            *self.model.axes,
             *(("batch", f"{name}.data.batch", s.data.batch // s.accumulate) for name, s in self.stages.items()),
         ]
         for axis, field, size in axes:
@@ -114,7 +110,7 @@ class Experiment:
         self._check_prompts(tokenizer)
         cache = cache_dir() / "tokens"
         mesh = self.mesh.make()
-        model = Transformer(self.model, self.rules if mesh.size > 1 else Rules())
+        model = self.model.build(self.rules if mesh.size > 1 else Rules())
         one_process = jax.process_count() == 1
         results: dict[str, list[Result]] = {}
         with Records(folder, self.records, to_json(self)) as records:
@@ -201,7 +197,7 @@ class Experiment:
         return tokenizer
 
     def _check_prompts(self, tokenizer: Tokenizer) -> None:
-        limit = self.model.positions.limit or sys.maxsize
+        limit = self.model.limit or sys.maxsize
         for name, stage in self.stages.items():
             for prompt in stage.prompts:
                 size = len(stage.data.prompt(tokenizer, prompt))
@@ -236,12 +232,12 @@ def _params(checkpoints: Path, abstract: Params | None = None) -> Params:
         return saved.restore_params(ema=True, abstract_params=abstract).state
 
 
-def _sample(config: TransformerConfig, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
+def _sample(config: ModelConfig, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
     """A short text after `prompt`, with parameters that are in the middle of training. Written on one device."""
     ids = stage.data.prompt(tokenizer, prompt)
-    length = min(64, (config.positions.limit or sys.maxsize) - len(ids))
+    length = min(64, (config.limit or sys.maxsize) - len(ids))
     with jax.set_mesh(None):
-        done = generate(Transformer(config), jax.device_get(params), tokenizer, [ids], length, SAMPLING)
+        done = generate(config.build(), jax.device_get(params), tokenizer, [ids], length, SAMPLING)
     return ("\n" if isinstance(stage.data, Chat) else "") + done[0].text
 
 

@@ -28,7 +28,7 @@ from gptjax.data.chat import prompt as chat_prompt
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
-from gptjax.nn import Transformer, TransformerConfig, unstack
+from gptjax.nn import ModelConfig, unstack
 from gptjax.train.checkpoint import Checkpoints
 from gptjax.types import Array, Params, UserError
 
@@ -43,10 +43,10 @@ class LanguageModel:
     Wherever a `sampling` is taken, its fields are too: `lm.generate("Hi", temperature=0)`.
     """
 
-    config: TransformerConfig
+    config: ModelConfig
     """The model."""
     params: Params = dataclasses.field(repr=False)
-    """Its parameters, as `Transformer(config).init` makes them."""
+    """Its parameters, as `config.build().init` makes them."""
     tokenizer: Tokenizer
     """Its tokenizer."""
     context: int | None = None
@@ -68,7 +68,7 @@ class LanguageModel:
         if len(ids) < 2:
             return np.zeros(0, np.float32)
         self._fits(len(ids))
-        size = min(round_up(len(ids)), self.config.positions.limit or sys.maxsize)
+        size = min(round_up(len(ids)), self.config.limit or sys.maxsize)
         padded = np.zeros((1, size), np.int32)  # what follows changes nothing, and programs stay few
         padded[0, : len(ids)] = ids
         return np.asarray(_logprobs(self._model, self.params, padded))[0, : len(ids) - 1]
@@ -174,8 +174,8 @@ class LanguageModel:
         partial.rename(path)
 
     @property
-    def _model(self) -> Transformer:
-        return Transformer(self.config)
+    def _model(self) -> Any:
+        return self.config.build()
 
     @functools.cached_property
     def _layers(self) -> Params:
@@ -184,10 +184,10 @@ class LanguageModel:
 
     @property
     def _window(self) -> int | None:
-        return min((n for n in (self.config.positions.limit, self.context) if n is not None), default=None)
+        return min((n for n in (self.config.limit, self.context) if n is not None), default=None)
 
     def _fits(self, length: int) -> None:
-        limit = self.config.positions.limit
+        limit = self.config.limit
         if limit is not None and length > limit:
             raise UserError(f"tokens: got {length}, must be at most {limit}, the positions this model has")
 
@@ -253,13 +253,13 @@ def _matching(path: Path, fingerprint: str) -> Tokenizer:
     return tokenizer
 
 
-def _check(config: TransformerConfig, params: Params, tokenizer: Tokenizer) -> None:
+def _check(config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab > config.vocab:
         raise UserError(
             f"tokenizer: got one of {tokenizer.vocab} ids, must be at most {config.vocab}, the model's vocabulary; "
             "use the tokenizer the model was trained with"
         )
-    abstract = jax.eval_shape(Transformer(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    abstract = jax.eval_shape(config.build().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
     want = {name: x.shape for name, x in _flat(abstract["params"]).items()}
     got = {name: x.shape for name, x in _flat(params).items()}
     for name in sorted(want.keys() | got.keys()):
@@ -289,12 +289,12 @@ def _nested(flat: Mapping[str, Any]) -> Params:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model: Transformer, params: Params, tokens: Array) -> Array:
+def _logits(model: Any, params: Params, tokens: Array) -> Array:
     return model.apply({"params": params}, tokens)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprobs(model: Transformer, params: Params, tokens: Array) -> Array:
+def _logprobs(model: Any, params: Params, tokens: Array) -> Array:
     """[B, T] -> [B, T-1]"""
     logits = model.apply({"params": params}, tokens)[0][:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]

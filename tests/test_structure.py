@@ -17,7 +17,6 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from gptjax.experiment import Experiment
-from gptjax.nn import Transformer
 from gptjax.sharding import Mesh
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
@@ -100,7 +99,7 @@ def test_the_steps_of_an_experiment_lower_without_devices_or_data(name):
     sizes = {"data": 2, "fsdp": 2, "tensor": 2}
     dataclasses.replace(experiment, mesh=Mesh(**sizes)).check(8)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * 3)
-    model = Transformer(experiment.model, experiment.rules)
+    model = experiment.model.build(experiment.rules)
     for stage in experiment.stages.values():
         shape, rows = (stage.data.batch, stage.data.length), NamedSharding(mesh, PartitionSpec(experiment.rules.batch))
         ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))

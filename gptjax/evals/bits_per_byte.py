@@ -20,7 +20,7 @@ import numpy as np
 
 from gptjax.evals.result import Result
 from gptjax.kernels.cross_entropy import cross_entropy
-from gptjax.nn import Transformer, TransformerConfig
+from gptjax.nn import ModelConfig
 from gptjax.types import Array, Params, UserError
 
 
@@ -64,18 +64,18 @@ class BitsPerByte:
 
 
 def negative_log_likelihood(
-    config: TransformerConfig, params: Params, tokenizer: Any, documents: Iterable[str], length: int, batch: int = 16
+    config: ModelConfig, params: Params, tokenizer: Any, documents: Iterable[str], length: int, batch: int = 16
 ) -> tuple[float, int]:
     """Total nats that the model spends on the documents, and the number of tokens counted.
 
     Every token of every document is counted once, its end mark included, each document by itself. One that is longer
     than `length` is read through overlapping windows: all but its first tokens have at least length / 2 of context.
     """
-    limit = config.positions.limit
+    limit = config.limit
     length = min(length, limit) if limit else length
     windows = [w for ids in tokenizer.encode_batch(documents) for w in _windows(_framed(ids, tokenizer), length)]
     windows.sort(key=lambda w: len(w[0]))
-    total = 0.0
+    model, total = config.build(), 0.0
     for rows in (windows[i : i + batch] for i in range(0, len(windows), batch)):
         # A few sizes for the compiler, not one for every length.
         size = min(length, max(16, 2 ** math.ceil(math.log2(len(rows[-1][0])))))
@@ -85,7 +85,7 @@ def negative_log_likelihood(
             n = len(ids) - 1
             tokens[row, :n], targets[row, :n] = ids[:-1], ids[1:]
             weights[row, n - new : n] = 1
-        total += float(_nats(Transformer(config), params, tokens, targets, weights))
+        total += float(_nats(model, params, tokens, targets, weights))
     return total, sum(new for _, new in windows)
 
 
@@ -107,7 +107,7 @@ def _windows(ids: list[int], length: int) -> Iterator[tuple[list[int], int]]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(model: Transformer, params: Params, tokens: Array, targets: Array, weights: Array) -> Array:
+def _nats(model: Any, params: Params, tokens: Array, targets: Array, weights: Array) -> Array:
     logits, _ = model.apply({"params": params}, tokens)
     nll, _ = cross_entropy(logits, targets)
     return jnp.sum(nll * weights)

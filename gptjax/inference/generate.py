@@ -22,7 +22,7 @@ import numpy as np
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.sampling import Sampling, sample
 from gptjax.inference.text import Finish, Row
-from gptjax.nn import Cache, Transformer, make_cache, unstack
+from gptjax.nn import Cache, make_cache, unstack
 from gptjax.types import Array, Key, Params, UserError
 
 DEFAULT_TOKENS = 256
@@ -64,7 +64,7 @@ class State:
 
 @functools.partial(jax.jit, static_argnames=("model", "samples", "size", "seen"))
 def prefill(
-    model: Transformer, params: Params, tokens: Array, lengths: Array, seeds: Array, samples: int, size: int, seen: int
+    model: Any, params: Params, tokens: Array, lengths: Array, seeds: Array, samples: int, size: int, seen: int
 ) -> State:
     """Reads all but the last token of P prompts into a cache of `size` slots, and repeats each for its samples.
 
@@ -92,7 +92,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab"), donate_argnames="state")
 def decode(
-    model: Transformer,
+    model: Any,
     params: Params,
     state: State,
     until: Array | int,
@@ -141,7 +141,7 @@ def _with_layers(state: State, layers: Any) -> State:
 
 
 def generate(
-    model: Transformer,
+    model: Any,
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -186,7 +186,7 @@ def generate(
 
 
 def stream(
-    model: Transformer,
+    model: Any,
     params: Params,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
@@ -210,7 +210,7 @@ def stream(
 
 
 def _run(
-    model: Transformer,
+    model: Any,
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -273,9 +273,9 @@ def _rows(tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], samples: i
     return [Row(tokenizer, max_tokens, stop) for _ in range(samples)]
 
 
-def _room(model: Transformer, prompt: Sequence[int], max_tokens: int | None) -> int:
+def _room(model: Any, prompt: Sequence[int], max_tokens: int | None) -> int:
     """How many tokens to write after this prompt."""
-    vocab, limit = model.config.vocab, model.config.positions.limit
+    vocab, limit = model.config.vocab, model.config.limit
     if not len(prompt):
         raise UserError("prompt: got no tokens, must have at least one")
     if not 0 <= min(prompt) <= max(prompt) < vocab:

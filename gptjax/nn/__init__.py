@@ -4,7 +4,7 @@ from gptjax.kernels.attention import Mask
 from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.block import Block, Context
 from gptjax.nn.cache import Cache
-from gptjax.nn.config import TransformerConfig, Variant
+from gptjax.nn.config import ModelConfig, TransformerConfig, Variant
 from gptjax.nn.mlp import GELU, MLP, GeGLU, ReLU, ReLUSquared, SwiGLU
 from gptjax.nn.module import Layer, Weight
 from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
@@ -42,6 +42,7 @@ __all__ = [
     "Llama3Scaling",
     "LongRoPE",
     "Mask",
+    "ModelConfig",
     "MultiHeadAttention",
     "NTKScaling",
     "Norm",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -12,9 +14,42 @@ from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.norms import Norm, RMSNorm
 from gptjax.nn.positions import Positions, RoPE
 from gptjax.nn.residual import PreNorm, Residual
-from gptjax.nn.stack import Stack
+from gptjax.nn.stack import Stack, unstack
 from gptjax.sharding import Rules
-from gptjax.types import UserError
+from gptjax.types import Params, UserError
+
+
+class ModelConfig(abc.ABC):
+    """What training, evaluation and generation ask of a model's configuration, a frozen dataclass."""
+
+    vocab: int
+    """V, the number of token ids."""
+
+    @abc.abstractmethod
+    def build(self, rules: Rules = Rules()) -> Any:
+        """The Flax module, with the fields `config` and `rules`: (tokens, positions, segments) -> (logits, cache)."""
+
+    @abc.abstractmethod
+    def flops(self, length: int) -> int:
+        """FLOPs of training on one token, forward and backward, at this context length."""
+
+    @property
+    def limit(self) -> int | None:
+        """How many positions the model can tell apart; none: there is no end."""
+        return None
+
+    @property
+    def axes(self) -> tuple[tuple[str, str, int], ...]:
+        """(logical axis, field, size) of what a mesh may cut."""
+        return (("vocab", "model.vocab", self.vocab),)
+
+    def slots(self, batch: int, size: int, rules: Rules = Rules()) -> tuple[Any, ...]:
+        """What a cache of `size` slots keeps for each layer, empty."""
+        raise UserError(f"model: got {type(self).__name__}, must be a decoder to write text")
+
+    def unstack(self, params: Params) -> Params:
+        """The parameters with the layers one by one, which decoding reads without copying."""
+        return params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +69,7 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(ModelConfig):
     """The shape and the parts of a decoder."""
 
     vocab: int
@@ -132,6 +167,31 @@ class TransformerConfig:
     def F(self) -> int:
         """The hidden size of the MLP."""
         return self.hidden or (-(-8 * self.width // 24) * 8 if self.mlp.gated else 4 * self.width)
+
+    @property
+    def limit(self) -> int | None:
+        return self.positions.limit
+
+    @property
+    def axes(self) -> tuple[tuple[str, str, int], ...]:
+        return (
+            *super().axes,
+            ("embed", "model.width", self.width),
+            ("heads", "model.heads", self.heads),
+            ("kv_heads", "model.kv_heads", self.K),
+            ("ffn", "model.hidden", self.F),
+        )
+
+    def build(self, rules: Rules = Rules()) -> Any:
+        from gptjax.nn.transformer import Transformer  # which is made of this
+
+        return Transformer(self, rules)
+
+    def slots(self, batch: int, size: int, rules: Rules = Rules()) -> tuple[Any, ...]:
+        return tuple(block.attention.slots(batch, size, self.dtype, rules) for block in self.stack(rules).blocks)
+
+    def unstack(self, params: Params) -> Params:
+        return {**params, "blocks": unstack(self.stack(), params["blocks"])}
 
     def block(self, variant: Variant = Variant(), rules: Rules = Rules(), cross: Attention | None = None) -> Block:
         """A layer of the model."""

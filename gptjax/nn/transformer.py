@@ -14,10 +14,9 @@ from gptjax.kernels.attention import Mask
 from gptjax.kernels.embedding import embed
 from gptjax.kernels.linear import linear
 from gptjax.nn import cache as kv
-from gptjax.nn import stack
 from gptjax.nn.block import Context, dropout
 from gptjax.nn.cache import Cache
-from gptjax.nn.config import TransformerConfig
+from gptjax.nn.config import ModelConfig, TransformerConfig
 from gptjax.nn.module import Layer, Weight
 from gptjax.sharding import Rules
 from gptjax.types import Array, Params
@@ -95,17 +94,15 @@ class Transformer(nn.Module):
         return logits, cache
 
 
-def unstack(config: TransformerConfig, params: Params) -> Params:
-    """A transformer's parameters with its blocks as a tree a layer, which decoding reads without copying. Does nothing
-    to what is unstacked already."""
-    return {**params, "blocks": stack.unstack(config.stack(), params["blocks"])}
+def unstack(config: ModelConfig, params: Params) -> Params:
+    """A model's parameters with its blocks as a tree a layer, which decoding reads without copying. Does nothing to
+    what is unstacked already."""
+    return config.unstack(params)
 
 
-def make_cache(config: TransformerConfig, batch: int, size: int, rules: Rules = Rules()) -> Cache:
+def make_cache(config: ModelConfig, batch: int, size: int, rules: Rules = Rules()) -> Cache:
     """An empty cache of `size` slots for this model."""
-    blocks = config.stack(rules).blocks
-    layers = tuple(block.attention.slots(batch, size, config.dtype, rules) for block in blocks)
-    return kv.empty(layers, batch, size, rules("batch", None))
+    return kv.empty(config.slots(batch, size, rules), batch, size, rules("batch", None))
 
 
 def count(params: Params) -> int:

@@ -91,7 +91,7 @@ def train(
 ) -> Params:
     """Run one stage to its end, from its newest checkpoint in `folder` if there is one. Returns the trained parameters.
 
-    model        `gptjax.nn.Transformer` with its sharding rules; the mesh is the current one (`sharding.use`)
+    model        what a `ModelConfig` builds, with its sharding rules; the mesh is the current one (`sharding.use`)
     folder       where the checkpoints lie
     cache        where tokenised text is kept
     start        gives the parameters to begin from, another stage's say, placed as the abstract ones that it is given;
