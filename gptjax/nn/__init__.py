@@ -5,6 +5,7 @@ from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.block import Block, Context
 from gptjax.nn.cache import Cache
 from gptjax.nn.config import ModelConfig, TransformerConfig, Variant
+from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
 from gptjax.nn.mlp import GELU, MLP, GeGLU, ReLU, ReLUSquared, SwiGLU
 from gptjax.nn.module import Layer, Weight
 from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
@@ -24,7 +25,7 @@ from gptjax.nn.positions import (
 )
 from gptjax.nn.residual import OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm
 from gptjax.nn.stack import Stack
-from gptjax.nn.transformer import Transformer, count, make_cache, unstack
+from gptjax.nn.transformer import Transformer, Trunk, count, make_cache, unstack
 
 __all__ = [
     "GELU",
@@ -34,6 +35,8 @@ __all__ = [
     "Block",
     "Cache",
     "Context",
+    "Encoder",
+    "EncoderConfig",
     "GeGLU",
     "Layer",
     "LayerNorm",
@@ -62,8 +65,10 @@ __all__ = [
     "Stack",
     "SwiGLU",
     "T5Bias",
+    "Transform",
     "Transformer",
     "TransformerConfig",
+    "Trunk",
     "Variant",
     "Weight",
     "YaRN",

@@ -54,7 +54,7 @@ class Attention:
         slots: Any = None,
         *,
         bias: Array | None = None,
-        source: Array | None = None,
+        source: Any = None,
         output_scale: float = 1.0,
         dropout: float = 0.0,
         key: Key | None = None,
@@ -64,10 +64,14 @@ class Attention:
         slots         for incremental decoding, those of a `Cache`, which may lack the axis of rows where B is 1; they
                       come back with the T new entries written at `mask.offset`
         bias          float [N, T, S], added to the scores
-        source        [B, S, D], what keys and values are of: cross-attention; None: x itself
+        source        [B, S, D], what keys and values are of, or what `memory` made of it: cross-attention; None: x
         output_scale  multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small
         dropout       share of the probabilities to drop, when there is a key
         """
+        raise NotImplementedError
+
+    def memory(self, weight: Weight, source: Array) -> Any:
+        """What cross-attention keeps of a source [B, S, D], so that decoding projects it once."""
         raise NotImplementedError
 
     def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> Any:
@@ -109,30 +113,24 @@ class MultiHeadAttention(Attention):
         slots: tuple[Array, Array] | None = None,
         *,
         bias: Array | None = None,
-        source: Array | None = None,
+        source: Array | tuple[Array, Array] | None = None,
         output_scale: float = 1.0,
         dropout: float = 0.0,
         key: Key | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         rules, width = weight.rules, x.shape[-1]
-        N, K, H = self._sizes()
+        N, _, H = self._sizes()
         has_output_bias = self.bias if self.output_bias is None else self.output_bias
 
-        def project(name: str, x: Array, heads: int, axis: str) -> Array:
-            w = weight(name, (x.shape[-1], heads, H), ("embed", axis, None))
-            y = linear(x, w, rules("batch", "sequence", axis, None))
-            return y + weight(f"{name}_bias", (heads, H), (axis, None), zeros) if self.bias else y
+        def turned(x: Array) -> Array:
+            return self.positions.rotate(x, positions) if self.positions is not None else x
 
-        def turned(name: str, x: Array) -> Array:
-            if self.qk_norm is not None:
-                together = (*x.shape[:2], -1) if self.joint_qk_norm else x.shape
-                x = self.qk_norm(weight.of(f"{name}_norm"), x.reshape(together)).reshape(x.shape)
-            return self.positions.rotate(x, positions) if self.positions is not None and source is None else x
-
-        read = x if source is None else source
-        q = turned("q", project("q", x, N, "heads"))
-        k = turned("k", project("k", read, K, "kv_heads"))
-        v = project("v", read, K, "kv_heads")
+        q = self._project(weight, "q", x)
+        if source is None:
+            q, k, v = turned(q), turned(self._project(weight, "k", x)), self._project(weight, "v", x)
+        else:
+            memory = source if isinstance(source, tuple) else self.memory(weight, source)
+            k, v = (x.swapaxes(1, 2) for x in memory)
         if slots is not None:
             keys, values = (
                 kv.write(filled, new.swapaxes(1, 2), mask.offset, axis=-2)
@@ -157,6 +155,10 @@ class MultiHeadAttention(Attention):
         y = linear(y, o, rules("batch", "sequence", None), contract=2)
         return y + weight("o_bias", (width,), (None,), zeros) if has_output_bias else y, slots
 
+    def memory(self, weight: Weight, source: Array) -> tuple[Array, Array]:
+        """Keys and values, [B, K, S, H] each."""
+        return self._project(weight, "k", source).swapaxes(1, 2), self._project(weight, "v", source).swapaxes(1, 2)
+
     def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> tuple[Array, Array]:
         """Keys and values, [B, K, S, H] each: the order in which attention reads them."""
         _, K, H = self._sizes()
@@ -167,6 +169,19 @@ class MultiHeadAttention(Attention):
     def products(self, width: int, length: int) -> int:
         N, K, H = self._sizes()
         return 2 * width * H * (N + K) + 2 * N * H * min(length, self.window or length)
+
+    def _project(self, weight: Weight, name: str, x: Array) -> Array:
+        """x [B, T, D] -> queries "q" [B, T, N, H], or keys "k" or values "v" [B, T, K, H], normalised by `qk_norm`."""
+        N, K, H = self._sizes()
+        heads, axis = (N, "heads") if name == "q" else (K, "kv_heads")
+        w = weight(name, (x.shape[-1], heads, H), ("embed", axis, None))
+        y = linear(x, w, weight.rules("batch", "sequence", axis, None))
+        if self.bias:
+            y = y + weight(f"{name}_bias", (heads, H), (axis, None), zeros)
+        if self.qk_norm is None or name == "v":
+            return y
+        together = (*y.shape[:2], -1) if self.joint_qk_norm else y.shape
+        return self.qk_norm(weight.of(f"{name}_norm"), y.reshape(together)).reshape(y.shape)
 
     def _sizes(self) -> tuple[int, int, int]:
         if self.heads is None or self.head_size is None:

@@ -54,7 +54,9 @@ class Block(nn.Module):
         block = Block(attention=MultiHeadAttention(heads=8, head_size=64), hidden=2_048)
         y, _ = block.apply(params, x, Context(positions, Mask()))
 
-    With slots, those of a `Cache`'s layer, for incremental decoding. Dropout is on when the rng "dropout" is given.
+    With slots, those of a `Cache`'s layer, for incremental decoding: what `attention.slots` makes, and in a block that
+    has cross-attention the pair of that and of what `cross.memory` makes of the source. Dropout is on when the rng
+    "dropout" is given.
     """
 
     attention: Attention = MultiHeadAttention()
@@ -84,17 +86,23 @@ class Block(nn.Module):
         def key() -> Key | None:
             return self.make_rng("dropout") if self.has_rng("dropout") else None
 
+        def draw() -> dict[str, Any]:
+            return {"dropout": self.dropout, "key": key() if self.dropout else None}
+
+        source = context.source
+        if self.cross is not None and slots is not None:
+            slots, source = slots
+
         def attend(h: Array) -> Array:
             nonlocal slots
             module = layer(part=self.attention, name="attention")
-            draw = {"dropout": self.dropout, "key": key() if self.dropout else None}
             args = (h, context.positions, context.mask, slots)
-            y, slots = module(*args, bias=context.bias, **scales, **draw)
+            y, slots = module(*args, bias=context.bias, **scales, **draw())
             return dropout(y, self.dropout, key())
 
         def cross(part: Attention, h: Array) -> Array:
             module = layer(part=part, name="cross")
-            y, _ = module(h, context.positions, context.source_mask, source=context.source, **scales)
+            y, _ = module(h, context.positions, context.source_mask, source=source, **scales, **draw())
             return dropout(y, self.dropout, key())
 
         def feed(h: Array) -> Array:
@@ -112,4 +120,4 @@ class Block(nn.Module):
         skip = key() if self.drop else None
         if skip is not None:
             y = jnp.where(jax.random.bernoulli(skip, self.drop), x, y)
-        return y, slots
+        return y, slots if self.cross is None or slots is None else (slots, source)

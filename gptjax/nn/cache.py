@@ -27,6 +27,8 @@ class Cache:
     """int32 [B, S]: the segment of the token in each slot; 0 is empty or padding, which no real token sees."""
     length: Array
     """int32 scalar: how many slots are filled."""
+    source_segments: Array | None = None
+    """int32 [B, S']: the segments of the source, where a decoder reads one; tokens see what is of their own segment."""
 
     @property
     def size(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -72,6 +72,9 @@ class Variant:
 class TransformerConfig(ModelConfig):
     """The shape and the parts of a decoder."""
 
+    causal: ClassVar[bool] = True
+    """Whether tokens see those before them alone."""
+
     vocab: int
     """V, the number of token ids."""
     layers: int
@@ -110,12 +113,16 @@ class TransformerConfig(ModelConfig):
     """Whether the head is the transposed embedding."""
     embedding_scale: float = 1.0
     """Multiplies token embeddings: sqrt(width) in Gemma and in "Attention Is All You Need"."""
+    types: int = 0
+    """How many kinds of token have an embedding that is added to theirs: 2 in BERT, for sentences A and B."""
     embedding_norm: Norm | None = None
     """Normalises the embeddings; none: nothing does."""
     logit_scale: float = 1.0
     """Multiplies the logits."""
     logit_softcap: float | None = None
     """Logits are bounded by this: softcap * tanh(logit / softcap); none: they are not."""
+    cross: Attention | None = None
+    """Attention to a source, for a decoder beside an encoder; none: there is none."""
     remat: str | None = None
     """What the backward pass keeps, not computes again: a name in `jax.checkpoint_policies`; none: everything."""
     dtype: str = "float32"
@@ -193,10 +200,10 @@ class TransformerConfig(ModelConfig):
     def unstack(self, params: Params) -> Params:
         return {**params, "blocks": unstack(self.stack(), params["blocks"])}
 
-    def block(self, variant: Variant = Variant(), rules: Rules = Rules(), cross: Attention | None = None) -> Block:
+    def block(self, variant: Variant = Variant(), rules: Rules = Rules()) -> Block:
         """A layer of the model."""
 
-        def sized(attention: Attention) -> Attention:
+        def sized(attention: Attention, variant: Variant) -> Attention:
             own = attention.heads is not None
             return dataclasses.replace(
                 attention,
@@ -209,12 +216,12 @@ class TransformerConfig(ModelConfig):
             )
 
         return Block(
-            attention=sized(variant.attention or self.attention),
+            attention=sized(variant.attention or self.attention, variant),
             mlp=variant.mlp or self.mlp,
             hidden=variant.hidden or self.F,
             norm=self.norm,
             residual=self.residual,
-            cross=None if cross is None else sized(cross),
+            cross=None if self.cross is None else sized(self.cross, Variant()),
             bias=self.bias,
             dropout=self.dropout,
             drop=self.layer_drop,
@@ -224,9 +231,9 @@ class TransformerConfig(ModelConfig):
             parent=None,
         )
 
-    def stack(self, rules: Rules = Rules(), cross: Attention | None = None) -> Stack:
+    def stack(self, rules: Rules = Rules()) -> Stack:
         """The layers of the model."""
-        first, pattern = (tuple(self.block(v, rules, cross) for v in side) for side in (self.first, self.pattern))
+        first, pattern = (tuple(self.block(v, rules) for v in side) for side in (self.first, self.pattern))
         repeats, rest = divmod(self.layers - len(first), len(pattern))
         return Stack(pattern, repeats, first, pattern[:rest], self.remat, parent=None)
 
@@ -235,7 +242,9 @@ class TransformerConfig(ModelConfig):
         product, and 12 D T a layer for attention scores and sums (PaLM, arXiv:2204.02311, appendix B; not halved for
         causality, as is usual)."""
         layers = sum(
-            block.attention.products(self.width, length) + block.mlp.products(self.width, block.hidden)
+            part.products(self.width, size)
             for block in self.stack().blocks
+            for part, size in ((block.attention, length), (block.cross, length), (block.mlp, block.hidden))
+            if part is not None
         )
         return 6 * (layers + self.vocab * self.width)

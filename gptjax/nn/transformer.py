@@ -22,7 +22,93 @@ from gptjax.sharding import Rules
 from gptjax.types import Array, Params
 
 
-class Transformer(nn.Module):
+class Trunk(nn.Module):
+    """What models over tokens have in common: embedding, blocks, final norm, and a head that makes logits. A model is a
+    subclass with a `__call__`, in which these run; so the parameters of all have the same names.
+    """
+
+    config: TransformerConfig
+    rules: Rules = Rules()
+
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        cache: Cache | None = None,
+        prefix: Array | None = None,
+        *,
+        types: Array | None = None,
+        table: Array | None = None,
+        source: Array | None = None,
+        source_segments: Array | None = None,
+    ) -> tuple[Array, Array, Cache | None]:
+        """tokens int32 [B, T] -> hidden states [B, T, D] after the final norm, the table of embeddings [V, D], and the
+        cache with T more slots filled. Arguments are those of `Transformer`, and:
+
+        types            int32 [B, T], the kinds of the tokens where the model has `types`; None: all 0
+        table            [V, D], embeddings that are shared with another model; None: this one's own
+        source           [B, S, D], what cross-attention reads; with a cache None, for that holds it
+        source_segments  int32 [B, S]; tokens see what is of their own segment in the source; None: all of it
+        """
+        c, rules = self.config, self.rules
+        if positions is None:
+            start = cache.length if cache is not None else 0
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        key = self.make_rng("dropout") if (c.dropout or c.layer_drop) and self.has_rng("dropout") else None
+        weight, layer = Weight(self, rules, c.dtype), functools.partial(Layer, rules=rules, dtype=c.dtype)
+
+        if table is None:
+            table = weight("embedding", (c.vocab, c.width), ("vocab", "embed"))
+        x = embed(table, tokens, rules("vocab", None), rules("batch", "sequence", None))
+        x = x * c.embedding_scale if c.embedding_scale != 1 else x
+        if c.types:
+            kinds = weight("type_embedding", (c.types, c.width), (None, "embed"))
+            types = jnp.zeros_like(tokens) if types is None else types
+            x = x + embed(kinds, types, rules(None, None), rules("batch", "sequence", None))
+        x = layer(part=c.positions, name="positions")(x, positions)
+        if c.embedding_norm is not None:
+            x = layer(part=c.embedding_norm, name="embedding_norm")(x)
+        x = dropout(x, c.dropout, None if key is None else jax.random.fold_in(key, 0))
+
+        if cache is None:
+            mask = Mask(causal=c.causal, query_segments=segments, key_segments=segments, prefix=prefix)
+        else:
+            segments = jnp.ones_like(tokens) if segments is None else segments
+            filled = kv.write(cache.segments, segments, cache.length, axis=1)
+            if prefix is not None:
+                prefix = kv.write(jnp.zeros_like(filled, bool), prefix, cache.length, axis=1)
+            cache = dataclasses.replace(cache, segments=filled)
+            source_segments = cache.source_segments
+            mask = Mask(offset=cache.length, query_segments=segments, key_segments=filled, prefix=prefix)
+        distance = mask.distance(tokens.shape[1], tokens.shape[1] if cache is None else cache.size)
+        bias = layer(part=c.positions.bias, name="relative")(distance, c.heads, c.causal)
+        if source_segments is not None and segments is None:
+            segments = jnp.ones_like(tokens)
+        seen = Mask(causal=False, query_segments=segments, key_segments=source_segments)
+        context = Context(positions, mask, bias, start=x, tokens=tokens, source=source, source_mask=seen)
+        blocks = c.stack(rules).clone(name="blocks", parent=self)
+        slots = None if cache is None else cache.layers
+        x, slots = blocks(x, context, slots, None if key is None else jax.random.fold_in(key, 1))
+        if cache is not None and slots is not None:
+            cache = dataclasses.replace(cache, layers=slots, length=cache.length + tokens.shape[1])
+
+        x = layer(part=c.norm, name="norm")(x) if c.residual.final_norm else x
+        return x, table, cache
+
+    def logits(self, x: Array, table: Array) -> Array:
+        """Hidden states [B, T, D] and the embeddings [V, D] -> logits [B, T, V] in the compute dtype."""
+        c, rules = self.config, self.rules
+        weight = Weight(self, rules, c.dtype)
+        head = table.T if c.tied else weight("head", (c.width, c.vocab), ("embed", "vocab"))
+        logits = linear(x, head, rules("batch", "sequence", "vocab"))
+        logits = logits * c.logit_scale if c.logit_scale != 1 else logits
+        if c.logit_softcap is not None:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        return logits
+
+
+class Transformer(Trunk):
     """Tokens to next-token logits.
 
         model = Transformer(TransformerConfig(vocab=256, layers=4, width=128, heads=4))
@@ -32,9 +118,6 @@ class Transformer(nn.Module):
     The blocks' parameters are stacked, see `stack.py`. With a cache the layers run one by one; `unstack` the parameters
     once before a loop of decoding steps. Dropout is on when the rng "dropout" is given.
     """
-
-    config: TransformerConfig
-    rules: Rules = Rules()
 
     @nn.compact
     def __call__(
@@ -51,47 +134,8 @@ class Transformer(nn.Module):
         segments   int32 [B, T]; tokens attend within their own segment only; None: all one segment
         prefix     bool [B, T]: tokens that those before them see too, as in a prefix LM; all of it in one call
         """
-        c, rules = self.config, self.rules
-        if positions is None:
-            start = cache.length if cache is not None else 0
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        key = self.make_rng("dropout") if (c.dropout or c.layer_drop) and self.has_rng("dropout") else None
-        weight, layer = Weight(self, rules, c.dtype), functools.partial(Layer, rules=rules, dtype=c.dtype)
-
-        table = weight("embedding", (c.vocab, c.width), ("vocab", "embed"))
-        x = embed(table, tokens, rules("vocab", None), rules("batch", "sequence", None))
-        x = x * c.embedding_scale if c.embedding_scale != 1 else x
-        x = layer(part=c.positions, name="positions")(x, positions)
-        if c.embedding_norm is not None:
-            x = layer(part=c.embedding_norm, name="embedding_norm")(x)
-        x = dropout(x, c.dropout, None if key is None else jax.random.fold_in(key, 0))
-
-        if cache is None:
-            mask = Mask(query_segments=segments, key_segments=segments, prefix=prefix)
-        else:
-            segments = jnp.ones_like(tokens) if segments is None else segments
-            filled = kv.write(cache.segments, segments, cache.length, axis=1)
-            if prefix is not None:
-                prefix = kv.write(jnp.zeros_like(filled, bool), prefix, cache.length, axis=1)
-            cache = dataclasses.replace(cache, segments=filled)
-            mask = Mask(offset=cache.length, query_segments=segments, key_segments=filled, prefix=prefix)
-        distance = mask.distance(tokens.shape[1], tokens.shape[1] if cache is None else cache.size)
-        bias = layer(part=c.positions.bias, name="relative")(distance, c.heads)
-        blocks = c.stack(rules).clone(name="blocks", parent=self)
-        context = Context(positions, mask, bias, start=x, tokens=tokens)
-        slots = None if cache is None else cache.layers
-        x, slots = blocks(x, context, slots, None if key is None else jax.random.fold_in(key, 1))
-        if cache is not None and slots is not None:
-            cache = Cache(slots, cache.segments, cache.length + tokens.shape[1])
-
-        if c.residual.final_norm:
-            x = layer(part=c.norm, name="norm")(x)
-        head = table.T if c.tied else weight("head", (c.width, c.vocab), ("embed", "vocab"))
-        logits = linear(x, head, rules("batch", "sequence", "vocab"))
-        logits = logits * c.logit_scale if c.logit_scale != 1 else logits
-        if c.logit_softcap is not None:
-            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
-        return logits, cache
+        x, table, cache = self.hidden(tokens, positions, segments, cache, prefix)
+        return self.logits(x, table), cache
 
 
 def unstack(config: ModelConfig, params: Params) -> Params:

@@ -1,5 +1,6 @@
 """Objectives: pure losses. An objective receives the model as an argument and returns weighted sums."""
 
+from gptjax.objectives.masked_tokens import MaskedTokens
 from gptjax.objectives.next_token import NextToken
 
-__all__ = ["NextToken"]
+__all__ = ["MaskedTokens", "NextToken"]

@@ -1,0 +1,93 @@
+"""The encoder: a stack in which every token sees every other, and the head that fills in masked tokens. This is BERT.
+
+A classifier or an embedder over an encoder is in `heads.py`, an encoder beside a decoder in `encoder_decoder.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+
+from gptjax.kernels.linear import linear
+from gptjax.nn.config import ModelConfig, TransformerConfig
+from gptjax.nn.mlp import GELU, MLP
+from gptjax.nn.module import Layer, Weight, zeros
+from gptjax.nn.norms import Norm
+from gptjax.nn.transformer import Trunk
+from gptjax.sharding import Rules
+from gptjax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """What BERT does to hidden states before they meet the embeddings: norm(act(x W + b)) (arXiv:1810.04805).
+
+    A part `transform(weight, x [B, T, D], norm) -> [B, T, D]`.
+    """
+
+    mlp: MLP = GELU(approximate=False)
+    """Whose activation it is."""
+
+    def __call__(self, weight: Weight, x: Array, norm: Norm) -> Array:
+        width = x.shape[-1]
+        y = linear(x, weight("dense", (width, width), ("embed", None)), weight.rules("batch", "sequence", None))
+        y = self.mlp.activation(y + weight("dense_bias", (width,), (None,), zeros))
+        return norm(weight.of("norm"), y)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(TransformerConfig):
+    """The shape and the parts of an encoder. BERT is
+
+    EncoderConfig(
+        vocab=30_522, layers=12, width=768, heads=12, positions=LearnedPositions(512), norm=LayerNorm(eps=1e-12),
+        mlp=GELU(approximate=False), residual=PostNorm(), bias=True, embedding_norm=LayerNorm(eps=1e-12),
+        types=2, transform=Transform(), dropout=0.1,
+    )
+    """
+
+    causal = False
+
+    transform: Transform | None = None
+    """What is between the hidden states and the head, which then has a bias too; none: nothing."""
+
+    slots = ModelConfig.slots  # there are none: an encoder sees all of the text at once
+
+    def build(self, rules: Rules = Rules()) -> Any:
+        return Encoder(self, rules)
+
+
+class Encoder(Trunk):
+    """Tokens, some of them hidden behind a mask token, to logits of what they are.
+
+    model = Encoder(EncoderConfig(vocab=256, layers=4, width=128, heads=4))
+    params = model.init(jax.random.key(0), tokens)["params"]
+    logits, _ = model.apply({"params": params}, tokens)                     # [B, T] -> [B, T, V]
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        types: Array | None = None,
+    ) -> tuple[Array, None]:
+        """tokens int32 [B, T] -> logits [B, T, V] in the compute dtype, and None in the place of a decoder's cache.
+
+        positions  int32 [B, T], places within the document; None: 0 .. T-1
+        segments   int32 [B, T]; tokens see their own segment only, so padding has one of its own, 0; None: all one
+        types      int32 [B, T], from 0, where the model has types; None: all 0
+        """
+        c = self.config
+        assert isinstance(c, EncoderConfig)
+        x, table, _ = self.hidden(tokens, positions, segments, types=types)
+        if c.transform is None:
+            return self.logits(x, table), None
+        layer = functools.partial(Layer, rules=self.rules, dtype=c.dtype)
+        x = layer(part=c.transform, name="transform")(x, c.norm)
+        bias = Weight(self, self.rules, c.dtype)("head_bias", (c.vocab,), ("vocab",), zeros)
+        return self.logits(x, table) + bias, None
