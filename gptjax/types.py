@@ -39,6 +39,21 @@ class Batch:
     positions: Array | np.ndarray
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pair(Batch):
+    """A batch whose rows are each written with a source in view, `[B, S]`: translation, T5.
+
+    source            int32    what the encoder reads
+    source_segments   int32    a target sees what is of its own segment in the source; 0 is padding
+    source_positions  int32    place within the document, from 0
+    """
+
+    source: Array | np.ndarray
+    source_segments: Array | np.ndarray
+    source_positions: Array | np.ndarray
+
+
 Objective = Callable[[Params, Batch, Key | None], Metrics]
 """A loss: returns metrics whose "loss" entry is the (sum, weight) to minimise. No key means no dropout."""
 

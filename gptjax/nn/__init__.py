@@ -6,6 +6,7 @@ from gptjax.nn.block import Block, Context
 from gptjax.nn.cache import Cache
 from gptjax.nn.config import ModelConfig, TransformerConfig, Variant
 from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
+from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from gptjax.nn.mlp import GELU, MLP, GeGLU, ReLU, ReLUSquared, SwiGLU
 from gptjax.nn.module import Layer, Weight
 from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
@@ -25,7 +26,7 @@ from gptjax.nn.positions import (
 )
 from gptjax.nn.residual import OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm
 from gptjax.nn.stack import Stack
-from gptjax.nn.transformer import Transformer, Trunk, count, make_cache, unstack
+from gptjax.nn.transformer import Features, Transformer, Trunk, count, make_cache, unstack
 
 __all__ = [
     "GELU",
@@ -37,6 +38,9 @@ __all__ = [
     "Context",
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
+    "Features",
     "GeGLU",
     "Layer",
     "LayerNorm",

@@ -17,7 +17,7 @@ from gptjax.nn.module import Layer, Weight
 from gptjax.nn.norms import Norm, RMSNorm
 from gptjax.nn.residual import PreNorm, Residual
 from gptjax.sharding import Rules
-from gptjax.types import Array, Key
+from gptjax.types import Array, Key, UserError
 
 
 @jax.tree_util.register_dataclass
@@ -114,6 +114,8 @@ class Block(nn.Module):
 
         sublayers = (attend, feed)
         if self.cross is not None:
+            if source is None:
+                raise UserError("source: got none, must be given to a model that has cross-attention")
             sublayers = (attend, functools.partial(cross, self.cross), feed)
         start = x if context.start is None else context.start
         y = self.residual(Weight(self, self.rules, self.dtype), x, start, norm, sublayers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -43,14 +44,8 @@ class Trunk(nn.Module):
         source: Array | None = None,
         source_segments: Array | None = None,
     ) -> tuple[Array, Array, Cache | None]:
-        """tokens int32 [B, T] -> hidden states [B, T, D] after the final norm, the table of embeddings [V, D], and the
-        cache with T more slots filled. Arguments are those of `Transformer`, and:
-
-        types            int32 [B, T], the kinds of the tokens where the model has `types`; None: all 0
-        table            [V, D], embeddings that are shared with another model; None: this one's own
-        source           [B, S, D], what cross-attention reads; with a cache None, for that holds it
-        source_segments  int32 [B, S]; tokens see what is of their own segment in the source; None: all of it
-        """
+        """Hidden states [B, T, D] after the final norm, the table of embeddings [V, D], and the cache with T more slots
+        filled. The arguments are those of `Transformer`."""
         c, rules = self.config, self.rules
         if positions is None:
             start = cache.length if cache is not None else 0
@@ -108,6 +103,15 @@ class Trunk(nn.Module):
         return logits
 
 
+class Features(Trunk):
+    """Tokens to hidden states [B, T, D], and the cache: `Transformer` without its head, over the same parameters."""
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, Cache | None]:
+        x, _, cache = self.hidden(*args, **kwargs)
+        return x, cache
+
+
 class Transformer(Trunk):
     """Tokens to next-token logits.
 
@@ -127,14 +131,27 @@ class Transformer(Trunk):
         segments: Array | None = None,
         cache: Cache | None = None,
         prefix: Array | None = None,
+        *,
+        types: Array | None = None,
+        table: Array | None = None,
+        source: Array | None = None,
+        source_segments: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """tokens int32 [B, T] -> logits [B, T, V] in the compute dtype, and the cache with T more slots filled.
 
         positions  int32 [B, T], places within the document; None: 0 .. T-1, after what the cache holds
         segments   int32 [B, T]; tokens attend within their own segment only; None: all one segment
         prefix     bool [B, T]: tokens that those before them see too, as in a prefix LM; all of it in one call
+        types      int32 [B, T], the kinds of the tokens where the model has `types`; None: all 0
+        table      [V, D], embeddings that are shared with another model; None: this one's own
+
+        For a model with cross-attention, and with a cache neither, for that holds what they say:
+
+        source           [B, S, D], what it reads
+        source_segments  int32 [B, S]; tokens see what is of their own segment in the source; None: all of it
         """
-        x, table, cache = self.hidden(tokens, positions, segments, cache, prefix)
+        given = {"types": types, "table": table, "source": source, "source_segments": source_segments}
+        x, table, cache = self.hidden(tokens, positions, segments, cache, prefix, **given)
         return self.logits(x, table), cache
 
 

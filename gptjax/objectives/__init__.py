@@ -2,5 +2,6 @@
 
 from gptjax.objectives.masked_tokens import MaskedTokens
 from gptjax.objectives.next_token import NextToken
+from gptjax.objectives.sequence_to_sequence import SequenceToSequence
 
-__all__ = ["MaskedTokens", "NextToken"]
+__all__ = ["MaskedTokens", "NextToken", "SequenceToSequence"]

@@ -1,0 +1,161 @@
+"""The encoder-decoder: a source is read once, a target is written with the source in view. This is T5.
+
+    config = EncoderDecoderConfig(
+        encoder=EncoderConfig(vocab=256, layers=4, width=128, heads=4),
+        decoder=TransformerConfig(vocab=256, layers=4, width=128, heads=4, cross=MultiHeadAttention()),
+    )
+    model = EncoderDecoder(config)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    logits, _ = model.apply({"params": params}, tokens, source=source)                # [B, T] and [B, S] -> [B, T, V]
+
+What both have is said twice; `dict` holds it where that is long. "Attention Is All You Need" (arXiv:1706.03762) is
+
+    common = dict(
+        vocab=37_000, layers=6, width=512, heads=8, hidden=2_048, positions=Sinusoidal(), norm=LayerNorm(), mlp=ReLU(),
+        residual=PostNorm(), bias=True, embedding_scale=512**0.5, dropout=0.1,
+    )
+    EncoderDecoderConfig(EncoderConfig(**common), TransformerConfig(**common, cross=MultiHeadAttention()))
+
+and T5 small (arXiv:1910.10683), which does not divide scores by the square root of the head size, is
+
+    attention = MultiHeadAttention(scale=1.0)
+    common = dict(
+        vocab=32_128, layers=6, width=512, heads=8, hidden=2_048, positions=T5Bias(), norm=RMSNorm(eps=1e-6),
+        mlp=ReLU(), attention=attention, dropout=0.1,
+    )
+    EncoderDecoderConfig(
+        EncoderConfig(**common), TransformerConfig(**common, cross=attention, logit_scale=512**-0.5)
+    )
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from gptjax.nn import cache as kv
+from gptjax.nn.cache import Cache
+from gptjax.nn.config import ModelConfig, TransformerConfig
+from gptjax.nn.encoder import EncoderConfig
+from gptjax.nn.module import Layer, Weight
+from gptjax.nn.stack import unstack
+from gptjax.nn.transformer import Features, Transformer
+from gptjax.sharding import Rules
+from gptjax.types import Array, Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderConfig(ModelConfig):
+    """An encoder and a decoder with one table of embeddings."""
+
+    encoder: EncoderConfig
+    """What reads the source."""
+    decoder: TransformerConfig
+    """What writes the target; it has `cross`."""
+
+    def __post_init__(self):
+        if self.decoder.cross is None:
+            raise UserError("model.decoder.cross: got none, must be an attention part, such as MultiHeadAttention()")
+        for field in ("vocab", "width", "dtype"):
+            ours, theirs = getattr(self.decoder, field), getattr(self.encoder, field)
+            if ours != theirs:
+                raise UserError(f"model.decoder.{field}: got {ours}, must be that of the encoder, {theirs}")
+
+    @property
+    def vocab(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (nobody sets it)
+        return self.decoder.vocab
+
+    @property
+    def limit(self) -> int | None:
+        return self.decoder.limit
+
+    @property
+    def axes(self) -> tuple[tuple[str, str, int], ...]:
+        return tuple(
+            (axis, field.replace("model.", f"model.{name}.", 1), size)
+            for name, half in (("encoder", self.encoder), ("decoder", self.decoder))
+            for axis, field, size in half.axes
+        )
+
+    def build(self, rules: Rules = Rules()) -> Any:
+        return EncoderDecoder(self, rules)
+
+    def flops(self, length: int) -> int:
+        """Of a target token and a source token: as long a source as the target. The encoder has no head."""
+        return self.encoder.flops(length) + self.decoder.flops(length) - 6 * self.vocab * self.encoder.width
+
+    def unstack(self, params: Params) -> Params:
+        halves = {name: getattr(self, name).unstack(params[name]) for name in ("encoder", "decoder")}
+        return {**params, **halves}
+
+
+class EncoderDecoder(nn.Module):
+    """Source and target so far, to logits of the target's next tokens."""
+
+    config: EncoderDecoderConfig
+    rules: Rules = Rules()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        cache: Cache | None = None,
+        *,
+        source: Array | None = None,
+        source_positions: Array | None = None,
+        source_segments: Array | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """tokens int32 [B, T] -> logits [B, T, V] in the compute dtype, and the cache with T more slots filled.
+
+        source            int32 [B, S]; with a cache None, for `read` has put it there
+        source_positions  int32 [B, S], places within the document; None: 0 .. S-1
+        source_segments   int32 [B, S]; tokens of the source and of the target see their own segment in it only; None:
+                          all one, which then is 1 in the target
+
+        The others are those of `Transformer`.
+        """
+        c, rules = self.config, self.rules
+        table = Weight(self, rules, c.decoder.dtype)("embedding", (c.vocab, c.decoder.width), ("vocab", "embed"))
+        if source is None and self.is_initializing():
+            source = tokens  # no parameter depends on it
+        states = None
+        if source is not None:
+            encoder = Features(c.encoder, rules, name="encoder")
+            states, _ = encoder(source, source_positions, source_segments, table=table)
+        decoder = Transformer(c.decoder, rules, name="decoder")
+        seen = {"source": states, "source_segments": source_segments}
+        return decoder(tokens, positions, segments, cache, table=table, **seen)
+
+
+def read(
+    model: EncoderDecoder,
+    params: Params,
+    source: Array,
+    size: int,
+    positions: Array | None = None,
+    segments: Array | None = None,
+) -> Cache:
+    """A cache of `size` slots for writing with the source int32 [B, S] in view: its keys and values are in there, made
+    once. No target is yet. Positions and segments are those of the source."""
+    c, rules = model.config, model.rules
+    decoder = c.decoder
+    reader = {**params["encoder"], "embedding": params["embedding"]}
+    states, _ = Features(c.encoder, rules).apply({"params": reader}, source, positions, segments)
+    stack = decoder.stack(rules)
+    layers = unstack(stack, params["decoder"]["blocks"])
+
+    def memory(layer: int) -> Any:
+        cross = stack.blocks[layer].cross
+        assert cross is not None
+        module = Layer(part=cross.memory, rules=rules, dtype=decoder.dtype)
+        return module.apply({"params": layers[f"layer_{layer}"]["cross"]}, states)
+
+    own = decoder.slots(source.shape[0], size, rules)
+    pairs = tuple((slots, memory(layer)) for layer, slots in enumerate(own))
+    cache = kv.empty(pairs, source.shape[0], size, rules("batch", None))
+    return dataclasses.replace(cache, source_segments=jnp.ones_like(source) if segments is None else segments)

@@ -1,0 +1,22 @@
+"""The loss of encoder-decoders: predict the next token of a target whose source is in view."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from gptjax.objectives.next_token import NextToken
+from gptjax.types import Batch, Key, Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceToSequence(NextToken):
+    """`NextToken` of the targets of a `Pair`, given its source: -log p(target | target so far, source)."""
+
+    def __call__(self, apply: Callable, params: Params, batch: Batch, key: Key | None = None) -> Metrics:
+        """`batch` is a `Pair`; `apply` is an encoder-decoder's, which takes source, source_positions and
+        source_segments too. Metrics are those of `NextToken`."""
+        names = ("source", "source_positions", "source_segments")
+        given = functools.partial(apply, **{name: getattr(batch, name) for name in names})
+        return super().__call__(given, params, batch, key)
