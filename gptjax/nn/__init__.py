@@ -25,16 +25,23 @@ from gptjax.nn.positions import (
     YaRN,
 )
 from gptjax.nn.residual import OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm
+from gptjax.nn.positions import LearnedPositions, Positions, RoPE, Sinusoidal
+from gptjax.nn.recurrent import GRU, LSTM, Recurrent, RecurrentConfig
+from gptjax.nn.residual import Chain, OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
 from gptjax.nn.stack import Stack
 from gptjax.nn.transformer import Features, Transformer, Trunk, count, make_cache, unstack
+from gptjax.nn.value_embedding import ValueEmbedding
 
 __all__ = [
     "GELU",
+    "GRU",
+    "LSTM",
     "MLP",
     "ALiBi",
     "Attention",
     "Block",
     "Cache",
+    "Chain",
     "Context",
     "Encoder",
     "EncoderConfig",
@@ -61,10 +68,13 @@ __all__ = [
     "RMSNorm",
     "ReLU",
     "ReLUSquared",
+    "Recurrent",
+    "RecurrentConfig",
     "Residual",
     "RoPE",
     "SandwichNorm",
     "Scaling",
+    "ScaledStream",
     "Sinusoidal",
     "Stack",
     "SwiGLU",
@@ -73,6 +83,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "Trunk",
+    "ValueEmbedding",
     "Variant",
     "Weight",
     "YaRN",

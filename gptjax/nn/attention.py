@@ -14,6 +14,7 @@ from gptjax.nn import cache as kv
 from gptjax.nn.module import Weight, normal, zeros
 from gptjax.nn.norms import Norm
 from gptjax.nn.positions import Positions
+from gptjax.nn.value_embedding import ValueEmbedding
 from gptjax.sharding import Rules
 from gptjax.types import Array, Key, UserError
 
@@ -55,6 +56,7 @@ class Attention:
         *,
         bias: Array | None = None,
         source: Any = None,
+        tokens: Array | None = None,
         output_scale: float = 1.0,
         dropout: float = 0.0,
         key: Key | None = None,
@@ -65,6 +67,7 @@ class Attention:
                       come back with the T new entries written at `mask.offset`
         bias          float [N, T, S], added to the scores
         source        [B, S, D], what keys and values are of, or what `memory` made of it: cross-attention; None: x
+        tokens        int32 [B, T], what x is of, for parts that embed it once more
         output_scale  multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small
         dropout       share of the probabilities to drop, when there is a key
         """
@@ -99,6 +102,8 @@ class MultiHeadAttention(Attention):
     """Whether `qk_norm` is over all heads at once, as in OLMo 2, or over each alone."""
     softcap: float | None = None
     """Scores are bounded by this: softcap * tanh(score / softcap), as in Gemma 2; none: they are not."""
+    values: ValueEmbedding | None = None
+    """Adds a learned value for each token to what x gives; none: nothing is added."""
     sinks: bool = False
     """Whether each head has a learned score for attending to nothing, as in gpt-oss."""
     implementation: str | None = None
@@ -114,6 +119,7 @@ class MultiHeadAttention(Attention):
         *,
         bias: Array | None = None,
         source: Array | tuple[Array, Array] | None = None,
+        tokens: Array | None = None,
         output_scale: float = 1.0,
         dropout: float = 0.0,
         key: Key | None = None,
@@ -128,6 +134,7 @@ class MultiHeadAttention(Attention):
         q = self._project(weight, "q", x)
         if source is None:
             q, k, v = turned(q), turned(self._project(weight, "k", x)), self._project(weight, "v", x)
+            v = v if self.values is None else self.values(weight.of("values"), v, x, tokens)
         else:
             memory = source if isinstance(source, tuple) else self.memory(weight, source)
             k, v = (x.swapaxes(1, 2) for x in memory)

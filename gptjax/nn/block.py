@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -60,7 +61,8 @@ class Block(nn.Module):
     """
 
     attention: Attention = MultiHeadAttention()
-    mlp: MLP = SwiGLU()
+    mlp: MLP | None = SwiGLU()
+    """None: there is none."""
     hidden: int = 0
     """F, the hidden size of the MLP."""
     norm: Norm = RMSNorm()
@@ -97,7 +99,7 @@ class Block(nn.Module):
             nonlocal slots
             module = layer(part=self.attention, name="attention")
             args = (h, context.positions, context.mask, slots)
-            y, slots = module(*args, bias=context.bias, **scales, **draw())
+            y, slots = module(*args, bias=context.bias, tokens=context.tokens, **scales, **draw())
             return dropout(y, self.dropout, key())
 
         def cross(part: Attention, h: Array) -> Array:
@@ -105,18 +107,20 @@ class Block(nn.Module):
             y, _ = module(h, context.positions, context.source_mask, source=source, **scales, **draw())
             return dropout(y, self.dropout, key())
 
-        def feed(h: Array) -> Array:
-            y = layer(part=self.mlp, name="mlp")(h, self.hidden, self.bias, self.output_scale)
+        def feed(part: MLP, h: Array) -> Array:
+            y = layer(part=part, name="mlp")(h, self.hidden, self.bias, self.output_scale)
             return dropout(y, self.dropout, key())
 
         def norm(name: str, h: Array) -> Array:
             return layer(part=self.norm, name=name)(h)
 
-        sublayers = (attend, feed)
+        sublayers: list[Callable[[Array], Array]] = [attend]
         if self.cross is not None:
             if source is None:
                 raise UserError("source: got none, must be given to a model that has cross-attention")
-            sublayers = (attend, functools.partial(cross, self.cross), feed)
+            sublayers.append(functools.partial(cross, self.cross))
+        if self.mlp is not None:
+            sublayers.append(functools.partial(feed, self.mlp))
         start = x if context.start is None else context.start
         y = self.residual(Weight(self, self.rules, self.dtype), x, start, norm, sublayers)
         skip = key() if self.drop else None

@@ -95,8 +95,8 @@ class TransformerConfig(ModelConfig):
     """Normalisation of the residual stream."""
     attention: Attention = MultiHeadAttention()
     """Attention part."""
-    mlp: MLP = SwiGLU()
-    """Feed-forward part."""
+    mlp: MLP | None = SwiGLU()
+    """Feed-forward part; none: the blocks have attention alone."""
     residual: Residual = PreNorm()
     """How attention and MLP are joined to the residual stream."""
     pattern: tuple[Variant, ...] = (Variant(),)
@@ -173,6 +173,8 @@ class TransformerConfig(ModelConfig):
     @property
     def F(self) -> int:
         """The hidden size of the MLP."""
+        if self.mlp is None:
+            return 0
         return self.hidden or (-(-8 * self.width // 24) * 8 if self.mlp.gated else 4 * self.width)
 
     @property

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import jax
+
 from gptjax.nn.module import Weight
 from gptjax.types import Array
 
@@ -44,6 +46,22 @@ class PreNorm(Residual):
         return x
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaledStream(PreNorm):
+    """`PreNorm` of a x + b start, with a learned a and b for each layer, which so chooses how much of the embeddings it
+    still reads: nanochat, after modded-nanogpt (github.com/KellerJordan/modded-nanogpt)."""
+
+    stream: float = 1.0
+    """a at the beginning."""
+    start: float = 0.1
+    """b at the beginning."""
+
+    def __call__(self, weight, x, start, norm, sublayers):
+        a = weight("stream_scale", (), (), jax.nn.initializers.constant(self.stream))
+        b = weight("input_scale", (), (), jax.nn.initializers.constant(self.start))
+        return super().__call__(weight, a * x + b * start, start, norm, sublayers)
+
+
 class PostNorm(Residual):
     """norm(x + f(x)): "Attention Is All You Need" (arXiv:1706.03762) and BERT."""
 
@@ -70,6 +88,17 @@ class OutputNorm(Residual):
     def __call__(self, weight, x, start, norm, sublayers):
         for i, f in enumerate(sublayers, 1):
             x = x + norm(f"norm_{i}", f(x))
+        return x
+
+
+class Chain(Residual):
+    """f(x): no stream, each sublayer reads what the one before says. For layers of a recurrent network."""
+
+    final_norm = False
+
+    def __call__(self, weight, x, start, norm, sublayers):
+        for f in sublayers:
+            x = f(x)
         return x
 
 

@@ -165,9 +165,7 @@ def test_t5_is_that_of_transformers(gated):
         "attention": attention,
     }
     head = {"tied": False} if gated else {"logit_scale": 16**-0.5}
-    config = EncoderDecoderConfig(
-        EncoderConfig(**common), TransformerConfig(**common | {"layers": 3}, cross=attention, **head)
-    )
+    config = EncoderDecoderConfig(EncoderConfig(**common), TransformerConfig(**common, cross=attention, **head))
     theirs = transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=32,
@@ -175,7 +173,7 @@ def test_t5_is_that_of_transformers(gated):
             d_kv=6,
             d_ff=24,
             num_layers=2,
-            num_decoder_layers=3,
+            num_decoder_layers=2,
             num_heads=4,
             relative_attention_num_buckets=8,
             relative_attention_max_distance=16,

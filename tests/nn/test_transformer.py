@@ -11,6 +11,7 @@ from gptjax import sharding
 from gptjax.nn import (
     GELU,
     MLP,
+    Chain,
     LayerNorm,
     MultiHeadAttention,
     Positions,
@@ -19,6 +20,7 @@ from gptjax.nn import (
     RoPE,
     Transformer,
     TransformerConfig,
+    ValueEmbedding,
     Variant,
     YaRN,
     count,
@@ -46,7 +48,9 @@ def make(kind: type):
 CONFIGS = {kind.__name__: dataclasses.replace(BASE, positions=make(kind)) for kind in every(Positions)}
 CONFIGS |= {kind.__name__: dataclasses.replace(BASE, mlp=kind()) for kind in every(MLP) if kind is not MLP}
 CONFIGS |= {
-    kind.__name__: dataclasses.replace(BASE, residual=kind()) for kind in every(Residual) if kind is not Residual
+    kind.__name__: dataclasses.replace(BASE, residual=kind())
+    for kind in every(Residual)
+    if kind not in (Residual, Chain)
 }
 CONFIGS["rope"] = dataclasses.replace(
     BASE, head_size=8, positions=RoPE(fraction=0.5, interleaved=True, scaling=YaRN(factor=4.0, original=8))
@@ -63,6 +67,9 @@ CONFIGS["pattern"] = dataclasses.replace(
     embedding_norm=RMSNorm(scale=False),
     norm=RMSNorm(plus_one=True),
     logit_softcap=2.0,
+)
+CONFIGS["values"] = dataclasses.replace(
+    BASE, pattern=(Variant(), Variant(attention=MultiHeadAttention(values=ValueEmbedding(vocab=32))))
 )
 CONFIGS["gpt2"] = dataclasses.replace(
     CONFIGS["LearnedPositions"], kv_heads=None, norm=LayerNorm(), mlp=GELU(), bias=True, tied=False

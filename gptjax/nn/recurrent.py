@@ -1,0 +1,152 @@
+"""Recurrent layers in attention's place, and the recurrent language model, for a paper's comparison.
+
+    Transformer(RecurrentConfig(vocab=256, layers=2, width=512))                          a stacked LSTM
+    Transformer(RecurrentConfig(vocab=256, layers=2, width=512, attention=GRU()))
+
+It trains, decodes and is put into an experiment like any other model: its cache is the state of each layer. A recurrent
+layer may stand in a transformer too: `TransformerConfig(..., pattern=(Variant(attention=GRU()), Variant()))`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gptjax.kernels.attention import Mask
+from gptjax.kernels.linear import linear
+from gptjax.nn.attention import Attention
+from gptjax.nn.config import TransformerConfig
+from gptjax.nn.mlp import MLP
+from gptjax.nn.module import Weight, zeros
+from gptjax.nn.positions import Positions
+from gptjax.nn.residual import Chain, Residual
+from gptjax.sharding import Rules
+from gptjax.types import Array, UserError
+
+State = tuple[Array, ...]
+"""[B, D] each; the first is what the layer says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrent(Attention):
+    """A part `cell(weight, x [B, T, D], positions, mask, slots) -> (y [B, T, D], slots)`: y_t is of x_0 .. x_t.
+
+    The state begins at zero, and again where a new segment does. The slots are the state after the last token read. All
+    else that attention has (heads, window, bias of scores, ...) means nothing here.
+
+    layer = Layer(part=LSTM())
+    y, _ = layer.apply(params, x, positions)
+    """
+
+    gates: ClassVar[int]
+    """G, the products for each unit."""
+    states: ClassVar[int] = 1
+    """Arrays of the state."""
+
+    @abc.abstractmethod
+    def step(self, state: State, read: Array, said: Array) -> State:
+        """The next state, from the products of the input and of the last output, [B, G, D] each, biases included."""
+
+    def __call__(self, weight: Weight, x: Array, positions: Array, mask: Mask = Mask(), slots: Any = None, **_: Any):
+        (B, T, D), G, rules = x.shape, self.gates, weight.rules
+        # PyTorch's deviation: uniform to 1 / sqrt(D).
+        spread = jax.nn.initializers.normal((3 * D) ** -0.5)
+        into = weight("input", (D, G, D), ("embed", None, None), spread)
+        read = linear(x, into, rules("batch", "sequence", None, None))
+        read = read + weight("input_bias", (G, D), (None, None), self.first_bias)
+        again = weight("recurrent", (D, G, D), ("embed", None, None), spread)
+        again = again if (whole := rules(None, None, None)) is None else jax.reshard(again, whole)
+        bias = weight("recurrent_bias", (G, D), (None, None), zeros)
+        begins = jnp.zeros((B, T), bool)
+        if mask.query_segments is not None and mask.key_segments is not None:
+            last = jnp.maximum(jnp.asarray(mask.offset) - 1, 0)
+            last = lax.dynamic_slice_in_dim(mask.key_segments, last, 1, axis=1)
+            begins = mask.query_segments != jnp.concatenate([last, mask.query_segments[:, :-1]], 1)
+
+        def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, Array]:
+            read, begins = inputs
+            state = tuple(jnp.where(begins[:, None], 0, part) for part in state)
+            new = self.step(state, read, linear(state[0], again, rules("batch", None, None)) + bias)
+            return new, new[0]
+
+        state = self._empty(B, D, x.dtype, rules) if slots is None else slots
+        state, y = lax.scan(step, state, (read.swapaxes(0, 1), begins.T))
+        return y.swapaxes(0, 1), None if slots is None else state
+
+    def first_bias(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
+        """What the biases [G, D] of the input's products begin at."""
+        return zeros(key, shape, dtype, out_sharding=out_sharding)
+
+    def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> State:
+        """The state before anything is read, [B, D] each, D being heads x head size."""
+        if self.heads is None or self.head_size is None:
+            raise UserError("attention: got no heads or head_size; outside a model both must be given")
+        return self._empty(batch, self.heads * self.head_size, dtype, rules)
+
+    def products(self, width: int, length: int) -> int:
+        return 2 * self.gates * width**2
+
+    def _empty(self, batch: int, width: int, dtype: Any, rules: Rules) -> State:
+        return tuple(jnp.zeros((batch, width), dtype, out_sharding=rules("batch", None)) for _ in range(self.states))
+
+
+@dataclasses.dataclass(frozen=True)
+class LSTM(Recurrent):
+    """Long short-term memory (Hochreiter and Schmidhuber 1997) with a forget gate (Gers et al. 2000), as PyTorch's:
+
+    i, f, o = sigmoid(...),  g = tanh(...)            each of W x_t + b + U h_(t-1) + b', in the order i, f, g, o
+    c_t = f c_(t-1) + i g,   h_t = o tanh(c_t)
+    """
+
+    forget_bias: float = 1.0
+    """What the forget gate's bias begins at: above 0, so that it remembers (Jozefowicz et al. 2015)."""
+
+    gates = 4
+    states = 2
+
+    def step(self, state: State, read: Array, said: Array) -> State:
+        i, f, g, o = jnp.unstack(read + said, axis=1)
+        c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+    def first_bias(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
+        bias = jnp.array([0, self.forget_bias, 0, 0], dtype)[:, None]
+        return jnp.broadcast_to(bias, shape, out_sharding=out_sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRU(Recurrent):
+    """The gated recurrent unit (Cho et al. 2014, arXiv:1406.1078), as PyTorch's: the reset gate is after the product,
+
+    r, z = sigmoid(W x_t + b + U h_(t-1) + b')                                         products in the order r, z, n
+    n = tanh(W_n x_t + b_n + r (U_n h_(t-1) + b'_n)),   h_t = (1 - z) n + z h_(t-1)
+    """
+
+    gates = 3
+
+    def step(self, state: State, read: Array, said: Array) -> State:
+        (r, z, n), (r2, z2, n2) = jnp.unstack(read, axis=1), jnp.unstack(said, axis=1)
+        r, z = jax.nn.sigmoid(r + r2), jax.nn.sigmoid(z + z2)
+        return ((1 - z) * jnp.tanh(n + r * n2) + z * state[0],)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentConfig(TransformerConfig):
+    """A recurrent language model: embedding, layers of cells one after the other, head. Dropout is between layers and
+    not in time, as in Zaremba et al. 2014 (arXiv:1409.2329)."""
+
+    heads: int = 1
+    """Means nothing here."""
+    positions: Positions = Positions()
+    """Position encoding: the order of reading is one already."""
+    attention: Attention = LSTM()
+    """The cell."""
+    mlp: MLP | None = None
+    """Feed-forward part after each cell; none: there is none."""
+    residual: Residual = Chain()
+    """How cells are joined: `PreNorm()` makes a stream, which deep stacks want."""

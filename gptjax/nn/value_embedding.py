@@ -1,0 +1,40 @@
+"""Value embeddings: attention's values remember which token they are of, in every layer that has them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from gptjax.kernels.embedding import embed
+from gptjax.kernels.linear import linear
+from gptjax.nn.module import Weight
+from gptjax.types import Array, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueEmbedding:
+    """v_k + top sigmoid(x[:channels] G)_k table[token]_k for each key/value head k: a learned value for each token, and
+    a gate that lets it in. After value residual learning (ResFormer, arXiv:2410.17897), in the form of nanochat
+    (github.com/karpathy/nanochat, nanochat/gpt.py).
+
+    A part `values(weight, v [B, T, K, H], x [B, T, D], tokens int32 [B, T]) -> [B, T, K, H]`, for
+    `MultiHeadAttention(values=...)`. Costs a table [V, K, H] a layer and no matrix product.
+    """
+
+    vocab: int
+    """V, the number of token ids: the model's."""
+    channels: int = 12
+    """How many of x's channels the gate reads."""
+    top: float = 3.0
+    """How far the gate opens; it begins half open."""
+
+    def __call__(self, weight: Weight, v: Array, x: Array, tokens: Array | None) -> Array:
+        if tokens is None:
+            raise UserError("tokens: got none, must be given to attention that has value embeddings")
+        (K, H), rules = v.shape[2:], weight.rules
+        table = weight("embedding", (self.vocab, K, H), (None, "kv_heads", None))
+        values = embed(table, tokens, rules(None, "kv_heads", None), rules("batch", "sequence", "kv_heads", None))
+        gate = weight("gate", (self.channels, K), (None, "kv_heads"))
+        opening = linear(x[..., : self.channels], gate, rules("batch", "sequence", "kv_heads"))
+        return v + self.top * jax.nn.sigmoid(opening)[..., None] * values

@@ -1,0 +1,149 @@
+"""Laws of recurrent layers, and of language models made of them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptjax import sharding
+from gptjax.nn import (
+    GRU,
+    LSTM,
+    Layer,
+    Recurrent,
+    RecurrentConfig,
+    Transformer,
+    TransformerConfig,
+    Variant,
+    make_cache,
+)
+from gptjax.objectives import NextToken
+from gptjax.sharding import STANDARD, Mesh
+from gptjax.train import state as train_state
+from gptjax.train.step import make_step
+from gptjax.types import Batch
+
+CONFIGS = {
+    "lstm": RecurrentConfig(vocab=32, layers=2, width=16),
+    "gru": RecurrentConfig(vocab=32, layers=2, width=16, attention=GRU()),
+    "hybrid": TransformerConfig(vocab=32, layers=2, width=16, heads=2, pattern=(Variant(), Variant(attention=LSTM()))),
+}
+TOKENS = jax.random.randint(jax.random.key(7), (4, 12), 0, 32)
+# Logits are of size 1, and states pass through 12 steps of sums of 16 float32 products.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def model(request):
+    model = Transformer(CONFIGS[request.param])
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    return model, jax.tree.map(lambda p: p * 3 if p.ndim > 1 else p, params)
+
+
+def apply(model, params, *args, **kwargs):
+    return jax.jit(lambda params, *args: model.apply({"params": params}, *args, **kwargs))(params, *args)
+
+
+def test_it_is_causal_and_remembers(model):
+    model, params = model
+    logits, _ = apply(model, params, TOKENS)
+    changed, _ = apply(model, params, TOKENS.at[:, 4].add(1) % 32)
+    np.testing.assert_array_equal(logits[:, :4], changed[:, :4])
+    assert (jnp.abs(logits[:, 4:] - changed[:, 4:]).max(-1) > 1e-6).all()
+
+
+def test_cached_decoding_equals_the_full_forward(model):
+    """In pieces, behind padding of any length."""
+    model, params = model
+    logits, _ = apply(model, params, TOKENS)
+    layers = model.config.unstack(params)
+    pad = jnp.array([0, 1, 3, 0])
+    tokens = jnp.stack([jnp.roll(jnp.pad(row, (0, 3)), n) for row, n in zip(TOKENS, pad, strict=True)])
+    place = jnp.arange(15) - pad[:, None]
+    segments = ((place >= 0) & (place < 12)).astype(jnp.int32)
+    cache = make_cache(model.config, 4, 20)
+    start, pieces = 0, []
+    for size in (5, 1, 1, 8):
+        part = slice(start, start + size)
+        args = (tokens[:, part], jnp.clip(place[:, part], 0), segments[:, part], cache)
+        out, cache = apply(model, layers, *args)
+        pieces.append(out)
+        start += size
+    decoded = jnp.concatenate(pieces, 1)
+    for row in range(4):
+        np.testing.assert_allclose(decoded[row, pad[row] : pad[row] + 12], logits[row], **CLOSE)
+
+
+def test_packed_equals_unpacked(model):
+    model, params = model
+    packed = jnp.concatenate([TOKENS[:1, :7], TOKENS[1:2, :5]], 1)
+    positions = jnp.concatenate([jnp.arange(7), jnp.arange(5)])[None]
+    together, _ = apply(model, params, packed, positions, jnp.array([[1] * 7 + [2] * 5]))
+    first, _ = apply(model, params, TOKENS[:1, :7])
+    second, _ = apply(model, params, TOKENS[1:2, :5])
+    np.testing.assert_allclose(together, jnp.concatenate([first, second], 1), **CLOSE)
+
+
+def test_a_mesh_changes_nothing(model):
+    model, params = model
+    expected, _ = apply(model, params, TOKENS)
+    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
+        sharded = Transformer(model.config, STANDARD)
+        tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
+        places = jax.eval_shape(lambda key: sharded.init(key, tokens)["params"], jax.random.key(0))
+        mesh = jax.sharding.get_mesh()
+        put = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
+        params = jax.tree.map(put, params, places)
+        logits, _ = apply(sharded, params, tokens, None, jnp.ones_like(tokens))
+        first, cache = apply(sharded, params, tokens[:, :8], cache=make_cache(model.config, 4, 12, STANDARD))
+        second, _ = apply(sharded, params, tokens[:, 8:], cache=cache)
+        gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(sharded.apply({"params": p}, tokens)[0]))))(params)
+        assert jax.tree.map(lambda g: g.sharding.spec, gradient) == jax.tree.map(lambda p: p.sharding.spec, params)
+    np.testing.assert_allclose(logits, expected, **CLOSE)
+    np.testing.assert_allclose(np.concatenate([first, second], 1), expected, **CLOSE)
+
+
+def test_next_token_training_works_unchanged():
+    model = Transformer(dataclasses.replace(CONFIGS["lstm"], width=48))
+    rows = (np.arange(8, dtype=np.int32)[:, None] * 3 + np.arange(17, dtype=np.int32) ** 2) % 32
+    tokens, targets = rows[:, :-1], rows[:, 1:]
+    ones = np.ones_like(tokens)
+    batch = Batch(tokens, targets, ones.astype(np.float32), ones, np.cumsum(ones, 1, dtype=np.int32) - 1)
+    optimizer = optax.adam(2e-2)
+    state = train_state.create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
+    step = make_step(functools.partial(NextToken(), model.apply), optimizer)
+    for _ in range(150):
+        state, metrics = step(state, batch)
+    assert metrics["loss"][0] / metrics["loss"][1] < 0.3
+
+
+def test_flops_count_the_matrices():
+    config = CONFIGS["gru"]
+    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
+    matrices = sum(p.size for p in jax.tree.leaves(params["blocks"]) if p.ndim > 3) + params["embedding"].size
+    assert config.flops(0) == config.flops(100) == 6 * matrices
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+@pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=["lstm", "gru"])
+def test_a_cell_is_that_of_torch(cell: Recurrent):
+    torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install -e '.[torch]'")
+    theirs = getattr(torch.nn, type(cell).__name__)(10, 10, batch_first=True)
+    x = np.random.default_rng(0).normal(size=(3, 7, 10)).astype(np.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor(x))[0].numpy()
+    found = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+    gates = cell.gates
+    params = {
+        "input": found["weight_ih_l0"].reshape(gates, 10, 10).transpose(2, 0, 1),
+        "input_bias": found["bias_ih_l0"].reshape(gates, 10),
+        "recurrent": found["weight_hh_l0"].reshape(gates, 10, 10).transpose(2, 0, 1),
+        "recurrent_bias": found["bias_hh_l0"].reshape(gates, 10),
+    }
+    y, _ = Layer(part=cell).apply({"params": params}, x, None)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
