@@ -54,6 +54,17 @@ class Pair(Batch):
     source_positions: Array | np.ndarray
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Labelled(Batch):
+    """A batch whose documents each have a label. What the row's segment m is of has the label `labels[b, m - 1]`.
+
+    labels  int32, [B, M]: a class, from 0; -1 where there is no document, or none that counts
+    """
+
+    labels: Array | np.ndarray
+
+
 Objective = Callable[[Params, Batch, Key | None], Metrics]
 """A loss: returns metrics whose "loss" entry is the (sum, weight) to minimise. No key means no dropout."""
 

@@ -7,8 +7,10 @@ from gptjax.nn.cache import Cache
 from gptjax.nn.config import ModelConfig, TransformerConfig, Variant
 from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
 from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from gptjax.nn.heads import Classifier, Embedder, First, Last, Mean, Pooling
 from gptjax.nn.mlp import GELU, MLP, GeGLU, ReLU, ReLUSquared, SwiGLU
 from gptjax.nn.module import Layer, Weight
+from gptjax.nn.multi_token import MultiTokenConfig, MultiTokenTransformer
 from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
 from gptjax.nn.positions import (
     ALiBi,
@@ -42,13 +44,17 @@ __all__ = [
     "Block",
     "Cache",
     "Chain",
+    "Classifier",
     "Context",
+    "Embedder",
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
     "Features",
+    "First",
     "GeGLU",
+    "Last",
     "Layer",
     "LayerNorm",
     "LearnedPositions",
@@ -56,12 +62,16 @@ __all__ = [
     "Llama3Scaling",
     "LongRoPE",
     "Mask",
+    "Mean",
     "ModelConfig",
     "MultiHeadAttention",
     "NTKScaling",
+    "MultiTokenConfig",
+    "MultiTokenTransformer",
     "Norm",
     "OutputNorm",
     "Parallel",
+    "Pooling",
     "Positions",
     "PostNorm",
     "PreNorm",

@@ -84,10 +84,10 @@ class Encoder(Trunk):
         """
         c = self.config
         assert isinstance(c, EncoderConfig)
-        x, table, _ = self.hidden(tokens, positions, segments, types=types)
+        x, table, _, _ = self.hidden(tokens, positions, segments, types=types)
         if c.transform is None:
-            return self.logits(x, table), None
+            return self.logits(x, self.head(table)), None
         layer = functools.partial(Layer, rules=self.rules, dtype=c.dtype)
         x = layer(part=c.transform, name="transform")(x, c.norm)
         bias = Weight(self, self.rules, c.dtype)("head_bias", (c.vocab,), ("vocab",), zeros)
-        return self.logits(x, table) + bias, None
+        return self.logits(x, self.head(table)) + bias, None

@@ -43,9 +43,9 @@ class Trunk(nn.Module):
         table: Array | None = None,
         source: Array | None = None,
         source_segments: Array | None = None,
-    ) -> tuple[Array, Array, Cache | None]:
-        """Hidden states [B, T, D] after the final norm, the table of embeddings [V, D], and the cache with T more slots
-        filled. The arguments are those of `Transformer`."""
+    ) -> tuple[Array, Array, Cache | None, Context]:
+        """Hidden states [B, T, D] after the final norm, the table of embeddings [V, D], the cache with T more slots
+        filled, and what the blocks saw beside their input. The arguments are those of `Transformer`."""
         c, rules = self.config, self.rules
         if positions is None:
             start = cache.length if cache is not None else 0
@@ -89,14 +89,17 @@ class Trunk(nn.Module):
             cache = dataclasses.replace(cache, layers=slots, length=cache.length + tokens.shape[1])
 
         x = layer(part=c.norm, name="norm")(x) if c.residual.final_norm else x
-        return x, table, cache
+        return x, table, cache, context
 
-    def logits(self, x: Array, table: Array) -> Array:
-        """Hidden states [B, T, D] and the embeddings [V, D] -> logits [B, T, V] in the compute dtype."""
-        c, rules = self.config, self.rules
-        weight = Weight(self, rules, c.dtype)
-        head = table.T if c.tied else weight("head", (c.width, c.vocab), ("embed", "vocab"))
-        logits = linear(x, head, rules("batch", "sequence", "vocab"))
+    def head(self, table: Array) -> Array:
+        """[D, V], what hidden states are multiplied with: the embeddings [V, D] or a matrix of its own."""
+        c = self.config
+        return table.T if c.tied else Weight(self, self.rules, c.dtype)("head", (c.width, c.vocab), ("embed", "vocab"))
+
+    def logits(self, x: Array, head: Array) -> Array:
+        """Hidden states [B, T, D] and the head [D, V] -> logits [B, T, V] in the compute dtype."""
+        c = self.config
+        logits = linear(x, head, self.rules("batch", "sequence", "vocab"))
         logits = logits * c.logit_scale if c.logit_scale != 1 else logits
         if c.logit_softcap is not None:
             logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
@@ -108,7 +111,7 @@ class Features(Trunk):
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, Cache | None]:
-        x, _, cache = self.hidden(*args, **kwargs)
+        x, _, cache, _ = self.hidden(*args, **kwargs)
         return x, cache
 
 
@@ -151,8 +154,8 @@ class Transformer(Trunk):
         source_segments  int32 [B, S]; tokens see what is of their own segment in the source; None: all of it
         """
         given = {"types": types, "table": table, "source": source, "source_segments": source_segments}
-        x, table, cache = self.hidden(tokens, positions, segments, cache, prefix, **given)
-        return self.logits(x, table), cache
+        x, table, cache, _ = self.hidden(tokens, positions, segments, cache, prefix, **given)
+        return self.logits(x, self.head(table)), cache
 
 
 def unstack(config: ModelConfig, params: Params) -> Params:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
+from gptjax.objectives.parts import with_parts
 from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 
 
@@ -53,12 +54,8 @@ class MaskedTokens:
         weights = chosen.astype(jnp.float32)
         total = jnp.sum(weights)
         found = jnp.sum(weights * (jnp.argmax(logits, -1) == tokens))
-        loss = cross = jnp.sum(weights * nll)
-        metrics = {"cross_entropy": (cross, total), "accuracy": (found, total)}
-        for path, value in jax.tree_util.tree_leaves_with_path(sown):
-            loss = loss + value * total
-            metrics[path[-1].key] = (value * total, total)
-        return {"loss": (loss, total), **metrics}
+        loss = jnp.sum(weights * nll)
+        return with_parts(loss, total, sown, {"cross_entropy": (loss, total), "accuracy": (found, total)})
 
     def hide(self, tokens: Array, real: Array, key: Key) -> tuple[Array, Array]:
         """tokens int32 [B, T], real bool [B, T] -> the tokens with the chosen ones hidden, and bool [B, T], which."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
+from gptjax.objectives.parts import with_parts
 from gptjax.types import Batch, Key, Metrics, Params, UserError
 
 
@@ -38,8 +38,4 @@ class NextToken:
         nll, logsumexp = cross_entropy(logits, jnp.asarray(batch.targets))
         weight = jnp.sum(batch.weights)
         loss = jnp.sum(batch.weights * (nll + self.z_loss * logsumexp**2))
-        metrics = {"cross_entropy": (jnp.sum(batch.weights * nll), weight)}
-        for path, value in jax.tree_util.tree_leaves_with_path(sown):
-            loss = loss + value * weight
-            metrics[path[-1].key] = (value * weight, weight)
-        return {"loss": (loss, weight), **metrics}
+        return with_parts(loss, weight, sown, {"cross_entropy": (jnp.sum(batch.weights * nll), weight)})

@@ -1,0 +1,108 @@
+"""Heads that say something of a whole text, over the hidden states of an encoder or a decoder.
+
+    model = Classifier(config, classes=3, pooling=Mean())
+    params = model.init(jax.random.key(0), tokens)["params"] | pretrained
+    logits, _ = model.apply({"params": params}, tokens, positions, segments, documents=1)            # [B, 1, 3]
+
+The trunk's parameters have the names that they have in a language model, so one can be put in as above. A row may hold
+several texts, one after the other, told apart by their segments 1 .. M; padding has segment 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+
+from gptjax.kernels.linear import linear
+from gptjax.nn.module import Weight, zeros
+from gptjax.nn.transformer import Trunk
+from gptjax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """How the hidden states of a text become one: x_m = sum_t share_mt x_t. A subclass says the shares."""
+
+    def share(self, inside: Array) -> Array:
+        """inside bool [B, M, T], whether token t is of text m -> share float [B, M, T]."""
+        raise NotImplementedError
+
+    def __call__(self, x: Array, segments: Array | None, documents: int) -> Array:
+        """x [B, T, D], segments int32 [B, T] (None: all 1) -> [B, M, D]; 0 for a text that is not there."""
+        segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else jnp.asarray(segments)
+        inside = segments[:, None, :] == jnp.arange(1, documents + 1)[:, None]
+        share = self.share(inside).astype(x.dtype)
+        return lax.dot_general(share, x, (((2,), (1,)), ((0,), (0,))))
+
+
+class Mean(Pooling):
+    """The mean of all tokens: sentence embeddings (arXiv:1908.10084)."""
+
+    def share(self, inside: Array) -> Array:
+        return inside / jnp.maximum(inside.sum(-1, keepdims=True), 1)
+
+
+class First(Pooling):
+    """The first token, as BERT's [CLS]: for encoders."""
+
+    def share(self, inside: Array) -> Array:
+        return inside & (jnp.cumsum(inside, -1) == 1)
+
+
+class Last(Pooling):
+    """The last token, which in a decoder is the one that has seen all."""
+
+    def share(self, inside: Array) -> Array:
+        return inside & (jnp.cumsum(inside, -1) == inside.sum(-1, keepdims=True))
+
+
+class Classifier(Trunk):
+    """Tokens to logits of classes: W pooled + b."""
+
+    classes: int = 2
+    """C, how many there are."""
+    pooling: Pooling = Last()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        *,
+        types: Array | None = None,
+        documents: int = 1,
+    ) -> tuple[Array, None]:
+        """tokens int32 [B, T] -> logits [B, M, C] of the texts of each row, M = `documents`, and None in the place of a
+        decoder's cache. The other arguments are those of `Transformer`."""
+        x, *_ = self.hidden(tokens, positions, segments, types=types)
+        x, weight = self.pooling(x, segments, documents), Weight(self, self.rules, self.config.dtype)
+        w = weight("classifier", (self.config.width, self.classes), ("embed", None))
+        logits = linear(x, w, self.rules("batch", None, None))
+        return logits + weight("classifier_bias", (self.classes,), (None,), zeros), None
+
+
+class Embedder(Trunk):
+    """Tokens to one vector a text. It has no parameters but the trunk's."""
+
+    pooling: Pooling = Mean()
+    normalise: bool = True
+    """Whether vectors are divided by their length, so that their products are cosines."""
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        *,
+        types: Array | None = None,
+        documents: int = 1,
+    ) -> Array:
+        """tokens int32 [B, T] -> float32 [B, M, D], arguments as for `Classifier`."""
+        x, *_ = self.hidden(tokens, positions, segments, types=types)
+        x = self.pooling(x, segments, documents).astype(jnp.float32)
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if self.normalise else x

@@ -1,0 +1,73 @@
+"""A decoder that is also asked for tokens further ahead (Gloeckle et al. 2024, arXiv:2404.19737): extra heads, each a
+block on the trunk's hidden states, with the same embeddings as the first head. They are for training, by the objective
+`MultiToken`; else they are not computed, and the model is the `Transformer` that it contains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from gptjax.nn.cache import Cache
+from gptjax.nn.config import TransformerConfig
+from gptjax.nn.module import Layer
+from gptjax.nn.transformer import Trunk
+from gptjax.sharding import Rules
+from gptjax.types import Array, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiTokenConfig(TransformerConfig):
+    """The shape and the parts of a decoder with heads for tokens further ahead."""
+
+    ahead: int = 1
+    """How many tokens after the next one have a head; 3 in the paper."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ahead < 1:
+            raise UserError(f"model.ahead: got {self.ahead}, must be at least 1; without heads it is TransformerConfig")
+
+    def build(self, rules: Rules = Rules()) -> Any:
+        return MultiTokenTransformer(self, rules)
+
+    def flops(self, length: int) -> int:
+        """With the heads, as in training."""
+        block = dataclasses.replace(self, layers=1, first=(), pattern=self.pattern[:1])
+        return super().flops(length) + self.ahead * TransformerConfig.flops(block, length)
+
+
+class MultiTokenTransformer(Trunk):
+    """`Transformer`, and in the collection "ahead", where that is mutable, logits [B, T, V] named "0", "1", ...: of the
+    token after the next one, the one after that, ...
+
+    (logits, cache), sown = model.apply({"params": params}, tokens, mutable=["ahead"])
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        cache: Cache | None = None,
+        prefix: Array | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """As `Transformer`; the heads read no cache."""
+        c = self.config
+        assert isinstance(c, MultiTokenConfig)
+        x, table, cache, context = self.hidden(tokens, positions, segments, cache, prefix)
+        head = self.head(table)
+        if self.is_initializing() or (cache is None and self.is_mutable_collection("ahead")):
+            for i in range(c.ahead):
+                block = c.block(c.pattern[0], self.rules).clone(name=f"ahead_{i}", parent=self)
+                y, _ = block(x, context)
+                y = Layer(part=c.norm, rules=self.rules, dtype=c.dtype, name=f"ahead_norm_{i}")(y)
+                if not self.is_initializing():
+                    nothing = functools.partial(jnp.zeros, ())
+                    self.sow("ahead", str(i), self.logits(y, head), reduce_fn=jnp.add, init_fn=nothing)
+        return self.logits(x, head), cache

@@ -1,0 +1,105 @@
+"""Laws of the heads that say something of a whole text, over a decoder and an encoder."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptjax import sharding
+from gptjax.nn import (
+    Classifier,
+    Embedder,
+    EncoderConfig,
+    Features,
+    First,
+    Last,
+    Mean,
+    Transformer,
+    TransformerConfig,
+)
+from gptjax.objectives import Classification
+from gptjax.sharding import STANDARD, Mesh
+from gptjax.train import state as train_state
+from gptjax.train.step import make_step
+from gptjax.types import Labelled
+
+SIZES = {"vocab": 32, "layers": 2, "width": 16, "heads": 4}
+DECODER, ENCODER = TransformerConfig(**SIZES, tied=False), EncoderConfig(**SIZES)
+TOKENS = jax.random.randint(jax.random.key(7), (4, 12), 0, 32)
+# Values of size 1 after 2 layers of sums of 16 to 48 float32 products.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@pytest.mark.parametrize("pooling", [First(), Last(), Mean()])
+def test_pooling_takes_what_it_says(pooling):
+    x = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32)
+    segments = np.array([[1, 1, 1, 2, 2, 0], [0, 1, 1, 1, 1, 1]])
+    got = np.asarray(pooling(x, segments, 2))
+    take = {First: lambda part: part[0], Last: lambda part: part[-1], Mean: lambda part: part.mean(0)}[type(pooling)]
+    for row, document, part in ((0, 0, slice(0, 3)), (0, 1, slice(3, 5)), (1, 0, slice(1, 6))):
+        np.testing.assert_allclose(got[row, document], take(x[row, part]), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(got[1, 1], 0)
+
+
+@pytest.mark.parametrize("config", [DECODER, ENCODER], ids=["decoder", "encoder"])
+@pytest.mark.parametrize("pooling", [First(), Mean(), Last()])
+def test_packed_texts_are_classified_as_each_alone(config, pooling):
+    model = Classifier(config, classes=3, pooling=pooling)
+    params = jax.tree.map(lambda p: 3 * p, model.init(jax.random.key(0), TOKENS)["params"])
+    packed = jnp.concatenate([TOKENS[:1, :6], TOKENS[1:2, :4], TOKENS[2:3, :2]], 1)
+    positions = jnp.concatenate([jnp.arange(6), jnp.arange(4), jnp.arange(2)])[None]
+    segments = jnp.array([[1] * 6 + [2] * 4 + [0] * 2])
+    together, _ = model.apply({"params": params}, packed, positions, segments, documents=2)
+    first, _ = model.apply({"params": params}, TOKENS[:1, :6])
+    second, _ = model.apply({"params": params}, TOKENS[1:2, :4])
+    np.testing.assert_allclose(together, jnp.concatenate([first, second], 1), **CLOSE)
+    assert jnp.abs(first - second).max() > 1e-4
+
+
+def test_a_language_models_parameters_fit():
+    """Features are what the language model's head reads; an embedder pools them."""
+    params = Transformer(DECODER).init(jax.random.key(0), TOKENS)["params"]
+    x, _ = Features(DECODER).apply({"params": params}, TOKENS)
+    logits, _ = Transformer(DECODER).apply({"params": params}, TOKENS)
+    np.testing.assert_allclose(x @ params["head"], logits, **CLOSE)
+    fresh = Classifier(DECODER, classes=3).init(jax.random.key(1), TOKENS)["params"]
+    assert fresh.keys() - params.keys() == {"classifier", "classifier_bias"}
+    vectors = Embedder(DECODER, pooling=Last()).apply({"params": params}, TOKENS)[:, 0]
+    expected = x[:, -1] / jnp.linalg.norm(x[:, -1], axis=-1, keepdims=True)
+    np.testing.assert_allclose(vectors, expected, **CLOSE)
+
+
+def test_a_mesh_changes_nothing():
+    model = Classifier(ENCODER, classes=3, pooling=Mean())
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    expected, _ = model.apply({"params": params}, TOKENS)
+    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
+        sharded = Classifier(ENCODER, STANDARD, classes=3, pooling=Mean())
+        tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
+        params = jax.jit(sharded.init)(jax.random.key(0), tokens)["params"]
+        logits, _ = jax.jit(lambda p, t: sharded.apply({"params": p}, t, None, jnp.ones_like(t)))(params, tokens)
+    np.testing.assert_allclose(logits, expected, **CLOSE)
+
+
+def test_classes_are_learned():
+    """Whether a text has a 1 in it; two texts a row, a few without a label."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 32, (32, 12), dtype=np.int32)
+    labels = rng.integers(0, 2, (32, 2), dtype=np.int32)
+    tokens[labels[:, 0] == 1, 3] = tokens[labels[:, 1] == 1, 8] = 1
+    labels[::8, 1] = -1
+    segments = np.repeat(np.array([[1, 2]], np.int32), 6, 1).repeat(32, 0)
+    positions = np.tile(np.arange(6, dtype=np.int32), (32, 2))
+    batch = Labelled(tokens, tokens, np.ones((32, 12), np.float32), segments, positions, labels)
+    model = Classifier(DECODER, classes=2, pooling=Mean())
+    optimizer = optax.adam(1e-2)
+    state = train_state.create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
+    step = make_step(functools.partial(Classification(), model.apply), optimizer)
+    for _ in range(60):
+        state, metrics = step(state, batch)
+    assert metrics["accuracy"][1] == 60
+    assert metrics["accuracy"][0] == 60
+    assert metrics["loss"][0] / 60 < 0.2
