@@ -125,7 +125,7 @@ class MultiHeadAttention(Attention):
         key: Key | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         rules, width = weight.rules, x.shape[-1]
-        N, _, H = self._sizes()
+        N, K, H = self._sizes()
         has_output_bias = self.bias if self.output_bias is None else self.output_bias
 
         def turned(x: Array) -> Array:
@@ -137,7 +137,7 @@ class MultiHeadAttention(Attention):
             v = v if self.values is None else self.values(weight.of("values"), v, x, tokens)
         else:
             memory = source if isinstance(source, tuple) else self.memory(weight, source)
-            k, v = (x.swapaxes(1, 2) for x in memory)
+            k, v = (kept.reshape(x.shape[0], K, -1, H).swapaxes(1, 2) for kept in memory)
         if slots is not None:
             keys, values = (
                 kv.write(filled, new.swapaxes(1, 2), mask.offset, axis=-2)

@@ -74,9 +74,12 @@ class Recurrent(Attention):
             new = self.step(state, read, linear(state[0], again, rules("batch", None, None)) + bias)
             return new, new[0]
 
-        state = self._empty(B, D, x.dtype, rules) if slots is None else slots
-        state, y = lax.scan(step, state, (read.swapaxes(0, 1), begins.T))
-        return y.swapaxes(0, 1), None if slots is None else state
+        before = self._empty(B, D, x.dtype, rules)
+        before = before if slots is None else tuple(kept.reshape(B, D) for kept in slots)
+        state, y = lax.scan(step, before, (read.swapaxes(0, 1), begins.T))
+        if slots is not None:
+            slots = tuple(new.reshape(kept.shape) for new, kept in zip(state, slots, strict=True))
+        return y.swapaxes(0, 1), slots
 
     def first_bias(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
         """What the biases [G, D] of the input's products begin at."""

@@ -126,6 +126,7 @@ def test_greedy_responses_are_those_of_the_full_forward(model):
         # Causal: the logits before what is not written yet are what they will be.
         logits, _ = apply(model, params, jnp.array([[0, *ids]]), source=jnp.array([source]))
         assert ids == jnp.argmax(logits[0, :-1], -1).tolist()
+    assert respond(model, params, sources[1:2], 0, (), 6, Sampling(temperature=0)) == got[1:2]
     end = got[0][2]
     stopped = respond(model, params, sources, start=0, ends=(end,), max_tokens=6, sampling=Sampling(temperature=0))
     assert stopped == [ids[: ids.index(end) + 1] if end in ids else ids for ids in got]

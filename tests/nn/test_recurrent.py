@@ -147,3 +147,17 @@ def test_a_cell_is_that_of_torch(cell: Recurrent):
     }
     y, _ = Layer(part=cell).apply({"params": params}, x, None)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_state_of_one_row_may_lack_its_axis():
+    """As the loop of generation keeps it."""
+    config = CONFIGS["lstm"]
+    model = Transformer(config)
+    params = config.unstack(model.init(jax.random.key(0), TOKENS)["params"])
+    expected, _ = apply(model, params, TOKENS[:1])
+    cache = make_cache(config, 1, 12)
+    cache = dataclasses.replace(cache, layers=jax.tree.map(lambda x: x[0], cache.layers))
+    first, cache = apply(model, params, TOKENS[:1, :5], cache=cache)
+    second, cache = apply(model, params, TOKENS[:1, 5:], cache=cache)
+    assert all(part.shape == (16,) for part in jax.tree.leaves(cache.layers))
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), expected, **CLOSE)
