@@ -1,0 +1,69 @@
+"""The recipe of nanochat (github.com/karpathy/nanochat) at depth 4, on Python's documentation, without a network:
+
+    python -m experiments nanochat_d4
+
+What the model has that a Llama has not: queries and keys normalised and scores sharpened by 1.2², a rotary base of
+100,000, ReLU² in the MLP, norms without parameters, one of them after the embedding, an untied head with logits capped
+at 15, three layers of four that see a quarter of the context, learned scalars that mix the embeddings back into each
+layer's input, and value embeddings in every other layer. Muon trains the matrices, Adam the rest.
+
+Not in here: nanochat's smearing of the token before into each token, its subtraction of the middle layer from the last,
+initial scalars that differ by layer, and a learning rate for each kind of parameter.
+
+400 steps: a validation loss of 3.77, and 1.56 bits per byte on held-out documentation (`xz -9`: 2.51).
+"""
+
+from gptjax import data, evals, objectives, optim
+from gptjax.experiment import Experiment, Stage
+from gptjax.nn import (
+    MultiHeadAttention,
+    ReLUSquared,
+    RMSNorm,
+    RoPE,
+    ScaledStream,
+    TransformerConfig,
+    ValueEmbedding,
+    Variant,
+)
+
+VOCAB = 4_096
+NORM = RMSNorm(eps=1e-6, scale=False)
+ATTENTION = MultiHeadAttention(qk_norm=NORM, scale=1.2**2 / 128**0.5)
+VALUES = MultiHeadAttention(qk_norm=NORM, scale=1.2**2 / 128**0.5, values=ValueEmbedding(VOCAB))
+
+experiment = Experiment(
+    model=TransformerConfig(
+        vocab=VOCAB,
+        layers=4,
+        width=256,  # 64 x depth
+        heads=2,  # of 128
+        positions=RoPE(theta=100_000),
+        norm=NORM,
+        attention=ATTENTION,
+        mlp=ReLUSquared(),
+        residual=ScaledStream(stream=1.1, start=0.125),  # the means of 1.15 .. 1.05 and 0.20 .. 0.05
+        pattern=(
+            Variant(window=64),
+            Variant(window=64, attention=VALUES),
+            Variant(window=64),
+            Variant(attention=VALUES),
+        ),
+        tied=False,
+        embedding_norm=NORM,
+        logit_softcap=15.0,
+    ),
+    tokenizer=data.TrainSentencePiece(vocab=VOCAB),
+    stages={
+        "pretrain": Stage(
+            data=data.Pretrain(data.PyDocs(), length=256, batch=8),
+            objective=objectives.NextToken(),
+            optimizer=optim.Muon(peak=5e-3, schedule=optim.Linear(warmup=20)),
+            steps=400,
+            evaluate_every=100,
+            evaluate_rows=64,
+            save_every=100,
+            prompts=("# textwrap.dedent",),
+            evaluations=(evals.BitsPerByte(data.PyDocs()),),
+        ),
+    },
+)
