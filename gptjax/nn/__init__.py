@@ -26,8 +26,6 @@ from gptjax.nn.positions import (
     T5Bias,
     YaRN,
 )
-from gptjax.nn.residual import OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm
-from gptjax.nn.positions import LearnedPositions, Positions, RoPE, Sinusoidal
 from gptjax.nn.recurrent import GRU, LSTM, Recurrent, RecurrentConfig
 from gptjax.nn.residual import Chain, OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
 from gptjax.nn.stack import Stack
@@ -65,9 +63,9 @@ __all__ = [
     "Mean",
     "ModelConfig",
     "MultiHeadAttention",
-    "NTKScaling",
     "MultiTokenConfig",
     "MultiTokenTransformer",
+    "NTKScaling",
     "Norm",
     "OutputNorm",
     "Parallel",
@@ -83,8 +81,8 @@ __all__ = [
     "Residual",
     "RoPE",
     "SandwichNorm",
-    "Scaling",
     "ScaledStream",
+    "Scaling",
     "Sinusoidal",
     "Stack",
     "SwiGLU",

@@ -7,19 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import nn, sharding
+from gptjax import sharding
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.sequence_to_sequence import respond
 from gptjax.nn import (
     EncoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
+    GeGLU,
     LayerNorm,
     MultiHeadAttention,
     PostNorm,
     ReLU,
     RMSNorm,
     Sinusoidal,
+    T5Bias,
     TransformerConfig,
     encoder_decoder,
 )
@@ -160,9 +162,9 @@ def test_t5_is_that_of_transformers(gated):
     common = SIZES | {
         "hidden": 24,
         "head_size": 6,
-        "positions": nn.T5Bias(buckets=8, distance=16),
+        "positions": T5Bias(buckets=8, max_distance=16),
         "norm": RMSNorm(eps=1e-6),
-        "mlp": nn.GeGLU() if gated else ReLU(),
+        "mlp": GeGLU() if gated else ReLU(),
         "attention": attention,
     }
     head = {"tied": False} if gated else {"logit_scale": 16**-0.5}
