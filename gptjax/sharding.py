@@ -56,8 +56,12 @@ class Rules:
 
     def parts(self, axis: str, sizes: dict[str, int]) -> int:
         """How many parts a mesh of these sizes cuts a logical axis into."""
-        names = getattr(self, axis) or ()
-        return math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
+        return math.prod(sizes[name] for name in mesh_axes(getattr(self, axis)))
+
+
+def mesh_axes(axis: Axis) -> tuple[str, ...]:
+    """The names of the mesh axes that a rule gives: none, one or several."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
 
 
 STANDARD = Rules(batch=("data", "fsdp"), embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")

@@ -8,8 +8,10 @@ from gptjax.nn.config import ModelConfig, TransformerConfig, Variant
 from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
 from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from gptjax.nn.heads import Classifier, Embedder, First, Last, Mean, Pooling
-from gptjax.nn.mlp import GELU, MLP, GeGLU, ReLU, ReLUSquared, SwiGLU
+from gptjax.nn.latent_attention import MultiHeadLatentAttention
+from gptjax.nn.mlp import GELU, MLP, ClampedSwiGLU, GeGLU, ReLU, ReLUSquared, SwiGLU
 from gptjax.nn.module import Layer, Weight
+from gptjax.nn.moe import MixtureOfExperts
 from gptjax.nn.multi_token import MultiTokenConfig, MultiTokenTransformer
 from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
 from gptjax.nn.positions import (
@@ -28,6 +30,7 @@ from gptjax.nn.positions import (
 )
 from gptjax.nn.recurrent import GRU, LSTM, Recurrent, RecurrentConfig
 from gptjax.nn.residual import Chain, OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
+from gptjax.nn.router import Router, Sigmoid, Softmax
 from gptjax.nn.stack import Stack
 from gptjax.nn.transformer import Features, Transformer, Trunk, count, make_cache, unstack
 from gptjax.nn.value_embedding import ValueEmbedding
@@ -42,6 +45,7 @@ __all__ = [
     "Block",
     "Cache",
     "Chain",
+    "ClampedSwiGLU",
     "Classifier",
     "Context",
     "Embedder",
@@ -61,8 +65,10 @@ __all__ = [
     "LongRoPE",
     "Mask",
     "Mean",
+    "MixtureOfExperts",
     "ModelConfig",
     "MultiHeadAttention",
+    "MultiHeadLatentAttention",
     "MultiTokenConfig",
     "MultiTokenTransformer",
     "NTKScaling",
@@ -80,10 +86,13 @@ __all__ = [
     "RecurrentConfig",
     "Residual",
     "RoPE",
+    "Router",
     "SandwichNorm",
     "ScaledStream",
     "Scaling",
+    "Sigmoid",
     "Sinusoidal",
+    "Softmax",
     "Stack",
     "SwiGLU",
     "T5Bias",

@@ -25,7 +25,8 @@ class MLP:
     def activation(self, x: Array) -> Array:
         raise NotImplementedError
 
-    def _inner(self, *expanded: Array) -> Array:
+    def inner(self, *expanded: Array) -> Array:
+        """What is between the products: (up) or, gated, (gate, up), each [..., F] -> [..., F]."""
         if self.gated:
             gate, up = expanded
             return self.activation(gate) * up
@@ -41,7 +42,7 @@ class MLP:
             return y + weight(f"{name}_bias", (hidden,), ("ffn",), zeros) if bias else y
 
         # The backward pass computes the activation again rather than keep [B, T, F] arrays of its inner steps.
-        y = jax.checkpoint(self._inner)(*map(expand, ("gate", "up") if self.gated else ("up",)))
+        y = jax.checkpoint(self.inner)(*map(expand, ("gate", "up") if self.gated else ("up",)))
         down = weight("down", (hidden, width), ("ffn", "embed"), jax.nn.initializers.normal(0.02 * output_scale))
         y = linear(y, down, rules("batch", "sequence", None))
         return y + weight("down_bias", (width,), (None,), zeros) if bias else y
@@ -83,6 +84,22 @@ class SwiGLU(MLP):
 
     def activation(self, x: Array) -> Array:
         return jax.nn.silu(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedSwiGLU(MLP):
+    """down(gate sigmoid(alpha gate) (up + 1)), with gate and up bounded first, as in gpt-oss (arXiv:2508.10925)."""
+
+    gated = True
+    limit: float = 7.0
+    """Gate is at most this, up at most this and at least its negative."""
+    alpha: float = 1.702
+    """How steep the sigmoid is; with 1.702, gate * sigmoid is close to GELU."""
+
+    def inner(self, *expanded: Array) -> Array:
+        gate, up = expanded
+        gate = jnp.minimum(gate, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (jnp.clip(up, -self.limit, self.limit) + 1)
 
 
 class GeGLU(GELU):

@@ -23,8 +23,15 @@ _MATRICES = {
     "up": MuonDimensionNumbers((-2,), (-1,)),
     "gate": MuonDimensionNumbers((-2,), (-1,)),
     "down": MuonDimensionNumbers((-2,), (-1,)),
+    "latent": MuonDimensionNumbers((-2,), (-1,)),
+    "rope": MuonDimensionNumbers((-2,), (-1,)),
 }
-"""The hidden matrices by name: their input axes and their output axes. Axes before these (layers) are a batch."""
+"""The hidden matrices by the last word of their name ("shared_up" is an "up"): their input axes and their output axes.
+Axes before these (layers, experts) are a batch."""
+
+
+def _kind(names: list[str]) -> str:
+    return names[-1].rpartition("_")[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Muon(Optimizer):
 
     def direction(self) -> optax.GradientTransformation:
         def axes(params: Params) -> Params:
-            return by_name(lambda names: _MATRICES[names[-1]], params)
+            return by_name(lambda names: _MATRICES[_kind(names)], params)
 
         def same_rms(updates, _):
             def scaled(x, axes):
@@ -67,7 +74,7 @@ class Muon(Optimizer):
                 "matrix": optax.chain(_auto_axes(orthogonal), optax.stateless(same_rms)),
                 "other": optax.scale_by_adam(self.b1, self.b2, self.eps),
             },
-            lambda params: by_name(lambda names: "matrix" if names[-1] in _MATRICES else "other", params),
+            lambda params: by_name(lambda names: "matrix" if _kind(names) in _MATRICES else "other", params),
         )
 
 

@@ -46,10 +46,13 @@ class Optimizer(abc.ABC):
     """Parameters that do not decay: these names anywhere on their path ("bias" is also q_bias)."""
     clip: float | None = 1.0
     """Longer gradients are shortened to this global norm; None leaves them alone."""
+    balance_rate: float = 1e-3
+    """How far the balance bias of a router (`gptjax.nn.Router`) goes a step."""
 
     def __post_init__(self):
         check(self.peak > 0, "optimizer.peak", self.peak, "positive")
         check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        check(self.balance_rate >= 0, "optimizer.balance_rate", self.balance_rate, "0 or more")
         check(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "positive, or None for no clipping")
         for field in ("b1", "b2", "momentum"):
             share = getattr(self, field, 0.0)
@@ -76,12 +79,29 @@ class Optimizer(abc.ABC):
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optimizer for a run of `steps`. Raises UserError when the schedule does not fit."""
-        return optax.chain(
+        descent = optax.chain(
             optax.identity() if self.clip is None else _clip(self.clip),
             self.direction(),
             optax.add_decayed_weights(self.weight_decay, mask=self.decays),
             optax.scale_by_learning_rate(self.learning_rate(steps)),
         )
+        return _balance(self.balance_rate, descent)
+
+
+def _balance(rate: float, descent: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`descent` for everything but the balance biases of routers. Their gradient is by how much the load of an expert
+    is above the mean, of which only the sign counts: arXiv:2408.15664, algorithm 1."""
+
+    def update(updates, state, params=None):
+        descended, state = descent.update(updates, state, params)
+        biases = by_name(lambda names: names[-1] == "router_balance", updates)
+
+        def step(bias: bool, gradient: jax.Array, update: jax.Array) -> jax.Array:
+            return -rate * jnp.sign(gradient) if bias else update
+
+        return jax.tree.map(step, biases, updates, descended), state
+
+    return optax.GradientTransformation(descent.init, update)
 
 
 def _clip(norm: float) -> optax.GradientTransformation:

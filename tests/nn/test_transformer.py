@@ -13,11 +13,15 @@ from gptjax.nn import (
     MLP,
     Chain,
     LayerNorm,
+    MixtureOfExperts,
     MultiHeadAttention,
+    MultiHeadLatentAttention,
     Positions,
     Residual,
     RMSNorm,
     RoPE,
+    Sigmoid,
+    SwiGLU,
     Transformer,
     TransformerConfig,
     ValueEmbedding,
@@ -70,6 +74,12 @@ CONFIGS["pattern"] = dataclasses.replace(
 )
 CONFIGS["values"] = dataclasses.replace(
     BASE, pattern=(Variant(), Variant(attention=MultiHeadAttention(values=ValueEmbedding(vocab=32))))
+)
+CONFIGS["deepseek"] = dataclasses.replace(
+    BASE,
+    attention=MultiHeadLatentAttention(q_rank=12, kv_rank=8, rope_size=4, value_size=6),
+    first=(Variant(mlp=SwiGLU(), hidden=8),),
+    mlp=MixtureOfExperts(experts=4, shared=1, router=Sigmoid(groups=2)),
 )
 CONFIGS["gpt2"] = dataclasses.replace(
     CONFIGS["LearnedPositions"], kv_heads=None, norm=LayerNorm(), mlp=GELU(), bias=True, tied=False

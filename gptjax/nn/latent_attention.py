@@ -1,0 +1,128 @@
+"""Multi-head latent attention: keys and values are made from a small latent vector, which is all that a cache keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.kernels.attention import Mask, attention
+from gptjax.kernels.linear import linear
+from gptjax.nn import cache as kv
+from gptjax.nn.attention import Attention
+from gptjax.nn.module import Weight, zeros
+from gptjax.nn.norms import Norm, RMSNorm
+from gptjax.sharding import Rules
+from gptjax.types import Array, Key, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiHeadLatentAttention(Attention):
+    """DeepSeek-V2 (arXiv:2405.04434, section 2.1) and V3. With c_s = norm(W x_s) the latent, r_s = RoPE(W' x_s) a key
+    that all heads share, and for each head n a query in two parts, q of `head_size` and p = RoPE(...) of `rope_size`:
+
+        score_nts = scale (q_nt . K_n c_s + p_nt . r_s)        y_nt = V_n sum_s softmax(score_nt)_s c_s
+
+    and the heads' y go through an output projection. In training K_n c and V_n c are keys and values like any others.
+    With a cache, which holds c and r, K_n is multiplied into the query instead and V_n into the sum: attention over
+    latents, with one key of `kv_rank + rope_size` for all heads, and nothing is expanded.
+
+    `kv_heads` and `window` are as in `Attention`, but that every head has keys of its own. The positions' layout in
+    DeepSeek's checkpoints is the interleaved one.
+    """
+
+    q_rank: int | None = None
+    """Size of the latent that queries are made from; none: they are made from x."""
+    kv_rank: int = 512
+    """R, the size of the latent."""
+    rope_size: int = 64
+    """P, the size of the part of queries and keys that positions turn."""
+    value_size: int = 128
+    """Size of a head's values."""
+    norm: Norm = RMSNorm(eps=1e-6)
+    """Normalises the latents."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("q_rank", "kv_rank", "rope_size", "value_size"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise UserError(f"model.attention.{field}: got {value}, must be at least 1")
+        if self.rope_size % 2:
+            raise UserError(f"model.attention.rope_size: got {self.rope_size}, must be even: positions turn pairs")
+
+    def __call__(
+        self,
+        weight: Weight,
+        x: Array,
+        positions: Array,
+        mask: Mask = Mask(),
+        slots: Array | None = None,
+        *,
+        bias: Array | None = None,
+        source: Array | None = None,
+        output_scale: float = 1.0,
+        dropout: float = 0.0,
+        key: Key | None = None,
+    ) -> tuple[Array, Array | None]:
+        rules, width = weight.rules, x.shape[-1]
+        N, H = self._sizes()
+        R, P, V = self.kv_rank, self.rope_size, self.value_size
+        whole, heads = rules("batch", "sequence", None), rules("batch", "sequence", "heads", None)
+
+        def compress(name: str, x: Array, size: int) -> Array:
+            y = linear(x, weight(name, (x.shape[-1], size), ("embed", None)), whole)
+            return y + weight(f"{name}_bias", (size,), (None,), zeros) if self.bias else y
+
+        def turn(x: Array) -> Array:
+            return self.positions.rotate(x, positions) if self.positions is not None and source is None else x
+
+        read = x if source is None else source
+        latent = self.norm(weight.of("kv_norm"), compress("kv_latent", read, R))
+        shared = turn(compress("k_rope", read, P)[:, :, None])[:, :, 0]
+        if self.q_rank is not None:
+            x = self.norm(weight.of("q_norm"), compress("q_latent", x, self.q_rank))
+        q = linear(x, weight("q", (x.shape[-1], N, H + P), ("embed", "heads", None)), heads)
+        q, turned = q[..., :H], turn(q[..., H:])
+        to_key = weight("k", (R, N, H), ("embed", "heads", None))
+        to_value = weight("v", (R, N, V), ("embed", "heads", None))
+
+        if slots is None:
+            shared = jnp.broadcast_to(shared[:, :, None], (*shared.shape[:2], N, P), out_sharding=heads)
+            k = jnp.concatenate([linear(latent, to_key, heads), shared], -1)
+            v = linear(latent, to_value, heads)
+        else:
+            q = jnp.einsum("BTNH,RNH->BTNR", q, to_key, out_sharding=heads)
+            slots = kv.write(slots, jnp.concatenate([latent, shared], -1), mask.offset, axis=1)
+            k = v = slots[:, :, None]
+        if self.window is not None:
+            mask = dataclasses.replace(mask, window=self.window)
+        y = attention(
+            *(jnp.concatenate([q, turned], -1), k, v, mask),
+            bias=bias,
+            scale=(H + P) ** -0.5 if self.scale is None else self.scale,
+            dropout=dropout,
+            key=key,
+        )
+        if slots is not None:  # the sum over the shared keys, which nothing needs, cost less than cutting them off
+            y = jnp.einsum("BTNR,RNV->BTNV", y[..., :R], to_value, out_sharding=heads)
+        o = weight("o", (N, V, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * output_scale))
+        y = linear(y, o, whole, contract=2)
+        return y + weight("o_bias", (width,), (None,), zeros) if self.bias else y, slots
+
+    def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> Array:
+        """[B, S, R + P]: the latents and the shared keys beside them, as attention reads them."""
+        shape = batch, size, self.kv_rank + self.rope_size
+        return jnp.zeros(shape, dtype, out_sharding=rules("batch", None, None))
+
+    def products(self, width: int, length: int) -> int:
+        N, H = self._sizes()
+        R, P, V = self.kv_rank, self.rope_size, self.value_size
+        queries = N * (H + P) * width if self.q_rank is None else self.q_rank * (width + N * (H + P))
+        projections = queries + width * (R + P) + R * N * (H + V) + N * V * width
+        return projections + N * (H + P + V) * min(length, self.window or length)
+
+    def _sizes(self) -> tuple[int, int]:
+        if self.heads is None or self.head_size is None:
+            raise UserError("attention: got no heads or head_size; outside a model both must be given")
+        return self.heads, self.head_size
