@@ -1,0 +1,329 @@
+"""Mixture of experts: however dispatched, it is the plain sum over experts; and routers do as their papers say."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import optim, sharding
+from gptjax.kernels import experts as kernel
+from gptjax.nn import GELU, ClampedSwiGLU, Layer, MixtureOfExperts, Router, Sigmoid, Softmax, SwiGLU
+from gptjax.sharding import STANDARD, Mesh, Rules
+from gptjax.types import UserError
+
+D, F = 16, 24
+X = jax.random.normal(jax.random.key(0), (4, 16, D))
+# float32 sums of at most 3 x 24 products of numbers of size 1, through three layers
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that a few rows make many blocks, of both sizes."""
+    monkeypatch.setattr(kernel, "BLOCKS", (16, 4))
+
+
+def parameters(part: MixtureOfExperts, bias: bool = False):
+    """Everything of size 1 or so: the router too, so that experts are used unequally and gates differ."""
+    shapes = jax.eval_shape(lambda: Layer(part=part).init(jax.random.key(1), X, F, bias))["params"]
+    keys = dict(zip(shapes, jax.random.split(jax.random.key(2), len(shapes)), strict=True))
+    return {
+        name: 0.3 * jax.random.normal(keys[name], leaf.shape) if name != "router_balance" else jnp.zeros(leaf.shape)
+        for name, leaf in shapes.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def run(part: MixtureOfExperts, params, x=X, rules: Rules = Rules()):
+    bias = any(name.endswith("down_bias") for name in params)
+    return Layer(part=part, rules=rules).apply({"params": params}, x, F, bias)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reference(part: MixtureOfExperts, params, x=X):
+    """sum_e g_e expert_e(x), every expert on every token."""
+    logits = x @ params["router_logits"] + params.get("router_bias", 0.0)
+    scores = part.router.scores(logits)
+    kth = jnp.sort(scores, -1)[..., -part.top_k, None]
+    gates = jnp.where(scores >= kth, scores, 0)
+    if part.router.renormalise:
+        gates = gates / gates.sum(-1, keepdims=True)
+
+    def dense(params, x):
+        names = ("gate", "up") if part.gated else ("up",)
+        h = part.expert.inner(*(x @ params[name] + params.get(f"{name}_bias", 0.0) for name in names))
+        return h @ params["down"] + params.get("down_bias", 0.0)
+
+    def own(e):
+        return {name: leaf[e] for name, leaf in params.items() if not name.startswith(("router_", "shared_"))}
+
+    y = sum(part.router.scale * gates[..., e, None] * dense(own(e), x) for e in range(part.experts))
+    if part.shared:
+        y = y + dense({k.removeprefix("shared_"): v for k, v in params.items() if k.startswith("shared_")}, x)
+    return y
+
+
+def value_and_gradient(f, *args):
+    """f's value, and the gradient of some scalar of it."""
+
+    def loss(*args):
+        y = f(*args)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, y), gradient = jax.jit(jax.value_and_grad(loss, tuple(range(len(args))), has_aux=True))(*args)
+    return y, gradient
+
+
+def assert_close(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), jax.device_get(got), jax.device_get(expected))
+
+
+PARTS = {
+    "mixtral": (MixtureOfExperts(), False),
+    "olmoe": (MixtureOfExperts(router=Softmax(renormalise=False, scale=2.0), top_k=3), False),
+    "gpt-oss": (MixtureOfExperts(expert=ClampedSwiGLU(limit=0.5), router=Softmax(bias=True)), True),
+    "deepseek": (MixtureOfExperts(router=Sigmoid(scale=2.5), shared=2), False),
+    "dense experts": (MixtureOfExperts(experts=4, top_k=1, expert=GELU()), True),
+}
+HOW = {"blocks": {}, "ragged": {"implementation": "ragged"}, "capacity": {"capacity": 8.0}}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("how", HOW)
+def test_it_is_the_sum_over_experts(name, how):
+    part, bias = PARTS[name]
+    params = parameters(part, bias)
+    got = value_and_gradient(functools.partial(run, dataclasses.replace(part, **HOW[how])), params, X)
+    expected = value_and_gradient(functools.partial(reference, part), params, X)
+    if "router_balance" in params:  # whose gradient is not one
+        assert got[1][0].pop("router_balance").shape == expected[1][0].pop("router_balance").shape
+    assert_close(got, expected)
+
+
+RULES = {
+    "standard": STANDARD,
+    "experts on tensor": dataclasses.replace(STANDARD, experts="tensor"),
+    "experts on fsdp": dataclasses.replace(STANDARD, experts="fsdp"),
+    "experts on two": Rules(batch=("data", "fsdp"), experts=("fsdp", "tensor")),
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("how", HOW)
+def test_a_mesh_changes_nothing(rules, how):
+    part = MixtureOfExperts(router=Sigmoid(groups=4, top_groups=2, load_balance=0.1), shared=1, **HOW[how])
+    params = parameters(part, bias=True)
+    expected = value_and_gradient(functools.partial(run, part), params, X)
+    rules = RULES[rules]
+    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
+        x = sharding.global_array(X, rules)
+        layer = Layer(part=part, rules=rules)
+        shapes = jax.eval_shape(lambda: layer.init(jax.random.key(1), x, F, True))["params"]
+        mesh = jax.sharding.get_mesh()
+        place = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
+        params = jax.tree.map(place, params, shapes)
+        assert params["up"].sharding.spec[0] == rules.experts
+        got = value_and_gradient(lambda *args: run(part, *args, rules), params, x)
+    assert_close(got, expected)
+    assert np.any(got[1][0]["router_balance"])
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "ragged"])
+@pytest.mark.parametrize("sizes", [[5, 0, 19, 8], [0, 0, 40, 0], [3, 2, 1, 0], [0, 0, 0, 0]])
+def test_grouped_products(sizes, implementation):
+    """Of groups with no rows, some rows and many, and with rows of no group."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = jax.random.normal(keys[0], (40, 6)), jax.random.normal(keys[1], (4, 6, 7))
+
+    def plain(x, w):
+        ends = np.cumsum(sizes)
+        parts = [x[end - size : end] @ w[e] for e, (size, end) in enumerate(zip(sizes, ends, strict=True))]
+        return jnp.concatenate([*parts, jnp.zeros((40 - ends[-1], 7))])
+
+    dot = lambda x, w: kernel.grouped_dot(x, w, jnp.array(sizes), implementation)  # noqa: E731
+    assert_close(value_and_gradient(dot, x, w), value_and_gradient(plain, x, w))
+
+
+def test_over_capacity_the_last_choices_are_dropped():
+    """All 64 tokens choose expert 0 first and 1 second; each computes 20, and a token is left with what was."""
+    part = MixtureOfExperts(experts=4, router=Softmax(bias=True), capacity=20 * 4 / 128)
+    params = parameters(part) | {"router_bias": jnp.array([90.0, 60.0, 0, 0])}
+    y = run(part, params).reshape(64, D)
+    assert_close(y[:20], reference(part, params).reshape(64, D)[:20])
+    np.testing.assert_array_equal(y[20:], 0)
+    # Second choices of the first tokens come after first choices of the last: 64 of expert 0 leave none for them.
+    half = jnp.where(jnp.arange(64)[:, None] < 32, jnp.eye(1, D, 0), jnp.eye(1, D, 1))
+    logits = jnp.zeros((D, 4)).at[0].set(jnp.array([9.0, 8, 0, 0])).at[1].set(jnp.array([8.0, 9, 0, 0]))
+    params |= {"router_logits": logits, "router_bias": jnp.zeros(4)}
+    y = run(dataclasses.replace(part, capacity=1.0), params, half[None])
+    only_first = dataclasses.replace(part, top_k=1, router=Softmax(bias=True, renormalise=False))
+    chosen = jax.nn.softmax(jnp.array([9.0, 8]))[0] / jax.nn.softmax(jnp.array([9.0, 8, 0, 0]))[0]
+    assert_close(y, chosen * run(dataclasses.replace(only_first, capacity=None), params, half[None]))
+
+
+def test_experts_that_no_token_goes_to_are_not_read():
+    part = MixtureOfExperts(router=Softmax(bias=True))
+    params = parameters(part) | {"router_bias": jnp.where(jnp.arange(8) < 2, 90.0, 0)}
+    spoilt = {name: leaf.at[2:].set(jnp.nan) if leaf.ndim == 3 else leaf for name, leaf in params.items()}
+    np.testing.assert_array_equal(run(part, spoilt, X[:1, :1]), run(part, params, X[:1, :1]))
+
+
+def test_losses_are_the_papers():
+    """alpha E sum_e f_e P_e, 1 x alpha for equal use, and beta mean(logsumexp^2), in float64."""
+    part = MixtureOfExperts(top_k=1, router=Softmax(load_balance=0.1, z_loss=0.01))
+    params = parameters(part)
+    _, sown = Layer(part=part).apply({"params": params}, X, F, mutable=["losses"])
+    logits = np.asarray(X, np.float64).reshape(-1, D) @ np.asarray(params["router_logits"], np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    f = np.bincount(logits.argmax(-1), minlength=8) / len(logits)
+    np.testing.assert_allclose(sown["losses"]["router_load_balance"], 0.1 * 8 * (f * p.mean(0)).sum(), rtol=1e-5)
+    z = np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(sown["losses"]["router_z_loss"], 0.01 * (z**2).mean(), rtol=1e-5)
+    params["router_logits"] *= 0
+    _, sown = Layer(part=part).apply({"params": params}, X, F, mutable=["losses"])
+    np.testing.assert_allclose(sown["losses"]["router_load_balance"], 0.1, rtol=1e-6)
+
+
+def test_tokens_go_to_the_best_groups_only():
+    router = Sigmoid(groups=4, top_groups=2, scale=2.5)
+    layer = Layer(part=router)
+    params = {"logits": jax.random.normal(jax.random.key(3), (D, 16)), "balance": jnp.zeros(16)}
+    ids, gates = layer.apply({"params": params}, X, 16, 6)
+    np.testing.assert_allclose(gates.sum(-1), 2.5, rtol=1e-6)
+    scores = np.asarray(jax.nn.sigmoid(X @ params["logits"])).reshape(*X.shape[:2], 4, 4)
+    best = np.argsort(np.sort(scores, -1)[..., -2:].sum(-1), -1)[..., -2:]
+    kept = np.take_along_axis(scores, best[..., None], -2)
+    expected = np.sort(kept.reshape(*X.shape[:2], 8), -1)[..., ::-1][..., :6]
+    np.testing.assert_allclose(
+        np.take_along_axis(scores.reshape(*X.shape[:2], 16), np.asarray(ids), -1), expected, rtol=1e-5
+    )
+
+
+def test_the_balance_bias_evens_out_the_loads():
+    """It enters the choice and not the weights, moves by its rate a step, and by the load of all microbatches alone."""
+    part = MixtureOfExperts(router=Sigmoid())
+    params = parameters(part)
+    x = X + 1.0  # the same direction in every token: experts that like it get them all
+
+    @jax.jit
+    def loads(params):
+        ids, _ = Layer(part=part.router).apply({"params": router(params)}, x, 8, 2)
+        return jnp.bincount(ids.reshape(-1), length=8)
+
+    def router(params):
+        return {k.removeprefix("router_"): v for k, v in params.items() if k.startswith("router_")}
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, x):
+        return 1e6 * jnp.sum(run(part, params, x) ** 2)
+
+    whole = gradient(params, x)["router_balance"]
+    parts = sum(gradient(params, x[i : i + 1])["router_balance"] for i in range(4))
+    np.testing.assert_array_equal(whole, (loads(params) - 16) * 2.0**-30)
+    np.testing.assert_array_equal(whole, parts)
+
+    optimizer = optim.AdamW(peak=1e-9, weight_decay=0.0, balance_rate=0.01).build(200)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(gradient(params, x), state, params)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    assert loads(params).max() > 2 * 16
+    after, state = params, optimizer.init(params)
+    for i in range(100):
+        after, state = step(after, state)
+        if i == 0:
+            np.testing.assert_allclose(after["router_balance"], -0.01 * np.sign(whole), rtol=1e-6)
+    assert loads(after).max() <= 16 + 4
+    biased = {"logits": params["router_logits"], "balance": jnp.full(8, 5.0)}
+    _, gates = Layer(part=Sigmoid()).apply({"params": biased}, x, 8, 2)
+    _, plain = Layer(part=Sigmoid()).apply({"params": router(params)}, x, 8, 2)
+    np.testing.assert_array_equal(gates, plain)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "field"),
+    [
+        (MixtureOfExperts(), {"top_k": 9}, "mlp.top_k: got 9"),
+        (MixtureOfExperts(), {"capacity": 0.0}, "mlp.capacity: got 0.0"),
+        (MixtureOfExperts(), {"shared": -1}, "mlp.shared: got -1"),
+        (MixtureOfExperts(), {"router": Softmax(groups=3)}, "mlp.router.groups: got 3"),
+        (MixtureOfExperts(), {"router": Softmax(groups=2, top_groups=3)}, "mlp.router.top_groups: got 3"),
+        (MixtureOfExperts(), {"router": Softmax(groups=8)}, "mlp.top_k: got 2"),
+    ],
+)
+def test_a_bad_field_is_named(part, changes, field):
+    with pytest.raises(UserError, match=field):
+        dataclasses.replace(part, **changes)
+
+
+def deepseek():
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as m
+
+    sizes = {"hidden_size": D, "moe_intermediate_size": F, "n_routed_experts": 8, "num_experts_per_tok": 3}
+    groups = {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 1.5}
+    router = Sigmoid(groups=4, top_groups=2, scale=1.5)
+    return m.DeepseekV3MoE(m.DeepseekV3Config(**sizes, **groups)), router, SwiGLU(), 2
+
+
+def mixtral():
+    from transformers.models.mixtral import modeling_mixtral as m
+
+    sizes = {"hidden_size": D, "intermediate_size": F, "num_local_experts": 8, "num_experts_per_tok": 3}
+    return m.MixtralSparseMoeBlock(m.MixtralConfig(**sizes)), Softmax(), SwiGLU(), 0
+
+
+def qwen3():
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as m
+
+    sizes = {"hidden_size": D, "moe_intermediate_size": F, "num_experts": 8, "num_experts_per_tok": 3}
+    config = m.Qwen3MoeConfig(**sizes, norm_topk_prob=False)
+    return m.Qwen3MoeSparseMoeBlock(config), Softmax(renormalise=False), SwiGLU(), 0
+
+
+def gpt_oss():
+    from transformers.models.gpt_oss import modeling_gpt_oss as m
+
+    sizes = {"hidden_size": D, "intermediate_size": F, "num_local_experts": 8, "num_experts_per_tok": 3}
+    return m.GptOssMLP(m.GptOssConfig(**sizes)), Softmax(bias=True), ClampedSwiGLU(), 0
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("family", [deepseek, mixtral, qwen3, gpt_oss])
+def test_it_is_what_transformers_computes(family):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    theirs, router, expert, shared = family()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in theirs.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * (1.0 if family is gpt_oss else 0.5))
+    w = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    gate = "router" if family is gpt_oss else "gate"
+    params = {"router_logits": w[f"{gate}.weight"].T}
+    if family is gpt_oss:  # gate and up alternate, and matrices are ours
+        both, bias = w["experts.gate_up_proj"], w["experts.gate_up_proj_bias"]
+        params |= {"gate": both[..., ::2], "up": both[..., 1::2], "gate_bias": bias[:, ::2], "up_bias": bias[:, 1::2]}
+        params |= {"down": w["experts.down_proj"], "down_bias": w["experts.down_proj_bias"]}
+        params |= {"router_bias": w["router.bias"]}
+    else:
+        both = w["experts.gate_up_proj"].swapaxes(1, 2)
+        params |= {"gate": both[..., :F], "up": both[..., F:], "down": w["experts.down_proj"].swapaxes(1, 2)}
+    if family is deepseek:
+        params["router_balance"] = w["gate.e_score_correction_bias"]
+        params |= {f"shared_{name}": w[f"shared_experts.{name}_proj.weight"].T for name in ("gate", "up", "down")}
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(np.array(X)))
+    expected = (expected[0] if family is gpt_oss else expected).numpy()
+    part = MixtureOfExperts(experts=8, top_k=3, expert=expert, router=router, shared=shared)
+    # relative to the largest: sums of 24 products of sums of 16, in float32
+    np.testing.assert_allclose(run(part, params), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_router_is_a_subclass():
+    with pytest.raises(NotImplementedError):
+        Router().scores(jnp.zeros(3))
