@@ -3,8 +3,8 @@
     python benchmarks/moe_cpu.py                             # width 512, 8 experts of 1,024, 2 of them for a token
     python benchmarks/moe_cpu.py --tokens 512 --hidden 512
 
-A step is the output and the gradient of inputs and parameters. All take turns in one process; medians. Tokens and router
-are random, so that experts get unequal numbers of tokens. CPU time is the more telling where others use the machine.
+A step is the output and the gradient of inputs and parameters. All take turns in one process; medians. Tokens and
+router are random, so that experts get unequal numbers of tokens. CPU time tells more where others use the machine.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ BLOCKS = (512, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
-    """Where the rows of A assignments are among the R rows that E experts compute."""
+    """Where the rows of A assignments are among the R rows, some of them spare, that E experts compute."""
 
     sizes: Array
     """int32 [E], how many rows each expert has."""
@@ -63,7 +63,8 @@ def dispatch(ids: Array, experts: int, capacity: int | None = None) -> Dispatch:
     place = jnp.argsort(order)
     sizes = jnp.sum(ids[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     if capacity is None:
-        return Dispatch(sizes, order, place)
+        spare = jnp.full(min(len(ids), BLOCKS[-1]), len(ids))
+        return Dispatch(sizes, jnp.concatenate([order, spare]), place)
     starts = jnp.cumsum(sizes) - sizes
     rank = place - starts.at[ids].get(mode="clip")
     row = jnp.where((rank < capacity) & (ids < experts), ids * capacity + rank, experts * capacity)
@@ -89,7 +90,8 @@ _take.defvjp(lambda x, there, back: (_take(x, there, back), back), _take_backwar
 
 def grouped_dot(x: Array, w: Array, sizes: Array, implementation: str | None = None) -> Array:
     """x [R, D], w [E, D, F], sizes int32 [E] -> [R, F]. The first sizes[0] rows are multiplied with w[0], the next
-    sizes[1] with w[1] and so on; rows that are left over become 0.
+    sizes[1] with w[1] and so on; rows that are left over become 0. The last min(BLOCKS[-1], R / 2) must be left
+    over, for the last block to end in: `dispatch` sees to it.
 
     implementation  "ragged": `jax.lax.ragged_dot`, what a TPU and a GPU get; "blocks": a loop over blocks of rows, what
                     a CPU gets: several times faster there, and matrices of groups without rows are not read
@@ -109,23 +111,23 @@ def _in_blocks(x: Array, w: Array, sizes: Array) -> Array:
 
 
 def _forward(x: Array, w: Array, sizes: Array) -> tuple[Array, Any]:
-    rows, blocks = _pad(x)
+    blocks = _blocks(x)
 
     def group(e: Array, start: Array, end: Array, y: Array) -> Array:
         matrix = lax.dynamic_index_in_dim(w, e, keepdims=False)
 
         def block(at: Array, size: int, y: Array) -> Array:
-            return _write(y, _read(rows, at, size, end) @ matrix, at)
+            return _write(y, _read(x, at, size, end) @ matrix, at)
 
         return _each_block(start, end, blocks, block, y)
 
-    y = _each_group(sizes, group, jnp.zeros((len(rows), w.shape[2]), x.dtype))
-    return y[: len(x)], (x, w, sizes)
+    y = _each_group(sizes, group, jnp.zeros((len(x), w.shape[2]), x.dtype))
+    return y, (x, w, sizes)
 
 
 def _backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
     x, w, sizes = saved
-    (rows, blocks), (rows_g, _) = _pad(x), _pad(g)
+    blocks = _blocks(x)
     tall = x.shape[1] > g.shape[1]  # the product of two tall matrices is faster with the narrower one transposed
 
     def group(e: Array, start: Array, end: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -133,7 +135,7 @@ def _backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
 
         def block(at: Array, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             dx, total = carry
-            a, b = _read(rows, at, size, end), _read(rows_g, at, size, end)
+            a, b = _read(x, at, size, end), _read(g, at, size, end)
             dx = _write(dx, b @ matrix, at)
             if tall:
                 a, b = b, a
@@ -146,8 +148,8 @@ def _backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
         total = (total.T if tall else total).astype(w.dtype)
         return dx, lax.dynamic_update_index_in_dim(dw, total, e, 0)
 
-    dx, dw = _each_group(sizes, group, (jnp.zeros_like(rows), jnp.zeros_like(w)))
-    return dx[: len(x)], dw, None
+    dx, dw = _each_group(sizes, group, (jnp.zeros_like(x), jnp.zeros_like(w)))
+    return dx, dw, None
 
 
 _in_blocks.defvjp(_forward, _backward)
@@ -179,10 +181,10 @@ def _each_block(
     return carry
 
 
-def _pad(x: Array) -> tuple[Array, tuple[int, ...]]:
-    """x with room for a last block behind its rows, and the sizes of block that it is worth while to use."""
-    blocks = tuple(size for size in BLOCKS if size <= len(x)) or (len(x),)
-    return jnp.pad(x, ((0, blocks[-1]), (0, 0))), blocks
+def _blocks(x: Array) -> tuple[int, ...]:
+    """The sizes of block that it is worth while to use for x, of which the last fits between its groups and its end."""
+    rows = len(x) - min(BLOCKS[-1], len(x) // 2)
+    return tuple(size for size in BLOCKS if size <= rows) or (rows,)
 
 
 def _read(x: Array, at: Array, size: int, end: Array) -> Array:
