@@ -131,19 +131,19 @@ def _backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
     tall = x.shape[1] > g.shape[1]  # the product of two tall matrices is faster with the narrower one transposed
 
     def group(e: Array, start: Array, end: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        matrix = lax.dynamic_index_in_dim(w, e, keepdims=False).T
+        matrix = lax.dynamic_index_in_dim(w, e, keepdims=False)
 
         def block(at: Array, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             dx, total = carry
             a, b = _read(x, at, size, end), _read(g, at, size, end)
-            dx = _write(dx, b @ matrix, at)
+            dx = _write(dx, b @ matrix.T, at)
             if tall:
                 a, b = b, a
             along = (((0,), (0,)), ((), ()))
             return dx, total + lax.dot_general(a, b, along, preferred_element_type=jnp.float32)
 
         dx, dw = carry
-        total = jnp.zeros(matrix.shape if tall else matrix.shape[::-1], jnp.float32)
+        total = jnp.zeros(matrix.shape[::-1] if tall else matrix.shape, jnp.float32)
         dx, total = _each_block(start, end, blocks, block, (dx, total))
         total = (total.T if tall else total).astype(w.dtype)
         return dx, lax.dynamic_update_index_in_dim(dw, total, e, 0)

@@ -119,7 +119,6 @@ def test_a_bad_field_is_named():
 @pytest.mark.torch
 @pytest.mark.parametrize("q_rank", [None, 12])
 def test_it_is_what_transformers_computes(q_rank):
-    """DeepSeek turns interleaved pairs; its columns in another order are turned in halves."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as m
@@ -133,14 +132,13 @@ def test_it_is_what_transformers_computes(q_rank):
     for tensor in theirs.state_dict().values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
     w = {name: tensor.numpy().T for name, tensor in theirs.state_dict().items()}  # [in, out]
-    halves = np.r_[0:P:2, 1:P:2]
 
     q = w["q_proj.weight" if q_rank is None else "q_b_proj.weight"].reshape(-1, N, H + P)
     kv = w["kv_b_proj.weight"].reshape(R, N, H + V)
     params = {
-        "q": np.concatenate([q[..., :H], q[..., H:][..., halves]], -1),
+        "q": q,
         "kv_latent": w["kv_a_proj_with_mqa.weight"][:, :R],
-        "k_rope": w["kv_a_proj_with_mqa.weight"][:, R:][:, halves],
+        "k_rope": w["kv_a_proj_with_mqa.weight"][:, R:],
         "kv_norm_scale": w["kv_a_layernorm.weight"],
         "k": kv[..., :H],
         "v": kv[..., H:],
@@ -156,7 +154,7 @@ def test_it_is_what_transformers_computes(q_rank):
     with torch.no_grad():
         expected, *_ = theirs(torch.from_numpy(np.array(x)), (angles.cos(), angles.sin()), mask)
     part = MultiHeadLatentAttention(
-        heads=N, head_size=H, q_rank=q_rank, kv_rank=R, rope_size=P, value_size=V, positions=RoPE()
+        heads=N, head_size=H, q_rank=q_rank, kv_rank=R, rope_size=P, value_size=V, positions=RoPE(interleaved=True)
     )
     y, _ = Layer(part=part).apply({"params": params}, x, POSITIONS)
     np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5 * np.abs(expected.numpy()).max())
