@@ -72,6 +72,12 @@ def _launch(name: str, arguments: list[str]) -> int:
 
         print(pretty_repr(experiment, max_width=100))
         return 0
+    if options.coordinates:
+        from gptjax.coordinates import check
+
+        stage = next(iter(experiment.stages.values()))
+        print(check(experiment.model, stage.optimizer, options.out.with_name(f"{options.out.name}-coordinates.png")))
+        return 0
     if options.distributed:
         import jax
 
@@ -95,6 +101,11 @@ def _options(name: str) -> argparse.ArgumentParser:
         help="the run folder, made new or gone on with (default: %(default)s)",
     )
     parser.add_argument("--print", action="store_true", help="show the configuration, overrides applied, and stop")
+    parser.add_argument(
+        "--coordinates",
+        action="store_true",
+        help="show how activations grow with width, without and with muP, draw it in FOLDER-coordinates.png and stop",
+    )
     parser.add_argument(
         "--accept_changes",
         "--accept-changes",

@@ -37,11 +37,10 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.evals.result import Result
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
-from gptjax.language_model import LanguageModel
+from gptjax.language_model import LanguageModel, trained
 from gptjax.nn import ModelConfig
 from gptjax.sharding import STANDARD, Mesh, Rules
 from gptjax.train import manifest
-from gptjax.train.checkpoint import Checkpoints
 from gptjax.train.loop import Stage, train
 from gptjax.train.records import Records
 from gptjax.types import Params, UserError
@@ -73,6 +72,8 @@ class Experiment:
     def __post_init__(self):
         if not self.stages:
             raise UserError("stages: got none, must be at least one")
+        if (first := next(iter(self.stages))) and self.stages[first].adapter is not None:
+            raise UserError(f"{first}.adapter: got one, must be none: the first stage has no parameters to adapt")
         limit = self.model.limit
         for name, stage in self.stages.items():
             if limit is not None and stage.data.length > limit:
@@ -114,7 +115,7 @@ class Experiment:
         one_process = jax.process_count() == 1
         results: dict[str, list[Result]] = {}
         with Records(folder, self.records, to_json(self)) as records:
-            before: Path | None = None
+            before: str | None = None
             for name, stage in self.stages.items():
                 checkpoints = folder / "checkpoints" / name
                 if manifest.fault(epath.Path(checkpoints / str(stage.steps))):  # not there, or not as it was written
@@ -129,11 +130,11 @@ class Experiment:
                             records,
                             cache=cache,
                             seed=self.seed,
-                            start=None if before is None else functools.partial(_params, before),
+                            start=None if before is None else functools.partial(self._trained, folder, before),
                             sample=functools.partial(_sample, self.model, stage, tokenizer) if one_process else None,
                             description={"configuration": to_json(self)},
                         )
-                before = checkpoints
+                before = name
                 results[name] = self._evaluate(folder, name, stage, tokenizer, console)
         if jax.process_index() == 0:
             report.write(folder, results)
@@ -141,6 +142,11 @@ class Experiment:
             console.print(f"  gptjax chat {_short(folder)}")
             console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
         return 0
+
+    def _trained(self, folder: Path, name: str, abstract: Params | None = None) -> Params:
+        """What a stage has made, placed as the abstract parameters."""
+        adapters = {name: stage.adapter for name, stage in self.stages.items()}
+        return trained(folder / "checkpoints", adapters, name, abstract).state
 
     def _claim(self, folder: Path, accept_changes: bool) -> list[str]:
         """Make the folder this experiment's. Returns how it differs from the configuration that was there."""
@@ -214,7 +220,7 @@ class Experiment:
             return [Result(**result) for result in json.loads(path.read_text())]
         if not stage.evaluations:
             return []
-        model = LanguageModel(self.model, _params(folder / "checkpoints" / name), tokenizer)
+        model = LanguageModel(self.model, self._trained(folder, name), tokenizer)
         results = []
         for evaluation in stage.evaluations:
             with console.status(f"{name}: evaluating {type(evaluation).__name__} ..."):
@@ -224,12 +230,6 @@ class Experiment:
         if jax.process_index() == 0:
             _write(path, json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
         return results
-
-
-def _params(checkpoints: Path, abstract: Params | None = None) -> Params:
-    """The newest parameters in a folder of checkpoints, the averaged ones if there are, placed as the abstract ones."""
-    with Checkpoints(checkpoints) as saved:
-        return saved.restore_params(ema=True, abstract_params=abstract).state
 
 
 def _sample(config: ModelConfig, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:

@@ -28,8 +28,8 @@ from gptjax.data.chat import prompt as chat_prompt
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
-from gptjax.nn import ModelConfig, unstack
-from gptjax.train.checkpoint import Checkpoints
+from gptjax.nn import LoRA, ModelConfig, unstack
+from gptjax.train.checkpoint import Checkpoints, Restored
 from gptjax.types import Array, Params, UserError
 
 Messages = Iterable[Message | Mapping[str, Any]]
@@ -234,14 +234,35 @@ def _load_saved(path: Path, config: dict[str, Any]) -> LanguageModel:
 
 def _load_run(path: Path, experiment: dict[str, Any]) -> LanguageModel:
     # Read as JSON, for the stages may have classes that only the experiment's own file defines.
-    model = from_json(experiment["model"])
-    for name, stage in reversed(experiment["stages"].items()):
+    model, stages = from_json(experiment["model"]), experiment["stages"]
+    adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
+    for name, stage in reversed(stages.items()):
         with Checkpoints(path / "checkpoints" / name) as checkpoints:
-            if checkpoints.steps():
-                restored = checkpoints.restore_params(ema=True)
-                tokenizer = _matching(path, restored.extra["tokenizer"])
-                return LanguageModel(model, restored.state, tokenizer, stage["data"].get("length"))
+            if not checkpoints.steps():
+                continue
+        restored = trained(path / "checkpoints", adapters, name)
+        tokenizer = _matching(path, restored.extra["tokenizer"])
+        return LanguageModel(model, restored.state, tokenizer, stage["data"].get("length"))
     raise UserError(f"path: got {path}, a run without a checkpoint yet; train it first")
+
+
+def trained(
+    checkpoints: Path, adapters: Mapping[str, LoRA | None], stage: str, abstract: Params | None = None
+) -> Restored:
+    """The newest parameters of a run's stage, the averaged ones if there are, placed as the abstract ones; its adapters
+    merged into the parameters of the stage before.
+
+    checkpoints  the run's folder of them
+    adapters     those of every stage, in order
+    """
+    lora, names = adapters[stage], list(adapters)
+    base = None
+    if lora is not None:
+        base = trained(checkpoints, adapters, names[names.index(stage) - 1], abstract).state
+        abstract = None if abstract is None else jax.eval_shape(lora.init, jax.random.key(0), base)
+    with Checkpoints(checkpoints / stage) as saved:
+        restored = saved.restore_params(ema=True, abstract_params=abstract)
+    return restored if lora is None else dataclasses.replace(restored, state=lora.merge(base, restored.state))
 
 
 def _matching(path: Path, fingerprint: str) -> Tokenizer:

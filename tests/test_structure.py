@@ -27,12 +27,12 @@ FILES = sorted([*ROOT.glob("gptjax/**/*.py"), *ROOT.glob("experiments/*.py")])
 EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiments/*.py") if not path.stem.startswith("_"))
 FLOORS = (
     {"types"},
-    {"configuration", "host", "kernels", "sharding"},
+    {"configuration", "host", "kernels", "parameters", "sharding"},
     {"nn", "data", "objectives", "optim"},
     {"inference"},
     {"train"},
     {"evals", "interop"},
-    {"language_model", "report"},
+    {"coordinates", "language_model", "report"},
     {"experiment"},
     {"cli", "gptjax"},
     {"experiments"},

@@ -1,6 +1,7 @@
 """The reusable core: Flax modules and the parts they are built from. Each works alone, in any JAX program."""
 
 from gptjax.kernels.attention import Mask
+from gptjax.nn.activations import activations
 from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.block import Block, Context
 from gptjax.nn.cache import Cache
@@ -9,11 +10,13 @@ from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
 from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from gptjax.nn.heads import Classifier, Embedder, First, Last, Mean, Pooling
 from gptjax.nn.latent_attention import MultiHeadLatentAttention
+from gptjax.nn.lora import DoRA, LoRA
 from gptjax.nn.mlp import GELU, MLP, ClampedSwiGLU, GeGLU, ReLU, ReLUSquared, SwiGLU
 from gptjax.nn.module import Layer, Weight
 from gptjax.nn.moe import MixtureOfExperts
 from gptjax.nn.multi_token import MultiTokenConfig, MultiTokenTransformer
 from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
+from gptjax.nn.parametrisation import MuP, Parametrisation
 from gptjax.nn.positions import (
     ALiBi,
     LearnedPositions,
@@ -48,6 +51,7 @@ __all__ = [
     "ClampedSwiGLU",
     "Classifier",
     "Context",
+    "DoRA",
     "Embedder",
     "Encoder",
     "EncoderConfig",
@@ -62,11 +66,13 @@ __all__ = [
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
+    "LoRA",
     "LongRoPE",
     "Mask",
     "Mean",
     "MixtureOfExperts",
     "ModelConfig",
+    "MuP",
     "MultiHeadAttention",
     "MultiHeadLatentAttention",
     "MultiTokenConfig",
@@ -75,6 +81,7 @@ __all__ = [
     "Norm",
     "OutputNorm",
     "Parallel",
+    "Parametrisation",
     "Pooling",
     "Positions",
     "PostNorm",
@@ -104,6 +111,7 @@ __all__ = [
     "Variant",
     "Weight",
     "YaRN",
+    "activations",
     "count",
     "make_cache",
     "unstack",

@@ -12,6 +12,7 @@ from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.block import Block
 from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.norms import Norm, RMSNorm
+from gptjax.nn.parametrisation import Parametrisation
 from gptjax.nn.positions import Positions, RoPE
 from gptjax.nn.residual import PreNorm, Residual
 from gptjax.nn.stack import Stack, unstack
@@ -37,6 +38,11 @@ class ModelConfig(abc.ABC):
     def limit(self) -> int | None:
         """How many positions the model can tell apart; none: there is no end."""
         return None
+
+    @property
+    def growth(self) -> float:
+        """How many times wider the model is than the one whose hyperparameters it has, in muP; else 1."""
+        return 1.0
 
     @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
@@ -123,6 +129,8 @@ class TransformerConfig(ModelConfig):
     """Logits are bounded by this: softcap * tanh(logit / softcap); none: they are not."""
     cross: Attention | None = None
     """Attention to a source, for a decoder beside an encoder; none: there is none."""
+    parametrisation: Parametrisation = Parametrisation()
+    """How initial weights, multipliers and learning rates depend on width and depth."""
     remat: str | None = None
     """What the backward pass keeps, not computes again: a name in `jax.checkpoint_policies`; none: everything."""
     dtype: str = "float32"
@@ -202,6 +210,11 @@ class TransformerConfig(ModelConfig):
     def unstack(self, params: Params) -> Params:
         return {**params, "blocks": unstack(self.stack(), params["blocks"])}
 
+    @property
+    def growth(self) -> float:
+        """How many times wider the model is than the one whose hyperparameters it has; see `parametrisation`."""
+        return self.parametrisation.growth(self.width)
+
     def block(self, variant: Variant = Variant(), rules: Rules = Rules()) -> Block:
         """A layer of the model."""
 
@@ -212,6 +225,7 @@ class TransformerConfig(ModelConfig):
                 heads=attention.heads or self.heads,
                 kv_heads=attention.kv_heads or (attention.heads if own else self.K),
                 head_size=attention.head_size or self.H,
+                scale=attention.scale or self.parametrisation.attention(attention.head_size or self.H),
                 positions=variant.positions or attention.positions or self.positions,
                 window=variant.window or attention.window,
                 bias=self.bias if attention.bias is None else attention.bias,
@@ -227,7 +241,7 @@ class TransformerConfig(ModelConfig):
             bias=self.bias,
             dropout=self.dropout,
             drop=self.layer_drop,
-            output_scale=(2 * self.layers) ** -0.5,
+            output_scale=self.parametrisation.outputs(self.layers),
             rules=rules,
             dtype=self.dtype,
             parent=None,
@@ -237,7 +251,7 @@ class TransformerConfig(ModelConfig):
         """The layers of the model."""
         first, pattern = (tuple(self.block(v, rules) for v in side) for side in (self.first, self.pattern))
         repeats, rest = divmod(self.layers - len(first), len(pattern))
-        return Stack(pattern, repeats, first, pattern[:rest], self.remat, parent=None)
+        return Stack(pattern, repeats, first, pattern[:rest], self.growth**-0.5, self.remat, parent=None)
 
     def flops(self, length: int) -> int:
         """FLOPs of training on one token, forward and backward, at this context length: 6 for every weight of a matrix

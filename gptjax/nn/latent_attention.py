@@ -94,8 +94,8 @@ class MultiHeadLatentAttention(Attention):
             v = linear(latent, to_value, heads)
         else:
             q = jnp.einsum("BTNH,RNH->BTNR", q, to_key, out_sharding=heads)
-            slots = kv.write(slots, jnp.concatenate([latent, shared], -1), mask.offset, axis=1)
-            k = v = slots[:, :, None]
+            slots = kv.write(slots, jnp.concatenate([latent, shared], -1), mask.offset, axis=-2)
+            k = v = slots.reshape(x.shape[0], -1, 1, R + P)
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)
         y = attention(

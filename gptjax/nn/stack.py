@@ -21,6 +21,7 @@ from jax import lax
 
 from gptjax.nn.block import Block, Context
 from gptjax.nn.module import Weight
+from gptjax.nn.parametrisation import scale_matrices
 from gptjax.types import Array, Key, Params
 
 UNROLLED = 12
@@ -34,6 +35,8 @@ class Stack(nn.Module):
     repeats: int
     first: tuple[Block, ...] = ()
     last: tuple[Block, ...] = ()
+    matrix_scale: float = 1.0
+    """Multiplies the initial hidden matrices."""
     remat: str | None = None
     """What the backward pass keeps, not computes again: a name in `jax.checkpoint_policies`; none: everything."""
 
@@ -107,7 +110,7 @@ class Stack(nn.Module):
         params = jax.vmap(round)(jax.random.split(middle, self.repeats)) if self.repeats else {}
         for name, blocks, key in (("start", self.first, begin), ("end", self.last, end)):
             params |= {f"{name}_{i}": one(block, jax.random.fold_in(key, i)) for i, block in enumerate(blocks)}
-        return params
+        return scale_matrices(params, self.matrix_scale)
 
     def _one_by_one(
         self, params: Mapping[str, Params], x: Array, context: Context, slots: tuple[Any, ...] | None

@@ -100,7 +100,8 @@ class Trunk(nn.Module):
         """Hidden states [B, T, D] and the head [D, V] -> logits [B, T, V] in the compute dtype."""
         c = self.config
         logits = linear(x, head, self.rules("batch", "sequence", "vocab"))
-        logits = logits * c.logit_scale if c.logit_scale != 1 else logits
+        scale = c.logit_scale / c.growth
+        logits = logits * scale if scale != 1 else logits
         if c.logit_softcap is not None:
             logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
         return logits

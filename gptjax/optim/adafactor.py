@@ -7,7 +7,8 @@ import dataclasses
 import jax
 import optax
 
-from gptjax.optim.optimizers import Optimizer, by_name
+from gptjax.optim.optimizers import Optimizer
+from gptjax.parameters import by_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Adafactor(Optimizer):
     """How much of a parameter is taken away a step, times the learning rate."""
     factor_from: int = 32
     """Arrays with two axes at least this long keep rows and columns only."""
+
+    width_power = 0.5
+    """A step is relative to the matrix, whose elements are smaller in a wider model already."""
 
     def direction(self) -> optax.GradientTransformation:
         return _per_layer(

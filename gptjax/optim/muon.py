@@ -11,27 +11,10 @@ import optax.contrib
 from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
-from gptjax.optim.optimizers import Optimizer, by_name
+from gptjax.optim.optimizers import Optimizer
 from gptjax.optim.schedules import check
+from gptjax.parameters import by_name, matrix
 from gptjax.types import Params
-
-_MATRICES = {
-    "q": MuonDimensionNumbers((-3,), (-2, -1)),
-    "k": MuonDimensionNumbers((-3,), (-2, -1)),
-    "v": MuonDimensionNumbers((-3,), (-2, -1)),
-    "o": MuonDimensionNumbers((-3, -2), (-1,)),
-    "up": MuonDimensionNumbers((-2,), (-1,)),
-    "gate": MuonDimensionNumbers((-2,), (-1,)),
-    "down": MuonDimensionNumbers((-2,), (-1,)),
-    "latent": MuonDimensionNumbers((-2,), (-1,)),
-    "rope": MuonDimensionNumbers((-2,), (-1,)),
-}
-"""The hidden matrices by the last word of their name ("shared_up" is an "up"): their input axes and their output axes.
-Axes before these (layers, experts) are a batch."""
-
-
-def _kind(names: list[str]) -> str:
-    return names[-1].rpartition("_")[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +34,26 @@ class Muon(Optimizer):
     eps: float = 1e-8
     """Added to the root of Adam's mean square."""
 
+    width_power = 0.5
+    """An orthogonal matrix times sqrt(max(I, O)) has a spectral norm that grows with the root of the width."""
+
     def __post_init__(self):
         super().__post_init__()
         check(self.iterations >= 1, "optimizer.iterations", self.iterations, "1 or more")
 
     def direction(self) -> optax.GradientTransformation:
         def axes(params: Params) -> Params:
-            return by_name(lambda names: _MATRICES[_kind(names)], params)
+            def numbers(names: list[str]) -> MuonDimensionNumbers | None:
+                kind = matrix(names)
+                return None if kind is None else MuonDimensionNumbers(*kind.split(tuple(range(-4, 0)))[1:])
+
+            return by_name(numbers, params)
 
         def same_rms(updates, _):
-            def scaled(x, axes):
-                inputs, outputs = (math.prod(x.shape[axis] for axis in side) for side in axes)
-                return 0.2 * math.sqrt(max(inputs, outputs)) * x
+            def scaled(x, kind):
+                return 0.2 * math.sqrt(max(kind.size(x.shape))) * x
 
-            return jax.tree.map(scaled, updates, axes(updates))
+            return jax.tree.map(scaled, updates, by_name(matrix, updates))
 
         orthogonal = optax.contrib.scale_by_muon(
             beta=self.momentum, ns_steps=self.iterations, weight_dimension_numbers=axes
@@ -74,7 +63,7 @@ class Muon(Optimizer):
                 "matrix": optax.chain(_auto_axes(orthogonal), optax.stateless(same_rms)),
                 "other": optax.scale_by_adam(self.b1, self.b2, self.eps),
             },
-            lambda params: by_name(lambda names: "matrix" if _kind(names) in _MATRICES else "other", params),
+            lambda params: by_name(lambda names: "other" if matrix(names) is None else "matrix", params),
         )
 
 

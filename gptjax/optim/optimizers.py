@@ -9,24 +9,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gptjax.optim.schedules import Cosine, Schedule, check
+from gptjax.parameters import by_name, matrix
 from gptjax.types import Params
-
-
-def by_name(of: Callable[[list[str]], Any], params: Params) -> Params:
-    """The tree of `of(names on the path)` for each parameter."""
-
-    def leaf(path, _):
-        return of(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +33,7 @@ class Optimizer(abc.ABC):
     """The learning rate over the run."""
     weight_decay: float = 0.1
     """How much of a parameter is taken away a step, times the learning rate."""
-    no_decay: tuple[str, ...] = ("scale", "bias", "embedding", "positions")
+    no_decay: tuple[str, ...] = ("scale", "bias", "embedding", "positions", "magnitude")
     """Parameters that do not decay: these names anywhere on their path ("bias" is also q_bias)."""
     clip: float | None = 1.0
     """Longer gradients are shortened to this global norm; None leaves them alone."""
@@ -57,6 +48,10 @@ class Optimizer(abc.ABC):
         for field in ("b1", "b2", "momentum"):
             share = getattr(self, field, 0.0)
             check(0 <= share < 1, f"optimizer.{field}", share, "0 or more and less than 1")
+
+    width_power: ClassVar[float] = 1.0
+    """p, in the muP learning rate of a hidden matrix, peak / growth^p: how fast the spectral norm of a step grows with
+    width (arXiv:2310.17813), which is as fast as the width where elements have a size of their own, as Adam's have."""
 
     @abc.abstractmethod
     def direction(self) -> optax.GradientTransformation:
@@ -77,11 +72,18 @@ class Optimizer(abc.ABC):
 
         return by_name(decays, params)
 
-    def build(self, steps: int) -> optax.GradientTransformation:
-        """The optimizer for a run of `steps`. Raises UserError when the schedule does not fit."""
+    def build(self, steps: int, growth: float = 1.0) -> optax.GradientTransformation:
+        """The optimizer for a run of `steps`. Raises UserError when the schedule does not fit.
+
+        growth  how many times wider the model is than the one whose peak this is (muP): the directions of hidden
+                matrices are divided by `growth**width_power`, their decay is not, as in the authors' `mup.MuAdamW`
+        """
+        direction = self.direction()
+        if growth != 1:
+            direction = optax.chain(direction, _scale_matrices(growth**-self.width_power))
         descent = optax.chain(
             optax.identity() if self.clip is None else _clip(self.clip),
-            self.direction(),
+            direction,
             optax.add_decayed_weights(self.weight_decay, mask=self.decays),
             optax.scale_by_learning_rate(self.learning_rate(steps)),
         )
@@ -112,6 +114,14 @@ def _clip(norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda x: x * scale.astype(x.dtype), updates)
 
     return optax.stateless(clip)
+
+
+def _scale_matrices(scale: float) -> optax.GradientTransformation:
+    def scaled(updates, _):
+        hidden = by_name(lambda names: matrix(names) is not None, updates)
+        return jax.tree.map(lambda x, hidden: scale * x if hidden else x, updates, hidden)
+
+    return optax.stateless(scaled)
 
 
 @dataclasses.dataclass(frozen=True)

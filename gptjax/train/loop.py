@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import sharding
+from gptjax.nn import LoRA
 from gptjax.optim import Optimizer
 from gptjax.train import state as train_state
 from gptjax.train.checkpoint import Checkpoints
@@ -38,6 +39,8 @@ class Stage:
     """How, such as `optim.AdamW`."""
     steps: int
     """Optimizer steps, a batch each."""
+    adapter: LoRA | None = None
+    """Adapters to train over the parameters of the stage before, which then stay as they are; none: all is trained."""
     accumulate: int = 1
     """Parts that a batch goes through in, one after the other, to save memory."""
     ema: float | None = None
@@ -95,7 +98,8 @@ def train(
     folder       where the checkpoints lie
     cache        where tokenised text is kept
     start        gives the parameters to begin from, another stage's say, placed as the abstract ones that it is given;
-                 none: they are initialised from `seed`
+                 none: they are initialised from `seed`. With adapters, those that they adapt; checkpoints hold the
+                 adapters alone
     sample       shows what the model writes
     description  goes into every checkpoint, beside the input position
 
@@ -105,17 +109,28 @@ def train(
     share: dict[str, Any] = {"cache_dir": cache, "rank": jax.process_index(), "ranks": jax.process_count()}
     batches = stage.data.batches(tokenizer, "train", seed=seed, **share)
     validation = stage.data.evaluation(tokenizer, "validation", rows=stage.evaluate_rows, **share)
-    optimizer = stage.optimizer.build(stage.steps)
+    optimizer = stage.optimizer.build(stage.steps, model.config.growth)
     learning_rate = stage.optimizer.learning_rate(stage.steps)
     objective = functools.partial(stage.objective, model.apply)
+    initial, merge, frozen = functools.partial(_initial, stage, model, seed), _itself, ()
+    if stage.adapter is not None:
+        assert start is not None, "an experiment's first stage has no adapters"
+        frozen, start = (start(jax.eval_shape(initial)),), None
+        objective = stage.adapter.objective(objective)
+        initial = functools.partial(stage.adapter.init, jax.random.key(seed))
+        merge = functools.partial(jax.jit(stage.adapter.merge), *frozen)
     step = make_step(objective, optimizer, stage.accumulate, stage.ema)
-    evaluate = jax.jit(lambda params, batch: objective(params, batch, None))
+    evaluate = jax.jit(lambda params, batch, *frozen: objective(params, batch, None, *frozen))
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder, keep=stage.keep))
         stack.callback(batches.close)
-        create = functools.partial(_create, stage, model, optimizer, seed)
-        abstract = jax.eval_shape(create)
+        create = jax.jit(functools.partial(_create, stage, optimizer, seed))
+
+        def new(*frozen: Params) -> State:
+            return create(initial(*frozen))
+
+        abstract = jax.eval_shape(new, *frozen)
         if checkpoints.steps():
             restored = checkpoints.restore(abstract)
             if restored.extra["tokenizer"] != tokenizer.fingerprint:
@@ -123,7 +138,7 @@ def train(
             state = restored.state
             batches.restore(restored.extra["input"])
         else:
-            state = jax.jit(create)() if start is None else jax.jit(create)(start(abstract.params))
+            state = jax.jit(new)(*frozen) if start is None else create(start(abstract.params))
         done = int(state.step)
         records.resume(name, done)
 
@@ -143,20 +158,21 @@ def train(
                 )
 
         def show(state: State, done: int) -> float:
-            total = _sum(evaluate(state.best, sharding.global_array(batch, model.rules)) for batch in validation)
+            inputs = (sharding.global_array(batch, model.rules) for batch in validation)
+            total = _sum(evaluate(state.best, batch, *frozen) for batch in inputs)
             losses = {f"validation_{key}": value for key, value in _divide(total).items()}
             check(done, losses)
             records.log(done, name, **losses)
             display.evaluation(done, losses["validation_loss"])
             if sample is not None:
                 for prompt in stage.prompts:
-                    text = sample(state.best, prompt)
+                    text = sample(merge(state.best), prompt)
                     records.text(done, f"{name}/sample", prompt + text)
                     display.sample(done, prompt, text)
             return losses["validation_loss"]
 
         if done >= stage.steps:
-            return state.best
+            return merge(state.best)
         stop = stack.enter_context(_stop_signals())
         tokens = stage.data.batch * stage.data.length
         flops = model.config.flops(stage.data.length)
@@ -174,7 +190,7 @@ def train(
 
         while done < stage.steps:
             batch = sharding.global_array(next(batches), model.rules)
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, *frozen)
             done += 1
             report()
             pending = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
@@ -193,16 +209,22 @@ def train(
                 display.note(f"stopped and saved at step {done}")
                 raise KeyboardInterrupt
         checkpoints.wait()
-        return state.best
+        return merge(state.best)
 
 
-def _create(stage: Stage, model: Any, optimizer: Any, seed: int, params: Params | None = None) -> State:
-    key, init_key = jax.random.split(jax.random.key(seed))
-    if params is None:
-        where = model.rules("batch", "sequence")
-        tokens = jnp.zeros((stage.data.batch, stage.data.length), jnp.int32, out_sharding=where)
-        params = model.init(init_key, tokens)["params"]
+def _initial(stage: Stage, model: Any, seed: int) -> Params:
+    _, key = jax.random.split(jax.random.key(seed))
+    tokens = jnp.zeros((stage.data.batch, stage.data.length), jnp.int32, out_sharding=model.rules("batch", "sequence"))
+    return model.init(key, tokens)["params"]
+
+
+def _create(stage: Stage, optimizer: Any, seed: int, params: Params) -> State:
+    key, _ = jax.random.split(jax.random.key(seed))
     return train_state.create(params, optimizer, key, stage.ema is not None)
+
+
+def _itself(params: Params) -> Params:
+    return params
 
 
 def _sum(metrics: Iterator[Metrics]) -> Metrics:

@@ -11,14 +11,18 @@ import optax
 from jax import lax
 
 from gptjax.train.state import State
-from gptjax.types import Array, Batch, Key, Metrics, Objective, Params
+from gptjax.types import Array, Batch, Key, Metrics, Params
 
 
 def make_step(
-    objective: Objective, optimizer: optax.GradientTransformation, accumulate: int = 1, ema: float | None = None
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """A function (state, batch) -> (state, metrics); the state passed in is donated.
+    objective: Callable[..., Metrics],
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+    ema: float | None = None,
+) -> Callable[..., tuple[State, Metrics]]:
+    """A function (state, batch, *frozen) -> (state, metrics); the state passed in is donated.
 
+    objective   an `Objective`; what follows the batch goes to it after the key, and is not trained
     accumulate  the batch goes through in this many parts, one after the other; the gradient is that of the whole
     ema         decay of the parameter average, which must then be in the state
 
@@ -26,26 +30,26 @@ def make_step(
     with different numbers of counted tokens need no care.
     """
 
-    def gradient(params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
+    def gradient(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[Array, Metrics]:
-            metrics = objective(params, batch, key)
+            metrics = objective(params, batch, key, *frozen)
             return metrics["loss"][0], metrics
 
         return jax.grad(loss, has_aux=True)(params)
 
-    def accumulated(params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
+    def accumulated(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, Metrics]:
         parts = jax.tree.map(lambda x: _split(x, accumulate), batch)
         keys = jax.random.split(key, accumulate)
-        first = gradient(params, jax.tree.map(lambda x: x[0], parts), keys[0])
+        first = gradient(params, jax.tree.map(lambda x: x[0], parts), keys[0], *frozen)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+            return jax.tree.map(jnp.add, total, gradient(params, *part, *frozen)), None
 
         return lax.scan(add, first, (jax.tree.map(lambda x: x[1:], parts), keys[1:]))[0]
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, batch: Batch, *frozen: Params) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, metrics = (accumulated if accumulate > 1 else gradient)(state.params, batch, key)
+        grads, metrics = (accumulated if accumulate > 1 else gradient)(state.params, batch, key, *frozen)
         weight = jnp.maximum(metrics["loss"][1], 1e-8)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

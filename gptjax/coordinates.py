@@ -1,0 +1,165 @@
+"""The coordinate check: whether what a model computes is of the same size at every width.
+
+A few steps are trained at several widths, on one batch of random tokens, with the standard parametrisation and with
+muP (`nn/parametrisation.py`). Initial sizes, and how far each step moves them, must not grow with the width where a
+learning rate is to hold for all of them (Yang et al. 2022, arXiv:2203.03466, appendix D.1).
+
+    python -m experiments quickstart --coordinates
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.nn import MuP, Parametrisation, Transformer, TransformerConfig, activations
+from gptjax.objectives import NextToken
+from gptjax.optim import Constant, Optimizer
+from gptjax.train import state as train_state
+from gptjax.train.step import make_step
+from gptjax.types import Batch, UserError
+
+Sizes = dict[str, np.ndarray]
+"""Name of an activation, as in `nn.activations` -> float [widths, steps + 1]: the mean of |x| before the first step,
+then how far the steps so far have moved it, the mean of |x - x before|."""
+
+
+def resized(config: TransformerConfig, width: int) -> TransformerConfig:
+    """The model at another width: as deep, with heads as large, and more of them. Raises UserError where the heads
+    don't come out whole."""
+    heads, kv_heads = config.heads * width, config.K * width
+    if heads % config.width or kv_heads % config.width:
+        raise UserError(
+            f"width: got {width}, must be a multiple of {config.width // np.gcd(config.heads, config.K)}, "
+            "so that heads of the same size come out whole"
+        )
+    return dataclasses.replace(
+        config,
+        width=width,
+        heads=heads // config.width,
+        kv_heads=None if config.kv_heads is None else kv_heads // config.width,
+        head_size=config.H,
+        hidden=None if config.hidden is None else config.hidden * width // config.width,
+    )
+
+
+def coordinates(
+    config: TransformerConfig,
+    optimizer: Optimizer,
+    widths: Sequence[int],
+    steps: int = 5,
+    rows: int = 4,
+    length: int = 64,
+    seed: int = 0,
+) -> Sizes:
+    """The sizes of this model's activations at these widths, over a few steps at the optimizer's peak."""
+    measured = [_one(resized(config, width), optimizer, steps, rows, length, seed) for width in widths]
+    return {name: np.array([sizes[name] for sizes in measured]) for name in measured[0]}
+
+
+def _one(
+    config: TransformerConfig, optimizer: Optimizer, steps: int, rows: int, length: int, seed: int
+) -> dict[str, list[float]]:
+    model = Transformer(config)
+    tokens = np.random.default_rng(seed).integers(0, config.vocab, (rows, length + 1), np.int32)
+    ones, positions = np.ones((rows, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
+    update = dataclasses.replace(optimizer, schedule=Constant()).build(steps, config.growth)
+    params = jax.jit(model.init)(jax.random.key(seed), batch.tokens)["params"]
+    state = train_state.create(params, update, jax.random.key(seed))
+    step = make_step(functools.partial(NextToken(), model.apply), update)
+    look = jax.jit(lambda params: activations(model, params, batch.tokens))
+    start = look(state.params)
+    sizes = {name: [float(jnp.mean(jnp.abs(x)))] for name, x in start.items()}
+    for _ in range(steps):
+        state, _ = step(state, batch)
+        for name, x in look(state.params).items():
+            sizes[name].append(float(jnp.mean(jnp.abs(x - start[name]))))
+    return sizes
+
+
+def growth(widths: Sequence[int], sizes: np.ndarray) -> np.ndarray:
+    """The power of the width that sizes [widths, steps + 1] grow with, [steps + 1]: the slope of a line through their
+    logarithms. 0 is the same at every width."""
+    return np.polyfit(np.log(widths), np.log(np.maximum(sizes, 1e-30)), 1)[0]
+
+
+def check(
+    config: TransformerConfig, optimizer: Optimizer, path: Path, widths: Sequence[int] | None = None, steps: int = 5
+) -> str:
+    """Compare the standard parametrisation with muP. Writes a picture, and returns a table of the powers of the width
+    that activations grow with: before the first step, and how far they have moved after the last."""
+    widths = _widths(config) if widths is None else widths
+    mup = config.parametrisation
+    if not isinstance(mup, MuP):
+        mup = MuP(base_width=widths[0])
+    measured = {
+        name: coordinates(dataclasses.replace(config, parametrisation=parametrisation), optimizer, widths, steps)
+        for name, parametrisation in (("standard", Parametrisation()), ("muP", mup))
+    }
+    picture(measured, widths, f"{type(optimizer).__name__}, peak {optimizer.peak:g}", path)
+    lines = [
+        f"sizes grow with this power of the width ({', '.join(map(str, widths))}):",
+        f"{'':18}{'at the start':^24}{f'moved by {steps} steps':^24}",
+        f"{'':18}" + f"{'standard':>12}{'muP':>12}" * 2,
+    ]
+    for name in sorted(
+        measured["muP"], key=lambda name: (not name.startswith("layer_"), len(name.split("/")[0]), name)
+    ):
+        powers = [growth(widths, sizes[name]) for sizes in measured.values()]
+        lines.append(f"{name:18}" + "".join(f"{power[i]:12.2f}" for i in (0, -1) for power in powers))
+    return "\n".join([*lines, f"the picture: {path}"])
+
+
+def _widths(config: TransformerConfig) -> tuple[int, ...]:
+    """Four widths, each twice the one before, from 64 or the narrowest that this model can have."""
+    narrow = int(config.width // np.gcd(config.heads, config.K))
+    first = -(-64 // narrow) * narrow
+    return tuple(first * 2**i for i in range(4))
+
+
+def picture(measured: dict[str, Sizes], widths: Sequence[int], title: str, path: Path) -> None:
+    """Sizes by width, a line for each step, as a PNG: a row for each of what was measured."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    any_sizes = next(iter(measured.values()))
+    last = max(int(name[6:]) for name in any_sizes if name.startswith("layer_") and name[6:].isdigit())
+    names = {
+        f"layer_{last}/attention": "attention, last block",
+        f"layer_{last}/mlp": "MLP, last block",
+        f"layer_{last}": "residual stream, end",
+        "logits": "logits",
+    }
+    ink = "#444444"
+    figure = Figure(figsize=(10, 2.9 * len(measured)), dpi=150, layout="constrained")
+    grid = figure.subplots(len(measured), len(names), sharex=True, sharey="col", squeeze=False)
+    for row, (kind, sizes) in zip(grid, measured.items(), strict=True):
+        for axes, (name, label) in zip(row, names.items(), strict=True):
+            steps = sizes[name].shape[1]
+            for step in range(steps):
+                color = "#a0a0a0" if step == 0 else colormaps["viridis"](0.9 * (1 - step / (steps - 1)))
+                style = {"linestyle": "--"} if step == 0 else {}
+                text = "size at the start" if step == 0 else f"moved after {step} step{'s' * (step > 1)}"
+                axes.plot(widths, sizes[name][:, step], color=color, label=text, marker="o", markersize=3, **style)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(widths, [str(width) for width in widths])
+            axes.minorticks_off()
+            axes.tick_params(colors=ink, length=0)
+            axes.grid(color="#ececec")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_title(label if axes in grid[0] else "", color=ink, fontsize=10)
+        row[0].set_ylabel(f"{kind}\nmean of |x|", color=ink)
+    for axes in grid[-1]:
+        axes.set_xlabel("width", color=ink)
+    figure.suptitle(title, color=ink, fontweight="bold", x=0.01, ha="left")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

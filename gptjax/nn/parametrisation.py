@@ -1,0 +1,74 @@
+"""How a model's initial weights, multipliers and learning rates depend on its width and depth.
+
+A model with `MuP` keeps the best learning rate of a narrow one, so that it can be looked for there:
+
+    config = TransformerConfig(..., width=1_024, parametrisation=MuP(base_width=128))
+    optimizer = AdamW(peak=3e-3).build(steps, config.growth)          # 3e-3 is what was best at width 128
+
+With m = width / base_width, and as against the standard parametrisation (Yang et al. 2022, "Tensor Programs V",
+arXiv:2203.03466, table 8):
+
+    hidden matrices           initial deviation / sqrt(m); learning rate / m (AdamW, Lion), / sqrt(m) (Muon, Adafactor)
+    embedding, head, vectors  as they are
+    logits                    / m
+    attention scores          q k / H, not q k / sqrt(H); the same at the base's head size
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from gptjax.parameters import by_name, matrix
+from gptjax.types import Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Parametrisation:
+    """The standard parametrisation, as in GPT-2: matrices begin with deviation 0.02 at every width, those that write to
+    the residual stream with 0.02 / sqrt(2 L), which keeps a sum of L blocks small."""
+
+    def growth(self, width: int) -> float:
+        """m: how many times wider the model is than the one whose hyperparameters it has."""
+        return 1.0
+
+    def attention(self, head_size: int) -> float | None:
+        """What attention scores are multiplied by; None: 1 / sqrt(H)."""
+        return None
+
+    def outputs(self, layers: int) -> float:
+        """What the initial matrices that write to the residual stream are multiplied by."""
+        return (2 * layers) ** -0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class MuP(Parametrisation):
+    """The maximal update parametrisation, see above."""
+
+    base_width: int
+    """The width at which learning rate and initialisation are as they would be without muP."""
+    base_head_size: int | None = None
+    """H at that width; none: the model's own, where what grows is the number of heads."""
+
+    def __post_init__(self):
+        for field in ("base_width", "base_head_size"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise UserError(f"model.parametrisation.{field}: got {value}, must be at least 1")
+
+    def growth(self, width: int) -> float:
+        return width / self.base_width
+
+    def attention(self, head_size: int) -> float:
+        return (self.base_head_size or head_size) ** 0.5 / head_size
+
+
+def scale_matrices(params: Params, scale: float) -> Params:
+    """The parameters with the hidden matrices among them multiplied by `scale`."""
+    if scale == 1:
+        return params
+    return jax.tree.map(lambda x, hidden: x * scale if hidden else x, params, by_name(_is_matrix, params))
+
+
+def _is_matrix(names: list[str]) -> bool:
+    return matrix(names) is not None

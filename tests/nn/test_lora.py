@@ -1,0 +1,169 @@
+"""Laws of the adapters: against the equations, trained alone, and the same on any mesh."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from gptjax import optim, sharding
+from gptjax.nn import DoRA, LoRA, Transformer, TransformerConfig, Variant, count
+from gptjax.objectives import NextToken
+from gptjax.sharding import STANDARD, Mesh, Rules
+from gptjax.train import state as train_state
+from gptjax.train.step import make_step
+from gptjax.types import Batch, UserError
+
+CONFIG = TransformerConfig(vocab=64, layers=2, width=16, heads=4, kv_heads=2)
+ALL = ("q", "k", "v", "o", "gate", "up", "down")
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab, (8, 16), np.int32)
+EPS = float(np.finfo(np.float32).eps)
+
+
+def make(lora: LoRA, config: TransformerConfig = CONFIG, b: float = 0.0):
+    """Parameters and adapters to them, the adapters' B normal with this deviation."""
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), TOKENS[:1])["params"]
+    adapters = lora.init(jax.random.key(1), params)
+    rng = np.random.default_rng(2)
+
+    def draw(path, x):
+        return x + (b * rng.normal(size=x.shape) if path[-1].key == "b" else 0)
+
+    return params, jax.tree_util.tree_map_with_path(draw, adapters)
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA])
+def test_new_adapters_change_nothing(kind):
+    pattern = TransformerConfig(64, 3, 16, 4, pattern=(Variant(window=4), Variant()))
+    for config in (CONFIG, pattern):
+        lora = kind(rank=2, match=ALL)
+        params, adapters = make(lora, config)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2 * EPS), lora.merge(params, adapters), params)
+    a = adapters["blocks"]["0"]["attention"]["q"]["a"]
+    assert np.all(np.abs(a) <= 16**-0.5)
+    assert a.std() > 0.4 * 16**-0.5
+
+
+def test_layers_get_adapters_of_their_own():
+    _, adapters = make(LoRA())
+    a = adapters["blocks"]["attention"]["q"]["a"]
+    assert a.shape == (2, 16, 8)
+    assert not np.allclose(a[0], a[1])
+    assert jax.tree.map(jnp.shape, adapters) == {
+        "blocks": {"attention": {"q": {"a": (2, 16, 8), "b": (2, 8, 4, 4)}, "v": {"a": (2, 16, 8), "b": (2, 8, 2, 4)}}}
+    }
+
+
+@pytest.mark.parametrize(("stabilised", "scale"), [(False, 4 / 2), (True, 4 / 2**0.5)])
+def test_merging_is_the_path_beside(stabilised, scale):
+    """x W + scale (x A) B."""
+    lora = LoRA(rank=2, alpha=4, match=ALL, rank_stabilised=stabilised)
+    params, adapters = make(lora, b=0.3)
+    merged = lora.merge(params, adapters)
+    for part in ("attention", "mlp"):
+        for name, w in params["blocks"][part].items():
+            inputs = 2 if name == "o" else 1
+            size = int(np.prod(w.shape[1 : 1 + inputs])), int(np.prod(w.shape[1 + inputs :]))
+            adapter = adapters["blocks"][part][name]
+            new = merged["blocks"][part][name]
+            x = np.random.default_rng(3).normal(size=(5, size[0]))
+            for layer in range(CONFIG.layers):
+                W, new_W = (np.float64(w[layer]).reshape(size) for w in (w, new))
+                A = np.float64(adapter["a"][layer]).reshape(size[0], 2)
+                B = np.float64(adapter["b"][layer]).reshape(2, size[1])
+                np.testing.assert_allclose(x @ new_W, x @ W + scale * (x @ A) @ B, atol=100 * EPS)
+    np.testing.assert_array_equal(merged["embedding"], params["embedding"])
+
+
+def test_dora_is_magnitude_times_direction():
+    """Equation 5, and the gradient of section 4.3, which takes the norm for a constant."""
+    dora = DoRA(rank=2, alpha=4, match=("o", "q"))
+    params, adapters = make(dora, b=0.3)
+    w, adapter = params["blocks"]["attention"]["o"], adapters["blocks"]["attention"]["o"]
+    adapter["magnitude"] = adapter["magnitude"] * 1.5
+    v = np.reshape(w, (2, 16, 16)) + 2 * np.reshape(adapter["a"], (2, 16, 2)) @ adapter["b"]
+    norm = np.linalg.norm(v, axis=1, keepdims=True)
+    magnitude = 1.5 * np.linalg.norm(np.reshape(w, (2, 16, 16)), axis=1, keepdims=True)
+
+    def merged(adapter):
+        tree = {"blocks": {"attention": {**adapters["blocks"]["attention"], "o": adapter}}}
+        return jnp.reshape(dora.merge(params, tree)["blocks"]["attention"]["o"], (2, 16, 16))
+
+    np.testing.assert_allclose(merged(adapter), magnitude * v / norm, rtol=1e-5, atol=1e-6)
+    grad = np.random.default_rng(4).normal(size=(2, 16, 16)).astype(np.float32)
+    _, pull = jax.vjp(merged, adapter)
+    got = pull(jnp.asarray(grad))[0]
+    np.testing.assert_allclose(got["magnitude"], np.sum(grad * v / norm, 1), rtol=1e-5, atol=1e-5)
+    b = 2 * np.reshape(adapter["a"], (2, 16, 2)).swapaxes(1, 2) @ (magnitude / norm * grad)
+    np.testing.assert_allclose(got["b"], b, rtol=1e-4, atol=1e-5)
+
+
+OPTIMIZER = optim.AdamW(peak=3e-2, schedule=optim.Constant(), eps=1e-3)
+
+
+def train(lora: LoRA, rules: Rules = Rules(), steps: int = 3):
+    """The state after a few steps on one batch, the frozen parameters, the losses."""
+    model = Transformer(CONFIG, rules)
+    start, new = jax.device_get(make(lora))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.asarray(TOKENS)))["params"]
+
+    def place(x, shape):
+        mesh = jax.sharding.get_mesh()
+        return jax.device_put(x, None if mesh.empty else NamedSharding(mesh, shape.sharding.spec))
+
+    params = jax.tree.map(place, start, shapes)
+    adapters = jax.tree.map(place, new, jax.eval_shape(lora.init, jax.random.key(1), params))
+    optimizer = OPTIMIZER.build(steps)
+    state = jax.jit(lambda adapters: train_state.create(adapters, optimizer, jax.random.key(2)))(adapters)
+    step = make_step(lora.objective(functools.partial(NextToken(), model.apply)), optimizer, accumulate=2)
+    ones = np.ones_like(TOKENS)
+    batch = Batch(TOKENS, np.roll(TOKENS, -1, 1), ones.astype(np.float32), ones, np.cumsum(ones, 1, np.int32) - 1)
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, sharding.global_array(batch, rules), params)
+        total, weight = jax.device_get(metrics["loss"])
+        losses.append(total / weight)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True))
+    return state, losses
+
+
+def test_adapters_alone_are_trained_and_alike_on_a_mesh():
+    dora = DoRA(rank=2, match=ALL)  # its program holds LoRA's
+    state, losses = train(dora)
+    _, adapters = make(dora)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[2] < losses[0] - 1e-3
+    assert count(state.opt_state) <= 2 * count(adapters) + 2, "no optimizer state for what is frozen"
+    assert jax.tree.all(jax.tree.map(lambda a, b: not np.allclose(a, b), state.params, adapters))
+    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
+        spread, same = train(dora, STANDARD)
+    q, down = (spread.params["blocks"][part][name] for part, name in (("attention", "q"), ("mlp", "down")))
+    assert q["a"].sharding.spec == jax.P(None, "fsdp", None)
+    assert q["b"].sharding.spec == jax.P(None, None, "tensor", None)
+    assert q["magnitude"].sharding.spec == jax.P(None, "tensor", None)
+    assert down["a"].sharding.spec == jax.P(None, "tensor", None)
+    np.testing.assert_allclose(same, losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA])
+def test_a_base_in_half_precision_is_rounded_once(kind):
+    lora = kind(rank=2, match=ALL)
+    params, adapters = make(lora, b=0.3)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    merged = lora.merge(half, adapters)
+    exact = lora.merge(jax.tree.map(lambda x: x.astype(jnp.float32), half), adapters)
+    jax.tree.map(np.testing.assert_array_equal, merged, jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact))
+
+
+def test_what_is_not_there_is_refused():
+    params, _ = make(LoRA())
+    with pytest.raises(UserError, match=r"lora.match: got 'attention/z', .*must be of attention/k, attention/o"):
+        LoRA(match=("q", "attention/z")).init(jax.random.key(0), params)
+    with pytest.raises(UserError, match=r"lora.match: got 'embedding'"):
+        LoRA(match=("embedding",)).init(jax.random.key(0), params)
+    with pytest.raises(UserError, match=r"lora.rank: got 0"):
+        LoRA(rank=0)
