@@ -34,6 +34,7 @@ FLOORS = (
     {"evals", "interop"},
     {"coordinates", "language_model", "report"},
     {"experiment"},
+    {"chat"},
     {"cli", "gptjax"},
     {"experiments"},
 )
