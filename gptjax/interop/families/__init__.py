@@ -1,0 +1,30 @@
+"""The model families that are read and written. A new one is a file here, and a name in this list."""
+
+from __future__ import annotations
+
+from gptjax.interop.families import (
+    bert,
+    deepseek_v3,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    t5,
+)
+from gptjax.interop.families.family import Family, Fields, Piece, Row, pieces
+
+_MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma2, gemma3, olmo2, phi3)
+_MIXTURES = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
+FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MIXTURES, bert, t5))
+"""Where several can express a model, the first is preferred."""
+
+__all__ = ["FAMILIES", "Family", "Fields", "Piece", "Row", "pieces"]

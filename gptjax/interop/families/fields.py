@@ -1,0 +1,96 @@
+"""What the config.json of many families says in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gptjax.interop.families.family import Fields
+from gptjax.nn import GELU, MLP, GeGLU, MixtureOfExperts, ReLU, ReLUSquared, SwiGLU, TransformerConfig, Variant
+from gptjax.types import UserError
+
+DENSE = {"gelu_new": GELU(), "gelu": GELU(approximate=False), "relu": ReLU(), "relu2": ReLUSquared()}
+GATED = {"silu": SwiGLU(), "gelu_pytorch_tanh": GeGLU(), "gelu": GeGLU(approximate=False)}
+ALIASES = {"gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
+"""Other names of the same functions."""
+
+
+def sizes(c: Fields, tied: bool = False) -> dict[str, Any]:
+    """Fields of `TransformerConfig`. tied: what a lacking tie_word_embeddings means."""
+    heads = c["num_attention_heads"]
+    return {
+        "vocab": c["vocab_size"],
+        "layers": c["num_hidden_layers"],
+        "width": c["hidden_size"],
+        "heads": heads,
+        "kv_heads": c.get("num_key_value_heads") or heads,
+        "head_size": c.get("head_dim") or c["hidden_size"] // heads,
+        "hidden": c["intermediate_size"],
+        "tied": c.get("tie_word_embeddings", tied),
+    }
+
+
+def of_sizes(m: TransformerConfig) -> dict[str, Any]:
+    """`sizes` undone."""
+    return {
+        "vocab_size": m.vocab,
+        "num_hidden_layers": m.layers,
+        "hidden_size": m.width,
+        "num_attention_heads": m.heads,
+        "num_key_value_heads": m.K,
+        "head_dim": m.H,
+        "intermediate_size": m.F,
+        "tie_word_embeddings": m.tied,
+    }
+
+
+def activation(c: Fields, field: str, known: Mapping[str, MLP]) -> MLP:
+    """The MLP whose activation has this name."""
+    name = c[field]
+    if name not in known and ALIASES.get(name) in known:
+        name = ALIASES[name]
+    if name not in known:
+        raise UserError(f"config.json: {field}: got {name!r}, must be one of {', '.join(known)}")
+    return known[name]
+
+
+def experts(m: TransformerConfig) -> MixtureOfExperts:
+    """The mixture of experts of the layers that have one. Raises UserError where there is none."""
+    for block in m.stack().blocks:
+        if isinstance(block.mlp, MixtureOfExperts):
+            return block.mlp
+    raise UserError(f"model.mlp: got {m.mlp}, must be MixtureOfExperts")
+
+
+def of_activation(mlp: MLP | None, known: Mapping[str, MLP]) -> str:
+    """`activation` undone. Raises UserError for an MLP that is not among the known ones."""
+    for name, part in known.items():
+        if part == mlp:
+            return name
+    raise UserError(f"model.mlp: got {mlp}, must be one of {', '.join(map(str, known.values()))}")
+
+
+def attention_bias(m: TransformerConfig) -> bool:
+    """Whether the projections of attention have biases."""
+    return m.bias if m.attention.bias is None else m.attention.bias
+
+
+def repeated(variants: Sequence[Variant]) -> dict[str, Any]:
+    """Layer by layer -> the shortest `first` and `pattern` of a `TransformerConfig` that say the same."""
+    n = len(variants)
+    splits = [(first, period) for period in range(1, n + 1) for first in range(n - period + 1)]
+    for first, period in sorted(splits, key=sum):
+        if all(variants[i] == variants[i - period] for i in range(first + period, n)):
+            return {"first": tuple(variants[:first]), "pattern": tuple(variants[first : first + period])}
+    return {}
+
+
+def layer_types(m: TransformerConfig) -> list[str]:
+    """For each layer, whether it sees a window or everything."""
+    windows = [block.attention.window for block in m.stack().blocks]
+    return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+
+def window(m: TransformerConfig) -> int | None:
+    """The window of the layers that have one."""
+    return next((w for block in m.stack().blocks if (w := block.attention.window) is not None), None)

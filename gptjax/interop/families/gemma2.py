@@ -1,0 +1,83 @@
+"""Gemma 2 (arXiv:2408.00118): norms before and after a sublayer, bounded scores and logits, local layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from gptjax.interop.families import llama
+from gptjax.interop.families.family import Family, Fields, Row
+from gptjax.interop.families.fields import (
+    GATED,
+    activation,
+    attention_bias,
+    layer_types,
+    of_activation,
+    of_sizes,
+    repeated,
+    sizes,
+    window,
+)
+from gptjax.interop.families.rope import of_rope, rope
+from gptjax.nn import Attention, MultiHeadAttention, RMSNorm, SandwichNorm, TransformerConfig, Variant
+
+NORMS = (
+    Row("model.layers.{L}.input_layernorm.weight", "D", "blocks/{L}/norm_1/scale", "D"),
+    Row("model.layers.{L}.post_attention_layernorm.weight", "D", "blocks/{L}/post_norm_1/scale", "D"),
+    Row("model.layers.{L}.pre_feedforward_layernorm.weight", "D", "blocks/{L}/norm_2/scale", "D"),
+    Row("model.layers.{L}.post_feedforward_layernorm.weight", "D", "blocks/{L}/post_norm_2/scale", "D"),
+)
+
+
+def read(c: Fields) -> TransformerConfig:
+    types = c.get("layer_types") or ["sliding_attention", "full_attention"] * c["num_hidden_layers"]
+    local = Variant(window=c["sliding_window"])
+    variants = [local if kind == "sliding_attention" else Variant() for kind in types[: c["num_hidden_layers"]]]
+    return dataclasses.replace(plain(c), positions=rope(c), **repeated(variants))
+
+
+def write(m: TransformerConfig) -> dict[str, Any]:
+    return {**of_plain(m), **of_rope(m.positions)}
+
+
+def plain(c: Fields) -> TransformerConfig:
+    """What Gemma 2 and 3 have in common."""
+    c = Fields({"head_dim": 256, **c})
+    c.only(use_bidirectional_attention=False)
+    return TransformerConfig(
+        **sizes(c, tied=True),
+        norm=RMSNorm(c["rms_norm_eps"], plus_one=True),
+        attention=MultiHeadAttention(
+            bias=c.get("attention_bias", False),
+            scale=c["query_pre_attn_scalar"] ** -0.5,
+            softcap=c.get("attn_logit_softcapping"),
+        ),
+        mlp=activation(c, "hidden_activation", GATED),
+        residual=SandwichNorm(),
+        embedding_scale=c["hidden_size"] ** 0.5,
+        logit_softcap=c.get("final_logit_softcapping"),
+    )
+
+
+def of_plain(m: TransformerConfig) -> dict[str, Any]:
+    """`plain` undone."""
+    scale = m.attention.scale or m.H**-0.5
+    return {
+        **of_sizes(m),
+        "rms_norm_eps": m.norm.eps,
+        "attention_bias": attention_bias(m),
+        "query_pre_attn_scalar": round(scale**-2) if round(scale**-2) ** -0.5 == scale else scale**-2,
+        "attn_logit_softcapping": softcap(m.attention),
+        "hidden_activation": of_activation(m.mlp, GATED),
+        "final_logit_softcapping": m.logit_softcap,
+        "layer_types": layer_types(m),
+        "sliding_window": window(m) or 4_096,
+    }
+
+
+def softcap(attention: Attention) -> float | None:
+    return attention.softcap if isinstance(attention, MultiHeadAttention) else None
+
+
+TABLE = (*llama.ENDS, *llama.ATTENTION, *llama.MLP, *NORMS)
+FAMILY = Family("gemma2", "Gemma2ForCausalLM", read, write, TABLE)

@@ -1,0 +1,20 @@
+"""Phi-3 and Phi-4 (arXiv:2404.14219): Llama with its projections joined, and a sliding window in every layer if it has
+one."""
+
+from __future__ import annotations
+
+from gptjax.interop.families import llama, mistral
+from gptjax.interop.families.family import Family, Row
+
+JOINED = (
+    Row("model.layers.{L}.self_attn.qkv_proj.weight", "([N]+K+K H) D", "blocks/{L}/attention/q", "D N H"),
+    Row("model.layers.{L}.self_attn.qkv_proj.weight", "(N+[K]+K H) D", "blocks/{L}/attention/k", "D K H"),
+    Row("model.layers.{L}.self_attn.qkv_proj.weight", "(N+K+[K] H) D", "blocks/{L}/attention/v", "D K H"),
+    Row("model.layers.{L}.self_attn.o_proj.weight", "D (N H)", "blocks/{L}/attention/o", "N H D"),
+    Row("model.layers.{L}.mlp.gate_up_proj.weight", "([F]+F) D", "blocks/{L}/mlp/gate", "D F"),
+    Row("model.layers.{L}.mlp.gate_up_proj.weight", "(F+[F]) D", "blocks/{L}/mlp/up", "D F"),
+    Row("model.layers.{L}.mlp.down_proj.weight", "D F", "blocks/{L}/mlp/down", "F D"),
+)
+
+TABLE = (*llama.ENDS, *JOINED, *llama.NORMS)
+FAMILY = Family("phi3", "Phi3ForCausalLM", mistral.read, mistral.write, TABLE)

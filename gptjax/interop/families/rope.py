@@ -1,0 +1,98 @@
+"""Rotary positions as config.json says them: "rope_parameters", or in older files "rope_theta" and "rope_scaling"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gptjax.interop.families.family import Fields
+from gptjax.nn import LinearScaling, Llama3Scaling, LongRoPE, Positions, RoPE, Scaling, YaRN
+from gptjax.types import UserError
+
+SCALINGS: dict[str, tuple[type[Scaling], dict[str, str]]] = {
+    "default": (Scaling, {}),
+    "linear": (LinearScaling, {"factor": "factor"}),
+    "llama3": (
+        Llama3Scaling,
+        {
+            "factor": "factor",
+            "low_freq_factor": "low",
+            "high_freq_factor": "high",
+            "original_max_position_embeddings": "original",
+        },
+    ),
+    "yarn": (
+        YaRN,
+        {
+            "factor": "factor",
+            "original_max_position_embeddings": "original",
+            "beta_fast": "beta_fast",
+            "beta_slow": "beta_slow",
+            "attention_factor": "attention_factor",
+            "mscale": "mscale",
+            "mscale_all_dim": "mscale_all_dim",
+            "truncate": "truncate",
+        },
+    ),
+    "longrope": (
+        LongRoPE,
+        {
+            "factor": "factor",
+            "original_max_position_embeddings": "original",
+            "short_factor": "short",
+            "long_factor": "long",
+            "attention_factor": "attention_factor",
+        },
+    ),
+}
+"""Their name -> the class, and their fields -> its fields."""
+ALIASES = {"su": "longrope"}
+
+
+def rope(c: Fields, given: Mapping[str, Any] | None = None, theta: float = 10_000.0, fraction: float = 1.0) -> RoPE:
+    """The encoding that the fields say; or one of several, which `given` says. theta, fraction: what lacking ones mean.
+
+    Of long and short LongRoPE factors we take the short ones, which are those of texts within the original length."""
+    said = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})} if given is None else given
+    kind = said.get("rope_type", said.get("type", "default"))
+    kind = ALIASES.get(kind, kind)
+    if kind not in SCALINGS:
+        raise UserError(f"config.json: rope_scaling: got {kind!r}, must be one of {', '.join(SCALINGS)}")
+    cls, names = SCALINGS[kind]
+    values = {**said, **{name: c[name] for name in ("original_max_position_embeddings",) if name in c}}
+    if "original_max_position_embeddings" in names:
+        values.setdefault("original_max_position_embeddings", c.get("max_position_embeddings"))
+        values.setdefault("factor", c.get("max_position_embeddings", 1) / values["original_max_position_embeddings"])
+    fields = {ours: _tuple(values[name]) for name, ours in names.items() if values.get(name) is not None}
+    if cls is LongRoPE:
+        fields["length"] = fields["original"]
+    return RoPE(
+        theta=said.get("rope_theta", c.get("rope_theta", theta)),
+        scaling=cls(**fields),
+        fraction=said.get("partial_rotary_factor", c.get("partial_rotary_factor", fraction)),
+    )
+
+
+def of_rope(positions: Positions | None, fraction: float = 1.0) -> dict[str, Any]:
+    """`rope` undone, in the words of old and new versions of `transformers`."""
+    if not isinstance(positions, RoPE):
+        return {}
+    for kind, (cls, names) in SCALINGS.items():
+        if type(positions.scaling) is cls:
+            values = {name: getattr(positions.scaling, ours) for name, ours in names.items()}
+            scaling = {"rope_type": kind, **{name: value for name, value in values.items() if value is not None}}
+            top = {"rope_theta": positions.theta}
+            if positions.fraction != fraction:
+                top["partial_rotary_factor"] = positions.fraction
+            original = values.get("original_max_position_embeddings")
+            return {
+                **top,
+                **({} if kind == "default" else {"rope_scaling": {**top, **scaling}}),
+                **({} if original is None else {"original_max_position_embeddings": original}),
+                "rope_parameters": {**top, **scaling},
+            }
+    return {}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,297 @@
+"""Models as `transformers` keeps them: config.json and safetensors, by the tables of `families/`, in both directions.
+
+config, params = load_hf(folder)                     # straight into stacked, sharded arrays, without a second copy
+save_hf(folder, config, params, tokenizer)           # what `transformers` loads with no code of ours
+
+Between a model and its files lies a description that other formats share: the fields of config.json, and named tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from gptjax.configuration import differences
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.interop import safetensors, tokenizers
+from gptjax.interop.families import FAMILIES, Family, Fields, Piece, pieces
+from gptjax.interop.templates import ChatTemplate
+from gptjax.nn import (
+    MLP,
+    Attention,
+    EncoderDecoderConfig,
+    LongRoPE,
+    MixtureOfExperts,
+    ModelConfig,
+    MultiHeadAttention,
+    RoPE,
+    Stack,
+    SwiGLU,
+    TransformerConfig,
+    Variant,
+)
+from gptjax.sharding import Rules
+from gptjax.types import Params, UserError
+
+
+def load_hf(folder: str | Path, dtype: str = "float32", rules: Rules = Rules()) -> tuple[ModelConfig, Params]:
+    """The model in a folder. Parameters have this dtype and lie as `rules` say on the current mesh.
+
+    Raises UserError, with the names, for a model of no known family, a setting that we don't have, tensors that are
+    lacking, one too many or of another shape, and for weights that are pickles."""
+    fields = read_config(folder)
+    return from_tensors(fields, safetensors.Tensors(folder), dtype, rules)
+
+
+def save_hf(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    context: int | None = None,
+    template: ChatTemplate | None = None,
+    dtype: str = "float32",
+    model_type: str | None = None,
+) -> None:
+    """Writes a folder that `transformers` loads: config.json, generation_config.json, safetensors of this dtype, and
+    the tokenizer's files.
+
+    context     the most tokens that the model reads, where its positions don't say
+    template    how it reads conversations; None: in our own format, where the tokenizer has its markers
+    model_type  the family to write it as; None: the first that can express it
+
+    Raises UserError for a model that no published family can express, and says what is in the way."""
+    described, tensors = to_tensors(config, params, dtype, model_type)
+    folder = Path(folder)
+    safetensors.write(folder, tensors.shapes, tensors.__getitem__)
+    bos, end = (None, None) if tokenizer is None else (tokenizer.bos, tokenizer.end)
+    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": end}
+    length = {} if context is None else {"max_position_embeddings": context}
+    _write_json(folder / "config.json", {**length, **described, **ids, "dtype": dtype})
+    _write_json(folder / "generation_config.json", ids)
+    if tokenizer is not None:
+        tokenizers.save(tokenizer, folder, context or config.limit, template)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> Fields:
+    """A folder's config.json."""
+    file = Path(folder) / "config.json"
+    try:
+        return Fields(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"path: got {folder}, whose config.json is missing or damaged ({error})") from None
+
+
+def from_tensors(
+    fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: str = "float32", rules: Rules = Rules()
+) -> tuple[ModelConfig, Params]:
+    """The model of a config.json's fields and its tensors, which are read one after the other. Raises as `load_hf`."""
+    fields = Fields(fields)
+    family = _family(fields["model_type"])
+    fields.only(quantization_config=None)
+    config = family.read(fields)
+    abstract = _abstract(config, rules)
+    table = _without_prefix(family) if not any(name.startswith(family.prefix) for name in tensors) else family
+    parts = pieces(table, _stacks(config), {name: leaf.shape for name, leaf in abstract.items()})
+    _check_names(table, parts, tensors)
+    by_leaf: dict[str, dict[tuple[int, ...], Piece]] = defaultdict(dict)
+    for part in parts:
+        by_leaf[part.leaf][part.index] = part
+
+    def placed(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        stack = [part for _, part in sorted(by_leaf[name].items())]
+        leaf = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
+        return safetensors.place(leaf, lambda i: stack[i].view(tensors[stack[i].tensor]))
+
+    return config, _nested({name: placed(name, leaf) for name, leaf in abstract.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported(Mapping[str, np.ndarray]):
+    """Name -> tensor, made of parameters when it is asked for."""
+
+    parts: Mapping[str, list[Piece]]
+    leaves: Mapping[str, Any]
+    dtype: np.dtype
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Name -> shape and dtype."""
+        return {name: jax.ShapeDtypeStruct(parts[0].shape, self.dtype) for name, parts in self.parts.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = np.empty(self.parts[name][0].shape, self.dtype)
+        for part in self.parts[name]:
+            leaf = self.leaves[part.leaf]
+            part.view(tensor)[...] = np.asarray(leaf[part.index] if part.index else leaf)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def to_tensors(
+    config: ModelConfig, params: Params, dtype: str = "float32", model_type: str | None = None
+) -> tuple[dict[str, Any], Exported]:
+    """The fields of config.json and the tensors of a model: `from_tensors` undone. Raises as `save_hf`."""
+    family, fields = _expressing(config, FAMILIES if model_type is None else (_family(model_type),))
+    leaves = _flat(params)
+    by_tensor: dict[str, list[Piece]] = defaultdict(list)
+    for part in pieces(family, _stacks(config), {name: leaf.shape for name, leaf in leaves.items()}):
+        by_tensor[part.tensor].append(part)
+    if lacking := leaves.keys() - {part.leaf for parts in by_tensor.values() for part in parts}:
+        raise UserError(f"params: got {_some(lacking)}, for which {family.model_type} has no name")
+    return fields, Exported(by_tensor, leaves, jnp.dtype(dtype))
+
+
+def _family(model_type: str) -> Family:
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise UserError(f"model_type: got {model_type!r}, must be one of {known}")
+
+
+def _expressing(config: ModelConfig, families: Sequence[Family]) -> tuple[Family, dict[str, Any]]:
+    """The family whose config.json, read back, gives this model again; and its fields."""
+    reasons: dict[str, list[str]] = {}
+    for family in families:
+        if type(config) is not family.kind:
+            continue
+        fields: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
+        try:
+            fields |= family.write(config)
+            changed = differences(_essence(config), _essence(family.read(Fields(fields))))
+        except UserError as error:
+            changed = [str(error), "perhaps more"]
+        if not changed:
+            return family, fields
+        reasons[family.model_type] = changed
+    if not reasons:
+        known = ", ".join(sorted({family.kind.__name__ for family in families}))
+        raise UserError(f"model: got {type(config).__name__}, must be {known} for a family of published models")
+    nearest = min(reasons, key=lambda name: len(reasons[name]))
+    raise UserError(
+        f"model: no family of published models has it; in the way of the nearest, {nearest}, is "
+        f"{'; '.join(reasons[nearest][:3])}"
+    )
+
+
+def _stacks(config: ModelConfig) -> dict[str, Stack]:
+    """The stacks of a model, by the name of their parameters."""
+    if isinstance(config, EncoderDecoderConfig):
+        return {"encoder/blocks": config.encoder.stack(), "decoder/blocks": config.decoder.stack()}
+    return {"blocks": config.stack()} if isinstance(config, TransformerConfig) else {}
+
+
+def _essence(m: ModelConfig) -> dict[str, Any]:
+    """All that decides what a trained model computes, said in one way only: each layer by itself, with its sizes."""
+    if isinstance(m, EncoderDecoderConfig):
+        return {"encoder": _essence(m.encoder), "decoder": _essence(m.decoder)}
+    assert isinstance(m, TransformerConfig)
+    layers = {
+        str(i): {
+            "attention": _attention(block.attention),
+            "cross": _attention(block.cross),
+            "mlp": _mlp(block.mlp),
+            "hidden": block.hidden,
+            "bias": block.bias,
+        }
+        for i, block in enumerate(m.stack().blocks)
+    }
+    of_layers = {"kv_heads": None, "head_size": 2, "hidden": None, "bias": False, "first": (), "pattern": (Variant(),)}
+    parts = {"attention": MultiHeadAttention(), "cross": None, "mlp": SwiGLU()}
+    positions = RoPE() if isinstance(m.positions, RoPE) else m.positions  # which turn queries and keys in the layers
+    of_training = {"dropout": 0.0, "layer_drop": 0.0, "remat": None, "dtype": "float32"}
+    rest = dataclasses.replace(m, positions=positions, **of_layers, **parts, **of_training)
+    return {"model": rest, "layers": layers}
+
+
+def _attention(part: Attention | None) -> Attention | None:
+    if isinstance(part, MultiHeadAttention):
+        if part.scale is None and part.head_size is not None:
+            part = dataclasses.replace(part, scale=part.head_size**-0.5)
+        if part.output_bias is None:
+            part = dataclasses.replace(part, output_bias=part.bias)
+    positions = None if part is None else part.positions
+    if part is not None and isinstance(positions, RoPE) and isinstance(positions.scaling, LongRoPE):
+        scaling = dataclasses.replace(positions.scaling, length=None)  # there, the length of each text decides
+        part = dataclasses.replace(part, positions=dataclasses.replace(positions, scaling=scaling))
+    return part
+
+
+def _mlp(part: MLP | None) -> MLP | None:
+    if not isinstance(part, MixtureOfExperts):
+        return part
+    router = dataclasses.replace(part.router, load_balance=0.0, z_loss=0.0)
+    return dataclasses.replace(part, router=router, capacity=None, implementation=None)
+
+
+def _abstract(config: ModelConfig, rules: Rules) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name -> shape and sharding of each parameter."""
+    init, mesh = config.build(rules).init, jax.sharding.get_mesh()
+    params = _flat(jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"])
+    if mesh.empty:
+        return params
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+        for name, x in params.items()
+    }
+
+
+def _without_prefix(family: Family) -> Family:
+    rows = (dataclasses.replace(row, theirs=row.theirs.removeprefix(family.prefix)) for row in family.table)
+    return dataclasses.replace(family, table=tuple(rows))
+
+
+def _check_names(family: Family, parts: Iterable[Piece], tensors: Mapping[str, np.ndarray]) -> None:
+    shapes = {part.tensor: part.shape for part in parts}
+    if lacking := shapes.keys() - tensors.keys():
+        raise UserError(f"tensors: lacks {_some(lacking)}, of which a {family.model_type} like this one is made")
+    extra = [name for name in tensors.keys() - shapes.keys() if not re.fullmatch(family.ignored, name)]
+    if extra:
+        raise UserError(f"tensors: got {_some(extra)} too many, which a {family.model_type} like this one has not")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise UserError(f"tensors: {name}: got shape {tensors[name].shape}, must be {shape} by config.json")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _flat(params: Params) -> dict[str, Any]:
+    """Name, such as "blocks/attention/q" -> array."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _nested(flat: Mapping[str, Any]) -> Params:
+    """`_flat` undone."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[last] = leaf
+    return tree

@@ -1,0 +1,209 @@
+"""Every model family: what `transformers` computes with its random models we compute too, there and back."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from gptjax.interop.huggingface import from_tensors, load_hf, save_hf, to_tensors
+from gptjax.interop.safetensors import SINGLE
+from gptjax.nn import RecurrentConfig, ReLUSquared, Transformer, TransformerConfig, Variant, count
+from gptjax.sharding import Mesh, Rules
+from gptjax.types import UserError
+
+# fmt: off
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+SHORT, LONG = [1.0, 1.5, 2.0], [1.0, 2.0, 4.0]
+LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG, "partial_rotary_factor": 0.75}
+GEMMA = {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5}
+LOCAL_AND_GLOBAL = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+EXPERTS = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    **SIZES, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2,
+    "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 24, "q_lora_rank": 12,
+    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10,
+}
+T5 = {
+    "vocab_size": 96, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "eos_token_id": None,
+    "decoder_start_token_id": 0,
+}
+CASES = {
+    "gpt2": {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "eos_token_id": None},
+    "llama": GROUPED,
+    "llama biased": {**GROUPED, "attention_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True},
+    "llama 3.1": {
+        **GROUPED, "rope_parameters": {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 32}
+    },
+    "mistral": {**GROUPED, "sliding_window": 5},
+    "mixtral": EXPERTS,
+    "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {**GROUPED, "head_dim": 16, "rope_parameters": YARN},
+    "qwen3_moe": {**EXPERTS, "head_dim": 16, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+    "gpt_neox": SIZES,
+    "gpt_neox serial": {**SIZES, "use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0},
+    "gemma2": GEMMA,
+    "gemma3_text": {**GEMMA, "num_hidden_layers": 7, "rope_parameters": LOCAL_AND_GLOBAL},
+    "olmo2": GROUPED,
+    "phi3": {**GROUPED, "sliding_window": 5},
+    "phi3 long": {
+        **GROUPED, "original_max_position_embeddings": 64, "rope_parameters": {**LONGROPE, "rope_theta": 1e4}
+    },
+    "gpt_oss": {**EXPERTS, "head_dim": 16, "sliding_window": 5},
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v3 yarn": {
+        **DEEPSEEK, "q_lora_rank": None, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}
+    },
+    "bert": SIZES,
+    "t5": T5,
+    "t5 gated": {**T5, "feed_forward_proj": "gated-gelu"},
+}
+# fmt: on
+"""Family, and what sets the case apart -> the fields of its config."""
+
+
+KINDS = {"bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_of_transformers_goes_in_and_out(case, tmp_path):
+    torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install -e '.[torch]'")
+    transformers = pytest.importorskip("transformers", reason="compares with it: pip install -e '.[torch]'")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    family = case.split()[0]
+    auto = getattr(transformers, KINDS.get(family, "AutoModelForCausalLM"))
+    theirs = auto.from_config(transformers.AutoConfig.for_model(family, **CASES[case]), attn_implementation="eager")
+    with torch.no_grad():  # biases and scales that are not 0 and 1, logits that are far apart
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.rand_like(buffer))
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    config, params = load_hf(tmp_path / "theirs")
+
+    prompt = torch.tensor(np.random.default_rng(0).integers(0, 96, (1, 24)))
+    with torch.inference_mode():
+        whole, start = prompt, 24
+        if family != "bert":
+            whole = theirs.generate(prompt, max_new_tokens=32, do_sample=False, use_cache=family != "t5")
+        ours, inputs = {}, {"input_ids": whole}
+        if family == "t5":
+            ours, inputs, start = {"source": prompt.numpy()}, {"input_ids": prompt, "decoder_input_ids": whole}, 1
+        expected = theirs(**inputs).logits.numpy()
+        logits = np.asarray(jax.jit(config.build().apply)({"params": params}, whole.numpy(), **ours)[0])
+        difference = np.abs(logits - expected).max() / np.abs(expected).max()
+        print(f"\n{case}: {difference:.1e}")
+        assert difference < 1e-4
+        if family != "bert":  # greedy decoding is: each token is the likeliest after those before
+            np.testing.assert_array_equal(logits[0, start - 1 : -1].argmax(-1), whole[0, start:])
+
+        save_hf(tmp_path / "ours", config, params, model_type=family)
+        again = auto.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+        assert type(again) is type(theirs)
+        np.testing.assert_array_equal(again(**inputs).logits.numpy(), expected)
+    again.save_pretrained(tmp_path / "again")
+    config_again, params_again = load_hf(tmp_path / "again")
+    assert config_again == config
+    jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+def tiny(**changes):
+    """A model, what config.json says of it, and its tensors."""
+    config = TransformerConfig(vocab=16, layers=2, width=8, heads=2, kv_heads=1, hidden=12, **changes)
+    init = functools.partial(Transformer(config).init, jax.random.key(0))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(init, jnp.zeros((1, 1), int)))[
+        "params"
+    ]
+    fields, tensors = to_tensors(config, params)
+    return config, fields, dict(tensors)
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name():
+    _, fields, tensors = tiny()
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(UserError, match=rf"^tensors: lacks {name}, of which a llama like this one is made"):
+        from_tensors(fields, {k: v for k, v in tensors.items() if k != name})
+    with pytest.raises(UserError, match=r"^tensors: got model.layers.2.mlp.up_proj.weight too many"):
+        from_tensors(fields, {**tensors, "model.layers.2.mlp.up_proj.weight": tensors[name]})
+    with pytest.raises(UserError, match=rf"^tensors: {name}: got shape \(8, 12\), must be \(12, 8\) by config.json"):
+        from_tensors(fields, {**tensors, name: tensors[name].T})
+    with pytest.raises(UserError, match=r"^tensors: lacks lm_head.weight"):
+        from_tensors({**fields, "tie_word_embeddings": False}, tensors)
+
+
+def test_what_nobody_needs_is_passed_over():
+    _, fields, tensors = tiny()
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2), "lm_head.weight": np.ones((16, 8))}
+    assert from_tensors(fields, {**tensors, **buffers})[0] == from_tensors(fields, tensors)[0]
+    without_head = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    params = from_tensors(fields, without_head)[1]
+    assert count(params) == sum(tensor.size for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model_type", "bloom", "model_type: got 'bloom', must be one of gpt2, llama, "),
+        ("hidden_act", "xielu", "config.json: hidden_act: got 'xielu', must be one of silu, "),
+        (
+            "rope_scaling",
+            {"rope_type": "dynamic"},
+            "config.json: rope_scaling: got 'dynamic', must be one of default, ",
+        ),
+        ("quantization_config", {"bits": 4}, "config.json: quantization_config: got {'bits': 4}, must be None"),
+    ],
+)
+def test_settings_that_we_do_not_have_are_refused(field, value, message):
+    _, fields, tensors = tiny()
+    fields.pop("rope_parameters")
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        from_tensors({**fields, field: value}, tensors)
+    del fields["hidden_size"]
+    with pytest.raises(UserError, match=r"^config.json: lacks hidden_size"):
+        from_tensors(fields, tensors)
+
+
+def test_a_model_that_no_family_has_is_refused_and_the_reason_named():
+    with pytest.raises(UserError, match=r"^model: no family .* llama, is model.mlp: got ReLUSquared\(\), must"):
+        tiny(mlp=ReLUSquared())
+    with pytest.raises(UserError, match=r"layers.1.attention.window: 4 → None"):
+        tiny(pattern=(Variant(), Variant(window=4)))
+    with pytest.raises(UserError, match=r"^model: got RecurrentConfig, must be EncoderConfig, "):
+        to_tensors(RecurrentConfig(vocab=16, layers=1, width=8), {})
+
+
+def test_what_training_needs_is_not_asked_of_a_family():
+    training = {"dropout": 0.1, "layer_drop": 0.1, "dtype": "bfloat16", "remat": "dots_saveable"}
+    _, fields, _ = tiny(**training, pattern=(Variant(), Variant()))
+    assert "dropout" not in fields
+    assert fields["model_type"] == "llama"
+
+
+def test_parameters_come_to_lie_as_the_rules_say(tmp_path):
+    config, _, _ = tiny()
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    save_hf(tmp_path / "one", config, params, dtype="bfloat16")
+    rules = Rules(embed="fsdp", heads="tensor", ffn="tensor", vocab="tensor")
+    with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).make()):
+        _, sharded = load_hf(tmp_path / "one", "bfloat16", rules)
+        save_hf(tmp_path / "two", config, sharded, dtype="bfloat16")
+    assert sharded["blocks"]["attention"]["q"].sharding.spec == PartitionSpec(None, "fsdp", "tensor", None)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), sharded, params)
+    assert (tmp_path / "one" / SINGLE).read_bytes() == (tmp_path / "two" / SINGLE).read_bytes()
