@@ -1,4 +1,4 @@
-"""The command line: `gptjax chat | generate | eval | tokenizer train | tokenizer report`; each has --help."""
+"""The command line: `gptjax chat | generate | eval | convert | tokenizer train | tokenizer report`; each has --help."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tyro
 
 from gptjax import host
 from gptjax.chat import Chat, show
+from gptjax.convert import convert
 
 # Nothing heavier up here: --help must not wait for jax.
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ def chat(
     options = drawing.options()
     model = _load(path)
     Chat(model, system, options).run()
+
+
+app.command(convert)
 
 
 @app.command(name="eval")

@@ -4,6 +4,7 @@ lm = gptjax.load("runs/quickstart")
 lm.generate("Once upon", max_tokens=50, temperature=0.8)[0].text
 lm.chat([Message("user", "What does textwrap.dedent do?")]).content
 lm.save("somewhere/else")
+lm.save_hf("for/transformers")
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from gptjax.data.chat import prompt as chat_prompt
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
+from gptjax.interop import hub
+from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import LoRA, ModelConfig, unstack
 from gptjax.train.checkpoint import Checkpoints, Restored
 from gptjax.types import Array, Params, UserError
@@ -51,6 +54,8 @@ class LanguageModel:
     """Its tokenizer."""
     context: int | None = None
     """Longest text that it was trained on, tokens; conversations are kept within."""
+    template: ChatTemplate | None = None
+    """How it reads conversations, if not as `gptjax.data.chat` writes them."""
 
     def __post_init__(self):
         _check(self.config, self.params, self.tokenizer)
@@ -129,7 +134,7 @@ class LanguageModel:
         """The answer of `chat`, in pieces as it is written. The generator's return value is the completion."""
         messages, _ = self.trim(messages, max_tokens)
         sampling = dataclasses.replace(sampling, **fields)
-        ids = chat_prompt(messages, self.tokenizer)
+        ids = self._prompt(messages)
         if self._window is not None:
             max_tokens = min(max_tokens or DEFAULT_TOKENS, self._window - len(ids))
         return stream(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop)
@@ -145,7 +150,7 @@ class LanguageModel:
         if window is None:
             return kept, 0
         room = window - (max_tokens or min(DEFAULT_TOKENS, window // 2))
-        while (length := len(chat_prompt(kept, self.tokenizer))) > room:
+        while (length := len(self._prompt(kept))) > room:
             oldest = next((i for i, message in enumerate(kept[:-1]) if message.role != "system"), None)
             if oldest is None:
                 raise UserError(
@@ -160,18 +165,38 @@ class LanguageModel:
 
     def save(self, path: str | Path) -> None:
         """Writes a folder that `load` reads: config.json, params.npz, tokenizer/. Raises UserError if there is one."""
-        path = Path(path).expanduser()
-        if path.exists():
-            raise UserError(f"path: got {path}, which exists already; choose another or delete it")
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = _partial(path)
         config = {"model": to_json(self.config), "context": self.context, "tokenizer": self.tokenizer.fingerprint}
+        if self.template is not None:
+            config["template"] = dataclasses.asdict(self.template)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         arrays: dict[str, Any] = {name: np.asarray(x) for name, x in _flat(self.params).items()}
         np.savez(partial / "params.npz", **arrays)
         self.tokenizer.save(partial / "tokenizer")
-        partial.rename(path)
+        partial.rename(Path(path).expanduser())
+
+    def save_hf(self, path: str | Path, dtype: str = "float32", model_type: str | None = None) -> None:
+        """Writes a folder that `transformers` loads, and `load` too; see `gptjax.interop.huggingface.save_hf`."""
+        from gptjax.interop.huggingface import save_hf
+
+        partial = _partial(path)
+        save_hf(partial, self.config, self.params, self.tokenizer, self.context, self.template, dtype, model_type)
+        partial.rename(Path(path).expanduser())
+
+    def save_gguf(self, path: str | Path, dtype: str = "f16") -> None:
+        """Writes a file for llama.cpp; see `gptjax.interop.gguf.write`."""
+        from gptjax.interop import gguf, huggingface
+
+        fields, tensors = huggingface.to_tensors(self.config, self.params)
+        fields = {"max_position_embeddings": self._window or 2_048, **fields}
+        source = None if self.template is None else self.template.source
+        gguf.write(path, fields, tensors, self.tokenizer, dtype, source)
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids after which the assistant speaks."""
+        if self.template is not None:
+            return self.template.prompt(messages, self.tokenizer)
+        return chat_prompt(messages, self.tokenizer)
 
     @property
     def _model(self) -> Any:
@@ -201,13 +226,16 @@ class LanguageModel:
 
 
 def load(path: str | Path) -> LanguageModel:
-    """The model in a folder: one written by `LanguageModel.save`, or a run's, at the newest checkpoint of the last
-    stage that has one. Raises UserError for anything else, and for files that are damaged or don't belong together."""
-    path = Path(path).expanduser()
+    """The model in a folder, or of the Hugging Face hub's repository of that name: one written by `LanguageModel.save`;
+    a run's, at the newest checkpoint of the last stage that has one; one of `transformers`, of a family in
+    `gptjax.interop.families`. Raises UserError for anything else, and for files that are damaged or don't belong
+    together. A llama2.c file will do too, with its tokenizer beside it."""
+    if Path(path).expanduser().is_file():
+        return _load_llama2c(Path(path).expanduser())
+    path = hub.folder(path)
     file = path / "config.json"
     if not file.is_file():
-        problem = "which has no config.json" if path.is_dir() else "which is not a folder"
-        raise UserError(f"path: got {path}, {problem}; must be a run folder or one written by LanguageModel.save")
+        raise UserError(f"path: got {path}, which has no config.json; must be a model's folder or a run's")
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
@@ -217,8 +245,35 @@ def load(path: str | Path) -> LanguageModel:
     if "model" in config and "tokenizer" in config:
         return _load_saved(path, config)
     if "model_type" in config:
-        raise UserError(f"path: got {path}, a Hugging Face folder, which this version can't read; give a run folder")
-    raise UserError(f"path: got {path}, whose config.json is of another program; give a run folder")
+        return _load_hf(path)
+    raise UserError(f"path: got {path}, whose config.json is of another program; give a model's folder or a run's")
+
+
+def _load_hf(path: Path) -> LanguageModel:
+    from gptjax.interop import huggingface, tokenizers
+
+    config, params = huggingface.load_hf(path)
+    context = huggingface.read_config(path).get("max_position_embeddings")
+    return LanguageModel(config, params, tokenizers.load(path), context, tokenizers.load_template(path))
+
+
+def _load_llama2c(file: Path) -> LanguageModel:
+    from gptjax.interop import huggingface, llama2c
+
+    fields, tensors = llama2c.read(file)
+    config, params = huggingface.from_tensors(fields, tensors)
+    return LanguageModel(config, params, load_tokenizer(file.parent), fields.get("max_position_embeddings"))
+
+
+def _partial(path: str | Path) -> Path:
+    """An empty folder, to be renamed `path` once it is whole. Raises UserError if there is one of that name."""
+    path = Path(path).expanduser()
+    if path.exists():
+        raise UserError(f"path: got {path}, which exists already; choose another or delete it")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
 
 
 def _load_saved(path: Path, config: dict[str, Any]) -> LanguageModel:
@@ -229,7 +284,8 @@ def _load_saved(path: Path, config: dict[str, Any]) -> LanguageModel:
             flat = {name: jnp.asarray(file[name]) for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
-    return LanguageModel(model, _nested(flat), tokenizer, config["context"])
+    template = ChatTemplate(**config["template"]) if "template" in config else None
+    return LanguageModel(model, _nested(flat), tokenizer, config["context"], template)
 
 
 def _load_run(path: Path, experiment: dict[str, Any]) -> LanguageModel:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.cli import main
 from gptjax.configuration import to_json
 from gptjax.data.chat import Message
 from gptjax.data.tokenizers.bytes import Bytes
@@ -42,6 +43,25 @@ def test_saved_and_loaded_it_computes_the_same(tmp_path):
     np.testing.assert_array_equal(loaded.logits(tokens), before)
     with pytest.raises(UserError, match=r"model, which exists already; "):
         LM.save(tmp_path / "model")
+
+
+def test_a_folder_for_transformers_is_the_same_model(tmp_path):
+    dataclasses.replace(LM, context=77).save_hf(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    tokens = np.asarray([[1, 2, 3], [7, 8, 9]])
+    np.testing.assert_array_equal(loaded.logits(tokens), LM.logits(tokens))
+    assert loaded.context == 77
+    assert loaded.tokenizer.encode("é, a text") == TOKENIZER.encode("é, a text")
+    messages = [Message("user", "hello")]
+    assert loaded.chat(messages, 12, temperature=0) == LM.chat(messages, 12, temperature=0)
+
+
+def test_convert_goes_from_form_to_form(tmp_path):
+    LM.save(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "hf")]) == 0
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "back"), "--to", "gptjax"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "back").params, LM.params)
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "back"), "--to", "gptjax"]) == 2
 
 
 def test_logprobs_are_those_of_the_logits():
@@ -106,12 +126,13 @@ def test_a_run_folder_gives_its_last_trained_stage(tmp_path):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^path: got .*nowhere, which is not a folder; must be a run folder"):
+    with pytest.raises(UserError, match=r"^path: got .*nowhere, must be a folder or a repository of the hub"):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"^path: got .*, which has no config.json"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="a Hugging Face folder"):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="whose weights are pickles"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"mod')
     with pytest.raises(UserError, match=r"whose config.json is damaged"):

@@ -34,7 +34,7 @@ FLOORS = (
     {"evals", "interop"},
     {"coordinates", "language_model", "report"},
     {"experiment"},
-    {"chat"},
+    {"chat", "convert"},
     {"cli", "gptjax"},
     {"experiments"},
 )

@@ -1,0 +1,41 @@
+"""From one program's files to another's: what `gptjax convert` runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+# Nothing heavier up here: --help must not wait for jax.
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")],
+    to: Literal["hf", "gguf", "gptjax"] = "hf",
+    dtype: str | None = None,
+) -> None:
+    """Write a model in another form: a folder for transformers, a GGUF file for llama.cpp, or a folder of ours.
+
+    Args:
+        source: What gptjax.load takes: a folder, a name on the Hugging Face hub, a llama2.c file.
+        destination: What to write; it must not exist.
+        to: The form.
+        dtype: Of the weights: for hf float32 (unless told), bfloat16 or float16; for gguf f32, f16 (unless told), bf16
+            or q8_0.
+    """
+    from gptjax.language_model import load
+    from gptjax.types import UserError
+
+    if destination.exists():
+        raise UserError(f"destination: got {destination}, which exists already; choose another or delete it")
+    if to == "gptjax" and dtype is not None:
+        raise UserError(f"dtype: got {dtype}, must be none: our folders hold float32")
+    model = load(source)
+    if to == "hf":
+        model.save_hf(destination, dtype or "float32")
+    elif to == "gguf":
+        model.save_gguf(destination, dtype or "f16")
+    else:
+        model.save(destination)
