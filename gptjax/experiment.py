@@ -112,7 +112,6 @@ class Experiment:
         cache = cache_dir() / "tokens"
         mesh = self.mesh.make()
         model = self.model.build(self.rules if mesh.size > 1 else Rules())
-        one_process = jax.process_count() == 1
         results: dict[str, list[Result]] = {}
         with Records(folder, self.records, to_json(self)) as records:
             before: str | None = None
@@ -131,7 +130,7 @@ class Experiment:
                             cache=cache,
                             seed=self.seed,
                             start=None if before is None else functools.partial(self._trained, folder, before),
-                            sample=functools.partial(_sample, self.model, stage, tokenizer) if one_process else None,
+                            sample=functools.partial(_sample, model, stage, tokenizer),
                             description={"configuration": to_json(self)},
                         )
                 before = name
@@ -232,12 +231,11 @@ class Experiment:
         return results
 
 
-def _sample(config: ModelConfig, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
-    """A short text after `prompt`, with parameters that are in the middle of training. Written on one device."""
+def _sample(model: Any, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
+    """A short text after `prompt`, with parameters that are in the middle of training, where they lie."""
     ids = stage.data.prompt(tokenizer, prompt)
-    length = min(64, (config.limit or sys.maxsize) - len(ids))
-    with jax.set_mesh(None):
-        done = generate(config.build(), jax.device_get(params), tokenizer, [ids], length, SAMPLING)
+    length = min(64, (model.config.limit or sys.maxsize) - len(ids))
+    done = generate(model, params, tokenizer, [ids], length, SAMPLING)
     return ("\n" if isinstance(stage.data, Chat) else "") + done[0].text
 
 

@@ -32,6 +32,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.interop import hub
 from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import LoRA, ModelConfig, unstack
+from gptjax.sharding import STANDARD, Rules, on_mesh_of, reshard
 from gptjax.train.checkpoint import Checkpoints, Restored
 from gptjax.types import Array, Params, UserError
 
@@ -56,6 +57,8 @@ class LanguageModel:
     """Longest text that it was trained on, tokens; conversations are kept within."""
     template: ChatTemplate | None = None
     """How it reads conversations, if not as `gptjax.data.chat` writes them."""
+    rules: Rules = STANDARD
+    """How the parameters lie on their mesh, if they lie on one: the model runs there."""
 
     def __post_init__(self):
         _check(self.config, self.params, self.tokenizer)
@@ -64,7 +67,8 @@ class LanguageModel:
         """tokens int [B, T] -> logits [B, T, V] of the token that follows each, in the compute dtype."""
         ids = jnp.asarray(tokens, jnp.int32)
         self._fits(ids.shape[-1])
-        return _logits(self._model, self.params, ids)
+        with on_mesh_of(self.params):
+            return _logits(self._model, self.params, ids)
 
     def logprobs(self, text: str | Sequence[int]) -> np.ndarray:
         """The log-probability, nats, of each token given those before it: float32 [n - 1] for n token ids. A text's
@@ -76,7 +80,8 @@ class LanguageModel:
         size = min(round_up(len(ids)), self.config.limit or sys.maxsize)
         padded = np.zeros((1, size), np.int32)  # what follows changes nothing, and programs stay few
         padded[0, : len(ids)] = ids
-        return np.asarray(_logprobs(self._model, self.params, padded))[0, : len(ids) - 1]
+        with on_mesh_of(self.params):
+            return np.asarray(_logprobs(self._model, self.params, padded))[0, : len(ids) - 1]
 
     def generate(
         self,
@@ -200,12 +205,13 @@ class LanguageModel:
 
     @property
     def _model(self) -> Any:
-        return self.config.build()
+        return self.config.build(self.rules)
 
     @functools.cached_property
     def _layers(self) -> Params:
         """The parameters, layer by layer, as decoding reads them."""
-        return unstack(self.config, self.params)
+        with on_mesh_of(self.params):
+            return unstack(self.config, self.params)
 
     @property
     def _window(self) -> int | None:
@@ -367,12 +373,13 @@ def _nested(flat: Mapping[str, Any]) -> Params:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(model: Any, params: Params, tokens: Array) -> Array:
-    return model.apply({"params": params}, tokens)[0]
+    rules = model.rules.for_rows(len(tokens))
+    return model.clone(rules=rules).apply({"params": params}, reshard(tokens, rules("batch", None)))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(model: Any, params: Params, tokens: Array) -> Array:
     """[B, T] -> [B, T-1]"""
-    logits = model.apply({"params": params}, tokens)[0][:, :-1].astype(jnp.float32)
+    logits = reshard(_logits(model, params, tokens), model.rules(None, None, None))[:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

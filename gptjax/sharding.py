@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -38,7 +38,7 @@ class Rules:
     heads: Axis = None
     """Query heads."""
     kv_heads: Axis = None
-    """Key/value heads."""
+    """Key/value heads; whole on every device where the mesh does not divide them, as a single one."""
     ffn: Axis = None
     """Hidden units of the MLP."""
     vocab: Axis = None
@@ -53,6 +53,17 @@ class Rules:
         if jax.sharding.get_abstract_mesh().empty:
             return None
         return PartitionSpec(*(None if axis is None else getattr(self, axis) for axis in axes))
+
+    def fitting(self, axis: str, size: int) -> str | None:
+        """The logical axis, or None where the current mesh does not cut so many into equal parts."""
+        mesh = jax.sharding.get_abstract_mesh()
+        return axis if mesh.empty or size % self.parts(axis, dict(mesh.shape)) == 0 else None
+
+    def for_rows(self, rows: int) -> Rules:
+        """The rules for so many whole rows: if the current mesh does not cut them into equal parts, all are on every
+        device."""
+        batch = self.batch if self.fitting("batch", rows) else None
+        return dataclasses.replace(self, batch=batch, sequence=None)
 
     def parts(self, axis: str, sizes: dict[str, int]) -> int:
         """How many parts a mesh of these sizes cuts a logical axis into."""
@@ -110,6 +121,18 @@ def use(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
     if mesh is None or mesh.size == 1:
         return contextlib.nullcontext()
     return jax.set_mesh(mesh)
+
+
+def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
+    """Context in which the mesh that the arrays of a tree lie on is current; if they lie on none, nothing changes."""
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(cast(jax.sharding.Mesh, mesh))
+
+
+def reshard(x: Any, spec: PartitionSpec | None) -> Any:
+    """x placed as `Rules` say, inside of a program; without a mesh, where they say nothing, x."""
+    return x if spec is None else jax.reshard(x, spec)
 
 
 def global_array(local, rules: Rules):

@@ -4,6 +4,9 @@
     for piece in stream(model, params, tokenizer, prompt): print(piece, end="")
 
 What a row says depends on its own prompt and seed, not on the rows beside it, nor on how the work is cut into chunks.
+
+With parameters on a mesh, and a model with the rules by which they lie there, the model runs on that mesh. Tokens are
+drawn on every device alike: all but the model and its cache is small, and whole everywhere.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.sampling import Sampling, sample
 from gptjax.inference.text import Finish, Row
 from gptjax.nn import Cache, make_cache, unstack
+from gptjax.sharding import on_mesh_of, reshard
 from gptjax.types import Array, Key, Params, UserError
 
 DEFAULT_TOKENS = 256
@@ -72,11 +76,15 @@ def prefill(
     vocabulary when seen tokens are to be kept, else 0. Returns P * samples rows.
     """
     P, T = tokens.shape
+    rules, rows = model.rules.for_rows(P), model.rules.for_rows(P * samples)
     positions = jnp.arange(T) - (T - lengths[:, None])
     real = positions >= 0
-    inputs = [x[:, :-1] for x in (tokens, jnp.maximum(positions, 0), real.astype(jnp.int32))]
+    inputs = [
+        reshard(x[:, :-1], rules("batch", None)) for x in (tokens, jnp.maximum(positions, 0), real.astype(jnp.int32))
+    ]
     # Nobody uses these logits, so the compiler drops the head, the largest product of all.
-    _, cache = model.apply({"params": params}, *inputs, make_cache(model.config, P, size, model.rules))
+    reader = model.clone(rules=rules)
+    _, cache = reader.apply({"params": params}, *inputs, make_cache(model.config, P, size, rules))
     state = State(
         tokens=jnp.zeros((P, size + 1), jnp.int32).at[:, :T].set(tokens),
         logprobs=jnp.zeros((P, size + 1), jnp.float32),
@@ -85,7 +93,14 @@ def prefill(
         seen=jnp.zeros((P, seen), bool).at[jnp.arange(P)[:, None], tokens].max(real) if seen else None,
         cache=cast(Cache, cache),
     )
-    state = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x, state)
+    # Prompts may be too few for the mesh to share out, and their samples not.
+    placed = dataclasses.replace(state, cache=make_cache(model.config, P * samples, size, rows))
+
+    def repeat(x: Array, placed: Array) -> Array:
+        sharding = None if jax.sharding.get_abstract_mesh().empty else jax.typeof(placed).sharding.spec
+        return jnp.repeat(x, samples, axis=0, out_sharding=sharding) if x.ndim else x
+
+    state = jax.tree.map(repeat, state, placed)
     keys = jax.vmap(jax.random.fold_in)(state.keys, jnp.arange(P * samples) % samples)
     return dataclasses.replace(state, keys=keys)
 
@@ -104,6 +119,8 @@ def decode(
     """Reads and draws until `until` slots are read, or all rows are done: `done` bool [B], and those that drew one of
     `ends` int32 [n]. Tokens from `vocab` on are never drawn: models pad their vocabulary."""
     B = state.tokens.shape[0]
+    rules = model.rules.for_rows(B)
+    reader = model.clone(rules=rules)
 
     def going(carry: tuple[State, Array]) -> Array:
         state, done = carry
@@ -113,9 +130,9 @@ def decode(
         state, done = carry
         slot = state.cache.length
         token = jax.lax.dynamic_slice_in_dim(state.tokens, slot, 1, axis=1)
-        real = jnp.ones_like(token)
-        logits, cache = model.apply({"params": params}, token, state.positions[:, None], real, state.cache)
-        logits = logits[:, 0, :vocab].astype(jnp.float32)
+        inputs = [reshard(x, rules("batch", None)) for x in (token, state.positions[:, None], jnp.ones_like(token))]
+        logits, cache = reader.apply({"params": params}, *inputs, state.cache)
+        logits = reshard(logits[:, 0], rules(None, None))[:, :vocab].astype(jnp.float32)
         drawn = sample(logits, jax.vmap(jax.random.fold_in)(state.keys, state.positions), sampling, state.seen)
         logprob = jnp.take_along_axis(logits, drawn[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         state = State(
@@ -229,16 +246,18 @@ def _run(
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     vocab = min(tokenizer.vocab, model.config.vocab)
     ends = np.asarray(sorted(set(tokenizer.specials.values())), np.int32)
-    # Layer by layer: slices of stacked parameters would be copied again at every token.
-    params = unstack(model.config, params)
     seeded = np.asarray(seeds, np.int64).astype(np.uint32)
     seen = vocab if sampling.penalizes else 0
-    state = prefill(model, params, tokens, lengths, seeded, len(rows) // len(prompts), size, seen)
+    with on_mesh_of(params):
+        # Layer by layer: slices of stacked parameters would be copied again at every token.
+        params = unstack(model.config, params)
+        state = prefill(model, params, tokens, lengths, seeded, len(rows) // len(prompts), size, seen)
     written = 0
     while not all(row.finish for row in rows):
         done = np.asarray([row.finish is not None for row in rows])
         until = T - 1 + min(written + steps(), longest)
-        state = decode(model, params, state, until, done, ends, sampling, vocab)
+        with on_mesh_of(params):  # not around the yield: what else the caller does is not of this mesh
+            state = decode(model, params, state, until, done, ends, sampling, vocab)
         drawn, logprobs, end = jax.device_get((state.tokens, state.logprobs, state.cache.length))
         new = slice(T + written, int(end) + 1)
         for row, ids, values in zip(rows, drawn[:, new].tolist(), logprobs[:, new].tolist(), strict=True):

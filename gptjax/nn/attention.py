@@ -64,7 +64,7 @@ class Attention:
         """x [B, T, D], positions int32 [B, T] -> y [B, T, D].
 
         slots         for incremental decoding, those of a `Cache`, which may lack the axis of rows where B is 1; they
-                      come back with the T new entries written at `mask.offset`
+                      come back with the T new entries written at `mask.start`
         bias          float [N, T, S], added to the scores
         source        [B, S, D], what keys and values are of, or what `memory` made of it: cross-attention; None: x
         tokens        int32 [B, T], what x is of, for parts that embed it once more
@@ -140,7 +140,7 @@ class MultiHeadAttention(Attention):
             k, v = (kept.reshape(x.shape[0], K, -1, H).swapaxes(1, 2) for kept in memory)
         if slots is not None:
             keys, values = (
-                kv.write(filled, new.swapaxes(1, 2), mask.offset, axis=-2)
+                kv.write(filled, new.swapaxes(1, 2), mask.start, axis=-2)
                 for filled, new in zip(slots, (k, v), strict=True)
             )
             slots = keys, values
@@ -169,7 +169,7 @@ class MultiHeadAttention(Attention):
     def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> tuple[Array, Array]:
         """Keys and values, [B, K, S, H] each: the order in which attention reads them."""
         _, K, H = self._sizes()
-        sharding = rules("batch", "kv_heads", None, None)
+        sharding = rules("batch", rules.fitting("kv_heads", K), None, None)
         keys, values = (jnp.zeros((batch, K, size, H), dtype, out_sharding=sharding) for _ in range(2))
         return keys, values
 
@@ -180,7 +180,7 @@ class MultiHeadAttention(Attention):
     def _project(self, weight: Weight, name: str, x: Array) -> Array:
         """x [B, T, D] -> queries "q" [B, T, N, H], or keys "k" or values "v" [B, T, K, H], normalised by `qk_norm`."""
         N, K, H = self._sizes()
-        heads, axis = (N, "heads") if name == "q" else (K, "kv_heads")
+        heads, axis = (N, "heads") if name == "q" else (K, weight.rules.fitting("kv_heads", K))
         w = weight(name, (x.shape[-1], heads, H), ("embed", axis, None))
         y = linear(x, w, weight.rules("batch", "sequence", axis, None))
         if self.bias:

@@ -195,7 +195,6 @@ class TransformerConfig(ModelConfig):
             *super().axes,
             ("embed", "model.width", self.width),
             ("heads", "model.heads", self.heads),
-            ("kv_heads", "model.kv_heads", self.K),
             ("ffn", "model.hidden", self.F),
         )
 

@@ -94,7 +94,7 @@ class MultiHeadLatentAttention(Attention):
             v = linear(latent, to_value, heads)
         else:
             q = jnp.einsum("BTNH,RNH->BTNR", q, to_key, out_sharding=heads)
-            slots = kv.write(slots, jnp.concatenate([latent, shared], -1), mask.offset, axis=-2)
+            slots = kv.write(slots, jnp.concatenate([latent, shared], -1), mask.start, axis=-2)
             k = v = slots.reshape(x.shape[0], -1, 1, R + P)
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)

@@ -64,7 +64,7 @@ class Recurrent(Attention):
         bias = weight("recurrent_bias", (G, D), (None, None), zeros)
         begins = jnp.zeros((B, T), bool)
         if mask.query_segments is not None and mask.key_segments is not None:
-            last = jnp.maximum(jnp.asarray(mask.offset) - 1, 0)
+            last = jnp.maximum(jnp.asarray(mask.start) - 1, 0)
             last = lax.dynamic_slice_in_dim(mask.key_segments, last, 1, axis=1)
             begins = mask.query_segments != jnp.concatenate([last, mask.query_segments[:, :-1]], 1)
 

@@ -33,8 +33,9 @@ class ValueEmbedding:
         if tokens is None:
             raise UserError("tokens: got none, must be given to attention that has value embeddings")
         (K, H), rules = v.shape[2:], weight.rules
-        table = weight("embedding", (self.vocab, K, H), (None, "kv_heads", None))
-        values = embed(table, tokens, rules(None, "kv_heads", None), rules("batch", "sequence", "kv_heads", None))
-        gate = weight("gate", (self.channels, K), (None, "kv_heads"))
-        opening = linear(x[..., : self.channels], gate, rules("batch", "sequence", "kv_heads"))
+        heads = rules.fitting("kv_heads", K)
+        table = weight("embedding", (self.vocab, K, H), (None, heads, None))
+        values = embed(table, tokens, rules(None, heads, None), rules("batch", "sequence", heads, None))
+        gate = weight("gate", (self.channels, K), (None, heads))
+        opening = linear(x[..., : self.channels], gate, rules("batch", "sequence", heads))
         return v + self.top * jax.nn.sigmoid(opening)[..., None] * values

@@ -36,7 +36,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
     @jax.checkpoint
     def attend(chunk: Any) -> Array:
         start, q, segments, bias = chunk
-        shifted = dataclasses.replace(mask, offset=mask.offset + start, query_segments=segments)
+        shifted = dataclasses.replace(mask, offset=mask.start + start, query_segments=segments)
         return plain.attention(q, k, v, shifted, dataclasses.replace(options, bias=bias))
 
     starts = jnp.arange(0, q.shape[1], CHUNK)

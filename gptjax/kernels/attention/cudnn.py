@@ -26,7 +26,7 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str |
     largest = 256 if generation >= 9 else 128
     if H % 8 or largest < H or v.shape[-1] != H:
         return f"needs heads of a multiple of 8 up to {largest}, keys and values alike, got {H} and {v.shape[-1]}"
-    if not isinstance(mask.offset, int) or mask.offset != 0 or (mask.causal and T != S):
+    if mask.offset is not None or (mask.causal and T != S):
         return "needs as many queries as keys for a causal mask, and no offset"
     if mask.window is not None and (not mask.causal or mask.prefix is not None):
         return "needs a causal mask without a prefix for a window"
@@ -46,7 +46,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
     bias = None if options.bias is None else options.bias.astype(q.dtype)
 
     def kernel(q, k, v, bias, query_segments, key_segments, prefix):
-        rest = Mask(mask.causal and not causal, None, 0, query_segments, key_segments, prefix)
+        rest = Mask(mask.causal and not causal, None, None, query_segments, key_segments, prefix)
         return jax.nn.dot_product_attention(
             *(q, k, v),
             bias=None if bias is None else bias[None],

@@ -68,6 +68,7 @@ def attention(
 
     Raises UserError when the named implementation does not exist or cannot do this.
     """
+    k, v = place.with_heads_of(q, k, v)
     case = q, k, v, mask, Options(bias, sinks, scale, softcap, dropout if key is not None else 0.0, key)
     if implementation is None:
         implementation = _choose(*case)

@@ -5,10 +5,12 @@ XLA can split a plain program over a mesh, but not a kernel: a kernel runs on ea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from gptjax.types import Array
@@ -24,6 +26,28 @@ def platform() -> str:
     return device if isinstance(device, str) else device.platform
 
 
+def with_heads_of(q: Array, *others: Array) -> tuple[Array, ...]:
+    """Keys or values [B, S, K, H], placed with their heads as those of q [B, T, N, H] are.
+
+    A mesh may cut query heads into more parts than there are key heads, or into parts that K is no multiple of; keys
+    are whole on every device then. Each head is repeated as often as it takes for every device to have those that its
+    queries read.
+    """
+    axes = _spec(q)[2]
+    if axes is None:
+        return others
+    parts = q.shape[2] // jax.typeof(q).sharding.shard_shape(q.shape)[2]
+
+    def placed(x: Array) -> Array:
+        batch, length, heads, size = _spec(x)
+        if heads is not None:
+            return x
+        times = math.lcm(x.shape[2], parts) // x.shape[2]
+        return jnp.repeat(x, times, axis=2, out_sharding=PartitionSpec(batch, length, axes, size))
+
+    return tuple(map(placed, others))
+
+
 def refuses(q: Array, k: Array, v: Array) -> str | None:
     """Why a kernel cannot run on each device's share of q [B, T, N, H], k and v [B, S, K, H]; None: it can."""
     mesh = get_abstract_mesh()
@@ -32,7 +56,7 @@ def refuses(q: Array, k: Array, v: Array) -> str | None:
     (batch, length, heads, size), *others = (_spec(x) for x in (q, k, v))
     if any(spec[1] or spec[3] for spec in others) or length or size:
         return "needs whole sequences and heads on each device"
-    if others[0] != others[1] or others[0][0] != batch or (others[0][2] != heads and k.shape[2] > 1):
+    if any((spec[0], spec[2]) != (batch, heads) for spec in others):
         return "needs queries, keys and values sharded alike"
     return None
 

@@ -19,7 +19,7 @@ from gptjax.types import Array, Key
 class Mask:
     """Which keys a query may see: the AND of what is set.
 
-    Queries are the slots offset .. offset + T of the S key slots. (jax.nn's `is_causal` aligns them at slot 0, which is
+    Queries are the slots start .. start + T of the S key slots. (jax.nn's `is_causal` aligns them at slot 0, which is
     wrong for cached decoding.)
     """
 
@@ -27,8 +27,9 @@ class Mask:
     """Keys at later slots are hidden."""
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     """Keys that are this many slots away or more are hidden: sliding-window attention, arXiv:2004.05150."""
-    offset: Array | int = 0
-    """Slot of the first query among the keys, int32 scalar. Fused kernels take the number 0 only, not an array."""
+    offset: Array | int | None = None
+    """Slot of the first query among the keys, int32 scalar. None: slot 0, known when the program is made, which fused
+    kernels need; a number would be an array inside of `jax.jit`."""
     query_segments: Array | None = None
     """int32 [B, T]: a query sees keys of its own segment only."""
     key_segments: Array | None = None
@@ -36,9 +37,14 @@ class Mask:
     prefix: Array | None = None
     """bool [B, S]: keys that are seen from before them too, though `causal`: the prefix LM of arXiv:1910.10683."""
 
+    @property
+    def start(self) -> Array | int:
+        """Slot of the first query."""
+        return 0 if self.offset is None else self.offset
+
     def distance(self, queries: int, keys: int) -> Array:
         """int32 [T, S]: how many slots the key lies before the query; negative where it lies after."""
-        return (self.offset + jnp.arange(queries))[:, None] - jnp.arange(keys)
+        return (self.start + jnp.arange(queries))[:, None] - jnp.arange(keys)
 
     def visible(self, queries: int, keys: int) -> Array | None:
         """bool [B or 1, 1, T, S], or None when everything is visible."""

@@ -25,7 +25,7 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str |
     T, S = q.shape[1], k.shape[1]
     if T % BLOCKS[-1] or S % BLOCKS[-1]:
         return f"needs lengths that are multiples of {BLOCKS[-1]}, got {T} queries and {S} keys"
-    if not isinstance(mask.offset, int) or mask.offset != 0 or mask.prefix is not None:
+    if mask.offset is not None or mask.prefix is not None:
         return "needs a mask that is known when the program is made: no offset, no prefix"
     if mask.window is not None and T != S:
         return f"needs as many queries as keys for a window, got {T} and {S}"
