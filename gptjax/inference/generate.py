@@ -214,7 +214,8 @@ def stream(
 ) -> Generator[str, None, Completion]:
     """The text that `generate` gives for this prompt, in pieces as it is written; returns its Completion.
 
-    A piece never cuts a character in two, and what may be the beginning of a stop string waits until it is not.
+    A piece never cuts a character in two, and what may be the beginning of a stop string waits until it is not. For one
+    process: its pace is by the clock, so several would not keep step.
     """
     rows = _rows(tokenizer, _room(model, prompt, max_tokens), stop, samples=1)
     shown = 0
