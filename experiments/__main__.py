@@ -15,7 +15,6 @@ import argparse
 import ast
 import difflib
 import importlib
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -58,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(name: str, arguments: list[str]) -> int:
+    from gptjax import host
     from gptjax.configuration import override
 
     parser = _options(name)
@@ -79,9 +79,7 @@ def _launch(name: str, arguments: list[str]) -> int:
         print(check(experiment.model, stage.optimizer, options.out.with_name(f"{options.out.name}-coordinates.png")))
         return 0
     if options.distributed:
-        import jax
-
-        jax.distributed.initialize()
+        host.join()
     from gptjax.train.loop import Diverged
 
     try:
@@ -92,6 +90,8 @@ def _launch(name: str, arguments: list[str]) -> int:
 
 def _options(name: str) -> argparse.ArgumentParser:
     """The launcher's own options; whatever else is on the command line is an override."""
+    from gptjax import host
+
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(
         "--out",
@@ -115,15 +115,11 @@ def _options(name: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--distributed",
         action=argparse.BooleanOptionalAction,
-        default=_several_hosts(),
-        help="be one of several hosts: jax.distributed.initialize(); the default where JAX_COORDINATOR_ADDRESS is set "
-        "or TPU_WORKER_HOSTNAMES names several; say it on SLURM, Open MPI and TPU VMs that set neither",
+        default=host.several(),
+        help="be one of several processes: jax.distributed.initialize(); the default in a TPU slice of several hosts, "
+        "under srun and mpirun, and where JAX_COORDINATOR_ADDRESS is set",
     )
     return parser
-
-
-def _several_hosts() -> bool:
-    return "JAX_COORDINATOR_ADDRESS" in os.environ or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def _load(name: str) -> ModuleType:

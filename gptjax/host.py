@@ -1,11 +1,16 @@
-"""What a program sets once, before jax starts: where compiled programs are kept, and how memory is."""
+"""What a program sets once, before jax starts: where compiled programs are kept, how memory is, and which other
+processes it works with."""
 
 from __future__ import annotations
 
 import ctypes
+import glob
+import importlib.util
 import os
 import sys
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 VECTORS = "xla_cpu_prefer_vector_width"
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -32,3 +37,52 @@ def prepare() -> None:
         if hasattr(libc, "gnu_get_libc_version"):
             for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
                 libc.mallopt(option, value)
+
+
+def several() -> bool:
+    """Whether this process is one of several of a job, as the environment tells: `JAX_COORDINATOR_ADDRESS` is set, a
+    TPU slice has several hosts (Compute Engine, GKE), or SLURM's `srun` or Open MPI's `mpirun` started several."""
+    variables = os.environ
+    hosts = variables.get("TPU_PROCESS_ADDRESSES") or variables.get("TPU_WORKER_HOSTNAMES")
+    return (
+        "JAX_COORDINATOR_ADDRESS" in variables
+        or int(variables.get("MEGASCALE_NUM_SLICES") or 1) > 1
+        or ("SLURM_STEP_NODELIST" in variables and int(variables.get("SLURM_NTASKS") or 1) > 1)
+        or int(variables.get("OMPI_COMM_WORLD_SIZE") or 1) > 1
+        or "," in (_tpu_vm_hosts() if hosts is None else hosts)
+    )
+
+
+def join() -> None:
+    """Meet the other processes of the job. jax finds out who they are; where `JAX_COORDINATOR_ADDRESS` is all there is,
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say it."""
+    import jax
+
+    from gptjax.types import UserError
+
+    if jax.distributed.is_initialized():
+        return
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    told: dict[str, Any] = {field: int(os.environ[name]) for field, name in names.items() if name in os.environ}
+    try:
+        jax.distributed.initialize(**told)
+    except ValueError as error:
+        raise UserError(
+            f"distributed: {str(error).rstrip('.')}; set JAX_COORDINATOR_ADDRESS (host:port of the first process), "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or say --no-distributed"
+        ) from error
+
+
+def _tpu_vm_hosts() -> str:
+    """Hosts of the slice that this TPU VM is of, by commas; "" elsewhere. The machine's metadata server has them."""
+    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    if not chips or importlib.util.find_spec("libtpu") is None or "TPU_SKIP_MDS_QUERY" in os.environ:
+        return ""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    address = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    try:
+        request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""

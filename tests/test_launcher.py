@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -179,14 +180,22 @@ def test_the_compilation_cache_is_on_unless_told(monkeypatch):
         ({}, False),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "a"}, True),
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # in a batch script, before srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "a"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
     ],
 )
 def test_hosts_are_joined_where_there_are_several(environment, several, monkeypatch, tiny):
     import jax
 
-    for name in ("TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        if name.startswith(("TPU_", "JAX_COORDINATOR", "MEGASCALE_", "SLURM_", "OMPI_")):
+            monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     calls = []
@@ -196,6 +205,34 @@ def test_hosts_are_joined_where_there_are_several(environment, several, monkeypa
     assert launcher.main([tiny, "--no-distributed", "--out", "b"]) == 0
     assert launcher.main([tiny, "--distributed", "--out", "c"]) == 0
     assert calls == [1] * (several + 1)
+
+
+@pytest.mark.parametrize(("hosts", "several"), [("10.0.0.1", False), ("10.0.0.1,10.0.0.2", True)])
+def test_a_tpu_vm_asks_its_metadata_server(hosts, several, monkeypatch):
+    asked = []
+
+    def urlopen(request, timeout):
+        asked.append((request.full_url, request.headers))
+        return io.BytesIO(hosts.encode())
+
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "GCE_METADATA_IP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(host.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(host.glob, "glob", lambda pattern: [])
+    assert not host.several()
+    assert not asked  # a laptop
+    monkeypatch.setattr(host.glob, "glob", lambda pattern: ["/dev/vfio/0"])
+    assert host.several() is several
+    url = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    assert asked == [(url, {"Metadata-flavor": "Google"})]
+
+
+def test_what_lacks_to_join_is_named(monkeypatch, tiny, capsys):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    assert launcher.main([tiny]) == 2
+    message = "error: distributed: Number of processes must be defined; set JAX_COORDINATOR_ADDRESS"
+    assert capsys.readouterr().err.startswith(message)
 
 
 def test_as_a_command(tiny, tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gptjax import sharding
 from gptjax.nn import LoRA
@@ -104,7 +106,8 @@ def train(
     description  goes into every checkpoint, beside the input position
 
     Ctrl-C or SIGTERM ends the step under way, saves, and raises KeyboardInterrupt; run again, it goes on to the same
-    bits as if it had never stopped. Raises `Diverged` when the loss is not finite; what is not finite is never saved.
+    bits as if it had never stopped. Of several processes any may get the signal: all end after the same step. Raises
+    `Diverged` when the loss is not finite; what is not finite is never saved.
     """
     share: dict[str, Any] = {"cache_dir": cache, "rank": jax.process_index(), "ranks": jax.process_count()}
     batches = stage.data.batches(tokenizer, "train", seed=seed, **share)
@@ -194,7 +197,7 @@ def train(
             done += 1
             report()
             pending = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
-            stopping = stop.is_set  # asked once a step: a signal may come at any moment
+            stopping = stop.at(done)  # asked once a step: a signal may come at any moment
             evaluating = done % stage.evaluate_every == 0 or done == stage.steps
             saving = done % stage.save_every == 0 or done == stage.steps or stopping
             if evaluating or saving:
@@ -237,9 +240,17 @@ def _divide(metrics: Metrics) -> dict[str, float]:
 
 
 class _Stop:
-    """Set by the first Ctrl-C or SIGTERM; a second Ctrl-C interrupts at once."""
+    """Whether to stop: after the first Ctrl-C or SIGTERM; a second Ctrl-C interrupts at once.
 
+    Of several processes, any may get the signal and all stop after the same step, which jax's preemption service agrees
+    on between the hosts. That service listens to SIGTERM itself, so a Ctrl-C is passed on to it as one.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
     is_set = False
+
+    def at(self, step: int) -> bool:
+        return self.is_set
 
     def __call__(self, number: int, frame: Any) -> None:
         if self.is_set:
@@ -247,11 +258,22 @@ class _Stop:
         self.is_set = True
 
 
+class _StopTogether(_Stop):
+    signals = (signal.SIGINT,)
+
+    def at(self, step: int) -> bool:
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def __call__(self, number: int, frame: Any) -> None:
+        super().__call__(number, frame)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    stop = _Stop()
+    stop = _Stop() if jax.process_count() == 1 else _StopTogether()
     try:
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop) for number in stop.signals}
     except ValueError:  # not the main thread: signals are somebody else's business
         yield stop
         return
