@@ -95,7 +95,7 @@ def _options(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_folder,
         default=Path("runs") / Path(name).stem,
         metavar="FOLDER",
         help="the run folder, made new or gone on with (default: %(default)s)",
@@ -120,6 +120,12 @@ def _options(name: str) -> argparse.ArgumentParser:
         "under srun and mpirun, and where JAX_COORDINATOR_ADDRESS is set",
     )
     return parser
+
+
+def _folder(path: str) -> Path:
+    if "://" in path:
+        raise argparse.ArgumentTypeError(f"got {path}, must be a folder here; docs/cloud.md says how to use a bucket")
+    return Path(path)
 
 
 def _load(name: str) -> ModuleType:

@@ -146,6 +146,10 @@ def test_help_of_an_experiment(tiny, capsys):
         ),
         (["TINY", "--steps", "x"], "--steps: invalid literal for int() with base 10: 'x'"),
         (["TINY", "--steps", "-1"], "steps: got -1, must not be negative"),
+        (
+            ["TINY", "--out", "gs://b/c"],
+            "argument --out: got gs://b/c, must be a folder here; docs/cloud.md says how to use a bucket",
+        ),
         (["TINY", "--out"], "argument --out: expected one argument"),
         (["empty.py"], "empty.py: defines no `experiment`; add `experiment = Experiment(...)` to the file"),
         (["pathlib.py"], "pathlib.py: there is another module named 'pathlib'; rename the file"),

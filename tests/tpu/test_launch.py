@@ -1,0 +1,346 @@
+"""The launch scripts against stand-ins for gcloud, kubectl and SLURM: what they run, in which order, after a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "tpu").iterdir())
+
+STAND_IN = f"""#!{sys.executable} -S
+# Writes down how it was called. Plays a cloud with at most one TPU, and what `answers` says, each once: (part of a call,
+# exit code, output, state of the TPU from then on or null).
+import json, os, pathlib, sys
+folder = pathlib.Path(os.environ["STAND_IN"])
+call = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+with (folder / "calls").open("a") as file:
+    file.write(json.dumps(call) + "\\n")
+answers, state = json.loads((folder / "answers").read_text()), (folder / "state").read_text()
+code, output = 0, ""
+for answer in answers:
+    if answer[0] in " ".join(call):
+        answers.remove(answer)
+        (folder / "answers").write_text(json.dumps(answers))
+        _, code, output, after = answer
+        if after is not None:
+            (folder / "state").write_text(after)
+        break
+else:
+    if "list" in call:
+        output = state
+    if "create" in call:
+        (folder / "state").write_text("ACTIVE" if "queued-resources" in call else "READY")
+    if "delete" in call:
+        (folder / "state").write_text("")
+print(output)
+sys.exit(code)
+"""
+
+
+class World:
+    """A folder whose stand-ins come first on the PATH."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "bin").mkdir()
+        self.stand_in("gcloud", "kubectl", "sbatch", "srun", "scontrol", "sleep", "git")
+        (folder / "state").write_text("")
+        (folder / "answers").write_text("[]")
+        (folder / "calls").touch()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        path = f"{folder / 'bin'}:{os.environ['PATH']}"
+        self.environment = {**kept, "PATH": path, "STAND_IN": str(folder), "TMPDIR": str(folder)}
+
+    def stand_in(self, *names: str) -> None:
+        for name in names:
+            (self.folder / "bin" / name).write_text(STAND_IN)
+            (self.folder / "bin" / name).chmod(0o755)
+
+    def expect(self, *answers: tuple[str, int, str, str | None]) -> None:
+        (self.folder / "answers").write_text(json.dumps(answers))
+
+    def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            shlex.split(command),
+            cwd=ROOT,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+
+    def verbs(self) -> list[str]:
+        """The calls, each as the words that tell it apart."""
+        names = shlex.split("create delete list scp setup start follow stop sleep")
+        return [" ".join(name for name in names if name in " ".join(call).split()) for call in self.calls()]
+
+
+@pytest.fixture
+def world(tmp_path) -> World:
+    return World(tmp_path)
+
+
+UP = (
+    "tpu/launch up --name pod --zone z1 --type v5litepod-16 --spot --bucket gs://b/runs "
+    "-- gpt2_124m --a 'it s' --b '\"x y\"'"
+)
+ROUND = ["list", "create", "list", "scp", "setup", "start", "follow"]
+
+
+def test_up_creates_installs_runs_and_follows(world):
+    done = world.run(UP)
+    assert (done.returncode, done.stderr) == (0, "done; the TPU is still there and costs: tpu/launch delete\n")
+    git, *calls = world.calls()
+    assert git[-1] == "HEAD"
+    assert world.verbs()[1:] == ROUND
+    created = "tpu-vm create pod --zone=z1 --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite --spot"
+    assert calls[1] == shlex.split(f"gcloud compute tpus {created}")
+    ssh = shlex.split("gcloud compute tpus tpu-vm ssh pod --worker=all --zone=z1")
+    assert all(call[:-1] == ssh for call in calls[4:6])
+    started = "bash gptjax/tpu/worker.sh start gpt2_124m gs://b/runs gpt2_124m --a 'it s' --b '\"x y\"'"
+    assert shlex.split(calls[5][-1].removeprefix("--command=")) == shlex.split(started)
+    assert calls[6][5:7] == ["pod", "--worker=0"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        UP,
+        UP.replace("up ", "up --queued --project p --run r --runtime image "),
+        *(f"tpu/launch {command} --name pod --zone z" for command in ("install", "log", "stop", "status", "delete")),
+        "tpu/launch run --name pod --zone z -- some/where.py",
+        "tpu/gke.sh run --name pod --accelerator a --topology 4x4 --image i --bucket gs://b -- gpt2_124m",
+        *(f"tpu/gke.sh {command} --name pod" for command in ("log", "status", "delete")),
+        "tpu/slurm.sh --nodes=2 --time 1:00:00 -- gpt2_124m --a 'b c'",
+    ],
+)
+def test_a_dry_run_prints_what_a_run_runs_and_runs_nothing(world, command):
+    dry = world.run(command, DRY_RUN="1")
+    assert (dry.returncode, world.calls()) == (0, [])
+    assert world.run(command).returncode == 0
+    assert [shlex.split(line) for line in dry.stdout.splitlines()] == world.calls()
+
+
+def test_a_failing_command_is_tried_again_with_longer_pauses(world):
+    world.expect(("scp", 7, "", None), ("scp", 7, "", None))
+    assert world.run(UP).returncode == 0
+    assert [call[1] for call in world.calls() if call[0] == "sleep"] == ["10", "20"]
+    assert world.verbs()[1:] == ["list", "create", "list", "scp", "sleep", "scp", "sleep", "scp", *ROUND[4:]]
+
+
+def test_what_goes_on_failing_ends_with_its_exit_code_and_the_command(world):
+    world.expect(*[("create pod", 7, "", None)] * 3)
+    failed = world.run(UP, TRIES="3", PAUSE="1")
+    assert failed.returncode == 7
+    *attempts, last = failed.stderr.splitlines()
+    assert attempts == [f"exit code 7, attempt {i} of 3; again in {i} s" for i in (1, 2)]
+    assert last.startswith("error: exit code 7 after 3 attempts: gcloud compute tpus tpu-vm create pod --zone=z1")
+    assert world.verbs()[1:] == ["list", "create", "sleep", "create", "sleep", "create"]
+
+
+@pytest.mark.parametrize(("queued", "state", "code"), [("", "PREEMPTED", 255), ("1", "SUSPENDED", 130)])
+def test_a_preempted_tpu_is_deleted_made_anew_and_runs_the_same_command(world, queued, state, code):
+    world.expect((" follow", code, "", state))
+    done = world.run(UP, QUEUED=queued)
+    assert done.returncode == 0, done.stderr
+    assert f"interrupted (exit code {code}, TPU {state}); round 2 of 100 in 30 s" in done.stderr
+    looks = ["list"] * (2 if code == 255 else 1)  # a lost connection is looked into first
+    assert world.verbs()[1:] == [*ROUND, *looks, "sleep", "list", "delete", *ROUND[1:]]
+    first, second = [call for call in world.calls() if "worker.sh start" in call[-1]]
+    assert first == second
+    assert ["--force" in call for call in world.calls() if "delete" in call] == [bool(queued)]
+
+
+def test_a_tpu_that_is_gone_before_it_is_installed_is_made_anew(world):
+    world.expect(*[("scp", 1, "", "PREEMPTED")] * 2)
+    assert world.run(UP, TRIES="2").returncode == 0
+    round_2 = ["list", "delete", *ROUND[1:]]
+    assert world.verbs()[1:] == ["list", "create", "list", "scp", "sleep", "scp", "list", "sleep", *round_2]
+
+
+def test_a_lost_connection_is_made_again_and_a_killed_run_started_again(world):
+    world.expect((" follow", 255, "", None), (" follow", 137, "", None))
+    assert world.run(UP).returncode == 0
+    again = ["list", "sleep", "list", "scp", "setup", "start", "follow"]
+    assert world.verbs()[1:] == [*ROUND, "list", "sleep", "follow", *again]
+
+
+def test_a_run_that_fails_is_not_started_again(world):
+    world.expect((" follow", 1, "", None))
+    failed = world.run(UP)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: the run failed with exit code 1; the TPU is still there and costs")
+    assert world.verbs()[1:] == [*ROUND, "list"]
+
+
+def test_interruptions_have_a_limit(world):
+    world.expect(*[(" follow", 137, "", None)] * 2)
+    failed = world.run(UP, ROUNDS="2")
+    assert failed.returncode == 1
+    assert failed.stderr.endswith("error: interrupted 2 times; the same command goes on, or set ROUNDS higher\n")
+
+
+def test_a_queued_resource_is_waited_for(world):
+    states = ("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    world.expect(("list", 0, "", None), *[("list", 0, state, None) for state in states])
+    create = "tpu/launch create --queued --name pod --zone z --type v6e-8"
+    assert world.run(create, POLL="9").returncode == 0
+    assert world.verbs() == ["list", "create", "list", "sleep", "list", "sleep", "list"]
+    assert "--runtime-version=v2-alpha-tpuv6e" in world.calls()[1]
+    world.expect(("list", 0, "", None), ("create", 0, "", None), ("list", 0, "FAILED", None))
+    failed = world.run(create)
+    assert (failed.returncode, failed.stderr) == (1, "error: the TPU did not come: FAILED\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("tpu/launch up --zone z", "TPU_NAME: is not set; say --name or set the variable TPU_NAME, such as pod"),
+        ("tpu/launch up --name p --zone z", "TPU_TYPE: is not set; say --type or set the variable TPU_TYPE"),
+        ("tpu/launch log --name p", "ZONE: is not set; say --zone or set the variable ZONE, such as us-west4-a"),
+        ("tpu/launch run --name p --zone z", "no experiment; say it after --, such as -- gpt2_124m"),
+        ("tpu/launch run --name p --zone", "--zone: lacks its value"),
+        ("tpu/launch run --name p --zone z --bucket b -- a", "BUCKET: got b, must begin with gs://"),
+        ("tpu/launch run --name p --zone z -- a --out b", "--out: the folder is runs/RUN; say --run before the --"),
+        ("tpu/launch rum", "rum: no such command; it can be up, create, install, run, log, stop, status or delete"),
+        ("tpu/launch run gpt2_124m", "gpt2_124m: no such option; see tpu/launch --help"),
+        ("tpu/gke.sh run", "JOB_NAME: is not set; say --name or set the variable JOB_NAME, such as pod"),
+        ("tpu/gke.sh render --name a -- b", "ACCELERATOR: is not set; say --accelerator or set the variable"),
+        ("tpu/slurm.sh --nodes=2", "no experiment; say it after --, such as -- gpt2_124m"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(world, command, message):
+    failed = world.run(command)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith(f"error: {message}")
+    assert failed.stderr.count("\n") == 1
+    assert world.calls() == []
+
+
+@pytest.mark.parametrize("script", ["tpu/launch", "tpu/gke.sh", "tpu/slurm.sh"])
+def test_help_is_the_comment_at_the_top(world, script):
+    shown = world.run(f"{script} --help")
+    assert shown.returncode == 0
+    assert f"  {script} " in shown.stdout
+    assert "set -e" not in shown.stdout
+
+
+def test_the_manifest_of_a_jobset(world):
+    yaml = pytest.importorskip("yaml")
+    options = "--name pod --accelerator tpu-v5p-slice --topology 4x4x8 --image i --bucket gs://b --spot"
+    shown = world.run(f'tpu/gke.sh render {options} -- gpt2_124m --a "it\'s"', SLICES="2")
+    jobset = yaml.safe_load(shown.stdout)
+    (slices,) = jobset["spec"]["replicatedJobs"]
+    job = slices["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert (slices["replicas"], job["parallelism"], job["completions"]) == (2, 32, 32)
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "4x4x8",
+        "cloud.google.com/gke-spot": "true",
+    }
+    command = ["python", "-m", "experiments", "gpt2_124m", "--a", "it's", "--out", "/runs/gpt2_124m"]
+    assert pod["containers"][0]["command"] == command
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (130, True), (143, True)])
+def test_a_slurm_job_goes_back_to_the_queue_when_it_was_interrupted(world, code, requeued):
+    world.expect(("srun", code, "", None))
+    job = world.run("tpu/slurm.sh gpt2_124m --a b", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT), RUN="r", VENV="")
+    assert job.returncode == code
+    srun = shlex.split("srun --kill-on-bad-exit=1 python -m experiments gpt2_124m --a b --out runs/r")
+    assert world.calls() == [srun, *([["scontrol", "requeue", "7"]] if requeued else [])]
+
+
+class Host(World):
+    """A host of a TPU, with a trainer that runs until it is stopped or the file `ended` says with which exit code."""
+
+    def __init__(self, folder: Path, hosts: str):
+        super().__init__(folder)
+        (folder / "bin" / "sleep").unlink()
+        self.stand_in("curl", "mountpoint", "gcsfuse")
+        self.hosts = ("curl", 0, hosts, None)
+        shutil.copytree(ROOT / "tpu", folder / "gptjax" / "tpu")
+        trainer = folder / "gptjax" / ".venv" / "bin" / "python"
+        trainer.parent.mkdir(parents=True)
+        trainer.write_text(
+            "#!/usr/bin/env bash\n"
+            "trap 'echo saved; exit 130' TERM\n"
+            'echo "$@"\n'
+            'for i in {1..300}; do [[ -f ended ]] && exit "$(cat ended)"; sleep 0.1; done\n'
+        )
+        trainer.chmod(0o755)
+
+    def worker(self, arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run(f"bash {self.folder}/gptjax/tpu/worker.sh {arguments}", SYNC="100")
+
+    def log(self) -> str:
+        """Once the trainer has started."""
+        path, limit = self.folder / "gptjax" / "run.log", time.monotonic() + 20
+        while not (path.exists() and path.read_text()) and time.monotonic() < limit:
+            time.sleep(0.05)
+        return path.read_text()
+
+
+def test_one_host_keeps_the_run_folder_in_the_bucket_by_copying_it(tmp_path):
+    host = Host(tmp_path, "10.0.0.1")
+    host.expect(*[host.hosts] * 4)
+    assert host.worker("start r gs://b/runs gpt2_124m --a 'b c'").returncode == 0
+    assert host.log() == "-m experiments gpt2_124m --a b c --out runs/r\n"
+    (tmp_path / "gptjax" / "ended").write_text("0")
+    followed = host.worker("follow")
+    assert followed.returncode == 0, followed.stderr
+    copies = [call[1:] for call in host.calls() if call[0] == "gcloud"]
+    assert copies == [
+        ["storage", "ls", "gs://b/runs/r/"],
+        ["storage", "rsync", "--recursive", "gs://b/runs/r", "runs/r"],
+        ["storage", "rsync", "--recursive", "--delete-unmatched-destination-objects", "runs/r", "gs://b/runs/r"],
+    ]
+
+
+def test_several_hosts_mount_the_bucket(tmp_path):
+    host = Host(tmp_path, "10.0.0.1,10.0.0.2")
+    host.expect(host.hosts)
+    failed = host.worker("start r '' gpt2_124m")
+    assert (failed.returncode, failed.stderr) == (
+        2,
+        "error: BUCKET: is not set; several hosts need one folder: --bucket gs://...\n",
+    )
+    (tmp_path / "gptjax" / "ended").write_text("1")
+    host.expect(*[host.hosts] * 2, ("mountpoint", 1, "", None))
+    assert host.worker("start r gs://b/runs gpt2_124m").returncode == 0
+    assert host.worker("follow").returncode == 1
+    (mount,) = [call for call in host.calls() if call[0] == "gcsfuse"]
+    assert mount[-4:] == ["--only-dir", "runs", "b", "runs"]
+    assert not [call for call in host.calls() if call[0] == "gcloud"]
+
+
+def test_stopping_lets_the_trainer_save(tmp_path):
+    host = Host(tmp_path, "10.0.0.1")
+    assert host.worker("start r '' gpt2_124m").returncode == 0
+    host.log()
+    assert host.worker("stop").returncode == 0
+    assert host.log().endswith("saved\n")
+    assert host.worker("follow").returncode == 130
+    assert host.worker("stop").returncode == 0  # nothing runs
+
+
+def test_shellcheck_is_clean():
+    program = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip("needs shellcheck: pip install -e '.[dev]'")
+    subprocess.run([program, "--external-sources", *SCRIPTS, ROOT / ".ci" / "run"], check=True, cwd=ROOT)

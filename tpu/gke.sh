@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Trains an experiment on TPUs of a GKE cluster, as a JobSet: it is started again after a preemption, and goes on.
+#
+#   tpu/gke.sh run --name pod --accelerator tpu-v5-lite-podslice --topology 4x4 --image REPOSITORY/gptjax \
+#       --bucket gs://mine -- gpt2_124m
+#
+#   render    print the manifest
+#   run       start the experiment, or go on with it
+#   log       follow the log of the first host
+#   status    the JobSet and its pods
+#   delete    stop the experiment (it saves) and free the TPUs
+#
+#   --name NAME          JOB_NAME     name of the JobSet
+#   --accelerator NAME   ACCELERATOR  such as tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice
+#   --topology SHAPE     TOPOLOGY     such as 4x4, 4x4x8
+#   --image IMAGE        IMAGE        container with gptjax, see docs/cloud.md
+#   --bucket URL         BUCKET       gs://NAME, mounted as /runs: holds the run folder RUN
+#   --run NAME           RUN          by default the name of the experiment
+#   --spot               SPOT=1       nodes that may be preempted
+#   --dry-run            DRY_RUN=1    print the commands and run none
+#   CHIPS=4 SLICES=1 RESTARTS=100     chips of a host, slices, how often it is started again
+#   SERVICE_ACCOUNT=default           of Kubernetes, with access to the bucket
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "$0")/common.sh"
+
+main() {
+  JOB_NAME=${JOB_NAME:-} ACCELERATOR=${ACCELERATOR:-} TOPOLOGY=${TOPOLOGY:-} IMAGE=${IMAGE:-} SPOT=${SPOT:-}
+  CHIPS=${CHIPS:-4} SLICES=${SLICES:-1} RESTARTS=${RESTARTS:-100} SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default}
+  [[ $# -gt 0 ]] || set -- --help
+  local command=$1 file
+  shift
+  EXPERIMENT=()
+  while (($#)); do
+    case $1 in
+      --name) option JOB_NAME "$@" && shift ;;
+      --accelerator) option ACCELERATOR "$@" && shift ;;
+      --topology) option TOPOLOGY "$@" && shift ;;
+      --image) option IMAGE "$@" && shift ;;
+      --bucket) option BUCKET "$@" && shift ;;
+      --run) option RUN "$@" && shift ;;
+      --spot) SPOT=1 ;;
+      --dry-run) DRY_RUN=1 ;;
+      --) shift && EXPERIMENT=("$@") && break ;;
+      *) fail "$1: no such option; see tpu/gke.sh --help, and say the experiment after --" ;;
+    esac
+    shift
+  done
+  case $command in
+    -h | --help) usage "$0" && return ;;
+    render | run | log | status | delete) need JOB_NAME --name pod ;;
+    *) fail "$command: no such command; it can be render, run, log, status or delete" ;;
+  esac
+  case $command in
+    render) manifest ;;
+    run)
+      file=${TMPDIR:-/tmp}/gptjax-$JOB_NAME.yaml
+      manifest >"$file"
+      retry kubectl apply "--filename=$file"
+      ;;
+    log)
+      retry kubectl logs --follow --tail=-1 --container=train \
+        "--selector=jobset.sigs.k8s.io/jobset-name=$JOB_NAME,batch.kubernetes.io/job-completion-index=0"
+      ;;
+    status) retry kubectl get jobsets,pods "--selector=jobset.sigs.k8s.io/jobset-name=$JOB_NAME" ;;
+    delete) retry kubectl delete jobset "$JOB_NAME" --ignore-not-found ;;
+  esac
+}
+
+# The trainer's exit codes 1 (diverged) and 2 (a mistake in the input) end the JobSet; all else starts it again.
+manifest() {
+  need ACCELERATOR --accelerator tpu-v5-lite-podslice
+  need TOPOLOGY --topology 4x4
+  need IMAGE --image us-docker.pkg.dev/PROJECT/images/gptjax
+  need BUCKET --bucket gs://mine
+  [[ $BUCKET =~ ^gs://[^/]+$ ]] || fail "BUCKET: got $BUCKET, must be gs://NAME"
+  [[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+)+$ ]] || fail "TOPOLOGY: got $TOPOLOGY, must be like 4x4 or 4x4x8"
+  check_experiment
+  local spot='' hosts
+  [[ -z $SPOT ]] || spot='                cloud.google.com/gke-spot: "true"'
+  hosts=$(((${TOPOLOGY//x/*} + CHIPS - 1) / CHIPS))
+  cat <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $JOB_NAME
+  labels:
+    jobset.sigs.k8s.io/jobset-name: $JOB_NAME
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: $RESTARTS
+    rules:
+      - action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+    - name: slice
+      replicas: $SLICES
+      template:
+        spec:
+          parallelism: $hosts
+          completions: $hosts
+          completionMode: Indexed
+          backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes: {containerName: train, operator: In, values: [1, 2]}
+          template:
+            metadata:
+              annotations:
+                gke-gcsfuse/volumes: "true"
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 120
+              serviceAccountName: $SERVICE_ACCOUNT
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $ACCELERATOR
+                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+$spot
+              containers:
+                - name: train
+                  image: $IMAGE
+                  command:
+$(items python -m experiments "${EXPERIMENT[@]}" --out "/runs/$RUN")
+                  resources:
+                    requests: {google.com/tpu: $CHIPS}
+                    limits: {google.com/tpu: $CHIPS}
+                  volumeMounts:
+                    - {name: runs, mountPath: /runs}
+              volumes:
+                - name: runs
+                  csi:
+                    driver: gcsfuse.csi.storage.gke.io
+                    volumeAttributes:
+                      bucketName: ${BUCKET#gs://}
+                      mountOptions: implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0
+YAML
+}
+
+# items WORD...: a YAML list of strings. A single quote is doubled.
+items() {
+  local word
+  for word in "$@"; do
+    printf "                    - '%s'\n" "$(printf %s "$word" | sed "s/'/''/g")"
+  done
+}
+
+main "$@"
