@@ -73,8 +73,19 @@ prepare() {
     [[ -n $2 ]] || { echo "error: BUCKET: is not set; several hosts need one folder: --bucket gs://..." >&2 && exit 2; }
     mountpoint -q runs || mount_bucket "$2"
     mkdir -p "runs/$1"
-  elif [[ -n $2 ]] && gcloud storage ls "$2/$1/" >/dev/null 2>&1; then
+  elif [[ -n $2 ]]; then
+    download "$1" "$2"
+  fi
+}
+
+# Only what is known to be absent is begun anew: the next upload would delete a run that just could not be read.
+download() {
+  local answer
+  if answer=$(gcloud storage ls "$2/$1/" 2>&1); then
     gcloud storage rsync --recursive "$2/$1" "runs/$1"
+  elif [[ $answer != *"matched no objects"* ]]; then
+    echo "error: BUCKET: cannot read $2/$1: $answer" >&2
+    exit 1
   fi
 }
 

@@ -1,4 +1,4 @@
-"""The launch scripts against stand-ins for gcloud, kubectl and SLURM: what they run, in which order, after a failure."""
+"""The launch scripts against stand-ins for gcloud, kubectl and SLURM: what they run, in what order, after a failure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "tpu").iterdir())
 
 STAND_IN = f"""#!{sys.executable} -S
-# Writes down how it was called. Plays a cloud with at most one TPU, and what `answers` says, each once: (part of a call,
+# Writes down its call. Plays a cloud with at most one TPU, and what `answers` says, once each: (part of a call,
 # exit code, output, state of the TPU from then on or null).
 import json, os, pathlib, sys
 folder = pathlib.Path(os.environ["STAND_IN"])
@@ -310,6 +310,19 @@ def test_one_host_keeps_the_run_folder_in_the_bucket_by_copying_it(tmp_path):
         ["storage", "rsync", "--recursive", "gs://b/runs/r", "runs/r"],
         ["storage", "rsync", "--recursive", "--delete-unmatched-destination-objects", "runs/r", "gs://b/runs/r"],
     ]
+
+
+@pytest.mark.parametrize(("output", "code"), [("One or more URLs matched no objects.", 0), ("no network", 1)])
+def test_a_run_is_begun_anew_only_where_the_bucket_is_known_to_have_none(tmp_path, output, code):
+    """The next copy to the bucket would delete what could not be read."""
+    host = Host(tmp_path, "10.0.0.1")
+    (tmp_path / "gptjax" / "ended").write_text("0")
+    host.expect(*[host.hosts] * 4, ("storage ls", 1, output, None))
+    assert host.worker("start r gs://b/runs gpt2_124m").returncode == code
+    assert (tmp_path / "gptjax" / "run.pid").exists() is (code == 0)
+    if code == 0:
+        assert host.worker("follow").returncode == 0
+    assert not any(call[-2] == "gs://b/runs/r" for call in host.calls())
 
 
 def test_several_hosts_mount_the_bucket(tmp_path):
