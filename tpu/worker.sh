@@ -32,7 +32,10 @@ train() {
   trainer=$!
   trap 'kill -TERM $trainer 2>/dev/null || true' TERM INT
   if [[ -n $bucket ]] && ! several; then
-    while sleep "${SYNC:-60}"; do upload "$run" "$bucket" || true; done &
+    {
+      trap 'exit 0' TERM # but not in the middle of a copy
+      while sleep "${SYNC:-60}" & wait $!; do upload "$run" "$bucket" || true; done
+    } &
     copier=$!
   fi
   while true; do # a signal ends the wait, not the trainer, which is saving
@@ -42,6 +45,7 @@ train() {
   done
   if [[ -n $copier ]]; then
     kill $copier
+    wait $copier || true
     upload "$run" "$bucket" || upload "$run" "$bucket" || {
       echo "error: runs/$run could not be copied to $bucket; it is on this host only" >&2
       ((code)) || code=1
