@@ -6,8 +6,8 @@ to answer questions, measures it on documentation it has not seen, and leaves ru
     python -m experiments quickstart
     gptjax chat runs/quickstart
 
-On two CPU cores: 5 to 9 minutes in all; 1.53 bits per byte on held-out documentation (`xz -9`: 2.51); answers in the right
-style, with made-up content.
+On two CPU cores: 5 to 9 minutes in all; 1.53 bits per byte on held-out documentation (`xz -9`: 2.51); answers in the
+right style, with made-up content.
 """
 
 from gptjax import data, evals, objectives, optim
