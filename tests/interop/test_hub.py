@@ -110,9 +110,17 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert hub.folder("owner/name") == Path("owner/name")
     (tmp_path / "file").touch()
-    for path in ("file", "./no/such", "/no/such", "a/b/c", "~/no/such", "../up"):
+    for path in ("file", "gpt2", "./no/such", "/no/such", "a/b/c", "~/no/such", "../up"):
         with pytest.raises(UserError, match="must be a folder or a repository"):
             hub.folder(path)
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "runs/name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="path: got runs/nmae, must be a folder; runs is one and has no nmae"):
+        hub.folder("runs/nmae")
+    assert not server.requests
 
 
 def test_downloaded_once(server: Hub):
@@ -127,13 +135,8 @@ def test_downloaded_once(server: Hub):
 
 
 def test_tried_again(server: Hub):
-    def fault(path: str) -> tuple[int, str] | None:
-        """The list fails once, and then the weights do."""
-        first = server.requests[path] == 1 and path.startswith("/api")
-        weights = path.endswith("model.safetensors") and server.requests[path] <= 2
-        return (500, "") if first or weights else None
-
-    server.fault = fault
+    weights = f"/owner/name/resolve/{COMMIT}/model.safetensors"
+    server.fault = lambda path: (503, "") if path == weights and server.requests[path] <= 3 else None
     assert contents(hub.folder("owner/name")) == {name: FILES[name] for name in WANTED}
 
 
@@ -151,8 +154,15 @@ def test_refusals(fault: tuple[int, str], says: str, server: Hub):
     with pytest.raises(UserError, match=f"path: got owner/name, .*{says}") as error:
         hub.folder("owner/name")
     assert "\n" not in str(error.value)
-    if fault[0] != 500:
-        assert sum(server.requests.values()) <= 2, "not tried again"
+    assert sum(server.requests.values()) <= 2, "not tried again"
+
+
+def test_tries_come_to_an_end(server: Hub):
+    """One layer repeats what fails: the library, at most as often as it says."""
+    server.fault = lambda path: (503, "") if "/resolve/" in path else None
+    with pytest.raises(UserError, match=r"can't be downloaded .*503"):
+        hub.folder("owner/name")
+    assert max(server.requests.values()) <= 7
 
 
 def test_other_mistakes(server: Hub, monkeypatch: pytest.MonkeyPatch):
