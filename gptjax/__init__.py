@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from gptjax.data.chat import Message
     from gptjax.experiment import Experiment, Stage
     from gptjax.inference.sampling import Sampling
-    from gptjax.language_model import LanguageModel, load
+    from gptjax.language_model import LanguageModel
+    from gptjax.loading import load
     from gptjax.sharding import Mesh, Rules
     from gptjax.types import UserError
 
@@ -34,7 +35,7 @@ _HOME = {
     "Sampling": "gptjax.inference.sampling",
     "Stage": "gptjax.experiment",
     "UserError": "gptjax.types",
-    "load": "gptjax.language_model",
+    "load": "gptjax.loading",
 }
 
 

@@ -178,7 +178,7 @@ def _evaluations(path: Path) -> list[Any]:
 
 
 def _load(path: Path) -> LanguageModel:
-    from gptjax.language_model import load
+    from gptjax.loading import load
 
     return load(path)
 

@@ -25,7 +25,7 @@ def convert(
         dtype: Of the weights: for hf float32 (unless told), bfloat16 or float16; for gguf f32, f16 (unless told), bf16
             or q8_0.
     """
-    from gptjax.language_model import load
+    from gptjax.loading import load
     from gptjax.types import UserError
 
     if destination.exists():

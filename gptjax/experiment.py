@@ -37,7 +37,8 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.evals.result import Result
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
-from gptjax.language_model import LanguageModel, trained
+from gptjax.language_model import LanguageModel
+from gptjax.loading import trained
 from gptjax.nn import ModelConfig
 from gptjax.sharding import STANDARD, Mesh, Rules
 from gptjax.train import manifest

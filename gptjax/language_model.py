@@ -1,4 +1,4 @@
-"""A language model behind one door, and the door's key:
+"""A language model behind one door; `loading.py` has the key:
 
 lm = gptjax.load("runs/quickstart")
 lm.generate("Once upon", max_tokens=50, temperature=0.8)[0].text
@@ -14,7 +14,6 @@ import functools
 import json
 import shutil
 import sys
-import zipfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.configuration import from_json, to_json
+from gptjax.configuration import to_json
 from gptjax.data.chat import Message, conversation
 from gptjax.data.chat import prompt as chat_prompt
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
-from gptjax.interop import hub
 from gptjax.interop.templates import ChatTemplate
-from gptjax.nn import LoRA, ModelConfig, unstack
+from gptjax.nn import ModelConfig, unstack
+from gptjax.parameters import declared, flat
 from gptjax.sharding import STANDARD, Rules, on_mesh_of, reshard
-from gptjax.train.checkpoint import Checkpoints, Restored
 from gptjax.types import Array, Params, UserError
 
 Messages = Iterable[Message | Mapping[str, Any]]
@@ -175,7 +173,8 @@ class LanguageModel:
         if self.template is not None:
             config["template"] = dataclasses.asdict(self.template)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        arrays: dict[str, Any] = {name: np.asarray(x) for name, x in _flat(self.params).items()}
+        # numpy's format has no bfloat16; float32 holds the same values.
+        arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat(self.params).items()}
         np.savez(partial / "params.npz", **arrays)
         self.tokenizer.save(partial / "tokenizer")
         partial.rename(Path(path).expanduser())
@@ -231,46 +230,6 @@ class LanguageModel:
         return ids
 
 
-def load(path: str | Path) -> LanguageModel:
-    """The model in a folder, or of the Hugging Face hub's repository of that name: one written by `LanguageModel.save`;
-    a run's, at the newest checkpoint of the last stage that has one; one of `transformers`, of a family in
-    `gptjax.interop.families`. Raises UserError for anything else, and for files that are damaged or don't belong
-    together. A llama2.c file will do too, with its tokenizer beside it."""
-    if Path(path).expanduser().is_file():
-        return _load_llama2c(Path(path).expanduser())
-    path = hub.folder(path)
-    file = path / "config.json"
-    if not file.is_file():
-        raise UserError(f"path: got {path}, which has no config.json; must be a model's folder or a run's")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"path: got {path}, whose config.json is damaged ({error}); restore it") from None
-    if "experiment" in config:
-        return _load_run(path, config["experiment"])
-    if "model" in config and "tokenizer" in config:
-        return _load_saved(path, config)
-    if "model_type" in config:
-        return _load_hf(path)
-    raise UserError(f"path: got {path}, whose config.json is of another program; give a model's folder or a run's")
-
-
-def _load_hf(path: Path) -> LanguageModel:
-    from gptjax.interop import huggingface, tokenizers
-
-    config, params = huggingface.load_hf(path)
-    context = huggingface.read_config(path).get("max_position_embeddings")
-    return LanguageModel(config, params, tokenizers.load(path), context, tokenizers.load_template(path))
-
-
-def _load_llama2c(file: Path) -> LanguageModel:
-    from gptjax.interop import huggingface, llama2c
-
-    fields, tensors = llama2c.read(file)
-    config, params = huggingface.from_tensors(fields, tensors)
-    return LanguageModel(config, params, load_tokenizer(file.parent), fields.get("max_position_embeddings"))
-
-
 def _partial(path: str | Path) -> Path:
     """An empty folder, to be renamed `path` once it is whole. Raises UserError if there is one of that name."""
     path = Path(path).expanduser()
@@ -282,93 +241,20 @@ def _partial(path: str | Path) -> Path:
     return partial
 
 
-def _load_saved(path: Path, config: dict[str, Any]) -> LanguageModel:
-    model = from_json(config["model"])
-    tokenizer = _matching(path, config["tokenizer"])
-    try:
-        with np.load(path / "params.npz", allow_pickle=False) as file:
-            flat = {name: jnp.asarray(file[name]) for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
-    template = ChatTemplate(**config["template"]) if "template" in config else None
-    return LanguageModel(model, _nested(flat), tokenizer, config["context"], template)
-
-
-def _load_run(path: Path, experiment: dict[str, Any]) -> LanguageModel:
-    # Read as JSON, for the stages may have classes that only the experiment's own file defines.
-    model, stages = from_json(experiment["model"]), experiment["stages"]
-    adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
-    for name, stage in reversed(stages.items()):
-        with Checkpoints(path / "checkpoints" / name) as checkpoints:
-            if not checkpoints.steps():
-                continue
-        restored = trained(path / "checkpoints", adapters, name)
-        tokenizer = _matching(path, restored.extra["tokenizer"])
-        return LanguageModel(model, restored.state, tokenizer, stage["data"].get("length"))
-    raise UserError(f"path: got {path}, a run without a checkpoint yet; train it first")
-
-
-def trained(
-    checkpoints: Path, adapters: Mapping[str, LoRA | None], stage: str, abstract: Params | None = None
-) -> Restored:
-    """The newest parameters of a run's stage, the averaged ones if there are, placed as the abstract ones; its adapters
-    merged into the parameters of the stage before.
-
-    checkpoints  the run's folder of them
-    adapters     those of every stage, in order
-    """
-    lora, names = adapters[stage], list(adapters)
-    base = None
-    if lora is not None:
-        base = trained(checkpoints, adapters, names[names.index(stage) - 1], abstract).state
-        abstract = None if abstract is None else jax.eval_shape(lora.init, jax.random.key(0), base)
-    with Checkpoints(checkpoints / stage) as saved:
-        restored = saved.restore_params(ema=True, abstract_params=abstract)
-    return restored if lora is None else dataclasses.replace(restored, state=lora.merge(base, restored.state))
-
-
-def _matching(path: Path, fingerprint: str) -> Tokenizer:
-    tokenizer = load_tokenizer(path / "tokenizer")
-    if tokenizer.fingerprint != fingerprint:
-        raise UserError(
-            f"path: got {path}, whose tokenizer is not the one the model was trained with; restore that one"
-        )
-    return tokenizer
-
-
 def _check(config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab > config.vocab:
         raise UserError(
             f"tokenizer: got one of {tokenizer.vocab} ids, must be at most {config.vocab}, the model's vocabulary; "
             "use the tokenizer the model was trained with"
         )
-    abstract = jax.eval_shape(config.build().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    want = {name: x.shape for name, x in _flat(abstract["params"]).items()}
-    got = {name: x.shape for name, x in _flat(params).items()}
+    want = {name: x.shape for name, x in declared(config.build()).items()}
+    got = {name: x.shape for name, x in flat(params).items()}
     for name in sorted(want.keys() | got.keys()):
         if want.get(name) != got.get(name):
             raise UserError(
                 f"params: got {name} of shape {got.get(name, '(absent)')}, must be {want.get(name, '(absent)')} "
                 "for this model configuration"
             )
-
-
-def _flat(params: Params) -> dict[str, Any]:
-    """Name, such as "blocks/attention/q" -> array."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _nested(flat: Mapping[str, Any]) -> Params:
-    """`_flat` undone."""
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[last] = leaf
-    return tree
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""What the parameters of a model are called, and which of them are matrices.
+"""What the parameters of a model are called, how they lie, and which of them are matrices.
 
 A weight is declared with the axes that it contracts before those that it brings (`kernels/linear.py`), so that how many
 of either it has says which they are. Axes before them are a batch: layers, experts.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from gptjax.types import Params
 
@@ -60,3 +62,34 @@ def by_name(of: Callable[[list[str]], Any], params: Params) -> Params:
         return of(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
 
     return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def flat(params: Params) -> dict[str, Any]:
+    """Name, such as "blocks/attention/q" -> array."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def nested(flat: Mapping[str, Any]) -> Params:
+    """`flat` undone."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[last] = leaf
+    return tree
+
+
+def declared(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name -> shape, dtype and sharding (None without a mesh) of each parameter of a Flax model over tokens."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params = flat(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return params
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+        for name, x in params.items()
+    }

@@ -12,7 +12,8 @@ from gptjax.cli import main
 from gptjax.configuration import to_json
 from gptjax.data.chat import Message
 from gptjax.data.tokenizers.bytes import Bytes
-from gptjax.language_model import LanguageModel, load
+from gptjax.language_model import LanguageModel
+from gptjax.loading import load
 from gptjax.nn import LearnedPositions, Positions, RoPE, Transformer, TransformerConfig
 from gptjax.train.checkpoint import Checkpoints
 from gptjax.types import UserError

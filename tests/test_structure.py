@@ -33,6 +33,7 @@ FLOORS = (
     {"train"},
     {"evals", "interop"},
     {"coordinates", "language_model", "report"},
+    {"loading"},
     {"experiment"},
     {"chat", "convert"},
     {"cli", "gptjax"},

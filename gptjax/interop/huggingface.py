@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from gptjax.configuration import differences
 from gptjax.data.tokenizers import Tokenizer
@@ -40,12 +39,14 @@ from gptjax.nn import (
     TransformerConfig,
     Variant,
 )
+from gptjax.parameters import declared, flat, nested
 from gptjax.sharding import Rules
 from gptjax.types import Params, UserError
 
 
-def load_hf(folder: str | Path, dtype: str = "float32", rules: Rules = Rules()) -> tuple[ModelConfig, Params]:
-    """The model in a folder. Parameters have this dtype and lie as `rules` say on the current mesh.
+def load_hf(folder: str | Path, dtype: str | None = None, rules: Rules = Rules()) -> tuple[ModelConfig, Params]:
+    """The model in a folder. Its parameters have this dtype, float32 or bfloat16 (None: the files' own), and lie as
+    `rules` say on the current mesh; it computes in bfloat16 if they are, else in float32.
 
     Raises UserError, with the names, for a model of no known family, a setting that we don't have, tensors that are
     lacking, one too many or of another shape, and for weights that are pickles."""
@@ -97,14 +98,14 @@ def read_config(folder: str | Path) -> Fields:
 
 
 def from_tensors(
-    fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: str = "float32", rules: Rules = Rules()
+    fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: str | None = None, rules: Rules = Rules()
 ) -> tuple[ModelConfig, Params]:
     """The model of a config.json's fields and its tensors, which are read one after the other. Raises as `load_hf`."""
     fields = Fields(fields)
     family = _family(fields["model_type"])
     fields.only(quantization_config=None)
     config = family.read(fields)
-    abstract = _abstract(config, rules)
+    abstract = declared(config.build(rules))
     table = _without_prefix(family) if not any(name.startswith(family.prefix) for name in tensors) else family
     parts = pieces(table, _stacks(config), {name: leaf.shape for name, leaf in abstract.items()})
     _check_names(table, parts, tensors)
@@ -114,10 +115,13 @@ def from_tensors(
 
     def placed(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         stack = [part for _, part in sorted(by_leaf[name].items())]
-        leaf = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
+        own = jnp.result_type(*{tensors[part.tensor].dtype for part in stack})
+        leaf = jax.ShapeDtypeStruct(leaf.shape, dtype or own, sharding=leaf.sharding)
         return safetensors.place(leaf, lambda i: stack[i].view(tensors[stack[i].tensor]))
 
-    return config, _nested({name: placed(name, leaf) for name, leaf in abstract.items()})
+    params = {name: placed(name, leaf) for name, leaf in abstract.items()}
+    half = all(x.dtype == jnp.bfloat16 for x in params.values())
+    return config.computing_in("bfloat16" if half else "float32"), nested(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +156,7 @@ def to_tensors(
 ) -> tuple[dict[str, Any], Exported]:
     """The fields of config.json and the tensors of a model: `from_tensors` undone. Raises as `save_hf`."""
     family, fields = _expressing(config, FAMILIES if model_type is None else (_family(model_type),))
-    leaves = _flat(params)
+    leaves = flat(params)
     by_tensor: dict[str, list[Piece]] = defaultdict(list)
     for part in pieces(family, _stacks(config), {name: leaf.shape for name, leaf in leaves.items()}):
         by_tensor[part.tensor].append(part)
@@ -244,18 +248,6 @@ def _mlp(part: MLP | None) -> MLP | None:
     return dataclasses.replace(part, router=router, capacity=None, implementation=None)
 
 
-def _abstract(config: ModelConfig, rules: Rules) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name -> shape and sharding of each parameter."""
-    init, mesh = config.build(rules).init, jax.sharding.get_mesh()
-    params = _flat(jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"])
-    if mesh.empty:
-        return params
-    return {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
-        for name, x in params.items()
-    }
-
-
 def _without_prefix(family: Family) -> Family:
     rows = (dataclasses.replace(row, theirs=row.theirs.removeprefix(family.prefix)) for row in family.table)
     return dataclasses.replace(family, table=tuple(rows))
@@ -277,21 +269,3 @@ def _some(names: Iterable[str]) -> str:
     """The first few names."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _flat(params: Params) -> dict[str, Any]:
-    """Name, such as "blocks/attention/q" -> array."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _nested(flat: Mapping[str, Any]) -> Params:
-    """`_flat` undone."""
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[last] = leaf
-    return tree

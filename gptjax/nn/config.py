@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 
@@ -33,6 +33,10 @@ class ModelConfig(abc.ABC):
     @abc.abstractmethod
     def flops(self, length: int) -> int:
         """FLOPs of training on one token, forward and backward, at this context length."""
+
+    @abc.abstractmethod
+    def computing_in(self, dtype: str) -> Self:
+        """The same model with another compute dtype: float32 or bfloat16."""
 
     @property
     def limit(self) -> int | None:
@@ -134,7 +138,7 @@ class TransformerConfig(ModelConfig):
     remat: str | None = None
     """What the backward pass keeps, not computes again: a name in `jax.checkpoint_policies`; none: everything."""
     dtype: str = "float32"
-    """Compute dtype: float32 or bfloat16. Parameters are float32 always."""
+    """Compute dtype: float32 or bfloat16. Parameters are made float32, and cast when they are used."""
 
     def __post_init__(self):
         for field in ("vocab", "layers", "width", "heads"):
@@ -251,6 +255,9 @@ class TransformerConfig(ModelConfig):
         first, pattern = (tuple(self.block(v, rules) for v in side) for side in (self.first, self.pattern))
         repeats, rest = divmod(self.layers - len(first), len(pattern))
         return Stack(pattern, repeats, first, pattern[:rest], self.growth**-0.5, self.remat, parent=None)
+
+    def computing_in(self, dtype: str) -> Self:
+        return dataclasses.replace(self, dtype=dtype)
 
     def flops(self, length: int) -> int:
         """FLOPs of training on one token, forward and backward, at this context length: 6 for every weight of a matrix

@@ -31,7 +31,7 @@ and T5 small (arXiv:1910.10683), which does not divide scores by the square root
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -82,6 +82,10 @@ class EncoderDecoderConfig(ModelConfig):
 
     def build(self, rules: Rules = Rules()) -> Any:
         return EncoderDecoder(self, rules)
+
+    def computing_in(self, dtype: str) -> Self:
+        halves = {name: getattr(self, name).computing_in(dtype) for name in ("encoder", "decoder")}
+        return dataclasses.replace(self, **halves)
 
     def flops(self, length: int) -> int:
         """Of a target token and a source token: as long a source as the target. The encoder has no head."""

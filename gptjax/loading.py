@@ -1,0 +1,149 @@
+"""From files to a `LanguageModel`, whoever wrote them:
+
+lm = gptjax.load("runs/quickstart")                      # a run, or what LanguageModel.save wrote
+lm = gptjax.load("Qwen/Qwen3-0.6B", dtype="bfloat16")    # a folder for transformers, or such a repository of the hub
+lm = gptjax.load("stories15M.bin")                       # a llama2.c file
+
+with jax.set_mesh(Mesh(tensor=8).make()):                # straight into the memory of eight devices
+    lm = gptjax.load("Qwen/Qwen3-32B")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.configuration import from_json
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.interop import hub, huggingface, llama2c, safetensors, tokenizers
+from gptjax.interop.templates import ChatTemplate
+from gptjax.language_model import LanguageModel
+from gptjax.nn import LoRA, ModelConfig
+from gptjax.parameters import declared, nested
+from gptjax.sharding import STANDARD, Rules
+from gptjax.train.checkpoint import Checkpoints, Restored
+from gptjax.types import Params, UserError
+
+DTYPES = ("float32", "bfloat16")
+
+
+def load(path: str | Path, dtype: str | None = None, rules: Rules = STANDARD) -> LanguageModel:
+    """The model in a folder, or of the Hugging Face hub's repository of that name: one written by `LanguageModel.save`;
+    a run's, at the newest checkpoint of the last stage that has one; one of `transformers`, of a family in
+    `gptjax.interop.families`. A llama2.c file will do too, with its tokenizer beside it.
+
+    dtype  of the parameters and of what is computed with them: float32 or bfloat16; None: as the files have it
+    rules  where the parameters lie on the current mesh (`jax.set_mesh`), on which the model then runs; no device and no
+           host holds more of them than its own part
+
+    Raises UserError for anything else, and for files that are damaged or don't belong together."""
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype: got {dtype!r}, must be {' or '.join(DTYPES)}, or none for the files' own")
+    if Path(path).expanduser().is_file():
+        return _llama2c(Path(path).expanduser(), dtype, rules)
+    path = hub.folder(path)
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"path: got {path}, which has no config.json; must be a model's folder or a run's")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"path: got {path}, whose config.json is damaged ({error}); restore it") from None
+    if "experiment" in config:
+        return _run(path, config["experiment"], dtype, rules)
+    if "model" in config and "tokenizer" in config:
+        return _saved(path, config, dtype, rules)
+    if "model_type" in config:
+        return _hf(path, dtype, rules)
+    raise UserError(f"path: got {path}, whose config.json is of another program; give a model's folder or a run's")
+
+
+def trained(
+    checkpoints: Path, adapters: Mapping[str, LoRA | None], stage: str, abstract: Params | None = None
+) -> Restored:
+    """The newest parameters of a run's stage, the averaged ones if there are, placed as the abstract ones; its adapters
+    merged into the parameters of the stage before.
+
+    checkpoints  the run's folder of them
+    adapters     those of every stage, in order
+    """
+    lora, names = adapters[stage], list(adapters)
+    base = None
+    if lora is not None:
+        base = trained(checkpoints, adapters, names[names.index(stage) - 1], abstract).state
+        abstract = None if abstract is None else jax.eval_shape(lora.init, jax.random.key(0), base)
+    with Checkpoints(checkpoints / stage) as saved:
+        restored = saved.restore_params(ema=True, abstract_params=abstract)
+    return restored if lora is None else dataclasses.replace(restored, state=lora.merge(base, restored.state))
+
+
+def _hf(path: Path, dtype: str | None, rules: Rules) -> LanguageModel:
+    config, params = huggingface.load_hf(path, dtype, rules)
+    context = huggingface.read_config(path).get("max_position_embeddings")
+    return LanguageModel(config, params, tokenizers.load(path), context, tokenizers.load_template(path), rules)
+
+
+def _llama2c(file: Path, dtype: str | None, rules: Rules) -> LanguageModel:
+    fields, tensors = llama2c.read(file)
+    config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
+    context = fields.get("max_position_embeddings")
+    return LanguageModel(config, params, load_tokenizer(file.parent), context, rules=rules)
+
+
+def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Rules) -> LanguageModel:
+    model = _model(config["model"], dtype)
+    tokenizer = _matching(path, config["tokenizer"])
+    template = ChatTemplate(**config["template"]) if "template" in config else None
+    places = declared(model.build(rules))
+
+    def placed(name: str, values: np.ndarray) -> jax.Array:
+        fits = name in places and places[name].shape == values.shape  # if not, LanguageModel will say so
+        sharding = places[name].sharding if fits else None
+        leaf = jax.ShapeDtypeStruct(values.shape, dtype or values.dtype, sharding=sharding)
+        return safetensors.place(leaf, lambda _: values)
+
+    try:
+        with np.load(path / "params.npz", allow_pickle=False) as file:
+            params = {name: placed(name, file[name]) for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
+    return LanguageModel(model, nested(params), tokenizer, config["context"], template, rules)
+
+
+def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Rules) -> LanguageModel:
+    # Read as JSON, for the stages may have classes that only the experiment's own file defines.
+    model, stages = _model(experiment["model"], dtype), experiment["stages"]
+    adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
+    places = declared(model.build(rules))
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding) for name, x in places.items()
+    }
+    for name, stage in reversed(stages.items()):
+        with Checkpoints(path / "checkpoints" / name) as checkpoints:
+            if not checkpoints.steps():
+                continue
+        restored = trained(path / "checkpoints", adapters, name, nested(abstract))
+        tokenizer = _matching(path, restored.extra["tokenizer"])
+        return LanguageModel(model, restored.state, tokenizer, stage["data"].get("length"), rules=rules)
+    raise UserError(f"path: got {path}, a run without a checkpoint yet; train it first")
+
+
+def _model(config: Any, dtype: str | None) -> ModelConfig:
+    model: ModelConfig = from_json(config)
+    return model if dtype is None else model.computing_in(dtype)
+
+
+def _matching(path: Path, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(path / "tokenizer")
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(
+            f"path: got {path}, whose tokenizer is not the one the model was trained with; restore that one"
+        )
+    return tokenizer
