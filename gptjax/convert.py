@@ -26,6 +26,7 @@ def convert(
             or q8_0.
     """
     from gptjax.loading import load
+    from gptjax.nn import count
     from gptjax.types import UserError
 
     if destination.exists():
@@ -39,3 +40,4 @@ def convert(
         model.save_gguf(destination, dtype or "f16")
     else:
         model.save(destination)
+    print(f"{count(model.params):,} parameters in {destination}")
