@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.cli import main
 from gptjax.configuration import to_json
 from gptjax.data.chat import Message
 from gptjax.data.tokenizers.bytes import Bytes
@@ -55,14 +54,6 @@ def test_a_folder_for_transformers_is_the_same_model(tmp_path):
     assert loaded.tokenizer.encode("é, a text") == TOKENIZER.encode("é, a text")
     messages = [Message("user", "hello")]
     assert loaded.chat(messages, 12, temperature=0) == LM.chat(messages, 12, temperature=0)
-
-
-def test_convert_goes_from_form_to_form(tmp_path):
-    LM.save(tmp_path / "ours")
-    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "hf")]) == 0
-    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "back"), "--to", "gptjax"]) == 0
-    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "back").params, LM.params)
-    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "back"), "--to", "gptjax"]) == 2
 
 
 def test_logprobs_are_those_of_the_logits():
