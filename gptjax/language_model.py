@@ -57,6 +57,8 @@ class LanguageModel:
     """How it reads conversations, if not as `gptjax.data.chat` writes them."""
     rules: Rules = STANDARD
     """How the parameters lie on their mesh, if they lie on one: the model runs there."""
+    ends: tuple[int, ...] | None = None
+    """The tokens at which a text ends, if not at every special one."""
 
     def __post_init__(self):
         _check(self.config, self.params, self.tokenizer)
@@ -96,7 +98,18 @@ class LanguageModel:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         sampling = dataclasses.replace(sampling, **fields)
         ids = [self._begin(prompt) for prompt in prompts]
-        return generate(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, samples, seed, stop)
+        return generate(
+            self._model,
+            self._layers,
+            self.tokenizer,
+            ids,
+            max_tokens,
+            sampling,
+            samples,
+            seed,
+            stop,
+            ends=self.ends,
+        )
 
     def stream(
         self,
@@ -110,7 +123,7 @@ class LanguageModel:
         """The text of `generate`, in pieces as it is written. The generator's return value is the completion."""
         sampling = dataclasses.replace(sampling, **fields)
         ids = self._begin(prompt)
-        return stream(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop)
+        return stream(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.ends)
 
     def chat(
         self,
@@ -140,7 +153,7 @@ class LanguageModel:
         ids = self._prompt(messages)
         if self._window is not None:
             max_tokens = min(max_tokens or DEFAULT_TOKENS, self._window - len(ids))
-        return stream(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop)
+        return stream(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.ends)
 
     def trim(self, messages: Messages, max_tokens: int | None = None) -> tuple[list[Message], int]:
         """The messages that leave room for an answer of `max_tokens` (None: half of the context, at most 256), and how
@@ -172,6 +185,8 @@ class LanguageModel:
         config = {"model": to_json(self.config), "context": self.context, "tokenizer": self.tokenizer.fingerprint}
         if self.template is not None:
             config["template"] = dataclasses.asdict(self.template)
+        if self.ends is not None:
+            config["ends"] = self.ends
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         # numpy's format has no bfloat16; float32 holds the same values.
         arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat(self.params).items()}
@@ -184,7 +199,17 @@ class LanguageModel:
         from gptjax.interop.huggingface import save_hf
 
         partial = _partial(path)
-        save_hf(partial, self.config, self.params, self.tokenizer, self.context, self.template, dtype, model_type)
+        save_hf(
+            partial,
+            self.config,
+            self.params,
+            self.tokenizer,
+            self.context,
+            self.template,
+            dtype,
+            model_type,
+            self.ends,
+        )
         partial.rename(Path(path).expanduser())
 
     def save_gguf(self, path: str | Path, dtype: str = "f16") -> None:

@@ -87,7 +87,8 @@ def trained(
 def _hf(path: Path, dtype: str | None, rules: Rules) -> LanguageModel:
     config, params = huggingface.load_hf(path, dtype, rules)
     context = huggingface.read_config(path).get("max_position_embeddings")
-    return LanguageModel(config, params, tokenizers.load(path), context, tokenizers.load_template(path), rules)
+    tokenizer, template = tokenizers.load(path), tokenizers.load_template(path)
+    return LanguageModel(config, params, tokenizer, context, template, rules, huggingface.read_ends(path))
 
 
 def _llama2c(file: Path, dtype: str | None, rules: Rules) -> LanguageModel:
@@ -114,7 +115,8 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Rules) 
             params = {name: placed(name, file[name]) for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
-    return LanguageModel(model, nested(params), tokenizer, config["context"], template, rules)
+    ends = tuple(config["ends"]) if "ends" in config else None
+    return LanguageModel(model, nested(params), tokenizer, config["context"], template, rules, ends)
 
 
 def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Rules) -> LanguageModel:

@@ -56,6 +56,26 @@ def test_a_folder_for_transformers_is_the_same_model(tmp_path):
     assert loaded.chat(messages, 12, temperature=0) == LM.chat(messages, 12, temperature=0)
 
 
+def test_a_text_ends_where_the_model_says(tmp_path):
+    whole = dataclasses.replace(LM, ends=()).generate("hello", 12, temperature=0)[0]
+    assert len(whole.ids) == 12
+    end = whole.ids[5]
+    lm = dataclasses.replace(LM, ends=(end, TOKENIZER.end))
+    lm.save(tmp_path / "ours")
+    lm.save_hf(tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [*lm.ends]
+    for model in (lm, load(tmp_path / "ours"), load(tmp_path / "hf")):
+        assert model.ends == lm.ends
+        (completion,) = model.generate("hello", 12, temperature=0)
+        assert completion.ids == whole.ids[: whole.ids.index(end) + 1]
+        assert completion.finish == "stop"
+        assert "".join(model.stream("hello", 12, temperature=0)) == completion.text
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    assert load(tmp_path / "hf").ends == (TOKENIZER.end,), "config.json says it too"
+    LM.save_hf(tmp_path / "any special")
+    assert set(load(tmp_path / "any special").ends) == set(TOKENIZER.specials.values())
+
+
 def test_logprobs_are_those_of_the_logits():
     text = "a text, é"
     ids = [TOKENIZER.bos, *TOKENIZER.encode(text)]

@@ -40,7 +40,7 @@ class Completion:
     text: str
     """Without special tokens, and without the stop string."""
     ids: tuple[int, ...]
-    """The tokens drawn, down to the special token or the end of the stop string that ended the text."""
+    """The tokens drawn, down to the token or the end of the stop string that ended the text."""
     logprobs: tuple[float, ...]
     """Of each of `ids`, in nats, under the model itself: before temperature, filters and penalty."""
     finish: Finish
@@ -168,13 +168,14 @@ def generate(
     seed: int = 0,
     stop: Sequence[str] = (),
     batch: int = 32,
+    ends: Sequence[int] | None = None,
 ) -> list[Completion]:
     """`samples` completions of each prompt (token ids), those of one prompt side by side.
 
-    A text ends at any special token, before the first of the `stop` strings, or after `max_tokens` (None: 256, or what
-    the model's positions leave). Prompt i is written with the seed `seed + i`. `batch` is how many rows are written at
-    a time: it changes speed and memory only. Raises UserError for a prompt that is empty, has tokens that the model
-    doesn't know, or doesn't fit its positions.
+    A text ends at one of the tokens `ends` (None: at any special token), before the first of the `stop` strings, or
+    after `max_tokens` (None: 256, or what the model's positions leave). Prompt i is written with the seed `seed + i`.
+    `batch` is how many rows are written at a time: it changes speed and memory only. Raises UserError for a prompt that
+    is empty, has tokens that the model doesn't know, or doesn't fit its positions.
     """
     if samples < 1:
         raise UserError(f"samples: got {samples}, must be at least 1")
@@ -185,7 +186,7 @@ def generate(
     for start in range(0, len(order), step):
         group = order[start : start + step]
         for i in group:
-            rows[i] = _rows(tokenizer, rooms[i], stop, samples)
+            rows[i] = _rows(tokenizer, rooms[i], stop, samples, ends)
         steps = (lambda: 16) if stop else (lambda: 1 << 30)  # the device can't see stop strings
         run = _run(
             model,
@@ -211,13 +212,14 @@ def stream(
     sampling: Sampling = Sampling(),
     seed: int = 0,
     stop: Sequence[str] = (),
+    ends: Sequence[int] | None = None,
 ) -> Generator[str, None, Completion]:
     """The text that `generate` gives for this prompt, in pieces as it is written; returns its Completion.
 
     A piece never cuts a character in two, and what may be the beginning of a stop string waits until it is not. For one
     process: its pace is by the clock, so several would not keep step.
     """
-    rows = _rows(tokenizer, _room(model, prompt, max_tokens), stop, samples=1)
+    rows = _rows(tokenizer, _room(model, prompt, max_tokens), stop, 1, ends)
     shown = 0
     for _ in _run(model, params, tokenizer, [prompt], [seed], rows, sampling, _Pace()):
         safe = rows[0].safe
@@ -246,7 +248,7 @@ def _run(
         line[T - len(prompt) :] = prompt
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     vocab = min(tokenizer.vocab, model.config.vocab)
-    ends = np.asarray(sorted(set(tokenizer.specials.values())), np.int32)
+    ends = np.asarray(sorted(rows[0].ends), np.int32)
     seeded = np.asarray(seeds, np.int64).astype(np.uint32)
     seen = vocab if sampling.penalizes else 0
     with on_mesh_of(params):
@@ -287,10 +289,12 @@ def round_up(n: int) -> int:
     return max(math.ceil(n / step) * step, 32)
 
 
-def _rows(tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], samples: int) -> list[Row]:
+def _rows(
+    tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], samples: int, ends: Sequence[int] | None
+) -> list[Row]:
     if isinstance(stop, str) or not all(stop):
         raise UserError(f"stop: got {stop!r}, must be a sequence of strings, none of them empty")
-    return [Row(tokenizer, max_tokens, stop) for _ in range(samples)]
+    return [Row(tokenizer, max_tokens, stop, ends) for _ in range(samples)]
 
 
 def _room(model: Any, prompt: Sequence[int], max_tokens: int | None) -> int:

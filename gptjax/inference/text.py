@@ -15,14 +15,14 @@ Finish = Literal["stop", "length"]
 class Row:
     """One text being written. Its state depends on the ids alone, not on how many came at a time."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], ends: Iterable[int] | None = None):
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""
         self.finish: Finish | None = None
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
-        self._ends = frozenset(tokenizer.specials.values())
+        self.ends = frozenset(tokenizer.specials.values() if ends is None else ends)
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character until it is whole
 
@@ -33,7 +33,7 @@ class Row:
                 return
             self.ids.append(token)
             self.logprobs.append(logprob)
-            if token in self._ends:
+            if token in self.ends:
                 self.finish = "stop"
                 return
             self.text += self._decoder.decode(self._tokenizer.decode_bytes([token]))

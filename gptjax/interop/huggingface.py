@@ -63,6 +63,7 @@ def save_hf(
     template: ChatTemplate | None = None,
     dtype: str = "float32",
     model_type: str | None = None,
+    ends: Sequence[int] | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: config.json, generation_config.json, safetensors of this dtype, and
     the tokenizer's files.
@@ -70,6 +71,7 @@ def save_hf(
     context     the most tokens that the model reads, where its positions don't say
     template    how it reads conversations; None: in our own format, where the tokenizer has its markers
     model_type  the family to write it as; None: the first that can express it
+    ends        the tokens at which a text ends; None: the special ones, the end of a message first
 
     Raises UserError for a model that no published family can express, and says what is in the way."""
     described, tensors = to_tensors(config, params, dtype, model_type)
@@ -77,9 +79,12 @@ def save_hf(
     safetensors.write(folder, tensors.shapes, tensors.__getitem__)
     bos, end = (None, None) if tokenizer is None else (tokenizer.bos, tokenizer.end)
     ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": end}
+    if ends is None and tokenizer is not None:
+        ends = sorted(set(tokenizer.specials.values()), key=lambda i: (i != end, i))
     length = {} if context is None else {"max_position_embeddings": context}
     _write_json(folder / "config.json", {**length, **described, **ids, "dtype": dtype})
-    _write_json(folder / "generation_config.json", ids)
+    generation = {**ids, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else ids
+    _write_json(folder / "generation_config.json", generation)
     if tokenizer is not None:
         tokenizers.save(tokenizer, folder, context or config.limit, template)
 
@@ -88,13 +93,20 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_config(folder: str | Path) -> Fields:
-    """A folder's config.json."""
-    file = Path(folder) / "config.json"
+def read_config(folder: str | Path, name: str = "config.json") -> Fields:
+    """A folder's config.json, or its other file of fields."""
     try:
-        return Fields(json.loads(file.read_text()))
+        return Fields(json.loads((Path(folder) / name).read_text()))
     except (OSError, ValueError) as error:
-        raise UserError(f"path: got {folder}, whose config.json is missing or damaged ({error})") from None
+        raise UserError(f"path: got {folder}, whose {name} is missing or damaged ({error})") from None
+
+
+def read_ends(folder: str | Path) -> tuple[int, ...] | None:
+    """The tokens at which a text of the folder's model ends: one, or several; None where it doesn't say."""
+    names = ("generation_config.json", "config.json")
+    found = [read_config(folder, name).get("eos_token_id") for name in names if (Path(folder) / name).is_file()]
+    ends = next((ends for ends in found if ends is not None), None)
+    return (ends,) if isinstance(ends, int) else None if ends is None else tuple(ends)
 
 
 def from_tensors(

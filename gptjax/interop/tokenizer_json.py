@@ -63,7 +63,8 @@ def specification(tokenizer: Tokenizer) -> Spec:
         if isinstance(vocab, dict):
             vocab.setdefault(name, i)  # for ids need not be consecutive, and the library numbers others itself
     spec["added_tokens"].sort(key=lambda token: token["id"])
-    if spec["post_processor"] is None and tokenizer.bos is not None:
+    after = spec["post_processor"] or {"type": "ByteLevel"}  # which changes offsets only
+    if tokenizer.bos is not None and after["type"] == "ByteLevel":
         spec["post_processor"] = _begin_with(canonical(tokenizer)[tokenizer.bos], tokenizer.bos)
     return spec
 

@@ -24,7 +24,8 @@ ROLES = {"<|bos|>": "bos_token", "<|end|>": "eos_token"}
 
 def load(folder: str | Path) -> Tokenizer:
     """The tokenizer of a folder: its tokenizer.json, else a SentencePiece model, else GPT-2's vocab.json and
-    merges.txt. Its first and last token are those that tokenizer_config.json and special_tokens_map.json name.
+    merges.txt. Its first and last token are those that tokenizer_config.json and special_tokens_map.json name; it has
+    no first one where `transformers` doesn't put it before all text (GPT-2).
 
     Raises UserError where there is none, or a damaged one."""
     folder = Path(folder)
@@ -49,7 +50,8 @@ def load(folder: str | Path) -> Tokenizer:
     names = canonical(tokenizer)
     specials = {name: i for i, name in names.items()}
     first, last = (settings.get(key) or names.get(tokenizer.specials.get(role, -1)) for role, key in ROLES.items())
-    return dataclasses.replace(tokenizer, specials=named(specials, first, last))
+    begins = _begins(folder, tokenizer, settings, specials.get(first or "", -1))
+    return dataclasses.replace(tokenizer, specials=named(specials, first if begins else None, last))
 
 
 def load_template(folder: str | Path) -> ChatTemplate | None:
@@ -78,7 +80,7 @@ def save(tokenizer: Tokenizer, folder: str | Path, context: int | None, template
     template  how the model reads conversations; None: in our own format, where the tokenizer has its markers
 
     `transformers` then puts the first token, if there is one, before all text, unless told `add_special_tokens=False`,
-    for so begin all documents that models are trained on here; a tokenizer.json that was loaded does as it did.
+    for so begin all documents that models are trained on here.
     Special tokens that a text spells out it reads as such, where `Tokenizer.encode` doesn't."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,14 @@ def save(tokenizer: Tokenizer, folder: str | Path, context: int | None, template
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _begins(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], first: int) -> bool:
+    """Whether all text begins with the first token: as tokenizer.json has it; without one, as tokenizer_config.json
+    says, else as is usual for SentencePiece's models (Llama) and not for GPT-2's."""
+    if (folder / "tokenizer.json").exists() and isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer._tokenizer.encode("").ids[:1] == [first]
+    return settings.get("add_bos_token", isinstance(tokenizer, SentencePieceTokenizer))
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def laws(tokenizer: Tokenizer, folder: Path) -> None:
 def transformers_agrees(tokenizer: Tokenizer, folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    begin = [] if tokenizer.bos is None or isinstance(tokenizer, HuggingFaceTokenizer) else [tokenizer.bos]
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
     for text in ["2 + 2", " é\n\n<|im", *LIBRARY]:
         ids = tokenizer.encode(text)
         assert theirs(text, add_special_tokens=False).input_ids == ids
@@ -216,6 +216,27 @@ def test_folders_of_others(tmp_path: Path):
         load(folder)
     with pytest.raises(UserError, match=r"must hold tokenizer.json, tokenizer.model, or"):
         load(tmp_path / "empty")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("says", [None, True, False])
+@pytest.mark.parametrize("begins", [True, False])
+def test_text_begins_as_transformers_has_it(begins: bool, says: bool | None, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    save(MAKE["bpe"]().with_specials(), tmp_path, context=64)
+    for file in tmp_path.iterdir():
+        file.write_text(file.read_text().replace("<|bos|>", "<s>"))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    if not begins:
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, "post_processor": level}))
+    if says is not None:
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": says}))
+    tokenizer = load(tmp_path)
+    assert (tokenizer.bos is not None) is begins, "tokenizer.json says it, whatever the other file does"
+    ids = [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode("2 + 2")]
+    assert ids == transformers.AutoTokenizer.from_pretrained(tmp_path)("2 + 2").input_ids
 
 
 CHATML = (
