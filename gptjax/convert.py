@@ -15,6 +15,7 @@ def convert(
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")],
     to: Literal["hf", "gguf", "gptjax"] = "hf",
     dtype: str | None = None,
+    adapter: Path | None = None,
 ) -> None:
     """Write a model in another form: a folder for transformers, a GGUF file for llama.cpp, or a folder of ours.
 
@@ -24,6 +25,7 @@ def convert(
         to: The form.
         dtype: Of the weights: for hf float32 (unless told), bfloat16 or float16; for gguf f32, f16 (unless told), bf16
             or q8_0.
+        adapter: A folder of PEFT's, to be merged into the model.
     """
     from gptjax.loading import load
     from gptjax.nn import count
@@ -34,6 +36,8 @@ def convert(
     if to == "gptjax" and dtype is not None:
         raise UserError(f"dtype: got {dtype}, must be none: our folders hold float32")
     model = load(source)
+    if adapter is not None:
+        model = model.with_adapter(adapter)
     if to == "hf":
         model.save_hf(destination, dtype or "float32")
     elif to == "gguf":

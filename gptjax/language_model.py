@@ -29,7 +29,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
 from gptjax.interop.templates import ChatTemplate
-from gptjax.nn import ModelConfig, unstack
+from gptjax.nn import ModelConfig, TransformerConfig, unstack
 from gptjax.parameters import declared, flat
 from gptjax.sharding import STANDARD, Rules, on_mesh_of, reshard
 from gptjax.types import Array, Params, UserError
@@ -178,6 +178,15 @@ class LanguageModel:
             while oldest < len(kept) - 1 and kept[oldest].role == "assistant":
                 del kept[oldest]
         return kept, total - len(kept)
+
+    def with_adapter(self, folder: str | Path) -> LanguageModel:
+        """This model with a PEFT adapter merged into its parameters; see `gptjax.interop.peft`."""
+        from gptjax.interop import peft
+
+        if not isinstance(self.config, TransformerConfig):
+            raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to take an adapter")
+        lora, adapters = peft.read(folder, self.config)
+        return dataclasses.replace(self, params=lora.merge(self.params, adapters))
 
     def save(self, path: str | Path) -> None:
         """Writes a folder that `load` reads: config.json, params.npz, tokenizer/. Raises UserError if there is one."""

@@ -9,8 +9,9 @@ import pytest
 import gptjax
 from gptjax.cli import main
 from gptjax.data import TrainSentencePiece
+from gptjax.interop import peft
 from gptjax.language_model import LanguageModel
-from gptjax.nn import GELU, LayerNorm, LearnedPositions, TransformerConfig
+from gptjax.nn import GELU, LayerNorm, LearnedPositions, LoRA, TransformerConfig
 from gptjax.parameters import flat
 
 GPT2 = TransformerConfig(
@@ -70,6 +71,17 @@ def test_from_transformers_to_llama_cpp(config, dtype, code, tokenizer, tmp_path
     tokens = reader.fields["tokenizer.ggml.tokens"]
     assert len(tokens.data) == config.vocab
     assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.end
+
+
+def test_an_adapter_is_merged_on_the_way(tokenizer, tmp_path):
+    lm, lora = make(LLAMA, tokenizer), LoRA(rank=2, match=("q", "down"))
+    adapters = jax.tree.map(lambda x: x + 0.1, lora.init(jax.random.key(0), lm.params))
+    peft.write(tmp_path / "adapter", lora, adapters, LLAMA, peft.LLAMA)
+    lm.save_hf(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "merged", "--to", "gptjax", "--adapter", tmp_path / "adapter")
+    merged = gptjax.load(tmp_path / "merged").params
+    jax.tree.map(np.testing.assert_array_equal, merged, lora.merge(lm.params, adapters))
+    assert not np.array_equal(merged["blocks"]["mlp"]["down"], lm.params["blocks"]["mlp"]["down"])
 
 
 def test_from_llama2c(tokenizer, tmp_path):

@@ -1,6 +1,6 @@
 """Adapters in the format of Hugging Face's PEFT, in and out: `adapter_config.json` and `adapter_model.safetensors`.
 
-    lora, adapters = peft.read("folder", config, peft.LLAMA)
+    lora, adapters = peft.read("folder", config)
     params = lora.merge(params, adapters)
     peft.write("other", lora, adapters, config, peft.LLAMA)
 
@@ -17,6 +17,7 @@ same A. It is written with the A of all side by side and a B of blocks: the same
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,31 +26,43 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.interop import safetensors
+from gptjax.interop.families import FAMILIES, Family, gpt2, llama
 from gptjax.nn import DoRA, LoRA, TransformerConfig
 from gptjax.nn.stack import place
-from gptjax.parameters import MATRICES
+from gptjax.parameters import MATRICES, matrix
 from gptjax.types import Array, Params, UserError
 
 Modules = Mapping[str, tuple[str, ...]]
 """Their module -> our matrices in it, in the order of its outputs; {L} is the number of a layer."""
-LLAMA: Modules = {
-    **{f"model.layers.{{L}}.self_attn.{name}_proj": (f"attention/{name}",) for name in "qkvo"},
-    **{f"model.layers.{{L}}.mlp.{name}_proj": (f"mlp/{name}",) for name in ("gate", "up", "down")},
-}
-"""Llama, and all that take its names: Mistral, Qwen, Gemma, OLMo."""
-GPT2: Modules = {
-    "transformer.h.{L}.attn.c_attn": ("attention/q", "attention/k", "attention/v"),
-    "transformer.h.{L}.attn.c_proj": ("attention/o",),
-    "transformer.h.{L}.mlp.c_fc": ("mlp/up",),
-    "transformer.h.{L}.mlp.c_proj": ("mlp/down",),
-}
+
+
+def _of(*families: Family) -> Modules:
+    """The modules of families, by their tables of names. Left out are those whose outputs alternate between matrices
+    (GPT-NeoX), and stacks of experts."""
+    modules: dict[str, tuple[str, ...]] = {}
+    for family in families:
+        own: dict[str, tuple[str, ...]] = {}
+        for row in family.table:
+            name, path = row.theirs.removesuffix(".weight"), row.ours.removeprefix("blocks/{L}/")
+            one = row.theirs != name and row.ours != path and "{E}" not in name and matrix(path.split("/"))
+            blocks = "+" not in row.their_layout or re.search(r"\(\S*\+", row.their_layout)  # of outputs, side by side
+            if one and blocks:
+                own[name] = (*own.get(name, ()), path)
+        modules = own | modules
+    return modules
+
+
+LLAMA, GPT2 = _of(llama.FAMILY), _of(gpt2.FAMILY)
+ALL = _of(*(family for family in FAMILIES if family.kind is TransformerConfig))
+"""A name says the same in every family that has it."""
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KINDS = {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
 
-def read(folder: str | Path, config: TransformerConfig, modules: Modules) -> tuple[LoRA, Params]:
-    """The adapters in a folder, for this model. Layers without one get zeros, which change nothing.
+def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) -> tuple[LoRA, Params]:
+    """The adapters in a folder, for this model, whichever family's names they have. Layers without one get zeros, which
+    change nothing.
 
     Raises UserError for what is not LoRA or DoRA on linear layers, for tensors that no matrix has or of a wrong shape,
     and for files that are missing or damaged.
