@@ -1,4 +1,4 @@
-"""The command line: `gptjax chat | generate | eval | convert | tokenizer train | tokenizer report`; each has --help."""
+"""The command line: `gptjax chat | generate | eval | convert | plan | tokenizer`; each has --help."""
 
 from __future__ import annotations
 
@@ -122,6 +122,18 @@ def evaluate(path: Model, text: str | None = None) -> None:
         print(f"# {result.title}\n\n{result.markdown}\n")
 
 
+@app.command
+def plan(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")], on: str) -> None:
+    """Say whether an experiment fits on chips that are elsewhere, how long it takes there and what it costs; see
+    `gptjax plan --help`.
+
+    Args:
+        name: An experiment, or the path of a .py file.
+        on: The chips, such as v5e:4x4, v5p:4x4x4 or cpu:8.
+    """
+    raise AssertionError(f"main hands plan {name} {on} on: it takes overrides, which tyro cannot list here")
+
+
 @tokenizer.command
 def train(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "unigram"] = "bpe") -> None:
     """Train a SentencePiece tokenizer that gives every text back exactly.
@@ -184,9 +196,15 @@ def _load(path: Path) -> LanguageModel:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 done, 2 a mistake in the input, 130 interrupted."""
+    """Runs the command line and returns the exit code: 0 done, 1 a plan that does not fit, 2 a mistake in the input, 130
+    interrupted."""
     host.prepare()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if arguments[:1] == ["plan"]:
+            from gptjax.plan import command
+
+            return command.main(arguments[1:])
         app.cli(prog="gptjax", description=__doc__, args=arguments)
     except KeyboardInterrupt:
         return 130

@@ -35,7 +35,7 @@ FLOORS = (
     {"coordinates", "language_model", "report"},
     {"loading"},
     {"experiment"},
-    {"chat", "convert"},
+    {"chat", "convert", "plan"},
     {"cli", "gptjax"},
     {"experiments"},
 )

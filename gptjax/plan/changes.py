@@ -1,0 +1,85 @@
+"""Changes to an experiment that make its step smaller: to try when it does not fit, and to search."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from gptjax.experiment import Experiment
+from gptjax.sharding import Mesh
+from gptjax.types import UserError
+
+REMAT = (None, "dots_with_no_batch_dims_saveable", "nothing_saveable")
+"""Policies that keep less and less, and compute more and more again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """An experiment, and the options that make it of the one before."""
+
+    options: str
+    experiment: Experiment
+
+
+def smaller(experiment: Experiment, name: str, devices: int) -> Iterator[Change]:
+    """Ways to need less memory, the smallest change first: what is computed again, then microbatches, then parameters
+    that are shared out, then all of it."""
+    shared = Change("--mesh.data 1 --mesh.fsdp -1", dataclasses.replace(experiment, mesh=_shared_out(experiment)))
+    for start in (Change("", experiment), shared):
+        if start is not shared or _possible(start.experiment, devices):
+            if start is shared:
+                yield start
+            policies = [policy for policy in _policies(start.experiment) if policy is not None]
+            rematted = [_remat(start, policy) for policy in policies]
+            yield from rematted
+            last = rematted[-1] if rematted else start
+            yield from (c for c in _accumulated(last, name) if _possible(c.experiment, devices))
+
+
+def meshes(experiment: Experiment, devices: int, widest: int = 8) -> Iterator[Change]:
+    """Every mesh of data, fsdp and tensor that the experiment fits, the least shared out first."""
+    for tensor in (n for n in range(1, widest + 1) if devices % n == 0 and n & (n - 1) == 0):
+        for fsdp in (n for n in range(1, devices // tensor + 1) if (devices // tensor) % n == 0):
+            mesh = Mesh(data=devices // tensor // fsdp, fsdp=fsdp, tensor=tensor)
+            changed = dataclasses.replace(experiment, mesh=mesh)
+            if _possible(changed, devices):
+                yield Change(f"--mesh.data {mesh.data} --mesh.fsdp {fsdp} --mesh.tensor {tensor}", changed)
+
+
+def remats(change: Change) -> Iterator[Change]:
+    """With every policy from none on, the one that computes least again first."""
+    yield from (_remat(change, policy) for policy in (REMAT if hasattr(change.experiment.model, "remat") else ()))
+
+
+def _policies(experiment: Experiment) -> tuple[str | None, ...]:
+    """Those that keep less than the experiment's own."""
+    now = getattr(experiment.model, "remat", "nothing_saveable")
+    return REMAT[REMAT.index(now) + 1 :] if now in REMAT else ("nothing_saveable",)
+
+
+def _remat(change: Change, policy: str | None) -> Change:
+    model = dataclasses.replace(change.experiment.model, remat=policy)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    options = f"{change.options} --model.remat {policy}".strip()
+    return Change(options, dataclasses.replace(change.experiment, model=model))
+
+
+def _accumulated(change: Change, name: str) -> Iterator[Change]:
+    stage = change.experiment.stages[name]
+    for times in (2, 4, 8):
+        parts = stage.accumulate * times
+        if stage.data.batch % parts == 0:
+            stages = change.experiment.stages | {name: dataclasses.replace(stage, accumulate=parts)}
+            options = f"{change.options} --{name}.accumulate {parts}".strip()
+            yield Change(options, dataclasses.replace(change.experiment, stages=stages))
+
+
+def _shared_out(experiment: Experiment) -> Mesh:
+    return dataclasses.replace(experiment.mesh, data=1, fsdp=-1)
+
+
+def _possible(experiment: Experiment, devices: int) -> bool:
+    try:
+        experiment.check(devices)
+    except UserError:
+        return False
+    return True

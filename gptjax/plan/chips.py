@@ -1,0 +1,39 @@
+"""What chips can do and cost: the one table that estimates are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+PRICED = "2025-10"
+"""When prices were last looked up: on demand, in the United States, without discounts (cloud.google.com/tpu/pricing).
+They change, and differ by region: check before you spend."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip; what it can do is per chip, also where jax sees it as several devices."""
+
+    name: str
+    flops: float
+    """Peak bfloat16 FLOP/s."""
+    memory: float
+    """HBM, bytes, as published; the compiler keeps some of it."""
+    bandwidth: float
+    """HBM, bytes/s."""
+    link: float
+    """Interconnect, bytes/s that a chip sends along one axis of the torus, both ways together."""
+    price: float
+    """US dollars an hour, on demand."""
+    dimensions: int
+    """Of the torus, and of a topology's name: v5e:4x4, v5p:4x4x4."""
+
+
+# FLOP/s, memory and its bandwidth: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. Links: one-way bandwidth of
+# jax-ml.github.io/scaling-book/tpus, twice; tpu7x: 1,200 GB/s in and out over three axes, as its page says.
+CHIPS = {
+    "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1.228e12, 0.9e11, 3.22, 3),
+    "v5e": Chip("TPU v5e", 197e12, 16 * 2**30, 0.819e12, 0.9e11, 1.20, 2),
+    "v5p": Chip("TPU v5p", 459e12, 95 * 2**30, 2.765e12, 1.8e11, 4.20, 3),
+    "v6e": Chip("TPU v6e (Trillium)", 918e12, 32 * 2**30, 1.640e12, 1.8e11, 2.70, 2),
+    "tpu7x": Chip("TPU7x (Ironwood)", 2307e12, 192 * 2**30, 7.380e12, 2.0e11, 12.00, 3),
+}

@@ -1,0 +1,129 @@
+"""`gptjax plan NAME --on TARGET`: compile an experiment's training step for chips that are elsewhere, print the plan.
+
+    gptjax plan gpt2_124m --on v5e:4x4                      the first stage, as the experiment says
+    gptjax plan gpt2_124m --on v5e:4x4 --mesh.fsdp 4        overrides, as for python -m experiments
+    gptjax plan gpt2_124m --on v6e:16x16 --search           the best meshes and remat policies
+    gptjax plan quickstart --on cpu:8 --stage chat          virtual CPU devices; no estimate of time
+
+Returns 1 where the step does not fit, with the largest arrays and the smallest change found that makes it fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptjax.types import UserError
+
+if TYPE_CHECKING:
+    from gptjax.experiment import Experiment
+    from gptjax.plan.changes import Change
+    from gptjax.plan.compiled import Step
+    from gptjax.plan.topology import Target
+
+BEST = 5
+"""How many results of a search are shown."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns the exit code: 0 it fits, 1 it does not. Raises UserError."""
+    parser = argparse.ArgumentParser("gptjax plan", usage="gptjax plan NAME --on TARGET [options] [overrides]")
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("name", metavar="NAME", help="an experiment, or the path of a .py file")
+    parser.add_argument("--on", required=True, metavar="TARGET", help="v4, v5e, v5p, v6e or tpu7x:SHAPE, or cpu:N")
+    parser.add_argument("--stage", help="which stage to plan (default: the first)")
+    parser.add_argument("--search", action="store_true", help="try meshes and remat policies, print the best few")
+    options, overrides = parser.parse_known_args(arguments)
+
+    from gptjax.plan.topology import Target
+
+    target = Target.parse(options.on)
+    target.prepare()
+    from gptjax.configuration import override
+
+    experiment = override(_experiment(options.name), overrides, f"gptjax plan {options.name}", "")
+    name = options.stage or next(iter(experiment.stages))
+    if name not in experiment.stages:
+        raise UserError(f"stage: got {name!r}, must be one of {', '.join(experiment.stages)}")
+    devices = target.devices()
+    return search(experiment, name, target, devices) if options.search else plan(experiment, name, target, devices)
+
+
+def plan(experiment: Experiment, name: str, target: Target, devices: Sequence[Any]) -> int:
+    """Prints the plan of one stage. Returns the exit code."""
+    from gptjax.plan import changes
+    from gptjax.plan.compiled import compile_step
+    from gptjax.plan.report import fits, report
+
+    step = compile_step(experiment, name, devices)
+    print(report(experiment, name, step, target, len(devices)))
+    if fits(step, target, len(devices)):
+        return 0
+    for change in changes.smaller(experiment, name, len(devices)):
+        _say(f"trying {change.options}")
+        if fits(compile_step(change.experiment, name, devices), target, len(devices)):
+            print(f"\nfits with {change.options}")
+            return 1
+    print("\nno remat policy, microbatch or sharing of parameters makes it fit: use more chips, or a smaller model")
+    return 1
+
+
+def search(experiment: Experiment, name: str, target: Target, devices: Sequence[Any]) -> int:
+    """Prints the meshes and remat policies that fit and take least time by roofline (where chips are known; else least
+    memory). Returns the exit code: 1 where none fits."""
+    from gptjax.plan import changes
+    from gptjax.plan.compiled import compile_step
+    from gptjax.plan.report import fits
+
+    found: list[tuple[tuple[float, float], Change, Step]] = []
+    for mesh in changes.meshes(experiment, len(devices)):
+        for change in changes.remats(mesh):
+            _say(f"trying {change.options}")
+            step = compile_step(change.experiment, name, devices)
+            if fits(step, target, len(devices)):
+                found.append((_order(step, target, len(devices)), change, step))
+                break  # computing more again takes no less time
+    if not found:
+        print("no mesh and remat policy makes it fit")
+        return 1
+    for (time, memory), change, _ in sorted(found, key=lambda one: one[0])[:BEST]:
+        said = f"{time * 1e3:>10.4g} ms" if target.chip else "             "
+        print(f"{said}  {memory / 2**30:8.2f} GiB  {change.options}")
+    return 0
+
+
+def _order(step: Step, target: Target, devices: int) -> tuple[float, float]:
+    from gptjax.plan.estimate import estimate
+
+    assert step.memory is not None
+    # The mean of what a step takes at best, all overlapping, and at worst.
+    times = estimate(step, target.chip, target.chips, devices) if target.chip else None
+    return (0.0 if times is None else (times.best + times.worst) / 2, step.memory.total)
+
+
+def _experiment(name: str) -> Experiment:
+    """That of a module of `experiments`, or of a file."""
+    path = Path(name)
+    if name.endswith(".py") and path.is_file():
+        sys.path.insert(0, str(path.resolve().parent))
+        module = importlib.import_module(path.stem)
+    else:
+        try:
+            module = importlib.import_module(f"experiments.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"experiments.{name}":
+                raise
+            raise UserError(
+                f"NAME: got {name!r}, must be an experiment that python -m experiments lists, or a .py file"
+            ) from None
+    if not hasattr(module, "experiment"):
+        raise UserError(f"{name}: defines no `experiment`; add `experiment = Experiment(...)` to the file")
+    return module.experiment
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

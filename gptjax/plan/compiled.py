@@ -1,0 +1,141 @@
+"""The training step of an experiment, compiled for devices that need not be here, and what the program takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.experiment import Experiment
+from gptjax.plan.arithmetic import matrix_flops
+from gptjax.plan.collectives import Collective, collectives
+from gptjax.sharding import Rules
+from gptjax.train import state as train_state
+from gptjax.train.state import State
+from gptjax.train.step import make_step
+from gptjax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device while it runs a step. `total` is what the compiler says that the program takes."""
+
+    parameters: int
+    optimizer: int
+    average: int
+    """Of the moving average of the parameters."""
+    batch: int
+    """The batch, frozen parameters under adapters, and what layouts pad."""
+    temporaries: int
+    """Activations, gradients, and all else that lives within a step."""
+    program: int
+    """The program, and outputs that take no input's place."""
+
+    @property
+    def state(self) -> int:
+        return self.parameters + self.optimizer + self.average
+
+    @property
+    def total(self) -> int:
+        return self.state + self.batch + self.temporaries + self.program
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled training step. Bytes are of one device."""
+
+    arrays: dict[str, int]
+    """Bytes of each array of the state, by name."""
+    count: int
+    """Parameters that are trained."""
+    flops: float
+    """Of the matrix products in a step, over all devices; what is computed again in the backward pass counts again."""
+    memory: Memory | None
+    """None: the compiler gave up, as the program does not fit."""
+    collectives: tuple[Collective, ...]
+    refusal: str = ""
+    """What the compiler said when it gave up."""
+
+
+def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> Step:
+    """Traces and compiles what `Experiment.run` would run for the stage `name` on those devices.
+
+    Raises UserError where the experiment does not fit that many devices."""
+    experiment.check(len(devices))
+    stage, mesh = experiment.stages[name], experiment.mesh.make(devices)
+    rules = experiment.rules if mesh.size > 1 else Rules()
+    model = experiment.model.build(rules)
+    optimizer = stage.optimizer.build(stage.steps, getattr(model.config, "growth", 1.0))
+    objective = functools.partial(stage.objective, model.apply)
+    shape, spec = (stage.data.batch, stage.data.length), PartitionSpec(rules.batch, rules.sequence)
+    # One device has a mesh here too: kernels learn from it what they are compiled for.
+    ids, weights = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)) for dtype in (jnp.int32, jnp.float32)
+    )
+
+    def initial(ids):
+        return model.init(jax.random.key(0), ids)["params"]
+
+    def create(params):
+        return train_state.create(params, optimizer, jax.random.key(0), stage.ema is not None)
+
+    with jax.set_mesh(mesh):
+        params, frozen = _placed(jax.eval_shape(initial, ids), mesh), ()
+        if stage.adapter is not None:
+            objective, frozen = stage.adapter.objective(objective), (params,)
+            params = jax.eval_shape(functools.partial(stage.adapter.init, jax.random.key(0)), params)
+        state = _placed(jax.eval_shape(create, params), mesh)
+        step = make_step(objective, optimizer, stage.accumulate, stage.ema)
+        shapes: tuple[Any, ...] = (ids, ids, weights, ids, ids)
+        traced = step.trace(state, Batch(*shapes), *frozen)
+        flops = matrix_flops(traced.jaxpr.jaxpr)
+        arrays = _sizes(state)
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return Step(arrays, count, flops, None, (), str(error))
+    text = compiled.as_text() or ""
+    return Step(arrays, count, flops, _memory(compiled.memory_analysis(), state), collectives(text))
+
+
+def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    def place(x):
+        spec = PartitionSpec() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)
+
+
+def _bytes(x: Any) -> int:
+    """Of one device's share, without padding. A random key is two uint32."""
+    size = 8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
+    return math.prod(x.sharding.shard_shape(x.shape)) * size
+
+
+def _sizes(tree: Any) -> dict[str, int]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {re.sub(r"^\.|[\[\]']+", ".", jax.tree_util.keystr(path)).strip("."): _bytes(x) for path, x in leaves}
+
+
+def _memory(analysis: Any, state: State) -> Memory:
+    parameters, optimizer, average = (
+        sum(map(_bytes, jax.tree.leaves(tree))) for tree in (state.params, state.opt_state, state.ema)
+    )
+    return Memory(
+        parameters=parameters,
+        optimizer=optimizer,
+        average=average,
+        batch=analysis.argument_size_in_bytes - parameters - optimizer - average,
+        temporaries=analysis.temp_size_in_bytes,
+        program=analysis.generated_code_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+    )

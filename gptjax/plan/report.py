@@ -1,0 +1,154 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+import re
+
+from gptjax.experiment import Experiment
+from gptjax.plan.chips import PRICED
+from gptjax.plan.collectives import KINDS, sent
+from gptjax.plan.compiled import Step
+from gptjax.plan.estimate import DAY, Estimate, estimate
+from gptjax.plan.topology import Target
+
+LARGEST = 8
+"""Arrays that are named when a program does not fit."""
+
+
+def fits(step: Step, target: Target, devices: int) -> bool:
+    """Whether the program compiled, and takes no more than a device has."""
+    room = capacity(target, devices)
+    return step.memory is not None and (room is None or step.memory.total <= room)
+
+
+def capacity(target: Target, devices: int) -> float | None:
+    """Bytes of a device; none where that is not known."""
+    return None if target.chip is None else target.chip.memory * target.chips / devices
+
+
+def report(experiment: Experiment, name: str, step: Step, target: Target, devices: int) -> str:
+    """The plan of the stage `name`, lines of text."""
+    stage = experiment.stages[name]
+    tokens = stage.data.batch * stage.data.length
+    useful = experiment.model.flops(stage.data.length) * tokens
+    mesh = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.sizes(devices).items())
+    what = f"{target.chips} {target.chip.name} chips" if target.chip else f"{devices} CPU devices"
+    lines = [
+        f"{name} on {target}: {what}, mesh {mesh}",
+        "",
+        f"parameters trained   {_count(step.count)}",
+        f"tokens a step        {tokens:,}",
+        f"FLOPs a step         {useful:.3g} of the model, {step.flops:.3g} with what is computed again",
+    ]
+    room = capacity(target, devices)
+    if step.memory is None:
+        lines += ["", *_refused(step, room)]
+    else:
+        lines += ["", *_memory(step, room), "", *_traffic(step)]
+        if not fits(step, target, devices):
+            lines += ["", "does not fit", *_largest(step)]
+        elif target.chip is None:
+            lines += ["", "no estimate of time: a CPU's peaks are not known"]
+        else:
+            times = estimate(step, target.chip, target.chips, devices)
+            lines += ["", *_time(times, useful, tokens, stage.steps, target)]
+    return "\n".join(lines)
+
+
+def _memory(step: Step, room: float | None) -> list[str]:
+    memory = step.memory
+    assert memory is not None
+    rows = {
+        "parameters": memory.parameters,
+        "optimizer": memory.optimizer,
+        "parameter average": memory.average,
+        "batch and padding": memory.batch,
+        "activations, temporaries": memory.temporaries,
+        "program": memory.program,
+    }
+    of = "" if room is None else f"of {_size(room)} ({memory.total / room:.0%})"
+    return [
+        "memory of a device",
+        *(f"  {what:26}{_size(size):>12}" for what, size in rows.items() if size),
+        f"  {'all':26}{_size(memory.total):>12} {of}".rstrip(),
+    ]
+
+
+def _traffic(step: Step) -> list[str]:
+    total = sent(step.collectives)
+    if not total:
+        return ["nothing is sent between devices"]
+    return [
+        "sent by a device in a step",
+        *(
+            f"  {kind:26}{_size(total[kind]):>12}  in {sum(c.times for c in step.collectives if c.kind == kind):,}"
+            for kind in KINDS
+            if kind in total
+        ),
+    ]
+
+
+def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Target) -> list[str]:
+    chip = target.chip
+    assert chip is not None
+    peak = target.chips * chip.flops
+    low, high = times.best, times.worst
+    price = target.chips * chip.price / 3600
+    return [
+        "a step, by roofline (at the peak of each part)",
+        f"  {'compute':26}{_seconds(times.compute):>12}",
+        f"  {'HBM':26}{_seconds(times.memory):>12}",
+        f"  {'interconnect':26}{_seconds(times.interconnect):>12}",
+        f"  {'all overlapping':26}{_seconds(low):>12}  bound by {times.bound}",
+        f"  {'nothing overlapping':26}{_seconds(high):>12}",
+        f"  {'MFU':26}{useful / peak / high:>6.0%} to {useful / peak / low:.0%}",
+        "",
+        f"tokens a day         {_count(tokens * DAY / high)} to {_count(tokens * DAY / low)}",
+        f"{steps:,} steps".ljust(21) + f"{_hours(steps * low)} to {_hours(steps * high)}",
+        f"price                ${steps * low * price:,.0f} to ${steps * high * price:,.0f}, "
+        f"at ${chip.price:.2f} a chip and hour ({PRICED}, on demand)",
+        "",
+        "Assumed: bfloat16 peaks; state and temporaries cross HBM twice a step; a collective uses one axis of the",
+        "torus, both ways; evaluations, checkpoints, input and vector arithmetic take no time. A bound to compare with,",
+        "not a measurement: runs take longer.",
+    ]
+
+
+def _refused(step: Step, room: float | None) -> list[str]:
+    used = re.search(r"Used (\S+) of (\S+) hbm", step.refusal)
+    said = f": the program takes {used[1]}iB, and {used[2]}iB can be used" if used else ""
+    sizes = re.findall(r"Size: (\S+)\n(?:.*\n)*?\s+Shape: (\S+?)[{\n]", step.refusal)
+    operators = re.findall(r'op_name="([^"]*)"', step.refusal)
+    lines = [f"does not fit{said}", f"state of a device {_size(sum(step.arrays.values()))}"]
+    if sizes:
+        lines += ["largest within the step:", *(f"  {size + 'iB':>12}  {shape}" for size, shape in sizes[:LARGEST])]
+    if operators:
+        lines += ["made by:", *(f"  {name}" for name in dict.fromkeys(operators[:LARGEST]))]
+    return [*lines, *_largest(step)]
+
+
+def _largest(step: Step) -> list[str]:
+    largest = sorted(step.arrays.items(), key=lambda item: -item[1])[:LARGEST]
+    return ["largest of the state:", *(f"  {_size(size):>12}  {name}" for name, size in largest)]
+
+
+def _size(size: float) -> str:
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:,.2f} {unit}"
+    return f"{size:,.0f} B"
+
+
+def _count(number: float) -> str:
+    for unit, factor in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6)):
+        if number >= factor:
+            return f"{number / factor:,.3g} {unit}"
+    return f"{number:,.0f}"
+
+
+def _seconds(time: float) -> str:
+    return f"{time:.2f} s" if time >= 1 else f"{time * 1e3:.3g} ms"
+
+
+def _hours(time: float) -> str:
+    return f"{time / 3600:,.3g} hours" if time < 2 * DAY else f"{time / DAY:,.3g} days"
