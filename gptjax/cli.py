@@ -196,8 +196,8 @@ def _load(path: Path) -> LanguageModel:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 done, 1 a plan that does not fit, 2 a mistake in the input, 130
-    interrupted."""
+    """Runs the command line and returns the exit code: 0 done, 1 a plan that does not fit, 2 a mistake in the input,
+    130 interrupted."""
     host.prepare()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:

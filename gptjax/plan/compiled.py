@@ -92,7 +92,7 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
             objective, frozen = stage.adapter.objective(objective), (params,)
             params = jax.eval_shape(functools.partial(stage.adapter.init, jax.random.key(0)), params)
         state = _placed(jax.eval_shape(create, params), mesh)
-        step = make_step(objective, optimizer, stage.accumulate, stage.ema)
+        step: Any = make_step(objective, optimizer, stage.accumulate, stage.ema)
         shapes: tuple[Any, ...] = (ids, ids, weights, ids, ids)
         traced = step.trace(state, Batch(*shapes), *frozen)
         flops = matrix_flops(traced.jaxpr.jaxpr)

@@ -109,8 +109,8 @@ def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Targe
         f"at ${chip.price:.2f} a chip and hour ({PRICED}, on demand)",
         "",
         "Assumed: bfloat16 peaks; state and temporaries cross HBM twice a step; a collective uses one axis of the",
-        "torus, both ways; evaluations, checkpoints, input and vector arithmetic take no time. A bound to compare with,",
-        "not a measurement: runs take longer.",
+        "torus, both ways; evaluations, checkpoints, input and vector arithmetic take no time. A bound to",
+        "compare with, not a measurement: runs take longer.",
     ]
 
 
@@ -151,4 +151,6 @@ def _seconds(time: float) -> str:
 
 
 def _hours(time: float) -> str:
+    if time < 3600:
+        return f"{time / 60:.2g} minutes"
     return f"{time / 3600:,.3g} hours" if time < 2 * DAY else f"{time / DAY:,.3g} days"
