@@ -124,7 +124,8 @@ def _bytes(x: Any) -> int:
 
 def _sizes(tree: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {re.sub(r"^\.|[\[\]']+", ".", jax.tree_util.keystr(path)).strip("."): _bytes(x) for path, x in leaves}
+    names = (re.sub(r"[.\[\]']+", ".", jax.tree_util.keystr(path)).strip(".") for path, _ in leaves)
+    return {name: _bytes(x) for name, (_, x) in zip(names, leaves, strict=True)}
 
 
 def _memory(analysis: Any, state: State) -> Memory:

@@ -42,7 +42,7 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
     ]
     room = capacity(target, devices)
     if step.memory is None:
-        lines += ["", *_refused(step, room)]
+        lines += ["", *_refused(step)]
     else:
         lines += ["", *_memory(step, room), "", *_traffic(step)]
         if not fits(step, target, devices):
@@ -114,17 +114,13 @@ def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Targe
     ]
 
 
-def _refused(step: Step, room: float | None) -> list[str]:
-    used = re.search(r"Used (\S+) of (\S+) hbm", step.refusal)
-    said = f": the program takes {used[1]}iB, and {used[2]}iB can be used" if used else ""
-    sizes = re.findall(r"Size: (\S+)\n(?:.*\n)*?\s+Shape: (\S+?)[{\n]", step.refusal)
-    operators = re.findall(r'op_name="([^"]*)"', step.refusal)
-    lines = [f"does not fit{said}", f"state of a device {_size(sum(step.arrays.values()))}"]
-    if sizes:
-        lines += ["largest within the step:", *(f"  {size + 'iB':>12}  {shape}" for size, shape in sizes[:LARGEST])]
-    if operators:
-        lines += ["made by:", *(f"  {name}" for name in dict.fromkeys(operators[:LARGEST]))]
-    return [*lines, *_largest(step)]
+def _refused(step: Step) -> list[str]:
+    """With what the compiler said, where it names the bytes."""
+    said = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", step.refusal)
+    takes = (
+        f": it needs {said[1]}iB for what lives within the step, of {said[2]}iB that a program can use" if said else ""
+    )
+    return [f"does not fit{takes}", f"state of a device    {_size(sum(step.arrays.values()))}", *_largest(step)]
 
 
 def _largest(step: Step) -> list[str]:

@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_named_with_what_would(tiny, capsys, monkeypatch):
     assert command.plan(tiny, "pretrain", target, jax.devices()) == 1
     text = capsys.readouterr().out
     assert "does not fit" in text
-    assert "params.embedding" in text
+    assert "params.blocks.mlp.down" in text
     assert "fits with --" in text
 
 
