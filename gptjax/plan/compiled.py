@@ -60,6 +60,8 @@ class Step:
     memory: Memory | None
     """None: the compiler gave up, as the program does not fit."""
     collectives: tuple[Collective, ...]
+    readable: bool = True
+    """Whether the compiled program could be read; jaxlib cannot read all that a newer libtpu writes."""
     refusal: str = ""
     """What the compiler said when it gave up."""
 
@@ -103,9 +105,13 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return Step(arrays, count, flops, None, (), str(error))
-    text = compiled.as_text() or ""
-    return Step(arrays, count, flops, _memory(compiled.memory_analysis(), state), collectives(text))
+            return Step(arrays, count, flops, None, (), refusal=str(error))
+    memory = _memory(compiled.memory_analysis(), state)
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        return Step(arrays, count, flops, memory, (), readable=False)
+    return Step(arrays, count, flops, memory, collectives(text))
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
