@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-PRICED = "2025-10"
-"""When prices were last looked up: on demand, in the United States, without discounts (cloud.google.com/tpu/pricing).
-They change, and differ by region: check before you spend."""
+PRICED = "2025-10, not verified"
+"""When the prices below are of: on demand, in the United States, without discounts. They were written from memory, not
+looked up, and prices change and differ by region: check cloud.google.com/tpu/pricing before you spend."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Chip:
     """Of the torus, and of a topology's name: v5e:4x4, v5p:4x4x4."""
 
 
-# FLOP/s, memory and its bandwidth: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. Links: one-way bandwidth of
-# jax-ml.github.io/scaling-book/tpus, twice; tpu7x: 1,200 GB/s in and out over three axes, as its page says.
+# FLOP/s, memory and its bandwidth are as cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} publishes them, links twice the
+# one-way bandwidth of jax-ml.github.io/scaling-book/tpus; v5p and tpu7x were checked in part, the others not.
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1.228e12, 0.9e11, 3.22, 3),
     "v5e": Chip("TPU v5e", 197e12, 16 * 2**30, 0.819e12, 0.9e11, 1.20, 2),
