@@ -28,8 +28,8 @@ class Chip:
     """Of the torus, and of a topology's name: v5e:4x4, v5p:4x4x4."""
 
 
-# FLOP/s, memory and its bandwidth are as cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} publishes them, links twice the
-# one-way bandwidth of jax-ml.github.io/scaling-book/tpus; v5p and tpu7x were checked in part, the others not.
+# FLOP/s, memory and its bandwidth are as cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} publishes them, links twice
+# the one-way bandwidth of jax-ml.github.io/scaling-book/tpus; v5p and tpu7x were checked in part, the others not.
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1.228e12, 0.9e11, 3.22, 3),
     "v5e": Chip("TPU v5e", 197e12, 16 * 2**30, 0.819e12, 0.9e11, 1.20, 2),
