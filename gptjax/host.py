@@ -26,9 +26,13 @@ def prepare() -> None:
     the training step of a model of 6 layers, 384 wide.
 
     Where the processor has vectors of 512 bits, XLA uses them: a tenth to a fifth off a token that is decoded alone.
+
+    Where libtpu is there without a TPU, for `gptjax plan`, jax does not look for one, which it does loudly.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "gptjax" / "compilation"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    if importlib.util.find_spec("libtpu") is not None and not _tpu_chips():
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if glob.glob("/dev/nvidia[0-9]*") else "cpu")
     if sys.platform == "linux":
         flags = os.environ.get("XLA_FLAGS", "")
         if VECTORS not in flags and " avx512f" in Path("/proc/cpuinfo").read_text():
@@ -73,10 +77,14 @@ def join() -> None:
         ) from error
 
 
+def _tpu_chips() -> list[str]:
+    """The TPU chips of this machine, as files."""
+    return glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+
+
 def _tpu_vm_hosts() -> str:
     """Hosts of the slice that this TPU VM is of, by commas; "" elsewhere. The machine's metadata server has them."""
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    if not chips or importlib.util.find_spec("libtpu") is None or "TPU_SKIP_MDS_QUERY" in os.environ:
+    if not _tpu_chips() or importlib.util.find_spec("libtpu") is None or "TPU_SKIP_MDS_QUERY" in os.environ:
         return ""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     address = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"

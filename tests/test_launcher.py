@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import os
 import subprocess
@@ -176,6 +177,24 @@ def test_the_compilation_cache_is_on_unless_told(monkeypatch):
     host.prepare()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"].endswith("gptjax/compilation")
     assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("libtpu", "files", "platforms"),
+    [
+        (None, [], None),
+        ("there", [], "cpu"),
+        ("there", ["/dev/nvidia0"], "cuda,cpu"),
+        ("there", ["/dev/accel0"], None),
+    ],
+)
+def test_libtpu_without_a_tpu_is_left_alone(libtpu, files, platforms, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "")  # so that what is set is undone
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: libtpu)
+    monkeypatch.setattr(host.glob, "glob", lambda pattern: [f for f in files if fnmatch.fnmatch(f, pattern)])
+    host.prepare()
+    assert os.environ.get("JAX_PLATFORMS") == platforms
 
 
 @pytest.mark.parametrize(
