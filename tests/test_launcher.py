@@ -251,11 +251,15 @@ def test_a_tpu_vm_asks_its_metadata_server(hosts, several, monkeypatch):
     assert asked == [(url, {"Metadata-flavor": "Google"})]
 
 
-def test_what_lacks_to_join_is_named(monkeypatch, tiny, capsys):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    assert launcher.main([tiny]) == 2
+def test_what_lacks_to_join_is_named(tiny, tmp_path):
+    """In a process of its own: processes meet before jax has done anything."""
+    command = [sys.executable, "-m", "experiments", str(tmp_path / tiny), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": "localhost:1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
     message = "error: distributed: Number of processes must be defined; set JAX_COORDINATOR_ADDRESS"
-    assert capsys.readouterr().err.startswith(message)
+    assert done.stderr.startswith(message)
+    assert not (tmp_path / "out").exists()
 
 
 def test_as_a_command(tiny, tmp_path):
