@@ -204,7 +204,7 @@ def test_copy_is_assignment(axes: tuple[int, ...]):
 
 def test_loading_takes_little_more_memory_than_the_file(tmp_path: Path):
     """Stacked and transposed; what is donated later may not harm the file."""
-    shape, layers = (2048, 2048), 8
+    shape, layers = (2048, 1024), 16
     arrays = {str(i): np.full(shape, i, np.float32) for i in range(layers)}
     write(tmp_path, arrays, arrays.__getitem__)
     program = f"""
@@ -219,9 +219,9 @@ def peak():
 jnp.zeros(1).block_until_ready()
 before = peak()
 tensors = Tensors({str(tmp_path)!r})
-leaf = place(jax.ShapeDtypeStruct(({layers}, *{shape}), jnp.float32), lambda i: tensors[str(i)].T)
+leaf = place(jax.ShapeDtypeStruct(({layers}, *{shape[::-1]}), jnp.float32), lambda i: tensors[str(i)].T)
 print(peak() - before)
 """
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    # Two tensors of the file are there at a time, of eight.
+    # Two or three tensors of the file are there at a time, of sixteen.
     assert int(printed) <= 1.3 * (tmp_path / SINGLE).stat().st_size
