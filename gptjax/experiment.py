@@ -86,9 +86,11 @@ class Experiment:
     def check(self, devices: int) -> None:
         """Raises UserError, naming the field, where the experiment does not fit that many devices."""
         sizes = self.mesh.sizes(devices)
+        self.rules.check(tuple(sizes))
         axes = [
             *self.model.axes,
             *(("batch", f"{name}.data.batch", s.data.batch // s.accumulate) for name, s in self.stages.items()),
+            *(("sequence", f"{name}.data.length", s.data.length) for name, s in self.stages.items()),
         ]
         for axis, field, size in axes:
             parts = self.rules.parts(axis, sizes)
@@ -112,7 +114,7 @@ class Experiment:
         self._check_prompts(tokenizer)
         cache = cache_dir() / "tokens"
         mesh = self.mesh.make()
-        model = self.model.build(self.rules if mesh.size > 1 else Rules())
+        model = self.model.build(self.rules)
         results: dict[str, list[Result]] = {}
         with Records(folder, self.records, to_json(self)) as records:
             before: str | None = None

@@ -1,12 +1,15 @@
 """Where arrays live: a mesh of devices with explicit axes, and the rules that place logical axes on it.
 
-A module names its axes logically ("embed", "heads"); `Rules` says which mesh axis each lies on. Data parallel, FSDP,
-tensor parallel and their products are different `Rules`, never different code:
+A module names its axes logically ("embed", "heads"); `Rules` says which mesh axis each lies on. Data, FSDP, tensor,
+context, expert and pipeline parallelism and their products are different `Rules`, never different code:
 
     Rules()                                               nothing is sharded; no mesh is needed
     Rules(batch="data")                                   data parallel
     Rules(batch=("data", "fsdp"), embed="fsdp")           and fully sharded parameters
     Rules(batch=("data", "fsdp"), embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
+
+A rule holds where the current mesh has its axis, with more than one device along it, and says nothing elsewhere: so
+`STANDARD`, which knows every axis of `Mesh`, is right for all of them.
 """
 
 from __future__ import annotations
@@ -52,7 +55,12 @@ class Rules:
         """The spec for an array with these logical axes; None where there is no mesh, so that modules run anywhere."""
         if jax.sharding.get_abstract_mesh().empty:
             return None
-        return PartitionSpec(*(None if axis is None else getattr(self, axis) for axis in axes))
+        return PartitionSpec(*(None if axis is None else self.over(axis) or None for axis in axes))
+
+    def over(self, axis: str) -> tuple[str, ...]:
+        """The axes of the current mesh that cut a logical axis into parts."""
+        sizes = jax.sharding.get_abstract_mesh().shape
+        return tuple(name for name in _names(getattr(self, axis)) if sizes.get(name, 1) > 1)
 
     def fitting(self, axis: str, size: int) -> str | None:
         """The logical axis, or None where the current mesh does not cut so many into equal parts."""
@@ -67,16 +75,28 @@ class Rules:
 
     def parts(self, axis: str, sizes: dict[str, int]) -> int:
         """How many parts a mesh of these sizes cuts a logical axis into."""
-        return math.prod(sizes[name] for name in mesh_axes(getattr(self, axis)))
+        return math.prod(sizes.get(name, 1) for name in _names(getattr(self, axis)))
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises UserError for a rule whose axis is not one of a mesh with these."""
+        for field in dataclasses.fields(self):
+            for name in _names(getattr(self, field.name)):
+                if name not in names:
+                    raise UserError(f"rules.{field.name}: got {name!r}, must be an axis of mesh: {', '.join(names)}")
 
 
-def mesh_axes(axis: Axis) -> tuple[str, ...]:
-    """The names of the mesh axes that a rule gives: none, one or several."""
-    return () if axis is None else (axis,) if isinstance(axis, str) else axis
-
-
-STANDARD = Rules(batch=("data", "fsdp"), embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
-"""FSDP and tensor parallelism on a `Mesh`: what an experiment uses unless it says otherwise."""
+STANDARD = Rules(
+    batch=("data", "fsdp", "expert"),
+    sequence="context",
+    embed="fsdp",
+    heads="tensor",
+    kv_heads="tensor",
+    ffn="tensor",
+    vocab="tensor",
+    experts="expert",
+    layers="stage",
+)
+"""What each axis of `Mesh` is for: what an experiment uses unless it says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +107,12 @@ class Mesh:
     """Copies of the model, each on its share of the batch."""
     fsdp: int = 1
     """Shares of the batch that also share out the parameters."""
+    stage: int = 1
+    """Pipeline stages: parts of the stack of layers, each on the devices of its own."""
+    expert: int = 1
+    """Shares of the batch that also share out the experts of a mixture."""
+    context: int = 1
+    """Parts of every row, for sequences too long for one device."""
     tensor: int = 1
     """Parts of every layer: heads, hidden units, vocabulary."""
 
@@ -103,7 +129,7 @@ class Mesh:
         if free and devices % fixed == 0:
             sizes[free[0]] = devices // fixed
         if math.prod(sizes.values()) != devices:
-            shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+            shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
             raise UserError(f"mesh: {shape} does not fit {devices} device(s); the product must be {devices}")
         return sizes
 
@@ -114,6 +140,11 @@ class Mesh:
         return jax.make_mesh(
             tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes), devices=devices
         )
+
+
+def _names(axis: Axis) -> tuple[str, ...]:
+    """The mesh axes that a rule gives: none, one or several."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
 
 
 def use(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
@@ -142,7 +173,7 @@ def global_array(local, rules: Rules):
         return jax.tree.map(jax.numpy.asarray, local)
 
     def place(x):
-        spec = PartitionSpec(rules.batch, rules.sequence, *[None] * (x.ndim - 2))
+        spec = cast(PartitionSpec, rules("batch", "sequence", *[None] * (x.ndim - 2)))
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
 
     return jax.tree.map(place, local)

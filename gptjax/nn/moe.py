@@ -17,7 +17,6 @@ from gptjax.kernels.experts import dispatch
 from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.module import Weight, normal, zeros
 from gptjax.nn.router import Router, Softmax
-from gptjax.sharding import mesh_axes
 from gptjax.types import Array, UserError
 
 
@@ -65,10 +64,10 @@ class MixtureOfExperts(MLP):
     def __call__(self, weight: Weight, x: Array, hidden: int, bias: bool = False, output_scale: float = 1.0) -> Array:
         """`output_scale` multiplies the initial output weights, as in the dense parts."""
         rules, D, E = weight.rules, x.shape[-1], self.experts
-        held = mesh_axes(rules.experts)
+        held = rules.over("experts")
         # Where the experts themselves are shared out over a mesh axis, nothing inside of them can be.
-        embed = "embed" if set(held).isdisjoint(mesh_axes(rules.embed)) else None
-        ffn = "ffn" if set(held).isdisjoint(mesh_axes(rules.ffn)) else None
+        embed = "embed" if set(held).isdisjoint(rules.over("embed")) else None
+        ffn = "ffn" if set(held).isdisjoint(rules.over("ffn")) else None
         output = jax.nn.initializers.normal(0.02 * output_scale)
         shapes = dict.fromkeys(self._inputs, ((E, D, hidden), ("experts", embed, ffn), normal))
         shapes["down"] = (E, hidden, D), ("experts", ffn, embed), output
@@ -83,12 +82,12 @@ class MixtureOfExperts(MLP):
         else:
             # Every device computes its experts, whole in width, for the tokens of all that hold other experts.
             batch, sequence = (
-                tuple(name for name in mesh_axes(axis) if name not in held) for axis in (rules.batch, rules.sequence)
+                tuple(name for name in rules.over(axis) if name not in held) for axis in ("batch", "sequence")
             )
             tokens = jax.P(batch, sequence, None)
             whole = {name: rules(*(None if a == "embed" else a for a in axes)) for name, (_, axes, _) in shapes.items()}
             places = tokens, tokens, tokens, whole
-            split = mesh_axes(rules.ffn) if ffn else ()
+            split = rules.over("ffn") if ffn else ()
             compute = functools.partial(self._compute, held=held, split=split)
             compute = jax.shard_map(compute, in_specs=places, out_specs=tokens, check_vma=False)
             y = compute(*map(jax.reshard, inputs, places))

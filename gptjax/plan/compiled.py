@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax.experiment import Experiment
 from gptjax.plan.arithmetic import matrix_flops
 from gptjax.plan.collectives import Collective, collectives
-from gptjax.sharding import Rules
 from gptjax.train import state as train_state
 from gptjax.train.state import State
 from gptjax.train.step import make_step
@@ -72,12 +71,14 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
     Raises UserError where the experiment does not fit that many devices."""
     experiment.check(len(devices))
     stage, mesh = experiment.stages[name], experiment.mesh.make(devices)
-    rules = experiment.rules if mesh.size > 1 else Rules()
+    rules = experiment.rules
     model = experiment.model.build(rules)
     optimizer = stage.optimizer.build(stage.steps, getattr(model.config, "growth", 1.0))
     objective = functools.partial(stage.objective, model.apply)
-    shape, spec = (stage.data.batch, stage.data.length), PartitionSpec(rules.batch, rules.sequence)
+    shape = stage.data.batch, stage.data.length
     # One device has a mesh here too: kernels learn from it what they are compiled for.
+    with jax.set_mesh(mesh):
+        spec = rules("batch", "sequence") or PartitionSpec()
     ids, weights = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)) for dtype in (jnp.int32, jnp.float32)
     )

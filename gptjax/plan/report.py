@@ -31,7 +31,8 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
     stage = experiment.stages[name]
     tokens = stage.data.batch * stage.data.length
     useful = experiment.model.flops(stage.data.length) * tokens
-    mesh = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.sizes(devices).items())
+    sizes = experiment.mesh.sizes(devices)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "of one device"
     what = f"{target.chips} {target.chip.name} chips" if target.chip else f"{devices} CPU devices"
     lines = [
         f"{name} on {target}: {what}, mesh {mesh}",
