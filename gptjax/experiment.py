@@ -42,8 +42,9 @@ from gptjax.loading import trained
 from gptjax.nn import ModelConfig
 from gptjax.sharding import STANDARD, Mesh, Rules
 from gptjax.train import manifest
-from gptjax.train.loop import Stage, train
+from gptjax.train.loop import train
 from gptjax.train.records import Records
+from gptjax.train.stage import Stage
 from gptjax.types import Params, UserError
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)

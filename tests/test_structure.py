@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import importlib
 import subprocess
 import sys
@@ -14,12 +13,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from gptjax.experiment import Experiment
 from gptjax.sharding import Mesh
-from gptjax.train import state as train_state
-from gptjax.train.step import make_step
+from gptjax.train.program import program
 from gptjax.types import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,18 +101,11 @@ def test_the_steps_of_an_experiment_lower_without_devices_or_data(name):
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * 3)
     model = experiment.model.build(experiment.rules)
     for stage in experiment.stages.values():
-        shape, rows = (stage.data.batch, stage.data.length), NamedSharding(mesh, PartitionSpec(experiment.rules.batch))
-        ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
-        optimizer = stage.optimizer.build(stage.steps)
-
-        def create(ids, optimizer=optimizer, stage=stage):
-            params = model.init(jax.random.key(0), ids)["params"]
-            return train_state.create(params, optimizer, jax.random.key(1), stage.ema is not None)
-
         with jax.sharding.use_abstract_mesh(mesh):
-            objective = functools.partial(stage.objective, model.apply)
-            step = make_step(objective, optimizer, stage.accumulate, stage.ema)
-            state = jax.eval_shape(create, ids)
-            traced = step.trace(state, Batch(ids, ids, weights, ids, ids))
+            functions = program(stage, model)
+            rows = NamedSharding(mesh, model.rules("batch", "sequence"))
+            shape = stage.data.batch, stage.data.length
+            ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
+            traced = functions.step.trace(jax.eval_shape(functions.new), Batch(ids, ids, weights, ids, ids))
             text = traced.lower(lowering_platforms=("tpu",)).as_text()
         assert '"data"=2, "fsdp"=2, "tensor"=2' in text

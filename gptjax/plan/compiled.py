@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Sequence
@@ -16,9 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax.experiment import Experiment
 from gptjax.plan.arithmetic import matrix_flops
 from gptjax.plan.collectives import Collective, collectives
-from gptjax.train import state as train_state
+from gptjax.train.program import program
 from gptjax.train.state import State
-from gptjax.train.step import make_step
 from gptjax.types import Batch
 
 
@@ -71,33 +69,18 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
     Raises UserError where the experiment does not fit that many devices."""
     experiment.check(len(devices))
     stage, mesh = experiment.stages[name], experiment.mesh.make(devices)
-    rules = experiment.rules
-    model = experiment.model.build(rules)
-    optimizer = stage.optimizer.build(stage.steps, getattr(model.config, "growth", 1.0))
-    objective = functools.partial(stage.objective, model.apply)
-    shape = stage.data.batch, stage.data.length
+    model = experiment.model.build(experiment.rules)
     # One device has a mesh here too: kernels learn from it what they are compiled for.
     with jax.set_mesh(mesh):
-        spec = rules("batch", "sequence") or PartitionSpec()
-    ids, weights = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)) for dtype in (jnp.int32, jnp.float32)
-    )
-
-    def initial(ids):
-        return model.init(jax.random.key(0), ids)["params"]
-
-    def create(params):
-        return train_state.create(params, optimizer, jax.random.key(0), stage.ema is not None)
-
-    with jax.set_mesh(mesh):
-        params, frozen = _placed(jax.eval_shape(initial, ids), mesh), ()
+        functions, frozen = program(stage, model), ()
         if stage.adapter is not None:
-            objective, frozen = stage.adapter.objective(objective), (params,)
-            params = jax.eval_shape(functools.partial(stage.adapter.init, jax.random.key(0)), params)
-        state = _placed(jax.eval_shape(create, params), mesh)
-        step: Any = make_step(objective, optimizer, stage.accumulate, stage.ema)
-        shapes: tuple[Any, ...] = (ids, ids, weights, ids, ids)
-        traced = step.trace(state, Batch(*shapes), *frozen)
+            frozen = (_placed(jax.eval_shape(functions.parameters), mesh),)
+        state = _placed(jax.eval_shape(functions.new, *frozen), mesh)
+        place = NamedSharding(mesh, model.rules("batch", "sequence") or PartitionSpec())
+        shape = stage.data.batch, stage.data.length
+        ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in (jnp.int32, jnp.float32))
+        batch: Any = Batch(ids, ids, weights, ids, ids)  # pyright: ignore[reportArgumentType]
+        traced = functions.step.trace(state, batch, *frozen)
         flops = matrix_flops(traced.jaxpr.jaxpr)
         arrays = _sizes(state)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))

@@ -6,70 +6,23 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from gptjax import sharding
-from gptjax.nn import LoRA
-from gptjax.optim import Optimizer
-from gptjax.train import state as train_state
+from gptjax.train import stop
 from gptjax.train.checkpoint import Checkpoints
 from gptjax.train.display import Display
+from gptjax.train.program import Program, program
 from gptjax.train.records import Records
+from gptjax.train.stage import Stage
 from gptjax.train.state import State
-from gptjax.train.step import make_step
-from gptjax.types import Metrics, Params, UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One training run on one kind of data: pretraining, fine-tuning."""
-
-    data: Any
-    """What it reads: `data.Pretrain` or `data.Chat`."""
-    objective: Any
-    """What it minimises, such as `objectives.NextToken`."""
-    optimizer: Optimizer
-    """How, such as `optim.AdamW`."""
-    steps: int
-    """Optimizer steps, a batch each."""
-    adapter: LoRA | None = None
-    """Adapters to train over the parameters of the stage before, which then stay as they are; none: all is trained."""
-    accumulate: int = 1
-    """Parts that a batch goes through in, one after the other, to save memory."""
-    ema: float | None = None
-    """Decay of an exponential moving average of the parameters, which is then what is evaluated and deployed."""
-    evaluate_every: int = 250
-    """Steps between validation losses, and samples of text."""
-    evaluate_rows: int = 256
-    """Rows of validation data that a validation loss is taken over."""
-    save_every: int = 250
-    """Steps between checkpoints. Stopping by Ctrl-C or SIGTERM also saves one."""
-    keep: int = 2
-    """How many of the newest checkpoints stay, beside the best by validation loss."""
-    log_every: int = 10
-    """Steps between lines in metrics.jsonl."""
-    prompts: tuple[str, ...] = ("\n",)
-    """What the samples shown during training begin with."""
-    evaluations: tuple[Any, ...] = ()
-    """What is measured at the end: `evals.BitsPerByte`, `evals.Answers`, ..."""
-
-    def __post_init__(self):
-        for field in ("steps", "accumulate", "evaluate_every", "evaluate_rows", "save_every", "keep", "log_every"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field}: got {getattr(self, field)}, must be at least 1")
-        if self.data.batch % self.accumulate:
-            raise UserError(f"accumulate: got {self.accumulate}, must divide data.batch {self.data.batch}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema: got {self.ema}, must be between 0 and 1, or none")
+from gptjax.types import Batch, Metrics, Params, UserError
 
 
 class Diverged(RuntimeError):
@@ -112,173 +65,117 @@ def train(
     share: dict[str, Any] = {"cache_dir": cache, "rank": jax.process_index(), "ranks": jax.process_count()}
     batches = stage.data.batches(tokenizer, "train", seed=seed, **share)
     validation = stage.data.evaluation(tokenizer, "validation", rows=stage.evaluate_rows, **share)
-    optimizer = stage.optimizer.build(stage.steps, model.config.growth)
-    learning_rate = stage.optimizer.learning_rate(stage.steps)
-    objective = functools.partial(stage.objective, model.apply)
-    initial, merge, frozen = functools.partial(_initial, stage, model, seed), _itself, ()
+    functions, frozen = program(stage, model, seed), ()
     if stage.adapter is not None:
         assert start is not None, "an experiment's first stage has no adapters"
-        frozen, start = (start(jax.eval_shape(initial)),), None
-        objective = stage.adapter.objective(objective)
-        initial = functools.partial(stage.adapter.init, jax.random.key(seed))
-        merge = functools.partial(jax.jit(stage.adapter.merge), *frozen)
-    step = make_step(objective, optimizer, stage.accumulate, stage.ema)
-    evaluate = jax.jit(lambda params, batch, *frozen: objective(params, batch, None, *frozen))
+        frozen, start = (start(jax.eval_shape(functions.parameters)),), None
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder, keep=stage.keep))
         stack.callback(batches.close)
-        create = jax.jit(functools.partial(_create, stage, optimizer, seed))
-
-        def new(*frozen: Params) -> State:
-            return create(initial(*frozen))
-
-        abstract = jax.eval_shape(new, *frozen)
+        abstract = jax.eval_shape(functions.new, *frozen)
         if checkpoints.steps():
             restored = checkpoints.restore(abstract)
             if restored.extra["tokenizer"] != tokenizer.fingerprint:
                 raise UserError(f"tokenizer: the checkpoint in {folder} was trained with another one; restore that one")
             state = restored.state
             batches.restore(restored.extra["input"])
+        elif start is not None:
+            state = jax.jit(functions.create)(start(abstract.params))
         else:
-            state = jax.jit(new)(*frozen) if start is None else create(start(abstract.params))
+            state = jax.jit(functions.new)(*frozen)
         done = int(state.step)
         records.resume(name, done)
-
-        def save(state: State, done: int, loss: float | None) -> None:
-            extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint, "input": batches.state()}
-            checkpoints.save(done, state, extra, loss)
-
-        def check(done: int, values: dict[str, float]) -> None:
-            wrong = [what for what, value in values.items() if not math.isfinite(value)]
-            if wrong:
-                what = "loss" if "loss" in wrong else wrong[0]
-                last = checkpoints.latest_step()
-                good = f"the last good checkpoint is step {last} in {folder}" if last else "no checkpoint was saved yet"
-                raise Diverged(
-                    f"{name}: the {what} became {values[what]} at step {done}; {good}. "
-                    f"Try a lower {name}.optimizer.peak, a longer warmup or a smaller clip"
-                )
-
-        def show(state: State, done: int) -> float:
-            inputs = (sharding.global_array(batch, model.rules) for batch in validation)
-            total = _sum(evaluate(state.best, batch, *frozen) for batch in inputs)
-            losses = {f"validation_{key}": value for key, value in _divide(total).items()}
-            check(done, losses)
-            records.log(done, name, **losses)
-            display.evaluation(done, losses["validation_loss"])
-            if sample is not None:
-                for prompt in stage.prompts:
-                    text = sample(merge(state.best), prompt)
-                    records.text(done, f"{name}/sample", prompt + text)
-                    display.sample(done, prompt, text)
-            return losses["validation_loss"]
-
         if done >= stage.steps:
-            return merge(state.best)
-        stop = stack.enter_context(_stop_signals())
-        tokens = stage.data.batch * stage.data.length
-        flops = model.config.flops(stage.data.length)
+            return functions.merge(state.best, *frozen)
+
+        stopping = stack.enter_context(stop.signals())
+        tokens, flops = stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
         display = stack.enter_context(Display(name, stage.steps, tokens, flops, done))
-        pending: tuple[int, Metrics] | None = None
-
-        def report() -> None:
-            """Fetch the metrics of an earlier step, while the device works on a later one."""
-            if pending is not None:
-                values = _divide(pending[1])
-                check(pending[0], values)
-                rate = np.asarray(learning_rate(pending[0] - 1)).item()
-                records.log(pending[0], name, **values, learning_rate=rate)
-                display.update(pending[0], **values)
-
+        extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint}
+        place = functools.partial(sharding.global_array, rules=model.rules)
+        run = _Run(stage, name, functions, frozen, checkpoints, records, display, place, sample)
+        last = None  # step and metrics, still on the devices
         while done < stage.steps:
-            batch = sharding.global_array(next(batches), model.rules)
-            state, metrics = step(state, batch, *frozen)
+            state, metrics = functions.step(state, place(next(batches)), *frozen)
             done += 1
-            report()
-            pending = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
-            stopping = stop.at(done)  # asked once a step: a signal may come at any moment
+            if last is not None:  # those of an earlier step, while the devices work on this one
+                run.report(*last)
+            last = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
+            stopped = stopping.at(done)  # asked once a step: a signal may come at any moment
             evaluating = done % stage.evaluate_every == 0 or done == stage.steps
-            saving = done % stage.save_every == 0 or done == stage.steps or stopping
+            saving = done % stage.save_every == 0 or done == stage.steps or stopped
             if evaluating or saving:
-                report()
-                pending = None
-                check(done, _divide(metrics))
-            loss = show(state, done) if evaluating else None
+                if last is not None:
+                    run.report(*last)
+                last = None
+                run.check(done, divide(metrics))
+            loss = run.evaluate(state, done, validation) if evaluating else None
             if saving:
-                save(state, done, loss)
-            if stopping and done < stage.steps:
+                checkpoints.save(done, state, extra | {"input": batches.state()}, loss)
+            if stopped and done < stage.steps:
                 checkpoints.wait()
                 display.note(f"stopped and saved at step {done}")
                 raise KeyboardInterrupt
         checkpoints.wait()
-        return merge(state.best)
+        return functions.merge(state.best, *frozen)
 
 
-def _initial(stage: Stage, model: Any, seed: int) -> Params:
-    _, key = jax.random.split(jax.random.key(seed))
-    tokens = jnp.zeros((stage.data.batch, stage.data.length), jnp.int32, out_sharding=model.rules("batch", "sequence"))
-    return model.init(key, tokens)["params"]
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a loop under way does beside its steps."""
+
+    stage: Stage
+    name: str
+    program: Program
+    frozen: tuple[Params, ...]
+    checkpoints: Checkpoints
+    records: Records
+    display: Display
+    place: Callable[[Batch], Batch]
+    sample: Sampler | None
+
+    def report(self, done: int, metrics: Metrics) -> None:
+        """Fetch the metrics of a step, and record and show them."""
+        values = divide(metrics)
+        self.check(done, values)
+        rate = np.asarray(self.stage.optimizer.learning_rate(self.stage.steps)(done - 1)).item()
+        self.records.log(done, self.name, **values, learning_rate=rate)
+        self.display.update(done, **values)
+
+    def evaluate(self, state: State, done: int, validation: Iterable[Batch]) -> float:
+        """The validation loss, recorded and shown, with samples of text."""
+        params = state.best
+        total = _sum(self.program.evaluate(params, self.place(batch), *self.frozen) for batch in validation)
+        losses = {f"validation_{name}": value for name, value in divide(total).items()}
+        self.check(done, losses)
+        self.records.log(done, self.name, **losses)
+        self.display.evaluation(done, losses["validation_loss"])
+        if self.sample is not None:
+            for prompt in self.stage.prompts:
+                text = self.sample(self.program.merge(params, *self.frozen), prompt)
+                self.records.text(done, f"{self.name}/sample", prompt + text)
+                self.display.sample(done, prompt, text)
+        return losses["validation_loss"]
+
+    def check(self, done: int, values: dict[str, float]) -> None:
+        """Raises `Diverged` where a value is not finite."""
+        wrong = [what for what, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            what = "loss" if "loss" in wrong else wrong[0]
+            last, folder = self.checkpoints.latest_step(), self.checkpoints.folder
+            good = f"the last good checkpoint is step {last} in {folder}" if last else "no checkpoint was saved yet"
+            raise Diverged(
+                f"{self.name}: the {what} became {values[what]} at step {done}; {good}. "
+                f"Try a lower {self.name}.optimizer.peak, a longer warmup or a smaller clip"
+            )
 
 
-def _create(stage: Stage, optimizer: Any, seed: int, params: Params) -> State:
-    key, _ = jax.random.split(jax.random.key(seed))
-    return train_state.create(params, optimizer, key, stage.ema is not None)
-
-
-def _itself(params: Params) -> Params:
-    return params
-
-
-def _sum(metrics: Iterator[Metrics]) -> Metrics:
-    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), metrics)
-
-
-def _divide(metrics: Metrics) -> dict[str, float]:
+def divide(metrics: Metrics) -> dict[str, float]:
+    """Metrics fetched from the devices: each sum over its weight."""
     fetched = jax.device_get(metrics)
     return {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in fetched.items()}
 
 
-class _Stop:
-    """Whether to stop: after the first Ctrl-C or SIGTERM; a second Ctrl-C interrupts at once.
-
-    Of several processes, any may get the signal and all stop after the same step, which jax's preemption service agrees
-    on between the hosts. That service listens to SIGTERM itself, so a Ctrl-C is passed on to it as one.
-    """
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    is_set = False
-
-    def at(self, step: int) -> bool:
-        return self.is_set
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.is_set:
-            raise KeyboardInterrupt
-        self.is_set = True
-
-
-class _StopTogether(_Stop):
-    signals = (signal.SIGINT,)
-
-    def at(self, step: int) -> bool:
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    def __call__(self, number: int, frame: Any) -> None:
-        super().__call__(number, frame)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    stop = _Stop() if jax.process_count() == 1 else _StopTogether()
-    try:
-        before = {number: signal.signal(number, stop) for number in stop.signals}
-    except ValueError:  # not the main thread: signals are somebody else's business
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _sum(metrics: Iterable[Metrics]) -> Metrics:
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), metrics)

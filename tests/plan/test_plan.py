@@ -153,7 +153,7 @@ def test_the_split_of_memory_adds_up(tiny, monkeypatch):
 def test_a_plan_for_cpus(tiny, capsys):
     assert command.plan(tiny, "pretrain", Target.parse("cpu:8"), jax.devices()) == 0
     text = capsys.readouterr().out
-    assert "mesh data 2 x fsdp 4 x tensor 1" in text
+    assert "mesh data 2 x fsdp 4" in text
     assert "all-gather" in text
     assert "no estimate of time" in text
 

@@ -21,8 +21,9 @@ from gptjax.objectives import NextToken
 from gptjax.train import records as train_records
 from gptjax.train import state as train_state
 from gptjax.train.checkpoint import Checkpoints
-from gptjax.train.loop import Diverged, Stage, train
+from gptjax.train.loop import Diverged, train
 from gptjax.train.records import Records
+from gptjax.train.stage import Stage
 from gptjax.types import UserError
 
 MODEL = Transformer(TransformerConfig(vocab=64, layers=2, width=16, heads=2, dropout=0.1))

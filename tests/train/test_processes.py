@@ -18,7 +18,7 @@ from gptjax import data, objectives, optim
 from gptjax.experiment import Experiment
 from gptjax.nn import TransformerConfig
 from gptjax.sharding import Mesh
-from gptjax.train.loop import Stage
+from gptjax.train.stage import Stage
 
 experiment = Experiment(
     model=TransformerConfig(vocab=64, layers=1, width=16, heads=2),

@@ -1,0 +1,78 @@
+"""What a stage runs on the devices: its first state, its step, its evaluation, as functions to trace, compile or call.
+
+Nothing here knows data, disks or screens: training, and planning for devices that are elsewhere, take the same program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.train import state as train_state
+from gptjax.train.stage import Stage
+from gptjax.train.state import State
+from gptjax.train.step import make_step
+from gptjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Functions over arrays. `frozen` is what is not trained: the model's parameters under adapters, else nothing."""
+
+    parameters: Callable[[], Params]
+    """() -> the model's parameters, drawn anew."""
+    initial: Callable[..., Params]
+    """(*frozen) -> the parameters to train, drawn anew: the model's, or adapters of `frozen`."""
+    create: Callable[[Params], State]
+    """Parameters to train -> the state before the first step."""
+    step: Any
+    """(state, batch, *frozen) -> (state, metrics), jitted; the state is donated."""
+    evaluate: Any
+    """(params, batch, *frozen) -> metrics without dropout, jitted."""
+    merge: Callable[..., Params]
+    """(params, *frozen) -> the model's parameters."""
+
+    def new(self, *frozen: Params) -> State:
+        """The state before the first step, drawn anew. Call it under jit: nothing is made in the wrong place then."""
+        return self.create(self.initial(*frozen))
+
+
+def program(stage: Stage, model: Any, seed: int = 0) -> Program:
+    """The program of a stage for what a `ModelConfig` builds; call its functions where the mesh is current.
+
+    seed: of initialisation and dropout
+    """
+    optimizer = stage.optimizer.build(stage.steps, model.config.growth)
+    objective = functools.partial(stage.objective, model.apply)
+
+    def parameters() -> Params:
+        _, key = jax.random.split(jax.random.key(seed))
+        shape, place = (stage.data.batch, stage.data.length), model.rules("batch", "sequence")
+        return model.init(key, jnp.zeros(shape, jnp.int32, out_sharding=place))["params"]
+
+    def create(params: Params) -> State:
+        key, _ = jax.random.split(jax.random.key(seed))
+        return train_state.create(params, optimizer, key, stage.ema is not None)
+
+    initial, merge = parameters, _itself
+    if (adapter := stage.adapter) is not None:
+        objective = adapter.objective(objective)
+        initial = lambda params: adapter.init(jax.random.key(seed), params)  # noqa: E731
+        merge = jax.jit(lambda adapters, params: adapter.merge(params, adapters))
+    return Program(
+        parameters,
+        initial,
+        create,
+        make_step(objective, optimizer, stage.accumulate, stage.ema),
+        jax.jit(lambda params, batch, *frozen: objective(params, batch, None, *frozen)),
+        merge,
+    )
+
+
+def _itself(params: Params) -> Params:
+    return params

@@ -1,0 +1,53 @@
+"""A stage of an experiment as data: what is read, what is minimised and how, and what is looked at meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from gptjax.nn import LoRA
+from gptjax.optim import Optimizer
+from gptjax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training run on one kind of data: pretraining, fine-tuning."""
+
+    data: Any
+    """What it reads: `data.Pretrain` or `data.Chat`."""
+    objective: Any
+    """What it minimises, such as `objectives.NextToken`."""
+    optimizer: Optimizer
+    """How, such as `optim.AdamW`."""
+    steps: int
+    """Optimizer steps, a batch each."""
+    adapter: LoRA | None = None
+    """Adapters to train over the parameters of the stage before, which then stay as they are; none: all is trained."""
+    accumulate: int = 1
+    """Parts that a batch goes through in, one after the other, to save memory."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the parameters, which is then what is evaluated and deployed."""
+    evaluate_every: int = 250
+    """Steps between validation losses, and samples of text."""
+    evaluate_rows: int = 256
+    """Rows of validation data that a validation loss is taken over."""
+    save_every: int = 250
+    """Steps between checkpoints. Stopping by Ctrl-C or SIGTERM also saves one."""
+    keep: int = 2
+    """How many of the newest checkpoints stay, beside the best by validation loss."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    prompts: tuple[str, ...] = ("\n",)
+    """What the samples shown during training begin with."""
+    evaluations: tuple[Any, ...] = ()
+    """What is measured at the end: `evals.BitsPerByte`, `evals.Answers`, ..."""
+
+    def __post_init__(self):
+        for field in ("steps", "accumulate", "evaluate_every", "evaluate_rows", "save_every", "keep", "log_every"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field}: got {getattr(self, field)}, must be at least 1")
+        if self.data.batch % self.accumulate:
+            raise UserError(f"accumulate: got {self.accumulate}, must divide data.batch {self.data.batch}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema: got {self.ema}, must be between 0 and 1, or none")
