@@ -12,18 +12,15 @@ python -m experiments path/to/mine.py                   an experiment outside th
 from __future__ import annotations
 
 import argparse
-import ast
-import difflib
-import importlib
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+
+from gptjax import catalogue
 
 # Nothing heavy up here: listing the experiments and --help must not wait for jax.
 
-FOLDER = Path(__file__).parent
 PROGRAM = "python -m experiments"
 
 
@@ -35,12 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{__doc__}\n{_listing()}" if arguments else _listing())
         return 0
     name, *rest = arguments
-    if not name.endswith(".py") and name not in _names():
-        near = difflib.get_close_matches(name, _names())
-        hint = f"the nearest: {', '.join(near)}" if near else f"there are: {', '.join(_names())}"
-        return _fail(f"no experiment {name!r}; {hint}; or give the path of a .py file")
-    if name.endswith(".py") and not Path(name).is_file():
-        return _fail(f"no file {name!r}; give the path of an experiment, or one of: {', '.join(_names())}")
+    if (mistake := catalogue.mistake(name)) is not None:
+        return _fail(mistake)
 
     from gptjax import host
 
@@ -62,7 +55,7 @@ def _launch(name: str, arguments: list[str]) -> int:
 
     parser = _options(name)
     options, overrides = parser.parse_known_args(arguments)
-    module = _load(name)
+    module = catalogue.load(name)
     description = (
         f"{(module.__doc__ or '').strip()}\n\n{parser.format_help().strip()}\n\nEvery value of the experiment:"
     )
@@ -128,42 +121,11 @@ def _folder(path: str) -> Path:
     return Path(path)
 
 
-def _load(name: str) -> ModuleType:
-    """The experiment's module, imported as Python itself would: its classes have names that a saved configuration can
-    give and another program can import."""
-    from gptjax.types import UserError
-
-    path = Path(name).resolve()
-    if not name.endswith(".py"):
-        module = importlib.import_module(f"experiments.{name}")
-    elif path.parent == FOLDER.resolve():
-        module = importlib.import_module(f"experiments.{path.stem}")
-    else:
-        if not path.stem.isidentifier():
-            raise UserError(f"{name}: {path.stem!r} cannot be the name of a Python module; rename the file")
-        sys.path.insert(0, str(path.parent))
-        module = importlib.import_module(path.stem)
-        if Path(module.__file__ or "").resolve() != path:
-            raise UserError(f"{name}: there is another module named {path.stem!r}; rename the file")
-    if not hasattr(module, "experiment"):
-        raise UserError(f"{name}: defines no `experiment`; add `experiment = Experiment(...)` to the file")
-    return module
-
-
-def _names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
-
-
 def _listing() -> str:
-    width = max(map(len, _names()), default=0)
-    lines = [f"  {name:{width}}  {_headline(FOLDER / f'{name}.py')}" for name in _names()]
+    names = catalogue.names()
+    width = max(map(len, names), default=0)
+    lines = [f"  {name:{width}}  {catalogue.headline(path)}" for name, path in names.items()]
     return "\n".join([f"Experiments; {PROGRAM} NAME runs one, {PROGRAM} NAME --help tells about it:", *lines])
-
-
-def _headline(path: Path) -> str:
-    """First line of a file's docstring, without importing the file."""
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return docstring.partition("\n")[0]
 
 
 def _fail(message: str, code: int = 2) -> int:

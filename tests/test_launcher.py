@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import __main__ as launcher
-from gptjax import host
+from gptjax import catalogue, host
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,7 +75,7 @@ def test_the_list_has_the_first_line_of_each_docstring_and_imports_nothing(tmp_p
         "_hidden": '"""No."""',
     }.items():
         (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.setattr(launcher, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys.modules["experiments"], "__path__", [str(tmp_path)])
     assert launcher.main([]) == 0
     listing = capsys.readouterr().out
     assert [line.split(maxsplit=1) for line in listing.splitlines()[1:]] == [["one", "First line."], ["two_b"]]
@@ -89,7 +89,7 @@ def test_help_does_not_wait_for_jax():
 
 
 def test_every_shipped_experiment_says_what_it_is():
-    assert all(launcher._headline(launcher.FOLDER / f"{name}.py") for name in launcher._names())
+    assert all(map(catalogue.headline, catalogue.names().values()))
 
 
 def test_run(tiny):
@@ -104,7 +104,6 @@ def test_a_name_is_a_file_of_the_folder(tmp_path, monkeypatch, capsys):
     package = tmp_path / "experiments"
     package.mkdir()
     (package / "tiny_two.py").write_text(TINY)
-    monkeypatch.setattr(launcher, "FOLDER", package)
     monkeypatch.setattr(sys.modules["experiments"], "__path__", [str(package)])
     for name in ("tiny_two", "experiments/tiny_two.py"):
         assert launcher.main([name, "--print"]) == 0
@@ -158,7 +157,7 @@ def test_help_of_an_experiment(tiny, capsys):
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(arguments, message, tiny, monkeypatch, capsys):
-    monkeypatch.setattr(launcher, "_names", lambda: ["quickstart"])
+    monkeypatch.setattr(catalogue, "names", lambda: {"quickstart": Path("quickstart.py")})
     for name in ("empty.py", "pathlib.py", "a-b.py"):
         Path(name).touch()
     assert launcher.main([argument.replace("TINY", tiny) for argument in arguments]) == 2

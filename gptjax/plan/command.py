@@ -11,10 +11,8 @@ Returns 1 where the step does not fit, with the largest arrays and the smallest 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptjax.types import UserError
@@ -43,9 +41,10 @@ def main(arguments: Sequence[str]) -> int:
 
     target = Target.parse(options.on)
     target.prepare()
+    from gptjax.catalogue import load
     from gptjax.configuration import override
 
-    experiment = override(_experiment(options.name), overrides, f"gptjax plan {options.name}", "")
+    experiment = override(load(options.name).experiment, overrides, f"gptjax plan {options.name}", "")
     name = options.stage or next(iter(experiment.stages))
     if name not in experiment.stages:
         raise UserError(f"stage: got {name!r}, must be one of {', '.join(experiment.stages)}")
@@ -103,26 +102,6 @@ def _order(step: Step, target: Target, devices: int) -> tuple[float, float]:
     # The mean of what a step takes at best, all overlapping, and at worst.
     times = estimate(step, target.chip, target.chips, devices) if target.chip else None
     return (0.0 if times is None else (times.best + times.worst) / 2, step.memory.total)
-
-
-def _experiment(name: str) -> Experiment:
-    """That of a module of `experiments`, or of a file."""
-    path = Path(name)
-    if name.endswith(".py") and path.is_file():
-        sys.path.insert(0, str(path.resolve().parent))
-        module = importlib.import_module(path.stem)
-    else:
-        try:
-            module = importlib.import_module(f"experiments.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"experiments.{name}":
-                raise
-            raise UserError(
-                f"NAME: got {name!r}, must be an experiment that python -m experiments lists, or a .py file"
-            ) from None
-    if not hasattr(module, "experiment"):
-        raise UserError(f"{name}: defines no `experiment`; add `experiment = Experiment(...)` to the file")
-    return module.experiment
 
 
 def _say(text: str) -> None:
