@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.kernels.attention import chunked, cudnn, place, plain, splash, xla
+from gptjax.kernels.attention import chunked, cudnn, gathered, place, plain, ring, splash, xla
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array, Key, UserError
 
@@ -24,14 +24,18 @@ class Implementation:
 
 
 IMPLEMENTATIONS = {
-    "plain": Implementation(plain.attention),
+    "plain": Implementation(plain.attention, plain.refuses),
     "chunked": Implementation(chunked.attention, chunked.refuses),
     "xla": Implementation(xla.attention, xla.refuses),
     "cudnn": Implementation(cudnn.attention, cudnn.refuses),
     "splash": Implementation(splash.attention, splash.refuses),
+    "ring": Implementation(ring.attention, ring.refuses),
+    "gathered": Implementation(gathered.attention, gathered.refuses),
 }
 CHOICE = {"cpu": (), "gpu": ("cudnn",), "tpu": ("splash",)}
 """Platform -> what is tried there, before "chunked" on long sequences, and "plain"."""
+CUT = ("ring", "gathered")
+"""What is tried where a mesh cuts the rows: "ring" first, whose memory is the smaller and whose traffic the same."""
 LONG = 2_048
 """Queries from which "chunked" is surely faster than "plain", in an eighth of its memory (benchmarks/README.md)."""
 
@@ -64,13 +68,14 @@ def attention(
     softcap  bounds the scores (Gemma 2, arXiv:2408.00118)
     dropout  share of probabilities that are dropped when a key is given
 
-    implementation  one of `IMPLEMENTATIONS`; None: what suits the device the program is for, the mask and the options
+    implementation  one of `IMPLEMENTATIONS`; None: what suits the device the program is for, the mask and the options.
+                    "ring" and "gathered" are for rows that a mesh cuts, and elsewhere like None
 
     Raises UserError when the named implementation does not exist or cannot do this.
     """
     k, v = place.with_heads_of(q, k, v)
     case = q, k, v, mask, Options(bias, sinks, scale, softcap, dropout if key is not None else 0.0, key)
-    if implementation is None:
+    if implementation is None or (implementation in CUT and not place.row_axes(q)):
         implementation = _choose(*case)
     elif implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
@@ -81,5 +86,13 @@ def attention(
 
 
 def _choose(q: Array, *rest: Any) -> str:
-    names = CHOICE.get(place.platform(), ()) + (("chunked",) if q.shape[1] >= LONG else ())
-    return next((name for name in names if IMPLEMENTATIONS[name].refuses(q, *rest) is None), "plain")
+    if place.row_axes(q):
+        names = CUT
+    else:
+        names = (*CHOICE.get(place.platform(), ()), *(("chunked",) if q.shape[1] >= LONG else ()), "plain")
+    reasons = {name: IMPLEMENTATIONS[name].refuses(q, *rest) for name in names}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    what = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
+    raise UserError(f"attention: rows that a mesh cuts (mesh.context) cannot be done: {what}")

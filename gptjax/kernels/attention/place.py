@@ -61,17 +61,30 @@ def refuses(q: Array, k: Array, v: Array) -> str | None:
     return None
 
 
+def cuts_rows(q: Array, k: Array, v: Array) -> bool:
+    """Whether a mesh cuts the rows of q [B, T, N, H], k and v [B, S, K, H] into parts, all three alike."""
+    (_, length, _, size), *others = (_spec(x) for x in (q, k, v))
+    whole_heads = not size and all(spec[3] is None for spec in others)
+    return bool(row_axes(q)) and whole_heads and all(spec[1] == length for spec in others)
+
+
+def row_axes(q: Array) -> tuple[str, ...]:
+    """The mesh axes that cut the rows of q [B, T, N, H]."""
+    axes = _spec(q)[1]
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
 def on_each_device(kernel: Callable[..., Array], axes: tuple[str, ...], *arrays: Array | None) -> Array:
     """kernel(*arrays), on each device's rows and heads.
 
-    axes  the axes of each array by their letters, "BTNH" for queries first, "BSKH" for keys next; the result's are the
-          queries'
+    axes  the axes of each array by their letters, "BTNH" for queries first, "BSKH" for keys next, "." for one that is
+          whole; the result's are the queries'
     """
     mesh = get_abstract_mesh()
     if not mesh.explicit_axes:
         return kernel(*arrays)
     queries, keys = _spec(arrays[0]), _spec(arrays[1])
-    place = {"B": queries[0], "N": queries[2], "K": keys[2]}
+    place = {"B": queries[0], "T": queries[1], "N": queries[2], "S": keys[1], "K": keys[2]}
     specs = tuple(PartitionSpec(*(place.get(letter) for letter in letters)) for letters in axes)
     arrays = tuple(None if x is None else jax.sharding.reshard(x, spec) for x, spec in zip(arrays, specs, strict=True))
     # Kernels do not say over which axes their results vary, so that cannot be checked.

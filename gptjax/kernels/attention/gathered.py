@@ -1,0 +1,55 @@
+"""Attention over rows that a mesh cuts: every device gets all keys and values, and answers its own queries (Llama 3,
+arXiv:2407.21783, section 3.3.2).
+
+A device receives the K and V of the others, (n - 1) / n of them all, and in the backward pass sends as much of their
+gradients. It holds the keys of whole rows then, which with few key heads are small; `ring` holds two devices' shares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from gptjax.kernels.attention import chunked, place, plain
+from gptjax.kernels.attention.spec import Mask, Options
+from gptjax.types import Array
+
+
+def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+    """Why it cannot do this; None: it can."""
+    if not place.cuts_rows(q, k, v):
+        return "needs rows that a mesh cuts into equal parts, queries and keys alike"
+    if options.dropout:
+        return "has no dropout"
+    if mask.offset is not None:
+        return "needs queries and keys of the same slots"
+    return None
+
+
+def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
+    """As `gptjax.kernels.attention.attention`."""
+
+    def whole(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        spec = tuple(jax.typeof(x).sharding.spec)
+        return jax.reshard(x, PartitionSpec(spec[0], None, *spec[2:]))
+
+    kernel = functools.partial(_attend, place.row_axes(q), mask, options)
+    axes = ("BTNH", "B.KH", "B.KH", "N", "NT.", "BT", "B.", "B.")
+    given = options.sinks, options.bias, mask.query_segments, whole(mask.key_segments), whole(mask.prefix)
+    return place.on_each_device(kernel, axes, q, whole(k), whole(v), *given)
+
+
+def _attend(axes: tuple[str, ...], mask: Mask, options: Options, q: Array, k: Array, v: Array, *given: Any) -> Array:
+    sinks, bias, query_segments, key_segments, prefix = given
+    start = lax.axis_index(axes) * q.shape[1]
+    mask = Mask(mask.causal, mask.window, start, query_segments, key_segments, prefix)
+    options = dataclasses.replace(options, sinks=sinks, bias=bias)
+    form = plain if q.shape[1] % chunked.CHUNK else chunked
+    return form.attention(q, k, v, mask, options)

@@ -1,0 +1,247 @@
+"""Attention over rows that a mesh cuts: keys and values go round the devices in a ring, queries stay (Liu et al. 2023,
+arXiv:2310.01889).
+
+A device has T queries and S = T keys of every row. Blocks of keys and values pass by one after the other, and a softmax
+that is kept up as they come (arXiv:1805.02867) needs only what it has seen:
+
+    top' = max(top, max_s score_ts)        total' = total e^(top - top') + sum_s e^(score_ts - top')
+    y' = y e^(top - top') + sum_s e^(score_ts - top') v_s                       and at the end y / total
+
+No device ever holds more than two blocks of keys, nor more scores than those of one chunk of queries with one block.
+The backward pass sends the blocks round once more, each with its gradient, and computes the scores again. Blocks that
+the mask hides from all of a device's queries are passed on and not computed; those that a window puts out of reach of
+all queries are not sent at all. Of n devices each sends blocks of K and V n - 1 times forwards, and n - 1 times
+backwards, there with their gradients in float32, which go home in one more step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gptjax.kernels.attention import place
+from gptjax.kernels.attention.spec import Mask, Options
+from gptjax.types import Array
+
+CHUNK = 128
+"""Queries whose scores with a block are computed at a time, where that divides T."""
+
+
+def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+    """Why it cannot do this; None: it can."""
+    if not place.cuts_rows(q, k, v):
+        return "needs rows that a mesh cuts into equal parts, queries and keys alike"
+    if options.bias is not None or options.dropout:
+        return "has no bias or dropout"
+    if mask.offset is not None:
+        return "needs queries and keys of the same slots"
+    return None
+
+
+def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
+    """As `gptjax.kernels.attention.attention`."""
+    form = _Form(place.row_axes(q), mask.causal, mask.window, options.scale_of(q), options.softcap)
+    axes = ("BTNH", "BSKH", "BSKH", "N", "BT", "BS", "BS")
+    given = options.sinks, mask.query_segments, mask.key_segments, mask.prefix
+    return place.on_each_device(functools.partial(_ring, form), axes, q, k, v, *given)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What is known when the program is made."""
+
+    axes: tuple[str, ...]
+    """Of the mesh, along which rows are cut."""
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+
+    def hops(self, size: int) -> int:
+        """How often blocks of so many keys are passed on."""
+        last = lax.axis_size(self.axes) - 1
+        return last if self.window is None or not self.causal else min(last, -(-(self.window - 1) // size))
+
+    def scores(self, chunk: _Chunk, keys: _Keys, distance: Array) -> tuple[Array, Array | None]:
+        """float32 [B, K, G, C, S], -1e30 where hidden; and tanh(score / softcap), if there is one. `distance` is from
+        the first query of the device to the first of the keys."""
+        scores = self.scale * _dot("BKGCH,BSKH->BKGCS", chunk.q, keys.k)
+        tanh = None
+        if self.softcap is not None:
+            tanh = jnp.tanh(scores / self.softcap)
+            scores = self.softcap * tanh
+        mask = Mask(self.causal, self.window, distance + chunk.start, chunk.segments, keys.segments, keys.prefix)
+        visible = mask.visible(chunk.q.shape[3], keys.k.shape[1])
+        return scores if visible is None else jnp.where(visible[:, :, None], scores, -1e30), tanh
+
+    def reaches(self, size: int, distance: Array, prefix: Array | None) -> Array:
+        """Whether any of `size` queries sees any of as many keys at this distance."""
+        seen = jnp.array(True)
+        if self.causal and prefix is None:
+            seen &= distance + size > 0
+        if self.window is not None:
+            seen &= (distance if self.causal else jnp.abs(distance)) - size + 1 < self.window
+        return seen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Queries, or of all chunks one below the other."""
+
+    start: Array
+    """int32, the place of the first among the device's."""
+    q: Array
+    """[B, K, G, C, H]"""
+    segments: Array | None
+    """int32 [B, C]"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """What goes round."""
+
+    k: Array
+    """[B, S, K, H]"""
+    v: Array
+    """[B, S, K, Hv]"""
+    segments: Array | None
+    """int32 [B, S]"""
+    prefix: Array | None
+    """bool [B, S]"""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(
+    form: _Form,
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: Array | None,
+    query_segments: Array | None,
+    key_segments: Array | None,
+    prefix: Array | None,
+) -> Array:
+    """On each device: q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv] and the rest -> [B, T, N, Hv]."""
+    return _forward(form, q, k, v, sinks, query_segments, key_segments, prefix)[0]
+
+
+def _forward(form, q, k, v, sinks, query_segments, key_segments, prefix):
+    chunks, keys = _chunks(q, k.shape[2], query_segments), _Keys(k, v, key_segments, prefix)
+    T, hops = q.shape[1], form.hops(q.shape[1])
+
+    def see(hop: Any, keys: _Keys, carry: Any) -> Any:
+        def one(inputs: Any) -> Any:
+            chunk, (top, total, y) = inputs
+            scores, _ = form.scores(chunk, keys, distance)
+            new = jnp.maximum(top, scores.max(-1))
+            p, fade = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
+            seen = _dot("BKGCS,BSKH->BKGCH", p.astype(keys.v.dtype), keys.v)
+            return new, total * fade + p.sum(-1), y * fade[..., None] + seen
+
+        distance = _distance(form, hop, T)
+        reached = form.reaches(T, distance, keys.prefix)
+        return lax.cond(reached, lambda carry: lax.map(one, (chunks, carry)), lambda carry: carry, carry)
+
+    def body(carry: Any, hop: Array) -> tuple[Any, None]:
+        keys, seen = carry
+        return (_pass_on(form, keys), see(hop, keys, seen)), None
+
+    top = jnp.full(chunks.q.shape[:-1], -1e30, jnp.float32)
+    carry = keys, (top, jnp.zeros_like(top), jnp.zeros((*top.shape, v.shape[-1]), jnp.float32))
+    (last, carry), _ = lax.scan(body, carry, jnp.arange(hops))
+    top, total, y = see(hops, last, carry)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, *chunks.q.shape[2:4], 1)
+        new = jnp.maximum(top, sink)
+        fade = jnp.exp(top - new)
+        top, total, y = new, total * fade + jnp.exp(sink - new), y * fade[..., None]
+    y = _whole(y / total[..., None]).astype(q.dtype)
+    return y, (q, keys, sinks, query_segments, y, top + jnp.log(total))
+
+
+def _backward(form, saved, g):
+    q, keys, sinks, query_segments, y, logsumexp = saved
+    K, T, hops = keys.k.shape[2], q.shape[1], form.hops(q.shape[1])
+    chunks, dy = _chunks(q, K, query_segments), _chunks(g, K, None).q
+    # sum_s p_s dp_s = g . y
+    along = jnp.sum(dy.astype(jnp.float32) * _chunks(y, K, None).q.astype(jnp.float32), -1)
+
+    def see(hop: Any, keys: _Keys, dq: Array, dkeys: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        def one(dkeys: Any, inputs: Any) -> Any:
+            chunk, dq, g, along, logsumexp = inputs
+            scores, tanh = form.scores(chunk, keys, distance)
+            p = jnp.exp(scores - logsumexp[..., None])
+            dv = _dot("BKGCS,BKGCH->BSKH", p.astype(g.dtype), g)
+            ds = p * (_dot("BKGCH,BSKH->BKGCS", g, keys.v) - along[..., None])
+            ds = ds if tanh is None else ds * (1 - jnp.square(tanh))
+            ds = (ds * form.scale).astype(chunk.q.dtype)
+            dk = _dot("BKGCS,BKGCH->BSKH", ds, chunk.q)
+            return (dkeys[0] + dk, dkeys[1] + dv), dq + _dot("BKGCS,BSKH->BKGCH", ds, keys.k)
+
+        def compute(dq: Array, dkeys: Any) -> Any:
+            dkeys, dq = lax.scan(one, dkeys, (chunks, dq, dy, along, logsumexp))
+            return dq, dkeys
+
+        distance = _distance(form, hop, T)
+        return lax.cond(form.reaches(T, distance, keys.prefix), compute, lambda *carry: carry, dq, dkeys)
+
+    def body(carry: Any, hop: Array) -> tuple[Any, None]:
+        keys, dq, dkeys = carry
+        dq, dkeys = see(hop, keys, dq, dkeys)
+        return (_pass_on(form, keys), dq, _pass_on(form, dkeys)), None
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys.k, keys.v))
+    carry = keys, jnp.zeros(chunks.q.shape, jnp.float32), zeros
+    (last, dq, dkeys), _ = lax.scan(body, carry, jnp.arange(hops))
+    dq, dkeys = see(hops, last, dq, dkeys)
+    dk, dv = _pass_on(form, dkeys, -hops)  # home
+    dsinks = None
+    if sinks is not None:
+        sunk = jnp.exp(sinks.astype(jnp.float32).reshape(1, *chunks.q.shape[2:4], 1) - logsumexp)
+        dsinks = -jnp.sum(sunk * along, (0, 1, 4)).reshape(sinks.shape).astype(sinks.dtype)
+    return _whole(dq).astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), dsinks, None, None, None
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _distance(form: _Form, hop: Any, size: int) -> Array:
+    """From the first query of this device to the first of the keys that have come `hop` devices far."""
+    here = lax.axis_index(form.axes)
+    return (here - (here - hop) % lax.axis_size(form.axes)) * size
+
+
+def _pass_on(form: _Form, tree: Any, hops: int = 1) -> Any:
+    """What the device so many places before this one has."""
+    n = lax.axis_size(form.axes)
+    if hops % n == 0:
+        return tree
+    pairs = [(i, (i + hops) % n) for i in range(n)]
+    return jax.tree.map(lambda x: lax.ppermute(x, form.axes, pairs), tree)
+
+
+def _chunks(q: Array, K: int, segments: Array | None) -> _Chunk:
+    """q [B, T, N, H] in chunks, each with the queries of a key head side by side: the axis of chunks is the first."""
+    B, T, N, H = q.shape
+    size = CHUNK if T % CHUNK == 0 else T
+    q = q.reshape(B, T // size, size, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)
+    if segments is not None:
+        segments = segments.reshape(B, T // size, size).swapaxes(0, 1)
+    return _Chunk(jnp.arange(0, T, size), q, segments)
+
+
+def _whole(y: Array) -> Array:
+    """The inverse: [T / C, B, K, G, C, H] -> [B, T, N, H]."""
+    chunks, B, K, G, size, H = y.shape
+    return y.transpose(1, 0, 4, 2, 3, 5).reshape(B, chunks * size, K * G, H)
+
+
+def _dot(axes: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)

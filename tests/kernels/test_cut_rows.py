@@ -1,0 +1,166 @@
+"""Attention over rows that a mesh cuts equals the plain form and sends what it says; models train on such rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import sharding
+from gptjax.kernels.attention import Mask, attention
+from gptjax.nn import (
+    ALiBi,
+    LearnedPositions,
+    MixtureOfExperts,
+    MultiHeadAttention,
+    MultiHeadLatentAttention,
+    TransformerConfig,
+    Variant,
+)
+from gptjax.objectives import NextToken
+from gptjax.plan.collectives import collectives
+from gptjax.sharding import STANDARD, Mesh
+from gptjax.types import Batch, UserError
+
+MESHES = {"context 4": Mesh(data=2, context=4), "context 2, tensor 2": Mesh(data=2, context=2, tensor=2)}
+B, T, N, K, H = 2, 32, 4, 2, 8
+SEGMENTS = np.repeat(np.array([[1, 2, 3, 0]], np.int32), [10, 5, 13, 4], axis=1).repeat(B, 0)
+MASKS = {
+    "causal": Mask(),
+    "all": Mask(causal=False),
+    "window": Mask(window=7),
+    "window, both ways": Mask(causal=False, window=11),
+    "segments": Mask(query_segments=SEGMENTS, key_segments=SEGMENTS),
+    "prefix": Mask(prefix=np.arange(T)[None].repeat(B, 0) < 13),
+}
+OPTIONS = {"none": {}, "softcap": {"softcap": 2.0, "scale": 0.7}, "sinks": {"sinks": np.array([0.3, -1, 2, 0.5], "f4")}}
+
+
+def value_and_gradients(form: str | None, mask: Mask, options, arrays, weights):
+    sinks = {"sinks": options["sinks"]} if "sinks" in options else {}
+    rest = {name: value for name, value in options.items() if name != "sinks"}
+
+    def value(arrays, sinks):
+        y = attention(*arrays, mask, **sinks, **rest, implementation=form)
+        return jnp.sum(y * weights), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(arrays, sinks)
+    return jax.tree.map(np.asarray, (y, gradients))
+
+
+@pytest.mark.parametrize("form", ["ring", "gathered"])
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("mask", "options"), [*((mask, "none") for mask in MASKS), ("causal", "softcap"), ("all", "sinks")]
+)
+def test_it_equals_the_plain_form(form, mesh, mask, options):
+    random = np.random.default_rng(0)
+    arrays = tuple(random.normal(size=(B, T, heads, H)).astype("f4") for heads in (N, K, K))
+    weights = random.normal(size=(B, T, N, H)).astype("f4")
+    expected = value_and_gradients("plain", MASKS[mask], OPTIONS[options], arrays, weights)
+    with sharding.use(MESHES[mesh].make()):
+        place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), STANDARD(*axes)))  # noqa: E731
+        rows = jax.tree.map(lambda x: place(x, "batch", "sequence"), MASKS[mask])
+        placed = tuple(place(x, "batch", "sequence", "heads", None) for x in (*arrays, weights))
+        actual = value_and_gradients(form, rows, OPTIONS[options], placed[:3], placed[3])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
+
+
+def program(form: str, length: int, mask: Mask = Mask(), gradient: bool = True):
+    """Compiled for four devices in a ring, a row of so many tokens."""
+    with sharding.use(Mesh(context=4).make(jax.devices()[:4])):
+        place = jax.NamedSharding(jax.sharding.get_mesh(), STANDARD("batch", "sequence", "heads", None))
+        q, k = (jax.ShapeDtypeStruct((1, length, heads, H), jnp.float32, sharding=place) for heads in (N, K))
+
+        def run(*arrays):
+            y, back = jax.vjp(lambda *arrays: attention(*arrays, mask, implementation=form), *arrays)
+            return (y, back(y)) if gradient else y
+
+        return jax.jit(run).lower(q, k, k).compile()
+
+
+def sent(compiled) -> dict[str, float]:
+    """Bytes that a device sends, by kind of collective."""
+    total: dict[str, float] = {}
+    for one in collectives(compiled.as_text()):
+        total[one.kind] = total.get(one.kind, 0) + one.sent
+    return {kind: size for kind, size in total.items() if size}
+
+
+def test_what_is_sent():
+    """A block of K or V has `block` bytes, and there are four devices."""
+    block = 64 // 4 * K * H * 4
+    assert sent(program("ring", 64, gradient=False)) == {"collective-permute": 3 * 2 * block}
+    assert sent(program("ring", 64)) == {"collective-permute": 3 * 2 * block + 3 * 4 * block + 2 * block}
+    near = program("ring", 64, Mask(window=16), gradient=False)
+    assert sent(near) == {"collective-permute": 2 * block}, "a window of one block reaches the next one alone"
+    assert sent(program("gathered", 64, gradient=False)) == {"all-gather": 3 * 2 * block}
+    both = sent(program("gathered", 64))
+    assert both.pop("all-gather") == 3 * 2 * block
+    # K's and V's gradients, reduced: XLA's CPU backend has no reduce-scatter, and sends twice as much by all-reduce.
+    assert sum(both.values()) in (3 * 2 * block, 2 * 3 * 2 * block)
+
+
+def test_scores_are_never_whole():
+    """Memory grows as the rows do, not as their square."""
+    short, long = (program("ring", length).memory_analysis().temp_size_in_bytes for length in (2_048, 8_192))
+    assert long < 5 * short
+
+
+BASE = TransformerConfig(vocab=48, layers=2, width=32, heads=4, kv_heads=2, hidden=64)
+MODELS = {
+    "ring": BASE,
+    "gathered": dataclasses.replace(BASE, attention=MultiHeadAttention(implementation="gathered")),
+    "windows": dataclasses.replace(BASE, pattern=(Variant(window=9), Variant())),
+    "ALiBi": dataclasses.replace(BASE, positions=ALiBi()),
+    "learned positions": dataclasses.replace(BASE, positions=LearnedPositions(64)),
+    "experts": dataclasses.replace(BASE, hidden=32, mlp=MixtureOfExperts(experts=4, top_k=2)),
+    "latent": dataclasses.replace(BASE, attention=MultiHeadLatentAttention(kv_rank=16, rope_size=8, value_size=8)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_trains_as_on_one_device(name):
+    """Loss and every gradient, to float32's rounding in 2 layers of sums over 64 numbers."""
+    random = np.random.default_rng(1)
+    tokens = random.integers(0, 48, (B, T + 1), np.int32)
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in (10, 5, 13, 4)])[None].repeat(B, 0)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], (SEGMENTS > 0).astype("f4"), SEGMENTS, positions)
+    params = MODELS[name].build().init(jax.random.key(0), batch.tokens)["params"]
+
+    def gradients(model, params, batch):
+        def loss(params):
+            total, weight = NextToken()(model.apply, params, batch)["loss"]
+            return total / weight
+
+        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(params))
+
+    expected = gradients(MODELS[name].build(), params, batch)
+    with sharding.use(Mesh(fsdp=2, context=2, tensor=2).make()):
+        model = MODELS[name].build(STANDARD)
+        rows = sharding.global_array(batch, STANDARD)
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), rows.tokens)["params"])
+        mesh = jax.sharding.get_mesh()
+        params = jax.tree.map(lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec)), params, shapes)
+        actual = gradients(model, params, rows)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), actual, expected)
+
+
+def test_what_it_cannot_do_is_refused():
+    with sharding.use(Mesh(context=8).make()):
+        q = jax.device_put(
+            np.zeros((1, 8, 2, 4), "f4"), jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "context"))
+        )
+        bias = np.zeros((2, 8, 8), "f4")
+        with pytest.raises(UserError, match="'ring', which cannot do this: it has no bias"):
+            attention(q, q, q, Mask(), bias=bias, implementation="ring")
+        with pytest.raises(UserError, match="'plain', which cannot do this: it needs whole rows"):
+            attention(q, q, q, Mask(), implementation="plain")
+        with pytest.raises(
+            UserError, match=r"mesh cuts .mesh.context. cannot be done: ring has no bias or dropout; gathered"
+        ):
+            attention(q, q, q, Mask(), dropout=0.1, key=jax.random.key(0))
