@@ -41,6 +41,16 @@ class Context:
     source_mask: Mask = Mask(causal=False)
     """Which tokens of the source cross-attention sees."""
 
+    def over_rows(self, function: Callable[[Array], Array]) -> Context:
+        """With the function of every array whose first axis is B."""
+
+        def mask(mask: Mask) -> Mask:
+            names = ("query_segments", "key_segments", "prefix")
+            return dataclasses.replace(mask, **{name: jax.tree.map(function, getattr(mask, name)) for name in names})
+
+        rows = {n: jax.tree.map(function, getattr(self, n)) for n in ("positions", "start", "tokens", "source")}
+        return dataclasses.replace(self, mask=mask(self.mask), source_mask=mask(self.source_mask), **rows)
+
 
 def dropout(x: Array, rate: float, key: Key | None) -> Array:
     """x with a share `rate` of its elements zeroed and the rest scaled up to keep the mean; x itself without a key."""

@@ -137,6 +137,8 @@ class TransformerConfig(ModelConfig):
     """How initial weights, multipliers and learning rates depend on width and depth."""
     remat: str | None = None
     """What the backward pass keeps, not computes again: a name in `jax.checkpoint_policies`; none: everything."""
+    microbatches: int | None = None
+    """Parts that a batch goes through the stages of a pipeline in (`mesh.stage`); none: as many as there are stages."""
     dtype: str = "float32"
     """Compute dtype: float32 or bfloat16. Parameters are made float32, and cast when they are used."""
 
@@ -200,6 +202,7 @@ class TransformerConfig(ModelConfig):
             ("embed", "model.width", self.width),
             ("heads", "model.heads", self.heads),
             ("ffn", "model.hidden", self.F),
+            ("layers", "model.layers", (self.layers - len(self.first)) // len(self.pattern)),
         )
 
     def build(self, rules: Rules = Rules()) -> Any:
@@ -254,7 +257,17 @@ class TransformerConfig(ModelConfig):
         """The layers of the model."""
         first, pattern = (tuple(self.block(v, rules) for v in side) for side in (self.first, self.pattern))
         repeats, rest = divmod(self.layers - len(first), len(pattern))
-        return Stack(pattern, repeats, first, pattern[:rest], self.growth**-0.5, self.remat, parent=None)
+        return Stack(
+            pattern,
+            repeats,
+            first,
+            pattern[:rest],
+            matrix_scale=self.growth**-0.5,
+            remat=self.remat,
+            microbatches=self.microbatches,
+            rules=rules,
+            parent=None,
+        )
 
     def computing_in(self, dtype: str) -> Self:
         return dataclasses.replace(self, dtype=dtype)

@@ -89,7 +89,8 @@ class MixtureOfExperts(MLP):
             places = tokens, tokens, tokens, whole
             split = rules.over("ffn") if ffn else ()
             compute = functools.partial(self._compute, held=held, split=split)
-            compute = jax.shard_map(compute, in_specs=places, out_specs=tokens, check_vma=False)
+            names = set(jax.sharding.get_abstract_mesh().explicit_axes)
+            compute = jax.shard_map(compute, in_specs=places, out_specs=tokens, axis_names=names, check_vma=False)
             y = compute(*map(jax.reshard, inputs, places))
             y = jax.reshard(y, rules("batch", "sequence", None))
         if self.shared:

@@ -18,10 +18,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from gptjax.nn.block import Block, Context
 from gptjax.nn.module import Weight
 from gptjax.nn.parametrisation import scale_matrices
+from gptjax.nn.pipeline import pipeline
+from gptjax.sharding import Rules
 from gptjax.types import Array, Key, Params
 
 UNROLLED = 12
@@ -39,6 +42,10 @@ class Stack(nn.Module):
     """Multiplies the initial hidden matrices."""
     remat: str | None = None
     """What the backward pass keeps, not computes again: a name in `jax.checkpoint_policies`; none: everything."""
+    microbatches: int | None = None
+    """Parts that a batch goes through stages in, one behind the other; none: as many as there are stages."""
+    rules: Rules = Rules()
+    """`layers` cuts the repeats into stages of a `pipeline`."""
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -59,7 +66,7 @@ class Stack(nn.Module):
 
         losses: list[Any] = []
 
-        def run(block: Block, x: Array, params: Params, key: Key | None) -> tuple[Array, Any]:
+        def run(block: Block, x: Array, context: Context, params: Params, key: Key | None) -> tuple[Array, Any]:
             rngs = None if key is None else {"dropout": key}
             (x, _), sown = block.apply({"params": params}, x, context, rngs=rngs, mutable=["losses"])
             return x, sown
@@ -69,30 +76,44 @@ class Stack(nn.Module):
 
         def ends(name: str, blocks: Sequence[Block], x: Array, key: Key | None) -> Array:
             for i, block in enumerate(blocks):
-                x, sown = run(block, x, params[f"{name}_{i}"], None if key is None else jax.random.fold_in(key, i))
+                own = None if key is None else jax.random.fold_in(key, i)
+                x, sown = run(block, x, context, params[f"{name}_{i}"], own)
                 losses.append(sown)
             return x
 
-        def round(x: Array, layer: tuple[Params, Key | None]) -> tuple[Array, Any]:
-            params, key = layer
+        def round(x: Array, context: Context, params: Params, key: Key | None) -> tuple[Array, Any]:
             if len(self.pattern) == 1:
-                return run(self.pattern[0], x, params, key)
+                return run(self.pattern[0], x, context, params, key)
             sown = []
             for i, block in enumerate(self.pattern):
-                x, one = run(block, x, params[str(i)], None if key is None else jax.random.fold_in(key, i))
+                own = None if key is None else jax.random.fold_in(key, i)
+                x, one = run(block, x, context, params[str(i)], own)
                 sown.append(one)
             return x, sown
+
+        def rounds(x: Array, context: Context, params: Params, keys: Key | None, part: Any = None) -> tuple[Array, Any]:
+            """All that there are, or a stage's, of a batch or of a part of it."""
+            if keys is not None and part is not None:
+                keys = jax.vmap(jax.random.fold_in, (0, None))(keys, part)
+            count = len(jax.tree.leaves(params)[0])
+            unroll = count if self.repeats * len(self.pattern) <= UNROLLED else 1
+            x, sown = lax.scan(lambda x, layer: round(x, context, *layer), x, (params, keys), unroll=unroll)
+            return x, _sums(sown)
 
         begin, middle, end = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = ends("start", self.first, x, begin)
         if self.repeats:
-            rounds = {name: tree for name, tree in params.items() if not name.startswith(("start_", "end_"))}
+            stacked = {name: tree for name, tree in params.items() if not name.startswith(("start_", "end_"))}
             keys = None if middle is None else jax.random.split(middle, self.repeats)
-            unroll = self.repeats if self.repeats * len(self.pattern) <= UNROLLED else 1
-            x, sown = lax.scan(round, x, (rounds, keys), unroll=unroll)
+            if stages := self.rules.over("layers"):
+                keys = None if keys is None else jax.reshard(keys, PartitionSpec(stages))
+                x, sown = pipeline(rounds, stacked, keys, x, context, stages, self.microbatches)
+            else:
+                x, sown = rounds(x, context, stacked, keys)
             losses.append(sown)
         x = ends("end", self.last, x, end)
-        self._report(losses)
+        for name, total in _sums(losses).items():
+            Weight(self).loss(name, total)
         return x, None
 
     def _init(self, key: Key, x: Array, context: Context) -> dict[str, Params]:
@@ -108,6 +129,7 @@ class Stack(nn.Module):
 
         begin, middle, end = jax.random.split(key, 3)
         params = jax.vmap(round)(jax.random.split(middle, self.repeats)) if self.repeats else {}
+        params = jax.tree.map(lambda leaf: _over_stages(leaf, self.rules.over("layers") or None), params)
         for name, blocks, key in (("start", self.first, begin), ("end", self.last, end)):
             params |= {f"{name}_{i}": one(block, jax.random.fold_in(key, i)) for i, block in enumerate(blocks)}
         return scale_matrices(params, self.matrix_scale)
@@ -122,14 +144,14 @@ class Stack(nn.Module):
             new.append(kept)
         return x, None if slots is None else tuple(new)
 
-    def _report(self, losses: Any) -> None:
-        """What the blocks sowed, the sum over layers for each name."""
-        totals: dict[str, Array] = {}
-        for path, value in jax.tree_util.tree_leaves_with_path(losses):
-            name = path[-1].key
-            totals[name] = totals.get(name, 0.0) + jnp.sum(value)
-        for name, total in totals.items():
-            Weight(self).loss(name, total)
+
+def _sums(sown: Any) -> dict[str, Array]:
+    """What blocks sowed, the sum over layers for each name."""
+    totals: dict[str, Array] = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(sown):
+        name = path[-1].key
+        totals[name] = totals.get(name, 0.0) + jnp.sum(value)
+    return totals
 
 
 def place(stack: Stack, layer: int) -> tuple[tuple[str, ...], int | None]:
@@ -155,6 +177,19 @@ def unstack(stack: Stack, params: Mapping[str, Params]) -> Mapping[str, Params]:
             tree = tree[name]
         if index is not None:
             tree = {name: leaf for name, leaf in tree.items() if not name.startswith(("start_", "end_"))}
-            tree = jax.tree.map(lambda leaf, index=index: leaf[index], tree)
+            tree = jax.tree.map(lambda leaf, index=index: _layer(leaf, index), tree)
         layers[f"layer_{layer}"] = tree
     return layers
+
+
+def _layer(leaf: Array, index: int) -> Array:
+    """leaf [L, ...] -> [...], on all stages of a pipeline where they share out the layers."""
+    return _over_stages(leaf, None)[index]
+
+
+def _over_stages(leaf: Array, stages: tuple[str, ...] | None) -> Array:
+    """leaf [L, ...] with its layers cut over these mesh axes, or whole."""
+    spec: tuple[Any, ...] = tuple(getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", ()))
+    if not spec or (stages is None and spec[0] is None):
+        return leaf
+    return jax.reshard(leaf, PartitionSpec(stages, *spec[1:]))

@@ -36,7 +36,8 @@ def with_heads_of(q: Array, *others: Array) -> tuple[Array, ...]:
     axes = _spec(q)[2]
     if axes is None:
         return others
-    parts = q.shape[2] // jax.typeof(q).sharding.shard_shape(q.shape)[2]
+    sizes = get_abstract_mesh().shape
+    parts = math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
     def placed(x: Array) -> Array:
         batch, length, heads, size = _spec(x)

@@ -1,0 +1,98 @@
+"""Pipeline parallelism: stages of a stack, each on devices of its own, parts of a batch one behind the other (GPipe,
+Huang et al. 2018, arXiv:1811.06965).
+
+Of S stages, stage s works on part p in tick p + s, and passes what it made on to the next. M parts take M + S - 1
+ticks, so that all devices are idle for (S - 1) / (M + S - 1) of the time: more parts waste less, and are smaller.
+
+    tick       0    1    2    3    4          S = 3, M = 3
+    stage 0    p0   p1   p2   -    -
+    stage 1    -    p0   p1   p2   -
+    stage 2    -    -    p0   p1   p2
+
+In a tick every device sends one part's activations, [B / M, T, D]; at the end the last stage's go to all stages. The
+backward pass is the same in reverse. What layers keep for it they keep for all parts, so that a remat policy (`remat`)
+saves as much here as it does without stages. What comes before and after the layers, embedding and head, every stage
+does for itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from gptjax.nn.block import Context
+from gptjax.types import Array, Params, UserError
+
+Layers = Callable[[Array, Context, Params, Any, Array], tuple[Array, Any]]
+"""(x [B / M, T, D], context, params, each, number of the part) -> x through layers, and a tree of numbers to add up."""
+
+
+def pipeline(
+    layers: Layers, params: Params, each: Any, x: Array, context: Context, axes: tuple[str, ...], parts: int | None
+) -> tuple[Array, Any]:
+    """x [B, T, D] through layers whose parameters [L, ...] lie cut on the mesh `axes`, the stages.
+
+    layers  takes a stage's share of `params` and of `each`, which is cut as they are: a random key for a layer, or None
+    parts   M, as how many equal parts the rows of x go through; None: as many as there are stages, where rows can
+            be cut so
+
+    Returns x after all layers, the same on every stage, and what else `layers` returns: the sum over stages of its mean
+    over parts. Raises UserError where M does not cut the rows.
+    """
+    stages = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    rows = jax.typeof(x).sharding.shard_shape(x.shape)[0]
+    parts = parts or math.gcd(rows, stages)
+    if rows % parts:
+        raise UserError(
+            f"model.microbatches: got {parts}, must divide the {rows} rows of a batch that a device has in a step "
+            "(in a part of it, where the stage accumulates)"
+        )
+
+    start_is_x = context.start is x  # as one array it has one gradient, and that is sent once
+    if start_is_x:
+        context = dataclasses.replace(context, start=None)
+
+    def run(params: Params, each: Any, x: Array, context: Context) -> tuple[Array, Any]:
+        here = lax.axis_index(axes)
+        xs, contexts = _cut(x, parts), context.over_rows(functools.partial(_cut, parts=parts))
+        if start_is_x:
+            contexts = dataclasses.replace(contexts, start=xs)
+
+        def work(arrived: Array, number: Array) -> tuple[Array, Any]:
+            """What this stage makes of a part."""
+            one = functools.partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
+            return layers(jnp.where(here == 0, one(xs), arrived), contexts.over_rows(one), params, each, number)
+
+        def tick(carry: tuple[Array, Array, Any], time: Array) -> tuple[Any, None]:
+            arrived, done, sums = carry
+            number = jnp.clip(time - here, 0, parts - 1)
+            y, more = work(arrived, number)
+            counts = number == time - here  # before its first part and after its last, a stage works for nothing
+            done = jnp.where(counts, lax.dynamic_update_index_in_dim(done, y, number, 0), done)
+            sums = jax.tree.map(lambda total, one: total + jnp.where(counts, one, 0), sums, more)
+            return (lax.ppermute(y, axes, [(i, i + 1) for i in range(stages - 1)]), done, sums), None
+
+        more = jax.eval_shape(work, xs[0], here)[1]
+        sums = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), more)
+        (_, done, sums), _ = lax.scan(tick, (xs[0], xs, sums), jnp.arange(parts + stages - 1))
+        done = lax.psum(jnp.where(here == stages - 1, done, 0), axes)
+        return done.swapaxes(0, 1).reshape(x.shape), jax.tree.map(lambda total: lax.psum(total, axes) / parts, sums)
+
+    cut, whole = PartitionSpec(axes), PartitionSpec()
+    # What runs inside may be a kernel, which does not say over which axes its results vary: so that is not checked.
+    return jax.shard_map(
+        run, in_specs=(cut, cut, whole, whole), out_specs=whole, axis_names=set(axes), check_vma=False
+    )(params, each, x, context)
+
+
+def _cut(x: Array, parts: int) -> Array:
+    """[B, ...] -> [M, B / M, ...]. A part takes every M-th row, so that rows which a mesh cuts stay where they are."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

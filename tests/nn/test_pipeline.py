@@ -1,0 +1,187 @@
+"""A stack in stages computes what it computes in one piece, and stages send each other parts of a batch and no more."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import sharding
+from gptjax.data.tokenizers.bytes import Bytes
+from gptjax.inference.generate import generate
+from gptjax.inference.sampling import Sampling
+from gptjax.nn import MixtureOfExperts, Softmax, TransformerConfig, Variant
+from gptjax.objectives import NextToken
+from gptjax.optim import AdamW, Muon
+from gptjax.plan.collectives import collectives
+from gptjax.sharding import STANDARD, Mesh
+from gptjax.train import state as train_state
+from gptjax.train.step import make_step
+from gptjax.types import Batch, UserError
+
+B, T, D = 8, 16, 32
+BASE = TransformerConfig(vocab=48, layers=4, width=D, heads=4, kv_heads=2, hidden=64)
+MODELS = {
+    "plain": BASE,
+    "more parts, computed again": dataclasses.replace(BASE, microbatches=4, remat="nothing_saveable"),
+    "rounds of two between others": dataclasses.replace(
+        BASE, layers=6, first=(Variant(),), pattern=(Variant(window=5), Variant())
+    ),
+    "experts": dataclasses.replace(BASE, hidden=32, mlp=MixtureOfExperts(experts=4, router=Softmax(load_balance=0.0))),
+}
+MESHES = {
+    "4 stages": Mesh(stage=4, data=2),
+    "2 stages, fsdp, tensor": Mesh(stage=2, fsdp=2, tensor=2),
+    "2 stages, context": Mesh(stage=2, context=2, data=2),
+    "2 stages, experts": Mesh(stage=2, expert=2, data=2),
+}
+
+
+def batch() -> Batch:
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 48, (B, T + 1), np.int32)
+    segments = np.repeat(np.array([[1, 2, 0]], np.int32), [6, 7, 3], axis=1).repeat(B, 0)
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in (6, 7, 3)])[None].repeat(B, 0)
+    return Batch(tokens[:, :-1], tokens[:, 1:], (segments > 0).astype("f4"), segments, positions)
+
+
+def program(config: TransformerConfig, rules=STANDARD, optimizer=AdamW(peak=1e-2), accumulate=1):
+    """The first state and the step."""
+    model = config.build(rules)
+    objective = functools.partial(NextToken(), model.apply)
+    update = optimizer.build(10)
+
+    def create(tokens) -> train_state.State:
+        params = model.init(jax.random.key(0), tokens)["params"]
+        return train_state.create(params, update, jax.random.key(1))
+
+    return jax.jit(create), make_step(objective, update, accumulate)
+
+
+def gradients(config: TransformerConfig, params, rows: Batch):
+    def loss(params):
+        total, weight = NextToken()(config.build(STANDARD).apply, params, rows)["loss"]
+        return total / weight
+
+    return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(params))
+
+
+@functools.cache
+def expected(name: str):
+    params = jax.jit(program(MODELS[name])[0])(batch().tokens).params
+    return jax.tree.map(np.asarray, params), gradients(MODELS[name], params, batch())
+
+
+CASES = [("plain", mesh) for mesh in MESHES] + [
+    ("more parts, computed again", "2 stages, fsdp, tensor"),
+    ("rounds of two between others", "2 stages, fsdp, tensor"),
+    ("experts", "2 stages, experts"),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_stages_change_nothing(name, mesh):
+    """Loss and every gradient, to float32's rounding in 4 layers of sums over 64 numbers."""
+    drawn, values = expected(name)
+    with sharding.use(MESHES[mesh].make()):
+        rows = sharding.global_array(batch(), STANDARD)
+        params = program(MODELS[name])[0](rows.tokens).params
+        stacked = params["blocks"]["0" if "rounds" in name else "attention"]
+        assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(stacked)} == {"stage"}
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), params, drawn)
+        actual = gradients(MODELS[name], params, rows)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), actual, values)
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(peak=1e-2, clip=1.0), Muon(peak=1e-2)])
+def test_steps_change_nothing(optimizer):
+    def two(rows: Batch) -> list[float]:
+        create, step = program(BASE, optimizer=optimizer)
+        state, losses = create(rows.tokens), []
+        for _ in range(3):
+            state, metrics = step(state, rows)
+            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        return losses
+
+    alone = two(batch())
+    with sharding.use(Mesh(stage=2, fsdp=2, tensor=2).make()):
+        np.testing.assert_allclose(two(sharding.global_array(batch(), STANDARD)), alone, rtol=2e-5)
+
+
+def test_a_balance_is_that_of_parts_as_in_accumulation():
+    """What is not a sum over tokens is taken over a part at a time."""
+    config = dataclasses.replace(BASE, hidden=32, mlp=MixtureOfExperts(experts=4, router=Softmax(load_balance=0.5)))
+    config = dataclasses.replace(config, microbatches=4)
+    create, step = program(config, accumulate=4)
+    whole = jax.tree.map(lambda x: np.concatenate([x[:, :8], x[:, 8:]]), batch())  # every part counts as many tokens
+    whole = dataclasses.replace(whole, weights=np.ones_like(whole.weights), segments=np.ones_like(whole.segments))
+    _, metrics = step(create(whole.tokens), whole)
+    with sharding.use(Mesh(stage=2, data=2, tensor=2).make()):
+        rows = sharding.global_array(whole, STANDARD)
+        create, step = program(config)
+        _, staged = step(create(rows.tokens), rows)
+    for name in metrics:
+        one, other = (np.asarray(m[name][0] / m[name][1]) for m in (metrics, staged))
+        np.testing.assert_allclose(one, other, rtol=1e-4, err_msg=name)
+
+
+def test_dropout_differs_between_parts():
+    config = dataclasses.replace(BASE, dropout=0.5, layer_drop=0.1)
+    same = dataclasses.replace(batch(), **{n: np.repeat(getattr(batch(), n)[:1], B, 0) for n in ("tokens", "targets")})
+    with sharding.use(Mesh(stage=4, data=2).make()):
+        rows = sharding.global_array(same, STANDARD)
+        model, params = config.build(STANDARD), program(config)[0](rows.tokens).params
+        apply = jax.jit(lambda key: model.apply({"params": params}, rows.tokens, rngs={"dropout": key})[0])
+        logits = np.asarray(apply(jax.random.key(5)))
+    assert len(np.unique(logits[:, -1].round(4), axis=0)) == B
+
+
+def test_what_stages_send():
+    """In each of M + S - 1 ticks a part of the activations, backwards of their gradients; parameters never."""
+    parts, stages = 4, 4
+    config = dataclasses.replace(BASE, microbatches=parts)
+    with sharding.use(Mesh(stage=stages).make(jax.devices()[:stages])):
+        rows = sharding.global_array(batch(), STANDARD)
+        create, _ = program(config)
+        params = create(rows.tokens).params
+        loss = lambda params: NextToken()(config.build(STANDARD).apply, params, rows)["loss"][0]  # noqa: E731
+        found = collectives(jax.jit(jax.grad(loss)).lower(params).compile().as_text())
+    part = B // parts * T * D * 4
+    hops = [one for one in found if one.kind == "collective-permute"]
+    assert {one.operand for one in hops} == {part}
+    assert sum(one.times for one in hops) == 2 * (parts + stages - 1)
+    assert not [one for one in found if one.kind in ("all-gather", "all-to-all", "reduce-scatter")]
+    whole = B * T * D * 4  # the last stage's activations to all, their gradient, and that of what the first one gets
+    layer = sum(x.size for x in jax.tree.leaves(params["blocks"])) * 4 // 4
+    assert sum(one.operand * one.times for one in found if one.kind == "all-reduce") <= 3 * whole + 64
+    assert all(one.operand < layer for one in found), "no parameters of a layer are sent"
+
+
+def test_text_is_written_on_stages():
+    config = dataclasses.replace(BASE, vocab=300)
+    write = functools.partial(
+        generate,
+        tokenizer=Bytes().build(iter(())),
+        prompts=[[1, 2, 3], [4, 5]],
+        max_tokens=8,
+        sampling=Sampling(temperature=0),
+    )
+    params = jax.jit(config.build().init)(jax.random.key(0), np.zeros((2, 4), np.int32))["params"]
+    expected = [one.ids for one in write(config.build(), params)]
+    with jax.set_mesh(Mesh(stage=2, data=2, tensor=2).make()):
+        model, tokens = config.build(STANDARD), np.zeros((2, 4), np.int32)
+        places = jax.eval_shape(model.init, jax.random.key(0), sharding.global_array(tokens, STANDARD))["params"]
+        place = lambda p, s: jax.device_put(p, jax.NamedSharding(jax.sharding.get_mesh(), s.sharding.spec))  # noqa: E731
+        params = jax.tree.map(place, params, places)
+    assert [one.ids for one in write(config.build(STANDARD), params)] == expected
+
+
+def test_parts_that_do_not_fit_are_refused():
+    config = dataclasses.replace(BASE, microbatches=3)
+    with sharding.use(Mesh(stage=4, data=2).make()):
+        rows = sharding.global_array(batch(), STANDARD)
+        with pytest.raises(UserError, match="microbatches: got 3, must divide the 4 rows"):
+            program(config)[0](rows.tokens)
