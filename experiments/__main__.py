@@ -26,7 +26,7 @@ PROGRAM = "python -m experiments"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0 done, 1 the training diverged, 2 a mistake in the input, 130
-    interrupted, or what the experiment's `run` returned."""
+    interrupted, 134 another process of the job was lost, or what the experiment's `run` returned."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__}\n{_listing()}" if arguments else _listing())
@@ -42,8 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return _launch(name, rest)
-    except (UserError, argparse.ArgumentError) as error:
-        return _fail(str(error))
+    except Exception as error:
+        if host.process_lost(error):
+            host.leave(f"{PROGRAM} {shlex.join(arguments)}", error)
+        if isinstance(error, (UserError, argparse.ArgumentError)):
+            return _fail(str(error))
+        raise
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: {PROGRAM} {shlex.join(arguments)}", file=sys.stderr)
         return 130

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from gptjax import report, sharding
@@ -161,19 +162,18 @@ class Experiment:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: is damaged ({error}); restore it, or choose another --out") from error
             changed = differences(before, self)
-            if changed and not (folder / "checkpoints").exists():
-                # A run that failed before it trained, on a mistaken path say, does not hold the folder.
-                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-            elif changed and not accept_changes:
+            if changed and (folder / "checkpoints").exists() and not accept_changes:
                 raise UserError(
                     f"{folder} was made with another configuration: {'; '.join(changed)}. "
                     "Go on all the same with --accept_changes, or choose another folder with --out"
                 )
-            if not changed:
-                return []
         elif folder.exists() and any(found != _partial(path) for found in folder.iterdir()):
             raise UserError(f"{folder} is not empty and not a run folder; choose another one with --out")
-        if jax.process_index() == 0:
+        _meet("gptjax: all have read the folder")
+        if jax.process_index() == 0 and (changed or not path.exists()):
+            if changed and not (folder / "checkpoints").exists():
+                # A run that failed before it trained, on a mistaken path say, does not hold the folder.
+                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             content = {
                 "experiment": to_json(self),
                 "versions": {package: _version(package) for package in PACKAGES},
@@ -181,6 +181,7 @@ class Experiment:
                 "git": _git_revision(),
             }
             _write(path, json.dumps(content, indent=2) + "\n")
+        _meet("gptjax: the folder is claimed")
         return changed
 
     def _tokenizer(self, folder: Path, console: Console) -> Tokenizer:
@@ -247,6 +248,12 @@ def _texts(source: Any) -> Iterator[str]:
     """The training text of a source, a conversation's messages one by one."""
     for document in source.documents("train"):
         yield from [document] if isinstance(document, str) else (message.content for message in document)
+
+
+def _meet(where: str) -> None:
+    """Wait for the other processes of the job: what the first one writes, the others must not see too early or late."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
 def _version(package: str) -> str | None:

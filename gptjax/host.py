@@ -10,9 +10,11 @@ import os
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 VECTORS = "xla_cpu_prefer_vector_width"
+HEARTBEAT = 60  # seconds
+LOST = 134  # SIGABRT, to a shell
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
@@ -59,7 +61,11 @@ def several() -> bool:
 
 def join() -> None:
     """Meet the other processes of the job. jax finds out who they are; where `JAX_COORDINATOR_ADDRESS` is all there is,
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say it."""
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say it.
+
+    A process that is not heard of for `GPTJAX_HEARTBEAT` seconds (60) counts as lost, and all end; so does one that is
+    waited for as long when the others are at their end.
+    """
     import jax
 
     from gptjax.types import UserError
@@ -69,12 +75,37 @@ def join() -> None:
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     told: dict[str, Any] = {field: int(os.environ[name]) for field, name in names.items() if name in os.environ}
     try:
-        jax.distributed.initialize(**told)
+        bound = int(os.environ.get("GPTJAX_HEARTBEAT", HEARTBEAT))
+        jax.distributed.initialize(**told, heartbeat_timeout_seconds=bound, shutdown_timeout_seconds=bound)
     except ValueError as error:
         raise UserError(
             f"distributed: {str(error).rstrip('.')}; set JAX_COORDINATOR_ADDRESS (host:port of the first process), "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or say --no-distributed"
         ) from error
+
+
+def process_lost(error: Exception) -> bool:
+    """Whether an error says that another process of the job is gone, as far as the runtime's words tell."""
+    words = str(error).lower()
+    if not any(sign in words for sign in ("gloo", "heartbeat", "coordination service", "another task")):
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def leave(command: str, error: Exception) -> NoReturn:
+    """End this process at once, with exit code 134, as jax's runtime does where it is the first to find a process gone:
+    an ordinary exit would wait for that process."""
+    reason = " ".join(str(error).split())[:300]
+    print(
+        f"error: another process of the job is gone, so this one ends too ({reason}); its own log says why. "
+        f"Start all processes again, to go on from the last checkpoint: {command}",
+        file=sys.stderr,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(LOST)
 
 
 def _tpu_chips() -> list[str]:

@@ -221,7 +221,7 @@ def test_hosts_are_joined_where_there_are_several(environment, several, monkeypa
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(1))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **bounds: calls.append(1))
     assert launcher.main([tiny]) == 0
     assert calls == [1] * several
     assert launcher.main([tiny, "--no-distributed", "--out", "b"]) == 0
