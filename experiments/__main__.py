@@ -12,6 +12,7 @@ python -m experiments path/to/mine.py                   an experiment outside th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -78,9 +79,11 @@ def _launch(name: str, arguments: list[str]) -> int:
     if options.distributed:
         host.join()
     from gptjax.train.loop import Diverged
+    from gptjax.train.mirror import Mirror
 
     try:
-        return experiment.run(options.out, accept_changes=options.accept_changes) or 0
+        with Mirror(options.mirror, options.out) if options.mirror else contextlib.nullcontext():
+            return experiment.run(options.out, accept_changes=options.accept_changes) or 0
     except Diverged as error:
         return _fail(str(error), code=1)
 
@@ -96,6 +99,11 @@ def _options(name: str) -> argparse.ArgumentParser:
         default=Path("runs") / Path(name).stem,
         metavar="FOLDER",
         help="the run folder, made new or gone on with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mirror",
+        metavar="gs://BUCKET/NAME",
+        help="keep a copy of the run folder there, behind the training, and go on from it where it has more",
     )
     parser.add_argument("--print", action="store_true", help="show the configuration, overrides applied, and stop")
     parser.add_argument(
