@@ -85,12 +85,15 @@ class MixtureOfExperts(MLP):
                 tuple(name for name in rules.over(axis) if name not in held) for axis in ("batch", "sequence")
             )
             tokens = jax.P(batch, sequence, None)
+            # Where those are other rows of the batch, what comes back is each device's own rows alone.
+            scattered = held if set(held) <= set(rules.over("batch")) else ()
+            own = jax.P((*batch, *scattered), sequence, None)
             whole = {name: rules(*(None if a == "embed" else a for a in axes)) for name, (_, axes, _) in shapes.items()}
             places = tokens, tokens, tokens, whole
             split = rules.over("ffn") if ffn else ()
-            compute = functools.partial(self._compute, held=held, split=split)
+            compute = functools.partial(self._compute, held=held, split=split, scattered=scattered)
             names = set(jax.sharding.get_abstract_mesh().explicit_axes)
-            compute = jax.shard_map(compute, in_specs=places, out_specs=tokens, axis_names=names, check_vma=False)
+            compute = jax.shard_map(compute, in_specs=places, out_specs=own, axis_names=names, check_vma=False)
             y = compute(*map(jax.reshard, inputs, places))
             y = jax.reshard(y, rules("batch", "sequence", None))
         if self.shared:
@@ -105,9 +108,11 @@ class MixtureOfExperts(MLP):
         params: dict[str, Array],
         held: tuple[str, ...] = (),
         split: tuple[str, ...] = (),
+        scattered: tuple[str, ...] = (),
     ) -> Array:
         """sum_e g_e expert_e(x) for x [B, T, D] on one device, which has its share of the experts (they lie on the mesh
-        axes `held`), and of their hidden units (on the axes `split`)."""
+        axes `held`), and of their hidden units (on the axes `split`); of the sum, its share of the rows (on
+        `scattered`, which are `held` or none)."""
         B, T, D = x.shape
         # The first choices of all tokens come before the second ones, which a capacity is to drop first.
         ids = jnp.moveaxis(ids, -1, 0).reshape(-1)
@@ -126,7 +131,9 @@ class MixtureOfExperts(MLP):
         inner = jax.checkpoint(self.expert.inner)(*(product(name, rows) for name in self._inputs))
         y = order.back(product("down", inner, lax.axis_size(split))).reshape(-1, B, T, D)
         y = jnp.sum(y * jnp.moveaxis(gates, -1, 0)[..., None], 0).astype(x.dtype)
-        return lax.psum(y, (*held, *split))
+        if scattered:
+            y = lax.psum_scatter(y, scattered, scatter_dimension=0, tiled=True)
+        return lax.psum(y, split if scattered else (*held, *split))
 
     @property
     def _inputs(self) -> tuple[str, ...]:

@@ -162,9 +162,9 @@ def _integers(computation: list[_Instruction]) -> dict[str, int]:
 
 
 def _group(rest: str) -> int:
-    """Devices in a group: `{{0,1},{2,3}}`, `[2,2]<=[4]` and `mesh['a'=2,'b'=2] {'b'}` are two groups of two.
-    Permutations have pairs instead."""
-    if (named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest)) is not None:
+    """Devices in a group: `{{0,1},{2,3}}`, `[2,2]<=[4]`, `mesh['a'=2,'b'=2] {'b'}` and, in another order of devices,
+    `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}` are two groups of two. Permutations have pairs instead."""
+    if (named := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", rest)) is not None:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         # A part of an axis says its own size: 'a':(1)2.
         return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]))

@@ -1,0 +1,173 @@
+"""Each kind of parallelism computes what one device computes, and sends what its definition says.
+
+The compiled step is read, so that an accidental replication or gathering of something is a failing test. Sizes are in
+bytes of one device's operand. XLA's CPU backend has no reduce-scatter for gradients: they are all-reduced here.
+Rows that are cut (`context`) are in kernels/test_cut_rows.py, stages in nn/test_pipeline.py.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import sharding
+from gptjax.nn import MixtureOfExperts, Softmax, TransformerConfig
+from gptjax.objectives import NextToken
+from gptjax.optim import AdamW
+from gptjax.plan.collectives import collectives
+from gptjax.sharding import STANDARD, Mesh
+from gptjax.train import state as train_state
+from gptjax.train.step import make_step
+from gptjax.types import Batch
+
+B, T, D, V, L = 8, 16, 64, 96, 2
+DENSE = TransformerConfig(vocab=V, layers=L, width=D, heads=4, hidden=128, tied=False)
+EXPERTS = dataclasses.replace(DENSE, hidden=64, mlp=MixtureOfExperts(experts=8, router=Softmax(load_balance=0.0)))
+ROWS = B * T * D * 4
+"""Bytes of the activations of a batch."""
+SCALARS = 128
+"""Bytes that the norm of the gradient and the metrics may take."""
+
+
+def batch() -> Batch:
+    tokens = np.random.default_rng(0).integers(0, V, (B, T + 1), np.int32)
+    ones, positions = np.ones((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
+
+
+class Program:
+    """The first state, the step, and what one sees of both, on the current mesh."""
+
+    def __init__(self, config: TransformerConfig):
+        model, optimizer = config.build(STANDARD), AdamW(peak=1e-2, clip=1.0).build(10)
+        self.batch = sharding.global_array(batch(), STANDARD)
+
+        def create() -> train_state.State:
+            params = model.init(jax.random.key(0), self.batch.tokens)["params"]
+            return train_state.create(params, optimizer, jax.random.key(1))
+
+        self.create = jax.jit(create)
+        self.step = make_step(functools.partial(NextToken(), model.apply), optimizer)
+
+    def losses(self) -> list[tuple[float, float]]:
+        """Loss and norm of the gradient in three steps."""
+        state, seen = self.create(), []
+        for _ in range(3):
+            state, metrics = self.step(state, self.batch)
+            seen.append(tuple(float(metrics[name][0] / metrics[name][1]) for name in ("loss", "gradient_norm")))
+        return seen
+
+    def found(self):
+        return collectives(self.step.lower(jax.eval_shape(self.create), self.batch).compile().as_text())
+
+    def bytes(self, axis: str | None) -> int:
+        """Of the parameters that lie cut on this mesh axis, or on none."""
+        leaves = jax.tree.leaves(jax.eval_shape(self.create).params)
+        names = lambda leaf: {name for names in leaf.sharding.spec if names for name in np.atleast_1d(names)}  # noqa: E731
+        return sum(4 * leaf.size for leaf in leaves if (axis in names(leaf) if axis else not names(leaf)))
+
+
+def operands(found) -> dict[tuple[str, int], int]:
+    """(kind, devices in a group) -> bytes of all operands."""
+    total: collections.Counter[tuple[str, int]] = collections.Counter()
+    for one in found:
+        total[one.kind, one.group] += one.operand * one.times
+    return {key: size for key, size in total.items() if key[1] > 1}
+
+
+@functools.cache
+def alone(config: TransformerConfig) -> list[tuple[float, float]]:
+    return Program(config).losses()
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh"),
+    [
+        (DENSE, Mesh(data=8)),
+        (DENSE, Mesh(fsdp=8, data=1)),
+        (DENSE, Mesh(data=2, fsdp=4)),
+        (DENSE, Mesh(data=2, tensor=4)),
+        (DENSE, Mesh(data=2, fsdp=2, tensor=2)),
+        (DENSE, Mesh(fsdp=2, context=2, tensor=2)),
+        (DENSE, Mesh(stage=2, fsdp=2, context=2)),
+        (EXPERTS, Mesh(data=2, expert=4)),
+        (EXPERTS, Mesh(expert=2, fsdp=2, tensor=2)),
+    ],
+    ids=str,
+)
+def test_steps_are_those_of_one_device(config, mesh):
+    with sharding.use(mesh.make()):
+        np.testing.assert_allclose(Program(config).losses(), alone(config), rtol=5e-5)
+
+
+def test_data_parallel_adds_up_gradients():
+    """One all-reduce of every parameter's gradient, and nothing else."""
+    with sharding.use(Mesh(data=8).make()):
+        program = Program(DENSE)
+        found = operands(program.found())
+        assert set(found) == {("all-reduce", 8)}
+        assert 0 <= found["all-reduce", 8] - program.bytes(None) <= SCALARS
+
+
+@pytest.mark.parametrize("mesh", [Mesh(data=1, fsdp=8), Mesh(data=2, fsdp=4)], ids=["fsdp", "hybrid"])
+def test_fsdp_gathers_parameters_and_never_activations(mesh):
+    """The parts of the blocks' parameters are gathered forwards and backwards, those of embedding and head once, among
+    the devices that share them out. Gradients are added up among those, and over copies of the model each device's part
+    alone; but for the embedding's, which a lookup gives whole."""
+    with sharding.use(mesh.make()):
+        program = Program(DENSE)
+        found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
+    copies, table = 8 // mesh.fsdp, 4 * V * D
+    assert found.pop(("all-gather", mesh.fsdp)) == (2 * shared - 2 * table) // mesh.fsdp
+    if copies > 1:
+        shared, whole = shared - table, whole + table
+        assert found.pop(("all-reduce", copies)) == shared // mesh.fsdp
+        assert 0 <= found.pop(("all-reduce", 8)) - whole <= SCALARS
+        whole = 0
+    assert 0 <= found.pop(("all-reduce", mesh.fsdp)) - shared - whole <= SCALARS
+    assert not found
+
+
+def test_tensor_parallel_adds_up_activations():
+    """After the embedding, attention and MLP forwards; backwards, before the head, and before attention and MLP, where
+    what comes through q, k and v, and through gate and up, is added up by itself on a CPU. Of the logits, a maximum and
+    a sum for each token. Parameters are not sent, their gradients to the other copy of the model alone."""
+    with sharding.use(Mesh(data=2, tensor=4).make()):
+        program = Program(DENSE)
+        found, whole, cut = operands(program.found()), program.bytes(None), program.bytes("tensor")
+    rows, tokens = ROWS // 2, B // 2 * T * 4
+    times = (1 + 2 * L) + 1 + (3 + 2) * L
+    assert 0 <= found.pop(("all-reduce", 4)) - times * rows - 3 * tokens <= SCALARS
+    assert 0 <= found.pop(("all-reduce", 2)) - whole - cut // 4 <= SCALARS
+    assert not found
+
+
+def test_expert_parallel_sends_tokens_and_never_experts():
+    """The devices that share out the experts get one another's tokens, with the choices of the router, and return their
+    part of the sum; backwards likewise. Experts' gradients go to the copies of the experts alone."""
+    with sharding.use(Mesh(data=2, expert=4).make()):
+        program = Program(EXPERTS)
+        found, whole, cut = operands(program.found()), program.bytes(None), program.bytes("expert")
+    own, tokens, choices = ROWS // 8, ROWS // 2, 2 * 4 * B // 8 * T  # of a device, of those that gather, top_k numbers
+    assert found.pop(("all-gather", 4)) == L * (2 * own + 2 * choices)
+    assert found.pop(("reduce-scatter", 4)) == L * tokens
+    assert 0 <= found.pop(("all-reduce", 4)) - L * (tokens + 4 * choices) <= SCALARS
+    assert found.pop(("all-reduce", 2)) == cut // 4
+    found.pop(("all-gather", 8))  # XLA's own: the logsumexp's maximum, a number for each token
+    assert 0 <= found.pop(("all-reduce", 8)) - whole <= SCALARS
+    assert not found
+
+
+def test_what_a_device_sends_does_not_grow_with_the_copies_of_the_model():
+    """But for the (n - 1) / n of an all-reduce in a ring of n."""
+    for fixed in (Mesh(data=-1), Mesh(data=-1, fsdp=2)):
+        found = []
+        for devices in (4, 8):
+            with sharding.use(fixed.make(jax.devices()[:devices])):
+                found.append([(one.kind, one.operand, one.times) for one in Program(DENSE).found() if one.group > 1])
+        assert sorted(found[0]) == sorted(found[1])
