@@ -32,6 +32,7 @@ from rich.console import Console
 
 from gptjax import report, sharding
 from gptjax.configuration import differences, from_json, to_json
+from gptjax.data import retry
 from gptjax.data.files import cache_dir
 from gptjax.data.pipeline import Chat
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
@@ -246,7 +247,7 @@ def _sample(model: Any, stage: Stage, tokenizer: Tokenizer, params: Params, prom
 
 def _texts(source: Any) -> Iterator[str]:
     """The training text of a source, a conversation's messages one by one."""
-    for document in source.documents("train"):
+    for document in retry.stream(lambda: source.documents("train"), source):
         yield from [document] if isinstance(document, str) else (message.content for message in document)
 
 

@@ -26,6 +26,7 @@ from typing import Literal
 
 import numpy as np
 
+from gptjax.data import retry
 from gptjax.data.chat import Conversation, render
 from gptjax.data.sources import Source, Split
 from gptjax.data.tokenizers import Tokenizer
@@ -171,7 +172,7 @@ def _write(source: Source, tokenizer: Tokenizer, split: Split, folder: Path, mad
             files.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", "offsets", "weights")
         )
         np.zeros(1, np.int64).tofile(offsets_file)
-        for chunk in _chunks(source.documents(split)):
+        for chunk in _chunks(retry.stream(lambda: source.documents(split), source)):
             if weighted := not isinstance(chunk[0], str):
                 rendered = [render(conversation, tokenizer) for conversation in chunk]
                 ids = [ids for ids, _ in rendered]
