@@ -15,19 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import sharding
+from gptjax.data.pipeline import Batches
 from gptjax.train import stop
 from gptjax.train.checkpoint import Checkpoints
 from gptjax.train.display import Display
+from gptjax.train.divergence import Diverged, Skip
 from gptjax.train.program import Program, program
 from gptjax.train.records import Records
 from gptjax.train.stage import Stage
 from gptjax.train.state import State
 from gptjax.types import Batch, Metrics, Params, UserError
-
-
-class Diverged(RuntimeError):
-    """The loss, or its gradient, is not a finite number any more."""
-
 
 Sampler = Callable[[Params, str], str]
 """Parameters and a prompt -> what the model says."""
@@ -60,7 +57,7 @@ def train(
 
     Ctrl-C or SIGTERM ends the step under way, saves, and raises KeyboardInterrupt; run again, it goes on to the same
     bits as if it had never stopped. Of several processes any may get the signal: all end after the same step. Raises
-    `Diverged` when the loss is not finite; what is not finite is never saved.
+    `Diverged` when the loss is not finite, and the stage's policy has no remedy; what is not finite is never saved.
     """
     share: dict[str, Any] = {"cache_dir": cache, "rank": jax.process_index(), "ranks": jax.process_count()}
     batches = stage.data.batches(tokenizer, "train", seed=seed, **share)
@@ -73,7 +70,7 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder, keep=stage.keep))
         stack.callback(batches.close)
-        abstract = jax.eval_shape(functions.new, *frozen)
+        abstract, restored = jax.eval_shape(functions.new, *frozen), None
         if checkpoints.steps():
             restored = checkpoints.restore(abstract)
             if restored.extra["tokenizer"] != tokenizer.fingerprint:
@@ -85,6 +82,7 @@ def train(
         else:
             state = jax.jit(functions.new)(*frozen)
         done = int(state.step)
+        rollbacks = [] if restored is None else restored.extra.get("rollbacks", [])
         records.resume(name, done)
         if done >= stage.steps:
             return functions.merge(state.best, *frozen)
@@ -95,35 +93,20 @@ def train(
         extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint}
         place = functools.partial(sharding.global_array, rules=model.rules)
         run = _Run(stage, name, functions, frozen, checkpoints, records, display, place, sample)
-        last = None  # step and metrics, still on the devices
-        while done < stage.steps:
-            state, metrics = functions.step(state, place(next(batches)), *frozen)
-            done += 1
-            if last is not None:  # those of an earlier step, while the devices work on this one
-                run.report(*last)
-            last = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
-            stopped = stopping.at(done)  # asked once a step: a signal may come at any moment
-            evaluating = done % stage.evaluate_every == 0 or done == stage.steps
-            saving = done % stage.save_every == 0 or done == stage.steps or stopped
-            if evaluating or saving:
-                if last is not None:
-                    run.report(*last)
-                last = None
-                run.check(done, divide(metrics))
-            loss = run.evaluate(state, done, validation) if evaluating else None
-            if saving:
-                checkpoints.save(done, state, extra | {"input": batches.state()}, loss)
-            if stopped and done < stage.steps:
-                checkpoints.wait()
-                display.note(f"stopped and saved at step {done}")
-                raise KeyboardInterrupt
-        checkpoints.wait()
-        return functions.merge(state.best, *frozen)
+        while True:
+            try:
+                state = run.steps(state, batches, validation, stopping, extra | {"rollbacks": rollbacks})
+                return functions.merge(state.best, *frozen)
+            except Diverged as error:
+                if len(rollbacks) >= stage.divergence.rollbacks or not checkpoints.steps():
+                    raise
+                bad, state = error.step, None  # and no traceback, which would keep the state on the devices
+            state, rollbacks = run.roll_back(abstract, batches, bad, rollbacks)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What a loop under way does beside its steps."""
+    """A loop under way: its steps, and what it does beside them."""
 
     stage: Stage
     name: str
@@ -135,13 +118,65 @@ class _Run:
     place: Callable[[Batch], Batch]
     sample: Sampler | None
 
+    def steps(
+        self, state: State, batches: Batches, validation: Iterable[Batch], stopping: stop.Stop, extra: dict[str, Any]
+    ) -> State:
+        """From this state to the end of the stage. Raises `Diverged`, and KeyboardInterrupt when told to stop."""
+        stage, done = self.stage, int(state.step)
+        last = None  # step and metrics, still on the devices
+        while done < stage.steps:
+            state, metrics = self.program.step(state, self.place(next(batches)), *self.frozen)
+            done += 1
+            if last is not None:  # those of an earlier step, while the devices work on this one
+                self.report(*last)
+            last = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
+            stopped = stopping.at(done)  # asked once a step: a signal may come at any moment
+            evaluating = done % stage.evaluate_every == 0 or done == stage.steps
+            saving = done % stage.save_every == 0 or done == stage.steps or stopped
+            if evaluating or saving:
+                if last is not None:
+                    self.report(*last)
+                last = None
+                self.check(done, divide(metrics))
+            loss = self.evaluate(state, done, validation) if evaluating else None
+            if saving:
+                self.checkpoints.save(done, state, extra | {"input": batches.state()}, loss)
+            if stopped and done < stage.steps:
+                self.checkpoints.wait()
+                self.display.note(f"stopped and saved at step {done}")
+                raise KeyboardInterrupt
+        self.checkpoints.wait()
+        return state
+
+    def roll_back(
+        self, abstract: State, batches: Batches, bad: int, before: list[list[int]]
+    ) -> tuple[State, list[list[int]]]:
+        """The state of the last checkpoint, with the batches at the place after that of the `bad` step, and the list of
+        roll-backs: which step to, and how many batches were left out from there. `before` are the earlier ones."""
+        steps = self.checkpoints.steps()
+        regular = [step for step in steps if step % self.stage.save_every == 0]  # whether it was stopped or not
+        restored = self.checkpoints.restore(abstract, max(regular or steps))
+        batches.restore(restored.extra["input"])
+        passed = bad - restored.step
+        out = passed + sum(count for step, count in before if step == restored.step)
+        for _ in range(out):
+            next(batches)
+        self.records.resume(self.name, restored.step)
+        self.records.log(restored.step + 1, self.name, rolled_back_from=bad, batches_left_out=out)
+        self.display.note(f"step {bad} is bad: back to step {restored.step}, without {out} batches from there on")
+        return restored.state, [*before, [restored.step, passed]]
+
     def report(self, done: int, metrics: Metrics) -> None:
         """Fetch the metrics of a step, and record and show them."""
         values = divide(metrics)
         self.check(done, values)
-        rate = np.asarray(self.stage.optimizer.learning_rate(self.stage.steps)(done - 1)).item()
+        updates = done - values.get("skipped", 0)  # the schedule counts those alone
+        rate = np.asarray(self.stage.optimizer.learning_rate(self.stage.steps)(max(updates - 1, 0))).item()
         self.records.log(done, self.name, **values, learning_rate=rate)
-        self.display.update(done, **values)
+        if math.isfinite(values["loss"]):
+            self.display.update(done, **values)
+        if values.get("skipped_in_a_row"):
+            self.display.note(f"step {done} was left out: loss {values['loss']:.3g}")
 
     def evaluate(self, state: State, done: int, validation: Iterable[Batch]) -> float:
         """The validation loss, recorded and shown, with samples of text."""
@@ -160,14 +195,20 @@ class _Run:
 
     def check(self, done: int, values: dict[str, float]) -> None:
         """Raises `Diverged` where a value is not finite."""
-        wrong = [what for what, value in values.items() if not math.isfinite(value)]
+        policy, row = self.stage.divergence, int(values.get("skipped_in_a_row", 0))
+        if isinstance(policy, Skip) and row:
+            wrong = "loss" if row >= policy.patience else None
+        else:
+            bad = [what for what, value in values.items() if not math.isfinite(value)]
+            wrong = "loss" if "loss" in bad else next(iter(bad), None)
         if wrong:
-            what = "loss" if "loss" in wrong else wrong[0]
             last, folder = self.checkpoints.latest_step(), self.checkpoints.folder
             good = f"the last good checkpoint is step {last} in {folder}" if last else "no checkpoint was saved yet"
+            many = f", after {row} bad steps in a row" if row else ""
             raise Diverged(
-                f"{self.name}: the {what} became {values[what]} at step {done}; {good}. "
-                f"Try a lower {self.name}.optimizer.peak, a longer warmup or a smaller clip"
+                f"{self.name}: the {wrong} became {values[wrong]} at step {done}{many}; {good}. "
+                f"Try a lower {self.name}.optimizer.peak, a longer warmup or a smaller clip",
+                step=done - max(row - 1, 0),
             )
 
 

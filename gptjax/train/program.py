@@ -57,7 +57,7 @@ def program(stage: Stage, model: Any, seed: int = 0) -> Program:
 
     def create(params: Params) -> State:
         key, _ = jax.random.split(jax.random.key(seed))
-        return train_state.create(params, optimizer, key, stage.ema is not None)
+        return train_state.create(params, optimizer, key, stage.ema is not None, stage.divergence.watch())
 
     initial, merge = parameters, _itself
     if (adapter := stage.adapter) is not None:
@@ -68,7 +68,7 @@ def program(stage: Stage, model: Any, seed: int = 0) -> Program:
         parameters,
         initial,
         create,
-        make_step(objective, optimizer, stage.accumulate, stage.ema),
+        make_step(objective, optimizer, stage.accumulate, stage.ema, stage.divergence),
         jax.jit(lambda params, batch, *frozen: objective(params, batch, None, *frozen)),
         merge,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from gptjax.nn import LoRA
 from gptjax.optim import Optimizer
+from gptjax.train.divergence import Stop
 from gptjax.types import UserError
 
 
@@ -28,6 +29,8 @@ class Stage:
     """Parts that a batch goes through in, one after the other, to save memory."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, which is then what is evaluated and deployed."""
+    divergence: Stop = Stop()
+    """What to do about a loss that is not finite or leaps: `Stop`, `Skip` the step, `RollBack` to a checkpoint."""
     evaluate_every: int = 250
     """Steps between validation losses, and samples of text."""
     evaluate_rows: int = 256

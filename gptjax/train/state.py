@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptjax.train.divergence import Watch
 from gptjax.types import Array, Key, Params
 
 
@@ -25,6 +26,8 @@ class State:
     """The run's key. Step n draws from fold_in(key, n): randomness does not depend on how often a run was stopped."""
     ema: Params | None = None
     """Exponential moving average of the parameters, if asked for."""
+    watch: Watch | None = None
+    """What steps are judged by, where the stage has a policy that does."""
 
     @property
     def best(self) -> Params:
@@ -32,7 +35,13 @@ class State:
         return self.params if self.ema is None else self.ema
 
 
-def create(params: Params, optimizer: optax.GradientTransformation, key: Key, average: bool = False) -> State:
+def create(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    average: bool = False,
+    watch: Watch | None = None,
+) -> State:
     """The state before the first step. Call it under jit, so that nothing is made twice or in the wrong place."""
     ema = jax.tree.map(jnp.copy, params) if average else None
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, ema)
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, ema, watch)

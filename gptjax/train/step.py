@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from gptjax.train.divergence import Skip, Stop
 from gptjax.train.state import State
 from gptjax.types import Array, Batch, Key, Metrics, Params
 
@@ -19,12 +20,14 @@ def make_step(
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
     ema: float | None = None,
+    divergence: Stop = Stop(),
 ) -> Callable[..., tuple[State, Metrics]]:
     """A function (state, batch, *frozen) -> (state, metrics); the state passed in is donated.
 
     objective   an `Objective`; what follows the batch goes to it after the key, and is not trained
     accumulate  the batch goes through in this many parts, one after the other; the gradient is that of the whole
     ema         decay of the parameter average, which must then be in the state
+    divergence  judges the step where it is a `Skip`, whose watch must then be in the state: a bad one changes nothing
 
     The loss is a weighted sum, and sums add up: the gradient is divided by the total weight once, at the end, so parts
     with different numbers of counted tokens need no care.
@@ -58,8 +61,16 @@ def make_step(
         if ema is not None:
             change = 1 - ema
             average = jax.tree.map(lambda a, p: a + change * (p - a), average, params)
-        metrics = metrics | {"gradient_norm": (optax.tree.norm(grads), jnp.ones(()))}
-        return State(state.step + 1, params, opt_state, state.key, average), metrics
+        norm = optax.tree.norm(grads)
+        metrics = metrics | {"gradient_norm": (norm, jnp.ones(()))}
+        watch = None
+        if isinstance(divergence, Skip):
+            assert state.watch is not None
+            good, watch, judged = divergence.judge(state.watch, metrics["loss"][0] / weight, norm)
+            after, before = (params, opt_state, average), (state.params, state.opt_state, state.ema)
+            params, opt_state, average = jax.tree.map(lambda new, old: lax.select(good, new, old), after, before)
+            metrics |= judged
+        return State(state.step + 1, params, opt_state, state.key, average, watch), metrics
 
     return jax.jit(step, donate_argnums=0)
 
