@@ -25,7 +25,7 @@ FILES = sorted([*ROOT.glob("gptjax/**/*.py"), *ROOT.glob("experiments/*.py")])
 EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiments/*.py") if not path.stem.startswith("_"))
 FLOORS = (
     {"types"},
-    {"catalogue", "configuration", "host", "kernels", "parameters", "sharding"},
+    {"catalogue", "chips", "configuration", "host", "kernels", "parameters", "sharding"},
     {"nn", "data", "objectives", "optim"},
     {"inference"},
     {"train"},

@@ -1,8 +1,10 @@
-"""What chips can do and cost: the one table that estimates are made from."""
+"""What TPU chips hold, move and cost, beside their peak: what estimates are made from."""
 
 from __future__ import annotations
 
 import dataclasses
+
+from gptjax.chips import PEAKS
 
 PRICED = "2025-10, not verified"
 """When the prices below are of: on demand, in the United States, without discounts. They were written from memory, not
@@ -28,12 +30,12 @@ class Chip:
     """Of the torus, and of a topology's name: v5e:4x4, v5p:4x4x4."""
 
 
-# FLOP/s, memory and its bandwidth are as cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} publishes them, links twice
+# Memory and its bandwidth are as cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} publishes them, links twice
 # the one-way bandwidth of jax-ml.github.io/scaling-book/tpus; v5p and tpu7x were checked in part, the others not.
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1.228e12, 0.9e11, 3.22, 3),
-    "v5e": Chip("TPU v5e", 197e12, 16 * 2**30, 0.819e12, 0.9e11, 1.20, 2),
-    "v5p": Chip("TPU v5p", 459e12, 95 * 2**30, 2.765e12, 1.8e11, 4.20, 3),
-    "v6e": Chip("TPU v6e (Trillium)", 918e12, 32 * 2**30, 1.640e12, 1.8e11, 2.70, 2),
-    "tpu7x": Chip("TPU7x (Ironwood)", 2307e12, 192 * 2**30, 7.380e12, 2.0e11, 12.00, 3),
+    "v4": Chip("TPU v4", PEAKS["TPU v4"].flops, 32 * 2**30, 1.228e12, 0.9e11, 3.22, 3),
+    "v5e": Chip("TPU v5e", PEAKS["TPU v5e"].flops, 16 * 2**30, 0.819e12, 0.9e11, 1.20, 2),
+    "v5p": Chip("TPU v5p", PEAKS["TPU v5p"].flops, 95 * 2**30, 2.765e12, 1.8e11, 4.20, 3),
+    "v6e": Chip("TPU v6e (Trillium)", PEAKS["TPU v6e"].flops, 32 * 2**30, 1.640e12, 1.8e11, 2.70, 2),
+    "tpu7x": Chip("TPU7x (Ironwood)", PEAKS["TPU7x"].flops, 192 * 2**30, 7.380e12, 2.0e11, 12.00, 3),
 }

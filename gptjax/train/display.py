@@ -11,7 +11,6 @@ On a terminal it is a progress bar with the rest printed above it; elsewhere, pl
 from __future__ import annotations
 
 import math
-import re
 import time
 from typing import Self
 
@@ -22,44 +21,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gptjax.chips import peak_flops
+
 PLAIN_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 SMOOTHING = 0.9
 """Share of the old value in the moving average of the loss, an update."""
 SPEED_WINDOW = 10.0
 """Seconds over which the speed is averaged."""
-
-_PEAKS = {
-    # A TPU device is a chip, except on v2, v3 and 7x, where it is half of one.
-    "TPU v2": 22.5e12,  # cloud.google.com/tpu/docs/v2
-    "TPU v3": 61.5e12,  # cloud.google.com/tpu/docs/v3
-    "TPU v4": 275e12,  # cloud.google.com/tpu/docs/v4
-    "TPU v5 lite": 197e12,  # cloud.google.com/tpu/docs/v5e
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # cloud.google.com/tpu/docs/v5p
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,  # cloud.google.com/tpu/docs/v6e
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,  # cloud.google.com/tpu/docs/tpu7x
-    # NVIDIA's tables count zeros ("with sparsity"): halved here.
-    "A10": 125e12,  # nvidia.com/en-us/data-center/products/a10-gpu
-    "A100": 312e12,  # nvidia.com/en-us/data-center/a100
-    "L4": 121e12,  # nvidia.com/en-us/data-center/l4
-    "L40S": 362e12,  # nvidia.com/en-us/data-center/l40s
-    "H100 PCIe": 756e12,  # nvidia.com/en-us/data-center/h100
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "GH200": 989e12,  # nvidia.com/en-us/data-center/grace-hopper-superchip
-    "H200": 989e12,  # nvidia.com/en-us/data-center/h200
-    "B200": 2250e12,  # nvidia.com/en-us/data-center/dgx-b200
-    "GB200": 2500e12,  # nvidia.com/en-us/data-center/gb200-nvl72
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s that a device can do at most, by its `jax.Device.device_kind`; None where not known."""
-    names = [name for name in _PEAKS if re.search(rf"\b{name}\b", device_kind, re.IGNORECASE)]
-    return _PEAKS[max(names, key=len)] if names else None
+INPUT_WAIT = 0.05
+"""Share of a step that the devices may wait for input before it is shown."""
 
 
 class Display:

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from gptjax.train import display
-from gptjax.train.display import Display, peak_flops
+from gptjax.train.display import Display
 from gptjax.train.records import Records, WandB, read
 from gptjax.types import UserError
 
@@ -179,25 +179,3 @@ def test_display_on_a_terminal(width):
     assert "loss 2.000" in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0  # the cursor is given back
     assert all(len(line) <= width for line in re.split(r"\x1b\[[?\d;]*[A-Za-z]|[\r\n]", text))
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA A10G", None),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L40", None),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA GB200", 2500e12),
-        ("cpu", None),
-    ],
-)
-def test_peak_flops(kind, peak):
-    assert peak_flops(kind) == peak
