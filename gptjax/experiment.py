@@ -6,6 +6,7 @@ An experiment is a Python file with `experiment = Experiment(...)`; `python -m e
                 tokenizer/
                 checkpoints/STAGE/  Orbax: state and input position
                 metrics.jsonl  tensorboard/
+                heartbeat/          where each process is; hang/ and profile/ when there is something in them
                 report/             report.md, curves as PNG, results of the evaluations
 
 `gptjax chat runs/NAME` and `gptjax.load("runs/NAME")` need nothing else.
@@ -100,11 +101,13 @@ class Experiment:
             if size % parts:
                 raise UserError(f"{field}: got {size}, must be a multiple of {parts}, the parts that mesh cuts it into")
 
-    def run(self, folder: str | Path, accept_changes: bool = False) -> int:
+    def run(self, folder: str | Path, accept_changes: bool = False, profile: range | None = None) -> int:
         """Train every stage, or go on where the folder's run stopped; evaluate; write the report.
 
         Run again, it does what is left to do, to the same bits as if it had never been stopped. A folder that was made
         with another configuration is refused with the differences, unless `accept_changes`. Returns 0.
+
+        profile: steps of each stage to trace, counted from 1 where this run begins or goes on with it
         """
         folder = Path(folder).absolute()
         # Paths to copy are not cut into lines, nor read as markup.
@@ -138,6 +141,7 @@ class Experiment:
                             start=None if before is None else functools.partial(self._trained, folder, before),
                             sample=functools.partial(_sample, model, stage, tokenizer),
                             description={"configuration": to_json(self)},
+                            profile=profile,
                         )
                 before = name
                 results[name] = self._evaluate(folder, name, stage, tokenizer, console)

@@ -63,6 +63,7 @@ class Display:
         self._loss = self._weight = 0.0  # moving average, and how much of it has been filled
         self._more: dict[str, float] = {}
         self._validation: float | None = None
+        self._waiting = 0.0
         self._first: tuple[float, int] | None = None  # (time, step) of the first update: compilation is over
         self._last: tuple[float, int] | None = None  # (time, step) that speed is counted from
         self._seconds_per_step: float | None = None
@@ -95,8 +96,11 @@ class Display:
             return None
         return speed * self.flops_per_token / (self._peak * jax.device_count())
 
-    def update(self, step: int, loss: float, **more: float) -> None:
-        """`step` steps are done, the last with this loss (and more to show). Call it every step or every few."""
+    def update(self, step: int, loss: float, waiting: float = 0.0, **more: float) -> None:
+        """`step` steps are done, the last with this loss (and more to show). Call it every step or every few.
+
+        waiting: the share of these steps that the devices waited for input, from 0 to 1
+        """
         now = time.monotonic()
         self._first = self._first or (now, step)
         self._last = self._last or (now, step)
@@ -107,6 +111,7 @@ class Display:
             self._last = (now, step)
         self.step = max(self.step, step)
         self._more = more
+        self._waiting = waiting
         self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         if not self._live.is_started and now - self._printed >= PLAIN_EVERY:
@@ -150,6 +155,8 @@ class Display:
             parts.append(f"{_short(speed)} tokens/s")
         if (utilisation := self.utilisation) is not None:
             parts.append(f"MFU {utilisation:.1%}")
+        if self._waiting > INPUT_WAIT:
+            parts.append(f"input wait {self._waiting:.0%}")
         if self._first is not None and self._first[1] < self.step < self.steps:  # at the pace since the first update
             pace = (time.monotonic() - self._first[0]) / (self.step - self._first[1])
             parts.append(f"{_clock(pace * (self.steps - self.step))} left")

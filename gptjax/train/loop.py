@@ -20,10 +20,14 @@ from gptjax.train import stop
 from gptjax.train.checkpoint import Checkpoints
 from gptjax.train.display import Display
 from gptjax.train.divergence import Diverged, Skip
+from gptjax.train.hosts import Hosts
+from gptjax.train.profiling import Profile
 from gptjax.train.program import Program, program
 from gptjax.train.records import Records
 from gptjax.train.stage import Stage
 from gptjax.train.state import State
+from gptjax.train.times import Clock, memory
+from gptjax.train.watchdog import Watchdog
 from gptjax.types import Batch, Metrics, Params, UserError
 
 Sampler = Callable[[Params, str], str]
@@ -43,6 +47,7 @@ def train(
     start: Callable[[Params], Params] | None = None,
     sample: Sampler | None = None,
     description: dict[str, Any] | None = None,
+    profile: range | None = None,
 ) -> Params:
     """Run one stage to its end, from its newest checkpoint in `folder` if there is one. Returns the trained parameters.
 
@@ -54,6 +59,7 @@ def train(
                  adapters alone
     sample       shows what the model writes
     description  goes into every checkpoint, beside the input position
+    profile      steps to trace, counted from 1 where this run of the stage begins or goes on
 
     Ctrl-C or SIGTERM ends the step under way, saves, and raises KeyboardInterrupt; run again, it goes on to the same
     bits as if it had never stopped. Of several processes any may get the signal: all end after the same step. Raises
@@ -92,7 +98,12 @@ def train(
         display = stack.enter_context(Display(name, stage.steps, tokens, flops, done))
         extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint}
         place = functools.partial(sharding.global_array, rules=model.rules)
-        run = _Run(stage, name, functions, frozen, checkpoints, records, display, place, sample)
+        tracing = stack.enter_context(Profile(profile, records.folder / "profile" / name, done, display.note))
+        watchdog = stack.enter_context(Watchdog(records.folder, name, stage.hang, done))
+        hosts, clock = Hosts(), Clock(done, tokens, flops)
+        rates = np.asarray(jax.vmap(stage.optimizer.learning_rate(stage.steps))(jnp.arange(stage.steps)))
+        instruments = tracing, clock, hosts, watchdog
+        run = _Run(stage, name, functions, frozen, checkpoints, records, display, place, sample, rates, *instruments)
         while True:
             try:
                 state = run.steps(state, batches, validation, stopping, extra | {"rollbacks": rollbacks})
@@ -117,6 +128,11 @@ class _Run:
     display: Display
     place: Callable[[Batch], Batch]
     sample: Sampler | None
+    rates: np.ndarray
+    tracing: Profile
+    clock: Clock
+    hosts: Hosts
+    watchdog: Watchdog
 
     def steps(
         self, state: State, batches: Batches, validation: Iterable[Batch], stopping: stop.Stop, extra: dict[str, Any]
@@ -125,14 +141,21 @@ class _Run:
         stage, done = self.stage, int(state.step)
         last = None  # step and metrics, still on the devices
         while done < stage.steps:
-            state, metrics = self.program.step(state, self.place(next(batches)), *self.frozen)
+            self.clock.lap("host")
+            batch = next(batches)
+            self.clock.lap("input")
+            with self.tracing.step(done + 1):
+                state, metrics = self.program.step(state, self.place(batch), *self.frozen)
+            self.clock.started(metrics)
             done += 1
+            self.tracing.begun(done, metrics)
             if last is not None:  # those of an earlier step, while the devices work on this one
                 self.report(*last)
             last = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
             stopped = stopping.at(done)  # asked once a step: a signal may come at any moment
             evaluating = done % stage.evaluate_every == 0 or done == stage.steps
             saving = done % stage.save_every == 0 or done == stage.steps or stopped
+            self.watchdog.beat(done, pause=evaluating or saving)
             if evaluating or saving:
                 if last is not None:
                     self.report(*last)
@@ -141,6 +164,7 @@ class _Run:
             loss = self.evaluate(state, done, validation) if evaluating else None
             if saving:
                 self.checkpoints.save(done, state, extra | {"input": batches.state()}, loss)
+                self.clock.lap("checkpoint")
             if stopped and done < stage.steps:
                 self.checkpoints.wait()
                 self.display.note(f"stopped and saved at step {done}")
@@ -161,6 +185,9 @@ class _Run:
         out = passed + sum(count for step, count in before if step == restored.step)
         for _ in range(out):
             next(batches)
+        self.clock.lap("checkpoint")
+        self.clock.take(restored.step)  # what the steps took that are forgotten
+        self.watchdog.beat(restored.step, pause=True)
         self.records.resume(self.name, restored.step)
         self.records.log(restored.step + 1, self.name, rolled_back_from=bad, batches_left_out=out)
         self.display.note(f"step {bad} is bad: back to step {restored.step}, without {out} batches from there on")
@@ -169,14 +196,20 @@ class _Run:
     def report(self, done: int, metrics: Metrics) -> None:
         """Fetch the metrics of a step, and record and show them."""
         values = divide(metrics)
+        self.clock.lap("device")
         self.check(done, values)
-        updates = done - values.get("skipped", 0)  # the schedule counts those alone
-        rate = np.asarray(self.stage.optimizer.learning_rate(self.stage.steps)(max(updates - 1, 0))).item()
-        self.records.log(done, self.name, **values, learning_rate=rate)
+        updates = done - int(values.get("skipped", 0))  # the schedule counts those alone
+        times = self.clock.take(done)
+        slow, note = self.hosts.compare(times)
+        if note is not None:
+            self.display.note(note)
+        measured = times.values() | memory() | slow
+        self.records.log(done, self.name, **values, learning_rate=self.rates[max(updates - 1, 0)], **measured)
         if math.isfinite(values["loss"]):
-            self.display.update(done, **values)
+            self.display.update(done, **values, waiting=times.waiting)
         if values.get("skipped_in_a_row"):
             self.display.note(f"step {done} was left out: loss {values['loss']:.3g}")
+        self.watchdog.tell(measured)
 
     def evaluate(self, state: State, done: int, validation: Iterable[Batch]) -> float:
         """The validation loss, recorded and shown, with samples of text."""
@@ -184,13 +217,14 @@ class _Run:
         total = _sum(self.program.evaluate(params, self.place(batch), *self.frozen) for batch in validation)
         losses = {f"validation_{name}": value for name, value in divide(total).items()}
         self.check(done, losses)
-        self.records.log(done, self.name, **losses)
+        self.records.log(done, self.name, **losses, **memory())
         self.display.evaluation(done, losses["validation_loss"])
         if self.sample is not None:
             for prompt in self.stage.prompts:
                 text = self.sample(self.program.merge(params, *self.frozen), prompt)
                 self.records.text(done, f"{self.name}/sample", prompt + text)
                 self.display.sample(done, prompt, text)
+        self.clock.lap("evaluation")
         return losses["validation_loss"]
 
     def check(self, done: int, values: dict[str, float]) -> None:

@@ -41,6 +41,9 @@ class Stage:
     """How many of the newest checkpoints stay, beside the best by validation loss."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
+    hang: float = 300.0
+    """Seconds after which a step that does not end is reported, with what every thread is doing; steps that are slow
+    anyway have three times the longest so far."""
     prompts: tuple[str, ...] = ("\n",)
     """What the samples shown during training begin with."""
     evaluations: tuple[Any, ...] = ()
@@ -50,6 +53,8 @@ class Stage:
         for field in ("steps", "accumulate", "evaluate_every", "evaluate_rows", "save_every", "keep", "log_every"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field}: got {getattr(self, field)}, must be at least 1")
+        if not self.hang > 0:
+            raise UserError(f"hang: got {self.hang}, must be more than 0")
         if self.data.batch % self.accumulate:
             raise UserError(f"accumulate: got {self.accumulate}, must divide data.batch {self.data.batch}")
         if self.ema is not None and not 0 < self.ema < 1:

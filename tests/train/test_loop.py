@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from gptjax.train.stage import Stage
 from gptjax.types import UserError
 
 MODEL = Transformer(TransformerConfig(vocab=64, layers=2, width=16, heads=2, dropout=0.1))
+MEASURED = re.compile("time|tokens_per_second|memory")
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 TOKENIZER = data.TrainCharacters().build(iter([LETTERS]))
 BROKEN = TOKENIZER.encode("z")[0]
@@ -70,7 +72,7 @@ def run(folder: Path, stage: Stage = STAGE, records: Records | None = None, samp
 
 
 def outcome(folder: Path) -> tuple[dict[str, bytes], dict[str, Any], list[dict[str, Any]]]:
-    """All that a run leaves: the bytes of its state, the position in the data, the records but their time."""
+    """All that a run leaves: the bytes of its state, the position in the data, the records but what the clock says."""
 
     def create() -> train_state.State:
         params = MODEL.init(jax.random.key(0), jnp.zeros((8, 16), jnp.int32))["params"]
@@ -80,7 +82,7 @@ def outcome(folder: Path) -> tuple[dict[str, bytes], dict[str, Any], list[dict[s
         restored = checkpoints.restore(jax.eval_shape(create))
     state = dataclasses.replace(restored.state, key=jax.random.key_data(restored.state.key))
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    lines = [{k: v for k, v in line.items() if k != "time"} for line in train_records.read(folder)]
+    lines = [{k: v for k, v in line.items() if not MEASURED.match(k)} for line in train_records.read(folder)]
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}, restored.extra, lines
 
 
