@@ -83,7 +83,8 @@ def _launch(name: str, arguments: list[str]) -> int:
 
     try:
         with Mirror(options.mirror, options.out) if options.mirror else contextlib.nullcontext():
-            return experiment.run(options.out, accept_changes=options.accept_changes) or 0
+            more = {"profile": options.profile} if options.profile else {}
+            return experiment.run(options.out, accept_changes=options.accept_changes, **more) or 0
     except Diverged as error:
         return _fail(str(error), code=1)
 
@@ -118,6 +119,12 @@ def _options(name: str) -> argparse.ArgumentParser:
         help="go on in a run folder that was made with another configuration",
     )
     parser.add_argument(
+        "--profile",
+        type=_steps,
+        metavar="FIRST:LAST",
+        help="trace these steps of each stage, counted from where this run begins or goes on, into FOLDER/profile",
+    )
+    parser.add_argument(
         "--distributed",
         action=argparse.BooleanOptionalAction,
         default=host.several(),
@@ -125,6 +132,13 @@ def _options(name: str) -> argparse.ArgumentParser:
         "under srun and mpirun, and where JAX_COORDINATOR_ADDRESS is set",
     )
     return parser
+
+
+def _steps(text: str) -> range:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"got {text}, must be two steps counted from 1, the later last, such as 10:15")
+    return range(int(first), int(last) + 1)
 
 
 def _folder(path: str) -> Path:

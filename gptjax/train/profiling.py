@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-
-from gptjax.types import UserError
-
-
-def steps(text: str) -> range:
-    """ "10:15" -> steps 10 to 15, both of them. Raises UserError on what is no such range."""
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"profile: got {text}, must be FIRST:LAST, two steps counted from 1, such as 10:15")
-    return range(int(found[1]), int(found[2]) + 1)
 
 
 class Profile:
