@@ -11,7 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from gptjax.evals.result import Result
-from gptjax.train import records
+from gptjax.train import records, times
 
 Rows = list[dict[str, Any]]
 """Lines of metrics.jsonl."""
@@ -27,7 +27,7 @@ def write(folder: Path, results: dict[str, list[Result]]) -> None:
     for stage, found in results.items():
         rows = [row for row in metrics if row["stage"] == stage]
         curve(rows, f"{folder.name}: {stage}", target / f"{stage}.png")
-        lines += [f"## {stage}\n", _summary(rows), f"\n![loss curves of {stage}]({quote(stage)}.png)\n"]
+        lines += [f"## {stage}\n", _summary(rows), *_speed(rows), f"\n![loss curves of {stage}]({quote(stage)}.png)\n"]
         for result in found:
             lines += [f"### {result.title}\n", result.markdown, ""]
         lines += _samples(rows)
@@ -86,6 +86,29 @@ def _summary(rows: Rows) -> str:
         f"{int(steps[-1]):,} steps. Validation loss **{loss[-1]:.4f}** nats a token at the end; "
         f"the lowest was {loss[best]:.4f}, at step {int(steps[best]):,}."
     )
+
+
+def _speed(rows: Rows) -> list[str]:
+    """How fast it went, what the time went into, and the memory it took at most, as a line of Markdown."""
+    timed = [row for row in rows if row.get("time_step")]
+    if not timed:
+        return []
+    steps = np.diff([0, *(row["step"] for row in timed)])
+
+    def total(name: str) -> float:
+        return float(np.dot([row.get(f"time_{name}", 0.0) for row in timed], steps))
+
+    spent = {name: total(name) for name in (*times.TRAINING, *times.BESIDE)}
+    shares = sorted(((seconds / sum(spent.values()), name) for name, seconds in spent.items()), reverse=True)
+    tokens = float(np.dot([row["tokens_per_second"] * row["time_step"] for row in timed], steps))
+    parts = [f"{tokens / total('step'):,.0f} tokens a second"]
+    if "mfu" in timed[-1]:
+        parts.append(f"model-FLOPs utilisation {np.median([row['mfu'] for row in timed if 'mfu' in row]):.1%}")
+    parts.append("time: " + ", ".join(f"{name} {share:.1%}" for share, name in shares if share >= 0.0005))
+    for name, what in (("memory_device", "on a device"), ("memory_process", "in the process")):
+        if used := max((row.get(name, 0) for row in rows), default=0):
+            parts.append(f"at most {used / 2**30:.2f} GiB {what}")
+    return [f"\nSpeed: {'; '.join(parts)}."]
 
 
 def _samples(rows: Rows) -> list[str]:

@@ -151,6 +151,10 @@ def test_help_of_an_experiment(tiny, capsys):
             "argument --out: got gs://b/c, must be a folder here; docs/cloud.md says how to use a bucket",
         ),
         (["TINY", "--out"], "argument --out: expected one argument"),
+        (
+            ["TINY", "--profile", "5:3"],
+            "argument --profile: got 5:3, must be two steps counted from 1, the later last, such as 10:15",
+        ),
         (["empty.py"], "empty.py: defines no `experiment`; add `experiment = Experiment(...)` to the file"),
         (["pathlib.py"], "pathlib.py: there is another module named 'pathlib'; rename the file"),
         (["a-b.py"], "a-b.py: 'a-b' cannot be the name of a Python module; rename the file"),

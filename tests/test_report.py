@@ -47,6 +47,17 @@ def test_the_report_says_what_the_records_say(run):
         assert width > height > 500
 
 
+def test_the_report_says_how_fast_it_went(tmp_path):
+    """Of 40 steps, the first ten of 0.3 s with 1 s of input wait each, the others of 0.1 s; all of 200 tokens."""
+    with Records(tmp_path) as records:
+        for step, seconds, wait in ((10, 1.3, 1.0), (40, 0.1, 0.0)):
+            parts = {"time_step": seconds, "time_input": wait, "time_device": seconds - wait, "time_host": 0.0}
+            records.log(step, "main", loss=1.0, tokens_per_second=200 / seconds, memory_process=2**30, **parts)
+    report.write(tmp_path, {"main": []})
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Speed: 500 tokens a second; time: input 62.5%, device 37.5%; at most 1.00 GiB in the process." in text
+
+
 def test_smoothing_keeps_the_mean_and_the_length():
     values = np.random.default_rng(0).normal(3, 1, 400)
     smooth = report._smooth(values)

@@ -39,7 +39,9 @@ class Profile:
     def step(self, number: int) -> contextlib.AbstractContextManager:
         """Context in which the step of this number is begun."""
         if number in self._wanted and not self._tracing:
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call of a Python function: slow, and megabytes a step
+            jax.profiler.start_trace(self._folder, profiler_options=options)
             self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
