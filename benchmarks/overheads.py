@@ -1,0 +1,265 @@
+"""What a training loop does beside its steps, and what that costs: checkpoints, metrics, starting again.
+
+    python benchmarks/overheads.py                       everything, as a markdown table
+    python benchmarks/overheads.py checkpoint metrics    these alone
+
+checkpoint  runs of the training loop with and without a save every 50 steps, in turns: the cost of one save, background
+            work included, over the time of 50 steps
+metrics     runs with the metrics recorded and shown every 10 steps (the default), and never, in turns
+clock       what the times, the heartbeat and the watch over hanging steps do at every step, alone
+restart     from `python -m experiments` to the end of the first step, going on with a checkpoint of 124M parameters,
+            1.5 GB, everything compiled before
+"""
+
+# ruff: noqa: E402  (jax reads what prepare() sets)
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax import host
+
+host.prepare()
+
+import jax
+
+from gptjax import data, optim
+from gptjax.nn import TransformerConfig
+from gptjax.objectives import NextToken
+from gptjax.train.loop import train
+from gptjax.train.records import Records
+from gptjax.train.stage import Stage
+from gptjax.train.times import Clock
+from gptjax.train.watchdog import Watchdog
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
+SAVE_EVERY = 50
+NEVER = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A source of random text, a megabyte."""
+
+    def documents(self, split: str) -> Iterator[str]:
+        rng = np.random.default_rng(split == "train")
+        for _ in range(1000):
+            yield "".join(rng.choice(list(LETTERS), 1000))
+
+    def fingerprint(self) -> str:
+        return "letters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed(data.Pretrain):
+    """Batches that note when the second is asked for, when the first step has been compiled and begun, and when
+    validation begins, when the last step has ended."""
+
+    times: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def batches(self, *args, **options):
+        times = self.times
+        batches = super().batches(*args, **options)
+
+        class Noting(type(batches)):
+            def __next__(self) -> Any:
+                if self.state()["step"] == 1:
+                    times["begin"] = time.perf_counter()
+                return super().__next__()
+
+        return Noting(batches._make, batches._size, batches._steps)
+
+    def evaluation(self, *args, **options):
+        def noting():
+            self.times["end"] = time.perf_counter()
+            yield from found
+
+        found = super().evaluation(*args, **options)
+        return _Iterable(noting)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Iterable:
+    make: Any
+
+    def __iter__(self):
+        return self.make()
+
+
+def seconds(model: TransformerConfig, steps: int, batch: int, length: int, **options: Any) -> float:
+    """How long so many steps of the training loop take."""
+    timed = Timed(Letters(), length=length, batch=batch)
+    every = {"evaluate_every": NEVER, "save_every": NEVER, "log_every": NEVER} | options
+    stage = Stage(
+        data=timed,
+        objective=NextToken(),
+        optimizer=optim.AdamW(peak=1e-3, clip=1.0),
+        steps=steps,
+        evaluate_rows=batch,
+        prompts=(),
+        **every,
+    )
+    tokenizer = data.TrainCharacters().build(iter([LETTERS]))
+    with tempfile.TemporaryDirectory() as folder, Records(folder) as records:
+        records.log(0, "warm", loss=0.0)  # what is opened once
+        cache = Path(tempfile.gettempdir()) / "gptjax-overheads"
+        train(stage, "main", model.build(), tokenizer, Path(folder) / "checkpoints", records, cache=cache)
+    return timed.times["end"] - timed.times["begin"]
+
+
+def model(layers: int, width: int) -> TransformerConfig:
+    return TransformerConfig(vocab=4096, layers=layers, width=width, heads=width // 64 or 1)
+
+
+def in_turns(repeats: int, run: Any, *variants: dict[str, Any]) -> list[list[float]]:
+    """Seconds of each variant, one list for each repeat."""
+    return [[run(**variant) for variant in variants] for _ in range(repeats)]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2%} | {min(values):.2%} to {max(values):.2%}"
+
+
+def checkpoint(repeats: int, steps: int) -> None:
+    saves = (steps - 1) // SAVE_EVERY
+    for layers, width, batch, length in ((6, 384, 4, 256),):
+
+        def run(**options: Any) -> float:
+            return seconds(model(layers, width), steps, batch, length, **options)  # noqa: B023
+
+        run()
+        times = in_turns(repeats, run, {"save_every": SAVE_EVERY}, {})
+        costs = [(saving - plain) / saves / (plain / steps * SAVE_EVERY) for saving, plain in times]
+        print(
+            f"| a save every {SAVE_EVERY} steps, {layers} x {width}, batch {batch} | {spread(costs)} | 3 % |",
+            flush=True,
+        )
+
+
+def metrics(repeats: int, steps: int) -> None:
+    for layers, width, batch, length in ((4, 128, 12, 64), (6, 384, 4, 256)):
+
+        def run(**options: Any) -> float:
+            return seconds(model(layers, width), steps, batch, length, **options)  # noqa: B023
+
+        run()
+        times = in_turns(repeats, run, {"log_every": 10}, {})
+        costs = [logging / plain - 1 for logging, plain in times]
+        print(f"| metrics every 10 steps, {layers} x {width}, batch {batch} | {spread(costs)} | 1 % |", flush=True)
+
+
+def clock(repeats: int, steps: int) -> None:
+    result = [jax.numpy.zeros(())]
+    found = []
+    with tempfile.TemporaryDirectory() as folder, Watchdog(folder, "main", 300) as watchdog:
+        watch = Clock(0, 1, 1.0)
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            for step in range(1000):
+                watch.lap("host")
+                watch.lap("input")
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    pass
+                watch.started(result)
+                watchdog.beat(step)
+            found.append((time.perf_counter() - begin) / 1000 * 1e6)
+    low, high = min(found), max(found)
+    print(
+        f"| clock, heartbeat and watchdog, a step | {statistics.median(found):.0f} us | {low:.0f} to {high:.0f} us | |"
+    )
+
+
+RESTARTED = """
+from gptjax import data, optim
+from gptjax.experiment import Experiment
+from gptjax.nn import LearnedPositions, TransformerConfig
+from gptjax.objectives import NextToken
+from gptjax.train.stage import Stage
+
+experiment = Experiment(
+    model=TransformerConfig(
+        vocab=50_304, layers=12, width=768, heads=12, hidden=3_072, positions=LearnedPositions(1_024)
+    ),
+    tokenizer=data.TrainCharacters(),
+    stages={
+        "main": Stage(
+            data=data.Pretrain(data.Text("{text}"), length=128, batch=2),
+            objective=NextToken(),
+            optimizer=optim.AdamW(peak=1e-4),
+            steps=100_000,
+            evaluate_every=10**9,
+            evaluate_rows=2,
+            save_every=10**9,
+            log_every=1,
+            keep=1,
+            prompts=(),
+        )
+    },
+)
+"""
+
+
+def restart(repeats: int, steps: int) -> None:
+    """Start, wait for the first step to be recorded, stop by SIGTERM, which saves, and again. The first two times are not
+    counted: they compile."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        text, file, metrics = (Path(folder) / name for name in ("text.txt", "restarted.py", "run/metrics.jsonl"))
+        text.write_text("\n\n".join(Letters().documents("train")))
+        file.write_text(RESTARTED.replace("{text}", str(text)))
+        command = [sys.executable, "-m", "experiments", str(file), "--out", f"{folder}/run"]
+        environment = os.environ | {"GPTJAX_CACHE": f"{folder}/cache"}
+        for number in range(repeats + 2):
+            known, begin = recorded(metrics), time.time()
+            streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            process = subprocess.Popen(command, env=environment, **streams)
+            while len(recorded(metrics)) <= len(known) and process.poll() is None:
+                time.sleep(0.1)
+            process.terminate()
+            _, error = process.communicate()
+            if process.returncode != 130:
+                raise RuntimeError(error.decode())
+            if number > 1:
+                found.append(recorded(metrics)[len(known)] - begin)
+    low, high = min(found), max(found)
+    print(
+        f"| starting again at 124M | {statistics.median(found):.1f} s | {low:.1f} to {high:.1f} s | 60 s |", flush=True
+    )
+
+
+def recorded(metrics: Path) -> list[float]:
+    """When each step ended."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [line["time"] for line in map(json.loads, lines) if "loss" in line]
+
+
+PARTS = {"checkpoint": checkpoint, "metrics": metrics, "clock": clock, "restart": restart}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each (default 5)")
+    parser.add_argument("--steps", type=int, default=201, help="of each run (default 201)")
+    arguments = parser.parse_args()
+    print("| what | costs, median | range | asked for: at most |")
+    print("|---|---:|---:|---:|")
+    for part in arguments.parts or PARTS:
+        PARTS[part](arguments.repeats, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
