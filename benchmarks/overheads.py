@@ -213,8 +213,8 @@ experiment = Experiment(
 
 
 def restart(repeats: int, steps: int) -> None:
-    """Start, wait for the first step to be recorded, stop by SIGTERM, which saves, and again. The first two times are not
-    counted: they compile."""
+    """Start, wait for the first step to be recorded, stop by SIGTERM, which saves, and again. The first two times are
+    not counted: they compile."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         text, file, metrics = (Path(folder) / name for name in ("text.txt", "restarted.py", "run/metrics.jsonl"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,11 @@ def test_roll_back_is_a_run_without_that_window(tmp_path, folder):
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
 
 
+def learnt(line: dict[str, Any]) -> dict[str, Any]:
+    """What does not depend on the machine."""
+    return {name: value for name, value in line.items() if not re.match("time|tokens_per_second|memory", name)}
+
+
 class Killed(BaseException):
     """What a kill looks like from inside: nothing more is saved."""
 
@@ -163,7 +169,7 @@ def test_stopped_and_killed_in_between_is_the_same(tmp_path, policy):
             run(tmp_path / "parts", policy, broken_off(step, error), data=Data(bad=(4, 6)))
     parts, again = run(tmp_path / "parts", policy, data=Data(bad=(4, 6)))
     assert same(parts, whole)
-    assert [{**line, "time": 0} for line in again] == [{**line, "time": 0} for line in lines]
+    assert [learnt(line) for line in again] == [learnt(line) for line in lines]
 
 
 @pytest.mark.parametrize("policy", [Skip(window=8), RollBack(window=8)])
