@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gptjax.types import UserError
@@ -134,12 +135,26 @@ class Mesh:
         return sizes
 
     def make(self, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-        """The jax mesh, with explicit axes, over these devices (default: all there are)."""
+        """The jax mesh, with explicit axes, over these devices (default: all there are).
+
+        Of several TPU slices each holds whole copies of the model: within a slice chips have links of their own,
+        between slices there is a network, over which gradients alone then go. Raises UserError where `data` cannot be
+        so divided.
+        """
         devices = list(devices) if devices is not None else jax.devices()
         sizes = self.sizes(len(devices))
-        return jax.make_mesh(
-            tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes), devices=devices
-        )
+        names, types = tuple(sizes), (AxisType.Explicit,) * len(sizes)
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        if slices == 1:
+            return jax.make_mesh(tuple(sizes.values()), names, axis_types=types, devices=devices)
+        if sizes["data"] % slices:
+            raise UserError(
+                f"mesh.data: got {sizes['data']}, must be a multiple of {slices}, the slices, "
+                "so that parameters are shared out within a slice"
+            )
+        within = (sizes["data"] // slices, *list(sizes.values())[1:])
+        across = (slices, *(1,) * len(within[1:]))
+        return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), names, axis_types=types)
 
 
 def _names(axis: Axis) -> tuple[str, ...]:

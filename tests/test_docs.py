@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs/modules.md", "docs/formats.md")
+PAGES = ("docs/modules.md", "docs/formats.md", "docs/parallel.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -23,7 +23,7 @@ from gptjax.plan.collectives import collectives
 from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
-from gptjax.types import Batch
+from gptjax.types import Batch, UserError
 
 B, T, D, V, L = 8, 16, 64, 96, 2
 DENSE = TransformerConfig(vocab=V, layers=L, width=D, heads=4, hidden=128, tied=False)
@@ -171,3 +171,23 @@ def test_what_a_device_sends_does_not_grow_with_the_copies_of_the_model():
             with sharding.use(fixed.make(jax.devices()[:devices])):
                 found.append([(one.kind, one.operand, one.times) for one in Program(DENSE).found() if one.group > 1])
         assert sorted(found[0]) == sorted(found[1])
+
+
+def test_slices_hold_whole_copies_of_the_model(monkeypatch):
+    """Eight chips in two slices, listed in turns: the data axis goes across, all others stay within one."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Chip:
+        id: int
+        slice_index: int
+        process_index: int = 0
+        platform: str = "cpu"
+        device_kind: str = "cpu"
+
+    chips = [Chip(i, i % 2) for i in range(8)]
+    monkeypatch.setattr(jax.sharding, "Mesh", lambda devices, names, axis_types: devices)
+    devices = Mesh(data=4, fsdp=2).make(chips).reshape(4, 2)  # pyright: ignore[reportAttributeAccessIssue]
+    slices = np.vectorize(lambda chip: chip.slice_index)(devices)
+    np.testing.assert_array_equal(slices, [[0, 0], [0, 0], [1, 1], [1, 1]])
+    with pytest.raises(UserError, match="data: got 1, must be a multiple of 2, the slices"):
+        Mesh(data=1, fsdp=8).make(chips)

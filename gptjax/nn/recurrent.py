@@ -54,6 +54,8 @@ class Recurrent(Attention):
 
     def __call__(self, weight: Weight, x: Array, positions: Array, mask: Mask = Mask(), slots: Any = None, **_: Any):
         (B, T, D), G, rules = x.shape, self.gates, weight.rules
+        if slots is None and (cut := rules.over("sequence")):
+            raise UserError(f"mesh.{cut[0]}: cuts rows, must be 1: recurrent layers read a row token by token")
         # PyTorch's deviation: uniform to 1 / sqrt(D).
         spread = jax.nn.initializers.normal((3 * D) ** -0.5)
         into = weight("input", (D, G, D), ("embed", None, None), spread)

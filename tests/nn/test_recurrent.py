@@ -25,7 +25,7 @@ from gptjax.objectives import NextToken
 from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
-from gptjax.types import Batch
+from gptjax.types import Batch, UserError
 
 CONFIGS = {
     "lstm": RecurrentConfig(vocab=32, layers=2, width=16),
@@ -161,3 +161,11 @@ def test_the_state_of_one_row_may_lack_its_axis():
     second, cache = apply(model, params, TOKENS[:1, 5:], cache=cache)
     assert all(part.shape == (16,) for part in jax.tree.leaves(cache.layers))
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), expected, **CLOSE)
+
+
+def test_rows_that_a_mesh_cuts_are_refused():
+    with sharding.use(Mesh(data=4, context=2).make()):
+        tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
+        model = Transformer(RecurrentConfig(vocab=16, layers=1, width=8), STANDARD)
+        with pytest.raises(UserError, match=r"mesh\.context: cuts rows, must be 1"):
+            model.init(jax.random.key(0), tokens)
