@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ class Sleepy(data.Pretrain):
         class Slow(type(batches)):
             def __next__(self):
                 if jax.process_index() == 1:
-                    time.sleep(0.1)
+                    time.sleep(0.15)
                 return super().__next__()
 
         return Slow(batches._make, batches._size, batches._steps)
@@ -110,8 +111,10 @@ def test_a_process_that_sleeps_over_its_input_is_named(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "runs/sleepy/metrics.jsonl").read_text().splitlines()]
     slow = [line for line in lines if "slow_process" in line]
     assert len(slow) >= 3
-    assert all(line["slow_process"] == 1 and line["slow_seconds"] > 0.05 for line in slow)
+    assert {line["slow_process"] for line in slow} == {1}
+    # Of the sleep, what the devices were still at work for is theirs: on a machine that is busy, some of it.
+    assert statistics.median(line["slow_seconds"] for line in slow) > 0.05
     beats = [json.loads((tmp_path / f"runs/sleepy/heartbeat/{number}.json").read_text()) for number in range(2)]
     assert [beat["step"] for beat in beats] == [24, 24]
-    assert beats[1]["time_input"] > 0.05 > beats[0]["time_input"]
+    assert beats[1]["time_input"] > 2 * beats[0]["time_input"]
     assert beats[0]["time_step"] == pytest.approx(beats[1]["time_step"], rel=0.5)
