@@ -14,9 +14,7 @@ from gptjax import sharding
 from gptjax.kernels.attention import Mask, attention
 from gptjax.nn import (
     ALiBi,
-    LearnedPositions,
     MixtureOfExperts,
-    MultiHeadAttention,
     MultiHeadLatentAttention,
     TransformerConfig,
     Variant,
@@ -53,9 +51,14 @@ def value_and_gradients(form: str | None, mask: Mask, options, arrays, weights):
 
 
 @pytest.mark.parametrize("form", ["ring", "gathered"])
-@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(
-    ("mask", "options"), [*((mask, "none") for mask in MASKS), ("causal", "softcap"), ("all", "sinks")]
+    ("mesh", "mask", "options"),
+    [
+        *(("context 4", mask, "none") for mask in MASKS),
+        ("context 4", "causal", "softcap"),
+        ("context 2, tensor 2", "segments", "none"),
+        ("context 2, tensor 2", "all", "sinks"),
+    ],
 )
 def test_it_equals_the_plain_form(form, mesh, mask, options):
     random = np.random.default_rng(0)
@@ -114,10 +117,8 @@ def test_scores_are_never_whole():
 BASE = TransformerConfig(vocab=48, layers=2, width=32, heads=4, kv_heads=2, hidden=64)
 MODELS = {
     "ring": BASE,
-    "gathered": dataclasses.replace(BASE, attention=MultiHeadAttention(implementation="gathered")),
     "windows": dataclasses.replace(BASE, pattern=(Variant(window=9), Variant())),
     "ALiBi": dataclasses.replace(BASE, positions=ALiBi()),
-    "learned positions": dataclasses.replace(BASE, positions=LearnedPositions(64)),
     "experts": dataclasses.replace(BASE, hidden=32, mlp=MixtureOfExperts(experts=4, top_k=2)),
     "latent": dataclasses.replace(BASE, attention=MultiHeadLatentAttention(kv_rank=16, rope_size=8, value_size=8)),
 }
