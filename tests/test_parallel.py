@@ -158,7 +158,6 @@ def test_expert_parallel_sends_tokens_and_never_experts():
     assert found.pop(("reduce-scatter", 4)) == L * tokens
     assert 0 <= found.pop(("all-reduce", 4)) - L * (tokens + 4 * choices) <= SCALARS
     assert found.pop(("all-reduce", 2)) == cut // 4
-    found.pop(("all-gather", 8))  # XLA's own: the logsumexp's maximum, a number for each token
     assert 0 <= found.pop(("all-reduce", 8)) - whole <= SCALARS
     assert not found
 

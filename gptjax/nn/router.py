@@ -71,7 +71,14 @@ class Router:
         scores = self.scores(logits)
         balance = weight("balance", (experts,), (None,), zeros) if self.balance_bias else None
         wanted = scores if balance is None else scores + lax.stop_gradient(balance)
-        _, ids = lax.top_k(self._in_top_groups(wanted), top_k)
+
+        def choose(wanted: Array) -> Array:
+            return lax.top_k(self._in_top_groups(wanted), top_k)[1]
+
+        if tokens is not None:  # each device for its own tokens: XLA would gather the scores of all on all of them
+            names = set(jax.sharding.get_abstract_mesh().explicit_axes)
+            choose = jax.shard_map(choose, in_specs=tokens, out_specs=tokens, axis_names=names, check_vma=False)
+        ids = choose(lax.stop_gradient(wanted))
         chosen = jax.nn.one_hot(ids, experts, dtype=jnp.float32)  # a sum, not a lookup: see `cross_entropy`
         gates = jnp.sum(chosen * scores[..., None, :], -1)
         if self.renormalise:
