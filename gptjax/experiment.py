@@ -28,10 +28,9 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 from rich.console import Console
 
-from gptjax import report, sharding
+from gptjax import host, report, sharding
 from gptjax.configuration import differences, from_json, to_json
 from gptjax.data import retry
 from gptjax.data.files import cache_dir
@@ -174,7 +173,7 @@ class Experiment:
                 )
         elif folder.exists() and any(found != _partial(path) for found in folder.iterdir()):
             raise UserError(f"{folder} is not empty and not a run folder; choose another one with --out")
-        _meet("gptjax: all have read the folder")
+        host.meet("all have read the folder")
         if jax.process_index() == 0 and (changed or not path.exists()):
             if changed and not (folder / "checkpoints").exists():
                 # A run that failed before it trained, on a mistaken path say, does not hold the folder.
@@ -186,7 +185,7 @@ class Experiment:
                 "git": _git_revision(),
             }
             _write(path, json.dumps(content, indent=2) + "\n")
-        _meet("gptjax: the folder is claimed")
+        host.meet("the folder is claimed")
         return changed
 
     def _tokenizer(self, folder: Path, console: Console) -> Tokenizer:
@@ -253,12 +252,6 @@ def _texts(source: Any) -> Iterator[str]:
     """The training text of a source, a conversation's messages one by one."""
     for document in retry.stream(lambda: source.documents("train"), source):
         yield from [document] if isinstance(document, str) else (message.content for message in document)
-
-
-def _meet(where: str) -> None:
-    """Wait for the other processes of the job: what the first one writes, the others must not see too early or late."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
 
 
 def _version(package: str) -> str | None:

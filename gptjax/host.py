@@ -84,6 +84,15 @@ def join() -> None:
         ) from error
 
 
+def meet(where: str) -> None:
+    """Wait until all processes of the job are here: what one writes, others must not see too early or too late."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"gptjax: {where}")
+
+
 def process_lost(error: Exception) -> bool:
     """Whether an error says that another process of the job is gone, as far as the runtime's words tell."""
     words = str(error).lower()
@@ -97,9 +106,10 @@ def process_lost(error: Exception) -> bool:
 def leave(command: str, error: Exception) -> NoReturn:
     """End this process at once, with exit code 134, as jax's runtime does where it is the first to find a process gone:
     an ordinary exit would wait for that process."""
-    reason = " ".join(str(error).split())[:300]
+    from gptjax.types import one_line
+
     print(
-        f"error: another process of the job is gone, so this one ends too ({reason}); its own log says why. "
+        f"error: another process of the job is gone, so this one ends too ({one_line(error)}); its own log says why. "
         f"Start all processes again, to go on from the last checkpoint: {command}",
         file=sys.stderr,
     )

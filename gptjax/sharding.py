@@ -181,6 +181,12 @@ def reshard(x: Any, spec: PartitionSpec | None) -> Any:
     return x if spec is None else jax.reshard(x, spec)
 
 
+def cut_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B / parts, ...]. A part takes every parts-th row, so that rows which a mesh cuts stay where
+    they are."""
+    return jax.numpy.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
 def global_array(local, rules: Rules):
     """A tree of host arrays [B / processes, ...] -> global `jax.Array`s [B, ...] sharded by `rules.batch`."""
     mesh = jax.sharding.get_mesh()

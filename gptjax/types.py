@@ -72,3 +72,8 @@ Objective = Callable[[Params, Batch, Key | None], Metrics]
 class UserError(ValueError):
     """A mistake in what the user gave. Its text is one line that names the field, what it got and what it can be;
     the command line prints it alone and leaves with exit code 2."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, to be part of a line."""
+    return " ".join(str(error).split())[:300]

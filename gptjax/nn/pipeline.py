@@ -29,6 +29,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from gptjax.nn.block import Context
+from gptjax.sharding import cut_rows
 from gptjax.types import Array, Params, UserError
 
 Layers = Callable[[Array, Context, Params, Any, Array], tuple[Array, Any]]
@@ -62,7 +63,7 @@ def pipeline(
 
     def run(params: Params, each: Any, x: Array, context: Context) -> tuple[Array, Any]:
         here = lax.axis_index(axes)
-        xs, contexts = _cut(x, parts), context.over_rows(functools.partial(_cut, parts=parts))
+        xs, contexts = cut_rows(x, parts), context.over_rows(functools.partial(cut_rows, parts=parts))
         if start_is_x:
             contexts = dataclasses.replace(contexts, start=xs)
 
@@ -91,8 +92,3 @@ def pipeline(
     return jax.shard_map(
         run, in_specs=(cut, cut, whole, whole), out_specs=whole, axis_names=set(axes), check_vma=False
     )(params, each, x, context)
-
-
-def _cut(x: Array, parts: int) -> Array:
-    """[B, ...] -> [M, B / M, ...]. A part takes every M-th row, so that rows which a mesh cuts stay where they are."""
-    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

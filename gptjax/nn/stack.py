@@ -76,8 +76,7 @@ class Stack(nn.Module):
 
         def ends(name: str, blocks: Sequence[Block], x: Array, key: Key | None) -> Array:
             for i, block in enumerate(blocks):
-                own = None if key is None else jax.random.fold_in(key, i)
-                x, sown = run(block, x, context, params[f"{name}_{i}"], own)
+                x, sown = run(block, x, context, params[f"{name}_{i}"], _fold_in(key, i))
                 losses.append(sown)
             return x
 
@@ -86,8 +85,7 @@ class Stack(nn.Module):
                 return run(self.pattern[0], x, context, params, key)
             sown = []
             for i, block in enumerate(self.pattern):
-                own = None if key is None else jax.random.fold_in(key, i)
-                x, one = run(block, x, context, params[str(i)], own)
+                x, one = run(block, x, context, params[str(i)], _fold_in(key, i))
                 sown.append(one)
             return x, sown
 
@@ -143,6 +141,10 @@ class Stack(nn.Module):
             x, kept = block.apply({"params": params[f"layer_{i}"]}, x, context, kept)
             new.append(kept)
         return x, None if slots is None else tuple(new)
+
+
+def _fold_in(key: Key | None, data: int) -> Key | None:
+    return None if key is None else jax.random.fold_in(key, data)
 
 
 def _sums(sown: Any) -> dict[str, Array]:

@@ -30,8 +30,9 @@ from etils import epath  # pathlib that also knows gs://
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from gptjax import host
 from gptjax.train import manifest
-from gptjax.types import UserError
+from gptjax.types import UserError, one_line
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _log = logging.getLogger(__name__)
@@ -101,8 +102,7 @@ class Checkpoints:
         content = {"step": step, "loss": None if loss is None else float(loss), "extra": json.loads(json.dumps(extra))}
         try:
             self._tidy()
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("gptjax checkpoints are tidy")
+            host.meet("checkpoints are tidy")
             if step in self._committed():
                 raise ValueError(f"checkpoints: there is already one of step {step} in {self.folder}")
             response = _orbax().save_async(self.folder / str(step), state)
@@ -240,7 +240,7 @@ class Checkpoints:
         finished = self._finished()
         last = f"the last good one is of step {finished[-1]}" if finished else "there is no earlier one"
         return UserError(
-            f"checkpoints: could not write step {step} to {self.folder} ({_one_line(error)}); "
+            f"checkpoints: could not write step {step} to {self.folder} ({one_line(error)}); "
             f"free some space or make it writable; {last}"
         )
 
@@ -263,10 +263,6 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 @functools.cache

@@ -19,10 +19,10 @@ from typing import Self
 
 import jax
 from etils import epath  # pathlib that also knows gs://
-from jax.experimental import multihost_utils
 
+from gptjax import host
 from gptjax.train import manifest
-from gptjax.types import UserError
+from gptjax.types import UserError, one_line
 
 CHECKPOINTS = "checkpoints"
 _log = logging.getLogger(__name__)
@@ -57,22 +57,21 @@ class Mirror:
         if jax.process_index() == 0:
             self._fetch()
             self._thread.start()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("gptjax mirror is fetched")
+        host.meet("the mirror is fetched")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if jax.process_index() == 0:
             self._finish(kind)
-        if jax.process_count() > 1 and (kind is None or issubclass(kind, KeyboardInterrupt)):
-            multihost_utils.sync_global_devices("gptjax mirror is complete")
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            host.meet("the mirror is complete")
 
     def _finish(self, kind: type[BaseException] | None) -> None:
         self._end.set()
         self._thread.join()
         if self._error is not None:
             message = (
-                f"mirror: {self.there} is not up to date ({_one_line(self._error)}); "
+                f"mirror: {self.there} is not up to date ({one_line(self._error)}); "
                 f"{self.here} is whole: run the same command again, or copy it"
             )
             if kind is not None:  # which says more
@@ -90,7 +89,7 @@ class Mirror:
                 failures, self._error = 0, None
             except Exception as error:  # each file system has its own
                 failures, self._error = failures + 1, error
-                _log.warning("mirror: %s is not up to date: %s; trying again", self.there, _one_line(error))
+                _log.warning("mirror: %s is not up to date: %s; trying again", self.there, one_line(error))
             if ending and (not failures or failures >= self.attempts):
                 return
             pause = min(2.0 ** (failures - 1), self.patience) if failures else self.period
@@ -134,7 +133,7 @@ class Mirror:
             there = (self.there / "config.json").exists()
         except Exception as error:  # each file system has its own
             raise UserError(
-                f"mirror: {self.there} cannot be reached ({_one_line(error)}); for gs:// pip install 'gptjax[gcs]'"
+                f"mirror: {self.there} cannot be reached ({one_line(error)}); for gs:// pip install 'gptjax[gcs]'"
             ) from error
         if not there:
             return
@@ -206,7 +205,3 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
         shutil.copyfileobj(reading, writing, 1 << 22)
     if not bucket:
         written.replace(target)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

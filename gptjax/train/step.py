@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from gptjax.sharding import cut_rows
 from gptjax.train.divergence import Skip, Stop
 from gptjax.train.state import State
 from gptjax.types import Array, Batch, Key, Metrics, Params
@@ -41,7 +42,7 @@ def make_step(
         return jax.grad(loss, has_aux=True)(params)
 
     def accumulated(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, Metrics]:
-        parts = jax.tree.map(lambda x: _split(x, accumulate), batch)
+        parts = jax.tree.map(lambda x: cut_rows(x, accumulate), batch)
         keys = jax.random.split(key, accumulate)
         first = gradient(params, jax.tree.map(lambda x: x[0], parts), keys[0], *frozen)
 
@@ -73,8 +74,3 @@ def make_step(
         return State(state.step + 1, params, opt_state, state.key, average, watch), metrics
 
     return jax.jit(step, donate_argnums=0)
-
-
-def _split(x: Array, parts: int) -> Array:
-    """[B, T] -> [parts, B / parts, T]. Part i takes every parts-th row, so that a sharded batch stays where it is."""
-    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

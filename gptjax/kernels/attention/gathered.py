@@ -11,9 +11,7 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from gptjax.kernels.attention import chunked, place, plain
 from gptjax.kernels.attention.spec import Mask, Options
@@ -33,17 +31,10 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str |
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-
-    def whole(x: Array | None) -> Array | None:
-        if x is None:
-            return None
-        spec = tuple(jax.typeof(x).sharding.spec)
-        return jax.reshard(x, PartitionSpec(spec[0], None, *spec[2:]))
-
     kernel = functools.partial(_attend, place.row_axes(q), mask, options)
     axes = ("BTNH", "B.KH", "B.KH", "N", "NT.", "BT", "B.", "B.")
-    given = options.sinks, options.bias, mask.query_segments, whole(mask.key_segments), whole(mask.prefix)
-    return place.on_each_device(kernel, axes, q, whole(k), whole(v), *given)
+    given = options.sinks, options.bias, mask.query_segments, mask.key_segments, mask.prefix
+    return place.on_each_device(kernel, axes, q, k, v, *given)
 
 
 def _attend(axes: tuple[str, ...], mask: Mask, options: Options, q: Array, k: Array, v: Array, *given: Any) -> Array:

@@ -37,7 +37,7 @@ def with_heads_of(q: Array, *others: Array) -> tuple[Array, ...]:
     if axes is None:
         return others
     sizes = get_abstract_mesh().shape
-    parts = math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    parts = math.prod(sizes[axis] for axis in _names(axes))
 
     def placed(x: Array) -> Array:
         batch, length, heads, size = _spec(x)
@@ -71,8 +71,7 @@ def cuts_rows(q: Array, k: Array, v: Array) -> bool:
 
 def row_axes(q: Array) -> tuple[str, ...]:
     """The mesh axes that cut the rows of q [B, T, N, H]."""
-    axes = _spec(q)[1]
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    return _names(_spec(q)[1])
 
 
 def on_each_device(kernel: Callable[..., Array], axes: tuple[str, ...], *arrays: Array | None) -> Array:
@@ -92,6 +91,11 @@ def on_each_device(kernel: Callable[..., Array], axes: tuple[str, ...], *arrays:
     return jax.shard_map(
         kernel, in_specs=specs, out_specs=specs[0], axis_names=set(mesh.explicit_axes), check_vma=False
     )(*arrays)
+
+
+def _names(axis: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a spec gives: none, one or several."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def _spec(x: Any) -> tuple[Any, ...]:
