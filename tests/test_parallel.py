@@ -1,4 +1,4 @@
-"""Each kind of parallelism computes what one device computes, and sends what its definition says.
+"""Each kind of parallelism has the losses of one device, and sends what its definition says.
 
 The compiled step is read, so that an accidental replication or gathering of something is a failing test. Sizes are in
 bytes of one device's operand. XLA's CPU backend has no reduce-scatter for gradients: they are all-reduced here.
