@@ -203,6 +203,7 @@ class TransformerConfig(ModelConfig):
             ("heads", "model.heads", self.heads),
             ("ffn", "model.hidden", self.F),
             ("layers", "model.layers", (self.layers - len(self.first)) // len(self.pattern)),
+            *dict.fromkeys(axis for block in self.stack().blocks if block.mlp is not None for axis in block.mlp.axes),
         )
 
     def build(self, rules: Rules = Rules()) -> Any:

@@ -22,6 +22,11 @@ class MLP:
 
     gated: ClassVar[bool] = False
 
+    @property
+    def axes(self) -> tuple[tuple[str, str, int], ...]:
+        """(logical axis, field, size) of what a mesh may cut, the hidden units aside."""
+        return ()
+
     def activation(self, x: Array) -> Array:
         raise NotImplementedError
 

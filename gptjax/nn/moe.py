@@ -61,6 +61,10 @@ class MixtureOfExperts(MLP):
     def gated(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.expert.gated
 
+    @property
+    def axes(self) -> tuple[tuple[str, str, int], ...]:
+        return (("experts", "model.mlp.experts", self.experts),)
+
     def __call__(self, weight: Weight, x: Array, hidden: int, bias: bool = False, output_scale: float = 1.0) -> Array:
         """`output_scale` multiplies the initial output weights, as in the dense parts."""
         rules, D, E = weight.rules, x.shape[-1], self.experts

@@ -11,6 +11,8 @@ from gptjax.types import UserError
 
 REMAT = (None, "dots_with_no_batch_dims_saveable", "nothing_saveable")
 """Policies that keep less and less, and compute more and more again."""
+LONG = 32_768
+"""Tokens of a row from which on a search cuts rows, not layers, into parts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +38,22 @@ def smaller(experiment: Experiment, name: str, devices: int) -> Iterator[Change]
             yield from (c for c in _accumulated(last, name) if _possible(c.experiment, devices))
 
 
-def meshes(experiment: Experiment, devices: int, widest: int = 8) -> Iterator[Change]:
-    """Every mesh of data, fsdp and tensor that the experiment fits, the least shared out first."""
-    for tensor in (n for n in range(1, widest + 1) if devices % n == 0 and n & (n - 1) == 0):
-        for fsdp in (n for n in range(1, devices // tensor + 1) if (devices // tensor) % n == 0):
-            mesh = Mesh(data=devices // tensor // fsdp, fsdp=fsdp, tensor=tensor)
-            changed = dataclasses.replace(experiment, mesh=mesh)
+def meshes(experiment: Experiment, name: str, devices: int) -> list[Change]:
+    """Every mesh of data, fsdp and one axis more that the experiment fits, the least shared out first. The third is
+    expert for a mixture of experts, context for rows of `LONG` tokens or more, else tensor."""
+    experts = max((size for axis, _, size in experiment.model.axes if axis == "experts"), default=1)
+    length = experiment.stages[name].data.length
+    third, widest = ("expert", experts) if experts > 1 else ("context", 64) if length >= LONG else ("tensor", 8)
+    found = []
+    for parts in (n for n in range(1, min(widest, devices) + 1) if devices % n == 0 and n & (n - 1) == 0):
+        for fsdp in (n for n in range(1, devices // parts + 1) if (devices // parts) % n == 0):
+            sizes = {"data": devices // parts // fsdp, "fsdp": fsdp, third: parts}
+            changed = dataclasses.replace(experiment, mesh=Mesh(**sizes))
             if _possible(changed, devices):
-                yield Change(f"--mesh.data {mesh.data} --mesh.fsdp {fsdp} --mesh.tensor {tensor}", changed)
+                reset = {axis: 1 for axis, size in dataclasses.asdict(experiment.mesh).items() if size != 1} | sizes
+                options = " ".join(f"--mesh.{axis} {size}" for axis, size in reset.items())
+                found.append(Change(options, changed))
+    return found
 
 
 def remats(change: Change) -> Iterator[Change]:

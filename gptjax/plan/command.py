@@ -1,11 +1,11 @@
 """`gptjax plan NAME --on TARGET`: compile an experiment's training step for chips that are elsewhere, print the plan.
 
-    gptjax plan gpt2_124m --on v5e:4x4                      the first stage, as the experiment says
+    gptjax plan gpt2_124m --on v5e:4x4                      every stage as the experiment says, and their sum
     gptjax plan gpt2_124m --on v5e:4x4 --mesh.fsdp 4        overrides, as for python -m experiments
     gptjax plan gpt2_124m --on v6e:16x16 --search           the best meshes and remat policies
-    gptjax plan quickstart --on cpu:8 --stage chat          virtual CPU devices; no estimate of time
+    gptjax plan quickstart --on cpu:8 --stage chat          one stage; virtual CPU devices have no estimate of time
 
-Returns 1 where the step does not fit, with the largest arrays and the smallest change found that makes it fit.
+Returns 1 where a step does not fit, with the largest arrays and the smallest change found that makes it fit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.add_argument("name", metavar="NAME", help="an experiment, or the path of a .py file")
     parser.add_argument("--on", required=True, metavar="TARGET", help="v4, v5e, v5p, v6e or tpu7x:SHAPE, or cpu:N")
-    parser.add_argument("--stage", help="which stage to plan (default: the first)")
+    parser.add_argument("--stage", help="which stage to plan (default: all; of a search: the first)")
     parser.add_argument("--search", action="store_true", help="try meshes and remat policies, print the best few")
     options, overrides = parser.parse_known_args(arguments)
 
@@ -45,23 +45,42 @@ def main(arguments: Sequence[str]) -> int:
     from gptjax.configuration import override
 
     experiment = override(load(options.name).experiment, overrides, f"gptjax plan {options.name}", "")
-    name = options.stage or next(iter(experiment.stages))
-    if name not in experiment.stages:
-        raise UserError(f"stage: got {name!r}, must be one of {', '.join(experiment.stages)}")
+    names = [options.stage] if options.stage else list(experiment.stages)
+    if names[0] not in experiment.stages:
+        raise UserError(f"stage: got {names[0]!r}, must be one of {', '.join(experiment.stages)}")
     devices = target.devices()
-    return search(experiment, name, target, devices) if options.search else plan(experiment, name, target, devices)
+    if options.search:
+        return search(experiment, names[0], target, devices)
+    return plan(experiment, names, target, devices)
 
 
-def plan(experiment: Experiment, name: str, target: Target, devices: Sequence[Any]) -> int:
-    """Prints the plan of one stage. Returns the exit code."""
+def plan(experiment: Experiment, names: Sequence[str], target: Target, devices: Sequence[Any]) -> int:
+    """Prints the plan of these stages, of several their sum too. Returns the exit code."""
+    from gptjax.plan.compiled import compile_step
+    from gptjax.plan.estimate import Estimate, estimate
+    from gptjax.plan.report import fits, report, summed
+
+    times: dict[str, Estimate] = {}
+    for name in names:
+        step = compile_step(experiment, name, devices)
+        print(report(experiment, name, step, target, len(devices)), flush=True)
+        if not fits(step, target, len(devices)):
+            return _make_fit(experiment, name, target, devices)
+        if target.chip is not None:
+            times[name] = estimate(step, target.chip, target.chips, len(devices))
+        if len(names) > 1:
+            print()
+    if len(times) > 1:
+        print("\n".join(summed(experiment, times, target)))
+    return 0
+
+
+def _make_fit(experiment: Experiment, name: str, target: Target, devices: Sequence[Any]) -> int:
+    """Prints the smallest change found with which the stage fits."""
     from gptjax.plan import changes
     from gptjax.plan.compiled import compile_step
-    from gptjax.plan.report import fits, report
+    from gptjax.plan.report import fits
 
-    step = compile_step(experiment, name, devices)
-    print(report(experiment, name, step, target, len(devices)))
-    if fits(step, target, len(devices)):
-        return 0
     for change in changes.smaller(experiment, name, len(devices)):
         _say(f"trying {change.options}")
         if fits(compile_step(change.experiment, name, devices), target, len(devices)):
@@ -72,16 +91,17 @@ def plan(experiment: Experiment, name: str, target: Target, devices: Sequence[An
 
 
 def search(experiment: Experiment, name: str, target: Target, devices: Sequence[Any]) -> int:
-    """Prints the meshes and remat policies that fit and take least time by roofline (where chips are known; else least
-    memory). Returns the exit code: 1 where none fits."""
+    """Prints the meshes and remat policies with which a stage fits and takes least time by roofline (where chips are
+    known; else least memory). Returns the exit code: 1 where none fits."""
     from gptjax.plan import changes
     from gptjax.plan.compiled import compile_step
     from gptjax.plan.report import fits
 
     found: list[tuple[tuple[float, float], Change, Step]] = []
-    for mesh in changes.meshes(experiment, len(devices)):
+    meshes = changes.meshes(experiment, name, len(devices))
+    for number, mesh in enumerate(meshes, 1):
         for change in changes.remats(mesh):
-            _say(f"trying {change.options}")
+            _say(f"mesh {number} of {len(meshes)}: trying {change.options}")
             step = compile_step(change.experiment, name, devices)
             if fits(step, target, len(devices)):
                 found.append((_order(step, target, len(devices)), change, step))

@@ -56,6 +56,14 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
     return "\n".join(lines)
 
 
+def summed(experiment: Experiment, times: dict[str, Estimate], target: Target) -> list[str]:
+    """What all the stages take."""
+    steps = {name: experiment.stages[name].steps for name in times}
+    low = sum(steps[name] * one.best for name, one in times.items())
+    high = sum(steps[name] * one.worst for name, one in times.items())
+    return [f"all {len(times)} stages".ljust(21) + f"{_hours(low)} to {_hours(high)}", _price(low, high, target)]
+
+
 def _memory(step: Step, room: float | None) -> list[str]:
     memory = step.memory
     assert memory is not None
@@ -96,7 +104,6 @@ def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Targe
     assert chip is not None
     peak = target.chips * chip.flops
     low, high = times.best, times.worst
-    price = target.chips * chip.price / 3600
     return [
         "a step, by roofline (at the peak of each part)",
         f"  {'compute':26}{_seconds(times.compute):>12}",
@@ -108,13 +115,21 @@ def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Targe
         "",
         f"tokens a day         {_count(tokens * DAY / high)} to {_count(tokens * DAY / low)}",
         f"{steps:,} steps".ljust(21) + f"{_hours(steps * low)} to {_hours(steps * high)}",
-        f"price                ${steps * low * price:,.0f} to ${steps * high * price:,.0f}, "
-        f"at ${chip.price:.2f} a chip and hour ({PRICED}, on demand)",
+        _price(steps * low, steps * high, target),
         "",
         "Assumed: bfloat16 peaks; state and temporaries cross HBM twice a step; a collective uses one axis of the",
         "torus, both ways; evaluations, checkpoints, input and vector arithmetic take no time. A bound to",
         "compare with, not a measurement: runs take longer.",
     ]
+
+
+def _price(low: float, high: float, target: Target) -> str:
+    """Of a run of so many seconds."""
+    chip = target.chip
+    assert chip is not None
+    price = target.chips * chip.price / 3600
+    rate = f"${chip.price:.2f} a chip and hour ({PRICED}, on demand)"
+    return f"price                ${low * price:,.0f} to ${high * price:,.0f}, at {rate}"
 
 
 def _refused(step: Step) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 import subprocess
 import sys
 from functools import partial
@@ -13,9 +14,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.experiment import Experiment
+from gptjax.nn import MixtureOfExperts
 from gptjax.optim import AdamW
 from gptjax.plan import command
 from gptjax.plan.arithmetic import matrix_flops
+from gptjax.plan.changes import LONG, meshes
 from gptjax.plan.chips import CHIPS
 from gptjax.plan.collectives import collectives, sent
 from gptjax.plan.compiled import compile_step
@@ -151,7 +154,7 @@ def test_the_split_of_memory_adds_up(tiny, monkeypatch):
 
 
 def test_a_plan_for_cpus(tiny, capsys):
-    assert command.plan(tiny, "pretrain", Target.parse("cpu:8"), jax.devices()) == 0
+    assert command.plan(tiny, ["pretrain"], Target.parse("cpu:8"), jax.devices()) == 0
     text = capsys.readouterr().out
     assert "mesh data 2 x fsdp 4" in text
     assert "all-gather" in text
@@ -164,11 +167,43 @@ def test_what_does_not_fit_is_named_with_what_would(tiny, capsys, monkeypatch):
     assert memory is not None
     target = Target("v5e", (2, 4))
     monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], memory=memory.total - 1))
-    assert command.plan(tiny, "pretrain", target, jax.devices()) == 1
+    assert command.plan(tiny, ["pretrain"], target, jax.devices()) == 1
     text = capsys.readouterr().out
     assert "does not fit" in text
     assert "params.blocks.mlp.down" in text
     assert "fits with --" in text
+
+
+def test_the_stages_of_a_run_are_summed(tiny, capsys):
+    one, two = (dataclasses.replace(tiny.stages["pretrain"], steps=steps) for steps in (10**9, 10**10))
+    stages = {"one": one, "two": two}
+    twice = dataclasses.replace(tiny, stages=stages)
+    assert command.plan(twice, list(stages), Target("v5e", (2, 4)), jax.devices()) == 0
+    text = capsys.readouterr().out
+    prices = [int(price.replace(",", "")) for price in re.findall(r"price +\$([\d,]+)", text)]
+    assert len(prices) == 3
+    assert prices[2] == pytest.approx(prices[0] + prices[1], abs=1)
+    assert prices[1] > prices[0] > 0
+    assert "all 2 stages" in text
+
+
+def test_a_search_cuts_what_the_model_has(tiny):
+    """Layers of a dense model, experts of a mixture, and rows where they are long."""
+    stage = tiny.stages["pretrain"]
+    data = dataclasses.replace(stage.data, length=LONG, batch=8)
+    model = dataclasses.replace(tiny.model, mlp=MixtureOfExperts(experts=4))
+    kinds = {
+        "tensor": tiny,
+        "expert": dataclasses.replace(tiny, model=model),
+        "context": dataclasses.replace(tiny, stages={"pretrain": dataclasses.replace(stage, data=data)}),
+    }
+    for axis, experiment in kinds.items():
+        found = [change.experiment.mesh for change in meshes(experiment, "pretrain", 8)]
+        assert {mesh.data * mesh.fsdp * getattr(mesh, axis) for mesh in found} == {8}
+        assert len(found) == len(set(found))
+        assert {getattr(mesh, axis) for mesh in found} >= {1, 2, 4}
+    with pytest.raises(UserError, match=r"model\.mlp\.experts: got 4, must be a multiple of 8"):
+        dataclasses.replace(kinds["expert"], mesh=Mesh(expert=8)).check(8)
 
 
 @pytest.mark.parametrize("target", ["v5e", "v5e:4", "v5p:4x4", "v9:2x2", "cpu:0", "cpu:2x2"])
@@ -190,5 +225,5 @@ def test_a_plan_for_tpus():
         cwd=Path(__file__).parents[2],
     )
     assert run.returncode == 0, run.stderr
-    for words in ("4 TPU v5e chips, mesh data 1 x fsdp 4", "of 16.00 GiB", "MFU", "tokens a day", "price"):
+    for words in ("4 TPU v5e chips, mesh fsdp 4", "of 16.00 GiB", "MFU", "tokens a day", "price"):
         assert words in run.stdout
