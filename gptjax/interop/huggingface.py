@@ -22,7 +22,7 @@ import numpy as np
 
 from gptjax.configuration import differences
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.interop import safetensors, tokenizers
+from gptjax.interop import multimodal, safetensors, tokenizers
 from gptjax.interop.families import FAMILIES, Family, Fields, Piece, pieces
 from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import (
@@ -94,9 +94,9 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_config(folder: str | Path, name: str = "config.json") -> Fields:
-    """A folder's config.json, or its other file of fields."""
+    """A folder's config.json, or its other file of fields; those of the text in a model of text and images."""
     try:
-        return Fields(json.loads((Path(folder) / name).read_text()))
+        return Fields(multimodal.text_fields(json.loads((Path(folder) / name).read_text())))
     except (OSError, ValueError) as error:
         raise UserError(f"path: got {folder}, whose {name} is missing or damaged ({error})") from None
 
@@ -114,6 +114,7 @@ def from_tensors(
 ) -> tuple[ModelConfig, Params]:
     """The model of a config.json's fields and its tensors, which are read one after the other. Raises as `load_hf`."""
     fields = Fields(fields)
+    tensors = multimodal.text_tensors(tensors)
     family = _family(fields["model_type"])
     fields.only(quantization_config=None)
     config = family.read(fields)

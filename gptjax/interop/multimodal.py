@@ -1,0 +1,67 @@
+"""The language model inside a published one of text and images (Gemma 3 from 4B on, Mistral Small 3.1): its fields and
+its tensors. What sees is left out, so only text can be read and written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+INNER = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
+"""What the names of its tensors begin with, in two versions; `model.` in files of text alone."""
+HEAD = "lm_head.weight"
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4_096,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    }
+}
+"""What fields mean that such a config.json leaves out, as `transformers` has them."""
+
+
+def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json that say what the language model is; of a model of text alone, all."""
+    if not isinstance(inner := config.get("text_config"), dict):
+        return dict(config)
+    return {**config, **DEFAULTS.get(inner.get("model_type", ""), {}), **inner}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTensors(Mapping[str, np.ndarray]):
+    """The language model's tensors, by the names that they have in files of text alone."""
+
+    whole: Mapping[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.whole[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """Name -> the one in the files."""
+        inner = {name: INNER.sub("model.", name) for name in self.whole if INNER.match(name)}
+        heads = {name: HEAD for name in self.whole if name.endswith(HEAD)}
+        return {ours: theirs for theirs, ours in (inner | heads).items()}
+
+
+def text_tensors(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Those of the language model; of a model of text alone, all."""
+    return TextTensors(tensors) if any(map(INNER.match, tensors)) else tensors
