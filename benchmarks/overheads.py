@@ -6,6 +6,8 @@
 checkpoint  runs of the training loop with and without a save every 50 steps, in turns: the cost of one save, background
             work included, over the time of 50 steps
 metrics     runs with the metrics recorded and shown every 10 steps (the default), and never, in turns
+report      what recording and showing metrics takes of the loop's own thread, CPU time, over that of 10 steps: what the
+            devices may have to wait for, without the noise of two runs
 clock       what the times, the heartbeat and the watch over hanging steps do at every step, alone
 restart     from `python -m experiments` to the end of the first step, going on with a checkpoint of 124M parameters,
             1.5 GB, everything compiled before
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ import jax
 from gptjax import data, optim
 from gptjax.nn import TransformerConfig
 from gptjax.objectives import NextToken
+from gptjax.train import loop
 from gptjax.train.loop import train
 from gptjax.train.records import Records
 from gptjax.train.stage import Stage
@@ -161,6 +165,31 @@ def metrics(repeats: int, steps: int) -> None:
         print(f"| metrics every 10 steps, {layers} x {width}, batch {batch} | {spread(costs)} | 1 % |", flush=True)
 
 
+def reporting(repeats: int, steps: int) -> None:
+    spent: list[float] = []
+    original = loop._Run.report
+
+    def timed(*arguments: Any) -> None:
+        begin = time.thread_time()  # which does not count waiting for the devices
+        original(*arguments)
+        spent.append(time.thread_time() - begin)
+
+    shape = (
+        model(4, 128),
+        steps,
+        12,
+        64,
+    )  # a report takes as long whatever the model: of this one's steps it is the most
+    seconds(*shape)
+    found = []
+    with unittest.mock.patch.object(loop._Run, "report", timed):
+        for _ in range(repeats):
+            spent.clear()
+            took = seconds(*shape, log_every=10)
+            found.append(statistics.median(spent) / (took / steps * 10))
+    print(f"| one report in 10 steps, 4 x 128, batch 12 | {spread(found)} | 1 % |", flush=True)
+
+
 def clock(repeats: int, steps: int) -> None:
     result = [jax.numpy.zeros(())]
     found = []
@@ -246,7 +275,7 @@ def recorded(metrics: Path) -> list[float]:
     return [line["time"] for line in map(json.loads, lines) if "loss" in line]
 
 
-PARTS = {"checkpoint": checkpoint, "metrics": metrics, "clock": clock, "restart": restart}
+PARTS = {"checkpoint": checkpoint, "metrics": metrics, "report": reporting, "clock": clock, "restart": restart}
 
 
 def main() -> None:
