@@ -10,15 +10,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from optax.tree_utils import tree_get
 
 from gptjax import sharding
 from gptjax.nn import MixtureOfExperts, Softmax, TransformerConfig
 from gptjax.objectives import NextToken
-from gptjax.optim import AdamW
+from gptjax.optim import AdamW, Muon
+from gptjax.parameters import flat
 from gptjax.plan.collectives import collectives
 from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
@@ -43,8 +46,8 @@ def batch() -> Batch:
 class Program:
     """The first state, the step, and what one sees of both, on the current mesh."""
 
-    def __init__(self, config: TransformerConfig):
-        model, optimizer = config.build(STANDARD), AdamW(peak=1e-2, clip=1.0).build(10)
+    def __init__(self, config: TransformerConfig, optimizer: Any = AdamW(peak=1e-2, clip=1.0)):
+        model, optimizer = config.build(STANDARD), optimizer.build(10)
         self.batch = sharding.global_array(batch(), STANDARD)
 
         def create() -> train_state.State:
@@ -54,13 +57,15 @@ class Program:
         self.create = jax.jit(create)
         self.step = make_step(functools.partial(NextToken(), model.apply), optimizer)
 
-    def losses(self) -> list[tuple[float, float]]:
-        """Loss and norm of the gradient in three steps."""
-        state, seen = self.create(), []
+    def run(self) -> tuple[list[tuple[float, float]], dict[str, np.ndarray]]:
+        """Loss and norm of the gradient in three steps, and the gradient of every parameter in the first: what Adam's
+        first moment then is in proportion to."""
+        state, seen, first = self.create(), [], {}
         for _ in range(3):
             state, metrics = self.step(state, self.batch)
             seen.append(tuple(float(metrics[name][0] / metrics[name][1]) for name in ("loss", "gradient_norm")))
-        return seen
+            first = first or {name: np.asarray(x) for name, x in flat(tree_get(state.opt_state, "mu")).items()}
+        return seen, first
 
     def found(self):
         return collectives(self.step.lower(jax.eval_shape(self.create), self.batch).compile().as_text())
@@ -81,8 +86,8 @@ def operands(found) -> dict[tuple[str, int], int]:
 
 
 @functools.cache
-def alone(config: TransformerConfig) -> list[tuple[float, float]]:
-    return Program(config).losses()
+def alone(config: TransformerConfig) -> tuple[list[tuple[float, float]], dict[str, np.ndarray]]:
+    return Program(config).run()
 
 
 @pytest.mark.parametrize(
@@ -101,8 +106,16 @@ def alone(config: TransformerConfig) -> list[tuple[float, float]]:
     ids=str,
 )
 def test_steps_are_those_of_one_device(config, mesh):
+    """A gradient is the last of some 2 L + 2 sums, each of the one before, that devices add up in another order: it may
+    be off by so many times the square root of B T D roundings of float32."""
     with sharding.use(mesh.make()):
-        np.testing.assert_allclose(Program(config).losses(), alone(config), rtol=5e-5)
+        seen, gradients = Program(config).run()
+    expected, one = alone(config)
+    np.testing.assert_allclose(seen, expected, rtol=5e-5)
+    assert gradients.keys() == one.keys()
+    for name, x in one.items():
+        atol = (2 * L + 2) * np.sqrt(B * T * D) * np.finfo(np.float32).eps / 2 * np.abs(x).max()
+        np.testing.assert_allclose(gradients[name], x, rtol=0, atol=atol, err_msg=name)
 
 
 def test_data_parallel_adds_up_gradients():
@@ -147,11 +160,27 @@ def test_tensor_parallel_adds_up_activations():
     assert not found
 
 
-def test_expert_parallel_sends_tokens_and_never_experts():
+def test_fsdp_with_tensor_parallel_sends_what_both_do():
+    """Of the parts of parameters and activations that the other leaves a device."""
+    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
+        program = Program(DENSE)
+        found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
+    table, rows, tokens = 4 * V * D, ROWS // 4, B // 4 * T * 4
+    assert found.pop(("all-gather", 2)) == (2 * (shared - 2 * table) + 3 * table) // 4  # once more for the logits
+    gradients = (shared - table) // 2 + (shared - table) // 4  # among those that share, then over the copies
+    times = (1 + 2 * L) + 1 + (3 + 2) * L
+    assert 0 <= found.pop(("all-reduce", 2)) - gradients - times * rows - 3 * tokens <= 2 * SCALARS
+    assert 0 <= found.pop(("all-reduce", 4)) - table // 2 - whole <= SCALARS
+    assert not found
+
+
+@pytest.mark.parametrize("capacity", [None, 1.25])
+def test_expert_parallel_sends_tokens_and_never_experts(capacity):
     """The devices that share out the experts get one another's tokens, with the choices of the router, and return their
     part of the sum; backwards likewise. Experts' gradients go to the copies of the experts alone."""
+    config = dataclasses.replace(EXPERTS, mlp=dataclasses.replace(EXPERTS.mlp, capacity=capacity))
     with sharding.use(Mesh(data=2, expert=4).make()):
-        program = Program(EXPERTS)
+        program = Program(config)
         found, whole, cut = operands(program.found()), program.bytes(None), program.bytes("expert")
     own, tokens, choices = ROWS // 8, ROWS // 2, 2 * 4 * B // 8 * T  # of a device, of those that gather, top_k numbers
     assert found.pop(("all-gather", 4)) == L * (2 * own + 2 * choices)
@@ -160,6 +189,44 @@ def test_expert_parallel_sends_tokens_and_never_experts():
     assert found.pop(("all-reduce", 2)) == cut // 4
     assert 0 <= found.pop(("all-reduce", 8)) - whole <= SCALARS
     assert not found
+
+
+def test_experts_with_fsdp_and_tensor_parallel():
+    """Experts' matrices are gathered once, as the backward pass keeps what it needs of them; the rest as without."""
+    with sharding.use(Mesh(expert=2, data=1, fsdp=2, tensor=2).make()):
+        program = Program(EXPERTS)
+        found, whole = operands(program.found()), program.bytes(None)
+        experts, shared = program.bytes("expert"), program.bytes("fsdp")
+    table, router = 4 * V * D, 4 * L * D * 8
+    dense = shared - experts - 2 * table - router  # attention
+    own, choices = ROWS // 4, 2 * 4 * B // 4 * T
+    gathered = 2 * dense // 4 + 3 * table // 4 + experts // 8 + router // 2 + L * (2 * own + 2 * choices)
+    assert found.pop(("all-gather", 2)) == gathered
+    assert found.pop(("reduce-scatter", 2)) == L * 2 * own
+    gradients = experts // 4 + (dense + table) * 3 // 4 + router // 2
+    times = (1 + L) + 1 + (3 + 2) * L  # the experts' sums are scattered forwards
+    assert 0 <= found.pop(("all-reduce", 2)) - gradients - times * own - 3 * B // 4 * T * 4 <= 2 * SCALARS
+    assert (
+        0
+        <= found.pop(("all-reduce", 4)) - table // 2 - whole - router // 2 - L * (2 * own + 4 * choices // 2)
+        <= SCALARS
+    )
+    assert found.pop(("collective-permute", 2)) <= 3 * router // 2  # the router's columns, on their way to and fro
+    assert not found
+
+
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_muon_gets_whole_matrices_once(fsdp):
+    """Gradient and momentum, beside what Adam sends: layer by layer where the devices can share out the layers, which
+    then go back; else all of them to all, and nothing goes back. Not once in each iteration."""
+    with sharding.use(Mesh(data=8 // fsdp, fsdp=fsdp).make()):
+        adam, muon = (operands(Program(DENSE, one).found()) for one in (AdamW(peak=1e-2, clip=1.0), Muon(peak=1e-2)))
+        matrices = 4 * L * (4 * D * D + 3 * D * 128)
+    more = {key: size for key in muon if (size := muon[key] - adam.get(key, 0)) > SCALARS}
+    if L % fsdp:
+        assert more == {("all-gather", fsdp): 2 * matrices // fsdp}
+    else:
+        assert more == {("all-to-all", fsdp): 4 * matrices // fsdp}
 
 
 def test_what_a_device_sends_does_not_grow_with_the_copies_of_the_model():

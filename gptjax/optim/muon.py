@@ -8,12 +8,12 @@ import math
 import jax
 import optax
 import optax.contrib
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from gptjax.optim.optimizers import Optimizer
 from gptjax.optim.schedules import check
-from gptjax.parameters import by_name, matrix
+from gptjax.parameters import Matrix, by_name, matrix
 from gptjax.types import Params
 
 
@@ -60,24 +60,42 @@ class Muon(Optimizer):
         )
         return optax.partition(
             {
-                "matrix": optax.chain(_auto_axes(orthogonal), optax.stateless(same_rms)),
+                "matrix": optax.chain(_of_whole_matrices(orthogonal), optax.stateless(same_rms)),
                 "other": optax.scale_by_adam(self.b1, self.b2, self.eps),
             },
             lambda params: by_name(lambda names: "other" if matrix(names) is None else "matrix", params),
         )
 
 
-def _auto_axes(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The transformation, with the compiler choosing the shardings inside: products of a sharded matrix with its own
-    transpose are ambiguous under explicit axes."""
+def _of_whole_matrices(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon's transformation where a mesh cuts matrices into parts: each device gets some of the layers whole, or all of
+    them where the devices can't share out the layers evenly, and sends the parts of the result back. To multiply parts
+    instead would send them in every iteration."""
+
+    def place(kind: Matrix, x: jax.Array) -> PartitionSpec:
+        layers, *_ = kind.split(x.shape)
+        sizes, axes = jax.sharding.get_abstract_mesh().shape, ()
+        for axis in jax.tree.leaves(tuple(jax.typeof(x).sharding.spec)):
+            if layers and layers[0] % math.prod(sizes[name] for name in (*axes, axis)) == 0:
+                axes = (*axes, axis)
+        return PartitionSpec(axes or None)
 
     def update(updates, state, params=None):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return transformation.update(updates, state, params)
+
+        def move(tree, places):
+            return jax.tree.map(lambda x, spec: jax.reshard(x, NamedSharding(mesh, spec)), tree, places)
+
+        own = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, updates)
+        whole = jax.tree.map(place, by_name(matrix, updates), updates)
+        gradients, before = move(updates, whole), state._replace(mu=move(state.mu, whole))
+        # Inside, the compiler chooses: products of a matrix with its own transpose are ambiguous under explicit axes.
         # A count that was made outside the mesh has a spec, but not its mesh.
-        shardings = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), (updates, state))
+        shardings = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), (gradients, before))
         automatic = jax.sharding.auto_axes(transformation.update, out_sharding=shardings)
-        return automatic(updates, state, params)  # pyright: ignore[reportCallIssue] (typed as a decorator only)
+        directions, after = automatic(gradients, before, params)  # pyright: ignore[reportCallIssue] (as a decorator)
+        return move(directions, own), after._replace(mu=move(after.mu, own))
 
     return optax.GradientTransformation(transformation.init, update)
