@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,8 +59,6 @@ class Step:
     memory: Memory | None
     """None: the compiler gave up, as the program does not fit."""
     collectives: tuple[Collective, ...]
-    readable: bool = True
-    """Whether the compiled program could be read; jaxlib cannot read all that a newer libtpu writes."""
     refusal: str = ""
     """What the compiler said when it gave up."""
 
@@ -85,17 +85,24 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
         arrays = _sizes(state)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
         try:
-            compiled = traced.lower().compile()
+            compiled, text = _compile(traced.lower(), devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return Step(arrays, count, flops, None, (), refusal=str(error))
-    memory = _memory(compiled.memory_analysis(), state)
-    try:
-        text = compiled.as_text() or ""
-    except jax.errors.JaxRuntimeError:
-        return Step(arrays, count, flops, memory, (), readable=False)
-    return Step(arrays, count, flops, memory, collectives(text))
+    return Step(arrays, count, flops, _memory(compiled.memory_analysis(), state), collectives(text))
+
+
+def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
+    """The compiled program and its text. jaxlib cannot print all that a newer libtpu compiles; libtpu itself can, into
+    files."""
+    if platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory(prefix="gptjax-plan-") as folder:
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (file,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, file.read_text()
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:

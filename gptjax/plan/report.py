@@ -84,8 +84,6 @@ def _memory(step: Step, room: float | None) -> list[str]:
 
 
 def _traffic(step: Step) -> list[str]:
-    if not step.readable:
-        return ["what is sent is unknown, and takes no time below: this jaxlib cannot read libtpu's program"]
     total = sent(step.collectives)
     if not total:
         return ["nothing is sent between devices"]
