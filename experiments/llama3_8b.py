@@ -27,7 +27,7 @@ experiment = Experiment(
     tokenizer=data.LoadTokenizer("meta-llama/Meta-Llama-3-8B"),
     stages={
         "pretrain": Stage(
-            data=data.Pretrain(data.TFDS("c4/en"), length=8_192, batch=128),
+            data=data.Pretrain(data.TFDS("c4/en"), length=8_192, batch=256),
             objective=objectives.NextToken(),
             optimizer=optim.AdamW(
                 peak=3e-4,

@@ -168,7 +168,7 @@ def to_tensors(
     config: ModelConfig, params: Params, dtype: str = "float32", model_type: str | None = None
 ) -> tuple[dict[str, Any], Exported]:
     """The fields of config.json and the tensors of a model: `from_tensors` undone. Raises as `save_hf`."""
-    family, fields = _expressing(config, FAMILIES if model_type is None else (_family(model_type),))
+    family, fields = _expressed(config, model_type)
     leaves = flat(params)
     by_tensor: dict[str, list[Piece]] = defaultdict(list)
     for part in pieces(family, _stacks(config), {name: leaf.shape for name, leaf in leaves.items()}):
@@ -176,6 +176,11 @@ def to_tensors(
     if lacking := leaves.keys() - {part.leaf for parts in by_tensor.values() for part in parts}:
         raise UserError(f"params: got {_some(lacking)}, for which {family.model_type} has no name")
     return fields, Exported(by_tensor, leaves, jnp.dtype(dtype))
+
+
+def expressing(config: ModelConfig, model_type: str | None = None) -> Family:
+    """The family that a model is written as: this one, or the first that can express it. Raises as `save_hf`."""
+    return _expressed(config, model_type)[0]
 
 
 def _family(model_type: str) -> Family:
@@ -186,8 +191,9 @@ def _family(model_type: str) -> Family:
     raise UserError(f"model_type: got {model_type!r}, must be one of {known}")
 
 
-def _expressing(config: ModelConfig, families: Sequence[Family]) -> tuple[Family, dict[str, Any]]:
+def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dict[str, Any]]:
     """The family whose config.json, read back, gives this model again; and its fields."""
+    families = FAMILIES if model_type is None else (_family(model_type),)
     reasons: dict[str, list[str]] = {}
     for family in families:
         if type(config) is not family.kind:

@@ -2,7 +2,7 @@
 
     lora, adapters = peft.read("folder", config)
     params = lora.merge(params, adapters)
-    peft.write("other", lora, adapters, config, peft.LLAMA)
+    peft.write("other", lora, adapters, config)          # with the names of the family that can express the model
 
 A module of theirs, with in and out features, has three tensors, where ours has "a", "b" and "magnitude":
 
@@ -25,8 +25,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.interop import safetensors
-from gptjax.interop.families import FAMILIES, Family, gpt2, llama
+from gptjax.interop import huggingface, safetensors
+from gptjax.interop.families import FAMILIES, Family, gpt2
 from gptjax.nn import DoRA, LoRA, TransformerConfig
 from gptjax.nn.stack import place
 from gptjax.parameters import MATRICES, matrix
@@ -52,7 +52,6 @@ def _of(*families: Family) -> Modules:
     return modules
 
 
-LLAMA, GPT2 = _of(llama.FAMILY), _of(gpt2.FAMILY)
 ALL = _of(*(family for family in FAMILIES if family.kind is TransformerConfig))
 """A name says the same in every family that has it."""
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -112,10 +111,18 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
     return kind(rank, alpha, match, lora.rank_stabilised), _stacked(config, found, kind is DoRA)
 
 
-def write(folder: str | Path, lora: LoRA, adapters: Params, config: TransformerConfig, modules: Modules) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` reads. Raises UserError if there is one, and for adapters
-    of matrices that `modules` does not have."""
+def write(
+    folder: str | Path, lora: LoRA, adapters: Params, config: TransformerConfig, model_type: str | None = None
+) -> None:
+    """Writes a folder that `peft.PeftModel.from_pretrained` reads beside the model that `save_hf` wrote.
+
+    model_type  the family whose names it has; None: the first that can express the model, as in `save_hf`
+
+    Raises UserError if the folder is there, for a model that no family can express, and for adapters of matrices that
+    are no linear layers in the family: GPT-NeoX's queries, keys and values, which take turns, and experts."""
     folder = Path(folder)
+    family = huggingface.expressing(config, model_type)
+    modules = _of(family)
     if folder.exists():
         raise UserError(f"path: got {folder}, which exists already; choose another or delete it")
     shapes = _matrices(config)
@@ -147,7 +154,9 @@ def write(folder: str | Path, lora: LoRA, adapters: Params, config: TransformerC
         for part, array in arrays.items():
             tensors[PREFIX + theirs + KINDS[part]] = np.ascontiguousarray(array, np.float32)
     if left:
-        raise UserError(f"lora.match: got adapters of {', '.join(sorted(left))}, which these modules don't have")
+        raise UserError(
+            f"lora.match: got adapters of {', '.join(sorted(left))}, which are no linear layers of {family.model_type}"
+        )
     others = {theirs: rank for theirs, rank in ranks.items() if rank != lora.rank}
     power = 0.5 if lora.rank_stabilised else 1.0  # the scale is alpha / rank^power, and the same for all
     fields = {
@@ -164,7 +173,7 @@ def write(folder: str | Path, lora: LoRA, adapters: Params, config: TransformerC
         "use_dora": isinstance(lora, DoRA),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": modules is GPT2,
+        "fan_in_fan_out": family is gpt2.FAMILY,  # whose weights lie [in, out]
         "inference_mode": True,
     }
     partial = folder.with_name(folder.name + ".partial")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from gptjax.interop import peft
+from gptjax.interop.huggingface import load_hf, save_hf
 from gptjax.interop.safetensors import Tensors
-from gptjax.nn import GELU, DoRA, LayerNorm, LearnedPositions, LoRA, Transformer, TransformerConfig
+from gptjax.nn import GELU, DoRA, LayerNorm, LearnedPositions, LoRA, MixtureOfExperts, Transformer, TransformerConfig
 from gptjax.types import UserError
 
 LLAMA = TransformerConfig(vocab=32, layers=2, width=16, heads=4, kv_heads=2, hidden=24)
@@ -24,21 +25,25 @@ ALL = ("q", "k", "v", "o", "up", "down")
 def make(config, lora):
     tokens = np.arange(8, dtype=np.int32)[None]
     params = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)["params"]
+    return params, far(lora.init(jax.random.key(1), params))
+
+
+def far(adapters):
+    """From those that change nothing."""
     rng = np.random.default_rng(1)
-    adapters = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), lora.init(jax.random.key(1), params))
-    return params, jax.tree.map(np.float32, adapters)
+    return jax.tree.map(lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), adapters)
 
 
 @pytest.mark.parametrize("stabilised", [False, True])
 @pytest.mark.parametrize("kind", [LoRA, DoRA])
-@pytest.mark.parametrize(("config", "modules"), [(LLAMA, peft.LLAMA), (GPT2, peft.GPT2)], ids=["llama", "gpt2"])
-def test_written_and_read_is_the_same_model(tmp_path, config, modules, kind, stabilised):
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_written_and_read_is_the_same_model(tmp_path, config, kind, stabilised):
     lora = kind(rank=2, alpha=4, match=ALL, rank_stabilised=stabilised)
     params, adapters = make(config, lora)
-    peft.write(tmp_path / "x", lora, adapters, config, modules)
-    read, there = peft.read(tmp_path / "x", config, modules)
+    peft.write(tmp_path / "x", lora, adapters, config)
+    read, there = peft.read(tmp_path / "x", config)
     assert dataclasses.replace(read, match=ALL) == lora
-    if modules is peft.LLAMA:
+    if config is LLAMA:
         jax.tree.map(np.testing.assert_array_equal, there, adapters)
     same = lora.merge(params, adapters), read.merge(params, there)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), *same)
@@ -47,7 +52,7 @@ def test_written_and_read_is_the_same_model(tmp_path, config, modules, kind, sta
 def test_names_and_shapes_are_those_of_peft(tmp_path):
     lora = DoRA(rank=2, alpha=4, match=("k", "down"))
     _, adapters = make(LLAMA, lora)
-    peft.write(tmp_path / "x", lora, adapters, LLAMA, peft.LLAMA)
+    peft.write(tmp_path / "x", lora, adapters, LLAMA)
     shapes = {name: x.shape for name, x in Tensors(tmp_path / "x" / "adapter_model.safetensors").shapes.items()}
     k, down = ("base_model.model.model.layers.1." + name for name in ("self_attn.k_proj", "mlp.down_proj"))
     assert shapes[f"{k}.lora_A.weight"] == (2, 16)
@@ -62,73 +67,91 @@ def test_names_and_shapes_are_those_of_peft(tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path):
     lora = LoRA(rank=2)
     _, adapters = make(LLAMA, lora)
-    peft.write(tmp_path / "x", lora, adapters, LLAMA, peft.LLAMA)
+    peft.write(tmp_path / "x", lora, adapters, LLAMA)
     with pytest.raises(UserError, match="exists already"):
-        peft.write(tmp_path / "x", lora, adapters, LLAMA, peft.LLAMA)
+        peft.write(tmp_path / "x", lora, adapters, LLAMA)
     with pytest.raises(UserError, match=r"q_proj.lora_A.weight is \(2, 16\), must be \(2, 32\)"):
-        peft.read(tmp_path / "x", dataclasses.replace(LLAMA, width=32), peft.LLAMA)
+        peft.read(tmp_path / "x", dataclasses.replace(LLAMA, width=32))
     with pytest.raises(UserError, match=r"tensors are of no matrix in this model: base_model.model.model.layers.1"):
-        peft.read(tmp_path / "x", dataclasses.replace(LLAMA, layers=1), peft.LLAMA)
+        peft.read(tmp_path / "x", dataclasses.replace(LLAMA, layers=1))
     (tmp_path / "x" / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config.json is missing or damaged"):
-        peft.read(tmp_path / "x", LLAMA, peft.LLAMA)
+        peft.read(tmp_path / "x", LLAMA)
+
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": SIZES,
+    "gpt2": {"vocab_size": 32, "n_layer": 2, "n_embd": 16, "n_head": 4, "n_inner": 24, "n_positions": 64},
+    "qwen2": SIZES,
+    "qwen3": SIZES,
+    "gemma2": SIZES,
+    "gemma3_text": SIZES,
+    "olmo2": SIZES,
+    "phi3": {**SIZES, "head_dim": 4},
+}
 
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("kind", [LoRA, DoRA])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_peft_itself_agrees(tmp_path, family, kind):
-    """Both merge the same adapters into the same weights."""
+    """`peft` puts our adapter into the weights that we put it into, and we those that it made."""
     torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    config, modules = (LLAMA, peft.LLAMA) if family == "llama" else (GPT2, peft.GPT2)
-    lora = kind(rank=2, alpha=4, match=ALL)
-    params, adapters = make(config, lora)
-    if kind is DoRA:  # only a magnitude that is far from the norm shows
-        adapters = jax.tree_util.tree_map_with_path(lambda p, x: x * 1.5 if p[-1].key == "magnitude" else x, adapters)
-    if family == "llama":
-        sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "hidden_size": 16}
-        made = transformers.LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes)
-        model = transformers.LlamaForCausalLM(made)
-    else:
-        made = transformers.GPT2Config(vocab_size=32, n_layer=2, n_embd=16, n_head=4, n_inner=24, n_positions=8)
-        model = transformers.GPT2LMHeadModel(made)
-    block, named = params["blocks"], dict(model.named_parameters())
-
-    def weight(tree, layer, parts):
-        matrices = [tree[part.split("/")[0]][part.split("/")[1]][layer] for part in parts]
-        inputs = 2 if parts == ("attention/o",) else 1
-        whole = [np.reshape(w, (int(np.prod(w.shape[:inputs])), -1)) for w in matrices]
-        return np.concatenate(whole, 1)
-
-    cases = [(layer, name.replace("{L}", str(layer)), parts) for layer in (0, 1) for name, parts in modules.items()]
-    with torch.no_grad():
-        for layer, name, parts in cases:
-            w = weight(block, layer, parts)
-            named[f"{name}.weight"].copy_(torch.tensor(w if family == "gpt2" else w.T))
-    peft.write(tmp_path / "x", lora, adapters, config, modules)
-    merged = theirs.PeftModel.from_pretrained(model, tmp_path / "x").merge_and_unload()
-    ours = lora.merge(params, adapters)["blocks"]
-    after = dict(merged.named_parameters())
-    for layer, name, parts in cases:
-        got = after[f"{name}.weight"].detach().numpy()
-        w = weight(ours, layer, parts)
-        np.testing.assert_allclose(w, got if family == "gpt2" else got.T, rtol=1e-5, atol=1e-6)
-
-    made = theirs.LoraConfig(
-        r=3, lora_alpha=6, target_modules=["o_proj" if family == "llama" else "c_attn"], use_dora=kind is DoRA
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **FAMILIES[family]))
+    model.save_pretrained(tmp_path / "base")
+    config, params = load_hf(tmp_path / "base")
+    lora = kind(rank=2, alpha=4, match=ALL if family == "gpt2" else (*ALL, "gate"))
+    rng = np.random.default_rng(1)
+    adapters = jax.tree.map(
+        lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), lora.init(jax.random.key(1), params)
     )
-    wrapped = theirs.get_peft_model(merged, made)
+    peft.write(tmp_path / "ours", lora, adapters, config, family)
+
+    def merged(folder):
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        return theirs.PeftModel.from_pretrained(base, folder).merge_and_unload()
+
+    def same(folder, params):
+        save_hf(folder / "merged", config, params, model_type=family)
+        ours = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged").state_dict()
+        for name, x in merged(folder).state_dict().items():
+            torch.testing.assert_close(ours[name], x, rtol=1e-5, atol=1e-6)
+
+    assert any((a != b).any() for a, b in zip(merged(tmp_path / "ours").parameters(), model.parameters(), strict=True))
+    same(tmp_path / "ours", lora.merge(params, adapters))
+
+    joined = {"gpt2": "c_attn", "phi3": "qkv_proj"}
+    made = theirs.LoraConfig(r=3, lora_alpha=6, target_modules=[joined.get(family, "o_proj")], use_dora=kind is DoRA)
+    wrapped = theirs.get_peft_model(model, made)
     with torch.no_grad():
         for name, p in wrapped.named_parameters():
             if "lora_B" in name:
                 p.normal_()
     wrapped.save_pretrained(tmp_path / "theirs")
-    read, there = peft.read(tmp_path / "theirs", config, modules)
-    again = read.merge(lora.merge(params, adapters), there)["blocks"]
-    after = dict(wrapped.merge_and_unload().named_parameters())
-    for layer, name, parts in cases:
-        got = after[f"{name}.weight"].detach().numpy()
-        w = weight(again, layer, parts)
-        np.testing.assert_allclose(w, got if family == "gpt2" else got.T, rtol=1e-4, atol=1e-5)
+    read, there = peft.read(tmp_path / "theirs", config)
+    same(tmp_path / "theirs", read.merge(params, there))
+
+
+def test_what_no_family_has_as_a_linear_layer_is_refused(tmp_path):
+    """Experts lie in stacks."""
+    config = dataclasses.replace(LLAMA, mlp=MixtureOfExperts(experts=4))
+    lora = LoRA(rank=2, match=("gate",))
+    _, adapters = make(config, lora)
+    with pytest.raises(UserError, match=r"lora.match: got adapters of mlp/gate, which are no linear layers of mixtral"):
+        peft.write(tmp_path / "x", lora, adapters, config)
