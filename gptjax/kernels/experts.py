@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptjax.kernels import target
 from gptjax.types import Array
 
 BLOCKS = (512, 64)
@@ -97,7 +98,7 @@ def grouped_dot(x: Array, w: Array, sizes: Array, implementation: str | None = N
                     a CPU gets: several times faster there, and matrices of groups without rows are not read
     """
     if implementation is None:
-        implementation = "blocks" if jax.default_backend() == "cpu" else "ragged"
+        implementation = "blocks" if target.platform() == "cpu" else "ragged"
     return lax.ragged_dot(x, w, sizes) if implementation == "ragged" else _in_blocks(x, w, sizes)
 
 

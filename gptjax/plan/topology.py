@@ -58,6 +58,7 @@ class Target:
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # everything is compiled here, on the CPU
+        jax.config.update("jax_enable_compilation_cache", False)  # nothing here runs what is for another machine
         if self.kind == "cpu":
             flags = os.environ.get("XLA_FLAGS", "")
             os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={self.chips}".strip()

@@ -68,7 +68,8 @@ def training_step(topology: str) -> list[str]:
     )
     model, optimizer = Transformer(config, STANDARD), AdamW(peak=1e-3).build(10)
     mesh = mesh_of(topology)
-    rows = NamedSharding(mesh, PartitionSpec(STANDARD.batch))
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, STANDARD("batch") or PartitionSpec())
     ids, weights = (jax.ShapeDtypeStruct((4, 256), dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
 
     def create(ids):

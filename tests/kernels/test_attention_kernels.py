@@ -14,7 +14,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from gptjax.kernels.attention import Mask, attention, place, reference
+from gptjax.kernels import target
+from gptjax.kernels.attention import Mask, attention, reference
 from gptjax.nn import Layer, MultiHeadAttention
 from gptjax.types import UserError
 
@@ -166,7 +167,7 @@ def test_long_sequences_go_by_chunks():
 
 def test_cudnn_is_called_with_its_mask(cudnn, monkeypatch):
     """Lowered for CUDA, forward and backward, without a GPU."""
-    monkeypatch.setattr(place, "platform", lambda: "gpu")
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
     calls = {"": ("causal", "both ways", "window"), "ScaleBias": ("segments", "prefix", "bias")}
     masks = {"both ways": "NO_MASK", "prefix": "NO_MASK"}
     for kind, cases in calls.items():

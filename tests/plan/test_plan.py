@@ -127,6 +127,18 @@ def test_flops_count_loops_and_recomputation():
     assert count(jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)) == 4 * one
 
 
+def test_experts_that_devices_share_out_count_once(tiny):
+    """As on one device, though each of them has the rows of all."""
+    mixture = MixtureOfExperts(experts=4, implementation="ragged")
+    model = dataclasses.replace(tiny.model, mlp=mixture)
+    flops = {}
+    for mesh in (Mesh(), Mesh(data=2, expert=4)):
+        flops[mesh] = compile_step(dataclasses.replace(tiny, model=model, mesh=mesh), "pretrain", jax.devices()).flops
+    one, shared = flops.values()
+    assert shared == pytest.approx(one, rel=0.3)  # but for the spare rows that each has for a block
+    assert one > 3 * tiny.stages["pretrain"].data.batch * 32 * 2 * 64 * 64
+
+
 def test_the_split_of_memory_adds_up(tiny, monkeypatch):
     """To what the compiler says; and what is sharded four ways is a quarter, in Adam's moments too."""
     analyses = []

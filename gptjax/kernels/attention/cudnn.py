@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from gptjax.kernels import target
 from gptjax.kernels.attention import place
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array
@@ -15,8 +16,8 @@ from gptjax.types import Array
 
 def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Why cuDNN cannot do this; None: it can."""
-    if place.platform() != "gpu":
-        return f"needs a GPU, got {place.platform()}"
+    if target.platform() != "gpu":
+        return f"needs a GPU, got {target.platform()}"
     T, S, H = q.shape[1], k.shape[1], q.shape[-1]
     if {x.dtype for x in (q, k, v)} not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}):
         return f"needs q, k and v all bfloat16 or all float16, got {q.dtype}, {k.dtype}, {v.dtype}"

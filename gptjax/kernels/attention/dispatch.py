@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from gptjax.kernels import target
 from gptjax.kernels.attention import chunked, cudnn, gathered, place, plain, ring, splash, xla
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array, Key, UserError
@@ -89,7 +90,7 @@ def _choose(q: Array, *rest: Any) -> str:
     if place.row_axes(q):
         names = CUT
     else:
-        names = (*CHOICE.get(place.platform(), ()), *(("chunked",) if q.shape[1] >= LONG else ()), "plain")
+        names = (*CHOICE.get(target.platform(), ()), *(("chunked",) if q.shape[1] >= LONG else ()), "plain")
     reasons = {name: IMPLEMENTATIONS[name].refuses(q, *rest) for name in names}
     for name, reason in reasons.items():
         if reason is None:

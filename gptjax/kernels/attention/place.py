@@ -1,4 +1,4 @@
-"""Where a kernel runs: the platform that a program is traced for, and the share of the heads that each device takes.
+"""Where a kernel runs: the share of the heads, and of the rows, that each device takes.
 
 XLA can split a plain program over a mesh, but not a kernel: a kernel runs on each device's share, in `jax.shard_map`.
 """
@@ -14,16 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from gptjax.types import Array
-
-
-def platform() -> str:
-    """cpu, gpu or tpu: that of the current mesh's devices, which may be those of another machine; with no mesh, of
-    jax's default device."""
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] (typed without its options)
-    device = get_abstract_mesh().abstract_device or default
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
 
 
 def with_heads_of(q: Array, *others: Array) -> tuple[Array, ...]:

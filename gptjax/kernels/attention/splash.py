@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptjax.kernels import target
 from gptjax.kernels.attention import place
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array
@@ -73,7 +74,7 @@ def _kernel(mask: Mask, softcap: float | None, queries: int, keys: int, heads: i
         attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=1,
-        interpret=place.platform() != "tpu",
+        interpret=target.platform() != "tpu",
     )
 
     def row(q, k, v, query_segments, key_segments, sinks):

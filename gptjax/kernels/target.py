@@ -1,0 +1,16 @@
+"""What a program is traced for, which is where it will run: perhaps on another machine."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import get_abstract_mesh
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: that of the current mesh's devices, which may be those of another machine; with no mesh, of
+    jax's default device."""
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] (typed without its options)
+    device = get_abstract_mesh().abstract_device or default
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
