@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from gptjax.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 from gptjax.data.tokenizers.tiktoken import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, byte_alphabet
+from gptjax.interop.tokenizer_json import canonical
 from gptjax.types import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -56,8 +57,7 @@ def metadata(tokenizer: Tokenizer, vocab: int) -> dict[str, Any]:
         raise UserError(
             f"tokenizer: got one of {tokenizer.kind}, can be a BPE of SentencePiece, Hugging Face or tiktoken"
         )
-    roles = ("<|bos|>", "<|end|>")  # other names of a token that has one of its own, mostly
-    for name, i in sorted(tokenizer.specials.items(), key=lambda item: item[0] in roles):
+    for i, name in canonical(tokenizer).items():
         tokens.setdefault(i, Token(name, CONTROL, -1000.0))
     listed = [tokens.get(i) or Token(f"[PAD{i}]", UNUSED, -1e4) for i in range(vocab)]
     keys |= {

@@ -2,7 +2,7 @@
 
 `specification(tokenizer)` is the file's content. Five kinds of tokenizer become three models: byte-level BPE (tiktoken;
 bytes, without a merge), BPE over characters with bytes for those it lacks (SentencePiece; characters, without a merge)
-and Unigram (SentencePiece).
+and Unigram (SentencePiece). Two more come from other files of Hugging Face's: `from_merges` and `from_pieces`.
 
 SentencePiece writes a space as U+2581. The file has a space instead, so that the two stay two characters.
 """
@@ -27,19 +27,18 @@ from gptjax.data.tokenizers import (
 )
 from gptjax.data.tokenizers.sentencepiece import SPACE
 from gptjax.data.tokenizers.tiktoken import byte_alphabet
-from gptjax.data.tokenizers.tokenizer import REPLACEMENT
+from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, named
 from gptjax.types import UserError
 
 if TYPE_CHECKING:
     import tokenizers
 
 Spec = dict[str, Any]
-ALIASES = ("<|bos|>", "<|end|>")
-"""Our names of the first and the last token, which may have another in their vocabulary."""
 
 
-def specification(tokenizer: Tokenizer) -> Spec:
-    """The content of the tokenizer's tokenizer.json. Raises UserError for a kind that has none."""
+def specification(tokenizer: Tokenizer, closed: bool = False) -> Spec:
+    """The content of the tokenizer's tokenizer.json. closed: all text ends with the last token, as encoders read it.
+    Raises UserError for a kind that has none."""
     match tokenizer:
         case HuggingFaceTokenizer():
             spec = json.loads(tokenizer.data)
@@ -64,14 +63,15 @@ def specification(tokenizer: Tokenizer) -> Spec:
             vocab.setdefault(name, i)  # for ids need not be consecutive, and the library numbers others itself
     spec["added_tokens"].sort(key=lambda token: token["id"])
     after = spec["post_processor"] or {"type": "ByteLevel"}  # which changes offsets only
-    if tokenizer.bos is not None and after["type"] == "ByteLevel":
-        spec["post_processor"] = _begin_with(canonical(tokenizer)[tokenizer.bos], tokenizer.bos)
+    first, last = tokenizer.bos, tokenizer.end if closed else None
+    if after["type"] == "ByteLevel" and (first, last) != (None, None):
+        spec["post_processor"] = _around(canonical(tokenizer), first, last)
     return spec
 
 
 def canonical(tokenizer: Tokenizer) -> dict[int, str]:
-    """Id -> the name of each special token in the vocabulary: not our alias, where it has another."""
-    ordered = sorted(tokenizer.specials.items(), key=lambda item: item[0] not in ALIASES)
+    """Id -> the name of each special token in the vocabulary: not that of its role, where it has another."""
+    ordered = sorted(tokenizer.specials.items(), key=lambda item: item[0] not in ROLES)
     return dict(sorted({i: name for name, i in ordered}.items()))
 
 
@@ -96,6 +96,27 @@ def from_merges(
     spec = _spec(_bpe(vocab, merges), decoder=level, pre_tokenizer=level)
     spec["added_tokens"] = [_added(name, i, special=True) for name, i in specials.items()]
     return HuggingFaceTokenizer(json.dumps(spec).encode(), specials)
+
+
+def from_pieces(vocab: Mapping[str, int], settings: Mapping[str, Any]) -> HuggingFaceTokenizer:
+    """BERT's WordPiece: cuts text at spaces and around punctuation, and words into the longest pieces there are.
+
+    settings  of tokenizer_config.json: do_lower_case, strip_accents, tokenize_chinese_chars and the tokens' names"""
+    tokens = {key: settings.get(f"{key}_token") or f"[{key.upper()}]" for key in ("cls", "sep", "mask", "pad", "unk")}
+    lower, accents = settings.get("do_lower_case", True), settings.get("strip_accents")
+    normalizer = {"type": "BertNormalizer", "clean_text": True, "lowercase": lower, "strip_accents": accents}
+    normalizer["handle_chinese_chars"] = settings.get("tokenize_chinese_chars", True)
+    model = {"type": "WordPiece", "unk_token": tokens["unk"], "continuing_subword_prefix": "##"}
+    model |= {"max_input_chars_per_word": 100, "vocab": dict(vocab)}
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    spec = _spec(model, decoder, normalizer, pre_tokenizer={"type": "BertPreTokenizer"})
+    names = {vocab[name]: name for name in tokens.values() if name in vocab}
+    spec["added_tokens"] = [_added(name, i, special=True) for i, name in sorted(names.items())]
+    first, last = (vocab.get(tokens[key]) for key in ("cls", "sep"))
+    spec["post_processor"] = _around(names, first, last)
+    specials = {name: i for i, name in names.items() if name != tokens["unk"]}
+    roles = {role: tokens[key.removesuffix("_token")] for role, (*_, key) in ROLES.items()}
+    return HuggingFaceTokenizer(json.dumps(spec).encode(), named(specials, roles))
 
 
 def _spec(model: Spec, decoder: Spec, normalizer: Spec | None = None, pre_tokenizer: Spec | None = None) -> Spec:
@@ -123,17 +144,16 @@ def _added(name: str, i: int, special: bool) -> Spec:
     return {"id": i, "content": name} | flags | {"special": special}
 
 
-def _begin_with(name: str, i: int) -> Spec:
-    """What puts a token before all text."""
-    first, text, second = (
-        {"SpecialToken": {"id": name, "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-        {"Sequence": {"id": "B", "type_id": 1}},
-    )
-    special = {name: {"id": name, "ids": [i], "tokens": [name]}}
-    return {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, second]} | {
-        "special_tokens": special
-    }
+def _around(names: Mapping[int, str], first: int | None, last: int | None) -> Spec:
+    """What puts a token before all text, and one after it."""
+
+    def token(i: int | None, kind: int) -> list[Spec]:
+        return [] if i is None else [{"SpecialToken": {"id": names[i], "type_id": kind}}]
+
+    single = [*token(first, 0), {"Sequence": {"id": "A", "type_id": 0}}, *token(last, 0)]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}, *token(last, 1)]
+    special = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in (first, last) if i is not None}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
 
 
 def _decoder(prefix: bool) -> Spec:

@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.data.tokenizers import CHAT_SPECIALS, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
-from gptjax.data.tokenizers.tokenizer import named
+from gptjax.data.tokenizers.huggingface import unknown_piece
+from gptjax.data.tokenizers.tokenizer import ROLES, named
 from gptjax.interop.templates import NATIVE, ChatTemplate
-from gptjax.interop.tokenizer_json import canonical, from_merges, specification
+from gptjax.interop.tokenizer_json import canonical, from_merges, from_pieces, specification
 from gptjax.types import UserError
-
-ROLES = {"<|bos|>": "bos_token", "<|end|>": "eos_token"}
-"""What we call the first and the last token -> what Hugging Face's files do."""
 
 
 def load(folder: str | Path) -> Tokenizer:
     """The tokenizer of a folder: its tokenizer.json, else a SentencePiece model, else GPT-2's vocab.json and
-    merges.txt. Its first and last token are those that tokenizer_config.json and special_tokens_map.json name; it has
-    no first one where `transformers` doesn't put it before all text (GPT-2).
+    merges.txt, else BERT's vocab.txt. Its first and last token are those that tokenizer_config.json and
+    special_tokens_map.json name; it has no first one where `transformers` doesn't put it before all text (GPT-2).
 
     Raises UserError where there is none, or a damaged one."""
     folder = Path(folder)
@@ -38,20 +36,28 @@ def load(folder: str | Path) -> Tokenizer:
         # Fine-tuned models have more special tokens than their SentencePiece file.
         more = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
         more |= _json(folder / "added_tokens.json")
+        if sentencepiece[0].name == "spiece.model":  # T5's: its sentinels are in none of its files, the last one first
+            count = settings.get("extra_ids", 100)
+            more |= {f"<extra_id_{count - 1 - i}>": len(tokenizer.pieces) + i for i in range(count)}
         more = {name: i for name, i in more.items() if i >= len(tokenizer.pieces)}
         tokenizer = dataclasses.replace(tokenizer, specials={**tokenizer.specials, **more})
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         tokenizer = _gpt2(folder, settings)
+    elif (folder / "vocab.txt").exists():
+        pieces = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        tokenizer = from_pieces({piece: i for i, piece in enumerate(pieces)}, settings)
     else:
         raise UserError(
-            f"tokenizer: got the folder {folder}, must hold tokenizer.json, tokenizer.model, "
+            f"tokenizer: got the folder {folder}, must hold tokenizer.json, tokenizer.model, spiece.model, vocab.txt, "
             "or vocab.json and merges.txt"
         )
     names = canonical(tokenizer)
     specials = {name: i for i, name in names.items()}
-    first, last = (settings.get(key) or names.get(tokenizer.specials.get(role, -1)) for role, key in ROLES.items())
-    begins = _begins(folder, tokenizer, settings, specials.get(first or "", -1))
-    return dataclasses.replace(tokenizer, specials=named(specials, first if begins else None, last))
+    roles = {role: names.get(tokenizer.specials.get(role, -1)) for role in ROLES}
+    roles |= {role: settings[key] for role, keys in ROLES.items() for key in reversed(keys) if settings.get(key)}
+    if not _begins(folder, tokenizer, settings, specials.get(roles["<|bos|>"] or "", -1)):
+        roles["<|bos|>"] = None
+    return dataclasses.replace(tokenizer, specials=named(specials, roles))
 
 
 def load_template(folder: str | Path) -> ChatTemplate | None:
@@ -73,24 +79,36 @@ def load_template(folder: str | Path) -> ChatTemplate | None:
     return ChatTemplate(source, {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)})
 
 
-def save(tokenizer: Tokenizer, folder: str | Path, context: int | None, template: ChatTemplate | None = None) -> None:
+def save(
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    context: int | None,
+    template: ChatTemplate | None = None,
+    closed: bool = False,
+) -> None:
     """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     context   the most tokens that the model reads
     template  how the model reads conversations; None: in our own format, where the tokenizer has its markers
+    closed    all text ends with the last token, as encoders read it
 
     `transformers` then puts the first token, if there is one, before all text, unless told `add_special_tokens=False`,
     for so begin all documents that models are trained on here.
     Special tokens that a text spells out it reads as such, where `Tokenizer.encode` doesn't."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names = canonical(tokenizer)
+    names, spec = canonical(tokenizer), specification(tokenizer, closed)
     tokens = dict(template.tokens) if template else {}
-    tokens |= {key: names[tokenizer.specials[role]] for role, key in ROLES.items() if role in tokenizer.specials}
+    encoder = "<|mask|>" in tokenizer.specials
+    for role, keys in ROLES.items():
+        if role in tokenizer.specials:
+            tokens |= dict.fromkeys(keys if encoder else keys[:1], names[tokenizer.specials[role]])
     if "eos_token" in tokens:
         tokens.setdefault("pad_token", tokens["eos_token"])
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= tokens
+    if (unknown := unknown_piece(spec)) in {token["content"] for token in spec["added_tokens"]}:
+        settings["unk_token"] = unknown
     if context is not None:
         settings["model_max_length"] = context
     if template is not None:
@@ -98,7 +116,7 @@ def save(tokenizer: Tokenizer, folder: str | Path, context: int | None, template
     elif set(CHAT_SPECIALS) <= tokenizer.specials.keys():
         settings["chat_template"] = NATIVE
     files = {
-        "tokenizer.json": specification(tokenizer),
+        "tokenizer.json": spec,
         "tokenizer_config.json": settings,
         "special_tokens_map.json": tokens,
     }
@@ -109,8 +127,8 @@ def save(tokenizer: Tokenizer, folder: str | Path, context: int | None, template
 def _begins(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], first: int) -> bool:
     """Whether all text begins with the first token: as tokenizer.json has it; without one, as tokenizer_config.json
     says, else as is usual for SentencePiece's models (Llama) and not for GPT-2's."""
-    if (folder / "tokenizer.json").exists() and isinstance(tokenizer, HuggingFaceTokenizer):
-        return tokenizer._tokenizer.encode("").ids[:1] == [first]
+    if isinstance(tokenizer, HuggingFaceTokenizer) and ((folder / "tokenizer.json").exists() or tokenizer.around[0]):
+        return tokenizer.around[0][:1] == [first]
     return settings.get("add_bos_token", isinstance(tokenizer, SentencePieceTokenizer))
 
 
@@ -128,7 +146,7 @@ def _gpt2(folder: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     vocab: dict[str, int] = _json(folder / "vocab.json")
-    names = {settings.get(key, "<|endoftext|>") for key in ROLES.values()}
+    names = {settings.get(key, "<|endoftext|>") for key in ("bos_token", "eos_token")}
     specials = {name: vocab[name] for name in names if name in vocab}
     if not vocab or not all(len(m) == 2 and {*m, "".join(m)} <= vocab.keys() for m in merges):
         raise UserError(f"tokenizer: got {folder}, whose vocab.json and merges.txt don't belong together")

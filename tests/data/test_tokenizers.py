@@ -212,7 +212,7 @@ def test_mistakes(build, says):
         ("tokenizer.model", "not a model"),
         ("tokenizer.json", "{}"),
         ("tokenizer.json", "not json"),
-        ("tokenizer.json", '{"added_tokens": [], "decoder": {"type": "WordPiece"}}'),
+        ("tokenizer.json", '{"added_tokens": [], "decoder": {"type": "CTC"}}'),
         ("cl100k_base.tiktoken", "YQ== 0\n"),
         ("cl100k_base.tiktoken", "<html>"),
         ("mine.tiktoken", "YQ== 0\n"),

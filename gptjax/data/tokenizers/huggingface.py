@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from gptjax.data.tokenizers.tiktoken import byte_alphabet
-from gptjax.data.tokenizers.tokenizer import Tokenizer, named
+from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, Tokenizer, named
 from gptjax.types import UserError
 
 if TYPE_CHECKING:
     import tokenizers
 
+JOINED = (".", ",", "!", "?")
+"""Pieces of a WordPiece that follow a word without a space, as the library writes them too."""
+
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A byte-level BPE (GPT-2, Llama 3, Qwen) or one made from SentencePiece (Llama 2, Mistral).
+    """A byte-level BPE (GPT-2, Llama 3, Qwen), one made from SentencePiece (Llama 2, T5), or a WordPiece (BERT).
 
     It normalises text where its file says so, and the second sort reads U+2581 as a space: then `decode(encode(text))`
-    is the normalised text."""
+    is the normalised text. A WordPiece's begins a word after a space, whatever was there: `it's (so)` comes back as
+    `it ' s ( so )`."""
 
     kind = "huggingface"
     file = "tokenizer.json"
@@ -28,8 +33,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def from_file(cls, path: str | Path) -> Self:
         """A `tokenizer.json`, with the names of its first and last token from the `tokenizer_config.json` beside it.
 
-        Raises `UserError` for another kind of file, for a model that is not a generator's (WordPiece), and for one that
-        would read its special tokens from plain text."""
+        Where it doesn't name them, they are those that the tokenizer puts before and after all text. Raises `UserError`
+        for another kind of file, and for one that would read its special tokens from plain text."""
         path = Path(path)
         data = path.read_bytes()
         config_file = path.with_name("tokenizer_config.json")
@@ -41,15 +46,15 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(
                 f"tokenizer: got {path}, must be a Hugging Face tokenizer.json; it is damaged or of another kind"
             ) from None
-        if not _decoders(spec) & {"ByteLevel", "ByteFallback", "Metaspace"}:
+        if not _decoders(spec) & {"ByteLevel", "ByteFallback", "Metaspace", "WordPiece"}:
             raise UserError(
                 f"tokenizer: got {path} with decoder {', '.join(sorted(_decoders(spec))) or None}, "
-                "must be ByteLevel, ByteFallback or Metaspace"
+                "must be ByteLevel, ByteFallback, Metaspace or WordPiece"
             )
-        # A config may leave the two unsaid: a model with one special token has it for both.
-        sole = next(iter(added)) if len(added) == 1 else None
-        bos, end = (_content(config.get(key)) or sole for key in ("bos_token", "eos_token"))
-        tokenizer = cls(data, named(added, bos, end))
+        roles = _roles(cls(data, {}), added, config)
+        if (unknown := unknown_piece(spec)) not in roles.values():
+            added.pop(unknown, None)
+        tokenizer = cls(data, named(added, roles))
         for name in tokenizer.specials:
             if set(tokenizer.encode(name)) & set(tokenizer.specials.values()):
                 raise UserError(
@@ -59,15 +64,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _tokenizer(self) -> tokenizers.Tokenizer:
-        try:
-            import tokenizers
-        except ImportError:
-            raise UserError("tokenizer: this one needs the tokenizers library; pip install 'gptjax[hf]'") from None
-        tokenizer = tokenizers.Tokenizer.from_str(self.data.decode())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # as the text they are
-        return tokenizer
+        return _library(self.data)
+
+    @functools.cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The ids that the file puts before and after all text, where it is told to."""
+        encoding = self._tokenizer.encode("a")
+        text = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
+        return (encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]) if text else (encoding.ids, [])
 
     @functools.cached_property
     def pieces(self) -> list[bytes]:
@@ -75,16 +79,23 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         pieces = [b""] * (1 + max(vocabulary.values()))
         alphabet = byte_alphabet()
-        byte_level = "ByteLevel" in _decoders(spec)
+        byte_level, unknown = "ByteLevel" in _decoders(spec), unknown_piece(spec)
+        inside = spec["model"].get("continuing_subword_prefix") if "WordPiece" in _decoders(spec) else None
         for piece, i in vocabulary.items():
-            if byte_level:
+            if piece == unknown:
+                pieces[i] = (" " * (inside is not None) + REPLACEMENT).encode()
+            elif inside is not None:
+                joined = piece.startswith(inside) or piece in JOINED
+                pieces[i] = (piece.removeprefix(inside) if joined else " " + piece).encode()
+            elif byte_level:
                 pieces[i] = bytes(alphabet[character] for character in piece if character in alphabet)
             elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
                 pieces[i] = bytes([int(piece[3:5], 16)])
             else:
                 pieces[i] = piece.replace("\u2581", " ").encode()
         for i, token in tokenizer.get_added_tokens_decoder().items():
-            pieces[i] = b"" if token.special else token.content.encode()
+            if token.content != unknown:
+                pieces[i] = b"" if token.special else token.content.encode()
         return pieces
 
     def _encode(self, text: str) -> list[int]:
@@ -94,10 +105,56 @@ class HuggingFaceTokenizer(Tokenizer):
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+@functools.lru_cache(maxsize=2)  # which reads large files slowly
+def _library(data: bytes) -> tokenizers.Tokenizer:
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("tokenizer: this one needs the tokenizers library; pip install 'gptjax[hf]'") from None
+    tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # as the text they are
+    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    if isinstance(tokenizer.model, tokenizers.models.Unigram) and names:
+        # Whose pieces they are too, the likeliest of all: cut after their first character they are pieces no more.
+        inside = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
+        cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(inside), "merged_with_previous")
+        before = [] if tokenizer.pre_tokenizer is None else [tokenizer.pre_tokenizer]
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*before, cut])
+    return tokenizer
+
+
 def _decoders(spec: dict[str, Any]) -> set[str]:
     """The types of a tokenizer's decoder, or of each in the sequence."""
     decoder = spec.get("decoder") or {}
     return {part["type"] for part in decoder.get("decoders", [decoder]) if part}
+
+
+def unknown_piece(spec: dict[str, Any]) -> str | None:
+    """The piece that stands for text which a tokenizer.json does not cover; none where bytes cover all of it."""
+    model = spec["model"]
+    if "ByteLevel" in _decoders(spec) or model.get("byte_fallback"):
+        return None
+    if model.get("unk_id") is not None:  # Unigram
+        return model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
+
+
+def _roles(tokenizer: HuggingFaceTokenizer, added: dict[str, int], config: dict[str, Any]) -> dict[str, str | None]:
+    """The name of the token that has each of `ROLES`. A config may leave them unsaid: then the first and the last are
+    those around all text, a model with one special token has it for both, and others go by BERT's names, and T5's."""
+    names = {i: name for name, i in added.items()}
+    sole = next(iter(added)) if len(added) == 1 else None
+    first, last = tokenizer.around
+    unsaid = {
+        "<|bos|>": names.get(first[0]) if first else sole,
+        "<|end|>": names.get(last[-1]) if last else sole,
+        "<|mask|>": "[MASK]",
+        "<|pad|>": "[PAD]" if "[PAD]" in added else "<pad>",
+    }
+    said = {role: next((config[key] for key in keys if config.get(key)), None) for role, keys in ROLES.items()}
+    return {role: _content(token) or unsaid[role] for role, token in said.items()}
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:

@@ -124,8 +124,8 @@ class SentencePieceTokenizer(Tokenizer):
         processor = cls(data, {})._processor
         size = processor.get_piece_size()
         specials = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
-        bos, end = (processor.id_to_piece(i) if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
-        return cls(data, named(specials, bos, end))
+        ids = {"<|bos|>": processor.bos_id(), "<|end|>": processor.eos_id(), "<|pad|>": processor.pad_id()}
+        return cls(data, named(specials, {role: processor.id_to_piece(i) for role, i in ids.items() if i >= 0}))
 
     @functools.cached_property
     def _processor(self) -> SentencePieceProcessor:

@@ -48,6 +48,9 @@ ENCODINGS = {
 }
 """Name -> the pattern that cuts text before merging, and the special tokens. From `tiktoken_ext` (MIT)."""
 
+SOLE = {"<|bos|>": "<|endoftext|>", "<|end|>": "<|endoftext|>"}
+"""One token is the first of a document and the last."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TiktokenTokenizer(Tokenizer):
@@ -69,7 +72,7 @@ class TiktokenTokenizer(Tokenizer):
                 "that decides how text is cut"
             )
         pattern, specials = ENCODINGS[path.stem]
-        tokenizer = cls(path.read_bytes(), named(specials, "<|endoftext|>", "<|endoftext|>"), pattern)
+        tokenizer = cls(path.read_bytes(), named(specials, SOLE), pattern)
         try:
             complete = all(bytes([byte]) in tokenizer._ranks for byte in range(256))
         except (ValueError, binascii.Error):
@@ -97,7 +100,7 @@ class TiktokenTokenizer(Tokenizer):
             raise UserError(
                 f"tokenizer: got {folder}, must hold an encoder.json and a vocab.bpe of one vocabulary; one is damaged"
             )
-        return cls(_lines(ranks), named(specials, "<|endoftext|>", "<|endoftext|>"), GPT2_PATTERN)
+        return cls(_lines(ranks), named(specials, SOLE), GPT2_PATTERN)
 
     @classmethod
     def download(cls, name: str) -> Self:
@@ -110,7 +113,7 @@ class TiktokenTokenizer(Tokenizer):
                 "give the path of a file or folder that has it"
             ) from None
         pattern, specials = ENCODINGS[name]
-        return cls(_lines(encoding._mergeable_ranks), named(specials, "<|endoftext|>", "<|endoftext|>"), pattern)
+        return cls(_lines(encoding._mergeable_ranks), named(specials, SOLE), pattern)
 
     @functools.cached_property
     def _ranks(self) -> dict[bytes, int]:

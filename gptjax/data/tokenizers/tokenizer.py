@@ -13,6 +13,14 @@ from typing import Any, ClassVar, Self
 
 CHAT_SPECIALS = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 """Start of a document, the speakers of a conversation, and the end of a message or document."""
+ROLES = {
+    "<|bos|>": ("bos_token", "cls_token"),
+    "<|end|>": ("eos_token", "sep_token"),
+    "<|mask|>": ("mask_token",),
+    "<|pad|>": ("pad_token",),
+}
+"""What we call the first and the last token of a document, the one that hides a token from an encoder, and padding ->
+what Hugging Face's files do, of a model that writes and of an encoder. A token may have a name of its own beside."""
 DESCRIPTOR = "gptjax_tokenizer.json"
 """The file of a saved tokenizer that says which kind it is."""
 REPLACEMENT = "\ufffd"
@@ -23,7 +31,8 @@ class Tokenizer(abc.ABC):
     """Text to token ids and back. The fields are all there is to save, compare and send to another process;
     whatever is built from them is built on first use.
 
-    Laws: `encode` never yields the id of a special token, whatever the text says;
+    Laws: `encode` never yields the id of a special token, whatever the text says (so what stands for text that the
+    vocabulary does not cover, [UNK] or <unk>, is not special, but a piece that decodes to U+FFFD);
     `decode_bytes(a + b) == decode_bytes(a) + decode_bytes(b)`; and, for a tokenizer that covers all of Unicode and does
     not normalise (bytes, tiktoken, SentencePiece as trained here), `decode(encode(text)) == text`.
     """
@@ -90,7 +99,7 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def _prefix(self) -> bytes:
-        return b" " if self.decode_bytes(self._encode("a")) == b" a" else b""
+        return b" " if self.decode_bytes(self._encode("a")).startswith(b" ") else b""
 
     def with_specials(self, names: Iterable[str] = CHAT_SPECIALS) -> Self:
         """This tokenizer with new ids after the vocabulary for those of `names` it lacks."""
@@ -132,9 +141,10 @@ def well_formed(text: str) -> str:
     return text
 
 
-def named(specials: Mapping[str, int], bos: str | None, end: str | None) -> dict[str, int]:
-    """`specials`, with those named `bos` and `end` known as "<|bos|>" and "<|end|>" too, where these are free."""
-    roles = {"<|bos|>": bos, "<|end|>": end}
-    return {role: specials[name] for role, name in roles.items() if name is not None and name in specials} | dict(
-        specials
-    )
+def named(specials: Mapping[str, int], roles: Mapping[str, str | None]) -> dict[str, int]:
+    """`specials`, with those that have one of `ROLES` known by that too, where it is free. What ends a text is no
+    padding, though files may name it so for want of another."""
+    found = {role: specials[name] for role, name in roles.items() if name is not None and name in specials}
+    if found.get("<|pad|>") == found.get("<|end|>"):
+        found.pop("<|pad|>", None)
+    return found | dict(specials)
