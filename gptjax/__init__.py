@@ -16,24 +16,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptjax.data.chat import Message
+    from gptjax.encoder_model import EncoderModel
     from gptjax.experiment import Experiment, Stage
     from gptjax.inference.sampling import Sampling
     from gptjax.language_model import LanguageModel
     from gptjax.loading import load
+    from gptjax.model import Model
     from gptjax.sharding import Mesh, Rules
+    from gptjax.text_to_text import TextToText
     from gptjax.types import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Experiment", "LanguageModel", "Mesh", "Message", "Rules", "Sampling", "Stage", "UserError", "load"]
+__all__ = [
+    "EncoderModel",
+    "Experiment",
+    "LanguageModel",
+    "Mesh",
+    "Message",
+    "Model",
+    "Rules",
+    "Sampling",
+    "Stage",
+    "TextToText",
+    "UserError",
+    "load",
+]
 
 _HOME = {
+    "EncoderModel": "gptjax.encoder_model",
     "Experiment": "gptjax.experiment",
     "LanguageModel": "gptjax.language_model",
     "Mesh": "gptjax.sharding",
     "Message": "gptjax.data.chat",
+    "Model": "gptjax.model",
     "Rules": "gptjax.sharding",
     "Sampling": "gptjax.inference.sampling",
     "Stage": "gptjax.experiment",
+    "TextToText": "gptjax.text_to_text",
     "UserError": "gptjax.types",
     "load": "gptjax.loading",
 }

@@ -27,7 +27,9 @@ def convert(
             or q8_0.
         adapter: A folder of PEFT's, to be merged into the model.
     """
+    from gptjax.language_model import LanguageModel
     from gptjax.loading import load
+    from gptjax.model import Model
     from gptjax.nn import count
     from gptjax.types import UserError
 
@@ -35,12 +37,16 @@ def convert(
         raise UserError(f"destination: got {destination}, which exists already; choose another or delete it")
     if to == "gptjax" and dtype is not None:
         raise UserError(f"dtype: got {dtype}, must be none: our folders hold float32")
-    model = load(source)
+    model = load(source, kind=Model)
     if adapter is not None:
+        if not isinstance(model, LanguageModel):
+            raise UserError(f"adapter: got one for a {type(model).__name__}, must be none: only decoders take them")
         model = model.with_adapter(adapter)
     if to == "hf":
         model.save_hf(destination, dtype or "float32")
     elif to == "gguf":
+        if not isinstance(model, LanguageModel):
+            raise UserError(f"to: got gguf for a {type(model).__name__}, must be hf or gptjax: only decoders go there")
         model.save_gguf(destination, dtype or "f16")
     else:
         model.save(destination)

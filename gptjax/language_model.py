@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import shutil
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,16 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.configuration import to_json
 from gptjax.data.chat import Message, conversation
 from gptjax.data.chat import prompt as chat_prompt
-from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
 from gptjax.interop.templates import ChatTemplate
-from gptjax.nn import ModelConfig, TransformerConfig, unstack
-from gptjax.parameters import declared, flat
-from gptjax.sharding import STANDARD, Rules, on_mesh_of, reshard
+from gptjax.model import Model, run
+from gptjax.nn import TransformerConfig, unstack
+from gptjax.sharding import on_mesh_of, reshard
 from gptjax.types import Array, Params, UserError
 
 Messages = Iterable[Message | Mapping[str, Any]]
@@ -39,36 +35,25 @@ Messages = Iterable[Message | Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LanguageModel:
-    """A model, its parameters and its tokenizer. Raises UserError when they don't fit together.
+class LanguageModel(Model):
+    """A model that writes on. Raises UserError when it, its parameters and its tokenizer don't fit together.
 
     Wherever a `sampling` is taken, its fields are too: `lm.generate("Hi", temperature=0)`.
     """
 
-    config: ModelConfig
-    """The model."""
-    params: Params = dataclasses.field(repr=False)
-    """Its parameters, as `config.build().init` makes them."""
-    tokenizer: Tokenizer
-    """Its tokenizer."""
     context: int | None = None
     """Longest text that it was trained on, tokens; conversations are kept within."""
     template: ChatTemplate | None = None
     """How it reads conversations, if not as `gptjax.data.chat` writes them."""
-    rules: Rules = STANDARD
-    """How the parameters lie on their mesh, if they lie on one: the model runs there."""
     ends: tuple[int, ...] | None = None
     """The tokens at which a text ends, if not at every special one."""
-
-    def __post_init__(self):
-        _check(self.config, self.params, self.tokenizer)
 
     def logits(self, tokens: Array | np.ndarray | Sequence[Sequence[int]]) -> Array:
         """tokens int [B, T] -> logits [B, T, V] of the token that follows each, in the compute dtype."""
         ids = jnp.asarray(tokens, jnp.int32)
         self._fits(ids.shape[-1])
         with on_mesh_of(self.params):
-            return _logits(self._model, self.params, ids)
+            return run(self._module, self.params, ids)[0]
 
     def logprobs(self, text: str | Sequence[int]) -> np.ndarray:
         """The log-probability, nats, of each token given those before it: float32 [n - 1] for n token ids. A text's
@@ -81,7 +66,7 @@ class LanguageModel:
         padded = np.zeros((1, size), np.int32)  # what follows changes nothing, and programs stay few
         padded[0, : len(ids)] = ids
         with on_mesh_of(self.params):
-            return np.asarray(_logprobs(self._model, self.params, padded))[0, : len(ids) - 1]
+            return np.asarray(_logprobs(self._module, self.params, padded))[0, : len(ids) - 1]
 
     def generate(
         self,
@@ -99,7 +84,7 @@ class LanguageModel:
         sampling = dataclasses.replace(sampling, **fields)
         ids = [self._begin(prompt) for prompt in prompts]
         return generate(
-            self._model,
+            self._module,
             self._layers,
             self.tokenizer,
             ids,
@@ -123,7 +108,7 @@ class LanguageModel:
         """The text of `generate`, in pieces as it is written. The generator's return value is the completion."""
         sampling = dataclasses.replace(sampling, **fields)
         ids = self._begin(prompt)
-        return stream(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.ends)
+        return stream(self._module, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.ends)
 
     def chat(
         self,
@@ -153,7 +138,7 @@ class LanguageModel:
         ids = self._prompt(messages)
         if self._window is not None:
             max_tokens = min(max_tokens or DEFAULT_TOKENS, self._window - len(ids))
-        return stream(self._model, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.ends)
+        return stream(self._module, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.ends)
 
     def trim(self, messages: Messages, max_tokens: int | None = None) -> tuple[list[Message], int]:
         """The messages that leave room for an answer of `max_tokens` (None: half of the context, at most 256), and how
@@ -188,39 +173,6 @@ class LanguageModel:
         lora, adapters = peft.read(folder, self.config)
         return dataclasses.replace(self, params=lora.merge(self.params, adapters))
 
-    def save(self, path: str | Path) -> None:
-        """Writes a folder that `load` reads: config.json, params.npz, tokenizer/. Raises UserError if there is one."""
-        partial = _partial(path)
-        config = {"model": to_json(self.config), "context": self.context, "tokenizer": self.tokenizer.fingerprint}
-        if self.template is not None:
-            config["template"] = dataclasses.asdict(self.template)
-        if self.ends is not None:
-            config["ends"] = self.ends
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        # numpy's format has no bfloat16; float32 holds the same values.
-        arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat(self.params).items()}
-        np.savez(partial / "params.npz", **arrays)
-        self.tokenizer.save(partial / "tokenizer")
-        partial.rename(Path(path).expanduser())
-
-    def save_hf(self, path: str | Path, dtype: str = "float32", model_type: str | None = None) -> None:
-        """Writes a folder that `transformers` loads, and `load` too; see `gptjax.interop.huggingface.save_hf`."""
-        from gptjax.interop.huggingface import save_hf
-
-        partial = _partial(path)
-        save_hf(
-            partial,
-            self.config,
-            self.params,
-            self.tokenizer,
-            self.context,
-            self.template,
-            dtype,
-            model_type,
-            self.ends,
-        )
-        partial.rename(Path(path).expanduser())
-
     def save_gguf(self, path: str | Path, dtype: str = "f16") -> None:
         """Writes a file for llama.cpp; see `gptjax.interop.gguf.write`."""
         from gptjax.interop import gguf, huggingface
@@ -230,15 +182,15 @@ class LanguageModel:
         source = None if self.template is None else self.template.source
         gguf.write(path, fields, tensors, self.tokenizer, dtype, source)
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"context": self.context, "template": self.template, "ends": self.ends}
+
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids after which the assistant speaks."""
         if self.template is not None:
             return self.template.prompt(messages, self.tokenizer)
         return chat_prompt(messages, self.tokenizer)
-
-    @property
-    def _model(self) -> Any:
-        return self.config.build(self.rules)
 
     @functools.cached_property
     def _layers(self) -> Params:
@@ -250,11 +202,6 @@ class LanguageModel:
     def _window(self) -> int | None:
         return min((n for n in (self.config.limit, self.context) if n is not None), default=None)
 
-    def _fits(self, length: int) -> None:
-        limit = self.config.limit
-        if limit is not None and length > limit:
-            raise UserError(f"tokens: got {length}, must be at most {limit}, the positions this model has")
-
     def _begin(self, text: str) -> list[int]:
         """The ids of a document that begins with `text`."""
         bos = self.tokenizer.bos
@@ -264,42 +211,9 @@ class LanguageModel:
         return ids
 
 
-def _partial(path: str | Path) -> Path:
-    """An empty folder, to be renamed `path` once it is whole. Raises UserError if there is one of that name."""
-    path = Path(path).expanduser()
-    if path.exists():
-        raise UserError(f"path: got {path}, which exists already; choose another or delete it")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def _check(config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab > config.vocab:
-        raise UserError(
-            f"tokenizer: got one of {tokenizer.vocab} ids, must be at most {config.vocab}, the model's vocabulary; "
-            "use the tokenizer the model was trained with"
-        )
-    want = {name: x.shape for name, x in declared(config.build()).items()}
-    got = {name: x.shape for name, x in flat(params).items()}
-    for name in sorted(want.keys() | got.keys()):
-        if want.get(name) != got.get(name):
-            raise UserError(
-                f"params: got {name} of shape {got.get(name, '(absent)')}, must be {want.get(name, '(absent)')} "
-                "for this model configuration"
-            )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(model: Any, params: Params, tokens: Array) -> Array:
-    rules = model.rules.for_rows(len(tokens))
-    return model.clone(rules=rules).apply({"params": params}, reshard(tokens, rules("batch", None)))[0]
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(model: Any, params: Params, tokens: Array) -> Array:
     """[B, T] -> [B, T-1]"""
-    logits = reshard(_logits(model, params, tokens), model.rules(None, None, None))[:, :-1].astype(jnp.float32)
+    logits = reshard(run(model, params, tokens)[0], model.rules(None, None, None))[:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

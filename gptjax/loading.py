@@ -1,8 +1,10 @@
-"""From files to a `LanguageModel`, whoever wrote them:
+"""From files to a model behind its door, whoever wrote them:
 
 lm = gptjax.load("runs/quickstart")                      # a run, or what LanguageModel.save wrote
 lm = gptjax.load("Qwen/Qwen3-0.6B", dtype="bfloat16")    # a folder for transformers, or such a repository of the hub
 lm = gptjax.load("stories15M.bin")                       # a llama2.c file
+bert = gptjax.load("google-bert/bert-base-uncased", kind=gptjax.EncoderModel)
+t5 = gptjax.load("google/flan-t5-small", kind=gptjax.TextToText)
 
 with jax.set_mesh(Mesh(tensor=8).make()):                # straight into the memory of eight devices
     lm = gptjax.load("Qwen/Qwen3-32B")
@@ -15,39 +17,50 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 import numpy as np
 
 from gptjax.configuration import from_json
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.encoder_model import EncoderModel
 from gptjax.interop import hub, huggingface, llama2c, safetensors, tokenizers
 from gptjax.interop.templates import ChatTemplate
 from gptjax.language_model import LanguageModel
-from gptjax.nn import LoRA, ModelConfig
+from gptjax.model import Model
+from gptjax.nn import EncoderConfig, EncoderDecoderConfig, LoRA, ModelConfig, TransformerConfig
 from gptjax.parameters import declared, nested
 from gptjax.sharding import STANDARD, Rules
+from gptjax.text_to_text import TextToText
 from gptjax.train.checkpoint import Checkpoints, Restored
 from gptjax.types import Params, UserError
 
+M = TypeVar("M", bound=Model)
 DTYPES = ("float32", "bfloat16")
 
 
-def load(path: str | Path, dtype: str | None = None, rules: Rules = STANDARD) -> LanguageModel:
-    """The model in a folder, or of the Hugging Face hub's repository of that name: one written by `LanguageModel.save`;
-    a run's, at the newest checkpoint of the last stage that has one; one of `transformers`, of a family in
+@overload
+def load(path: str | Path, dtype: str | None = None, rules: Rules = STANDARD) -> LanguageModel: ...
+@overload
+def load(path: str | Path, dtype: str | None = None, rules: Rules = STANDARD, *, kind: type[M]) -> M: ...
+def load(
+    path: str | Path, dtype: str | None = None, rules: Rules = STANDARD, kind: type[Model] = LanguageModel
+) -> Model:
+    """The model in a folder, or of the Hugging Face hub's repository of that name: one written by its `save`; a run's,
+    at the newest checkpoint of the last stage that has one; one of `transformers`, of a family in
     `gptjax.interop.families`. A llama2.c file will do too, with its tokenizer beside it.
 
     dtype  of the parameters and of what is computed with them: float32 or bfloat16; None: as the files have it
     rules  where the parameters lie on the current mesh (`jax.set_mesh`), on which the model then runs; no device and no
            host holds more of them than its own part
+    kind   what is asked for: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), or `Model`, any of these
 
     Raises UserError for anything else, and for files that are damaged or don't belong together."""
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype: got {dtype!r}, must be {' or '.join(DTYPES)}, or none for the files' own")
     if Path(path).expanduser().is_file():
-        return _llama2c(Path(path).expanduser(), dtype, rules)
+        return _llama2c(Path(path).expanduser(), dtype, rules, kind)
     path = hub.folder(path)
     file = path / "config.json"
     if not file.is_file():
@@ -57,11 +70,11 @@ def load(path: str | Path, dtype: str | None = None, rules: Rules = STANDARD) ->
     except ValueError as error:
         raise UserError(f"path: got {path}, whose config.json is damaged ({error}); restore it") from None
     if "experiment" in config:
-        return _run(path, config["experiment"], dtype, rules)
+        return _run(path, config["experiment"], dtype, rules, kind)
     if "model" in config and "tokenizer" in config:
-        return _saved(path, config, dtype, rules)
+        return _saved(path, config, dtype, rules, kind)
     if "model_type" in config:
-        return _hf(path, dtype, rules)
+        return _hf(path, dtype, rules, kind)
     raise UserError(f"path: got {path}, whose config.json is of another program; give a model's folder or a run's")
 
 
@@ -84,28 +97,50 @@ def trained(
     return restored if lora is None else dataclasses.replace(restored, state=lora.merge(base, restored.state))
 
 
-def _hf(path: Path, dtype: str | None, rules: Rules) -> LanguageModel:
+def _asked(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Model]:
+    """What a model of this configuration is behind: known before its parameters are read."""
+    found = LanguageModel
+    if issubclass(config, EncoderConfig):
+        found = EncoderModel
+    elif issubclass(config, EncoderDecoderConfig):
+        found = TextToText
+    if not issubclass(found, kind):
+        raise UserError(
+            f"kind: got {kind.__name__}, must be {found.__name__} for the model in {path}: "
+            f"gptjax.load(path, kind=gptjax.{found.__name__})"
+        )
+    return found
+
+
+def _hf(path: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
+    _asked(kind, huggingface.read_kind(path), path)
     config, params = huggingface.load_hf(path, dtype, rules)
+    tokenizer = tokenizers.load(path)
+    if isinstance(config, EncoderConfig):
+        return EncoderModel(config, params, tokenizer, rules=rules)
+    ends = huggingface.read_ends(path)
+    if isinstance(config, EncoderDecoderConfig):
+        return TextToText(config, params, tokenizer, huggingface.read_start(path), ends, rules=rules)
     context = huggingface.read_config(path).get("max_position_embeddings")
-    tokenizer, template = tokenizers.load(path), tokenizers.load_template(path)
-    return LanguageModel(config, params, tokenizer, context, template, rules, huggingface.read_ends(path))
+    return LanguageModel(config, params, tokenizer, context, tokenizers.load_template(path), ends, rules=rules)
 
 
-def _llama2c(file: Path, dtype: str | None, rules: Rules) -> LanguageModel:
+def _llama2c(file: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
+    _asked(kind, TransformerConfig, file)
     fields, tensors = llama2c.read(file)
     config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
     context = fields.get("max_position_embeddings")
     return LanguageModel(config, params, load_tokenizer(file.parent), context, rules=rules)
 
 
-def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Rules) -> LanguageModel:
+def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
     model = _model(config["model"], dtype)
+    found = _asked(kind, type(model), path)
     tokenizer = _matching(path, config["tokenizer"])
-    template = ChatTemplate(**config["template"]) if "template" in config else None
     places = declared(model.build(rules))
 
     def placed(name: str, values: np.ndarray) -> jax.Array:
-        fits = name in places and places[name].shape == values.shape  # if not, LanguageModel will say so
+        fits = name in places and places[name].shape == values.shape  # if not, the model will say so
         sharding = places[name].sharding if fits else None
         leaf = jax.ShapeDtypeStruct(values.shape, dtype or values.dtype, sharding=sharding)
         return safetensors.place(leaf, lambda _: values)
@@ -115,13 +150,18 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Rules) 
             params = {name: placed(name, file[name]) for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
-    ends = tuple(config["ends"]) if "ends" in config else None
-    return LanguageModel(model, nested(params), tokenizer, config["context"], template, rules, ends)
+    settings = {name: config[name] for name in ("context", "start") if name in config}
+    if config.get("template") is not None:
+        settings["template"] = ChatTemplate(**config["template"])
+    if config.get("ends") is not None:
+        settings["ends"] = tuple(config["ends"])
+    return found(model, nested(params), tokenizer, rules=rules, **settings)
 
 
-def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Rules) -> LanguageModel:
+def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
     # Read as JSON, for the stages may have classes that only the experiment's own file defines.
     model, stages = _model(experiment["model"], dtype), experiment["stages"]
+    found = _asked(kind, type(model), path)
     adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
     places = declared(model.build(rules))
     abstract = {
@@ -133,7 +173,8 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Rules
                 continue
         restored = trained(path / "checkpoints", adapters, name, nested(abstract))
         tokenizer = _matching(path, restored.extra["tokenizer"])
-        return LanguageModel(model, restored.state, tokenizer, stage["data"].get("length"), rules=rules)
+        settings = {"context": stage["data"].get("length")} if found is LanguageModel else {}
+        return found(model, restored.state, tokenizer, rules=rules, **settings)
     raise UserError(f"path: got {path}, a run without a checkpoint yet; train it first")
 
 

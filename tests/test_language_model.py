@@ -142,7 +142,7 @@ def test_what_is_no_model_is_refused(tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"^path: got .*, which has no config.json"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="whose weights are pickles"):
         load(tmp_path)

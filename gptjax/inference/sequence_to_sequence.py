@@ -3,49 +3,81 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.inference.generate import State, decode
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.inference.generate import DEFAULT_TOKENS, Completion, State, decode, round_up
 from gptjax.inference.sampling import Sampling
-from gptjax.nn import EncoderDecoder, encoder_decoder
+from gptjax.inference.text import Row
+from gptjax.nn import EncoderDecoder, encoder_decoder, unstack
+from gptjax.sharding import on_mesh_of, reshard
 from gptjax.types import Array, Params, UserError
 
 
 def respond(
     model: EncoderDecoder,
     params: Params,
+    tokenizer: Tokenizer,
     sources: Sequence[Sequence[int]],
     start: int,
     ends: Sequence[int],
-    max_tokens: int,
+    max_tokens: int | None = None,
     sampling: Sampling = Sampling(),
     seed: int = 0,
-) -> list[list[int]]:
-    """The target of each source, token ids, without the `start` that it begins with, down to the first of `ends` (kept)
-    or `max_tokens`. In T5 `start` is the padding's id, 0, and 1 ends a text. Source i is answered with the seed
-    `seed + i`. Raises UserError for an empty source, and where `max_tokens` is more than the model's positions."""
-    if not all(map(len, sources)):
-        raise UserError("sources: got one of no tokens, must have at least one")
-    limit = model.config.limit
-    if max_tokens < 1 or (limit is not None and max_tokens > limit):
-        raise UserError(f"max_tokens: got {max_tokens}, must be at least 1 and at most the model's positions, {limit}")
-    tokens = np.zeros((len(sources), max(map(len, sources))), np.int32)
-    segments = np.zeros_like(tokens)
-    for row, source in enumerate(sources):
-        tokens[row, : len(source)], segments[row, : len(source)] = source, 1
-    params = model.config.unstack(params)
-    seeds = np.arange(seed, seed + len(sources)).astype(np.uint32)
-    vocab = model.config.vocab
-    seen = vocab if sampling.penalizes else 0
-    state = _begin(model, params, tokens, segments, np.int32(start), seeds, max_tokens, seen)
-    done = np.zeros(len(sources), bool)
-    state = decode(model, params, state, max_tokens, done, np.asarray(ends, np.int32), sampling, vocab)
-    written = np.asarray(state.tokens)[:, 1 : int(state.cache.length) + 1].tolist()
-    return [_until(row, ends) for row in written]
+    batch: int = 32,
+) -> list[Completion]:
+    """The target of each source (token ids), without the `start` that it begins with, down to the first of `ends` (in
+    T5 they are 0, the padding, and 1) or after `max_tokens` (None: 256, or what the model's positions leave).
+
+    Source i is answered with the seed `seed + i`. `batch` is how many are at a time: it changes speed and memory only.
+    With parameters on a mesh, the model runs there.
+
+    Raises UserError for an empty source, one with tokens that the model doesn't know, and one or a `max_tokens` beyond
+    the model's positions."""
+    vocab, limits = model.config.vocab, (model.config.encoder.limit, model.config.limit)
+    for source in sources:
+        if not 0 < len(source) <= (limits[0] or len(source)):
+            raise UserError(f"sources: got one of {len(source)} tokens, must be of 1 to {limits[0] or 'any number'}")
+        if not 0 <= min(source) <= max(source) < vocab:
+            raise UserError(f"sources: got tokens {min(source)} to {max(source)}, must be 0 to {vocab - 1}")
+    longest = min(DEFAULT_TOKENS, limits[1] or DEFAULT_TOKENS) if max_tokens is None else max_tokens
+    if not 1 <= longest <= (limits[1] or longest):
+        raise UserError(f"max_tokens: got {longest}, must be 1 to {limits[1] or 'any number'}, the model's positions")
+    vocab = min(tokenizer.vocab, vocab)
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))  # the least padding
+    completions: dict[int, Completion] = {}
+    with on_mesh_of(params):
+        params = unstack(model.config, params)
+        for first in range(0, len(order), batch):
+            group = order[first : first + batch]
+            width = min(round_up(max(len(sources[i]) for i in group)), limits[0] or sys.maxsize)
+            tokens, segments = np.zeros((2, len(group), width), np.int32)
+            for row, i in enumerate(group):
+                tokens[row, : len(sources[i])], segments[row, : len(sources[i])] = sources[i], 1
+            seeds = np.asarray([seed + i for i in group], np.int64).astype(np.uint32)
+            seen = vocab if sampling.penalizes else 0
+            state = _begin(model, params, tokens, segments, np.int32(start), seeds, round_up(longest), seen)
+            done = np.zeros(len(group), bool)
+            state = decode(model, params, state, longest, done, np.asarray(ends, np.int32), sampling, vocab)
+            drawn, logprobs, end = jax.device_get((state.tokens, state.logprobs, state.cache.length))
+            for row, i in enumerate(group):
+                new = row, slice(1, int(end) + 1)
+                completions[i] = _completion(tokenizer, longest, ends, drawn[new].tolist(), logprobs[new].tolist())
+    return [completions[i] for i in range(len(sources))]
+
+
+def _completion(
+    tokenizer: Tokenizer, longest: int, ends: Sequence[int], ids: Sequence[int], logprobs: Sequence[float]
+) -> Completion:
+    row = Row(tokenizer, longest, (), ends)
+    row.extend(ids, logprobs)
+    assert row.finish is not None
+    return Completion(tokenizer.decode(row.ids), tuple(row.ids), tuple(row.logprobs), row.finish)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "seen"))
@@ -60,17 +92,13 @@ def _begin(
     seen: int,
 ) -> State:
     B = source.shape[0]
+    rules = model.rules.for_rows(B)
+    source, segments = (reshard(x, rules("batch", None)) for x in (source, segments))
     return State(
         tokens=jnp.zeros((B, size + 1), jnp.int32).at[:, 0].set(start),
         logprobs=jnp.zeros((B, size + 1), jnp.float32),
         positions=jnp.zeros(B, jnp.int32),
         keys=jax.vmap(jax.random.key)(seeds),
         seen=jnp.zeros((B, seen), bool) if seen else None,
-        cache=encoder_decoder.read(model, params, source, size, segments=segments),
+        cache=encoder_decoder.read(model.clone(rules=rules), params, source, size, segments=segments),
     )
-
-
-def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """The ids down to the first that is one of `ends`."""
-    last = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: last + 1]

@@ -28,6 +28,7 @@ from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import (
     MLP,
     Attention,
+    EncoderConfig,
     EncoderDecoderConfig,
     LongRoPE,
     MixtureOfExperts,
@@ -64,6 +65,7 @@ def save_hf(
     dtype: str = "float32",
     model_type: str | None = None,
     ends: Sequence[int] | None = None,
+    start: int | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: config.json, generation_config.json, safetensors of this dtype, and
     the tokenizer's files.
@@ -72,21 +74,27 @@ def save_hf(
     template    how it reads conversations; None: in our own format, where the tokenizer has its markers
     model_type  the family to write it as; None: the first that can express it
     ends        the tokens at which a text ends; None: the special ones, the end of a message first
+    start       the token that every target of an encoder-decoder begins with
 
     Raises UserError for a model that no published family can express, and says what is in the way."""
     described, tensors = to_tensors(config, params, dtype, model_type)
     folder = Path(folder)
     safetensors.write(folder, tensors.shapes, tensors.__getitem__)
-    bos, end = (None, None) if tokenizer is None else (tokenizer.bos, tokenizer.end)
-    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": end}
+    specials = {} if tokenizer is None else tokenizer.specials
+    bos, end = (specials.get(role) for role in ("<|bos|>", "<|end|>"))
+    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": specials.get("<|pad|>", end)}
+    if start is not None:
+        ids["decoder_start_token_id"] = start
     if ends is None and tokenizer is not None:
         ends = sorted(set(tokenizer.specials.values()), key=lambda i: (i != end, i))
     length = {} if context is None else {"max_position_embeddings": context}
     _write_json(folder / "config.json", {**length, **described, **ids, "dtype": dtype})
     generation = {**ids, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else ids
-    _write_json(folder / "generation_config.json", generation)
+    if not isinstance(config, EncoderConfig):  # which doesn't generate
+        _write_json(folder / "generation_config.json", generation)
     if tokenizer is not None:
-        tokenizers.save(tokenizer, folder, context or config.limit, template)
+        closed = isinstance(config, EncoderConfig | EncoderDecoderConfig)
+        tokenizers.save(tokenizer, folder, context or config.limit, template, closed)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -99,6 +107,19 @@ def read_config(folder: str | Path, name: str = "config.json") -> Fields:
         return Fields(multimodal.text_fields(json.loads((Path(folder) / name).read_text())))
     except (OSError, ValueError) as error:
         raise UserError(f"path: got {folder}, whose {name} is missing or damaged ({error})") from None
+
+
+def read_kind(folder: str | Path) -> type[ModelConfig]:
+    """The class of configuration that a folder's model has. Raises UserError for a model of no known family."""
+    return _family(read_config(folder)["model_type"]).kind
+
+
+def read_start(folder: str | Path) -> int:
+    """The token that every target of a folder's encoder-decoder begins with: padding, where it names no other."""
+    names = ("generation_config.json", "config.json")
+    files = [read_config(folder, name) for name in names if (Path(folder) / name).is_file()]
+    keys = ("decoder_start_token_id", "pad_token_id")
+    return next((file[key] for key in keys for file in files if file.get(key) is not None), 0)
 
 
 def read_ends(folder: str | Path) -> tuple[int, ...] | None:

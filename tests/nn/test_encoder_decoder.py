@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax import sharding
+from gptjax.data.tokenizers import Bytes
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.sequence_to_sequence import respond
 from gptjax.nn import (
@@ -44,6 +45,7 @@ ROTARY = EncoderDecoderConfig(
     EncoderConfig(**SIZES),
     TransformerConfig(**SIZES | {"layers": 3}, cross=MultiHeadAttention(qk_norm=RMSNorm())),
 )
+TOKENIZER = Bytes().build(iter(()))
 SOURCE = jax.random.randint(jax.random.key(6), (4, 9), 0, 32)
 TOKENS = jax.random.randint(jax.random.key(7), (4, 8), 0, 32)
 # Logits are of size 1 and pass through 4 layers of sums of 16 to 64 float32 products.
@@ -123,15 +125,21 @@ def test_a_mesh_changes_nothing(model):
 def test_greedy_responses_are_those_of_the_full_forward(model):
     model, params = model
     sources = [SOURCE[row, :length].tolist() for row, length in enumerate((9, 5, 2))]
-    got = respond(model, params, sources, start=0, ends=(), max_tokens=6, sampling=Sampling(temperature=0))
+    got = respond(model, params, TOKENIZER, sources, start=0, ends=(), max_tokens=6, sampling=Sampling(temperature=0))
+    got = [list(completion.ids) for completion in got]
     for source, ids in zip(sources, got, strict=True):
         # Causal: the logits before what is not written yet are what they will be.
         logits, _ = apply(model, params, jnp.array([[0, *ids]]), source=jnp.array([source]))
         assert ids == jnp.argmax(logits[0, :-1], -1).tolist()
-    assert respond(model, params, sources[1:2], 0, (), 6, Sampling(temperature=0)) == got[1:2]
+    (alone,) = respond(model, params, TOKENIZER, sources[1:2], 0, (), 6, Sampling(temperature=0))
+    assert list(alone.ids) == got[1]
     end = got[0][2]
-    stopped = respond(model, params, sources, start=0, ends=(end,), max_tokens=6, sampling=Sampling(temperature=0))
-    assert stopped == [ids[: ids.index(end) + 1] if end in ids else ids for ids in got]
+    stopped = respond(
+        model, params, TOKENIZER, sources, start=0, ends=(end,), max_tokens=6, sampling=Sampling(temperature=0)
+    )
+    for completion, ids in zip(stopped, got, strict=True):
+        assert list(completion.ids) == (ids[: ids.index(end) + 1] if end in ids else ids)
+        assert completion.finish == ("stop" if end in ids else "length")
 
 
 def test_bad_fields_are_named():
@@ -202,8 +210,10 @@ def test_t5_is_that_of_transformers(gated):
     logits, _ = apply(model, params, TOKENS, source=SOURCE, source_segments=jnp.asarray(real, jnp.int32))
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     sources = [row[keep].tolist() for row, keep in zip(np.asarray(SOURCE), real, strict=True)]
-    ours = respond(model, params, sources, start=0, ends=(1,), max_tokens=12, sampling=Sampling(temperature=0))
-    assert ours == [row[1 : row.index(1) + 1] if 1 in row else row[1:] for row in written]
+    ours = respond(
+        model, params, TOKENIZER, sources, start=0, ends=(1,), max_tokens=12, sampling=Sampling(temperature=0)
+    )
+    assert [list(x.ids) for x in ours] == [row[1 : row.index(1) + 1] if 1 in row else row[1:] for row in written]
 
 
 def from_t5(theirs: dict, config: EncoderDecoderConfig) -> dict:

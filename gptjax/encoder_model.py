@@ -1,0 +1,116 @@
+"""An encoder behind one door; it fills in what is hidden, and makes vectors of texts:
+
+bert = gptjax.load("google-bert/bert-base-uncased", kind=gptjax.EncoderModel)
+bert.fill("Paris is the [MASK] of France.")[0][0].text
+bert.embed(["A text.", "Another."])                           # float32 [2, 768]
+bert.save_hf("for/transformers")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.inference.generate import round_up
+from gptjax.model import Model, run
+from gptjax.nn import Embedder, EncoderConfig, Mean, Pooling
+from gptjax.sharding import on_mesh_of
+from gptjax.types import Array, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A token that may be the one behind a mask."""
+
+    text: str
+    id: int
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncoderModel(Model):
+    """A model that reads, as BERT. Raises UserError when it, its parameters and its tokenizer don't fit together.
+
+    A text is read between the tokenizer's first and last token, [CLS] and [SEP], where it has them.
+    """
+
+    config: EncoderConfig
+
+    def logits(
+        self, tokens: Array | np.ndarray | Sequence[Sequence[int]], segments: Array | np.ndarray | None = None
+    ) -> Array:
+        """tokens int [B, T] -> logits [B, T, V] of what each is, in the compute dtype.
+
+        segments  int [B, T]; tokens see their own segment only, so padding has one of its own, 0; None: all one"""
+        ids = jnp.asarray(tokens, jnp.int32)
+        segments = None if segments is None else jnp.asarray(segments, jnp.int32)
+        self._fits(ids.shape[-1])
+        with on_mesh_of(self.params):
+            return run(self._module, self.params, ids, segments)[0]
+
+    def fill(self, text: str, top: int = 5) -> list[list[Candidate]]:
+        """The `top` likeliest tokens for each mask of the text, from left to right: each mask by itself, while all are
+        hidden. A mask is written as the tokenizer names it: "[MASK]" for BERT."""
+        if not 1 <= top <= self.tokenizer.vocab:
+            raise UserError(f"top: got {top}, must be 1 to {self.tokenizer.vocab}, the tokens there are")
+        mask = self.tokenizer.specials.get("<|mask|>")
+        names = [name for name, i in self.tokenizer.specials.items() if i == mask]
+        if mask is None:
+            raise UserError("tokenizer: got one without a mask, must have one to fill in; <|mask|> is its name")
+        parts = re.split("|".join(map(re.escape, names)), text)
+        if len(parts) == 1:
+            raise UserError(f"text: got none of {' or '.join(names)} in it, must be at least one, for what is hidden")
+        first, *rest = self.tokenizer.encode_batch(parts)
+        ids = self._closed([*first, *(i for part in rest for i in (mask, *part))])
+        tokens, segments = self._rows([ids])
+        logits = np.asarray(self.logits(tokens, segments), np.float32)[0, : len(ids), : self.tokenizer.vocab]
+        return [self._likeliest(logits[at], top) for at, token in enumerate(ids) if token == mask]
+
+    def embed(
+        self, texts: str | Sequence[str], pooling: Pooling = Mean(), normalise: bool = True, batch: int = 32
+    ) -> np.ndarray:
+        """One vector a text, float32 [n, D], from the last layer's states: of all its tokens, the first and the last
+        included.
+
+        pooling    how they become one: `Mean()`, `First()` ([CLS])
+        normalise  whether vectors are divided by their length, so that their products are cosines
+        batch      how many texts are read at a time: it changes speed and memory only"""
+        ids = [self._closed(ids) for ids in self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)]
+        if not all(ids):
+            raise UserError("texts: got an empty one, must have at least one character for this tokenizer")
+        embedder = Embedder(self.config, self.rules, pooling=pooling, normalise=normalise)
+        vectors = np.zeros((len(ids), self.config.width), np.float32)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # the least padding
+        with on_mesh_of(self.params):
+            for start in range(0, len(order), batch):
+                group = order[start : start + batch]
+                rows = self._rows([ids[i] for i in group])
+                vectors[group] = np.asarray(run(embedder, self.params, *rows))[:, 0]
+        return vectors
+
+    def _closed(self, ids: Sequence[int]) -> list[int]:
+        """A text's ids between the first and the last token."""
+        bos, end = self.tokenizer.bos, self.tokenizer.end
+        return [*([] if bos is None else [bos]), *ids, *([] if end is None else [end])]
+
+    def _rows(self, texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+        """Texts as rows: tokens and segments int32 [n, T], padded to one of a few lengths."""
+        longest = max(map(len, texts))
+        self._fits(longest)
+        shape = len(texts), min(round_up(longest), self.config.limit or sys.maxsize)
+        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for row, ids in enumerate(texts):
+            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        return jnp.asarray(tokens), jnp.asarray(segments)
+
+    def _likeliest(self, logits: np.ndarray, top: int) -> list[Candidate]:
+        """Of logits [V]."""
+        probabilities = np.asarray(jax.nn.softmax(logits))
+        ids = np.argsort(-logits, kind="stable")[:top].tolist()
+        return [Candidate(self.tokenizer.decode([i]), i, float(probabilities[i])) for i in ids]

@@ -1,0 +1,108 @@
+"""What models behind one door have in common, whatever they are for: `LanguageModel`, `EncoderModel`, `TextToText`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.configuration import to_json
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.nn import ModelConfig
+from gptjax.parameters import declared, flat
+from gptjax.sharding import STANDARD, Rules, reshard
+from gptjax.types import Array, Params, UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model, its parameters and its tokenizer. Raises UserError when they don't fit together."""
+
+    config: ModelConfig
+    """The model."""
+    params: Params = dataclasses.field(repr=False)
+    """Its parameters, as `config.build().init` makes them."""
+    tokenizer: Tokenizer
+    """Its tokenizer."""
+    rules: Rules = dataclasses.field(default=STANDARD, kw_only=True)
+    """How the parameters lie on their mesh, if they lie on one: the model runs there."""
+
+    def __post_init__(self):
+        _check(self.config, self.params, self.tokenizer)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a folder that `load` reads: config.json, params.npz, tokenizer/. Raises UserError if there is one."""
+        with _new(path) as folder:
+            config = {"model": to_json(self.config), "tokenizer": self.tokenizer.fingerprint, **self._settings}
+            (folder / "config.json").write_text(json.dumps(config, indent=2, default=dataclasses.asdict) + "\n")
+            # numpy's format has no bfloat16; float32 holds the same values.
+            arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat(self.params).items()}
+            np.savez(folder / "params.npz", **arrays)
+            self.tokenizer.save(folder / "tokenizer")
+
+    def save_hf(self, path: str | Path, dtype: str = "float32", model_type: str | None = None) -> None:
+        """Writes a folder that `transformers` loads, and `load` too; see `gptjax.interop.huggingface.save_hf`."""
+        from gptjax.interop.huggingface import save_hf
+
+        about = {"dtype": dtype, "model_type": model_type, **self._settings}
+        with _new(path) as folder:
+            save_hf(folder, self.config, self.params, self.tokenizer, **about)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a folder says of this kind of model beside, by the names of its fields."""
+        return {}
+
+    @property
+    def _module(self) -> Any:
+        return self.config.build(self.rules)
+
+    def _fits(self, length: int) -> None:
+        limit = self.config.limit
+        if limit is not None and length > limit:
+            raise UserError(f"tokens: got {length}, must be at most {limit}, the positions this model has")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(module: Any, params: Params, tokens: Array, segments: Array | None = None) -> Any:
+    """What a module makes of rows of tokens int32 [B, T], and of their segments [B, T], where its parameters lie."""
+    rules = module.rules.for_rows(len(tokens))
+    rows = [x if x is None else reshard(x, rules("batch", None)) for x in (tokens, segments)]
+    return module.clone(rules=rules).apply({"params": params}, rows[0], segments=rows[1])
+
+
+@contextlib.contextmanager
+def _new(path: str | Path) -> Iterator[Path]:
+    """An empty folder, which is renamed `path` once it is whole. Raises UserError if there is one of that name."""
+    path = Path(path).expanduser()
+    if path.exists():
+        raise UserError(f"path: got {path}, which exists already; choose another or delete it")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(path)
+
+
+def _check(config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab > config.vocab:
+        raise UserError(
+            f"tokenizer: got one of {tokenizer.vocab} ids, must be at most {config.vocab}, the model's vocabulary; "
+            "use the tokenizer the model was trained with"
+        )
+    want = {name: x.shape for name, x in declared(config.build()).items()}
+    got = {name: x.shape for name, x in flat(params).items()}
+    for name in sorted(want.keys() | got.keys()):
+        if want.get(name) != got.get(name):
+            raise UserError(
+                f"params: got {name} of shape {got.get(name, '(absent)')}, must be {want.get(name, '(absent)')} "
+                "for this model configuration"
+            )
