@@ -139,6 +139,7 @@ def from_tensors(
     family = _family(fields["model_type"])
     fields.only(quantization_config=None)
     config = family.read(fields)
+    tensors = safetensors.Renamed(tensors, {_current(name, family.former): name for name in tensors})
     abstract = declared(config.build(rules))
     table = _without_prefix(family) if not any(name.startswith(family.prefix) for name in tensors) else family
     parts = pieces(table, _stacks(config), {name: leaf.shape for name, leaf in abstract.items()})
@@ -286,6 +287,11 @@ def _mlp(part: MLP | None) -> MLP | None:
         return part
     router = dataclasses.replace(part.router, load_balance=0.0, z_loss=0.0)
     return dataclasses.replace(part, router=router, capacity=None, implementation=None)
+
+
+def _current(name: str, former: Iterable[tuple[str, str]]) -> str:
+    """The name of the table for one of a file."""
+    return next((name.removesuffix(old) + new for old, new in former if name.endswith(old)), name)
 
 
 def _without_prefix(family: Family) -> Family:

@@ -4,13 +4,13 @@ its tensors. What sees is left out, so only text can be read and written.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from gptjax.interop.safetensors import Renamed
 
 INNER = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
 """What the names of its tensors begin with, in two versions; `model.` in files of text alone."""
@@ -39,29 +39,8 @@ def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **DEFAULTS.get(inner.get("model_type", ""), {}), **inner}
 
 
-@dataclasses.dataclass(frozen=True)
-class TextTensors(Mapping[str, np.ndarray]):
-    """The language model's tensors, by the names that they have in files of text alone."""
-
-    whole: Mapping[str, np.ndarray]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.whole[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @functools.cached_property
-    def _names(self) -> dict[str, str]:
-        """Name -> the one in the files."""
-        inner = {name: INNER.sub("model.", name) for name in self.whole if INNER.match(name)}
-        heads = {name: HEAD for name in self.whole if name.endswith(HEAD)}
-        return {ours: theirs for theirs, ours in (inner | heads).items()}
-
-
 def text_tensors(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Those of the language model; of a model of text alone, all."""
-    return TextTensors(tensors) if any(map(INNER.match, tensors)) else tensors
+    """Those of the language model, by the names that they have in files of text alone; of such a file, all."""
+    names = {HEAD if name.endswith(HEAD) else INNER.sub("model.", name): name for name in tensors}
+    inner = {ours: name for ours, name in names.items() if ours == HEAD or INNER.match(name)}
+    return Renamed(tensors, inner) if any(map(INNER.match, tensors)) else tensors

@@ -110,6 +110,24 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self._headers)
 
 
+@dataclasses.dataclass(frozen=True)
+class Renamed(Mapping[str, np.ndarray]):
+    """Some tensors of others under names of their own."""
+
+    whole: Mapping[str, np.ndarray]
+    names: Mapping[str, str]
+    """Name -> the one in `whole`."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.whole[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 def place(leaf: jax.ShapeDtypeStruct, part: Callable[[int], np.ndarray]) -> Array:
     """The array of this shape, dtype and sharding (None: one default device) whose values `part` gives.
 

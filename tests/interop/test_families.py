@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.huggingface import from_tensors, load_hf, save_hf, to_tensors
 from gptjax.interop.safetensors import SINGLE
 from gptjax.nn import RecurrentConfig, ReLUSquared, Transformer, TransformerConfig, Variant, count
@@ -146,6 +147,26 @@ def test_tensors_that_do_not_fit_are_refused_by_name():
         from_tensors(fields, {**tensors, name: tensors[name].T})
     with pytest.raises(UserError, match=r"^tensors: lacks lm_head.weight"):
         from_tensors({**fields, "tie_word_embeddings": False}, tensors)
+
+
+@pytest.mark.parametrize("case", ["bert", "t5"])
+def test_names_of_older_files_are_known(case):
+    """bert-base-uncased has them, and t5-small a bias that nobody uses."""
+    defaults = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_epsilon": 1e-6}
+    fields = {"model_type": case, **CASES[case], **defaults}
+    config = next(family for family in FAMILIES if family.model_type == case).read(Fields(fields))
+    shapes = jax.eval_shape(config.build().init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: draw.normal(size=x.shape).astype("f"), shapes)
+    tensors = dict(to_tensors(config, params)[1])
+    if case == "bert":
+        ends = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        old = {re.sub("LayerNorm.*", lambda end: ends[end[0]], name): x for name, x in tensors.items()}
+        assert old.keys() & tensors.keys() < tensors.keys()
+    else:
+        unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+        old = {**tensors, unused: np.ones((8, 4)), "lm_head.weight": tensors["shared.weight"]}
+    jax.tree.map(np.testing.assert_array_equal, from_tensors(fields, old)[1], params)
 
 
 def test_what_nobody_needs_is_passed_over():

@@ -73,4 +73,5 @@ def write(m: EncoderConfig) -> dict[str, Any]:
 
 
 IGNORED = r"bert\.(pooler\..*|embeddings\.position_ids)|cls\.(seq_relationship|predictions\.decoder)\..*"
-FAMILY = Family("bert", "BertForMaskedLM", read, write, TABLE, kind=EncoderConfig, prefix="bert.", ignored=IGNORED)
+FORMER = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+FAMILY = Family("bert", "BertForMaskedLM", read, write, TABLE, EncoderConfig, "bert.", IGNORED, FORMER)

@@ -70,6 +70,8 @@ class Family:
     """What names begin with; files of the model without its head lack it."""
     ignored: str = r"lm_head\.weight|.*\.rotary_emb\.inv_freq"
     """Names of tensors that nobody needs: buffers that can be computed, and a head that is tied to the embedding."""
+    former: tuple[tuple[str, str], ...] = ()
+    """How names end in older files, and how they do in the table."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,10 @@ def write(m: EncoderDecoderConfig) -> dict[str, Any]:
     }
 
 
-IGNORED = r"(encoder|decoder)\.embed_tokens\.weight"
+IGNORED = (
+    r"(encoder|decoder)\.embed_tokens\.weight|lm_head\.weight"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # which nobody ever used
+)
 FAMILY = Family(
     "t5", "T5ForConditionalGeneration", read, write, TABLE, kind=EncoderDecoderConfig, prefix="", ignored=IGNORED
 )
