@@ -76,7 +76,7 @@ def test_from_transformers_to_llama_cpp(config, dtype, code, tokenizer, tmp_path
 def test_an_adapter_is_merged_on_the_way(tokenizer, tmp_path):
     lm, lora = make(LLAMA, tokenizer), LoRA(rank=2, match=("q", "down"))
     adapters = jax.tree.map(lambda x: x + 0.1, lora.init(jax.random.key(0), lm.params))
-    peft.write(tmp_path / "adapter", lora, adapters, LLAMA, peft.LLAMA)
+    peft.write(tmp_path / "adapter", lora, adapters, LLAMA)
     lm.save_hf(tmp_path / "base")
     convert(tmp_path / "base", tmp_path / "merged", "--to", "gptjax", "--adapter", tmp_path / "adapter")
     merged = gptjax.load(tmp_path / "merged").params
