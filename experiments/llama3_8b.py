@@ -1,9 +1,10 @@
-"""A model of Llama 3's shape (8B) on C4, for a v5p-128 slice: `python -m experiments llama3_8b`.
+"""A model of Llama 3's shape (8B) on C4, for a v5p-128 or a v6e-256 slice: `python -m experiments llama3_8b`.
 
-64 chips share out the parameters. Not run; `gptjax plan llama3_8b --on v5p:4x4x4` says: 8.03 billion parameters, 1
-million tokens a step, 12.4 GiB of 95 a chip; 6.07e16 FLOPs a step and 8.27e16 with what is computed again, so at least
-2.8 s, without what chips send each other, which this version of jaxlib could not read: at most 32 billion tokens a day,
-at least 3.3 days and $21,000 ($4.20 a chip and hour) for 100,000 steps.
+The chips share out the parameters. Not run. 2 million tokens, 1.21e17 FLOPs a step, 1.65e17 with what is computed
+again. Of 100,000 steps `gptjax plan llama3_8b --on ...` says, at best (all overlapping) and at worst (nothing):
+
+    v5p:4x4x4   20.3 of 95 GiB   5.6 to 6.2 s a step     6.5 to 7.1 days      $42,000 to $46,000 ($4.20 a chip and hour)
+    v6e:16x16    6.6 of 32 GiB   0.70 to 1.06 s a step   19.5 to 29.5 hours   $13,500 to $20,400 ($2.70)
 """
 
 from gptjax import data, objectives, optim

@@ -164,6 +164,13 @@ class LanguageModel(Model):
                 del kept[oldest]
         return kept, total - len(kept)
 
+    def reading(self, context: int) -> LanguageModel:
+        """This model for texts and conversations of up to so many tokens, where it can tell more apart than it was
+        loaded for: Phi-3's, whose LongRoPE has other frequencies for texts beyond the original length."""
+        if not isinstance(self.config, TransformerConfig):
+            raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to read longer texts")
+        return dataclasses.replace(self, config=self.config.reading(context), context=context)
+
     def with_adapter(self, folder: str | Path) -> LanguageModel:
         """This model with a PEFT adapter merged into its parameters; see `gptjax.interop.peft`."""
         from gptjax.interop import peft

@@ -29,7 +29,7 @@ from gptjax.interop import hub, huggingface, llama2c, safetensors, tokenizers
 from gptjax.interop.templates import ChatTemplate
 from gptjax.language_model import LanguageModel
 from gptjax.model import Model
-from gptjax.nn import EncoderConfig, EncoderDecoderConfig, LoRA, ModelConfig, TransformerConfig
+from gptjax.nn import EncoderConfig, EncoderDecoderConfig, LongRoPE, LoRA, ModelConfig, RoPE, TransformerConfig
 from gptjax.parameters import declared, nested
 from gptjax.sharding import STANDARD, Rules
 from gptjax.text_to_text import TextToText
@@ -122,6 +122,9 @@ def _hf(path: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model
     if isinstance(config, EncoderDecoderConfig):
         return TextToText(config, params, tokenizer, huggingface.read_start(path), ends, rules=rules)
     context = huggingface.read_config(path).get("max_position_embeddings")
+    assert isinstance(config, TransformerConfig)
+    if isinstance(config.positions, RoPE) and isinstance(scaling := config.positions.scaling, LongRoPE):
+        context = scaling.length  # `LanguageModel.reading` goes beyond
     return LanguageModel(config, params, tokenizer, context, tokenizers.load_template(path), ends, rules=rules)
 
 

@@ -273,6 +273,16 @@ class TransformerConfig(ModelConfig):
     def computing_in(self, dtype: str) -> Self:
         return dataclasses.replace(self, dtype=dtype)
 
+    def reading(self, length: int) -> Self:
+        """The same model for texts of up to so many tokens: what `LongRoPE` needs to know."""
+
+        def longer(variant: Variant) -> Variant:
+            positions = None if variant.positions is None else variant.positions.reading(length)
+            return dataclasses.replace(variant, positions=positions)
+
+        variants = {"first": tuple(map(longer, self.first)), "pattern": tuple(map(longer, self.pattern))}
+        return dataclasses.replace(self, positions=self.positions.reading(length), **variants)
+
     def flops(self, length: int) -> int:
         """FLOPs of training on one token, forward and backward, at this context length: 6 for every weight of a matrix
         product, and 12 D T a layer for attention scores and sums (PaLM, arXiv:2204.02311, appendix B; not halved for

@@ -125,6 +125,31 @@ def test_a_model_of_transformers_goes_in_and_out(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
 
 
+def test_phi_3_reads_beyond_its_original_length(tmp_path):
+    """`transformers` takes the long factors for a text beyond it, and the short ones within."""
+    torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install -e '.[torch]'")
+    transformers = pytest.importorskip("transformers", reason="compares with it: pip install -e '.[torch]'")
+    torch.manual_seed(0)
+    made = transformers.AutoConfig.for_model("phi3", **CASES["phi3 long"])
+    theirs = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    config, params = load_hf(tmp_path / "theirs")
+    save_hf(tmp_path / "ours", config.reading(128), params)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    for length, model in ((64, config), (100, config.reading(128))):
+        tokens = np.random.default_rng(0).integers(0, 96, (1, length))
+        with torch.inference_mode():
+            expected, same = (m(torch.tensor(tokens)).logits.numpy() for m in (theirs, again))
+        logits = np.asarray(jax.jit(model.build().apply)({"params": params}, tokens)[0])
+        np.testing.assert_array_equal(same, expected)
+        assert np.abs(logits - expected).max() / np.abs(expected).max() < 1e-4
+    other = np.asarray(jax.jit(config.build().apply)({"params": params}, tokens)[0])
+    assert np.abs(other - expected).max() / np.abs(expected).max() > 1e-3
+
+
 def tiny(**changes):
     """A model, what config.json says of it, and its tensors."""
     config = TransformerConfig(vocab=16, layers=2, width=8, heads=2, kv_heads=1, hidden=12, **changes)

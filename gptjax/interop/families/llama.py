@@ -9,7 +9,7 @@ from typing import Any
 from gptjax.interop.families.family import Family, Fields, Row
 from gptjax.interop.families.fields import GATED, activation, attention_bias, of_activation, of_sizes, sizes
 from gptjax.interop.families.rope import of_rope, rope
-from gptjax.nn import MultiHeadAttention, RMSNorm, TransformerConfig
+from gptjax.nn import MultiHeadAttention, RMSNorm, RoPE, TransformerConfig
 
 ENDS = (
     Row("model.embed_tokens.weight", "V D", "embedding", "V D"),
@@ -50,7 +50,15 @@ def write(m: TransformerConfig) -> dict[str, Any]:
 
 
 def plain(c: Fields) -> TransformerConfig:
-    """A Llama without biases: what other families add to."""
+    """A Llama without biases: what other families add to. These turn whole heads, whatever config.json says."""
+    m = partly_turned(c)
+    assert isinstance(m.positions, RoPE)
+    Fields(partial_rotary_factor=m.positions.fraction).only(partial_rotary_factor=1.0)
+    return m
+
+
+def partly_turned(c: Fields) -> TransformerConfig:
+    """The same, where a family can turn a part of each head alone."""
     return TransformerConfig(
         **sizes(c), positions=rope(c), norm=RMSNorm(c["rms_norm_eps"]), mlp=activation(c, "hidden_act", GATED)
     )

@@ -3,8 +3,11 @@ one."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from gptjax.interop.families import llama, mistral
-from gptjax.interop.families.family import Family, Row
+from gptjax.interop.families.family import Family, Fields, Row
+from gptjax.nn import MultiHeadAttention, TransformerConfig
 
 JOINED = (
     Row("model.layers.{L}.self_attn.qkv_proj.weight", "([N]+K+K H) D", "blocks/{L}/attention/q", "D N H"),
@@ -16,5 +19,10 @@ JOINED = (
     Row("model.layers.{L}.mlp.down_proj.weight", "D F", "blocks/{L}/mlp/down", "F D"),
 )
 
+
+def read(c: Fields) -> TransformerConfig:
+    return dataclasses.replace(llama.partly_turned(c), attention=MultiHeadAttention(window=c.get("sliding_window")))
+
+
 TABLE = (*llama.ENDS, *JOINED, *llama.NORMS)
-FAMILY = Family("phi3", "Phi3ForCausalLM", mistral.read, mistral.write, TABLE)
+FAMILY = Family("phi3", "Phi3ForCausalLM", read, mistral.write, TABLE)

@@ -52,7 +52,8 @@ ALIASES = {"su": "longrope"}
 def rope(c: Fields, given: Mapping[str, Any] | None = None, theta: float = 10_000.0, fraction: float = 1.0) -> RoPE:
     """The encoding that the fields say; or one of several, which `given` says. theta, fraction: what lacking ones mean.
 
-    Of long and short LongRoPE factors we take the short ones, which are those of texts within the original length."""
+    Of long and short LongRoPE factors we take the short ones, which are those of texts within the original length:
+    `TransformerConfig.reading` says otherwise."""
     said = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})} if given is None else given
     kind = said.get("rope_type", said.get("type", "default"))
     kind = ALIASES.get(kind, kind)
@@ -85,10 +86,13 @@ def of_rope(positions: Positions | None, fraction: float = 1.0) -> dict[str, Any
             if positions.fraction != fraction:
                 top["partial_rotary_factor"] = positions.fraction
             original = values.get("original_max_position_embeddings")
+            lengths = {} if original is None else {"original_max_position_embeddings": original}
+            if isinstance(positions.scaling, LongRoPE):  # there, `transformers` takes the factor from these two
+                lengths["max_position_embeddings"] = round(positions.scaling.original * positions.scaling.factor)
             return {
                 **top,
+                **lengths,
                 **({} if kind == "default" else {"rope_scaling": {**top, **scaling}}),
-                **({} if original is None else {"original_max_position_embeddings": original}),
                 "rope_parameters": {**top, **scaling},
             }
     return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 from gptjax.nn.module import Weight
 from gptjax.types import Array
@@ -25,6 +26,10 @@ class Positions:
         """Whether it acts once for all layers, so that a layer cannot have its own: all but those that only rotate."""
         kind = type(self)
         return kind.__call__ is not Positions.__call__ or kind.bias is not Positions.bias
+
+    def reading(self, length: int) -> Self:
+        """The same encoding for texts of up to so many tokens."""
+        return self
 
     def check(self, head_size: int) -> None:
         """Raises UserError when heads of this size cannot have this encoding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +39,9 @@ class RoPE(Positions):
             raise UserError(f"positions.fraction: got {self.fraction}, must be more than 0 and at most 1")
         if not self.theta > 1:
             raise UserError(f"positions.theta: got {self.theta}, must be more than 1")
+
+    def reading(self, length: int) -> Self:
+        return dataclasses.replace(self, scaling=self.scaling.reading(length))
 
     def check(self, head_size: int) -> None:
         size = self._size(head_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Self
 
 import numpy as np
 
@@ -24,6 +25,10 @@ def mscale(factor: float, weight: float = 1.0) -> float:
 @dataclasses.dataclass(frozen=True)
 class Scaling:
     """Frequencies as they are: f_i = theta^(-2i/R)."""
+
+    def reading(self, length: int) -> Self:
+        """The same scaling for texts of up to so many tokens."""
+        return self
 
     def check(self, size: int) -> None:
         """Raises UserError when R = `size` turned numbers cannot be scaled so."""
@@ -187,6 +192,9 @@ class LongRoPE(Scaling):
     def __post_init__(self):
         _at_least("factor", self.factor, 1)
         _at_least("original", self.original, 2)
+
+    def reading(self, length: int) -> Self:
+        return dataclasses.replace(self, length=length)
 
     @property
     def factors(self) -> tuple[float, ...]:
