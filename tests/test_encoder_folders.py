@@ -254,6 +254,21 @@ def test_vectors_are_pooled_over_the_texts_own_tokens(folders):
 
 @pytest.mark.torch
 @THEIRS
+def test_a_model_of_sentences_needs_no_head(folders, tmp_path):
+    """`BertModel`, which most of them are."""
+    reader, tokenizer = theirs(folders / "bert")
+    for part in (reader.bert, tokenizer):
+        part.save_pretrained(tmp_path / "headless")
+    model = gptjax.load(tmp_path / "headless", kind=gptjax.EncoderModel)
+    vectors = model.embed(TEXTS)
+    np.testing.assert_array_equal(vectors, gptjax.load(folders / "bert", kind=gptjax.EncoderModel).embed(TEXTS))
+    model.save_hf(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == ["BertModel"]
+    np.testing.assert_array_equal(gptjax.load(tmp_path / "again", kind=gptjax.EncoderModel).embed(TEXTS), vectors)
+
+
+@pytest.mark.torch
+@THEIRS
 def test_t5_writes_what_transformers_does(folders, tmp_path):
     model = gptjax.load(folders / "t5", kind=gptjax.TextToText)
     texts = TEXTS[1:]

@@ -54,7 +54,7 @@ def read(c: Fields) -> EncoderConfig:
         bias=True,
         types=c["type_vocab_size"],
         embedding_norm=norm,
-        transform=Transform(mlp),
+        transform=None if c.get("architectures") == HEADLESS else Transform(mlp),
     )
 
 
@@ -69,9 +69,12 @@ def write(m: EncoderConfig) -> dict[str, Any]:
         "layer_norm_eps": m.norm.eps,
         "hidden_act": of_activation(m.mlp, DENSE),
         "type_vocab_size": m.types,
+        **({"architectures": HEADLESS} if m.transform is None else {}),
     }
 
 
-IGNORED = r"bert\.(pooler\..*|embeddings\.position_ids)|cls\.(seq_relationship|predictions\.decoder)\..*"
+HEADLESS = ["BertModel"]
+"""Most models of sentences: without the head that fills in masked tokens."""
+IGNORED = r"(bert\.)?(pooler\..*|embeddings\.position_ids)|cls\.(seq_relationship|predictions\.decoder)\..*"
 FORMER = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 FAMILY = Family("bert", "BertForMaskedLM", read, write, TABLE, EncoderConfig, "bert.", IGNORED, FORMER)
