@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEARTBEAT = 20  # seconds
@@ -125,7 +126,8 @@ def saved(folder: Path) -> int:
 
 
 def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
-    """Four get SIGTERM, two go on and one of them is killed, one ends it: losses and data as if it had been one."""
+    """Four get SIGTERM, two go on and the second is killed, then the first of another two, one ends it: losses and data
+    as if it had been one."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     file, folder = tmp_path / "tiny.py", tmp_path / "runs" / "tiny"
     file.write_text(TINY.replace("TEXT", str(tmp_path / "text.txt")))
@@ -157,8 +159,21 @@ def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
     read = job.read()
     assert read == order[stopped : stopped + len(read)]
 
+    before = saved(folder)
+    assert before > stopped
+    with Job(file, 2) as job:
+        job.reach(folder, before + 8)
+        job.processes[0].kill()  # the one that the others meet at
+        start = time.monotonic()
+        _, (code, errors) = job.end()
+        assert time.monotonic() - start < HEARTBEAT + 10
+        assert code == 134, errors
+        assert "another process of the job" in errors
+    read = job.read()
+    assert read == order[before : before + len(read)]
+
     last = saved(folder)
-    assert last > stopped
+    assert last > before
     with Job(file, 1) as job:
         ended = job.end()
         assert [code for code, _ in ended] == [0], ended
@@ -167,3 +182,48 @@ def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
     assert list(found) == list(expected) == list(range(1, 61))
     # Sums in another order: float32's rounding, grown by the steps that AdamW has divided by small numbers.
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)
+
+
+POISONED = """
+import dataclasses
+import jax.numpy as jnp
+from gptjax.train.divergence import RollBack
+
+
+class Poisoned(objectives.NextToken):
+    # The loss is not a number where a "!" is read.
+    def __call__(self, apply, params, batch, key=None):
+        metrics = super().__call__(apply, params, batch, key)
+        total, weight = metrics["loss"]
+        bad = jnp.any(batch.tokens == MARK)
+        return metrics | {"loss": (jnp.where(bad, jnp.nan, 1.0) * total, weight)}
+
+
+MARK = data.TrainCharacters().build(iter([open("TEXT").read()])).encode("!")[0]
+stage = dataclasses.replace(
+    experiment.stages["main"], objective=Poisoned(), divergence=RollBack(limit=20), steps=30
+)
+experiment = dataclasses.replace(experiment, stages={"main": stage})
+"""
+
+
+@pytest.mark.slow
+def test_processes_roll_back_together(tmp_path):
+    """Two find the same steps bad, go back to the same step, leave out the same batches, and learn what one does."""
+    text = "the quick brown fox jumps over the lazy dog. " * 40
+    (tmp_path / "text.txt").write_text("!" + text * 2 + "!" + text * 2)
+    file = tmp_path / "tiny.py"
+    file.write_text((TINY + POISONED).replace("TEXT", str(tmp_path / "text.txt")))
+    found = []
+    for processes in (1, 2):
+        with Job(file, processes, f"runs/{processes}") as job:
+            ended = job.end()
+            assert [code for code, _ in ended] == [0] * processes, ended
+        folder = tmp_path / "runs" / str(processes)
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        bad = [(x["step"], x["rolled_back_from"], x["batches_left_out"]) for x in lines if "rolled_back_from" in x]
+        found.append((bad, losses(folder)))
+    (bad, one), (bad_of_two, two) = found
+    assert bad == bad_of_two != []
+    assert list(one) == list(two)
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-3)
