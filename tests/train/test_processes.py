@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,7 +63,7 @@ sharding.global_array = noted
 class Job:
     """The experiment on so many processes of one device each."""
 
-    def __init__(self, file: Path, processes: int, out: str = "runs/tiny"):
+    def __init__(self, file: Path, processes: int, out: str = "runs/tiny", options: tuple[str, ...] = ()):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -77,7 +78,7 @@ class Job:
             rows.unlink(missing_ok=True)
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "experiments", file.name, "--out", out],
+                [sys.executable, "-m", "experiments", file.name, "--out", out, *options],
                 cwd=file.parent,
                 env={**os.environ, **common, "JAX_PROCESS_ID": str(number)},
                 stderr=subprocess.PIPE,
@@ -182,6 +183,28 @@ def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
     assert list(found) == list(expected) == list(range(1, 61))
     # Sums in another order: float32's rounding, grown by the steps that AdamW has divided by small numbers.
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_processes_keep_a_mirror(tmp_path):
+    """Two get SIGTERM and their folder is lost; two others go on from the copy, and complete it."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    file, folder, mirror = tmp_path / "tiny.py", tmp_path / "runs" / "tiny", tmp_path / "bucket"
+    file.write_text(TINY.replace("TEXT", str(tmp_path / "text.txt")))
+    options = "runs/tiny", ("--mirror", str(mirror))
+    with Job(file, 2, *options) as job:
+        job.reach(folder, 3)
+        job.processes[1].send_signal(signal.SIGTERM)
+        assert [code for code, _ in job.end()] == [130, 130]
+    stopped = saved(folder)
+    assert saved(mirror) == stopped
+    shutil.rmtree(folder)
+    with Job(file, 2, *options) as job:
+        ended = job.end()
+        assert [code for code, _ in ended] == [0, 0], ended
+    assert len(job.read()) == 60 - stopped + 1  # of validation
+    assert list(losses(mirror)) == list(losses(folder)) == list(range(1, 61))
+    assert saved(mirror) == saved(folder) == 60
 
 
 POISONED = """
