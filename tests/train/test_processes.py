@@ -207,6 +207,42 @@ def test_processes_keep_a_mirror(tmp_path):
     assert saved(mirror) == saved(folder) == 60
 
 
+HANGING = """
+experiment = dataclasses.replace(
+    experiment, stages={"main": dataclasses.replace(experiment.stages["main"], hang=2.0, save_every=60)}
+)
+
+
+def stuck(batch, rules, seen=[]):
+    seen.append(batch)
+    if jax.process_index() == 1 and len(seen) == 10:
+        time.sleep(600)
+    return noted(batch, rules)
+
+
+sharding.global_array = stuck
+"""
+
+
+@pytest.mark.slow
+def test_every_process_says_where_it_hangs(tmp_path):
+    """The second never gets its tenth batch; the first waits for its part of the step."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    file, folder = tmp_path / "tiny.py", tmp_path / "runs" / "tiny"
+    file.write_text("import dataclasses\n" + TINY.replace("TEXT", str(tmp_path / "text.txt")) + HANGING)
+    reports = [folder / "hang" / f"{number}.txt" for number in (0, 1)]
+    with Job(file, 2) as job:
+        limit = time.monotonic() + 90
+        while not all(path.exists() for path in reports) and time.monotonic() < limit:
+            assert all(process.poll() is None for process in job.processes), job.end()
+            time.sleep(0.1)
+        time.sleep(1)  # until they are whole
+        first, second = (path.read_text() for path in reports)
+    assert "in stuck" in second
+    assert "in stuck" not in first
+    assert "loop.py" in first
+
+
 POISONED = """
 import dataclasses
 import jax.numpy as jnp
