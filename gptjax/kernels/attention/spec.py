@@ -54,7 +54,7 @@ class Mask:
             before = distance >= 0
             conditions.append(before if self.prefix is None else before | self.prefix[:, None, None, :])
         if self.window is not None:
-            conditions.append((distance if self.causal else jnp.abs(distance)) < self.window)
+            conditions.append(jnp.abs(distance) < self.window)
         if self.query_segments is not None and self.key_segments is not None:
             conditions.append((self.query_segments[:, :, None] == self.key_segments[:, None, :])[:, None])
         return functools.reduce(jnp.logical_and, conditions) if conditions else None
