@@ -214,9 +214,10 @@ def test_a_name_goes_through_the_module():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
 def test_splash_compiles_for_tpus():
-    """Three generations, and a training step on a mesh of four chips; none of them is here."""
+    """Three generations, rows that a mesh cuts, and a training step on a mesh of four chips; none of them is here."""
     program = Path(__file__).with_name("compile_for_tpu.py")
     run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     forward_and_backward = ["dkv", "dq", "fwd"]
-    assert json.loads(run.stdout) == dict.fromkeys(("v5e", "v6e", "v5p", "training step"), forward_and_backward)
+    programs = "v5e", "v6e", "v5p", "cut rows", "training step"
+    assert json.loads(run.stdout) == dict.fromkeys(programs, forward_and_backward)

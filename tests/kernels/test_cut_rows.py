@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptjax import sharding
-from gptjax.kernels.attention import Mask, attention
+from gptjax.kernels.attention import Mask, attention, balance
 from gptjax.nn import (
     ALiBi,
     MixtureOfExperts,
@@ -34,6 +34,7 @@ MASKS = {
     "window, both ways": Mask(causal=False, window=11),
     "segments": Mask(query_segments=SEGMENTS, key_segments=SEGMENTS),
     "prefix": Mask(prefix=np.arange(T)[None].repeat(B, 0) < 13),
+    "window, prefix": Mask(window=11, prefix=np.arange(T)[None].repeat(B, 0) < 21),
 }
 OPTIONS = {"none": {}, "softcap": {"softcap": 2.0, "scale": 0.7}, "sinks": {"sinks": np.array([0.3, -1, 2, 0.5], "f4")}}
 
@@ -50,6 +51,20 @@ def value_and_gradients(form: str | None, mask: Mask, options, arrays, weights):
     return jax.tree.map(np.asarray, (y, gradients))
 
 
+def assert_equals_the_plain_form(form, mesh, mask, options, length=T):
+    """Values, and gradients with respect to queries, keys, values and sinks."""
+    random = np.random.default_rng(0)
+    arrays = tuple(random.normal(size=(B, length, heads, H)).astype("f4") for heads in (N, K, K))
+    weights = random.normal(size=(B, length, N, H)).astype("f4")
+    expected = value_and_gradients("plain", mask, options, arrays, weights)
+    with sharding.use(MESHES[mesh].make()):
+        place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), STANDARD(*axes)))  # noqa: E731
+        rows = jax.tree.map(lambda x: place(x, "batch", "sequence"), mask)
+        placed = tuple(place(x, "batch", "sequence", "heads", None) for x in (*arrays, weights))
+        actual = value_and_gradients(form, rows, options, placed[:3], placed[3])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
+
+
 @pytest.mark.parametrize("form", ["ring", "gathered"])
 @pytest.mark.parametrize(
     ("mesh", "mask", "options"),
@@ -61,16 +76,40 @@ def value_and_gradients(form: str | None, mask: Mask, options, arrays, weights):
     ],
 )
 def test_it_equals_the_plain_form(form, mesh, mask, options):
-    random = np.random.default_rng(0)
-    arrays = tuple(random.normal(size=(B, T, heads, H)).astype("f4") for heads in (N, K, K))
-    weights = random.normal(size=(B, T, N, H)).astype("f4")
-    expected = value_and_gradients("plain", MASKS[mask], OPTIONS[options], arrays, weights)
-    with sharding.use(MESHES[mesh].make()):
-        place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), STANDARD(*axes)))  # noqa: E731
-        rows = jax.tree.map(lambda x: place(x, "batch", "sequence"), MASKS[mask])
-        placed = tuple(place(x, "batch", "sequence", "heads", None) for x in (*arrays, weights))
-        actual = value_and_gradients(form, rows, OPTIONS[options], placed[:3], placed[3])
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
+    assert_equals_the_plain_form(form, mesh, MASKS[mask], OPTIONS[options])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "mask", "options"),
+    [
+        ("context 4", Mask(), "softcap"),  # blocks of one piece of a row, and none beside them
+        ("context 2, tensor 2", "segments", "sinks"),
+        ("context 2, tensor 2", Mask(window=300), "none"),
+        ("context 2, tensor 2", Mask(causal=False), "none"),
+    ],
+)
+def test_splash_equals_the_plain_form(mesh, mask, options):
+    """Interpreted, on rows of its smallest blocks: two a device, or four."""
+    if mask == "segments":
+        segments = np.repeat(SEGMENTS, 1024 // T, axis=1)
+        mask = Mask(query_segments=segments, key_segments=segments)
+    assert_equals_the_plain_form("splash", mesh, mask, OPTIONS[options], 1024)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+def test_rows_are_dealt_evenly(n):
+    """A device gets two pieces that see as much as any other's, each from where it lies, and gives them back."""
+    pieces = balance.dealt(n)
+    assert sorted(pieces.flat) == list(range(2 * n))
+    assert len(set(pieces.sum(1))) == 1
+    with sharding.use(Mesh(context=n).make(jax.devices()[:n])):
+        place = jax.NamedSharding(jax.sharding.get_mesh(), STANDARD(None, "sequence"))
+        row = jax.device_put(np.arange(4 * n).reshape(1, -1), place)
+        on_each = functools.partial(jax.shard_map, in_specs=place.spec, out_specs=place.spec)
+        dealt = on_each(functools.partial(balance.deal, axes=("context",)))(row)
+        back = on_each(functools.partial(balance.collect, axes=("context",)))(dealt)
+    assert np.asarray(dealt).reshape(n, 2, 2).tolist() == np.arange(4 * n).reshape(-1, 2)[pieces].tolist()
+    np.testing.assert_array_equal(back, row)
 
 
 def program(form: str, length: int, mask: Mask = Mask(), gradient: bool = True):
@@ -95,17 +134,21 @@ def sent(compiled) -> dict[str, float]:
 
 
 def test_what_is_sent():
-    """A block of K or V has `block` bytes, and there are four devices."""
-    block = 64 // 4 * K * H * 4
-    assert sent(program("ring", 64, gradient=False)) == {"collective-permute": 3 * 2 * block}
-    assert sent(program("ring", 64)) == {"collective-permute": 3 * 2 * block + 3 * 4 * block + 2 * block}
+    """A block of K or V has `block` bytes, and there are four devices. Queries and what they get have `queries`."""
+    block, queries = 64 // 4 * K * H * 4, 64 // 4 * N * H * 4
+    dealt = 2 * queries + 2 * block
+    assert sent(program("ring", 64, gradient=False)) == {"collective-permute": dealt + 3 * 2 * block}
+    backwards = 3 * 4 * block + 2 * block
+    assert sent(program("ring", 64)) == {"collective-permute": 2 * dealt + 3 * 2 * block + backwards}
+    whole = program("ring", 64, Mask(causal=False))
+    assert sent(whole) == {"collective-permute": 3 * 2 * block + backwards}, "nothing to balance"
     near = program("ring", 64, Mask(window=16), gradient=False)
     assert sent(near) == {"collective-permute": 2 * block}, "a window of one block reaches the next one alone"
     assert sent(program("gathered", 64, gradient=False)) == {"all-gather": 3 * 2 * block}
-    both = sent(program("gathered", 64))
-    assert both.pop("all-gather") == 3 * 2 * block
-    # K's and V's gradients, reduced: XLA's CPU backend has no reduce-scatter, and sends twice as much by all-reduce.
-    assert sum(both.values()) in (3 * 2 * block, 2 * 3 * 2 * block)
+    assert sent(program("gathered", 64)) == {"all-gather": 3 * 2 * block, "reduce-scatter": 3 * 2 * block}
+    block, queries = 8 * block, 8 * queries
+    expected = {"all-gather": 3 * 2 * block, "reduce-scatter": 3 * 2 * block, "collective-permute": 4 * queries}
+    assert sent(program("splash", 512)) == expected
 
 
 def test_scores_are_never_whole():

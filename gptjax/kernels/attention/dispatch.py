@@ -36,7 +36,7 @@ IMPLEMENTATIONS = {
 CHOICE = {"cpu": (), "gpu": ("cudnn",), "tpu": ("splash",)}
 """Platform -> what is tried there, before "chunked" on long sequences, and "plain"."""
 CUT = ("ring", "gathered")
-"""What is tried where a mesh cuts the rows: "ring" first, whose memory is the smaller and whose traffic the same."""
+"""What is tried after that where a mesh cuts the rows: "ring" first, whose memory is the smaller."""
 LONG = 2_048
 """Queries from which "chunked" is surely faster than "plain", in an eighth of its memory (benchmarks/README.md)."""
 
@@ -86,12 +86,10 @@ def attention(
     return IMPLEMENTATIONS[implementation].attention(*case)
 
 
-def _choose(q: Array, *rest: Any) -> str:
-    if place.row_axes(q):
-        names = CUT
-    else:
-        names = (*CHOICE.get(target.platform(), ()), *(("chunked",) if q.shape[1] >= LONG else ()), "plain")
-    reasons = {name: IMPLEMENTATIONS[name].refuses(q, *rest) for name in names}
+def _choose(q: Array, *case: Any) -> str:
+    rest = CUT if place.row_axes(q) else ("chunked", "plain") if q.shape[1] >= LONG else ("plain",)
+    names = *CHOICE.get(target.platform(), ()), *rest
+    reasons = {name: IMPLEMENTATIONS[name].refuses(q, *case) for name in names}
     for name, reason in reasons.items():
         if reason is None:
             return name

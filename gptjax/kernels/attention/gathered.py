@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 from jax import lax
 
 from gptjax.kernels.attention import chunked, place, plain
@@ -32,13 +33,15 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str |
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
     kernel = functools.partial(_attend, place.row_axes(q), mask, options)
-    axes = ("BTNH", "B.KH", "B.KH", "N", "NT.", "BT", "B.", "B.")
+    axes = ("BTNH", "BSKH", "BSKH", "N", "NT.", "BT", "BS", "BS")
     given = options.sinks, options.bias, mask.query_segments, mask.key_segments, mask.prefix
     return place.on_each_device(kernel, axes, q, k, v, *given)
 
 
 def _attend(axes: tuple[str, ...], mask: Mask, options: Options, q: Array, k: Array, v: Array, *given: Any) -> Array:
-    sinks, bias, query_segments, key_segments, prefix = given
+    sinks, bias, query_segments, *of_keys = given
+    gather = functools.partial(lax.all_gather, axis_name=axes, axis=1, tiled=True)
+    k, v, key_segments, prefix = jax.tree.map(gather, (k, v, *of_keys))
     start = lax.axis_index(axes) * q.shape[1]
     mask = Mask(mask.causal, mask.window, start, query_segments, key_segments, prefix)
     options = dataclasses.replace(options, sinks=sinks, bias=bias)

@@ -26,14 +26,12 @@ def with_heads_of(q: Array, *others: Array) -> tuple[Array, ...]:
     axes = _spec(q)[2]
     if axes is None:
         return others
-    sizes = get_abstract_mesh().shape
-    parts = math.prod(sizes[axis] for axis in _names(axes))
 
     def placed(x: Array) -> Array:
         batch, length, heads, size = _spec(x)
         if heads is not None:
             return x
-        times = math.lcm(x.shape[2], parts) // x.shape[2]
+        times = math.lcm(x.shape[2], parts(q, 2)) // x.shape[2]
         return jnp.repeat(x, times, axis=2, out_sharding=PartitionSpec(batch, length, axes, size))
 
     return tuple(map(placed, others))
@@ -64,23 +62,32 @@ def row_axes(q: Array) -> tuple[str, ...]:
     return _names(_spec(q)[1])
 
 
-def on_each_device(kernel: Callable[..., Array], axes: tuple[str, ...], *arrays: Array | None) -> Array:
+def parts(x: Array, axis: int) -> int:
+    """How many parts a mesh cuts this axis of x into."""
+    sizes = get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in _names(_spec(x)[axis]))
+
+
+def on_each_device(kernel: Callable[..., Array], axes: tuple[Any, ...], *arrays: Any) -> Array:
     """kernel(*arrays), on each device's rows and heads.
 
     axes  the axes of each array by their letters, "BTNH" for queries first, "BSKH" for keys next, "." for one that is
-          whole; the result's are the queries'
+          whole; the result's are the queries'. Or the specs of a tree of arrays
     """
     mesh = get_abstract_mesh()
     if not mesh.explicit_axes:
         return kernel(*arrays)
     queries, keys = _spec(arrays[0]), _spec(arrays[1])
     place = {"B": queries[0], "T": queries[1], "N": queries[2], "S": keys[1], "K": keys[2]}
-    specs = tuple(PartitionSpec(*(place.get(letter) for letter in letters)) for letters in axes)
-    arrays = tuple(None if x is None else jax.sharding.reshard(x, spec) for x, spec in zip(arrays, specs, strict=True))
+    specs = tuple(PartitionSpec(*map(place.get, of)) if isinstance(of, str) else of for of in axes)
+
+    def placed(x: Any, spec: Any) -> Any:
+        return None if x is None else jax.tree.map(jax.sharding.reshard, x, spec)
+
     # Kernels do not say over which axes their results vary, so that cannot be checked.
     return jax.shard_map(
         kernel, in_specs=specs, out_specs=specs[0], axis_names=set(mesh.explicit_axes), check_vma=False
-    )(*arrays)
+    )(*map(placed, arrays, specs))
 
 
 def _names(axis: Any) -> tuple[str, ...]:

@@ -8,10 +8,13 @@ that is kept up as they come (arXiv:1805.02867) needs only what it has seen:
     y' = y e^(top - top') + sum_s e^(score_ts - top') v_s                       and at the end y / total
 
 No device ever holds more than two blocks of keys, nor more scores than those of one chunk of queries with one block.
-The backward pass sends the blocks round once more, each with its gradient, and computes the scores again. Blocks that
-the mask hides from all of a device's queries are passed on and not computed; those that a window puts out of reach of
-all queries are not sent at all. Of n devices each sends blocks of K and V n - 1 times forwards, and n - 1 times
-backwards, there with their gradients in float32, which go home in one more step.
+The backward pass sends the blocks round once more, each with its gradient, and computes the scores again. Of n devices
+each sends blocks of K and V n - 1 times forwards, and n - 1 times backwards, there with their gradients in float32,
+which go home in one more step.
+
+Keys that the mask hides from a whole chunk of queries are passed on and not computed. Under a causal mask each device
+has two pieces of a row, as `balance` deals them, and so half of every block to do. Blocks that a window puts out of
+reach of all queries are not sent at all.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax.kernels.attention import place
+from gptjax.kernels.attention import balance, place
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array
 
@@ -45,10 +48,19 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str |
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    form = _Form(place.row_axes(q), mask.causal, mask.window, options.scale_of(q), options.softcap)
+    cut = place.row_axes(q)
+    deals = mask.causal and mask.window is None and mask.prefix is None and q.shape[1] // place.parts(q, 1) % 2 == 0
+    form = _Form(cut, mask.causal, mask.window, options.scale_of(q), options.softcap, pieces=2 if deals else 1)
+
+    def kernel(q, k, v, sinks, query_segments, key_segments, prefix) -> Any:
+        if not deals:
+            return _ring(form, q, k, v, sinks, query_segments, key_segments, prefix)
+        rows = jax.tree.map(lambda x: balance.deal(x, cut), (q, k, v, query_segments, key_segments))
+        return balance.collect(_ring(form, *rows[:3], sinks, *rows[3:], prefix), cut)
+
     axes = ("BTNH", "BSKH", "BSKH", "N", "BT", "BS", "BS")
     given = options.sinks, mask.query_segments, mask.key_segments, mask.prefix
-    return place.on_each_device(functools.partial(_ring, form), axes, q, k, v, *given)
+    return place.on_each_device(kernel, axes, q, k, v, *given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,31 +73,48 @@ class _Form:
     window: int | None
     scale: float
     softcap: float | None
+    pieces: int
+    """Of a row, that a device has: a share in one, or in two as `balance` deals them."""
 
-    def hops(self, size: int) -> int:
-        """How often blocks of so many keys are passed on."""
+    def hops(self, keys: _Keys) -> int:
+        """How often these blocks are passed on."""
         last = lax.axis_size(self.axes) - 1
-        return last if self.window is None or not self.causal else min(last, -(-(self.window - 1) // size))
+        if self.window is None or not self.causal or keys.prefix is not None:
+            return last
+        return min(last, -(-(self.window - 1) // keys.k.shape[1]))
 
-    def scores(self, chunk: _Chunk, keys: _Keys, distance: Array) -> tuple[Array, Array | None]:
-        """float32 [B, K, G, C, S], -1e30 where hidden; and tanh(score / softcap), if there is one. `distance` is from
-        the first query of the device to the first of the keys."""
+    def starts(self, device: Any, size: int) -> list[Any]:
+        """The slots of a row at which the pieces begin that a device has; `size` is that of all of them."""
+        if self.pieces == 1:
+            return [device * size]
+        return [piece * (size // 2) for piece in (device, 2 * lax.axis_size(self.axes) - 1 - device)]
+
+    def blocks(self, keys: _Keys, hop: Any) -> list[_Keys]:
+        """The pieces of what comes from the device `hop` places before this one."""
+        size = keys.k.shape[1]
+        starts = self.starts((lax.axis_index(self.axes) - hop) % lax.axis_size(self.axes), size)
+        pieces = [jax.tree.map(lambda x, i=i: jnp.split(x, self.pieces, axis=1)[i], keys) for i in range(self.pieces)]
+        return [dataclasses.replace(piece, start=start) for piece, start in zip(pieces, starts, strict=True)]
+
+    def scores(self, chunk: _Chunk, keys: _Keys) -> tuple[Array, Array | None]:
+        """float32 [B, K, G, C, S], -1e30 where hidden; and tanh(score / softcap), if there is one."""
         scores = self.scale * _dot("BKGCH,BSKH->BKGCS", chunk.q, keys.k)
         tanh = None
         if self.softcap is not None:
             tanh = jnp.tanh(scores / self.softcap)
             scores = self.softcap * tanh
-        mask = Mask(self.causal, self.window, distance + chunk.start, chunk.segments, keys.segments, keys.prefix)
+        mask = Mask(self.causal, self.window, chunk.start - keys.start, chunk.segments, keys.segments, keys.prefix)
         visible = mask.visible(chunk.q.shape[3], keys.k.shape[1])
         return scores if visible is None else jnp.where(visible[:, :, None], scores, -1e30), tanh
 
-    def reaches(self, size: int, distance: Array, prefix: Array | None) -> Array:
-        """Whether any of `size` queries sees any of as many keys at this distance."""
+    def reaches(self, chunk: _Chunk, keys: _Keys) -> Array:
+        """Whether any of these queries may see any of these keys."""
+        distance, queries, size = chunk.start - keys.start, chunk.q.shape[3], keys.k.shape[1]
         seen = jnp.array(True)
-        if self.causal and prefix is None:
-            seen &= distance + size > 0
+        if self.causal and keys.prefix is None:
+            seen &= distance + queries > 0
         if self.window is not None:
-            seen &= (distance if self.causal else jnp.abs(distance)) - size + 1 < self.window
+            seen &= jnp.maximum(distance - size, -distance - queries) + 1 < self.window
         return seen
 
 
@@ -95,7 +124,7 @@ class _Chunk:
     """Queries, or of all chunks one below the other."""
 
     start: Array
-    """int32, the place of the first among the device's."""
+    """int32, the slot of the first in its row."""
     q: Array
     """[B, K, G, C, H]"""
     segments: Array | None
@@ -115,6 +144,8 @@ class _Keys:
     """int32 [B, S]"""
     prefix: Array | None
     """bool [B, S]"""
+    start: Any = None
+    """int32, the slot of the first in its row; for keys of one piece."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -133,21 +164,25 @@ def _ring(
 
 
 def _forward(form, q, k, v, sinks, query_segments, key_segments, prefix):
-    chunks, keys = _chunks(q, k.shape[2], query_segments), _Keys(k, v, key_segments, prefix)
-    T, hops = q.shape[1], form.hops(q.shape[1])
+    chunks, keys = _chunks(form, q, k.shape[2], query_segments), _Keys(k, v, key_segments, prefix)
+    hops = form.hops(keys)
 
     def see(hop: Any, keys: _Keys, carry: Any) -> Any:
         def one(inputs: Any) -> Any:
-            chunk, (top, total, y) = inputs
-            scores, _ = form.scores(chunk, keys, distance)
+            chunk, seen = inputs
+            for block in form.blocks(keys, hop):
+                seen = lax.cond(form.reaches(chunk, block), add, lambda chunk, block, seen: seen, chunk, block, seen)
+            return seen
+
+        def add(chunk: _Chunk, keys: _Keys, seen: Any) -> Any:
+            top, total, y = seen
+            scores, _ = form.scores(chunk, keys)
             new = jnp.maximum(top, scores.max(-1))
             p, fade = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
-            seen = _dot("BKGCS,BSKH->BKGCH", p.astype(keys.v.dtype), keys.v)
-            return new, total * fade + p.sum(-1), y * fade[..., None] + seen
+            more = _dot("BKGCS,BSKH->BKGCH", p.astype(keys.v.dtype), keys.v)
+            return new, total * fade + p.sum(-1), y * fade[..., None] + more
 
-        distance = _distance(form, hop, T)
-        reached = form.reaches(T, distance, keys.prefix)
-        return lax.cond(reached, lambda carry: lax.map(one, (chunks, carry)), lambda carry: carry, carry)
+        return lax.map(one, (chunks, carry))
 
     def body(carry: Any, hop: Array) -> tuple[Any, None]:
         keys, seen = carry
@@ -168,29 +203,33 @@ def _forward(form, q, k, v, sinks, query_segments, key_segments, prefix):
 
 def _backward(form, saved, g):
     q, keys, sinks, query_segments, y, logsumexp = saved
-    K, T, hops = keys.k.shape[2], q.shape[1], form.hops(q.shape[1])
-    chunks, dy = _chunks(q, K, query_segments), _chunks(g, K, None).q
+    K, hops = keys.k.shape[2], form.hops(keys)
+    chunks, dy = _chunks(form, q, K, query_segments), _chunks(form, g, K, None).q
     # sum_s p_s dp_s = g . y
-    along = jnp.sum(dy.astype(jnp.float32) * _chunks(y, K, None).q.astype(jnp.float32), -1)
+    along = jnp.sum(dy.astype(jnp.float32) * _chunks(form, y, K, None).q.astype(jnp.float32), -1)
 
     def see(hop: Any, keys: _Keys, dq: Array, dkeys: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         def one(dkeys: Any, inputs: Any) -> Any:
-            chunk, dq, g, along, logsumexp = inputs
-            scores, tanh = form.scores(chunk, keys, distance)
+            queries, dq = inputs
+            parts = [tuple(jnp.split(x, form.pieces, axis=1)[i] for x in dkeys) for i in range(form.pieces)]
+            for i, block in enumerate(form.blocks(keys, hop)):
+                reached = form.reaches(queries[0], block)
+                dq, parts[i] = lax.cond(reached, add, lambda queries, block, *sums: sums, queries, block, dq, parts[i])
+            return tuple(jnp.concatenate(pieces, axis=1) for pieces in zip(*parts, strict=True)), dq
+
+        def add(queries: Any, keys: _Keys, dq: Array, dkeys: Any) -> Any:
+            chunk, g, along, logsumexp = queries
+            scores, tanh = form.scores(chunk, keys)
             p = jnp.exp(scores - logsumexp[..., None])
             dv = _dot("BKGCS,BKGCH->BSKH", p.astype(g.dtype), g)
             ds = p * (_dot("BKGCH,BSKH->BKGCS", g, keys.v) - along[..., None])
             ds = ds if tanh is None else ds * (1 - jnp.square(tanh))
             ds = (ds * form.scale).astype(chunk.q.dtype)
             dk = _dot("BKGCS,BKGCH->BSKH", ds, chunk.q)
-            return (dkeys[0] + dk, dkeys[1] + dv), dq + _dot("BKGCS,BSKH->BKGCH", ds, keys.k)
+            return dq + _dot("BKGCS,BSKH->BKGCH", ds, keys.k), (dkeys[0] + dk, dkeys[1] + dv)
 
-        def compute(dq: Array, dkeys: Any) -> Any:
-            dkeys, dq = lax.scan(one, dkeys, (chunks, dq, dy, along, logsumexp))
-            return dq, dkeys
-
-        distance = _distance(form, hop, T)
-        return lax.cond(form.reaches(T, distance, keys.prefix), compute, lambda *carry: carry, dq, dkeys)
+        dkeys, dq = lax.scan(one, dkeys, ((chunks, dy, along, logsumexp), dq))
+        return dq, dkeys
 
     def body(carry: Any, hop: Array) -> tuple[Any, None]:
         keys, dq, dkeys = carry
@@ -212,12 +251,6 @@ def _backward(form, saved, g):
 _ring.defvjp(_forward, _backward)
 
 
-def _distance(form: _Form, hop: Any, size: int) -> Array:
-    """From the first query of this device to the first of the keys that have come `hop` devices far."""
-    here = lax.axis_index(form.axes)
-    return (here - (here - hop) % lax.axis_size(form.axes)) * size
-
-
 def _pass_on(form: _Form, tree: Any, hops: int = 1) -> Any:
     """What the device so many places before this one has."""
     n = lax.axis_size(form.axes)
@@ -227,14 +260,16 @@ def _pass_on(form: _Form, tree: Any, hops: int = 1) -> Any:
     return jax.tree.map(lambda x: lax.ppermute(x, form.axes, pairs), tree)
 
 
-def _chunks(q: Array, K: int, segments: Array | None) -> _Chunk:
+def _chunks(form: _Form, q: Array, K: int, segments: Array | None) -> _Chunk:
     """q [B, T, N, H] in chunks, each with the queries of a key head side by side: the axis of chunks is the first."""
     B, T, N, H = q.shape
-    size = CHUNK if T % CHUNK == 0 else T
+    piece = T // form.pieces
+    size = CHUNK if piece % CHUNK == 0 else piece
+    starts = [start + jnp.arange(0, piece, size) for start in form.starts(lax.axis_index(form.axes), T)]
     q = q.reshape(B, T // size, size, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)
     if segments is not None:
         segments = segments.reshape(B, T // size, size).swapaxes(0, 1)
-    return _Chunk(jnp.arange(0, T, size), q, segments)
+    return _Chunk(jnp.concatenate(starts), q, segments)
 
 
 def _whole(y: Array) -> Array:
