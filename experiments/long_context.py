@@ -1,8 +1,13 @@
 """Llama 3's shape (8B) with rows of 131,072 tokens, on a v5p-128 slice: `python -m experiments long_context`.
 
-Each row is cut over 16 chips and attention goes round them in a ring; 4 such groups share out the parameters. Not run;
-`gptjax plan long_context --on v5p:4x4x4` says: 1 million tokens and 2.6e17 FLOPs a step, 3.8e17 with what is computed
-again; 103 GiB of 96 a chip without `accumulate`; with 2 it fits.
+Each row is cut over 16 chips, which gather one another's keys and share out the queries evenly (splash attention); 4
+such groups share out the parameters. Not run. 1 million tokens, 2.63e17 FLOPs a step, four fifths of them attention's.
+`gptjax plan long_context --on v5p:4x4x4` says, at best (all overlapping) and at worst (nothing):
+
+    59.8 of 95 GiB, 15.5 to 17.0 s a step, 53 to 58 % MFU, 5.3 to 5.9 billion tokens a day
+    100,000 steps in 18 to 20 days for $115,000 to $127,000 ($4.20 a chip and hour)
+
+It counts scores that a causal mask hides, and splash skips half of them: a step may be faster than that.
 """
 
 import dataclasses
