@@ -6,14 +6,13 @@ import abc
 import dataclasses
 from typing import Any, ClassVar, Self
 
-import jax
-
 from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.block import Block
 from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.norms import Norm, RMSNorm
 from gptjax.nn.parametrisation import Parametrisation
 from gptjax.nn.positions import Positions, RoPE
+from gptjax.nn.remat import POLICIES
 from gptjax.nn.residual import PreNorm, Residual
 from gptjax.nn.stack import Stack, unstack
 from gptjax.sharding import Rules
@@ -136,7 +135,7 @@ class TransformerConfig(ModelConfig):
     parametrisation: Parametrisation = Parametrisation()
     """How initial weights, multipliers and learning rates depend on width and depth."""
     remat: str | None = None
-    """What the backward pass keeps, not computes again: a name in `jax.checkpoint_policies`; none: everything."""
+    """What the backward pass keeps, not computes again: a name in `gptjax.nn.remat.POLICIES`; none: everything."""
     microbatches: int | None = None
     """Parts that a batch goes through the stages of a pipeline in (`mesh.stage`); none: as many as there are stages."""
     dtype: str = "float32"
@@ -168,9 +167,8 @@ class TransformerConfig(ModelConfig):
         for field in ("dropout", "layer_drop"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"model.{field}: got {getattr(self, field)}, must be at least 0 and less than 1")
-        if self.remat is not None and not hasattr(jax.checkpoint_policies, self.remat):
-            names = ", ".join(name for name in dir(jax.checkpoint_policies) if not name.startswith("_"))
-            raise UserError(f"model.remat: got {self.remat!r}, must be None or one of {names}")
+        if self.remat is not None and self.remat not in POLICIES:
+            raise UserError(f"model.remat: got {self.remat!r}, must be None or one of {', '.join(POLICIES)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"model.dtype: got {self.dtype!r}, must be float32 or bfloat16")
 

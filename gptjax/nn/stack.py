@@ -24,6 +24,7 @@ from gptjax.nn.block import Block, Context
 from gptjax.nn.module import Weight
 from gptjax.nn.parametrisation import scale_matrices
 from gptjax.nn.pipeline import pipeline
+from gptjax.nn.remat import rematerialised
 from gptjax.sharding import Rules
 from gptjax.types import Array, Key, Params
 
@@ -41,7 +42,7 @@ class Stack(nn.Module):
     matrix_scale: float = 1.0
     """Multiplies the initial hidden matrices."""
     remat: str | None = None
-    """What the backward pass keeps, not computes again: a name in `jax.checkpoint_policies`; none: everything."""
+    """What the backward pass keeps, not computes again: a name in `remat.POLICIES`; none: everything."""
     microbatches: int | None = None
     """Parts that a batch goes through stages in, one behind the other; none: as many as there are stages."""
     rules: Rules = Rules()
@@ -71,8 +72,7 @@ class Stack(nn.Module):
             (x, _), sown = block.apply({"params": params}, x, context, rngs=rngs, mutable=["losses"])
             return x, sown
 
-        if self.remat is not None:
-            run = jax.checkpoint(run, policy=getattr(jax.checkpoint_policies, self.remat), static_argnums=0)
+        run = rematerialised(run, self.remat, static=(0,))
 
         def ends(name: str, blocks: Sequence[Block], x: Array, key: Key | None) -> Array:
             for i, block in enumerate(blocks):

@@ -214,10 +214,11 @@ def test_a_name_goes_through_the_module():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
 def test_splash_compiles_for_tpus():
-    """Three generations, rows that a mesh cuts, and a training step on a mesh of four chips; none of them is here."""
+    """Three generations, rows that a mesh cuts, policies of what to keep, and a training step of two kinds of layer on
+    four chips; none of them is here."""
     program = Path(__file__).with_name("compile_for_tpu.py")
     run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    forward_and_backward = ["dkv", "dq", "fwd"]
-    programs = "v5e", "v6e", "v5p", "cut rows", "training step"
-    assert json.loads(run.stdout) == dict.fromkeys(programs, forward_and_backward)
+    once, again = ["dkv", "dq", "fwd"], ["dkv", "dq", "fwd", "fwd"]
+    expected = dict.fromkeys(("v5e", "v6e", "v5p", "cut rows", "attention kept"), once) | {"nothing kept": again}
+    assert json.loads(run.stdout) == expected | {"training step": sorted(2 * again)}

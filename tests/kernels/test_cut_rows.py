@@ -19,7 +19,9 @@ from gptjax.nn import (
     TransformerConfig,
     Variant,
 )
+from gptjax.nn.remat import rematerialised
 from gptjax.objectives import NextToken
+from gptjax.plan.arithmetic import matrix_flops
 from gptjax.plan.collectives import collectives
 from gptjax.sharding import STANDARD, Mesh
 from gptjax.types import Batch, UserError
@@ -149,6 +151,19 @@ def test_what_is_sent():
     block, queries = 8 * block, 8 * queries
     expected = {"all-gather": 3 * 2 * block, "reduce-scatter": 3 * 2 * block, "collective-permute": 4 * queries}
     assert sent(program("splash", 512)) == expected
+
+
+@pytest.mark.parametrize(("form", "mesh"), [("ring", Mesh(context=4)), ("chunked", Mesh(data=4))])
+def test_scores_are_computed_once_less_where_attention_is_kept(form, mesh):
+    def flops(policy):
+        with sharding.use(mesh.make(jax.devices()[:4])):
+            place = jax.NamedSharding(jax.sharding.get_mesh(), STANDARD("batch", "sequence", "heads", None))
+            q, k = (jax.ShapeDtypeStruct((4, 512, heads, H), jnp.float32, sharding=place) for heads in (N, K))
+            layer = lambda *arrays: jnp.sin(attention(*arrays, Mask(), implementation=form))  # noqa: E731
+            loss = lambda *arrays: rematerialised(layer, policy)(*arrays).sum()  # noqa: E731
+            return matrix_flops(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, k).jaxpr)
+
+    assert flops("attention_saveable") == flops(None) < flops("nothing_saveable")
 
 
 def test_scores_are_never_whole():

@@ -31,6 +31,7 @@ from gptjax.nn import (
     make_cache,
     unstack,
 )
+from gptjax.nn.remat import POLICIES
 from gptjax.sharding import STANDARD, Mesh, Rules
 from gptjax.types import UserError
 
@@ -181,7 +182,7 @@ def test_remat_and_bfloat16():
         return jax.jit(jax.grad(loss))(params)
 
     expected = gradient()
-    for policy in ("nothing_saveable", "dots_with_no_batch_dims_saveable"):
+    for policy in POLICIES:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient(remat=policy), expected
         )

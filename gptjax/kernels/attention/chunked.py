@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.kernels.attention import place, plain
-from gptjax.kernels.attention.spec import Mask, Options
+from gptjax.kernels.attention.spec import SAVED, Mask, Options
 from gptjax.types import Array
 
 CHUNK = 128
@@ -41,7 +42,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
 
     starts = jnp.arange(0, q.shape[1], CHUNK)
     y = lax.map(attend, (starts, _cut(q), _cut(mask.query_segments), _cut(options.bias)))
-    return y.swapaxes(0, 1).reshape(*q.shape[:3], v.shape[-1])
+    return checkpoint_name(y.swapaxes(0, 1).reshape(*q.shape[:3], v.shape[-1]), SAVED)
 
 
 def _cut(x: Array | None) -> Array | None:

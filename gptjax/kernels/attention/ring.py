@@ -26,9 +26,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.kernels.attention import balance, place
-from gptjax.kernels.attention.spec import Mask, Options
+from gptjax.kernels.attention.spec import SAVED, Mask, Options
 from gptjax.types import Array
 
 CHUNK = 128
@@ -197,8 +198,8 @@ def _forward(form, q, k, v, sinks, query_segments, key_segments, prefix):
         new = jnp.maximum(top, sink)
         fade = jnp.exp(top - new)
         top, total, y = new, total * fade + jnp.exp(sink - new), y * fade[..., None]
-    y = _whole(y / total[..., None]).astype(q.dtype)
-    return y, (q, keys, sinks, query_segments, y, top + jnp.log(total))
+    y, logsumexp = checkpoint_name((_whole(y / total[..., None]).astype(q.dtype), top + jnp.log(total)), SAVED)
+    return y, (q, keys, sinks, query_segments, y, logsumexp)
 
 
 def _backward(form, saved, g):

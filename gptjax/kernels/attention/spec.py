@@ -13,6 +13,9 @@ import jax.numpy as jnp
 
 from gptjax.types import Array, Key
 
+SAVED = "attention"
+"""What kernels call the results that their backward pass needs, for `jax.checkpoint` policies to keep."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 from gptjax.kernels import target
 from gptjax.kernels.attention import balance, place
-from gptjax.kernels.attention.spec import Mask, Options
+from gptjax.kernels.attention.spec import SAVED, Mask, Options
 from gptjax.types import Array
 
 BLOCKS = 512, 256, 128
@@ -106,6 +106,7 @@ def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, deals: bool) 
         attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=parts,
+        residual_checkpoint_name=SAVED,
         interpret=target.platform() != "tpu",
     )
     spec = PartitionSpec(None, place.row_axes(q) if parts > 1 else None)
