@@ -4,7 +4,7 @@ Each row is cut over 16 chips, which gather one another's keys and share out the
 such groups share out the parameters. Not run. 1 million tokens, 2.63e17 FLOPs a step, four fifths of them attention's.
 `gptjax plan long_context --on v5p:4x4x4` says, at best (all overlapping) and at worst (nothing):
 
-    59.8 of 95 GiB, 15.5 to 17.0 s a step, 53 to 58 % MFU, 5.3 to 5.9 billion tokens a day
+    63.2 of 95 GiB, 15.5 to 17.0 s a step, 53 to 58 % MFU, 5.3 to 5.9 billion tokens a day
     100,000 steps in 18 to 20 days for $115,000 to $127,000 ($4.20 a chip and hour)
 
 It counts scores that a causal mask hides, and splash skips half of them: a step may be faster than that.
@@ -21,7 +21,7 @@ stage = llama.stages["pretrain"]
 
 experiment = dataclasses.replace(
     llama,
-    model=dataclasses.replace(llama.model, positions=RoPE(theta=8_000_000.0)),
+    model=dataclasses.replace(llama.model, positions=RoPE(theta=8_000_000.0), remat="attention_saveable"),
     stages={
         "pretrain": dataclasses.replace(
             stage,
