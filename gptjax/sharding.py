@@ -59,9 +59,11 @@ class Rules:
         return PartitionSpec(*(None if axis is None else self.over(axis) or None for axis in axes))
 
     def over(self, axis: str) -> tuple[str, ...]:
-        """The axes of the current mesh that cut a logical axis into parts."""
-        sizes = jax.sharding.get_abstract_mesh().shape
-        return tuple(name for name in _names(getattr(self, axis)) if sizes.get(name, 1) > 1)
+        """The axes of the current mesh that cut a logical axis into parts; within a `jax.shard_map`, of those that are
+        left."""
+        mesh = jax.sharding.get_abstract_mesh()
+        names = (name for name in axes_of(getattr(self, axis)) if name not in mesh.manual_axes)
+        return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
 
     def fitting(self, axis: str, size: int) -> str | None:
         """The logical axis, or None where the current mesh does not cut so many into equal parts."""
@@ -76,18 +78,18 @@ class Rules:
 
     def parts(self, axis: str, sizes: dict[str, int]) -> int:
         """How many parts a mesh of these sizes cuts a logical axis into."""
-        return math.prod(sizes.get(name, 1) for name in _names(getattr(self, axis)))
+        return math.prod(sizes.get(name, 1) for name in axes_of(getattr(self, axis)))
 
     def check(self, names: Sequence[str]) -> None:
         """Raises UserError for a rule whose axis is not one of a mesh with these."""
         for field in dataclasses.fields(self):
-            for name in _names(getattr(self, field.name)):
+            for name in axes_of(getattr(self, field.name)):
                 if name not in names:
                     raise UserError(f"rules.{field.name}: got {name!r}, must be an axis of mesh: {', '.join(names)}")
 
 
 STANDARD = Rules(
-    batch=("data", "fsdp", "expert"),
+    batch=("data", "fsdp", "expert", "stage"),
     sequence="context",
     embed="fsdp",
     heads="tensor",
@@ -109,7 +111,7 @@ class Mesh:
     fsdp: int = 1
     """Shares of the batch that also share out the parameters."""
     stage: int = 1
-    """Pipeline stages: parts of the stack of layers, each on the devices of its own."""
+    """Pipeline stages: parts of the stack of layers, each on the devices of its own; shares of the batch beside it."""
     expert: int = 1
     """Shares of the batch that also share out the experts of a mixture."""
     context: int = 1
@@ -157,9 +159,9 @@ class Mesh:
         return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), names, axis_types=types)
 
 
-def _names(axis: Axis) -> tuple[str, ...]:
-    """The mesh axes that a rule gives: none, one or several."""
-    return () if axis is None else (axis,) if isinstance(axis, str) else axis
+def axes_of(axis: Axis) -> tuple[str, ...]:
+    """The mesh axes that a rule, or an entry of a PartitionSpec, gives: none, one or several."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def use(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:

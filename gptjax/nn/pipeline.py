@@ -9,10 +9,13 @@ ticks, so that all devices are idle for (S - 1) / (M + S - 1) of the time: more 
     stage 1    -    p0   p1   p2   -
     stage 2    -    -    p0   p1   p2
 
-In a tick every device sends one part's activations, [B / M, T, D]; at the end the last stage's go to all stages. The
-backward pass is the same in reverse. What layers keep for it they keep for all parts, so that a remat policy (`remat`)
-saves as much here as it does without stages. What comes before and after the layers, embedding and head, every stage
-does for itself.
+In a tick every device sends one part's activations, [B / M, T, D]. The backward pass is the same in reverse. What
+layers keep for it they keep for all parts, so that a remat policy (`remat`) saves as much here as it does without
+stages.
+
+What comes before and after the layers, embedding and head, is cut as by data parallelism: stages have shares of the
+batch there, where the rules say so as `STANDARD` does. They gather them before the first layer, and get shares of what
+the last stage made.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from gptjax.nn.block import Context
-from gptjax.sharding import cut_rows
+from gptjax.sharding import axes_of, cut_rows
 from gptjax.types import Array, Params, UserError
 
 Layers = Callable[[Array, Context, Params, Any, Array], tuple[Array, Any]]
@@ -45,24 +48,34 @@ def pipeline(
     parts   M, as how many equal parts the rows of x go through; None: as many as there are stages, where rows can
             be cut so
 
-    Returns x after all layers, the same on every stage, and what else `layers` returns: the sum over stages of its mean
-    over parts. Raises UserError where M does not cut the rows.
+    Returns x after all layers, placed as it came, and what else `layers` returns: the sum over stages of its mean over
+    parts. Raises UserError where M does not cut the rows.
     """
-    stages = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
-    rows = jax.typeof(x).sharding.shard_shape(x.shape)[0]
+    mesh, place = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.spec
+    others = tuple(name for name in axes_of(place[0]) if name not in axes)
+    stages, copies = (math.prod(mesh.shape[name] for name in names) for names in (axes, others))
+    rows = x.shape[0] // copies
     parts = parts or math.gcd(rows, stages)
     if rows % parts:
         raise UserError(
-            f"model.microbatches: got {parts}, must divide the {rows} rows of a batch that a device has in a step "
+            f"model.microbatches: got {parts}, must divide the {rows} rows of a batch that a stage has in a step "
             "(in a part of it, where the stage accumulates)"
         )
 
     start_is_x = context.start is x  # as one array it has one gradient, and that is sent once
     if start_is_x:
         context = dataclasses.replace(context, start=None)
+    context = context.over_rows(lambda x: _over(others, x))
+    by_stage = copies, stages, rows // stages, *x.shape[1:]
+    shares = rows % stages == 0  # else too few rows: every stage has them all
+    # In place of all_gather, whose gradient jax cannot lower beside explicit axes. As many bytes are sent.
+    exchange = functools.partial(lax.all_to_all, axis_name=axes, split_axis=1, concat_axis=1, tiled=True)
 
     def run(params: Params, each: Any, x: Array, context: Context) -> tuple[Array, Any]:
         here = lax.axis_index(axes)
+        if shares:
+            x = exchange(jnp.repeat(x, stages, axis=1))
+            x = jnp.reshape(x, (copies * rows, *x.shape[3:]), out_sharding=PartitionSpec(others, *place[1:]))
         xs, contexts = cut_rows(x, parts), context.over_rows(functools.partial(cut_rows, parts=parts))
         if start_is_x:
             contexts = dataclasses.replace(contexts, start=xs)
@@ -84,11 +97,26 @@ def pipeline(
         more = jax.eval_shape(work, xs[0], here)[1]
         sums = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), more)
         (_, done, sums), _ = lax.scan(tick, (xs[0], xs, sums), jnp.arange(parts + stages - 1))
-        done = lax.psum(jnp.where(here == stages - 1, done, 0), axes)
-        return done.swapaxes(0, 1).reshape(x.shape), jax.tree.map(lambda total: lax.psum(total, axes) / parts, sums)
+        done = done.swapaxes(0, 1).reshape(x.shape)
+        if shares:
+            done = jnp.reshape(done, by_stage, out_sharding=PartitionSpec(others, None, None, *place[1:]))
+            done = exchange(done)[:, -1:]
+        else:
+            done = lax.psum(jnp.where(here == stages - 1, done, 0), axes)
+        return done, jax.tree.map(lambda total: lax.psum(total, axes) / parts, sums)
 
     cut, whole = PartitionSpec(axes), PartitionSpec()
+    x = _over((*others, *axes) if shares else others, x)
+    shape, spec, ends = x.shape, jax.typeof(x).sharding.spec, PartitionSpec(None, axes) if shares else whole
+    if shares:
+        x = jnp.reshape(x, by_stage, out_sharding=PartitionSpec(others, axes, None, *place[1:]))
     # What runs inside may be a kernel, which does not say over which axes its results vary: so that is not checked.
-    return jax.shard_map(
-        run, in_specs=(cut, cut, whole, whole), out_specs=whole, axis_names=set(axes), check_vma=False
+    y, sums = jax.shard_map(
+        run, in_specs=(cut, cut, ends, whole), out_specs=(ends, whole), axis_names=set(axes), check_vma=False
     )(params, each, x, context)
+    return jax.reshard(jnp.reshape(y, shape, out_sharding=spec), place), sums
+
+
+def _over(axes: tuple[str, ...], x: Array) -> Array:
+    """x [B, ...] with its rows cut over these axes of the mesh."""
+    return jax.reshard(x, PartitionSpec(axes, *jax.typeof(x).sharding.spec[1:]))
