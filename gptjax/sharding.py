@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -141,7 +142,8 @@ class Mesh:
 
         Of several TPU slices each holds whole copies of the model: within a slice chips have links of their own,
         between slices there is a network, over which gradients alone then go. Raises UserError where `data` cannot be
-        so divided.
+        so divided. The slices of GPUs are the hosts: they are taken one after the other, so that the last axes lie
+        within a host as far as they fit.
         """
         devices = list(devices) if devices is not None else jax.devices()
         sizes = self.sizes(len(devices))
@@ -149,6 +151,9 @@ class Mesh:
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         if slices == 1:
             return jax.make_mesh(tuple(sizes.values()), names, axis_types=types, devices=devices)
+        if devices[0].platform == "gpu":
+            devices.sort(key=lambda device: (device.slice_index, device.id))
+            return jax.sharding.Mesh(np.reshape(devices, tuple(sizes.values())), names, axis_types=types)
         if sizes["data"] % slices:
             raise UserError(
                 f"mesh.data: got {sizes['data']}, must be a multiple of {slices}, the slices, "

@@ -239,21 +239,45 @@ def test_what_a_device_sends_does_not_grow_with_the_copies_of_the_model():
         assert sorted(found[0]) == sorted(found[1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device that is elsewhere."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    process_index: int = 0
+    device_kind: str = "as yet unknown"
+
+
+def slices(chips: list[Chip], mesh: Mesh, monkeypatch) -> np.ndarray:
+    """Which slice each place of the mesh is in."""
+    monkeypatch.setattr(jax.sharding, "Mesh", lambda devices, names, axis_types: devices)
+    return np.vectorize(lambda chip: chip.slice_index)(mesh.make(chips))
+
+
 def test_slices_hold_whole_copies_of_the_model(monkeypatch):
     """Eight chips in two slices, listed in turns: the data axis goes across, all others stay within one."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Chip:
-        id: int
-        slice_index: int
-        process_index: int = 0
-        platform: str = "cpu"
-        device_kind: str = "cpu"
-
-    chips = [Chip(i, i % 2) for i in range(8)]
-    monkeypatch.setattr(jax.sharding, "Mesh", lambda devices, names, axis_types: devices)
-    devices = Mesh(data=4, fsdp=2).make(chips).reshape(4, 2)  # pyright: ignore[reportAttributeAccessIssue]
-    slices = np.vectorize(lambda chip: chip.slice_index)(devices)
-    np.testing.assert_array_equal(slices, [[0, 0], [0, 0], [1, 1], [1, 1]])
+    chips = [Chip(i, i % 2, "cpu") for i in range(8)]
+    places = slices(chips, Mesh(data=4, fsdp=2), monkeypatch).reshape(4, 2)
+    np.testing.assert_array_equal(places, [[0, 0], [0, 0], [1, 1], [1, 1]])
     with pytest.raises(UserError, match="data: got 1, must be a multiple of 2, the slices"):
         Mesh(data=1, fsdp=8).make(chips)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "hosts"),
+    [
+        (Mesh(data=1, fsdp=-1), 2),
+        (Mesh(data=2, fsdp=-1), 4),
+        (Mesh(data=1, fsdp=-1, tensor=4), 2),
+        (Mesh(data=3, fsdp=2, tensor=4), 3),
+    ],
+    ids=str,
+)
+def test_any_axis_may_go_across_hosts_of_gpus_the_outermost_first(mesh, hosts, monkeypatch):
+    """Eight GPUs a host, listed in turns. What one fixes of the outer axes that the hosts fill is one host."""
+    chips = [Chip(i, i % hosts, "gpu", i) for i in range(8 * hosts)]
+    places = slices(chips, mesh, monkeypatch)
+    np.testing.assert_array_equal(places.reshape(hosts, 8), np.tile(np.arange(hosts)[:, None], 8))
+    assert places.shape == tuple(mesh.sizes(8 * hosts).values())
