@@ -194,14 +194,40 @@ def cut_rows(x: jax.Array, parts: int) -> jax.Array:
     return jax.numpy.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
 
+def share(rules: Rules) -> tuple[int, int]:
+    """(rank, ranks): which of how many shares of a batch's rows the devices of this process hold, on the current mesh.
+
+    Processes that hold the same rows, because they cut rows or layers between them, have the same rank."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return 0, 1
+    place = NamedSharding(mesh, cast(PartitionSpec, rules("batch")))
+    starts = place.devices_indices_map((mesh.size,)).items()
+    return _share([(device.process_index, rows.start or 0) for device, (rows,) in starts], jax.process_index())
+
+
+def _share(held: Sequence[tuple[int, int]], process: int) -> tuple[int, int]:
+    """The rank and ranks of a process, where (process, row) lists who holds what. (0, 1), all rows, where two hold some
+    of the same and some not, or not as many."""
+    rows: dict[int, set[int]] = {}
+    for one, row in held:
+        rows.setdefault(one, set()).add(row)
+    shares = sorted({tuple(sorted(some)) for some in rows.values()})
+    apart = sum(map(len, shares)) == len({row for _, row in held}) == len(shares) * len(shares[0])
+    return (shares.index(tuple(sorted(rows[process]))), len(shares)) if apart else (0, 1)
+
+
 def global_array(local, rules: Rules):
-    """A tree of host arrays [B / processes, ...] -> global `jax.Array`s [B, ...] sharded by `rules.batch`."""
+    """A tree of host arrays [B / ranks, ...], the `share` of this process, -> global `jax.Array`s [B, ...] sharded by
+    `rules.batch` and `rules.sequence`."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jax.numpy.asarray, local)
+    _, ranks = share(rules)
 
     def place(x):
         spec = cast(PartitionSpec, rules("batch", "sequence", *[None] * (x.ndim - 2)))
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+        shape = (ranks * x.shape[0], *x.shape[1:])
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, shape)
 
     return jax.tree.map(place, local)

@@ -281,3 +281,20 @@ def test_any_axis_may_go_across_hosts_of_gpus_the_outermost_first(mesh, hosts, m
     places = slices(chips, mesh, monkeypatch)
     np.testing.assert_array_equal(places.reshape(hosts, 8), np.tile(np.arange(hosts)[:, None], 8))
     assert places.shape == tuple(mesh.sizes(8 * hosts).values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "shares"),
+    [
+        ([[0], [1], [2], [3]], [(0, 4), (1, 4), (2, 4), (3, 4)]),  # a device each
+        ([[0], [0], [1], [1]], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two cut rows between them
+        ([[2, 3], [0, 1]], [(1, 2), (0, 2)]),
+        ([[0, 2], [1, 3]], [(0, 2), (1, 2)]),
+        ([[0, 0], [0, 0]], [(0, 1), (0, 1)]),
+        ([[0, 0, 1], [1, 2, 2]], [(0, 1), (0, 1)]),  # three devices each, pairs of which cut rows: all read all
+        ([[0, 1, 2], [3]], [(0, 1), (0, 1)]),
+    ],
+)
+def test_processes_read_the_rows_that_their_devices_hold(rows, shares):
+    held = [(process, row) for process, some in enumerate(rows) for row in some]
+    assert [sharding._share(held, process) for process in range(len(rows))] == shares

@@ -72,7 +72,7 @@ class _Data:
         rank: int = 0,
         ranks: int = 1,
     ) -> Batches:
-        """The endless batches to train on; process `rank` of `ranks` gets its [B / ranks, T] of each, in order.
+        """The endless batches to train on; [B / ranks, T] of each, share `rank` of `ranks`, in order.
 
         Raises UserError for an empty split, or a batch that the processes cannot share equally.
         """

@@ -65,7 +65,8 @@ def train(
     bits as if it had never stopped. Of several processes any may get the signal: all end after the same step. Raises
     `Diverged` when the loss is not finite, and the stage's policy has no remedy; what is not finite is never saved.
     """
-    share: dict[str, Any] = {"cache_dir": cache, "rank": jax.process_index(), "ranks": jax.process_count()}
+    rank, ranks = sharding.share(model.rules)
+    share: dict[str, Any] = {"cache_dir": cache, "rank": rank, "ranks": ranks}
     batches = stage.data.batches(tokenizer, "train", seed=seed, **share)
     validation = stage.data.evaluation(tokenizer, "validation", rows=stage.evaluate_rows, **share)
     functions, frozen = program(stage, model, seed), ()

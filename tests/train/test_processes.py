@@ -105,7 +105,7 @@ class Job:
 
     def end(self) -> list[tuple[int, str]]:
         """Exit code and standard error of all."""
-        errors = [process.communicate(timeout=60)[1] for process in self.processes]
+        errors = [process.communicate(timeout=180)[1] for process in self.processes]
         return [(process.returncode, error) for process, error in zip(self.processes, errors, strict=True)]
 
     def read(self) -> list[list[list[int]]]:
@@ -205,6 +205,23 @@ def test_processes_keep_a_mirror(tmp_path):
     assert len(job.read()) == 60 - stopped + 1  # of validation
     assert list(losses(mirror)) == list(losses(folder)) == list(range(1, 61))
     assert saved(mirror) == saved(folder) == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor", "context", "fsdp"])
+def test_processes_cut_rows_and_layers_between_them(tmp_path, axis):
+    """Two that hold parts of the same rows read the same ones, and learn what one process does."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    file = tmp_path / "tiny.py"
+    file.write_text(TINY.replace("TEXT", str(tmp_path / "text.txt")))
+    options = "--main.steps", "10", "--mesh.data", "1"
+    for processes in (1, 2):
+        with Job(file, processes, f"runs/{processes}", (*options, f"--mesh.{axis}", "-1")) as job:
+            ended = job.end()
+            assert [code for code, _ in ended] == [0] * processes, ended
+    one, two = losses(tmp_path / "runs" / "1"), losses(tmp_path / "runs" / "2")
+    assert list(two) == list(one) == list(range(1, 11))
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-3)
 
 
 HANGING = """
