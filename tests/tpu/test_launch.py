@@ -107,7 +107,7 @@ def test_up_creates_installs_runs_and_follows(world):
     assert world.verbs()[1:] == ROUND
     created = "tpu-vm create pod --zone=z1 --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite --spot"
     assert calls[1] == shlex.split(f"gcloud compute tpus {created}")
-    ssh = shlex.split("gcloud compute tpus tpu-vm ssh pod --worker=all --zone=z1")
+    ssh = shlex.split("gcloud compute tpus tpu-vm ssh pod --worker=all --zone=z1 --quiet")
     assert all(call[:-1] == ssh for call in calls[4:6])
     started = "bash gptjax/tpu/worker.sh start gpt2_124m gs://b/runs gpt2_124m --a 'it s' --b '\"x y\"'"
     assert shlex.split(calls[5][-1].removeprefix("--command=")) == shlex.split(started)
@@ -147,7 +147,7 @@ def test_what_goes_on_failing_ends_with_its_exit_code_and_the_command(world):
     *attempts, last = failed.stderr.splitlines()
     assert attempts == [f"exit code 7, attempt {i} of 3; again in {i} s" for i in (1, 2)]
     assert last.startswith("error: exit code 7 after 3 attempts: gcloud compute tpus tpu-vm create pod --zone=z1")
-    assert world.verbs()[1:] == ["list", "create", "sleep", "create", "sleep", "create"]
+    assert world.verbs()[1:] == ["list", "create", "sleep", "create", "sleep", "create", "list"]
 
 
 @pytest.mark.parametrize(("queued", "state", "code"), [("", "PREEMPTED", 255), ("1", "SUSPENDED", 130)])
@@ -157,7 +157,7 @@ def test_a_preempted_tpu_is_deleted_made_anew_and_runs_the_same_command(world, q
     assert done.returncode == 0, done.stderr
     assert f"interrupted (exit code {code}, TPU {state}); round 2 of 100 in 30 s" in done.stderr
     looks = ["list"] * (2 if code == 255 else 1)  # a lost connection is looked into first
-    assert world.verbs()[1:] == [*ROUND, *looks, "sleep", "list", "delete", *ROUND[1:]]
+    assert world.verbs()[1:] == [*ROUND, *looks, "sleep", "list", "delete", *ROUND]
     first, second = [call for call in world.calls() if "worker.sh start" in call[-1]]
     assert first == second
     assert ["--force" in call for call in world.calls() if "delete" in call] == [bool(queued)]
@@ -166,8 +166,55 @@ def test_a_preempted_tpu_is_deleted_made_anew_and_runs_the_same_command(world, q
 def test_a_tpu_that_is_gone_before_it_is_installed_is_made_anew(world):
     world.expect(*[("scp", 1, "", "PREEMPTED")] * 2)
     assert world.run(UP, TRIES="2").returncode == 0
-    round_2 = ["list", "delete", *ROUND[1:]]
+    round_2 = ["list", "delete", *ROUND]
     assert world.verbs()[1:] == ["list", "create", "list", "scp", "sleep", "scp", "list", "sleep", *round_2]
+
+
+def test_up_waits_until_a_tpu_is_deleted(world):
+    states = ["", "READY", *["DELETING"] * 3]
+    world.expect((" follow", 255, "", None), *[("list", 0, state, None) for state in states], ("list", 0, "", ""))
+    assert world.run(UP).returncode == 0
+    assert world.verbs()[1:] == [*ROUND, "list", "list", "sleep", "list", "sleep", "list", *ROUND[1:]]
+
+
+def test_once_there_was_a_tpu_up_waits_for_another_longer_and_longer(world):
+    """No capacity in two rounds; nobody who says what there is in a third."""
+    states = ["", "READY", *[""] * 6]
+    world.expect(
+        (" follow", 255, "", ""),
+        ("create pod", 0, "", "READY"),
+        *[("create pod", 1, "no capacity", None)] * 2,
+        *[("list", 0, state, None) for state in states],
+        ("list", 1, "", None),
+    )
+    done = world.run(UP, TRIES="1")
+    assert done.returncode == 0, done.stderr
+    waits = [line.partition("; ")[2] for line in done.stderr.splitlines() if line.startswith("interrupted")]
+    assert waits == [f"round {n} of 100 in {pause} s" for n, pause in ((2, 30), (3, 60), (4, 120), (5, 240))]
+
+
+@pytest.mark.parametrize(("state", "code"), [("PREEMPTED", 0), ("FAILED", 1)])
+def test_a_tpu_that_is_preempted_before_it_is_ready_is_made_anew_and_a_mistake_is_not(world, state, code):
+    world.expect(("list", 0, "", None), ("create pod", 0, "", "CREATING"), ("list", 0, "CREATING", state))
+    done = world.run(UP)
+    assert done.returncode == code, done.stderr
+    assert f"error: the TPU did not come: {state}" in done.stderr
+    assert world.verbs().count("create") == (1 if code else 2)
+
+
+def test_a_tpu_that_comes_although_its_creation_failed_is_used(world):
+    world.expect(("create pod", 1, "timeout", "READY"), ("create pod", 1, "it exists", None))
+    assert world.run(UP, TRIES="2").returncode == 0
+    assert world.verbs()[1:] == ["list", "create", "sleep", "create", *ROUND[2:]]
+
+
+def test_the_trainer_gets_its_variables_and_the_tpu_its_software(world):
+    options = "--env GPTJAX_CACHE=/mnt/cache --env 'A=b c' --runtime v2-alpha-tpuv6e"
+    assert world.run(UP.replace("-- ", f"{options} -- ")).returncode == 0
+    (created,) = [call for call in world.calls() if "create" in call]
+    assert "--version=v2-alpha-tpuv6e" in created
+    (started,) = [call[-1] for call in world.calls() if "worker.sh start" in call[-1]]
+    assert shlex.split(started.removeprefix("--command="))[:4] == ["env", "GPTJAX_CACHE=/mnt/cache", "A=b c", "bash"]
 
 
 def test_a_lost_connection_is_made_again_and_a_killed_run_started_again(world):
