@@ -5,8 +5,8 @@
 #       --bucket gs://mine -- gpt2_124m
 #
 #   render    print the manifest
-#   run       start the experiment, or go on with it
-#   log       follow the log of the first host
+#   run       start the experiment, or go on with it; what still runs is stopped first, and saves
+#   log       follow the log of the first host, of the first slice
 #   status    the JobSet and its pods
 #   delete    stop the experiment (it saves) and free the TPUs
 #
@@ -17,6 +17,7 @@
 #   --bucket URL         BUCKET       gs://NAME, mounted as /runs: holds the run folder RUN
 #   --run NAME           RUN          by default the name of the experiment
 #   --spot               SPOT=1       nodes that may be preempted
+#   --env NAME=VALUE                  set a variable for the trainer (more than once)
 #   --dry-run            DRY_RUN=1    print the commands and run none
 #   CHIPS=4 SLICES=1 RESTARTS=100     chips of a host, slices, how often it is started again
 #   SERVICE_ACCOUNT=default           of Kubernetes, with access to the bucket
@@ -28,9 +29,9 @@ main() {
   JOB_NAME=${JOB_NAME:-} ACCELERATOR=${ACCELERATOR:-} TOPOLOGY=${TOPOLOGY:-} IMAGE=${IMAGE:-} SPOT=${SPOT:-}
   CHIPS=${CHIPS:-4} SLICES=${SLICES:-1} RESTARTS=${RESTARTS:-100} SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default}
   [[ $# -gt 0 ]] || set -- --help
-  local command=$1 file
+  local command=$1 file value label=jobset.sigs.k8s.io/jobset-name
   shift
-  EXPERIMENT=()
+  EXPERIMENT=() VARIABLES=()
   while (($#)); do
     case $1 in
       --name) option JOB_NAME "$@" && shift ;;
@@ -39,6 +40,7 @@ main() {
       --image) option IMAGE "$@" && shift ;;
       --bucket) option BUCKET "$@" && shift ;;
       --run) option RUN "$@" && shift ;;
+      --env) option value "$@" && VARIABLES+=("$value") && shift ;;
       --spot) SPOT=1 ;;
       --dry-run) DRY_RUN=1 ;;
       --) shift && EXPERIMENT=("$@") && break ;;
@@ -56,16 +58,21 @@ main() {
     run)
       file=${TMPDIR:-/tmp}/gptjax-$JOB_NAME.yaml
       manifest >"$file"
+      # One that has ended would stay as it is, and one that runs cannot be changed.
+      delete
       retry kubectl apply "--filename=$file"
       ;;
     log)
       retry kubectl logs --follow --tail=-1 --container=train \
-        "--selector=jobset.sigs.k8s.io/jobset-name=$JOB_NAME,batch.kubernetes.io/job-completion-index=0"
+        "--selector=$label=$JOB_NAME,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
       ;;
-    status) retry kubectl get jobsets,pods "--selector=jobset.sigs.k8s.io/jobset-name=$JOB_NAME" ;;
-    delete) retry kubectl delete jobset "$JOB_NAME" --ignore-not-found ;;
+    status) retry kubectl get jobsets,pods "--selector=$label=$JOB_NAME" ;;
+    delete) delete ;;
   esac
 }
+
+# In the foreground: until the pods, which save, are gone too.
+delete() { retry kubectl delete jobset "$JOB_NAME" --ignore-not-found --cascade=foreground --wait; }
 
 # The trainer's exit codes 1 (diverged) and 2 (a mistake in the input) end the JobSet; all else starts it again.
 manifest() {
@@ -76,9 +83,12 @@ manifest() {
   [[ $BUCKET =~ ^gs://[^/]+$ ]] || fail "BUCKET: got $BUCKET, must be gs://NAME"
   [[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+)+$ ]] || fail "TOPOLOGY: got $TOPOLOGY, must be like 4x4 or 4x4x8"
   check_experiment
-  local spot='' hosts
-  [[ -z $SPOT ]] || spot='                cloud.google.com/gke-spot: "true"'
-  hosts=$(((${TOPOLOGY//x/*} + CHIPS - 1) / CHIPS))
+  local spot='' hosts chips=$((${TOPOLOGY//x/*}))
+  [[ -z $SPOT ]] || spot='                cloud.google.com/gke-spot: "true"
+              tolerations:
+                - {key: cloud.google.com/gke-spot, operator: Equal, value: "true", effect: NoSchedule}'
+  ((CHIPS <= chips)) || CHIPS=$chips
+  hosts=$((chips / CHIPS))
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -124,6 +134,8 @@ $spot
                   image: $IMAGE
                   command:
 $(items python -m experiments "${EXPERIMENT[@]}" --out "/runs/$RUN")
+                  env:
+$(variables ${VARIABLES[@]+"${VARIABLES[@]}"})
                   resources:
                     requests: {google.com/tpu: $CHIPS}
                     limits: {google.com/tpu: $CHIPS}
@@ -139,12 +151,24 @@ $(items python -m experiments "${EXPERIMENT[@]}" --out "/runs/$RUN")
 YAML
 }
 
-# items WORD...: a YAML list of strings. A single quote is doubled.
+# items WORD...: a YAML list of strings.
 items() {
   local word
   for word in "$@"; do
-    printf "                    - '%s'\n" "$(printf %s "$word" | sed "s/'/''/g")"
+    printf '                    - %s\n' "$(text "$word")"
   done
 }
+
+# variables NAME=VALUE...: a YAML list of what a container's variables are.
+variables() {
+  local variable
+  (($#)) || printf '                    []\n'
+  for variable in "$@"; do
+    printf '                    - {name: %s, value: %s}\n' "${variable%%=*}" "$(text "${variable#*=}")"
+  done
+}
+
+# text WORD: a YAML string. A single quote is doubled.
+text() { printf "'%s'" "$(printf %s "$1" | sed "s/'/''/g")"; }
 
 main "$@"

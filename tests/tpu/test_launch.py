@@ -78,6 +78,12 @@ class World:
             timeout=60,
         )
 
+    def job(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        """tpu/slurm.sh as SLURM runs it: a copy elsewhere."""
+        script = shutil.copy(ROOT / "tpu" / "slurm.sh", self.folder)
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "RUN": "r", "VENV": ""}
+        return self.run(f"{script} job gpt2_124m --a b", **slurm, **environment)
+
     def calls(self) -> list[list[str]]:
         return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
 
@@ -304,13 +310,93 @@ def test_the_manifest_of_a_jobset(world):
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (130, True), (143, True)])
-def test_a_slurm_job_goes_back_to_the_queue_when_it_was_interrupted(world, code, requeued):
+def test_a_host_has_no_more_chips_than_the_slice_and_the_container_its_variables(world):
+    yaml = pytest.importorskip("yaml")
+    options = (
+        "--name pod --accelerator tpu-v6e-slice --topology 1x1 --image i --bucket gs://b --env A= --env 'B=c: d=e'"
+    )
+    jobset = yaml.safe_load(world.run(f"tpu/gke.sh render {options} -- gpt2_124m").stdout)
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert (job["parallelism"], container["resources"]["limits"]) == (1, {"google.com/tpu": 1})
+    assert container["env"] == [{"name": "A", "value": ""}, {"name": "B", "value": "c: d=e"}]
+
+
+JOBSET = "tpu/gke.sh {} --name pod --accelerator a --topology 4x4 --image i --bucket gs://b -- gpt2_124m"
+DELETED = shlex.split("kubectl delete jobset pod --ignore-not-found --cascade=foreground --wait")
+
+
+def test_a_jobset_that_is_there_makes_way_for_the_new_one(world):
+    done = world.run(JOBSET.format("run"))
+    assert done.returncode == 0, done.stderr
+    deleted, applied = world.calls()
+    assert deleted == DELETED
+    assert applied[:2] == ["kubectl", "apply"]
+    manifest = Path(applied[2].removeprefix("--filename=")).read_text()
+    assert manifest == world.run(JOBSET.format("render")).stdout
+
+
+def test_kubectl_is_tried_again_and_nothing_is_applied_beside_what_could_not_be_deleted(world):
+    world.expect(("delete", 1, "", None), ("apply", 1, "", None), ("apply", 1, "", None))
+    assert world.run(JOBSET.format("run")).returncode == 0
+    assert [call[1] for call in world.calls()] == ["delete", "10", "delete", "apply", "10", "apply", "20", "apply"]
+    (world.folder / "calls").write_text("")
+    world.expect(*[("delete", 3, "", None)] * 2)
+    failed = world.run(JOBSET.format("run"), TRIES="2")
+    assert failed.returncode == 3
+    assert failed.stderr.endswith(f"error: exit code 3 after 2 attempts: {shlex.join(DELETED)}\n")
+    assert [call[1] for call in world.calls()] == ["delete", "10", "delete"]
+
+
+def test_the_log_is_that_of_one_host(world):
+    assert world.run("tpu/gke.sh log --name pod").returncode == 0
+    (call,) = world.calls()
+    labels = dict(label.split("=") for label in call[-1].removeprefix("--selector=").split(","))
+    assert labels == {
+        "jobset.sigs.k8s.io/jobset-name": "pod",
+        "jobset.sigs.k8s.io/job-index": "0",
+        "batch.kubernetes.io/job-completion-index": "0",
+    }
+
+
+@pytest.mark.parametrize("inside", [{}, {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": "/"}], ids=["", "salloc"])
+def test_a_job_is_given_to_slurm_again_where_that_fails(world, inside):
+    world.expect(("sbatch", 1, "", None))
+    done = world.run("tpu/slurm.sh --nodes=2 -- gpt2_124m --a 'b c'", **inside)
+    assert done.returncode == 0, done.stderr
+    first, pause, second = world.calls()
+    exported = "--export=ALL,RUN=gpt2_124m,VENV=.venv,RESTARTS=100"
+    assert first == second == ["sbatch", "--nodes=2", exported, "tpu/slurm.sh", "job", "gpt2_124m", "--a", "b c"]
+    assert pause == ["sleep", "10"]
+    world.expect(*[("sbatch", 1, "", None)] * 2)
+    assert world.run("tpu/slurm.sh -- gpt2_124m", TRIES="2", **inside).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, "0", False), (1, "0", False), (130, "0", True), (143, "1", True), (137, "2", False)],
+)
+def test_a_slurm_job_goes_back_to_the_queue_when_it_was_interrupted(world, code, restarts, requeued):
     world.expect(("srun", code, "", None))
-    job = world.run("tpu/slurm.sh gpt2_124m --a b", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT), RUN="r", VENV="")
+    job = world.job(RESTARTS="2", SLURM_RESTART_COUNT=restarts)
     assert job.returncode == code
     srun = shlex.split("srun --kill-on-bad-exit=1 python -m experiments gpt2_124m --a b --out runs/r")
     assert world.calls() == [srun, *([["scontrol", "requeue", "7"]] if requeued else [])]
+
+
+def test_a_slurm_job_waits_for_its_tasks_after_sigterm(world):
+    """Which they get too, unless it is ignored in them; and they have the processors that the job was given."""
+    (world.folder / "bin" / "srun").write_text(
+        "#!/usr/bin/env bash\n"
+        "[[ $SRUN_CPUS_PER_TASK == 12 ]] || exit 1\n"
+        "kill -TERM $PPID\n"
+        "trap 'exit 130' TERM\n"
+        "kill -TERM $$\n"
+        "exit 1\n"
+    )
+    job = world.job(SLURM_CPUS_PER_TASK="12")
+    assert job.returncode == 130, job.stderr
+    assert world.calls() == [["scontrol", "requeue", "7"]]
 
 
 class Host(World):
