@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 setup() {
   [[ -x ~/.local/bin/uv ]] || python3 -m pip install --quiet --user uv
   [[ -d .venv ]] || ~/.local/bin/uv venv --quiet --python 3.12
-  ~/.local/bin/uv pip install --quiet -e '.[tpu]'
+  ~/.local/bin/uv pip install --quiet -e '.[tpu,hf,gcs]'
 }
 
 start() {
@@ -101,7 +101,7 @@ mount_bucket() {
     curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee $key >/dev/null
     echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
       sudo tee $list >/dev/null
-    sudo apt-get update -q && sudo apt-get install -qy gcsfuse
+    sudo apt-get update -q && sudo apt-get -o DPkg::Lock::Timeout=300 install -qy gcsfuse
   fi
   set -- --implicit-dirs --rename-dir-limit 200000 --metadata-cache-ttl-secs 0
   [[ $path != */* ]] || set -- "$@" --only-dir "${path#*/}"
