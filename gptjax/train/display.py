@@ -110,7 +110,7 @@ class Display:
             self._seconds_per_step = old * (self._seconds_per_step or 0.0) + (1 - old) * seconds / steps
             self._last = (now, step)
         self.step = max(self.step, step)
-        self._more = more
+        self._more = {name: value for name, value in more.items() if value != loss}  # which is shown as an average
         self._waiting = waiting
         self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
@@ -125,7 +125,9 @@ class Display:
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """What the model makes of a prompt at this step, just made."""
-        self._show(Text.assemble((f"step {step:,} writes\n", "dim"), (_visible(prompt), "bold"), _visible(text)))
+        self._show(
+            Text.assemble((f"step {step:,} writes\n", "dim"), (_visible(prompt), "bold"), _visible(text).rstrip())
+        )
         self._restart(step)
 
     def note(self, text: str) -> None:

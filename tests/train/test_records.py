@@ -146,7 +146,7 @@ def test_display_without_a_terminal(clock):
     with Display("chat", 60, 10, console=Console(file=output, width=40)) as shown:
         for step in range(1, 61):
             clock.now += 1
-            shown.update(step, loss=2.0, rate=3e-4)
+            shown.update(step, loss=2.0, rate=3e-4, cross_entropy=2.0)
             if step == 30:
                 shown.evaluation(step, 1.5)
                 shown.sample(step, "Say [b]hi[/b]", "\x1b[31mhi\x07")
