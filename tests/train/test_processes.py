@@ -208,7 +208,7 @@ def test_processes_keep_a_mirror(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["tensor", "context", "fsdp"])
+@pytest.mark.parametrize("axis", ["tensor", "context"])
 def test_processes_cut_rows_and_layers_between_them(tmp_path, axis):
     """Two that hold parts of the same rows read the same ones, and learn what one process does."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
@@ -249,11 +249,12 @@ def test_every_process_says_where_it_hangs(tmp_path):
     file.write_text("import dataclasses\n" + TINY.replace("TEXT", str(tmp_path / "text.txt")) + HANGING)
     reports = [folder / "hang" / f"{number}.txt" for number in (0, 1)]
     with Job(file, 2) as job:
-        limit = time.monotonic() + 90
-        while not all(path.exists() for path in reports) and time.monotonic() < limit:
+        limit, second = time.monotonic() + 120, ""
+        while "in stuck" not in second and time.monotonic() < limit:  # on a busy machine an earlier step hangs too
             assert all(process.poll() is None for process in job.processes), job.end()
-            time.sleep(0.1)
-        time.sleep(1)  # until they are whole
+            time.sleep(1)
+            second = reports[1].read_text() if reports[1].exists() else ""
+        time.sleep(4)  # until the first has waited as long, and both are whole
         first, second = (path.read_text() for path in reports)
     assert "in stuck" in second
     assert "in stuck" not in first
