@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -397,6 +398,22 @@ def test_a_slurm_job_waits_for_its_tasks_after_sigterm(world):
     job = world.job(SLURM_CPUS_PER_TASK="12")
     assert job.returncode == 130, job.stderr
     assert world.calls() == [["scontrol", "requeue", "7"]]
+
+
+def test_the_documentation_says_what_the_scripts_understand(world):
+    """And the image has what a TPU VM has: what reads tokenizers, and buckets."""
+    page = (ROOT / "docs" / "cloud.md").read_text()
+    lines = page.replace("\\\n", " ").splitlines()
+    for line in lines:
+        for word in shlex.split(line.removeprefix("export ")) if line.startswith("export ") else ():
+            world.environment.update([word.split("=", 1)])
+    commands = [line for line in lines if line.startswith("tpu/")]
+    assert len(commands) > 8
+    for command in commands:
+        done = world.run(shlex.join(shlex.split(command, comments=True)), DRY_RUN="1")
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    extras = [re.findall(r"-e '\.\[([\w,]+)\]'", text) for text in (page, (ROOT / "tpu" / "worker.sh").read_text())]
+    assert extras == [["tpu,hf,gcs"]] * 2
 
 
 class Host(World):
