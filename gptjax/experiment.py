@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 from rich.console import Console
 
 from gptjax import host, report, sharding
@@ -43,7 +42,7 @@ from gptjax.language_model import LanguageModel
 from gptjax.loading import trained
 from gptjax.nn import ModelConfig
 from gptjax.sharding import STANDARD, Mesh, Rules
-from gptjax.train import manifest
+from gptjax.train.checkpoint import Checkpoints
 from gptjax.train.loop import train
 from gptjax.train.records import Records
 from gptjax.train.stage import Stage
@@ -125,7 +124,9 @@ class Experiment:
             before: str | None = None
             for name, stage in self.stages.items():
                 checkpoints = folder / "checkpoints" / name
-                if manifest.fault(epath.Path(checkpoints / str(stage.steps))):  # not there, or not as it was written
+                with Checkpoints(checkpoints) as saved:
+                    fault = saved.fault(stage.steps)
+                if fault is not None:  # not there, or not as it was written
                     (folder / "report" / f"{name}.json").unlink(missing_ok=True)
                     with sharding.use(mesh):
                         train(
@@ -149,6 +150,7 @@ class Experiment:
             console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}\n\nNow try:")
             console.print(f"  gptjax chat {_short(folder)}")
             console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
+        host.meet("the report is written")
         return 0
 
     def _trained(self, folder: Path, name: str, abstract: Params | None = None) -> Params:

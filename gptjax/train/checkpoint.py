@@ -12,6 +12,7 @@ A folder without a manifest is unfinished; one that disagrees with it is damaged
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -19,15 +20,13 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath  # pathlib that also knows gs://
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptjax import host
@@ -35,6 +34,7 @@ from gptjax.train import manifest
 from gptjax.types import UserError, one_line
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_DAY = 24 * 60 * 60  # seconds
 _log = logging.getLogger(__name__)
 
 
@@ -48,10 +48,13 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`, a local path or gs://. Only one process (of a job) may save there.
+    """The checkpoints of one run, in `folder`, a local path or gs://. Only one job may save there.
 
     Kept are the newest `keep` and, besides, the `best` of lowest validation loss. Every method that touches the disk
     first waits for the save under way, and raises UserError if that failed: a full disk is heard of at the next call.
+
+    Several processes of a job must make the same calls, in a folder that they share: each reads and hashes its part of
+    the files, and what the first finds there holds for all.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2, best: int = 1):
@@ -64,6 +67,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._restored: int | None = None
+        self._saves = 0
 
     def __enter__(self) -> Self:
         return self
@@ -102,12 +106,12 @@ class Checkpoints:
         content = {"step": step, "loss": None if loss is None else float(loss), "extra": json.loads(json.dumps(extra))}
         try:
             self._tidy()
-            host.meet("checkpoints are tidy")
-            if step in self._committed():
+            if host.gather(step in self._committed())[0]:
                 raise ValueError(f"checkpoints: there is already one of step {step} in {self.folder}")
             response = _orbax().save_async(self.folder / str(step), state)
         except OSError as error:
             raise self._failure(step, error) from error
+        self._saves += 1
         self._pending = self._thread.submit(self._finish, step, content, response)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
@@ -142,7 +146,13 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first. Whether they are sound is not looked into."""
         self.wait()
-        return self._finished()
+        return host.gather(self._finished())[0]
+
+    def fault(self, step: int) -> str | None:
+        """What is wrong with the checkpoint of that step; None when every byte of it is as it was written."""
+        self.wait()
+        found = host.gather(manifest.fault(self.folder / str(step), jax.process_index(), jax.process_count()))
+        return next((fault for fault in found if fault is not None), None)
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
@@ -150,7 +160,7 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step of lowest validation loss among those kept."""
         self.wait()
-        return next(iter(self._ranked()), None)
+        return host.gather(next(iter(self._ranked()), None))[0]
 
     def _committed(self) -> list[int]:
         """Steps of all checkpoint folders, finished or not, oldest first."""
@@ -169,26 +179,22 @@ class Checkpoints:
         return sorted(finite, key=lambda step: (finite[step], -step))
 
     def _sound(self, step: int | None) -> tuple[int, dict[str, Any]]:
-        """The step to use, and its extra. One process reads the bytes and tells the others."""
+        """The step to use, and its extra."""
         self.wait()
-        candidates = self._committed()[::-1] if step is None else [step]
-        chosen, faults = -1, []
-        if jax.process_index() == 0:
-            for candidate in candidates:
-                fault = manifest.fault(self.folder / str(candidate))
-                if fault is None:
-                    chosen = candidate
-                    break
+        candidates = host.gather(self._committed()[::-1])[0] if step is None else [step]
+        faults = []
+        for candidate in candidates:
+            if (fault := self.fault(candidate)) is None:
+                content = manifest.read(self.folder / str(candidate))
+                assert content is not None, "it is sound"
+                return candidate, content["extra"]
+            if jax.process_index() == 0:
                 _log.warning("checkpoint %s: %s; it is not used", self.folder / str(candidate), fault)
-                faults.append(f"step {candidate}: {fault}")
-        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-        content = manifest.read(self.folder / str(chosen))
-        if content is None:
-            found = "; ".join(faults) or "there is none"
-            raise UserError(
-                f"checkpoints: no usable one in {self.folder} ({found}); restore a copy, or delete it to start again"
-            )
-        return chosen, content["extra"]
+            faults.append(f"step {candidate}: {fault}")
+        found = "; ".join(faults) or "there is none"
+        raise UserError(
+            f"checkpoints: no usable one in {self.folder} ({found}); restore a copy, or delete it to start again"
+        )
 
     def _saved(self, step: int) -> dict[str, Any]:
         """The saved tree, as nested dicts and lists, with shapes and dtypes in place of the arrays."""
@@ -211,18 +217,37 @@ class Checkpoints:
             return ocp.load(folder, jax.tree.map(_placed, abstract))
 
     def _finish(self, step: int, content: dict[str, Any], response: Any) -> None:
-        """Runs on our thread: from Orbax's commit to a finished checkpoint, and only then are older ones deleted."""
+        """Runs on our thread: from Orbax's commit to a finished checkpoint, and only then are older ones deleted. The
+        processes share the reading, and none is done before the manifest is there: the first must not lose them."""
+        folder, process, processes = self.folder / str(step), jax.process_index(), jax.process_count()
         try:
             response.result()
-            if jax.process_index() == 0:
-                manifest.write(self.folder / str(step), content)
-                kept = {*self._committed()[-self.keep :], *self._ranked()[: self.best]}
-                for old in set(self._committed()) - kept:
-                    manifest.delete(self.folder / str(old))
+            with self._together(f"{step} is read"):
+                files = manifest.digests(folder, process, processes)
+                if process:
+                    manifest.leave(folder, process, files)
+            with self._together(f"{step} is finished"):
+                if process == 0:
+                    manifest.write(folder, content, files | manifest.collect(folder, processes))
+                    kept = {*self._committed()[-self.keep :], *self._ranked()[: self.best]}
+                    for old in set(self._committed()) - kept:
+                        manifest.delete(self.folder / str(old))
+            if not manifest.finished(folder):
+                raise OSError("the first process could not finish it")
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
             with contextlib.suppress(OSError):
                 self._tidy()
             raise self._failure(step, error) from error
+
+    @contextlib.contextmanager
+    def _together(self, what: str) -> Iterator[None]:
+        """Leaves, by an error too, when all processes do. Unlike `host.meet` it may be on any thread, for nothing is
+        sent between devices; the bound is one that no disk needs, as a process that is gone is noticed before."""
+        try:
+            yield
+        finally:
+            meeting = _orbax().multihost.sync_global_processes
+            asyncio.run(meeting(f"{self.folder}/{what}", operation_id=f"gptjax.{self._saves}", timeout=_DAY))
 
     def _tidy(self) -> None:
         """Makes the folder and deletes what is of no use: unfinished saves, and the future that a restore left."""

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax import host
 from gptjax.train.times import Times
 
 FACTOR = 1.5
@@ -39,14 +39,11 @@ class Hosts:
     """What the processes of a job tell each other about their times. All must make the same calls."""
 
     def __init__(self):
-        self._names = [socket.gethostname()]
+        self._names = host.gather(socket.gethostname())
         self._told: jax.Array | None = None
         self._known: set[int] = set()
         self._calls = 0
         if jax.process_count() > 1:
-            name = np.frombuffer(self._names[0].encode()[:64].ljust(64), np.uint8)
-            names = multihost_utils.process_allgather(name)
-            self._names = [bytes(row).decode(errors="replace").strip() for row in names]
             devices = np.array(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
             self._mesh = jax.sharding.Mesh(devices.reshape(jax.process_count(), -1), ("process", "local"))
             self._everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(self._mesh, PartitionSpec()))

@@ -13,12 +13,37 @@ from typing import Any
 from etils import epath  # pathlib that also knows gs://
 
 NAME = "manifest.json"
+Files = dict[str, list[Any]]
+"""Name of a file -> its size and SHA-256."""
 
 
-def write(folder: epath.Path, content: dict[str, Any]) -> None:
-    """Finishes the folder. `content` is what else the manifest is to say, in JSON's types."""
-    files = {name: [(folder / name).stat().length, _sha256(folder / name)] for name in _files(folder)}
-    manifest = {**content, "files": files}
+def digests(folder: epath.Path, process: int = 0, processes: int = 1) -> Files:
+    """Of the files in the folder; of several processes, each reads its share."""
+    sizes = {name: (folder / name).stat().length for name in _files(folder)}
+    return _digests(folder, _share(sizes, process, processes))
+
+
+def leave(folder: epath.Path, process: int, files: Files) -> None:
+    """Leave the share of a process in the folder, to be collected by the one that writes the manifest."""
+    (folder / f"{NAME}.{process}").write_text(json.dumps(files))
+
+
+def collect(folder: epath.Path, processes: int) -> Files:
+    """What the processes after the first have left."""
+    files = {}
+    for process in range(1, processes):
+        part = folder / f"{NAME}.{process}"
+        files |= json.loads(part.read_text())
+        part.unlink()
+    return files
+
+
+def write(folder: epath.Path, content: dict[str, Any], files: Files | None = None) -> None:
+    """Finishes the folder. `content` is what else the manifest is to say, in JSON's types; what is not in `files` is
+    read here: that is all, or what a process did not see yet where a disk is shared."""
+    files = files or {}
+    files |= _digests(folder, [name for name in _files(folder) if name not in files])
+    manifest = {**content, "files": dict(sorted(files.items()))}
     temporary = folder / f"{NAME}.tmp"
     temporary.write_text(json.dumps({"sha256": _sha256_of_json(manifest), **manifest}, indent=1))
     temporary.replace(folder / NAME)
@@ -37,8 +62,9 @@ def finished(folder: epath.Path) -> bool:
     return (folder / NAME).exists()
 
 
-def fault(folder: epath.Path) -> str | None:
-    """What is wrong with the folder; None when every byte of it is as it was written."""
+def fault(folder: epath.Path, process: int = 0, processes: int = 1) -> str | None:
+    """What is wrong with the folder; None when every byte of it is as it was written. Of several processes, each looks
+    at its share of the files."""
     if not folder.exists():
         return "missing"
     if not finished(folder):
@@ -46,16 +72,16 @@ def fault(folder: epath.Path) -> str | None:
     manifest = read(folder)
     if manifest is None:
         return f"damaged ({NAME} is not as it was written)"
-    files = manifest["files"]
+    files: Files = manifest["files"]
+    names = _share({name: size for name, (size, _) in files.items()}, process, processes)
     try:
-        for name, (size, _) in files.items():
-            if (length := (folder / name).stat().length) != size:
+        for name in names:
+            if (length := (folder / name).stat().length) != (size := files[name][0]):
                 return f"damaged ({name} has {length} bytes instead of {size})"
-        with ThreadPoolExecutor() as pool:
-            digests = pool.map(lambda name: _sha256(folder / name), files)
-            changed = [name for name, digest in zip(files, digests, strict=True) if digest != files[name][1]]
+        found = _digests(folder, names)
     except OSError as error:
         return f"damaged ({error})"
+    changed = [name for name in sorted(names) if found[name] != files[name]]
     return f"damaged ({', '.join(changed)} is not as it was written)" if changed else None
 
 
@@ -71,8 +97,20 @@ def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
         name = prefix + path.name
         if path.is_dir():
             yield from _files(path, f"{name}/")
-        elif name not in (NAME, f"{NAME}.tmp"):
+        elif not name.startswith(NAME):
             yield name
+
+
+def _share(sizes: dict[str, int], process: int, processes: int) -> list[str]:
+    """The files of a process: every so many-th of all, the largest first, so that shares are about equal."""
+    return sorted(sizes, key=lambda name: (-sizes[name], name))[process::processes]
+
+
+def _digests(folder: epath.Path, names: list[str]) -> Files:
+    """Hashing lets other threads run."""
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda name: [(folder / name).stat().length, _sha256(folder / name)], names)
+        return dict(zip(names, digests, strict=True))
 
 
 def _sha256(path: epath.Path) -> str:

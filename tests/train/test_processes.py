@@ -63,7 +63,14 @@ sharding.global_array = noted
 class Job:
     """The experiment on so many processes of one device each."""
 
-    def __init__(self, file: Path, processes: int, out: str = "runs/tiny", options: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        file: Path,
+        processes: int,
+        out: str = "runs/tiny",
+        options: tuple[str, ...] = (),
+        heartbeat: int = HEARTBEAT,
+    ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -72,7 +79,7 @@ class Job:
         common |= {"GPTJAX_CACHE": str(file.parent / "cache")}
         if processes > 1:
             common |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-            common |= {"GPTJAX_HEARTBEAT": str(HEARTBEAT)}
+            common |= {"GPTJAX_HEARTBEAT": str(heartbeat)}
         self.rows = [Path(f"{file}.{processes}.{number}") for number in range(processes)]
         for rows in self.rows:
             rows.unlink(missing_ok=True)
@@ -183,6 +190,41 @@ def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
     assert list(found) == list(expected) == list(range(1, 61))
     # Sums in another order: float32's rounding, grown by the steps that AdamW has divided by small numbers.
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)
+
+
+SLOW_DISK = """
+from gptjax.train import manifest
+
+write = manifest.write
+
+
+def slowly(*args):
+    time.sleep(PAUSE)
+    write(*args)
+
+
+manifest.write = slowly
+"""
+
+
+def test_the_first_process_is_waited_for_until_a_checkpoint_is_finished(tmp_path):
+    """The end of a run, and of one that is stopped: its last checkpoint takes longer than a process may be missing."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    file, folder = tmp_path / "tiny.py", tmp_path / "runs" / "tiny"
+    slow = SLOW_DISK.replace("PAUSE", str(HEARTBEAT / 2 + 3))
+    file.write_text(TINY.replace("TEXT", str(tmp_path / "text.txt")).replace("save_every=5", "save_every=60") + slow)
+    with Job(file, 2, heartbeat=HEARTBEAT // 2) as job:
+        job.reach(folder, 3)
+        job.processes[1].send_signal(signal.SIGTERM)
+        ended = job.end()
+        assert [code for code, _ in ended] == [130, 130], ended
+    assert saved(folder) == max(losses(folder))
+    with Job(file, 2, heartbeat=HEARTBEAT // 2) as job:
+        ended = job.end()
+        assert [code for code, _ in ended] == [0, 0], ended
+    assert saved(folder) == 60
+    parts = {path.name for path in (folder / "checkpoints" / "main" / "60").glob("manifest.json*")}
+    assert parts == {"manifest.json"}
 
 
 @pytest.mark.slow
