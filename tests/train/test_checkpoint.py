@@ -134,6 +134,19 @@ def test_one_flipped_bit_anywhere_is_found(two):
     assert two.restore(abstract(make_state())).step == 2
 
 
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_processes_share_the_reading(two, processes):
+    folder = two.folder / "2"
+    shares = [manifest.digests(folder, process, processes) for process in range(processes)]
+    whole = manifest.digests(folder)
+    assert sum(map(len, shares)) == len(whole)
+    assert {name: found for share in shares for name, found in share.items()} == whole
+    largest = max(whole, key=lambda name: whole[name][0])
+    Path(folder / largest).write_bytes(b"!" * whole[largest][0])
+    faults = [manifest.fault(folder, process, processes) for process in range(processes)]
+    assert [fault is None for fault in faults] == [largest not in share for share in shares]
+
+
 @pytest.mark.parametrize("harm", ["cut short", "deleted", "no manifest", "half a manifest", "empty folder"])
 def test_falls_back_to_the_one_before_and_says_so(two, harm, caplog):
     folder = Path(two.folder / "2")

@@ -306,7 +306,11 @@ def test_every_process_says_where_it_hangs(tmp_path):
 POISONED = """
 import dataclasses
 import jax.numpy as jnp
+from gptjax.train.checkpoint import Checkpoints
 from gptjax.train.divergence import RollBack
+
+if os.environ["JAX_PROCESS_ID"] == "1":  # to which a folder of the network is empty yet
+    Checkpoints._finished = lambda self: []
 
 
 class Poisoned(objectives.NextToken):
