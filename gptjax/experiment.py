@@ -125,8 +125,8 @@ class Experiment:
             for name, stage in self.stages.items():
                 checkpoints = folder / "checkpoints" / name
                 with Checkpoints(checkpoints) as saved:
-                    fault = saved.fault(stage.steps)
-                if fault is not None:  # not there, or not as it was written
+                    done = saved.complete(stage.steps)
+                if not done:
                     (folder / "report" / f"{name}.json").unlink(missing_ok=True)
                     with sharding.use(mesh):
                         train(

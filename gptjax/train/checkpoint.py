@@ -45,6 +45,8 @@ class Restored:
     step: int
     state: Any
     extra: dict[str, Any]
+    loss: float | None
+    """Validation loss, if it was known."""
 
 
 class Checkpoints:
@@ -125,10 +127,10 @@ class Checkpoints:
         Damaged and unfinished checkpoints are named in a warning and passed over. Raises UserError when none is sound,
         or when the sound one does not fit `abstract_state`.
         """
-        step, extra = self._sound(step)
+        step, content = self._sound(step)
         state = self._load(step, abstract_state, self._saved(step))
         self._restored = step
-        return Restored(step, state, extra)
+        return Restored(step, state, content["extra"], content["loss"])
 
     def restore_params(self, step: int | None = None, *, ema: bool = False, abstract_params: Any = None) -> Restored:
         """As `restore`, but only the state's `params`, a nested dict, without the optimizer's share of the bytes.
@@ -136,23 +138,35 @@ class Checkpoints:
         ema: prefer the moving average of the parameters, the state's `ema`, where the checkpoint has one.
         abstract_params: as in `restore`; without it, shapes and dtypes are those saved, on the first device.
         """
-        step, extra = self._sound(step)
+        step, content = self._sound(step)
         saved = self._saved(step)
         name = "ema" if ema and saved.get("ema") else "params"
         if abstract_params is None:
             abstract_params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved[name])
-        return Restored(step, self._load(step, {name: abstract_params}, {name: saved[name]})[name], extra)
+        params = self._load(step, {name: abstract_params}, {name: saved[name]})[name]
+        return Restored(step, params, content["extra"], content["loss"])
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first. Whether they are sound is not looked into."""
         self.wait()
         return host.gather(self._finished())[0]
 
-    def fault(self, step: int) -> str | None:
-        """What is wrong with the checkpoint of that step; None when every byte of it is as it was written."""
+    def complete(self, step: int) -> bool:
+        """Whether there is a sound checkpoint of that step, whose validation loss is known."""
         self.wait()
-        found = host.gather(manifest.fault(self.folder / str(step), jax.process_index(), jax.process_count()))
-        return next((fault for fault in found if fault is not None), None)
+        if self._fault(step) is not None:
+            return False
+        return host.gather((manifest.read(self.folder / str(step)) or {}).get("loss") is not None)[0]
+
+    def rank(self, step: int, loss: float) -> None:
+        """Adds the validation loss of a checkpoint that was saved before it was known."""
+        self.wait()
+        try:
+            if jax.process_index() == 0:
+                manifest.amend(self.folder / str(step), loss=loss)
+            host.meet("a checkpoint is ranked")
+        except OSError as error:
+            raise self._failure(step, error) from error
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
@@ -178,16 +192,21 @@ class Checkpoints:
         finite = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
         return sorted(finite, key=lambda step: (finite[step], -step))
 
+    def _fault(self, step: int) -> str | None:
+        """What is wrong with a checkpoint; the processes share the reading."""
+        found = host.gather(manifest.fault(self.folder / str(step), jax.process_index(), jax.process_count()))
+        return next((fault for fault in found if fault is not None), None)
+
     def _sound(self, step: int | None) -> tuple[int, dict[str, Any]]:
-        """The step to use, and its extra."""
+        """The step to use, and what its manifest says."""
         self.wait()
         candidates = host.gather(self._committed()[::-1])[0] if step is None else [step]
         faults = []
         for candidate in candidates:
-            if (fault := self.fault(candidate)) is None:
+            if (fault := self._fault(candidate)) is None:
                 content = manifest.read(self.folder / str(candidate))
                 assert content is not None, "it is sound"
-                return candidate, content["extra"]
+                return candidate, content
             if jax.process_index() == 0:
                 _log.warning("checkpoint %s: %s; it is not used", self.folder / str(candidate), fault)
             faults.append(f"step {candidate}: {fault}")

@@ -61,8 +61,9 @@ def train(
     description  goes into every checkpoint, beside the input position
     profile      steps to trace, counted from 1 where this run of the stage begins or goes on
 
-    Ctrl-C or SIGTERM ends the step under way, saves, and raises KeyboardInterrupt; run again, it goes on to the same
-    bits as if it had never stopped. Of several processes any may get the signal: all end after the same step. Raises
+    Ctrl-C or SIGTERM ends the step under way, or an evaluation before it is through, saves, and raises
+    KeyboardInterrupt; run again, it goes on to the same bits, and the same records, as if it had never stopped. Of
+    several processes any may get the signal: all end after the same step. Raises
     `Diverged` when the loss is not finite, and the stage's policy has no remedy; what is not finite is never saved.
     """
     rank, ranks = sharding.share(model.rules)
@@ -91,7 +92,8 @@ def train(
         done = int(state.step)
         rollbacks = [] if restored is None else restored.extra.get("rollbacks", [])
         records.resume(name, done)
-        if done >= stage.steps:
+        due = restored is not None and restored.loss is None and stage.evaluates(done)  # it was stopped before it was
+        if done >= stage.steps and not due:
             return functions.merge(state.best, *frozen)
 
         stopping = stack.enter_context(stop.signals())
@@ -107,12 +109,14 @@ def train(
         run = _Run(stage, name, functions, frozen, checkpoints, records, display, place, sample, rates, *instruments)
         while True:
             try:
+                if due:
+                    run.catch_up(state, validation, stopping)
                 state = run.steps(state, batches, validation, stopping, extra | {"rollbacks": rollbacks})
                 return functions.merge(state.best, *frozen)
             except Diverged as error:
                 if len(rollbacks) >= stage.divergence.rollbacks or not checkpoints.steps():
                     raise
-                bad, state = error.step, None  # and no traceback, which would keep the state on the devices
+                bad, state, due = error.step, None, False  # and no traceback, which would keep the state on the devices
             state, rollbacks = run.roll_back(abstract, batches, bad, rollbacks)
 
 
@@ -135,6 +139,14 @@ class _Run:
     hosts: Hosts
     watchdog: Watchdog
 
+    def catch_up(self, state: State, validation: Iterable[Batch], stopping: stop.Stop) -> None:
+        """The evaluation of a step that was saved without it."""
+        done = int(state.step)
+        loss = self.evaluate(state, done, validation, stopping)
+        if loss is None:
+            raise KeyboardInterrupt
+        self.checkpoints.rank(done, loss)
+
     def steps(
         self, state: State, batches: Batches, validation: Iterable[Batch], stopping: stop.Stop, extra: dict[str, Any]
     ) -> State:
@@ -153,8 +165,8 @@ class _Run:
             if last is not None:  # those of an earlier step, while the devices work on this one
                 self.report(*last)
             last = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
-            stopped = stopping.at(done)  # asked once a step: a signal may come at any moment
-            evaluating = done % stage.evaluate_every == 0 or done == stage.steps
+            stopped = stopping.now()  # asked once a step: a signal may come at any moment
+            evaluating = stage.evaluates(done) and not stopped  # for the notice is short
             saving = done % stage.save_every == 0 or done == stage.steps or stopped
             self.watchdog.beat(done, pause=evaluating or saving)
             if evaluating or saving:
@@ -162,11 +174,12 @@ class _Run:
                     self.report(*last)
                 last = None
                 self.check(done, divide(metrics))
-            loss = self.evaluate(state, done, validation) if evaluating else None
-            if saving:
+            loss = self.evaluate(state, done, validation, stopping) if evaluating else None
+            stopped |= evaluating and loss is None
+            if saving or stopped:
                 self.checkpoints.save(done, state, extra | {"input": batches.state()}, loss)
                 self.clock.lap("checkpoint")
-            if stopped and done < stage.steps:
+            if stopped:
                 self.checkpoints.wait()
                 self.display.note(f"stopped and saved at step {done}")
                 raise KeyboardInterrupt
@@ -212,19 +225,28 @@ class _Run:
             self.display.note(f"step {done} was left out: loss {values['loss']:.3g}")
         self.watchdog.tell(measured)
 
-    def evaluate(self, state: State, done: int, validation: Iterable[Batch]) -> float:
-        """The validation loss, recorded and shown, with samples of text."""
-        params = state.best
-        total = _sum(self.program.evaluate(params, self.place(batch), *self.frozen) for batch in validation)
-        losses = {f"validation_{name}": value for name, value in divide(total).items()}
+    def evaluate(self, state: State, done: int, validation: Iterable[Batch], stopping: stop.Stop) -> float | None:
+        """The validation loss, recorded and shown, with samples of text. None, and nothing of it recorded, when told to
+        stop before it is through."""
+        params, total, texts = state.best, None, []
+        for batch in validation:
+            if stopping.now():
+                return None
+            before, metrics = total, self.program.evaluate(params, self.place(batch), *self.frozen)
+            total = metrics if before is None else jax.tree.map(jnp.add, before, metrics)
+            jax.block_until_ready(before)  # two batches are under way at most, for a stop waits for them
+        losses = {f"validation_{name}": value for name, value in divide(total or {}).items()}
         self.check(done, losses)
-        self.records.log(done, self.name, **losses, **memory())
         self.display.evaluation(done, losses["validation_loss"])
         if self.sample is not None:
             for prompt in self.stage.prompts:
-                text = self.sample(self.program.merge(params, *self.frozen), prompt)
-                self.records.text(done, f"{self.name}/sample", prompt + text)
-                self.display.sample(done, prompt, text)
+                if stopping.now():
+                    return None
+                texts.append(self.sample(self.program.merge(params, *self.frozen), prompt))
+                self.display.sample(done, prompt, texts[-1])
+        self.records.log(done, self.name, **losses, **memory())
+        for prompt, text in zip(self.stage.prompts, texts, strict=False):
+            self.records.text(done, f"{self.name}/sample", prompt + text)
         self.clock.lap("evaluation")
         return losses["validation_loss"]
 
@@ -251,7 +273,3 @@ def divide(metrics: Metrics) -> dict[str, float]:
     """Metrics fetched from the devices: each sum over its weight."""
     fetched = jax.device_get(metrics)
     return {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in fetched.items()}
-
-
-def _sum(metrics: Iterable[Metrics]) -> Metrics:
-    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), metrics)

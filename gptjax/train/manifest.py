@@ -43,7 +43,18 @@ def write(folder: epath.Path, content: dict[str, Any], files: Files | None = Non
     read here: that is all, or what a process did not see yet where a disk is shared."""
     files = files or {}
     files |= _digests(folder, [name for name in _files(folder) if name not in files])
-    manifest = {**content, "files": dict(sorted(files.items()))}
+    _write(folder, {**content, "files": dict(sorted(files.items()))})
+
+
+def amend(folder: epath.Path, **content: Any) -> None:
+    """Lets the manifest of a finished folder say something else beside its files."""
+    manifest = read(folder)
+    if manifest is None:
+        raise OSError(f"{folder / NAME} is not as it was written")
+    _write(folder, manifest | content)
+
+
+def _write(folder: epath.Path, manifest: dict[str, Any]) -> None:
     temporary = folder / f"{NAME}.tmp"
     temporary.write_text(json.dumps({"sha256": _sha256_of_json(manifest), **manifest}, indent=1))
     temporary.replace(folder / NAME)

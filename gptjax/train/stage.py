@@ -59,3 +59,7 @@ class Stage:
             raise UserError(f"accumulate: got {self.accumulate}, must divide data.batch {self.data.batch}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema: got {self.ema}, must be between 0 and 1, or none")
+
+    def evaluates(self, step: int) -> bool:
+        """Whether there is a validation loss after this step."""
+        return step % self.evaluate_every == 0 or step == self.steps

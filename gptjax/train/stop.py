@@ -1,8 +1,9 @@
-"""Stopping between two steps: a signal is noted, and asked for once a step."""
+"""Stopping at a good moment: a signal is noted, and asked for after every step and every part of an evaluation."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -15,14 +16,15 @@ from jax.experimental import multihost_utils
 class Stop:
     """Whether to stop: after the first Ctrl-C or SIGTERM; a second Ctrl-C interrupts at once.
 
-    Of several processes, any may get the signal and all stop after the same step, which jax's preemption service agrees
-    on between the hosts. That service listens to SIGTERM itself, so a Ctrl-C is passed on to it as one.
+    Of several processes, any may get the signal and all stop at the same moment, which jax's preemption service agrees
+    on between the hosts. That service listens to SIGTERM itself, so a Ctrl-C is passed on to it as one. All must ask
+    equally often.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
     is_set = False
 
-    def at(self, step: int) -> bool:
+    def now(self) -> bool:
         return self.is_set
 
     def __call__(self, number: int, frame: Any) -> None:
@@ -31,11 +33,16 @@ class Stop:
         self.is_set = True
 
 
+_moments = itertools.count(1)  # of the whole program: jax's service wants numbers that grow
+
+
 class _Together(Stop):
     signals = (signal.SIGINT,)
+    agreed = False  # jax says so once
 
-    def at(self, step: int) -> bool:
-        return multihost_utils.reached_preemption_sync_point(step)
+    def now(self) -> bool:
+        self.agreed = self.agreed or multihost_utils.reached_preemption_sync_point(next(_moments))
+        return self.agreed
 
     def __call__(self, number: int, frame: Any) -> None:
         super().__call__(number, frame)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import re
 import signal
@@ -62,6 +63,7 @@ STAGE = Stage(
     evaluate_rows=8,
     save_every=100,
     log_every=1,
+    prompts=("\n", "a"),
 )
 
 
@@ -98,7 +100,7 @@ def test_every_step_is_recorded(whole):
     state, extra, lines = outcome(whole)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4, 6]
-    assert [line["sample"] for line in lines if "sample" in line] == ["\ntext"] * 3
+    assert [line["sample"] for line in lines if "sample" in line] == ["\ntext", "atext"] * 3
     assert extra["input"] == {"step": 6}
     assert extra["tokenizer"] == TOKENIZER.fingerprint
     assert any(".ema" in name for name in state)
@@ -117,22 +119,30 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole):
     """Parameters, moments, average, order of the data, dropout, records: all the same, wherever it is stopped."""
     folder = tmp_path / "run"
 
-    def steps() -> list[int]:
+    def stopped(records: Records | None = None, interrupt: int = 0) -> tuple[int, bool]:
+        """The step that was saved last, and whether it was evaluated, of a run that was told to stop while the records
+        are written, or while so many samples have been."""
+        calls = itertools.count(1)
+
+        def sample(params, prompt) -> str:
+            if next(calls) == interrupt:
+                signal.raise_signal(signal.SIGINT)
+            return "text"
+
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, records=records, sample=sample)
         with Checkpoints(folder / "checkpoints") as checkpoints:
-            return checkpoints.steps()
+            last = checkpoints.latest_step() or 0
+            return last, checkpoints.complete(last)
 
-    def interrupted(params, prompt) -> str:  # comes when it is decided already that this step is not saved
-        signal.raise_signal(signal.SIGINT)
-        return "text"
-
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, records=Stopping(folder))
-    assert steps() == [2]
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, sample=interrupted)
-    assert steps() == [2, 5]
+    assert stopped(Stopping(folder)) == (2, False)  # which was to be evaluated
+    assert stopped(interrupt=1) == (2, False)  # this is made up for, and broken off
+    assert stopped(interrupt=2) == (3, False)  # it is through, and the next step ends
+    assert stopped(interrupt=1) == (4, False)
+    assert stopped(interrupt=3) == (6, False)
     run(folder)
-    assert steps() == [5, 6]  # the newest two are kept
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert checkpoints.complete(6)
     assert outcome(folder) == outcome(whole)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
