@@ -26,8 +26,9 @@ PROGRAM = "python -m experiments"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 done, 1 the training diverged, 2 a mistake in the input, 130
-    interrupted, 134 another process of the job was lost, or what the experiment's `run` returned."""
+    """Runs the command line and returns the exit code: 0 done, 1 an error of the program or the machine (Python's
+    own code), 2 a mistake in the input, 3 the training diverged, 130 interrupted, 134 another process of the job was
+    lost, or what the experiment's `run` returned."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__}\n{_listing()}" if arguments else _listing())
@@ -86,7 +87,7 @@ def _launch(name: str, arguments: list[str]) -> int:
             more = {"profile": options.profile} if options.profile else {}
             return experiment.run(options.out, accept_changes=options.accept_changes, **more) or 0
     except Diverged as error:
-        return _fail(str(error), code=1)
+        return _fail(str(error), code=3)
 
 
 def _options(name: str) -> argparse.ArgumentParser:

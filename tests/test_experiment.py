@@ -273,7 +273,7 @@ experiment = Diverging()
 def test_a_run_that_diverges_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "diverging.py").write_text(DIVERGING)
-    assert launcher.main([str(tmp_path / "diverging.py"), "--out", str(tmp_path / "run")]) == 1
+    assert launcher.main([str(tmp_path / "diverging.py"), "--out", str(tmp_path / "run")]) == 3
     message = "error: pretrain: the loss became nan at step 7; the last good checkpoint is step 6\n"
     assert capsys.readouterr() == ("", message)
 

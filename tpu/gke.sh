@@ -74,7 +74,7 @@ main() {
 # In the foreground: until the pods, which save, are gone too.
 delete() { retry kubectl delete jobset "$JOB_NAME" --ignore-not-found --cascade=foreground --wait; }
 
-# The trainer's exit codes 1 (diverged) and 2 (a mistake in the input) end the JobSet; all else starts it again.
+# The trainer's exit codes 2 (a mistake in the input) and 3 (diverged) end the JobSet; all else starts it again.
 manifest() {
   need ACCELERATOR --accelerator tpu-v5-lite-podslice
   need TOPOLOGY --topology 4x4
@@ -116,7 +116,7 @@ spec:
           podFailurePolicy:
             rules:
               - action: FailJob
-                onExitCodes: {containerName: train, operator: In, values: [1, 2]}
+                onExitCodes: {containerName: train, operator: In, values: [2, 3]}
           template:
             metadata:
               annotations:

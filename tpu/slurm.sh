@@ -15,6 +15,7 @@
 #   VENV=.venv              the virtual environment; '' for the Python that is there
 #   RUN                     name of the run folder
 #   RESTARTS=100            how often it goes on
+#   FAILURES=3              after exit code 1, of a disk or chip perhaps, a job goes on if it was begun anew fewer times
 set -euo pipefail
 if [[ ${1:-} == job ]]; then
   cd "$SLURM_SUBMIT_DIR" # as this file is a copy elsewhere
@@ -53,7 +54,7 @@ job() {
   # shellcheck disable=SC1091
   [[ -z $VENV ]] || . "$VENV/bin/activate"
   srun --kill-on-bad-exit=1 python -m experiments "$@" --out "runs/$RUN" || code=$?
-  if ((code >= 128 && ${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
+  if (((code >= 128 && ${SLURM_RESTART_COUNT:-0} < RESTARTS) || (code == 1 && ${SLURM_RESTART_COUNT:-0} < ${FAILURES:-3}))); then
     say "interrupted (exit code $code): back to the queue"
     scontrol requeue "$SLURM_JOB_ID"
   fi
