@@ -177,6 +177,7 @@ class _Run:
             loss = self.evaluate(state, done, validation, stopping) if evaluating else None
             stopped |= evaluating and loss is None
             if saving or stopped:
+                self.records.store()
                 self.checkpoints.save(done, state, extra | {"input": batches.state()}, loss)
                 self.clock.lap("checkpoint")
             if stopped:

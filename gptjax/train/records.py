@@ -107,6 +107,13 @@ class Records:
                 self._board(stage).add_text(what, f"```\n{text}\n```", step)
             self._log_wandb(step, stage, {what: text})
 
+    def store(self) -> None:
+        """Closes metrics.jsonl and opens it anew: a bucket that is mounted as a folder stores what is closed."""
+        if self._writes:
+            with _writing(self.folder):
+                self._file.close()
+                self._file = self._path.open("ab", buffering=0)
+
     def close(self) -> None:
         if self._writes:
             self._file.close()

@@ -190,6 +190,25 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     assert "\n" not in str(stop.value)
 
 
+def test_what_led_to_a_checkpoint_is_stored_with_it(tmp_path, monkeypatch):
+    """On a mounted bucket too, which has nothing of a file until it is closed: here, a buffer larger than the file."""
+    from orbax.checkpoint import v1
+
+    folder, stored, path_open, save = tmp_path / "run", [], Path.open, v1.save_async
+
+    def mounted(path: Path, mode: str = "r", buffering: int = -1, **options):
+        return path_open(path, mode, 1 << 20 if path.name == "metrics.jsonl" and mode == "ab" else buffering, **options)
+
+    def noting(*args, **options):
+        stored.append([line["step"] for line in train_records.read(folder) if "loss" in line])
+        return save(*args, **options)
+
+    monkeypatch.setattr(Path, "open", mounted)
+    monkeypatch.setattr(v1, "save_async", noting)
+    run(folder, dataclasses.replace(STAGE, save_every=2, steps=4))
+    assert stored == [[1, 2], [1, 2, 3, 4]]
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     from orbax.checkpoint import v1
 
