@@ -49,6 +49,7 @@ class Mirror:
         self.patience = patience
         self.attempts = attempts
         self._copied: dict[str, tuple[int, int]] = {}
+        self._begun: set[epath.Path] = set()  # checkpoints that were here when it was entered
         self._end = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
@@ -56,6 +57,7 @@ class Mirror:
     def __enter__(self) -> Self:
         if jax.process_index() == 0:
             self._fetch()
+            self._begun = {path for stage in _folders(self.here / CHECKPOINTS) for path in _checkpoints(stage)}
             self._thread.start()
         host.meet("the mirror is fetched")
         return self
@@ -99,7 +101,9 @@ class Mirror:
                 failures = 0  # the last tries are counted anew
 
     def _copy(self) -> None:
-        """One round: small files that changed, new checkpoints, then deletions."""
+        """One round: small files that changed, new checkpoints, then deletions. Until a new one is copied, nothing is
+        deleted: a folder just fetched has the newest checkpoint alone, and the older ones there are all that is left if
+        that turns out to be bad."""
         for name in _names(self.here):
             status = os.stat(self.here / name)
             if self._copied.get(name) != (version := (status.st_size, status.st_mtime_ns)):
@@ -108,18 +112,24 @@ class Mirror:
         for stage in _folders(self.here / CHECKPOINTS):
             target = self.there / CHECKPOINTS / stage.name
             kept = [path for path in _checkpoints(stage) if self._save(path, target / path.name)]
-            for old in _checkpoints(target) if kept else ():
-                if not (stage / old.name / manifest.NAME).exists():
+            for old in _folders(target) if not self._begun.issuperset(kept) else ():
+                if not (
+                    stage / old.name / manifest.NAME
+                ).exists():  # deleted, or cut short there and never written again
                     manifest.delete(old)
 
     def _save(self, source: epath.Path, target: epath.Path) -> bool:
         """Copy a checkpoint, if it is not there. False when it was deleted here meanwhile."""
         try:
             said = (source / manifest.NAME).read_text()
-            if manifest.finished(target):
-                if (target / manifest.NAME).read_text() == said:
-                    return True
-                manifest.delete(target)  # of a future that was written anew
+            if manifest.finished(target) and (target / manifest.NAME).read_text() == said:
+                return True
+            here, there = manifest.read(source), manifest.read(target)
+            if here is not None and there is not None and here["files"] == there["files"]:
+                _copy(source / manifest.NAME, target / manifest.NAME)  # its loss is known now
+                return True
+            if target.exists():
+                manifest.delete(target)  # cut short, or of a future that was written anew
             _copy_checkpoint(source, target)
         except FileNotFoundError:
             if manifest.finished(source):

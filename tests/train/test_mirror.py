@@ -33,6 +33,7 @@ def address(request, tmp_path, monkeypatch):
         return str(tmp_path / "bucket" / "run")
     fsspec.register_implementation("gcs", Bucket, clobber=True)
     Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
     return "gs://bucket/run"
 
 
@@ -66,15 +67,51 @@ def test_a_fresh_machine_gets_the_run_back(tmp_path, address):
     manifest.delete(epath.Path(here / "checkpoints" / "main" / "1"))
     (here / "metrics.jsonl").write_text("1\n2\n")
     with Mirror(address, here):
-        pass
+        checkpoint(here, 5)
     steps = epath.Path(address) / "checkpoints" / "main"
-    assert {path.name for path in steps.iterdir() if manifest.finished(path)} == {"2", "3"}
+    assert {path.name for path in steps.iterdir()} == {"2", "3", "5"}
     (here / "checkpoints" / "main" / "4").rmdir()
 
     with Mirror(address, tmp_path / "fresh"):
         pass
-    shutil.rmtree(here / "checkpoints" / "main" / "2")  # the newest is enough
+    for old in ("2", "3"):
+        shutil.rmtree(here / "checkpoints" / "main" / old)  # the newest is enough
     assert files(tmp_path / "fresh") == files(here)
+
+
+def test_old_copies_stay_until_there_is_a_new_one(tmp_path, address):
+    """Those of a machine that is gone too, which the fresh one did not bring back."""
+    here, fresh = run(tmp_path / "here"), tmp_path / "fresh"
+    steps = epath.Path(address) / "checkpoints" / "main"
+    for step in (1, 2):
+        checkpoint(here, step)
+    with Mirror(address, here):
+        pass
+    for name in ("3/d/0", "4/d/0", "4/d/more"):  # copies cut short, as the machine went
+        (steps / name).parent.mkdir(parents=True, exist_ok=True)
+        (steps / name).write_text("wei")
+    with Mirror(address, fresh):
+        pass
+    assert {path.name for path in steps.iterdir()} == {"1", "2", "3", "4"}
+    with Mirror(address, fresh):
+        checkpoint(fresh, 4)
+    assert {path.name for path in steps.iterdir()} == {"2", "4"}
+    assert {path.name for path in (steps / "4" / "d").iterdir()} == {"0"}
+
+
+def test_what_is_said_of_a_checkpoint_later_is_copied_alone(tmp_path, monkeypatch):
+    here, there = run(tmp_path / "here"), tmp_path / "bucket"
+    path = checkpoint(here, 1)
+    with Mirror(there, here):
+        pass
+    manifest.amend(epath.Path(path), loss=1.5)
+    copied, copy = [], mirror._copy
+    monkeypatch.setattr(mirror, "_copy", lambda source, target: copied.append(source.name) or copy(source, target))
+    with Mirror(there, here):
+        pass
+    assert copied.count(manifest.NAME) == 1
+    assert "0" not in copied
+    assert files(there) == files(here)
 
 
 def test_what_is_damaged_there_is_passed_over(tmp_path, caplog):
