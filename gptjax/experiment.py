@@ -22,7 +22,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ from gptjax.types import Params, UserError
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 """How samples are drawn during training."""
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+
+FREE = ("mesh", "rules", "records")
+"""Fields that do not change what is learnt, but for the rounding of sums: a run may go on with others."""
+FREE_OF_STAGES = ("keep", "evaluate_every", "log_every", "hang", "prompts")
+"""And those of a stage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +107,9 @@ class Experiment:
     def run(self, folder: str | Path, accept_changes: bool = False, profile: range | None = None) -> int:
         """Train every stage, or go on where the folder's run stopped; evaluate; write the report.
 
-        Run again, it does what is left to do, to the same bits as if it had never been stopped. A folder that was made
-        with another configuration is refused with the differences, unless `accept_changes`. Returns 0.
+        Run again, it does what is left to do, to the same bits as if it had never been stopped; on another mesh or with
+        another number of processes, with the same data and, but for rounding, the same losses. A folder of a
+        configuration that learns something else is refused with the differences, unless `accept_changes`. Returns 0.
 
         profile: steps of each stage to trace, counted from 1 where this run begins or goes on with it
         """
@@ -167,10 +173,10 @@ class Experiment:
                 before = from_json(json.loads(path.read_text())["experiment"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: is damaged ({error}); restore it, or choose another --out") from error
-            changed = differences(before, self)
-            if changed and (folder / "checkpoints").exists() and not accept_changes:
+            changed, learnt = differences(before, self), differences(self._freed(before), self)
+            if learnt and (folder / "checkpoints").exists() and not accept_changes:
                 raise UserError(
-                    f"{folder} was made with another configuration: {'; '.join(changed)}. "
+                    f"{folder} was made with another configuration: {'; '.join(learnt)}. "
                     "Go on all the same with --accept_changes, or choose another folder with --out"
                 )
         elif folder.exists() and any(found != _partial(path) for found in folder.iterdir()):
@@ -189,6 +195,15 @@ class Experiment:
             _write(path, json.dumps(content, indent=2) + "\n")
         host.meet("the folder is claimed")
         return changed
+
+    def _freed(self, before: Experiment) -> Experiment:
+        """The experiment before with what this one has in the fields that a run may go on with."""
+
+        def free(stage: Stage, now: Stage | None) -> Stage:
+            return stage if now is None else _with(stage, now, FREE_OF_STAGES)
+
+        stages = {name: free(stage, self.stages.get(name)) for name, stage in before.stages.items()}
+        return dataclasses.replace(_with(before, self, FREE), stages=stages)
 
     def _tokenizer(self, folder: Path, console: Console) -> Tokenizer:
         """The run's tokenizer: the one in its folder, or built now from the first stage's training text."""
@@ -240,6 +255,11 @@ class Experiment:
         if jax.process_index() == 0:
             _write(path, json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
         return results
+
+
+def _with(config: Any, other: Any, fields: Sequence[str]) -> Any:
+    """The configuration with those fields of the other."""
+    return dataclasses.replace(config, **{field: getattr(other, field) for field in fields})
 
 
 def _sample(model: Any, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:

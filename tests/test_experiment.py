@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from experiments import __main__ as launcher
-from gptjax import data, evals, optim
+from gptjax import data, evals, optim, sharding
 from gptjax.configuration import from_json
 from gptjax.experiment import Experiment, Stage
 from gptjax.nn import LearnedPositions, TransformerConfig
@@ -203,6 +203,38 @@ def test_another_configuration_is_refused_until_it_is_accepted(finished, tmp_pat
     assert launcher.main([*command, "--accept_changes"]) == 0
     assert "changed: chat.save_every: 2 → 77\n" in capsys.readouterr().out
     assert launcher.main(command) == 0  # it is the folder's configuration now
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
+    """Without being told to; what it reads is the same, and what it learns too but for the order of sums."""
+    steps, rate, eps = 6, 1e-2, 1e-3
+    adam = optim.AdamW(peak=rate, schedule=optim.Constant(), eps=eps)
+    stage = dataclasses.replace(PRETRAIN, optimizer=adam, steps=steps, log_every=1, evaluations=(), prompts=())
+    experiment = dataclasses.replace(EXPERIMENT, stages={"pretrain": stage}, mesh=Mesh(data=4, fsdp=2))
+    place, read, stop = sharding.global_array, [], False
+
+    def noting(batch, rules):
+        read.append(np.asarray(batch.tokens).tolist())
+        if stop and len(read) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return place(batch, rules=rules)
+
+    monkeypatch.setattr(sharding, "global_array", noting)
+    experiment.run(tmp_path / "whole")
+    expected, read, stop = read, [], True
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(tmp_path / "run")
+    assert len(read) == 3
+    dataclasses.replace(experiment, mesh=Mesh(data=1, fsdp=4, tensor=2)).run(tmp_path / "run")
+    assert read == expected
+    found, whole = (
+        {line["step"]: line["loss"] for line in records.read(folder) if "loss" in line}
+        for folder in (tmp_path / "run", tmp_path / "whole")
+    )
+    assert list(found) == list(whole) == [*range(1, steps + 1)]
+    # A step makes at most rate / eps of the rounding in its gradient (of length 1), as in tests/train/test_step.py.
+    rounding = (8 * 32) ** 0.5 * float(np.finfo(np.float32).eps)
+    np.testing.assert_allclose(list(found.values()), list(whole.values()), atol=steps * rate / eps * rounding)
 
 
 def stages(prompts: tuple[str, ...] = ("a",), accumulate: int = 1, **of_data) -> dict[str, Stage]:

@@ -134,8 +134,8 @@ def saved(folder: Path) -> int:
 
 
 def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
-    """Four get SIGTERM, two go on and the second is killed, then the first of another two, one ends it: losses and data
-    as if it had been one."""
+    """Four get SIGTERM, two go on and the second is killed, two more, on another mesh, and the first is, one ends it:
+    losses and data as if it had been one."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     file, folder = tmp_path / "tiny.py", tmp_path / "runs" / "tiny"
     file.write_text(TINY.replace("TEXT", str(tmp_path / "text.txt")))
@@ -169,7 +169,8 @@ def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
 
     before = saved(folder)
     assert before > stopped
-    with Job(file, 2) as job:
+    shared = ("--mesh.data", "1", "--mesh.fsdp", "2")  # the parameters, between the processes
+    with Job(file, 2, options=shared) as job:
         job.reach(folder, before + 8)
         job.processes[0].kill()  # the one that the others meet at
         start = time.monotonic()
