@@ -105,7 +105,8 @@ def gather(value: Any) -> list[Any]:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    texts = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    length = -(-int(sizes.max()) // 256) * 256  # few lengths, as each is compiled
+    texts = multihost_utils.process_allgather(np.pad(text, (0, length - len(text))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
 
 
