@@ -241,8 +241,9 @@ class Experiment:
     def _evaluate(self, folder: Path, name: str, stage: Stage, tokenizer: Tokenizer, console: Console) -> list[Result]:
         """The results of a stage's evaluations: those in the folder, or found now."""
         path = folder / "report" / f"{name}.json"
-        if path.exists():
-            return [Result(**result) for result in json.loads(path.read_text())]
+        found = host.gather(json.loads(path.read_text()) if path.exists() else None)[0]
+        if found is not None:
+            return [Result(**result) for result in found]
         if not stage.evaluations:
             return []
         model = LanguageModel(self.model, self._trained(folder, name), tokenizer)

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from gptjax import data, optim
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.train import records as train_records
 from gptjax.train import state as train_state
+from gptjax.train import stop
 from gptjax.train.checkpoint import Checkpoints
 from gptjax.train.loop import Diverged, train
 from gptjax.train.records import Records
@@ -147,6 +149,17 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_moments_to_stop_at_are_counted_from_stage_to_stage(monkeypatch):
+    """Several processes stop at a number that jax agrees on, one above all that it was asked about."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or len(asked) == 5)
+    for stage in ([False, False, False], [False, True, True]):  # and once agreed on it stays so
+        with stop.signals() as stopping:
+            assert [stopping.now() for _ in stage] == stage
+    assert asked == [*range(asked[0], asked[0] + 5)]
+
+
 def test_a_run_that_is_done_does_nothing(whole):
     def left() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.parent.name != "stage"}
@@ -178,7 +191,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     folder = tmp_path / "run"
     words = data.Pretrain(Words(whole=20), length=16, batch=8, shuffle=False)  # the z comes last
     run_on = dataclasses.replace(STAGE, data=words, objective=Breaks(), steps=50, save_every=1, evaluate_every=50)
-    with pytest.raises(Diverged) as stop:
+    with pytest.raises(Diverged) as end:
         run(folder, run_on)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         last = checkpoints.latest_step() or 0
@@ -186,8 +199,8 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     assert last >= 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     good = f"the last good checkpoint is step {last} in {folder / 'checkpoints'}"
-    assert str(stop.value).startswith(f"stage: the gradient_norm became nan at step {last + 1}; {good}. Try a lower")
-    assert "\n" not in str(stop.value)
+    assert str(end.value).startswith(f"stage: the gradient_norm became nan at step {last + 1}; {good}. Try a lower")
+    assert "\n" not in str(end.value)
 
 
 def test_what_led_to_a_checkpoint_is_stored_with_it(tmp_path, monkeypatch):
