@@ -228,6 +228,36 @@ def test_the_first_process_is_waited_for_until_a_checkpoint_is_finished(tmp_path
     assert parts == {"manifest.json"}
 
 
+FULL_DISK = """
+import errno
+from gptjax.train import manifest
+
+write = manifest.write
+
+
+def full(folder, *args):
+    if folder.name == "10":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write(folder, *args)
+
+
+manifest.write = full
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_the_first_process_ends_all(tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    file, folder = tmp_path / "tiny.py", tmp_path / "runs" / "tiny"
+    file.write_text(TINY.replace("TEXT", str(tmp_path / "text.txt")) + FULL_DISK)
+    with Job(file, 2) as job:
+        ended = job.end()
+    assert [code for code, _ in ended] == [2, 2], ended
+    assert "No space left" in ended[0][1]
+    assert all(errors.endswith("the last good one is of step 5\n") for _, errors in ended), ended
+    assert [path.name for path in (folder / "checkpoints" / "main").iterdir()] == ["5"]
+
+
 @pytest.mark.slow
 def test_processes_keep_a_mirror(tmp_path):
     """Two get SIGTERM and their folder is lost; two others go on from the copy, and complete it."""
