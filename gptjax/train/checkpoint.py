@@ -241,11 +241,11 @@ class Checkpoints:
         folder, process, processes = self.folder / str(step), jax.process_index(), jax.process_count()
         try:
             response.result()
-            with self._together(f"{step} is read"):
-                files = manifest.digests(folder, process, processes)
-                if process:
-                    manifest.leave(folder, process, files)
             with self._together(f"{step} is finished"):
+                with self._together(f"{step} is read"):
+                    files = manifest.digests(folder, process, processes)
+                    if process:
+                        manifest.leave(folder, process, files)
                 if process == 0:
                     manifest.write(folder, content, files | manifest.collect(folder, processes))
                     kept = {*self._committed()[-self.keep :], *self._ranked()[: self.best]}

@@ -29,18 +29,19 @@ def leave(folder: epath.Path, process: int, files: Files) -> None:
 
 
 def collect(folder: epath.Path, processes: int) -> Files:
-    """What the processes after the first have left."""
+    """What the processes after the first have left; one that could not has nothing."""
     files = {}
     for process in range(1, processes):
         part = folder / f"{NAME}.{process}"
-        files |= json.loads(part.read_text())
-        part.unlink()
+        if part.exists():
+            files |= json.loads(part.read_text())
+            part.unlink()
     return files
 
 
 def write(folder: epath.Path, content: dict[str, Any], files: Files | None = None) -> None:
     """Finishes the folder. `content` is what else the manifest is to say, in JSON's types; what is not in `files` is
-    read here: that is all, or what a process did not see yet where a disk is shared."""
+    read here: that is all, or what another process could not read, or did not see yet."""
     files = files or {}
     files |= _digests(folder, [name for name in _files(folder) if name not in files])
     _write(folder, {**content, "files": dict(sorted(files.items()))})
