@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,6 +249,24 @@ def test_params_alone(tmp_path):
         given = checkpoints.restore_params(3, abstract_params=abstract(state.params))
         assert jax.tree.structure(given.state) == jax.tree.structure(state.params)
         assert bits(given.state) == bits(state.params)
+
+
+def test_a_bucket_is_a_folder_too(monkeypatch):
+    bucket.register()
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    with bucket.serving() as address, Checkpoints("gs://bucket/run/checkpoints", keep=2, best=0) as checkpoints:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+        for step in (1, 2, 3):
+            checkpoints.save(step, make_state(step), {"position": step})
+        assert checkpoints.steps() == [2, 3]
+        restored = checkpoints.restore(abstract(make_state()))
+        assert (restored.step, restored.extra) == (3, {"position": 3})
+        assert bits(restored.state) == bits(make_state(3))
+        name = max(manifest.digests(checkpoints.folder / "3").items(), key=lambda file: file[1])[0]
+        path = checkpoints.folder / "3" / name
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+        restored = checkpoints.restore(abstract(make_state()))
+        assert bits(restored.state) == bits(make_state(2))
 
 
 def test_unwritable_folder(tmp_path):

@@ -5,35 +5,20 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import fsspec
+import bucket
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from gptjax.train import manifest, mirror
 from gptjax.train.mirror import Mirror
 from gptjax.types import UserError
 
 
-class Bucket(MemoryFileSystem):
-    """In place of gcsfs."""
-
-    protocol = ("gcs", "gs")
-    store = {}  # noqa: RUF012
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("gs:/").removeprefix("gcs:/"))
-
-
 @pytest.fixture(params=["folder", "gs"])
-def address(request, tmp_path, monkeypatch):
+def address(request, tmp_path):
     if request.param == "folder":
         return str(tmp_path / "bucket" / "run")
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    Bucket.store.clear()
-    Bucket.pseudo_dirs[:] = [""]
+    bucket.register()
     return "gs://bucket/run"
 
 
