@@ -30,6 +30,7 @@ NORMS = (
 
 
 def read(c: Fields) -> TransformerConfig:
+    c = Fields({"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **c})
     types = c.get("layer_types") or ["sliding_attention", "full_attention"] * c["num_hidden_layers"]
     local = Variant(window=c["sliding_window"])
     variants = [local if kind == "sliding_attention" else Variant() for kind in types[: c["num_hidden_layers"]]]
@@ -42,7 +43,7 @@ def write(m: TransformerConfig) -> dict[str, Any]:
 
 def plain(c: Fields) -> TransformerConfig:
     """What Gemma 2 and 3 have in common."""
-    c = Fields({"head_dim": 256, **c})
+    c = Fields({"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", **c})
     c.only(use_bidirectional_attention=False)
     return TransformerConfig(
         **sizes(c, tied=True),
