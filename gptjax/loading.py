@@ -115,7 +115,7 @@ def _asked(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Mod
 def _hf(path: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
     _asked(kind, huggingface.read_kind(path), path)
     config, params = huggingface.load_hf(path, dtype, rules)
-    tokenizer = tokenizers.load(path)
+    tokenizer = tokenizers.load(path, config.vocab)
     if isinstance(config, EncoderConfig):
         return EncoderModel(config, params, tokenizer, rules=rules)
     ends = huggingface.read_ends(path)

@@ -11,6 +11,7 @@ import pytest
 from gptjax.configuration import to_json
 from gptjax.data.chat import Message
 from gptjax.data.tokenizers.bytes import Bytes
+from gptjax.interop import tokenizers
 from gptjax.language_model import LanguageModel
 from gptjax.loading import load
 from gptjax.nn import LearnedPositions, Positions, RoPE, Transformer, TransformerConfig
@@ -54,6 +55,17 @@ def test_a_folder_for_transformers_is_the_same_model(tmp_path):
     assert loaded.tokenizer.encode("é, a text") == TOKENIZER.encode("é, a text")
     messages = [Message("user", "hello")]
     assert loaded.chat(messages, 12, temperature=0) == LM.chat(messages, 12, temperature=0)
+
+
+def test_a_folders_tokens_beyond_the_model_are_left_out(tmp_path):
+    """Gemma 3's first has one for images, and fine-tuned ones have a pad token more."""
+    LM.save_hf(tmp_path / "model")
+    more = TOKENIZER.with_specials([f"<|{i}|>" for i in range(LM.config.vocab)])
+    tokenizers.save(more, tmp_path / "model", context=64)
+    loaded = load(tmp_path / "model")
+    assert loaded.tokenizer.vocab == LM.config.vocab
+    assert "<|0|>" in loaded.tokenizer.specials
+    assert loaded.tokenizer.encode("<|200|>") == TOKENIZER.encode("<|200|>")
 
 
 def test_a_text_ends_where_the_model_says(tmp_path):

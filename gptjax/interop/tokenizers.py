@@ -20,10 +20,12 @@ from gptjax.interop.tokenizer_json import canonical, from_merges, from_pieces, s
 from gptjax.types import UserError
 
 
-def load(folder: str | Path) -> Tokenizer:
+def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
     """The tokenizer of a folder: its tokenizer.json, else a SentencePiece model, else GPT-2's vocab.json and
     merges.txt, else BERT's vocab.txt. Its first and last token are those that tokenizer_config.json and
     special_tokens_map.json name; it has no first one where `transformers` doesn't put it before all text (GPT-2).
+
+    vocab  how many tokens the model has; added ones beyond are left out, for it can neither read nor write them
 
     Raises UserError where there is none, or a damaged one."""
     folder = Path(folder)
@@ -51,6 +53,8 @@ def load(folder: str | Path) -> Tokenizer:
             f"tokenizer: got the folder {folder}, must hold tokenizer.json, tokenizer.model, spiece.model, vocab.txt, "
             "or vocab.json and merges.txt"
         )
+    if vocab is not None and tokenizer.vocab > vocab:
+        tokenizer = _within(tokenizer, vocab)
     names = canonical(tokenizer)
     specials = {name: i for i, name in names.items()}
     roles = {role: names.get(tokenizer.specials.get(role, -1)) for role in ROLES}
@@ -122,6 +126,20 @@ def save(
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _within(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
+    """Without the added tokens from `vocab` on: one for images (Gemma 3 1B, which sees none), or for padding."""
+    data = tokenizer.data
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        spec = json.loads(data)
+        beyond = {token["content"] for token in spec["added_tokens"] if token["id"] >= vocab}
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in beyond]
+        if isinstance(pieces := spec["model"]["vocab"], dict):  # which may have them too
+            spec["model"]["vocab"] = {piece: i for piece, i in pieces.items() if piece not in beyond}
+        data = json.dumps(spec).encode()
+    specials = {name: i for name, i in tokenizer.specials.items() if i < vocab}
+    return dataclasses.replace(tokenizer, data=data, specials=specials)
 
 
 def _begins(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], first: int) -> bool:

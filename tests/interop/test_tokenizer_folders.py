@@ -218,6 +218,26 @@ def test_folders_of_others(tmp_path: Path):
         load(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("kind", ["huggingface", "bpe"])
+def test_added_tokens_that_the_model_lacks_are_left_out(kind: str, tmp_path: Path):
+    """In a tokenizer.json, and beside a SentencePiece file; pieces of text never are."""
+    tokenizer = MAKE[kind]()
+    more = tokenizer.with_specials(["<image>", "<pad>"])
+    if kind == "huggingface":
+        save(more, tmp_path, context=64)
+    else:
+        tokenizer.save(tmp_path)
+        added = {name: more.specials[name] for name in ("<image>", "<pad>")}
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    assert load(tmp_path, more.vocab).specials["<pad>"] == more.vocab - 1
+    assert load(tmp_path, more.vocab - 1).specials.keys() == more.specials.keys() - {"<pad>"}
+    loaded = load(tmp_path, tokenizer.vocab)
+    assert (loaded.vocab, loaded.specials.keys()) == (tokenizer.vocab, more.specials.keys() - {"<pad>", "<image>"})
+    texts = [*TEXTS, "<image><pad>"]
+    assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
+    assert load(tmp_path, tokenizer.vocab - 1).vocab == tokenizer.vocab
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("says", [None, True, False])
 @pytest.mark.parametrize("begins", [True, False])
