@@ -22,7 +22,7 @@ import numpy as np
 
 from gptjax.configuration import differences
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.interop import multimodal, safetensors, tokenizers
+from gptjax.interop import multimodal, quantised, safetensors, tokenizers
 from gptjax.interop.families import FAMILIES, Family, Fields, Piece, pieces
 from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import (
@@ -135,9 +135,8 @@ def from_tensors(
 ) -> tuple[ModelConfig, Params]:
     """The model of a config.json's fields and its tensors, which are read one after the other. Raises as `load_hf`."""
     fields = Fields(fields)
-    tensors = multimodal.text_tensors(tensors)
+    tensors = quantised.dequantised(multimodal.text_tensors(tensors), fields.get("quantization_config"))
     family = _family(fields["model_type"])
-    fields.only(quantization_config=None)
     config = family.read(fields)
     tensors = safetensors.Renamed(tensors, {_current(name, family.former): name for name in tensors})
     abstract = declared(config.build(rules))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -134,10 +135,12 @@ def place(leaf: jax.ShapeDtypeStruct, part: Callable[[int], np.ndarray]) -> Arra
     leaf     [*stack, *shape]
     part(i)  [*shape]: the i-th of the stack, row by row where the stack has several axes (layers, experts); all of the
              leaf where it has none. Best a view of `Tensors`: then the parts of it that this process's devices hold are
-             read, once, into the memory that becomes the array's (on CPU), and the host keeps no other copy.
+             read, once, into the memory that becomes the array's (on CPU), and the host keeps no other copy. What is
+             computed is there while it is copied.
 
     Raises ValueError where a part has another shape.
     """
+    part = functools.lru_cache(maxsize=1)(part)  # asked for its shape, and for each half where it is the only one
 
     def read(index: Any) -> np.ndarray:
         ranges = [range(*cut.indices(size)) for cut, size in zip(index, leaf.shape, strict=True)]

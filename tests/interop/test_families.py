@@ -213,7 +213,11 @@ def test_what_nobody_needs_is_passed_over():
             {"rope_type": "dynamic"},
             "config.json: rope_scaling: got 'dynamic', must be one of default, ",
         ),
-        ("quantization_config", {"bits": 4}, "config.json: quantization_config: got {'bits': 4}, must be None"),
+        (
+            "quantization_config",
+            {"quant_method": "gptq"},
+            "config.json: quantization_config: got gptq, must be mxfp4 or ",
+        ),
     ],
 )
 def test_settings_that_we_do_not_have_are_refused(field, value, message):

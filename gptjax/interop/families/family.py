@@ -94,7 +94,7 @@ class Piece:
     def view(self, tensor: np.ndarray) -> np.ndarray:
         """The part of the tensor, in our layout; to be read, or to be written to."""
         ours = " ".join(letter for letter in self.row.our_layout.split() if f"{{{letter}}}" not in self.row.theirs)
-        return layout.view(tensor, self.row.their_layout, ours, self.sizes)
+        return layout.view(np.asarray(tensor), self.row.their_layout, ours, self.sizes)
 
 
 def pieces(family: Family, stacks: Mapping[str, Stack], shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:

@@ -1,4 +1,4 @@
-"""gpt-oss (arXiv:2508.10925): mixture of experts, attention sinks, every other layer local. Not the four-bit files."""
+"""gpt-oss (arXiv:2508.10925): mixture of experts, attention sinks, every other layer local."""
 
 from __future__ import annotations
 
