@@ -85,7 +85,7 @@ class Tensors(Mapping[str, np.ndarray]):
             )
         self._headers = {name: headers[file][name] for name, file in self._files.items()}
         self._maps = {file: _map(file) for file in headers}
-        self._resident: collections.deque[tuple[mmap.mmap, int, int]] = collections.deque()
+        self._recent: collections.deque[tuple[mmap.mmap, int, int]] = collections.deque(maxlen=4 * THREADS)
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -96,12 +96,11 @@ class Tensors(Mapping[str, np.ndarray]):
         tensor, data = self._headers[name], self._maps[self._files[name]]
         start = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
         extent = data, start, tensor.start + tensor.bytes - start
-        if tensor.bytes and extent not in self._resident:
+        if tensor.bytes and extent not in [*self._recent][-THREADS:]:
             data.madvise(mmap.MADV_WILLNEED, *extent[1:])
-            self._resident.append(extent)
-        if len(self._resident) > THREADS:
-            old, *pages = self._resident.popleft()
-            old.madvise(mmap.MADV_DONTNEED, *pages)
+            self._recent.append(extent)
+            for old, *pages in [*self._recent][:-THREADS]:  # again and again, for another thread may still read there
+                old.madvise(mmap.MADV_DONTNEED, *pages)
         return np.ndarray(tensor.shape, tensor.dtype, data, tensor.start)
 
     def __iter__(self) -> Iterator[str]:
