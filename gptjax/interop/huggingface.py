@@ -47,7 +47,7 @@ from gptjax.types import Params, UserError
 
 def load_hf(folder: str | Path, dtype: str | None = None, rules: Rules = Rules()) -> tuple[ModelConfig, Params]:
     """The model in a folder. Its parameters have this dtype, float32 or bfloat16 (None: the files' own), and lie as
-    `rules` say on the current mesh; it computes in bfloat16 if they are, else in float32.
+    `rules` say on the current mesh; it computes in bfloat16 if most of them are, else in float32.
 
     Raises UserError, with the names, for a model of no known family, a setting that we don't have, tensors that are
     lacking, one too many or of another shape, and for weights that are pickles."""
@@ -154,8 +154,9 @@ def from_tensors(
         return safetensors.place(leaf, lambda i: stack[i].view(tensors[stack[i].tensor]))
 
     params = {name: placed(name, leaf) for name, leaf in abstract.items()}
-    half = all(x.dtype == jnp.bfloat16 for x in params.values())
-    return config.computing_in("bfloat16" if half else "float32"), nested(params)
+    half = sum(x.nbytes for x in params.values() if x.dtype == jnp.bfloat16)
+    mostly = 2 * half > sum(x.nbytes for x in params.values())  # routers' biases are float32 in files of bfloat16
+    return config.computing_in("bfloat16" if mostly else "float32"), nested(params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -194,6 +194,16 @@ def test_names_of_older_files_are_known(case):
     jax.tree.map(np.testing.assert_array_equal, from_tensors(fields, old)[1], params)
 
 
+def test_a_model_computes_in_the_dtype_of_most_of_it():
+    """Copies of DeepSeek-V3 in bfloat16 keep the routers' biases in float32."""
+    _, fields, tensors = tiny()
+    for most, few in (("bfloat16", "float32"), ("float32", "bfloat16")):
+        mixed = {name: x.astype(jnp.dtype(few if x.ndim == 1 else most)) for name, x in tensors.items()}
+        config, params = from_tensors(fields, mixed)
+        assert config.dtype == params["embedding"].dtype == most
+        assert params["norm"]["scale"].dtype == few
+
+
 def test_what_nobody_needs_is_passed_over():
     _, fields, tensors = tiny()
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2), "lm_head.weight": np.ones((16, 8))}
