@@ -16,6 +16,7 @@ same A. It is written with the A of all side by side and a B of blocks: the same
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -26,28 +27,43 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.interop import huggingface, safetensors
-from gptjax.interop.families import FAMILIES, Family, gpt2
+from gptjax.interop.families import FAMILIES, Family, Row, gpt2
 from gptjax.nn import DoRA, LoRA, TransformerConfig
 from gptjax.nn.stack import place
-from gptjax.parameters import MATRICES, matrix
+from gptjax.parameters import Matrix, declared, flat, matrix, nested
 from gptjax.types import Array, Params, UserError
 
-Modules = Mapping[str, tuple[str, ...]]
+Modules = Mapping[str, tuple[Row, ...]]
 """Their module -> our matrices in it, in the order of its outputs; {L} is the number of a layer."""
+BLOCK = "blocks/{L}/"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One of our matrices in a module of theirs."""
+
+    path: str
+    """In its block."""
+    leaf: str
+    """The parameter that it is, or is in."""
+    index: int | None
+    """Which entry of that."""
+    shape: tuple[int, ...]
+    matrix: Matrix
 
 
 def _of(*families: Family) -> Modules:
     """The modules of families, by their tables of names. Left out are those whose outputs alternate between matrices
-    (GPT-NeoX), and stacks of experts."""
-    modules: dict[str, tuple[str, ...]] = {}
+    (GPT-NeoX; DeepSeek-V3's keys and values), and stacks of experts."""
+    modules: dict[str, tuple[Row, ...]] = {}
     for family in families:
-        own: dict[str, tuple[str, ...]] = {}
+        own: dict[str, tuple[Row, ...]] = {}
         for row in family.table:
-            name, path = row.theirs.removesuffix(".weight"), row.ours.removeprefix("blocks/{L}/")
-            one = row.theirs != name and row.ours != path and "{E}" not in name and matrix(path.split("/"))
+            name = row.theirs.removesuffix(".weight")
+            one = row.theirs != name and row.ours.startswith(BLOCK) and "{E}" not in name
             blocks = "+" not in row.their_layout or re.search(r"\(\S*\+", row.their_layout)  # of outputs, side by side
-            if one and blocks:
-                own[name] = (*own.get(name, ()), path)
+            if one and blocks and matrix(row.ours.split("/")):
+                own[name] = (*own.get(name, ()), row)
         modules = own | modules
     return modules
 
@@ -73,11 +89,12 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
     if not (folder / TENSORS).is_file():
         raise UserError(f"path: got {folder}, which lacks {TENSORS}")
     tensors = safetensors.Tensors(folder / TENSORS)
-    ours = _matrices(config)
+    shapes = _shapes(config)
     left = set(tensors)
-    found: dict[str, dict[int, dict[str, np.ndarray]]] = {}  # path -> layer on its stack -> adapter
+    found: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}  # parameter -> entry -> adapter
+    paths: dict[str, str] = {}
     lora = kind(rank, alpha, ("q",), bool(fields.get("use_rslora")))
-    for layer, theirs, parts in _modules(config, modules):
+    for theirs, parts in _modules(config, shapes, modules):
         names = {part: PREFIX + theirs + ending for part, ending in KINDS.items()}
         if names["a"] not in tensors:
             continue
@@ -86,29 +103,30 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
             raise UserError(f"path: got {folder}, which lacks {', '.join(lacking)}")
         arrays = {part: np.asarray(tensors[names[part]], np.float32) for part in needed}
         left -= {names[part] for part in needed}
-        shapes = [ours[path, layer] for path in parts]
-        sizes = [MATRICES[path.split("/")[-1]].size(shape) for path, shape in zip(parts, shapes, strict=True)]
+        sizes = [part.matrix.size(part.shape) for part in parts]
         r, inputs, outputs = len(arrays["a"]), sizes[0][0], sum(size[1] for size in sizes)
         want = {"a": (r, inputs), "b": (outputs, r), "magnitude": (outputs,)}
-        for part, array in arrays.items():
-            if array.shape != want[part]:
-                raise UserError(f"path: got {folder}, where {names[part]} is {array.shape}, must be {want[part]}")
+        for name, array in arrays.items():
+            if array.shape != want[name]:
+                raise UserError(f"path: got {folder}, where {names[name]} is {array.shape}, must be {want[name]}")
         # What other modules are scaled by is in our B; the pattern for this one may say something else.
         own = kind(r, float(_pattern(fields, "alpha_pattern", theirs, alpha)), ("q",), lora.rank_stabilised)
         arrays["b"] = arrays["b"] * (own.scale / lora.scale)
         start = 0
-        for path, shape, (_, size) in zip(parts, shapes, sizes, strict=True):
-            _, before, after = MATRICES[path.split("/")[-1]].split(shape)
+        for part, (_, size) in zip(parts, sizes, strict=True):
+            _, before, after = part.matrix.split(part.shape)
             rows = slice(start, start := start + size)
             adapter = {"a": arrays["a"].T.reshape(*before, r), "b": arrays["b"][rows].T.reshape(r, *after)}
             if kind is DoRA:
                 adapter["magnitude"] = arrays["magnitude"][rows].reshape(after)
-            found.setdefault(path, {})[layer] = adapter
+            found.setdefault(part.leaf, {})[part.index] = adapter
+            paths[part.leaf] = part.path
     if left or not found:
         some = ", ".join(sorted(left)[:3]) or "none"
         raise UserError(f"path: got {folder}, whose tensors are of no matrix in this model: {some}")
-    match = tuple(sorted(found))
-    return kind(rank, alpha, match, lora.rank_stabilised), _stacked(config, found, kind is DoRA)
+    match = {path if _all(path, shapes, found) else leaf for leaf, path in paths.items()}
+    adapters = _stacked(found, config.stack().repeats, kind is DoRA)
+    return kind(rank, alpha, tuple(sorted(match)), lora.rank_stabilised), adapters
 
 
 def write(
@@ -119,28 +137,32 @@ def write(
     model_type  the family whose names it has; None: the first that can express the model, as in `save_hf`
 
     Raises UserError if the folder is there, for a model that no family can express, and for adapters of matrices that
-    are no linear layers in the family: GPT-NeoX's queries, keys and values, which take turns, and experts."""
+    are no linear layers in the family: GPT-NeoX's queries, keys and values, which take turns, DeepSeek-V3's keys and
+    values, which do too, and experts."""
     folder = Path(folder)
     family = huggingface.expressing(config, model_type)
     modules = _of(family)
     if folder.exists():
         raise UserError(f"path: got {folder}, which exists already; choose another or delete it")
-    shapes = _matrices(config)
-    unstacked = {(path, layer): _layer(adapters, config, path, layer) for path, layer in shapes}
-    left = {path for (path, _), adapter in unstacked.items() if adapter is not None}
+    shapes = _shapes(config)
+    given: dict[str, dict[str, Any]] = {}  # parameter -> adapter
+    for name, array in flat(adapters).items():
+        leaf, _, kind = name.rpartition("/")
+        given.setdefault(leaf, {})[kind] = array
+    left = set(given)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for layer, theirs, parts in _modules(config, modules):
-        have = [unstacked.get((path, layer)) for path in parts]
-        left -= set(parts)
+    for theirs, parts in _modules(config, shapes, modules):
+        have = [_entry(given.get(part.leaf), part.index) for part in parts]
+        left -= {part.leaf for part in parts}
         if all(adapter is None for adapter in have):
             continue
         if isinstance(lora, DoRA) and None in have:
-            lacking = [path for path, adapter in zip(parts, have, strict=True) if adapter is None]
+            lacking = [part.path for part, adapter in zip(parts, have, strict=True) if adapter is None]
             raise UserError(f"lora.match: got none for {', '.join(lacking)}, which {theirs} holds too; DoRA needs all")
         a, b, magnitudes = [], [], []
-        for path, adapter in zip(parts, have, strict=True):
-            inputs, outputs = MATRICES[path.split("/")[-1]].size(shapes[path, layer])
+        for part, adapter in zip(parts, have, strict=True):
+            inputs, outputs = part.matrix.size(part.shape)
             if adapter is None:
                 adapter = {"a": np.zeros((inputs, 0)), "b": np.zeros((0, outputs))}
             rank = adapter["a"].shape[-1]
@@ -151,8 +173,8 @@ def write(
         if magnitudes:
             arrays["magnitude"] = np.concatenate(magnitudes)
         ranks[theirs] = len(arrays["a"])
-        for part, array in arrays.items():
-            tensors[PREFIX + theirs + KINDS[part]] = np.ascontiguousarray(array, np.float32)
+        for kind, array in arrays.items():
+            tensors[PREFIX + theirs + KINDS[kind]] = np.ascontiguousarray(array, np.float32)
     if left:
         raise UserError(
             f"lora.match: got adapters of {', '.join(sorted(left))}, which are no linear layers of {family.model_type}"
@@ -165,7 +187,7 @@ def write(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": sorted({theirs.split(".")[-1] for theirs in ranks})
-        if _alike(ranks, config, modules)
+        if _alike(ranks, {theirs for theirs, _ in _modules(config, shapes, modules)} | _experts(family))
         else sorted(ranks),
         "rank_pattern": others,
         "alpha_pattern": {theirs: lora.alpha * (rank / lora.rank) ** power for theirs, rank in others.items()},
@@ -183,10 +205,15 @@ def write(
     partial.rename(folder)
 
 
-def _alike(ranks: Mapping[str, int], config: TransformerConfig, modules: Modules) -> bool:
-    """Whether the last name of a module says which have adapters."""
+def _alike(ranks: Mapping[str, int], modules: set[str]) -> bool:
+    """Whether the last name of a module says which of these have adapters."""
     ends = {theirs.split(".")[-1] for theirs in ranks}
-    return all(theirs in ranks for _, theirs, _ in _modules(config, modules) if theirs.split(".")[-1] in ends)
+    return all(theirs in ranks for theirs in modules if theirs.split(".")[-1] in ends)
+
+
+def _experts(family: Family) -> set[str]:
+    """The modules of experts, whose last names may be those of other modules."""
+    return {row.theirs.removesuffix(".weight") for row in family.table if "{E}" in row.theirs}
 
 
 def _fields(folder: Path) -> dict[str, Any]:
@@ -210,70 +237,64 @@ def _pattern(fields: dict[str, Any], name: str, module: str, default: float) -> 
     return default
 
 
-def _modules(config: TransformerConfig, modules: Modules) -> Iterator[tuple[int, str, tuple[str, ...]]]:
-    """Layer, module and matrices, for all that this model has."""
-    there = _matrices(config)
+def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each parameter."""
+    return {name: leaf.shape for name, leaf in declared(config.build()).items()}
+
+
+def _modules(
+    config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]], modules: Modules
+) -> Iterator[tuple[str, list[_Part]]]:
+    """The modules that this model has, layer by layer, and the matrices in each."""
     for layer in range(config.layers):
-        for theirs, parts in modules.items():
-            if all((path, layer) in there for path in parts):
-                yield layer, theirs.replace("{L}", str(layer)), parts
+        names, index = place(config.stack(), layer)
+        block = "/".join(("blocks", *names, ""))
+        for theirs, rows in modules.items():
+            parts = [part for row in rows if (part := _part(row, block, index, shapes)) is not None]
+            if len(parts) == len(rows):
+                yield theirs.replace("{L}", str(layer)), parts
 
 
-def _matrices(config: TransformerConfig) -> dict[tuple[str, int], tuple[int, ...]]:
-    """(path in its block, layer) -> shape."""
-    D, shapes = config.width, {}
-    for layer, block in enumerate(config.stack().blocks):
-        N, H, F = block.attention.heads or 0, block.attention.head_size or 0, block.hidden
-        K = block.attention.kv_heads or N
-        sides = {"q": (D, N, H), "k": (D, K, H), "v": (D, K, H), "o": (N, H, D)}
-        shapes |= {(f"attention/{name}", layer): shape for name, shape in sides.items()}
-        if block.mlp is None:
-            continue
-        names = ("gate", "up") if block.mlp.gated else ("up",)
-        shapes |= {(f"mlp/{name}", layer): (D, F) for name in names} | {("mlp/down", layer): (F, D)}
-    return shapes
+def _part(row: Row, block: str, index: int | None, shapes: Mapping[str, tuple[int, ...]]) -> _Part | None:
+    """The matrix of a row in a block, where it has that, as one and not as a stack of experts."""
+    path, kind = row.ours.removeprefix(BLOCK), matrix(row.ours.split("/"))
+    beside, without = (name.replace(BLOCK, block) for name in (row.beside, row.without))
+    shape = shapes.get(block + path, ())[0 if index is None else 1 :]
+    if (
+        kind is None
+        or len(shape) != kind.inputs + kind.outputs
+        or without in shapes
+        or (beside and beside not in shapes)
+    ):
+        return None
+    return _Part(path, block + path, index, shape, kind)
 
 
-def _layer(adapters: Params, config: TransformerConfig, path: str, layer: int) -> dict[str, np.ndarray] | None:
-    """The adapter of one layer's matrix, None where there is none."""
-    names, index = place(config.stack(), layer)
-    tree: Any = adapters
-    for name in ("blocks", *names, *path.split("/")):
-        if name not in tree:
-            return None
-        tree = tree[name]
-    return {part: np.asarray(array if index is None else array[index], np.float32) for part, array in tree.items()}
+def _all(path: str, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> bool:
+    """Whether all parameters at this path have adapters."""
+    return all(name in found for name in shapes if name.endswith("/" + path))
 
 
-def _stacked(config: TransformerConfig, found: dict[str, dict[int, dict[str, np.ndarray]]], dora: bool) -> Params:
-    """The tree of adapters, as the model's parameters lie."""
-    stack, tree = config.stack(), {}
-    leaves: dict[tuple[str, ...], list[tuple[str, int, int | None]]] = {}
-    for path in found:
-        for layer in range(config.layers):
-            names, index = place(stack, layer)
-            leaves.setdefault(("blocks", *names, *path.split("/")), []).append((path, layer, index))
-    for names, layers in leaves.items():
-        there = [found[path].get(layer) for path, layer, _ in layers]
-        one = next((adapter for adapter in there if adapter is not None), None)
-        if one is None:
-            continue
-        if dora and None in there:
-            raise UserError(f"path: some layers have no adapter of {'/'.join(names)}; DoRA must have all")
-        if len({adapter["a"].shape for adapter in there if adapter}) > 1:
-            raise UserError(f"path: the adapters of {'/'.join(names)} have several ranks, must be of one")
-        zeros = {part: np.zeros_like(array) for part, array in one.items()}
-        adapters = [zeros if adapter is None else adapter for adapter in there]
-        single = layers[0][2] is None
+def _entry(adapter: Mapping[str, Any] | None, index: int | None) -> dict[str, np.ndarray] | None:
+    """One layer's part of an adapter, None where there is none."""
+    if adapter is None:
+        return None
+    return {kind: np.asarray(x if index is None else x[index], np.float32) for kind, x in adapter.items()}
 
-        def leaf(part: str, adapters: list[dict[str, np.ndarray]] = adapters, single: bool = single) -> Array:
-            return jnp.asarray(adapters[0][part] if single else np.stack([adapter[part] for adapter in adapters]))
 
-        branch = tree
-        for name in names[:-1]:
-            branch = branch.setdefault(name, {})
-        branch[names[-1]] = {part: leaf(part) for part in one}
-    return tree
+def _stacked(found: dict[str, dict[int | None, dict[str, np.ndarray]]], repeats: int, dora: bool) -> Params:
+    """The tree of adapters, as the model's parameters lie. repeats: how many layers are stacked."""
+    tree: dict[str, Array] = {}
+    for leaf, entries in found.items():
+        adapters = list(entries.values()) if None in entries else [entries.get(i) for i in range(repeats)]
+        if dora and None in adapters:
+            raise UserError(f"path: some layers have no adapter of {leaf}; DoRA must have all")
+        if len({adapter["a"].shape for adapter in entries.values()}) > 1:
+            raise UserError(f"path: the adapters of {leaf} have several ranks, must be of one")
+        for kind, like in next(iter(entries.values())).items():
+            arrays = [np.zeros_like(like) if adapter is None else adapter[kind] for adapter in adapters]
+            tree[f"{leaf}/{kind}"] = jnp.asarray(arrays[0] if None in entries else np.stack(arrays))
+    return nested(tree)
 
 
 def _blocks(b: list[np.ndarray]) -> np.ndarray:

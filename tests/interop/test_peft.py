@@ -12,7 +12,21 @@ import pytest
 from gptjax.interop import peft
 from gptjax.interop.huggingface import load_hf, save_hf
 from gptjax.interop.safetensors import Tensors
-from gptjax.nn import GELU, DoRA, LayerNorm, LearnedPositions, LoRA, MixtureOfExperts, Transformer, TransformerConfig
+from gptjax.nn import (
+    GELU,
+    DoRA,
+    LayerNorm,
+    LearnedPositions,
+    LoRA,
+    MixtureOfExperts,
+    MultiHeadLatentAttention,
+    RoPE,
+    Sigmoid,
+    SwiGLU,
+    Transformer,
+    TransformerConfig,
+    Variant,
+)
 from gptjax.types import UserError
 
 LLAMA = TransformerConfig(vocab=32, layers=2, width=16, heads=4, kv_heads=2, hidden=24)
@@ -101,7 +115,13 @@ FAMILIES = {
     "gemma3_text": SIZES,
     "olmo2": SIZES,
     "phi3": {**SIZES, "head_dim": 4},
-}
+    "deepseek_v3": {
+        **SIZES, "num_key_value_heads": 4, "num_hidden_layers": 3, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
+        "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 12,
+        "q_lora_rank": 10, "kv_lora_rank": 14, "qk_rope_head_dim": 8, "qk_nope_head_dim": 6, "v_head_dim": 5,
+    },
+}  # fmt: skip
+MATCH = {"gpt2": ALL, "deepseek_v3": ("q_latent", "q", "kv_latent", "k_rope", "o")}
 
 
 @pytest.mark.torch
@@ -116,7 +136,7 @@ def test_peft_itself_agrees(tmp_path, family, kind):
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **FAMILIES[family]))
     model.save_pretrained(tmp_path / "base")
     config, params = load_hf(tmp_path / "base")
-    lora = kind(rank=2, alpha=4, match=ALL if family == "gpt2" else (*ALL, "gate"))
+    lora = kind(rank=2, alpha=4, match=MATCH.get(family, (*ALL, "gate")))
     rng = np.random.default_rng(1)
     adapters = jax.tree.map(
         lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), lora.init(jax.random.key(1), params)
@@ -136,7 +156,7 @@ def test_peft_itself_agrees(tmp_path, family, kind):
     assert any((a != b).any() for a, b in zip(merged(tmp_path / "ours").parameters(), model.parameters(), strict=True))
     same(tmp_path / "ours", lora.merge(params, adapters))
 
-    joined = {"gpt2": "c_attn", "phi3": "qkv_proj"}
+    joined = {"gpt2": "c_attn", "phi3": "qkv_proj", "deepseek_v3": "kv_a_proj_with_mqa"}
     made = theirs.LoraConfig(r=3, lora_alpha=6, target_modules=[joined.get(family, "o_proj")], use_dora=kind is DoRA)
     wrapped = theirs.get_peft_model(model, made)
     with torch.no_grad():
@@ -148,10 +168,34 @@ def test_peft_itself_agrees(tmp_path, family, kind):
     same(tmp_path / "theirs", read.merge(params, there))
 
 
-def test_what_no_family_has_as_a_linear_layer_is_refused(tmp_path):
-    """Experts lie in stacks."""
-    config = dataclasses.replace(LLAMA, mlp=MixtureOfExperts(experts=4))
-    lora = LoRA(rank=2, match=("gate",))
+DEEPSEEK = TransformerConfig(
+    vocab=32, layers=3, width=16, heads=4, head_size=6, hidden=12, positions=RoPE(interleaved=True),
+    attention=MultiHeadLatentAttention(q_rank=10, kv_rank=14, rope_size=8, value_size=5, scale=14**-0.5),
+    mlp=MixtureOfExperts(4, 2, router=Sigmoid(renormalise=True), shared=1),
+    first=(Variant(mlp=SwiGLU(), hidden=24),),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("match", [("kv_latent",), ("q", "o"), ("start_0/mlp/up",), ("shared_up", "start_0/mlp/up")])
+def test_latent_attention_and_shared_experts(tmp_path, match):
+    """Names that are of one layer's matrix and of another's experts are said in full."""
+    lora = LoRA(rank=2, match=match)
+    params, adapters = make(DEEPSEEK, lora)
+    peft.write(tmp_path / "x", lora, adapters, DEEPSEEK)
+    fields = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert ("up_proj" in fields["target_modules"]) is False
+    read, there = peft.read(tmp_path / "x", DEEPSEEK)
+    same = lora.merge(params, adapters), read.merge(params, there)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), *same)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "gate"])
+def test_what_no_family_has_as_a_linear_layer_is_refused(tmp_path, name):
+    """Experts lie in stacks, and latent attention's keys and values take turns."""
+    mixtral = dataclasses.replace(LLAMA, mlp=MixtureOfExperts(experts=4))
+    config, family = (mixtral, "mixtral") if name == "gate" else (DEEPSEEK, "deepseek_v3")
+    lora = LoRA(rank=2, match=(name,))
     _, adapters = make(config, lora)
-    with pytest.raises(UserError, match=r"lora.match: got adapters of mlp/gate, which are no linear layers of mixtral"):
+    with pytest.raises(UserError, match=rf"lora.match: got .*/{name}, which are no linear layers of {family}"):
         peft.write(tmp_path / "x", lora, adapters, config)
+    assert not (tmp_path / "x").exists()
