@@ -172,6 +172,10 @@ _REDUNDANT = re.compile(r"lm_head\.weight|.*\.attn\.(masked_)?bias|.*rotary_emb\
 """What checkpoints may hold besides: a tied head again, masks and frequencies that can be computed."""
 
 
+_USUAL = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+"""What llama.cpp does with YaRN where no key says otherwise; none can say that its bounds are not rounded."""
+
+
 def _weights(rows: list[_Row], tensors: Mapping[str, np.ndarray]) -> list[Weight]:
     """The rows' tensors, or `UserError` with the names of those that do not fit."""
     expected = {row.source for row in rows}
@@ -193,7 +197,7 @@ def _rope(config: Mapping[str, Any], H: int) -> tuple[dict[str, Any], np.ndarray
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or 10_000)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling = {key: value for key, value in scaling.items() if key != "type" and value is not None}
+    scaling = {key: value for key, value in scaling.items() if key != "type" and value not in (None, _USUAL.get(key))}
     keys: dict[str, Any] = {"rope.freq_base": theta}
     needed = {
         "default": (),
@@ -201,6 +205,7 @@ def _rope(config: Mapping[str, Any], H: int) -> tuple[dict[str, Any], np.ndarray
         "yarn": ("factor", "original_max_position_embeddings"),
         "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     }
+    more = {key: scaling.pop(key) for key in ("beta_fast", "beta_slow") if kind == "yarn" and key in scaling}
     if kind not in needed or scaling.keys() != set(needed[kind]):
         given = ", ".join(f"{key} {value}" for key, value in scaling.items()) or "nothing else"
         options = "; ".join(f"{name} with {', '.join(keys) or 'nothing'}" for name, keys in needed.items())
@@ -209,6 +214,7 @@ def _rope(config: Mapping[str, Any], H: int) -> tuple[dict[str, Any], np.ndarray
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
     if kind == "yarn":
         keys["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+        keys |= {f"rope.scaling.yarn_{key}": float(value) for key, value in more.items()}
     return keys, _llama3(theta, H, **scaling) if kind == "llama3" else None
 
 

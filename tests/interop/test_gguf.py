@@ -15,6 +15,8 @@ from gptjax.data.tokenizers import (
 )
 from gptjax.interop import gguf as ours
 from gptjax.interop import gguf_tokenizer
+from gptjax.interop.families.rope import of_rope
+from gptjax.nn import RoPE, YaRN
 from gptjax.types import UserError
 
 gguf = pytest.importorskip("gguf")
@@ -308,11 +310,16 @@ def test_llama_3_frequencies_are_transformers(tmp_path, tokenizer):
 
 
 def test_rope_scaling_has_keys(tmp_path, tokenizer):
+    """Also where a model that we loaded says what is as usual in llama.cpp too."""
+    whole = {"type": "yarn", "factor": 4.0, "original_context_length": 4}
     yarn = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}}
-    ours.write(tmp_path / "model.gguf", LLAMA | yarn, checkpoint(LLAMA), tokenizer)
-    _, found = read(tmp_path / "model.gguf")
-    scaling = {key.split(".")[-1]: value for key, value in found.items() if key.startswith("llama.rope.scaling")}
-    assert scaling == {"type": "yarn", "factor": 4.0, "original_context_length": 4}
+    cases = [(yarn, whole), (of_rope(RoPE(5e5, YaRN(4.0, 4))), whole)]
+    steeper = of_rope(RoPE(5e5, YaRN(4.0, 4, beta_fast=16.0)))
+    cases += [(steeper, {**whole, gguf.Keys.Rope.SCALING_YARN_BETA_FAST.split(".")[-1]: 16.0})]
+    for i, (fields, expected) in enumerate(cases):
+        ours.write(tmp_path / f"{i}.gguf", LLAMA | fields, checkpoint(LLAMA), tokenizer)
+        _, found = read(tmp_path / f"{i}.gguf")
+        assert {k.split(".")[-1]: value for k, value in found.items() if ".rope.scaling" in k} == expected
     assert found["llama.rope.freq_base"] == 5e5
 
 
@@ -326,6 +333,7 @@ def without(name):
         ({"model_type": "bert"}, None, "model_type: got 'bert', .* llama, mistral, qwen2, qwen3, gpt2"),
         ({"hidden_act": "gelu"}, None, "hidden_act: got 'gelu', .* only have 'silu'"),
         ({"hidden_size": None}, None, "hidden_size: got None"),
+        (of_rope(RoPE(scaling=YaRN(4.0, 4, truncate=False))), None, "rope_scaling: got yarn .* truncate False, GGUF"),
         ({"rope_scaling": {"rope_type": "longrope"}}, None, "rope_scaling: got longrope .* llama3"),
         ({}, without("model.norm.weight"), "got none named model.norm.weight"),
         ({}, checkpoint(LLAMA) | {"model.extra": np.zeros(2)}, "got model.extra, which"),
