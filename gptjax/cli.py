@@ -29,17 +29,18 @@ tokenizer = tyro.extras.SubcommandApp()
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How the next token is drawn; filters apply in this order, after the repetition penalty."""
+    """How the next token is drawn; filters apply in this order, after the repetition penalty. What is none is as the
+    model's authors recommend, or, where they don't, at temperature 0.8 and top-p 0.95."""
 
-    temperature: float = 0.8
+    temperature: float | None = None
     """Above 1 bolder, below 1 safer; 0 always takes the likeliest token."""
     top_k: int | None = None
     """Draw from the k likeliest tokens only."""
-    top_p: float | None = 0.95
+    top_p: float | None = None
     """Draw from the fewest likeliest tokens that hold this much of the probability."""
     min_p: float | None = None
     """Draw from tokens at least this fraction as likely as the likeliest."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     """Above 1 makes tokens of the prompt and of the text so far less likely."""
     seed: int = 0
     """The same seed gives the same text."""
@@ -54,7 +55,9 @@ class Drawing:
 
         fields = dataclasses.asdict(self)
         sampling = {field.name: fields.pop(field.name) for field in dataclasses.fields(Sampling)}
-        return {**fields, "sampling": Sampling(**sampling)}
+        said = {name: value for name, value in sampling.items() if value is not None}
+        Sampling(**said)  # a mistake is found before the model is read
+        return {**fields, **said}
 
 
 @app.command
@@ -73,7 +76,7 @@ def generate(
     """
     options = drawing.options()
     text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
-    model = _load(path)
+    model = _drawing(_load(path))
     if samples == 1:
         show(model.stream(text, **options))
         return
@@ -94,7 +97,7 @@ def chat(
         system: A text that says how the model should behave.
     """
     options = drawing.options()
-    model = _load(path)
+    model = _drawing(_load(path))
     Chat(model, system, options).run()
 
 
@@ -193,6 +196,13 @@ def _load(path: Path) -> LanguageModel:
     from gptjax.loading import load
 
     return load(path)
+
+
+def _drawing(model: LanguageModel) -> LanguageModel:
+    """The model, with a way to draw the next token if its authors name none."""
+    from gptjax.inference import Sampling
+
+    return dataclasses.replace(model, sampling=model.sampling or Sampling(temperature=0.8, top_p=0.95))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,7 +38,8 @@ Messages = Iterable[Message | Mapping[str, Any]]
 class LanguageModel(Model):
     """A model that writes on. Raises UserError when it, its parameters and its tokenizer don't fit together.
 
-    Wherever a `sampling` is taken, its fields are too: `lm.generate("Hi", temperature=0)`.
+    Wherever a `sampling` is taken, its fields are too: `lm.generate("Hi", temperature=0)`. What is not said is as the
+    model's own has it.
     """
 
     context: int | None = None
@@ -47,6 +48,8 @@ class LanguageModel(Model):
     """How it reads conversations, if not as `gptjax.data.chat` writes them."""
     ends: tuple[int, ...] | None = None
     """The tokens at which a text ends, if not at every special one."""
+    sampling: Sampling | None = None
+    """How its authors let it draw the next token, if they say."""
 
     def logits(self, tokens: Array | np.ndarray | Sequence[Sequence[int]]) -> Array:
         """tokens int [B, T] -> logits [B, T, V] of the token that follows each, in the compute dtype."""
@@ -75,13 +78,13 @@ class LanguageModel(Model):
         samples: int = 1,
         seed: int = 0,
         stop: Sequence[str] = (),
-        sampling: Sampling = Sampling(),
+        sampling: Sampling | None = None,
         **fields: Any,
     ) -> list[Completion]:
         """How the model goes on after each prompt: `samples` completions of the first, then of the second, ... See
         `gptjax.inference.generate`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        sampling = dataclasses.replace(sampling, **fields)
+        sampling = self._drawn(sampling, **fields)
         ids = [self._begin(prompt) for prompt in prompts]
         return generate(
             self._module,
@@ -102,11 +105,11 @@ class LanguageModel(Model):
         max_tokens: int | None = None,
         seed: int = 0,
         stop: Sequence[str] = (),
-        sampling: Sampling = Sampling(),
+        sampling: Sampling | None = None,
         **fields: Any,
     ) -> Generator[str, None, Completion]:
         """The text of `generate`, in pieces as it is written. The generator's return value is the completion."""
-        sampling = dataclasses.replace(sampling, **fields)
+        sampling = self._drawn(sampling, **fields)
         ids = self._begin(prompt)
         return stream(self._module, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.ends)
 
@@ -116,7 +119,7 @@ class LanguageModel(Model):
         max_tokens: int | None = None,
         seed: int = 0,
         stop: Sequence[str] = (),
-        sampling: Sampling = Sampling(),
+        sampling: Sampling | None = None,
         **fields: Any,
     ) -> Message:
         """The assistant's answer. Messages that don't fit are left out as `trim` says."""
@@ -129,12 +132,12 @@ class LanguageModel(Model):
         max_tokens: int | None = None,
         seed: int = 0,
         stop: Sequence[str] = (),
-        sampling: Sampling = Sampling(),
+        sampling: Sampling | None = None,
         **fields: Any,
     ) -> Generator[str, None, Completion]:
         """The answer of `chat`, in pieces as it is written. The generator's return value is the completion."""
         messages, _ = self.trim(messages, max_tokens)
-        sampling = dataclasses.replace(sampling, **fields)
+        sampling = self._drawn(sampling, **fields)
         ids = self._prompt(messages)
         if self._window is not None:
             max_tokens = min(max_tokens or DEFAULT_TOKENS, self._window - len(ids))
@@ -191,7 +194,11 @@ class LanguageModel(Model):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {"context": self.context, "template": self.template, "ends": self.ends}
+        names = ("context", "template", "ends", "sampling")
+        return {name: getattr(self, name) for name in names}
+
+    def _drawn(self, sampling: Sampling | None, **fields: Any) -> Sampling:
+        return dataclasses.replace(sampling or self.sampling or Sampling(), **fields)
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids after which the assistant speaks."""

@@ -25,6 +25,7 @@ import numpy as np
 from gptjax.configuration import from_json
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.encoder_model import EncoderModel
+from gptjax.inference.sampling import Sampling
 from gptjax.interop import hub, huggingface, llama2c, safetensors, tokenizers
 from gptjax.interop.templates import ChatTemplate
 from gptjax.language_model import LanguageModel
@@ -125,7 +126,8 @@ def _hf(path: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model
     assert isinstance(config, TransformerConfig)
     if isinstance(config.positions, RoPE) and isinstance(scaling := config.positions.scaling, LongRoPE):
         context = scaling.length  # `LanguageModel.reading` goes beyond
-    return LanguageModel(config, params, tokenizer, context, tokenizers.load_template(path), ends, rules=rules)
+    template, sampling = tokenizers.load_template(path), huggingface.read_sampling(path)
+    return LanguageModel(config, params, tokenizer, context, template, ends, sampling, rules=rules)
 
 
 def _llama2c(file: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
@@ -156,6 +158,8 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Rules, 
     settings = {name: config[name] for name in ("context", "start") if name in config}
     if config.get("template") is not None:
         settings["template"] = ChatTemplate(**config["template"])
+    if config.get("sampling") is not None:
+        settings["sampling"] = Sampling(**config["sampling"])
     if config.get("ends") is not None:
         settings["ends"] = tuple(config["ends"])
     return found(model, nested(params), tokenizer, rules=rules, **settings)

@@ -1,5 +1,6 @@
 """The command line, with a tiny model: what it prints, what it refuses, and that --help does not wait for jax."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from gptjax import cli
 from gptjax.data import Bytes, ChatJsonl
+from gptjax.inference import Sampling
 from gptjax.language_model import LanguageModel
 from gptjax.nn import Transformer, TransformerConfig
 
@@ -57,6 +59,17 @@ def test_generate_streams_what_the_model_writes(run, path, model):
     assert run("generate", path, "--prompt", "hello", "--samples", "2", *GREEDY)[1] == "".join(
         f"--- {i + 1} ---\n{text}\n" for i, text in enumerate(texts)
     )
+
+
+def test_text_is_drawn_as_the_model_says_unless_told_otherwise(run, path, model, tmp_path):
+    def written(path, *arguments):
+        return run("generate", str(path), "--prompt", "hello", "--max-tokens", "8", *arguments)[1].removesuffix("\n")
+
+    greedy, usual = (dataclasses.replace(model, sampling=Sampling(t, top_p=p)) for t, p in ((0, None), (0.8, 0.95)))
+    assert written(path) == usual.generate("hello", 8)[0].text
+    greedy.save(tmp_path / "greedy")
+    assert written(tmp_path / "greedy") == greedy.generate("hello", 8)[0].text
+    assert written(tmp_path / "greedy", "--temperature", "2") == greedy.generate("hello", 8, temperature=2)[0].text
 
 
 def test_chat_keeps_a_history_and_obeys_its_commands(run, path, model, tmp_path):

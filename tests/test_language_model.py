@@ -11,6 +11,7 @@ import pytest
 from gptjax.configuration import to_json
 from gptjax.data.chat import Message
 from gptjax.data.tokenizers.bytes import Bytes
+from gptjax.inference import Sampling
 from gptjax.interop import tokenizers
 from gptjax.language_model import LanguageModel
 from gptjax.loading import load
@@ -86,6 +87,34 @@ def test_a_text_ends_where_the_model_says(tmp_path):
     assert load(tmp_path / "hf").ends == (TOKENIZER.end,), "config.json says it too"
     LM.save_hf(tmp_path / "any special")
     assert set(load(tmp_path / "any special").ends) == set(TOKENIZER.specials.values())
+
+
+def test_text_is_drawn_as_a_folder_says(tmp_path):
+    LM.save_hf(tmp_path / "model")
+    assert load(tmp_path / "model").sampling is None, "ours don't say"
+    file = tmp_path / "model" / "generation_config.json"
+    fields = json.loads(file.read_text())
+    usual = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "transformers_version": "4.51.0"}
+    greedy = Sampling(temperature=0)
+    for said, want in (
+        (usual, Sampling(0.7, 20, 0.9)),
+        ({**usual, "top_k": 0, "top_p": None, "repetition_penalty": 1.1}, Sampling(0.7, repetition_penalty=1.1)),
+        ({**usual, "do_sample": False}, greedy),
+    ):
+        file.write_text(json.dumps({**fields, **said}))
+        lm = load(tmp_path / "model")
+        assert lm.sampling == want
+        assert lm.generate("hello", 12) == LM.generate("hello", 12, sampling=want)
+        assert "".join(lm.stream("hello", 12)) == lm.generate("hello", 12)[0].text
+        assert lm.generate("hello", 12, temperature=0) == lm.generate(
+            "hello", 12, sampling=dataclasses.replace(want, temperature=0)
+        )
+        lm.save(tmp_path / str(want) / "ours")
+        lm.save_hf(tmp_path / str(want) / "hf")
+        assert {load(path).sampling for path in (tmp_path / str(want)).iterdir()} == {want}
+        written = json.loads((tmp_path / str(want) / "hf" / "generation_config.json").read_text())
+        assert written.get("top_k", 0) == (want.top_k or 0)
+        assert ("top_k" in written) is written["do_sample"], "transformers would take 50"
 
 
 def test_logprobs_are_those_of_the_logits():

@@ -22,6 +22,7 @@ import numpy as np
 
 from gptjax.configuration import differences
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.inference.sampling import Sampling
 from gptjax.interop import multimodal, quantised, safetensors, tokenizers
 from gptjax.interop.families import FAMILIES, Family, Fields, Piece, pieces
 from gptjax.interop.templates import ChatTemplate
@@ -66,6 +67,7 @@ def save_hf(
     model_type: str | None = None,
     ends: Sequence[int] | None = None,
     start: int | None = None,
+    sampling: Sampling | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: config.json, generation_config.json, safetensors of this dtype, and
     the tokenizer's files.
@@ -75,6 +77,7 @@ def save_hf(
     model_type  the family to write it as; None: the first that can express it
     ends        the tokens at which a text ends; None: the special ones, the end of a message first
     start       the token that every target of an encoder-decoder begins with
+    sampling    how the next token is drawn where nothing else is said; None: as `transformers` has it, greedily
 
     Raises UserError for a model that no published family can express, and says what is in the way."""
     described, tensors = to_tensors(config, params, dtype, model_type)
@@ -90,6 +93,12 @@ def save_hf(
     length = {} if context is None else {"max_position_embeddings": context}
     _write_json(folder / "config.json", {**length, **described, **ids, "dtype": dtype})
     generation = {**ids, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else ids
+    if sampling is not None:
+        drawing = {name: value for name, value in dataclasses.asdict(sampling).items() if value is not None}
+        drawing.setdefault("top_k", 0)  # all: where nothing is said, `transformers` takes 50
+        if sampling.greedy:
+            drawing = {"repetition_penalty": sampling.repetition_penalty}
+        generation = {**generation, "do_sample": not sampling.greedy, **drawing}
     if not isinstance(config, EncoderConfig):  # which doesn't generate
         _write_json(folder / "generation_config.json", generation)
     if tokenizer is not None:
@@ -128,6 +137,19 @@ def read_ends(folder: str | Path) -> tuple[int, ...] | None:
     found = [read_config(folder, name).get("eos_token_id") for name in names if (Path(folder) / name).is_file()]
     ends = next((ends for ends in found if ends is not None), None)
     return (ends,) if isinstance(ends, int) else None if ends is None else tuple(ends)
+
+
+def read_sampling(folder: str | Path) -> Sampling | None:
+    """How the folder's generation_config.json lets the next token be drawn; None where it doesn't say."""
+    name = "generation_config.json"
+    fields = read_config(folder, name) if (Path(folder) / name).is_file() else {}
+    if (drawn := fields.get("do_sample")) is None:
+        return None
+    names = [field.name for field in dataclasses.fields(Sampling)] if drawn else ["repetition_penalty"]
+    said = {name: fields[name] for name in names if fields.get(name) is not None}
+    if said.get("top_k") == 0:  # which stands for all
+        del said["top_k"]
+    return Sampling(**said) if drawn else Sampling(temperature=0, **said)
 
 
 def from_tensors(
