@@ -54,6 +54,11 @@ class Recurrent(Attention):
 
     def __call__(self, weight: Weight, x: Array, positions: Array, mask: Mask = Mask(), slots: Any = None, **_: Any):
         (B, T, D), G, rules = x.shape, self.gates, weight.rules
+        if not mask.causal or mask.prefix is not None:
+            raise UserError(
+                f"model.attention: got {type(self).__name__}, which reads from left to right, must be one that sees "
+                "both ways in an encoder, as `cross` and with a prefix"
+            )
         if slots is None and (cut := rules.over("sequence")):
             raise UserError(f"mesh.{cut[0]}: cuts rows, must be 1: recurrent layers read a row token by token")
         # PyTorch's deviation: uniform to 1 / sqrt(D).

@@ -13,7 +13,10 @@ from gptjax import sharding
 from gptjax.nn import (
     GRU,
     LSTM,
+    Encoder,
+    EncoderConfig,
     Layer,
+    Mask,
     Recurrent,
     RecurrentConfig,
     Transformer,
@@ -161,6 +164,19 @@ def test_the_state_of_one_row_may_lack_its_axis():
     second, cache = apply(model, params, TOKENS[:1, 5:], cache=cache)
     assert all(part.shape == (16,) for part in jax.tree.leaves(cache.layers))
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("mask", [Mask(causal=False), Mask(prefix=jnp.ones((4, 12), bool))], ids=["both", "prefix"])
+def test_what_comes_later_is_not_seen_and_so_refused(mask):
+    x, positions = jnp.ones((4, 12, 16)), jnp.zeros((4, 12), jnp.int32)
+    with pytest.raises(UserError, match=r"model\.attention: got LSTM, which reads from left to right"):
+        Layer(part=LSTM()).init(jax.random.key(0), x, positions, mask)
+
+
+def test_an_encoder_is_refused():
+    encoder = Encoder(EncoderConfig(vocab=32, layers=1, width=16, heads=1, attention=GRU()))
+    with pytest.raises(UserError, match=r"model\.attention: got GRU, which reads from left to right"):
+        encoder.init(jax.random.key(0), TOKENS)
 
 
 def test_rows_that_a_mesh_cuts_are_refused():
