@@ -26,7 +26,7 @@ from gptjax.nn.parametrisation import scale_matrices
 from gptjax.nn.pipeline import pipeline
 from gptjax.nn.remat import rematerialised
 from gptjax.sharding import Rules
-from gptjax.types import Array, Key, Params
+from gptjax.types import Array, Key, Params, UserError
 
 UNROLLED = 12
 """Depth up to which the scan over layers is unrolled: 8 to 15 % off a training step on CPU, where slices are copies."""
@@ -57,12 +57,17 @@ class Stack(nn.Module):
     def __call__(
         self, x: Array, context: Context, slots: tuple[Any, ...] | None = None, key: Key | None = None
     ) -> tuple[Array, tuple[Any, ...] | None]:
-        """`slots`: for decoding, those of each layer; the new ones come back. `key`: for dropout."""
+        """`slots`: for decoding, those of each layer; the new ones come back. `key`: for dropout, in training alone."""
         if self.is_initializing():
             for name, tree in self._init(self.make_rng("params"), x, context).items():
                 self.param(name, lambda _, tree=tree: tree)
         params: Mapping[str, Params] = self.variables["params"]
         if slots is not None or "layer_0" in params:
+            if key is not None:
+                raise UserError(
+                    'rngs: got a key "dropout", must be none with a cache or after `unstack`, which are for decoding; '
+                    "train the stacked parameters"
+                )
             return self._one_by_one(unstack(self, params), x, context, slots)
 
         losses: list[Any] = []
