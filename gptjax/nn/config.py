@@ -158,12 +158,22 @@ class TransformerConfig(ModelConfig):
             raise UserError("model.pattern: got none, must be at least one; (Variant(),) makes all layers alike")
         if len(self.first) > self.layers:
             raise UserError(f"model.first: got {len(self.first)} layers, must be at most model.layers {self.layers}")
+        if self.cross is not None and type(self.cross).memory is Attention.memory:
+            raise UserError(
+                f"model.cross: got {type(self.cross).__name__}, must be one that keeps what it makes of a source, such "
+                "as MultiHeadAttention()"
+            )
         for variant in (*self.first, *self.pattern):
             attention = variant.attention or self.attention
             positions = variant.positions or attention.positions or self.positions
             positions.check(attention.head_size or self.H)
             if positions.shared and positions != self.positions:
                 raise UserError(f"model.pattern: got {positions} for a layer, must be model.positions: it acts on all")
+            if type(self.positions).bias is not Positions.bias and (attention.heads or self.heads) != self.heads:
+                raise UserError(
+                    f"model.attention.heads: got {attention.heads} for a layer, must be model.heads {self.heads} with "
+                    f"{type(self.positions).__name__}, whose bias all layers share; or choose other model.positions"
+                )
         for field in ("dropout", "layer_drop"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"model.{field}: got {getattr(self, field)}, must be at least 0 and less than 1")

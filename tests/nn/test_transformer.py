@@ -11,7 +11,9 @@ import pytest
 from gptjax import sharding
 from gptjax.nn import (
     GELU,
+    LSTM,
     MLP,
+    ALiBi,
     Chain,
     LayerNorm,
     MixtureOfExperts,
@@ -204,8 +206,6 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
     np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
 
 
-def test_flops_count_the_matrices():
-    params = Transformer(BASE).init(jax.random.key(0), TOKENS)["params"]
 @pytest.mark.parametrize("field", ["dropout", "layer_drop"])
 def test_nothing_is_dropped_in_decoding(field):
     """Whoever asks for it there, with a cache or layers one by one, is told so."""
@@ -243,6 +243,8 @@ def test_layer_drop_leaves_out_whole_blocks(pattern):
     assert set(apart.argmin(1).tolist()) == set(range(8))
 
 
+def test_flops_count_the_matrices():
+    params = Transformer(BASE).init(jax.random.key(0), TOKENS)["params"]
     matrices = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 2) + params["embedding"].size
     assert BASE.flops(0) == 6 * matrices
     assert BASE.flops(10) - BASE.flops(0) == 12 * 2 * 16 * 10
@@ -259,6 +261,12 @@ def test_layer_drop_leaves_out_whole_blocks(pattern):
         ({"remat": "everything"}, "model.remat: got 'everything'"),
         ({"dtype": "float8"}, "model.dtype: got 'float8'"),
         ({"head_size": 3}, "model.head_size: got 3"),
+        ({"cross": MultiHeadLatentAttention()}, "model.cross: got MultiHeadLatentAttention"),
+        ({"cross": LSTM()}, "model.cross: got LSTM"),
+        (
+            {"positions": ALiBi(), "pattern": (Variant(attention=MultiHeadAttention(heads=2)), Variant())},
+            "model.attention.heads: got 2 for a layer, must be model.heads 4 with ALiBi",
+        ),
     ],
 )
 def test_a_bad_field_is_named(changes, field):
