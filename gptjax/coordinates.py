@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.nn import MuP, Parametrisation, Transformer, TransformerConfig, activations
+from gptjax.nn import MultiHeadLatentAttention, MuP, Parametrisation, Transformer, TransformerConfig, activations
 from gptjax.objectives import NextToken
 from gptjax.optim import Constant, Optimizer
 from gptjax.train import state as train_state
@@ -31,17 +31,23 @@ then how far the steps so far have moved it, the mean of |x - x before|."""
 
 
 def resized(config: TransformerConfig, width: int) -> TransformerConfig:
-    """The model at another width: as deep, with heads as large, and more of them. Raises UserError where the heads
-    don't come out whole."""
+    """The model at another width: as deep, with heads as large, and more of them, and with latents as much larger.
+    Raises UserError where the heads don't come out whole."""
     heads, kv_heads = config.heads * width, config.K * width
     if heads % config.width or kv_heads % config.width:
         raise UserError(
             f"width: got {width}, must be a multiple of {config.width // np.gcd(config.heads, config.K)}, "
             "so that heads of the same size come out whole"
         )
+    attention = config.attention
+    if isinstance(attention, MultiHeadLatentAttention):
+        ranks = {"q_rank": attention.q_rank, "kv_rank": attention.kv_rank}
+        ranks = {name: rank and max(rank * width // config.width, 1) for name, rank in ranks.items()}
+        attention = dataclasses.replace(attention, **ranks)
     return dataclasses.replace(
         config,
         width=width,
+        attention=attention,
         heads=heads // config.width,
         kv_heads=None if config.kv_heads is None else kv_heads // config.width,
         head_size=config.H,
@@ -137,6 +143,7 @@ def picture(measured: dict[str, Sizes], widths: Sequence[int], title: str, path:
         f"layer_{last}": "residual stream, end",
         "logits": "logits",
     }
+    names = {name: label for name, label in names.items() if name in any_sizes}  # a recurrent model has no MLP
     ink = "#444444"
     figure = Figure(figsize=(10, 2.9 * len(measured)), dpi=150, layout="constrained")
     grid = figure.subplots(len(measured), len(names), sharex=True, sharey="col", squeeze=False)

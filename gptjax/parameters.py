@@ -24,6 +24,8 @@ class Matrix:
 
     inputs: int = 1
     outputs: int = 1
+    by_fan_in: bool = False
+    """Whether its initial deviation falls with the root of its inputs in every parametrisation."""
 
     def split(self, shape: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """A shape, or anything else with an entry for each axis, cut into batch, inputs and outputs."""
@@ -46,6 +48,9 @@ MATRICES = {
     "down": Matrix(),
     "latent": Matrix(),
     "rope": Matrix(),
+    "dense": Matrix(),
+    "input": Matrix(1, 2, by_fan_in=True),
+    "recurrent": Matrix(1, 2, by_fan_in=True),
 }
 """The hidden matrices, which read and write what is as wide as the model, by the last word of their name."""
 

@@ -10,8 +10,26 @@ import numpy as np
 import pytest
 
 from gptjax.coordinates import check, coordinates, growth, resized
-from gptjax.nn import MuP, Transformer, TransformerConfig, Variant, activations
+from gptjax.nn import (
+    GRU,
+    EncoderConfig,
+    MixtureOfExperts,
+    MultiHeadAttention,
+    MultiHeadLatentAttention,
+    MultiTokenConfig,
+    MuP,
+    PreNorm,
+    RecurrentConfig,
+    SwiGLU,
+    Transform,
+    Transformer,
+    TransformerConfig,
+    ValueEmbedding,
+    Variant,
+    activations,
+)
 from gptjax.optim import Adafactor, AdamW, Constant, Lion, Muon
+from gptjax.parameters import flat, nested
 from gptjax.types import UserError
 
 CONFIG = TransformerConfig(vocab=64, layers=2, width=32, heads=2)
@@ -58,6 +76,49 @@ def test_mup_is_its_table():
         plain, attention=dataclasses.replace(plain.attention, scale=16**0.5 / 64), logit_scale=0.25
     )
     np.testing.assert_allclose(logits, Transformer(same).apply({"params": params}, TOKENS)[0], rtol=1e-6)
+
+
+LATENT = MultiHeadLatentAttention(kv_rank=8, q_rank=8, rope_size=4, value_size=8)
+EVERY = {
+    "lstm": RecurrentConfig(64, 2, 32),
+    "gru": RecurrentConfig(64, 2, 32, attention=GRU(), mlp=SwiGLU(), residual=PreNorm()),
+    "latent": dataclasses.replace(CONFIG, attention=LATENT, mlp=MixtureOfExperts(experts=2)),
+    "values": dataclasses.replace(CONFIG, attention=MultiHeadAttention(values=ValueEmbedding(64))),
+    "ahead": MultiTokenConfig(64, 1, 32, 2, ahead=1),
+    "bert": EncoderConfig(64, 1, 32, 2, transform=Transform()),
+}
+FIXED = ("values_opening", "router_logits")
+"""Matrices in blocks that are not hidden ones: they read, or write, what does not grow."""
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_hidden_matrix_is_scaled(name):
+    """Where the model is 4 times as wide as the base each matrix that it has in its blocks begins with half of what it
+    would, or with the deviation of its fan-in, and learns a quarter as fast; nothing else does either."""
+    plain = EVERY[name]
+    wide = dataclasses.replace(plain, parametrisation=MuP(base_width=8))
+    params, standard = (flat(config.build().init(jax.random.key(0), TOKENS)["params"]) for config in (wide, plain))
+    optimizer = Lion(peak=1.0, schedule=Constant(), weight_decay=0.0, clip=None).build(1, wide.growth)
+    params = nested(params)
+    moves, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    params = flat(params)
+    for path, move in flat(moves).items():
+        last = path.split("/")[-1]
+        vector = last.endswith(("scale", "bias")) or not path.startswith(("blocks/", "ahead_0/", "transform/"))
+        hidden = not vector and last not in FIXED and not last.endswith("embedding")
+        ratio = 0.5 if hidden and last not in ("input", "recurrent") else 1
+        np.testing.assert_allclose(params[path], ratio * standard[path], rtol=1e-6, err_msg=path)
+        np.testing.assert_array_equal(jnp.unique(jnp.abs(move)), [0.25 if hidden else 1], err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "latent", "values"])
+def test_at_its_base_every_model_is_the_standard_one(name):
+    plain = EVERY[name]
+    base = dataclasses.replace(plain, parametrisation=MuP(base_width=32, base_head_size=plain.H))
+    params = plain.build().init(jax.random.key(0), TOKENS)
+    jax.tree.map(np.testing.assert_array_equal, base.build().init(jax.random.key(0), TOKENS), params)
+    logits, _ = plain.build().apply(params, TOKENS)
+    np.testing.assert_array_equal(base.build().apply(params, TOKENS)[0], logits)
 
 
 @pytest.mark.parametrize(("kind", "scale"), [(AdamW, 1 / 4), (Lion, 1 / 4), (Muon, 1 / 2), (Adafactor, 1 / 2)])

@@ -39,7 +39,7 @@ class Attention:
     window: int | None = None
     """Each token sees this many tokens, itself included; none: all before it."""
     scale: float | None = None
-    """What scores are multiplied by; none: 1 / sqrt(head size)."""
+    """What scores are multiplied by, at the base's head size in muP; none: 1 / sqrt(head size)."""
 
     def __post_init__(self):
         for field in ("heads", "head_size", "kv_heads", "window"):
@@ -84,6 +84,10 @@ class Attention:
     def products(self, width: int, length: int) -> int:
         """Multiplications for a token that sees `length` others: weights of matrix products, scores and sums."""
         raise NotImplementedError
+
+    def multiplier(self, head_size: int) -> float:
+        """What scores are multiplied by, with heads of this size."""
+        return head_size**-0.5 if self.scale is None else self.scale
 
 
 @dataclasses.dataclass(frozen=True)

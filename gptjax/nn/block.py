@@ -87,12 +87,14 @@ class Block(nn.Module):
     """Share of the times that training leaves this block out (LayerDrop, arXiv:1909.11556)."""
     output_scale: float = 1.0
     """Multiplies the initial weights of what is added to the stream."""
+    matrix_scale: float = 1.0
+    """Multiplies the initial hidden matrices."""
     rules: Rules = Rules()
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Array, context: Context, slots: Any = None) -> tuple[Array, Any]:
-        layer = functools.partial(Layer, rules=self.rules, dtype=self.dtype)
+        layer = functools.partial(Layer, rules=self.rules, dtype=self.dtype, matrix_scale=self.matrix_scale)
         scales = {"output_scale": self.output_scale}
 
         def key() -> Key | None:

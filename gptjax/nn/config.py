@@ -234,13 +234,13 @@ class TransformerConfig(ModelConfig):
         """A layer of the model."""
 
         def sized(attention: Attention, variant: Variant) -> Attention:
-            own = attention.heads is not None
+            own, size = attention.heads is not None, attention.head_size or self.H
             return dataclasses.replace(
                 attention,
                 heads=attention.heads or self.heads,
                 kv_heads=attention.kv_heads or (attention.heads if own else self.K),
-                head_size=attention.head_size or self.H,
-                scale=attention.scale or self.parametrisation.attention(attention.head_size or self.H),
+                head_size=size,
+                scale=attention.multiplier(size) * self.parametrisation.attention(size),
                 positions=variant.positions or attention.positions or self.positions,
                 window=variant.window or attention.window,
                 bias=self.bias if attention.bias is None else attention.bias,
@@ -257,6 +257,7 @@ class TransformerConfig(ModelConfig):
             dropout=self.dropout,
             drop=self.layer_drop,
             output_scale=self.parametrisation.outputs(self.layers),
+            matrix_scale=self.parametrisation.matrices(self.width),
             rules=rules,
             dtype=self.dtype,
             parent=None,
@@ -271,7 +272,6 @@ class TransformerConfig(ModelConfig):
             repeats,
             first,
             pattern[:rest],
-            matrix_scale=self.growth**-0.5,
             remat=self.remat,
             microbatches=self.microbatches,
             rules=rules,

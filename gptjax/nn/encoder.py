@@ -6,7 +6,6 @@ A classifier or an embedder over an encoder is in `heads.py`, an encoder beside 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -87,7 +86,7 @@ class Encoder(Trunk):
         x, table, _, _ = self.hidden(tokens, positions, segments, types=types)
         if c.transform is None:
             return self.logits(x, self.head(table)), None
-        layer = functools.partial(Layer, rules=self.rules, dtype=c.dtype)
-        x = layer(part=c.transform, name="transform")(x, c.norm)
+        scale = c.parametrisation.matrices(c.width)
+        x = Layer(c.transform, self.rules, c.dtype, scale, name="transform")(x, c.norm)
         bias = Weight(self, self.rules, c.dtype)("head_bias", (c.vocab,), ("vocab",), zeros)
         return self.logits(x, self.head(table)) + bias, None

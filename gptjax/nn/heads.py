@@ -81,7 +81,7 @@ class Classifier(Trunk):
         x, *_ = self.hidden(tokens, positions, segments, types=types)
         x, weight = self.pooling(x, segments, documents), Weight(self, self.rules, self.config.dtype)
         w = weight("classifier", (self.config.width, self.classes), ("embed", None))
-        logits = linear(x, w, self.rules("batch", None, None))
+        logits = linear(x, w, self.rules("batch", None, None)) / self.config.growth
         return logits + weight("classifier_bias", (self.classes,), (None,), zeros), None
 
 

@@ -101,7 +101,7 @@ class MultiHeadLatentAttention(Attention):
         y = attention(
             *(jnp.concatenate([q, turned], -1), k, v, mask),
             bias=bias,
-            scale=(H + P) ** -0.5 if self.scale is None else self.scale,
+            scale=self.multiplier(H),
             dropout=dropout,
             key=key,
         )
@@ -122,6 +122,9 @@ class MultiHeadLatentAttention(Attention):
         queries = N * (H + P) * width if self.q_rank is None else self.q_rank * (width + N * (H + P))
         projections = queries + width * (R + P) + R * N * (H + V) + N * V * width
         return projections + N * (H + P + V) * min(length, self.window or length)
+
+    def multiplier(self, head_size: int) -> float:
+        return super().multiplier(head_size + self.rope_size)
 
     def _sizes(self) -> tuple[int, int]:
         if self.heads is None or self.head_size is None:

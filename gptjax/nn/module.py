@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gptjax.parameters import matrix
 from gptjax.sharding import Rules
 from gptjax.types import Array
 
@@ -39,6 +40,8 @@ class Weight:
     """Where the logical axes lie; parts shard what they compute by the same rules."""
     dtype: str = "float32"
     """Compute dtype."""
+    matrix_scale: float = 1.0
+    """Multiplies the initial hidden matrices; see `parametrisation`."""
     prefix: str = ""
 
     def __call__(
@@ -51,7 +54,9 @@ class Weight:
         """The parameter `name`: float32 of this shape, sharded by `rules(*axes)`, cast to the compute dtype."""
 
         def draw(key: jax.Array) -> Array:
-            return init(key, shape, jnp.float32, out_sharding=self.rules(*axes))
+            initial = init(key, shape, jnp.float32, out_sharding=self.rules(*axes))
+            kind = matrix([name])
+            return initial if kind is None or kind.by_fan_in else initial * self.matrix_scale
 
         return jnp.asarray(self.module.param(self.prefix + name, draw), self.dtype)  # numpy parameters are welcome
 
@@ -73,7 +78,8 @@ class Layer(nn.Module):
     part: Callable[..., Any]
     rules: Rules = Rules()
     dtype: str = "float32"
+    matrix_scale: float = 1.0
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(Weight(self, self.rules, self.dtype), *args, **kwargs)
+        return self.part(Weight(self, self.rules, self.dtype, self.matrix_scale), *args, **kwargs)

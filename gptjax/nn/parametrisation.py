@@ -12,16 +12,16 @@ arXiv:2203.03466, table 8):
     embedding, head, vectors  as they are
     logits                    / m
     attention scores          q k / H, not q k / sqrt(H); the same at the base's head size
+
+Matrices of recurrent layers keep PyTorch's initial deviation, which falls with the root of the width anyway. The ranks of
+latent attention are to grow with the width.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
-
-from gptjax.parameters import by_name, matrix
-from gptjax.types import Params, UserError
+from gptjax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,13 @@ class Parametrisation:
         """m: how many times wider the model is than the one whose hyperparameters it has."""
         return 1.0
 
-    def attention(self, head_size: int) -> float | None:
-        """What attention scores are multiplied by; None: 1 / sqrt(H)."""
-        return None
+    def matrices(self, width: int) -> float:
+        """What the initial hidden matrices are multiplied by."""
+        return self.growth(width) ** -0.5
+
+    def attention(self, head_size: int) -> float:
+        """What attention scores are multiplied by beside what they are anyway, such as 1 / sqrt(H)."""
+        return 1.0
 
     def outputs(self, layers: int) -> float:
         """What the initial matrices that write to the residual stream are multiplied by."""
@@ -60,15 +64,4 @@ class MuP(Parametrisation):
         return width / self.base_width
 
     def attention(self, head_size: int) -> float:
-        return (self.base_head_size or head_size) ** 0.5 / head_size
-
-
-def scale_matrices(params: Params, scale: float) -> Params:
-    """The parameters with the hidden matrices among them multiplied by `scale`."""
-    if scale == 1:
-        return params
-    return jax.tree.map(lambda x, hidden: x * scale if hidden else x, params, by_name(_is_matrix, params))
-
-
-def _is_matrix(names: list[str]) -> bool:
-    return matrix(names) is not None
+        return ((self.base_head_size or head_size) / head_size) ** 0.5

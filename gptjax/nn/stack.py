@@ -22,7 +22,6 @@ from jax.sharding import PartitionSpec
 
 from gptjax.nn.block import Block, Context
 from gptjax.nn.module import Weight
-from gptjax.nn.parametrisation import scale_matrices
 from gptjax.nn.pipeline import pipeline
 from gptjax.nn.remat import rematerialised
 from gptjax.sharding import Rules
@@ -39,8 +38,6 @@ class Stack(nn.Module):
     repeats: int
     first: tuple[Block, ...] = ()
     last: tuple[Block, ...] = ()
-    matrix_scale: float = 1.0
-    """Multiplies the initial hidden matrices."""
     remat: str | None = None
     """What the backward pass keeps, not computes again: a name in `remat.POLICIES`; none: everything."""
     microbatches: int | None = None
@@ -135,7 +132,7 @@ class Stack(nn.Module):
         params = jax.tree.map(lambda leaf: _over_stages(leaf, self.rules.over("layers") or None), params)
         for name, blocks, key in (("start", self.first, begin), ("end", self.last, end)):
             params |= {f"{name}_{i}": one(block, jax.random.fold_in(key, i)) for i, block in enumerate(blocks)}
-        return scale_matrices(params, self.matrix_scale)
+        return params
 
     def _one_by_one(
         self, params: Mapping[str, Params], x: Array, context: Context, slots: tuple[Any, ...] | None

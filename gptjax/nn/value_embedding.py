@@ -36,6 +36,7 @@ class ValueEmbedding:
         heads = rules.fitting("kv_heads", K)
         table = weight("embedding", (self.vocab, K, H), (None, heads, None))
         values = embed(table, tokens, rules(None, heads, None), rules("batch", "sequence", heads, None))
-        gate = weight("gate", (self.channels, K), (None, heads))
-        opening = linear(x[..., : self.channels], gate, rules("batch", "sequence", heads))
+        # Not called a gate, which is a hidden matrix: what this reads does not grow with the width.
+        opening = weight("opening", (self.channels, K), (None, heads))
+        opening = linear(x[..., : self.channels], opening, rules("batch", "sequence", heads))
         return v + self.top * jax.nn.sigmoid(opening)[..., None] * values

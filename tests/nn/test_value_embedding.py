@@ -14,7 +14,7 @@ def test_the_equation():
     tokens = rng.integers(0, 9, (2, 5)).astype(np.int32)
     layer = Layer(part=ValueEmbedding(vocab=9, channels=6))
     params = jax.tree.map(lambda p: 30 * p, layer.init(jax.random.key(0), v, x, tokens))
-    table, gate = np.asarray(params["params"]["embedding"]), np.asarray(params["params"]["gate"])
+    table, gate = np.asarray(params["params"]["embedding"]), np.asarray(params["params"]["opening"])
     opening = 3 / (1 + np.exp(-x[..., :6] @ gate))
     expected = v + opening[..., None] * table[tokens]
     # Sums of 6 products in float32.
