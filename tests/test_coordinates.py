@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import __main__ as launcher
 from gptjax.coordinates import check, coordinates, growth, resized
 from gptjax.nn import (
     GRU,
@@ -167,3 +168,29 @@ def test_check_draws_and_tells(tmp_path):
     names = [line.split()[0] for line in table.splitlines()[3:-1]]
     assert names[0] == "layer_0"
     assert "logits" in names
+
+
+TINY = """
+from gptjax.data import Bytes, Pretrain, Text
+from gptjax.experiment import Experiment, Stage
+from gptjax.nn import RecurrentConfig
+from gptjax.objectives import NextToken
+from gptjax.optim import AdamW
+
+stage = Stage(Pretrain(Text("nowhere.txt"), length=8, batch=2), NextToken(), AdamW(), steps=1)
+experiment = Experiment(RecurrentConfig(vocab=260, layers=1, width=8), Bytes(), {"pretrain": stage})
+"""
+
+
+def test_the_command_prints_the_table_and_needs_no_data(tmp_path, capsys):
+    """For a model without an MLP too."""
+    (tmp_path / "tiny.py").write_text(TINY)
+    out = tmp_path / "run"
+    command = [str(tmp_path / "tiny.py"), "--coordinates", "--out", str(out), "--pretrain.optimizer.peak", "0.01"]
+    assert launcher.main(command) == 0
+    table = capsys.readouterr().out
+    assert table.startswith("sizes grow with this power of the width (64, 128, 256, 512):")
+    assert "layer_0/attention" in table
+    assert table.endswith(f"the picture: {tmp_path / 'run-coordinates.png'}\n")
+    assert (tmp_path / "run-coordinates.png").read_bytes().startswith(b"\x89PNG")
+    assert not out.exists()

@@ -13,8 +13,8 @@ arXiv:2203.03466, table 8):
     logits                    / m
     attention scores          q k / H, not q k / sqrt(H); the same at the base's head size
 
-Matrices of recurrent layers keep PyTorch's initial deviation, which falls with the root of the width anyway. The ranks of
-latent attention are to grow with the width.
+Matrices of recurrent layers keep PyTorch's initial deviation, which falls with the root of the width anyway. The ranks
+of latent attention are to grow with the width.
 """
 
 from __future__ import annotations

@@ -1,0 +1,51 @@
+"""How sublayers are joined to the residual stream, each way against its equation."""
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.nn import Chain, Layer, OutputNorm, Parallel, PostNorm, PreNorm, SandwichNorm, ScaledStream
+
+X, START = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float32)
+NORMS = {"norm_1": 2.0, "norm_2": 3.0, "post_norm_1": 5.0, "post_norm_2": 7.0}
+"""Multiply in the place of a norm, so that none is taken for another."""
+
+
+def f(x):
+    return x**2 + 1
+
+
+def g(x):
+    return 0.5 * x - 3
+
+
+def then(x, of):
+    """What two sublayers in turn make of x, `of(i, sublayer, x)` each."""
+    return of(2, g, of(1, f, x))
+
+
+EQUATIONS = {
+    PreNorm(): lambda x: then(x, lambda i, f, x: x + f(NORMS[f"norm_{i}"] * x)),
+    ScaledStream(): lambda x: EQUATIONS[PreNorm()](0.7 * x + 0.2 * START),
+    PostNorm(): lambda x: then(x, lambda i, f, x: NORMS[f"norm_{i}"] * (x + f(x))),
+    SandwichNorm(): lambda x: then(x, lambda i, f, x: x + NORMS[f"post_norm_{i}"] * f(NORMS[f"norm_{i}"] * x)),
+    OutputNorm(): lambda x: then(x, lambda i, f, x: x + NORMS[f"norm_{i}"] * f(x)),
+    Chain(): lambda x: g(f(x)),
+    Parallel(): lambda x: x + f(2 * x) + g(3 * x),
+    Parallel(shared=True): lambda x: x + f(2 * x) + g(2 * x),
+}
+
+
+@pytest.mark.parametrize("residual", EQUATIONS, ids=str)
+def test_the_equation(residual):
+    def norm(name, x):
+        return NORMS[name] * x
+
+    layer = Layer(part=residual)
+    params = {"params": {"stream_scale": np.float32(0.7), "input_scale": np.float32(0.2)}}
+    assert jax.tree.leaves(layer.init(jax.random.key(0), X, START, norm, [f, g])) == (
+        [np.float32(0.1), 1] if isinstance(residual, ScaledStream) else []
+    )
+    y = layer.apply(params, X, START, norm, [f, g])
+    # Some ten products and sums in float32.
+    np.testing.assert_allclose(y, EQUATIONS[residual](X), rtol=1e-5, atol=1e-5)
