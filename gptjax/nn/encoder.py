@@ -60,7 +60,10 @@ class EncoderConfig(TransformerConfig):
 
 
 class Encoder(Trunk):
-    """Tokens, some of them hidden behind a mask token, to logits of what they are.
+    """Tokens, some of them hidden behind a mask token, to logits of what they are: BERT (Devlin et al. 2018,
+    arXiv:1810.04805). With h the hidden states of blocks in which every token sees every other, E the embeddings:
+
+        logits = h E^T,    with a `transform`    logits = transform(h) E^T + b
 
     model = Encoder(EncoderConfig(vocab=256, layers=4, width=128, heads=4))
     params = model.init(jax.random.key(0), tokens)["params"]

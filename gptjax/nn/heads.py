@@ -60,7 +60,8 @@ class Last(Pooling):
 
 
 class Classifier(Trunk):
-    """Tokens to logits of classes: W pooled + b."""
+    """Tokens to logits of classes, W pool(h) + b, with h the hidden states of a text after the final norm: GPT with
+    `Last()` (Radford et al. 2018, section 3.2), BERT with `First()` (arXiv:1810.04805, section 4.1)."""
 
     classes: int = 2
     """C, how many there are."""
@@ -86,7 +87,8 @@ class Classifier(Trunk):
 
 
 class Embedder(Trunk):
-    """Tokens to one vector a text. It has no parameters but the trunk's."""
+    """Tokens to one vector a text, v / |v| with v = pool(h), h the hidden states of a text after the final norm:
+    Sentence-BERT (Reimers and Gurevych 2019, arXiv:1908.10084). It has no parameters but the trunk's."""
 
     pooling: Pooling = Mean()
     normalise: bool = True
