@@ -63,8 +63,14 @@ class MaskedTokens:
         may = real
         for token in self.never:
             may = may & (tokens != token)
-        chosen = may & jax.random.bernoulli(chosen, self.share, tokens.shape)
-        how = jax.random.uniform(how, tokens.shape)
-        other = jax.random.randint(other, tokens.shape, 0, self.vocab, tokens.dtype)
+        draws = (
+            jax.random.bernoulli(chosen, self.share, tokens.shape),
+            jax.random.uniform(how, tokens.shape),
+            jax.random.randint(other, tokens.shape, 0, self.vocab, tokens.dtype),
+        )
+        if not jax.sharding.get_abstract_mesh().empty:
+            draws = jax.reshard(draws, jax.typeof(tokens).sharding.spec)
+        chosen, how, other = draws
+        chosen = may & chosen
         new = jnp.where(how < 0.8, self.mask_token, jnp.where(how < 0.9, other, tokens))
         return jnp.where(chosen, new, tokens), chosen

@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax import sharding
 from gptjax.nn import Encoder, EncoderConfig
 from gptjax.objectives import MaskedTokens
+from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError
@@ -36,6 +38,16 @@ def test_15_of_100_are_chosen_and_80_10_10_is_done_with_them():
     assert abs(float((chosen & (hidden == MASK)).sum()) / count - 0.8) < 5 * 0.5 / count**0.5
     same = 0.1 + 0.1 / 31  # a random token may be the token itself
     assert abs(float((chosen & (hidden == tokens)).sum()) / count - same) < 5 * 0.5 / count**0.5
+
+
+def test_the_choice_is_the_same_on_a_mesh():
+    tokens = np.random.default_rng(0).integers(0, 31, (8, 16), np.int32)
+    expected = OBJECTIVE.hide(jnp.asarray(tokens), jnp.asarray(tokens != 3), jax.random.key(1))
+    with sharding.use(Mesh(data=8).make()):
+        placed, real = (sharding.global_array(x, STANDARD) for x in (tokens, tokens != 3))
+        found = jax.jit(OBJECTIVE.hide)(placed, real, jax.random.key(1))
+        assert [x.sharding.spec[0] for x in found] == [placed.sharding.spec[0]] * 2
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_the_loss_is_of_the_chosen_tokens():
