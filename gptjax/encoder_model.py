@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.inference.generate import round_up
-from gptjax.model import Model, run
-from gptjax.nn import Embedder, EncoderConfig, Mean, Pooling
+from gptjax.model import Reader, run
+from gptjax.nn import EncoderConfig
 from gptjax.sharding import on_mesh_of
 from gptjax.types import Array, UserError
 
@@ -34,11 +32,8 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EncoderModel(Model):
-    """A model that reads, as BERT. Raises UserError when it, its parameters and its tokenizer don't fit together.
-
-    A text is read between the tokenizer's first and last token, [CLS] and [SEP], where it has them.
-    """
+class EncoderModel(Reader):
+    """A model that reads, as BERT. Raises UserError when it, its parameters and its tokenizer don't fit together."""
 
     config: EncoderConfig
 
@@ -71,43 +66,6 @@ class EncoderModel(Model):
         tokens, segments = self._rows([ids])
         logits = np.asarray(self.logits(tokens, segments), np.float32)[0, : len(ids), : self.tokenizer.vocab]
         return [self._likeliest(logits[at], top) for at, token in enumerate(ids) if token == mask]
-
-    def embed(
-        self, texts: str | Sequence[str], pooling: Pooling = Mean(), normalise: bool = True, batch: int = 32
-    ) -> np.ndarray:
-        """One vector a text, float32 [n, D], from the last layer's states: of all its tokens, the first and the last
-        included.
-
-        pooling    how they become one: `Mean()`, `First()` ([CLS])
-        normalise  whether vectors are divided by their length, so that their products are cosines
-        batch      how many texts are read at a time: it changes speed and memory only"""
-        ids = [self._closed(ids) for ids in self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)]
-        if not all(ids):
-            raise UserError("texts: got an empty one, must have at least one character for this tokenizer")
-        embedder = Embedder(self.config, self.rules, pooling=pooling, normalise=normalise)
-        vectors = np.zeros((len(ids), self.config.width), np.float32)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # the least padding
-        with on_mesh_of(self.params):
-            for start in range(0, len(order), batch):
-                group = order[start : start + batch]
-                rows = self._rows([ids[i] for i in group])
-                vectors[group] = np.asarray(run(embedder, self.params, *rows))[:, 0]
-        return vectors
-
-    def _closed(self, ids: Sequence[int]) -> list[int]:
-        """A text's ids between the first and the last token."""
-        bos, end = self.tokenizer.bos, self.tokenizer.end
-        return [*([] if bos is None else [bos]), *ids, *([] if end is None else [end])]
-
-    def _rows(self, texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-        """Texts as rows: tokens and segments int32 [n, T], padded to one of a few lengths."""
-        longest = max(map(len, texts))
-        self._fits(longest)
-        shape = len(texts), min(round_up(longest), self.config.limit or sys.maxsize)
-        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        for row, ids in enumerate(texts):
-            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-        return jnp.asarray(tokens), jnp.asarray(segments)
 
     def _likeliest(self, logits: np.ndarray, top: int) -> list[Candidate]:
         """Of logits [V]."""

@@ -3,6 +3,7 @@
 lm = gptjax.load("runs/quickstart")
 lm.generate("Once upon", max_tokens=50, temperature=0.8)[0].text
 lm.chat([Message("user", "What does textwrap.dedent do?")]).content
+lm.embed(["A text.", "Another."], pooling=Last())             # float32 [2, D]
 lm.save("somewhere/else")
 lm.save_hf("for/transformers")
 """
@@ -25,7 +26,7 @@ from gptjax.data.chat import prompt as chat_prompt
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
 from gptjax.interop.templates import ChatTemplate
-from gptjax.model import Model, run
+from gptjax.model import Reader, run
 from gptjax.nn import TransformerConfig, unstack
 from gptjax.sharding import on_mesh_of, reshard
 from gptjax.types import Array, Params, UserError
@@ -35,7 +36,7 @@ Messages = Iterable[Message | Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LanguageModel(Model):
+class LanguageModel(Reader):
     """A model that writes on. Raises UserError when it, its parameters and its tokenizer don't fit together.
 
     Wherever a `sampling` is taken, its fields are too: `lm.generate("Hi", temperature=0)`. What is not said is as the

@@ -1,4 +1,5 @@
-"""What models behind one door have in common, whatever they are for: `LanguageModel`, `EncoderModel`, `TextToText`."""
+"""What models behind one door have in common, whatever they are for: `LanguageModel`, `EncoderModel`, `TextToText`,
+`ClassifierModel`."""
 
 from __future__ import annotations
 
@@ -7,18 +8,21 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax.configuration import to_json
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.nn import ModelConfig
+from gptjax.inference.generate import round_up
+from gptjax.nn import Embedder, Mean, ModelConfig, Pooling, TransformerConfig
 from gptjax.parameters import declared, flat
-from gptjax.sharding import STANDARD, Rules, reshard
+from gptjax.sharding import STANDARD, Rules, on_mesh_of, reshard
 from gptjax.types import Array, Params, UserError
 
 
@@ -69,6 +73,64 @@ class Model:
         limit = self.config.limit
         if limit is not None and length > limit:
             raise UserError(f"tokens: got {length}, must be at most {limit}, the positions this model has")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reader(Model):
+    """A model of one stack, which can make vectors of texts.
+
+    A text is read between the tokenizer's first and last token, [CLS] and [SEP] in BERT, where it has them.
+    """
+
+    def embed(
+        self, texts: str | Sequence[str], pooling: Pooling = Mean(), normalise: bool = True, batch: int = 32
+    ) -> np.ndarray:
+        """One vector a text, float32 [n, D], from the last layer's states: of all its tokens, the first and the last
+        included.
+
+        pooling    how they become one: `Mean()`, `First()` ([CLS]), `Last()`, which in a decoder has seen all
+        normalise  whether vectors are divided by their length, so that their products are cosines
+        batch      how many texts are read at a time: it changes speed and memory only"""
+        embedder = Embedder(self._trunk, self.rules, pooling=pooling, normalise=normalise)
+        return self._of_texts(embedder, texts, batch)
+
+    @property
+    def _trunk(self) -> TransformerConfig:
+        """The configuration of the stack."""
+        if not isinstance(self.config, TransformerConfig):
+            raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to make vectors")
+        return self.config
+
+    def _of_texts(self, module: Any, texts: str | Sequence[str], batch: int, length: int | None = None) -> np.ndarray:
+        """What a module of `nn.heads` makes of texts, float32 [n, ...], of their first `length` tokens."""
+        ids = [self._closed(ids) for ids in self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)]
+        if not all(ids):
+            raise UserError("texts: got an empty one, must have at least one character for this tokenizer")
+        ids = [text[:length] for text in ids]
+        found: dict[int, np.ndarray] = {}
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # the least padding
+        with on_mesh_of(self.params):
+            for start in range(0, len(order), batch):
+                group = order[start : start + batch]
+                out = run(module, self.params, *self._rows([ids[i] for i in group]))
+                out = out[0] if isinstance(out, tuple) else out
+                found |= zip(group, np.asarray(out, np.float32)[:, 0], strict=True)
+        return np.stack([found[i] for i in range(len(ids))])
+
+    def _closed(self, ids: Sequence[int]) -> list[int]:
+        """A text's ids between the first and the last token."""
+        bos, end = self.tokenizer.bos, self.tokenizer.end
+        return [*([] if bos is None else [bos]), *ids, *([] if end is None else [end])]
+
+    def _rows(self, texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+        """Texts as rows: tokens and segments int32 [n, T], padded to one of a few lengths."""
+        longest = max(map(len, texts))
+        self._fits(longest)
+        shape = len(texts), min(round_up(longest), self.config.limit or sys.maxsize)
+        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for row, ids in enumerate(texts):
+            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        return jnp.asarray(tokens), jnp.asarray(segments)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,7 +15,7 @@ from gptjax.inference import Sampling
 from gptjax.interop import tokenizers
 from gptjax.language_model import LanguageModel
 from gptjax.loading import load
-from gptjax.nn import LearnedPositions, Positions, RoPE, Transformer, TransformerConfig
+from gptjax.nn import Features, Last, LearnedPositions, Mean, Positions, RoPE, Transformer, TransformerConfig
 from gptjax.train.checkpoint import Checkpoints
 from gptjax.types import UserError
 
@@ -45,6 +45,19 @@ def test_saved_and_loaded_it_computes_the_same(tmp_path):
     np.testing.assert_array_equal(loaded.logits(tokens), before)
     with pytest.raises(UserError, match=r"model, which exists already; "):
         LM.save(tmp_path / "model")
+
+
+@pytest.mark.parametrize("pooling", [Last(), Mean()])
+def test_vectors_are_of_the_texts_own_states(pooling):
+    """Each as long as 1, whatever is beside it in a batch."""
+    texts = ["a", "some words", "b c"]
+    vectors = LM.embed(texts, pooling=pooling, batch=2)
+    for text, vector in zip(texts, vectors, strict=True):
+        ids = [i for i in (TOKENIZER.bos, *TOKENIZER.encode(text), TOKENIZER.end) if i is not None]
+        x, _ = Features(LM.config).apply({"params": LM.params}, jnp.asarray([ids]))
+        pooled = x[0, -1] if pooling == Last() else x[0].mean(0)
+        # float32 sums of 16 products in 2 layers, in another order.
+        np.testing.assert_allclose(vector, pooled / jnp.linalg.norm(pooled), rtol=1e-4, atol=1e-5)
 
 
 def test_a_folder_for_transformers_is_the_same_model(tmp_path):
