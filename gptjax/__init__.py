@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gptjax.classifier_model import ClassifierModel
     from gptjax.data.chat import Message
     from gptjax.encoder_model import EncoderModel
     from gptjax.experiment import Experiment, Stage
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ClassifierModel",
     "EncoderModel",
     "Experiment",
     "LanguageModel",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ClassifierModel": "gptjax.classifier_model",
     "EncoderModel": "gptjax.encoder_model",
     "Experiment": "gptjax.experiment",
     "LanguageModel": "gptjax.language_model",

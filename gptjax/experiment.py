@@ -22,7 +22,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,15 @@ from gptjax import host, report, sharding
 from gptjax.configuration import differences, from_json, to_json
 from gptjax.data import retry
 from gptjax.data.files import cache_dir
-from gptjax.data.pipeline import Chat
+from gptjax.data.pipeline import Chat, Classify
+from gptjax.data.sources import Example
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.evals.result import Result
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.language_model import LanguageModel
-from gptjax.loading import trained
-from gptjax.nn import ModelConfig
+from gptjax.loading import begun, door, trained
+from gptjax.nn import ClassifierConfig, ModelConfig
 from gptjax.sharding import STANDARD, Mesh, Rules
 from gptjax.train.checkpoint import Checkpoints
 from gptjax.train.loop import train
@@ -76,6 +77,9 @@ class Experiment:
     """Of initialisation, data order and dropout."""
     records: Any = None
     """Where else metrics go, such as `WandB()`; none: metrics.jsonl and TensorBoard files alone."""
+    start: str | None = None
+    """The model that the first stage goes on from, as `gptjax.load` takes it, with the same shape and tokenizer: a
+    classifier takes its trunk from there, and the head is drawn. None: everything is drawn."""
 
     def __post_init__(self):
         if not self.stages:
@@ -84,6 +88,16 @@ class Experiment:
             raise UserError(f"{first}.adapter: got one, must be none: the first stage has no parameters to adapt")
         limit = self.model.limit
         for name, stage in self.stages.items():
+            if isinstance(stage.data, Classify) != isinstance(self.model, ClassifierConfig):
+                raise UserError(
+                    f"{name}.data: got {type(stage.data).__name__} for {type(self.model).__name__}, must be Classify "
+                    "for ClassifierConfig, and for no other model"
+                )
+            classes = getattr(stage.data.source, "classes", None)
+            if isinstance(self.model, ClassifierConfig) and classes is not None and len(classes) != self.model.classes:
+                raise UserError(
+                    f"model.classes: got {self.model.classes}, must be {len(classes)}, those of {name}.data.source"
+                )
             if limit is not None and stage.data.length > limit:
                 raise UserError(
                     f"{name}.data.length: got {stage.data.length}, must be at most {limit}, "
@@ -144,8 +158,8 @@ class Experiment:
                             records,
                             cache=cache,
                             seed=self.seed,
-                            start=None if before is None else functools.partial(self._trained, folder, before),
-                            sample=functools.partial(_sample, model, stage, tokenizer),
+                            start=self._start(folder, before, model, tokenizer),
+                            sample=functools.partial(_sample, model, stage, tokenizer) if self._writes else None,
                             description={"configuration": to_json(self)},
                             profile=profile,
                         )
@@ -153,11 +167,26 @@ class Experiment:
                 results[name] = self._evaluate(folder, name, stage, tokenizer, console)
         if jax.process_index() == 0:
             report.write(folder, results)
-            console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}\n\nNow try:")
-            console.print(f"  gptjax chat {_short(folder)}")
-            console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
+            console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}")
+            if self._writes:
+                console.print(f"\nNow try:\n  gptjax chat {_short(folder)}")
+                console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
         host.meet("the report is written")
         return 0
+
+    @property
+    def _writes(self) -> bool:
+        """Whether the model is one that writes on."""
+        return door(type(self.model)) is LanguageModel
+
+    def _start(
+        self, folder: Path, before: str | None, model: Any, tokenizer: Tokenizer
+    ) -> Callable[[Params], Params] | None:
+        """What gives a stage its first parameters, placed as the abstract ones; None: they are drawn."""
+        if before is not None:
+            return functools.partial(self._trained, folder, before)
+        path = self.start
+        return None if path is None else lambda _: begun(path, model, tokenizer, self.seed)
 
     def _trained(self, folder: Path, name: str, abstract: Params | None = None) -> Params:
         """What a stage has made, placed as the abstract parameters."""
@@ -228,6 +257,8 @@ class Experiment:
         return tokenizer
 
     def _check_prompts(self, tokenizer: Tokenizer) -> None:
+        if not self._writes:
+            return
         limit = self.model.limit or sys.maxsize
         for name, stage in self.stages.items():
             for prompt in stage.prompts:
@@ -246,7 +277,7 @@ class Experiment:
             return [Result(**result) for result in found]
         if not stage.evaluations:
             return []
-        model = LanguageModel(self.model, self._trained(folder, name), tokenizer)
+        model = door(type(self.model))(self.model, self._trained(folder, name), tokenizer)
         results = []
         for evaluation in stage.evaluations:
             with console.status(f"{name}: evaluating {type(evaluation).__name__} ..."):
@@ -274,7 +305,10 @@ def _sample(model: Any, stage: Stage, tokenizer: Tokenizer, params: Params, prom
 def _texts(source: Any) -> Iterator[str]:
     """The training text of a source, a conversation's messages one by one."""
     for document in retry.stream(lambda: source.documents("train"), source):
-        yield from [document] if isinstance(document, str) else (message.content for message in document)
+        if isinstance(document, str | Example):
+            yield document if isinstance(document, str) else document.text
+        else:
+            yield from (message.content for message in document)
 
 
 def _version(package: str) -> str | None:

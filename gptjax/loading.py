@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gptjax.configuration import from_json
+from gptjax.classifier_model import ClassifierModel
+from gptjax.configuration import differences, from_json
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.encoder_model import EncoderModel
 from gptjax.inference.sampling import Sampling
@@ -30,8 +32,17 @@ from gptjax.interop import hub, huggingface, llama2c, safetensors, tokenizers
 from gptjax.interop.templates import ChatTemplate
 from gptjax.language_model import LanguageModel
 from gptjax.model import Model
-from gptjax.nn import EncoderConfig, EncoderDecoderConfig, LongRoPE, LoRA, ModelConfig, RoPE, TransformerConfig
-from gptjax.parameters import declared, nested
+from gptjax.nn import (
+    ClassifierConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    LongRoPE,
+    LoRA,
+    ModelConfig,
+    RoPE,
+    TransformerConfig,
+)
+from gptjax.parameters import declared, flat, nested
 from gptjax.sharding import STANDARD, Rules
 from gptjax.text_to_text import TextToText
 from gptjax.train.checkpoint import Checkpoints, Restored
@@ -55,7 +66,8 @@ def load(
     dtype  of the parameters and of what is computed with them: float32 or bfloat16; None: as the files have it
     rules  where the parameters lie on the current mesh (`jax.set_mesh`), on which the model then runs; no device and no
            host holds more of them than its own part
-    kind   what is asked for: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), or `Model`, any of these
+    kind   what is asked for: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), `ClassifierModel`, or `Model`,
+           any of these
 
     Raises UserError for anything else, and for files that are damaged or don't belong together."""
     if dtype not in (None, *DTYPES):
@@ -98,13 +110,41 @@ def trained(
     return restored if lora is None else dataclasses.replace(restored, state=lora.merge(base, restored.state))
 
 
+def begun(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> Params:
+    """Parameters for what a `ModelConfig` builds, placed by its rules: those of the model in `path` where it has them,
+    as a classifier's trunk, and others drawn from the seed. Raises UserError where the two or their tokenizers are not
+    alike."""
+    found = load(path, "float32", model.rules, kind=Model)
+    if found.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"tokenizer: got another than that of {path}, must be the same: `load` that, `save` it, "
+            "and take both from the folder"
+        )
+    ours: Any = getattr(model.config, "trunk", model.config)
+    theirs: Any = getattr(found.config, "trunk", found.config)
+    of_training = ("dropout", "layer_drop", "remat", "microbatches", "dtype")
+    alike = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in of_training if hasattr(theirs, name)})
+    if other := differences(alike, ours):
+        raise UserError(f"model: differs from that of {path}, from where it is to start: {'; '.join(other)}")
+    given, one = flat(found.params), model.clone(rules=model.rules.for_rows(1))
+
+    def new() -> dict[str, jax.Array]:
+        drawn = one.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+        return {name: leaf for name, leaf in flat(drawn).items() if name not in given}
+
+    wanted = declared(model)
+    return nested({name: given[name] for name in wanted if name in given} | jax.jit(new)())
+
+
+def door(config: type[ModelConfig]) -> type[Model]:
+    """What a model of this configuration is behind."""
+    kinds = {ClassifierConfig: ClassifierModel, EncoderConfig: EncoderModel, EncoderDecoderConfig: TextToText}
+    return next((found for of, found in kinds.items() if issubclass(config, of)), LanguageModel)
+
+
 def _asked(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Model]:
     """What a model of this configuration is behind: known before its parameters are read."""
-    found = LanguageModel
-    if issubclass(config, EncoderConfig):
-        found = EncoderModel
-    elif issubclass(config, EncoderDecoderConfig):
-        found = TextToText
+    found = door(config)
     if not issubclass(found, kind):
         raise UserError(
             f"kind: got {kind.__name__}, must be {found.__name__} for the model in {path}: "

@@ -32,7 +32,7 @@ FLOORS = (
     {"train"},
     {"evals", "interop"},
     {"coordinates", "model", "report"},
-    {"encoder_model", "language_model", "text_to_text"},
+    {"classifier_model", "encoder_model", "language_model", "text_to_text"},
     {"loading"},
     {"experiment"},
     {"chat", "convert", "plan"},

@@ -5,13 +5,14 @@ from gptjax import data
 data.Pretrain(data.TFDS("c4/en"), length=1_024, batch=512)
 data.Pretrain(data.Mix((data.PyDocs(), data.Text("books/*.txt")), weights=(3, 1)))
 data.Chat(data.ChatJsonl("conversations.jsonl"), length=512, batch=32)
+data.Classify(data.LabelledJsonl("reviews.jsonl", classes=("good", "bad")), length=256, batch=32)
 """
 
 from gptjax.data.chat import Conversation, Message
 from gptjax.data.packing import BestFit, Concatenate
-from gptjax.data.pipeline import Batches, Chat, Evaluation, Mix, Pretrain
+from gptjax.data.pipeline import Batches, Chat, Classify, Evaluation, Mix, Pretrain
 from gptjax.data.pydocs import PyDocs, PyDocsChat
-from gptjax.data.sources import TFDS, ChatJsonl, Jsonl, Text
+from gptjax.data.sources import TFDS, ChatJsonl, Example, Jsonl, LabelledJsonl, Text
 from gptjax.data.store import Tokens
 from gptjax.data.tokenizers import (
     CHAT_SPECIALS,
@@ -31,10 +32,13 @@ __all__ = [
     "Bytes",
     "Chat",
     "ChatJsonl",
+    "Classify",
     "Concatenate",
     "Conversation",
     "Evaluation",
+    "Example",
     "Jsonl",
+    "LabelledJsonl",
     "LoadTokenizer",
     "Message",
     "Mix",

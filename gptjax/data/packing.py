@@ -84,6 +84,16 @@ class BestFit:
         return _Packed(pieces, np.concatenate([[0], np.cumsum(np.bincount(row))]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """Row d holds document d and nothing else; what is beyond the end of the row is left out."""
+
+    def plan(self, offsets: np.ndarray, length: int) -> Plan:
+        start, size = offsets[:-1], np.diff(offsets)
+        rows = np.arange(len(offsets))
+        return _Packed(Pieces(rows[:-1], start, np.minimum(size, length), size > length), rows)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Windows:
     offsets: np.ndarray

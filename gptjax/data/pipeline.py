@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 from gptjax.data import chat
-from gptjax.data.packing import BestFit, Concatenate, Packing, Plan, fill
+from gptjax.data.packing import Alone, BestFit, Concatenate, Packing, Plan, fill
 from gptjax.data.sources import Source, Split
 from gptjax.data.store import Store, Tokens, tokenize
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.types import Batch, UserError
+from gptjax.types import Batch, Labelled, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +136,29 @@ class Chat(_Data):
         return chat.prompt((chat.Message("user", text),), tokenizer)
 
 
+@dataclasses.dataclass(frozen=True)
+class Classify(_Data):
+    """Texts with labels, to learn to tell their class: a text a row. `LabelledJsonl` has such."""
+
+    packing: Packing = Alone()
+    """How documents become rows: each has its own, and what is beyond its end is not read."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.packing, Alone):
+            raise UserError(f"packing: got {self.packing}, must be Alone(): a row has one label")
+
+    def _rows(self, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> _Rows:
+        rows = super()._rows(tokenizer, split, cache_dir)
+        if any(store.labels is None for store in rows.stores):
+            raise UserError(f"source: got {self.source}, must have labels, as LabelledJsonl")
+        return _LabelledRows(rows.stores, rows.plans, rows.length)
+
+    def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Raises UserError: a classifier does not write."""
+        raise UserError(f"prompts: got {text!r}, must be none: a classifier does not write")
+
+
 class Batches(Iterator[Batch]):
     """The batches of a run, made ahead of time on a thread of Grain's.
 
@@ -240,6 +263,17 @@ class _Rows:
             if rows.size:
                 fill(batch, rows, store, plan.pieces(index[rows]))
         return batch
+
+
+class _LabelledRows(_Rows):
+    def batch(self, source: np.ndarray, index: np.ndarray, size: int) -> Labelled:
+        """Row d of a source is its document d."""
+        labels = np.full((size, 1), -1, np.int32)
+        for number, store in enumerate(self.stores):
+            rows = np.flatnonzero(source == number)
+            assert store.labels is not None
+            labels[rows, 0] = store.labels[index[rows] % len(store.labels)]
+        return Labelled(**vars(super().batch(source, index, size)), labels=labels)
 
 
 def _order(

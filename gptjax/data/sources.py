@@ -160,6 +160,55 @@ class Jsonl:
 
 
 @dataclasses.dataclass(frozen=True)
+class Example:
+    """A text and its class, counted from 0."""
+
+    text: str
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledJsonl:
+    """Texts and their classes, one a line: `{"text": "What a film!", "label": "good"}`."""
+
+    path: str
+    """A file, a glob, or an http(s) address; files may be gzipped (.gz)."""
+    classes: tuple[str | int, ...]
+    """The labels that there are: the first is class 0."""
+    text: str = "text"
+    """The field that holds the text."""
+    label: str = "label"
+    """The field that holds the label."""
+    validation: float = 0.1
+    """Fraction of the texts held out for validation, chosen by a hash of the text."""
+    invalid: Literal["error", "skip"] = "error"
+    """What to do with a line that is not UTF-8: stop, or leave the line out and say how many were."""
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation)
+        if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
+            raise UserError(f"classes: got {self.classes}, must be at least two labels, no two alike")
+
+    def documents(self, split: Split) -> Iterator[Example]:
+        examples = (self._example(*line) for path in find(self.path) for line in read_json(path, self.invalid))
+        yield from _side(((e.text, e) for e in examples if e.text.strip()), split, self.path, self.validation)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self, *facts(self.path))
+
+    def _example(self, where: str, value: Any) -> Example:
+        if not isinstance(value, dict) or not isinstance(value.get(self.text), str) or self.label not in value:
+            found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+            raise UserError(
+                f'path: {where}: got {found}, must be an object with a text in "{self.text}" and "{self.label}"'
+            )
+        if value[self.label] not in self.classes:
+            labels = ", ".join(map(repr, self.classes))
+            raise UserError(f"classes: {where}: got the label {value[self.label]!r}, must be one of {labels}")
+        return Example(value[self.text], self.classes.index(value[self.label]))
+
+
+@dataclasses.dataclass(frozen=True)
 class ChatJsonl:
     """Conversations, one a line: `{"messages": [{"role": "user", "content": "Hi"}, ...]}`, or the list alone. Roles are
     "system", "user" and "assistant"."""

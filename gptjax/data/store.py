@@ -3,6 +3,7 @@
     cache_dir/train-1f0c.../tokens.bin      uint16 or uint32 [N]   every document after the other: bos? text end?
                             offsets.bin     int64 [D + 1]          document d is tokens[offsets[d]:offsets[d + 1]]
                             weights.bin     uint8 [N]              only for conversations: 1 on what the assistant says
+                            labels.bin      int32 [D]              only for texts with labels
                             header.json                            what it was made from, and the counts
 
 The folder takes its name when it is complete, so that a kill leaves none half-made; one whose files are not as long as
@@ -28,7 +29,7 @@ import numpy as np
 
 from gptjax.data import retry
 from gptjax.data.chat import Conversation, render
-from gptjax.data.sources import Source, Split
+from gptjax.data.sources import Example, Source, Split
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.types import UserError
 
@@ -54,6 +55,8 @@ class Store:
     """UTF-8 bytes of the text that these targets spell; None where only the tokens are known."""
     weights_path: Path | None = None
     """The file of weights, where not all are 1."""
+    labels: np.ndarray | None = None
+    """int32 [D], the class of each document, where they have one."""
 
     # A map keeps every page that was read through it in the resident memory. These live for one batch, so that reading
     # a corpus of any size takes the memory of a batch; mapping a file again costs some 10 microseconds.
@@ -154,6 +157,7 @@ def _open(folder: Path) -> Store | None:
                 targets=header["targets"],
                 text_bytes=header["text_bytes"],
                 weights_path=folder / "weights.bin" if "weights.bin" in sizes else None,
+                labels=_map(folder / "labels.bin", "int32") if "labels.bin" in sizes else None,
             )
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -165,15 +169,17 @@ def _write(source: Source, tokenizer: Tokenizer, split: Split, folder: Path, mad
     """Tokenise all documents of the split into `folder`, the header last."""
     dtype = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
     documents = tokens = targets = text_bytes = 0
-    weighted = False
+    written = {"tokens", "offsets"}
     told = time.monotonic()
     with contextlib.ExitStack() as files:
-        tokens_file, offsets_file, weights_file = (
-            files.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", "offsets", "weights")
+        names = "tokens", "offsets", "weights", "labels"
+        tokens_file, offsets_file, weights_file, labels_file = (
+            files.enter_context(open(folder / f"{name}.bin", "wb")) for name in names
         )
         np.zeros(1, np.int64).tofile(offsets_file)
         for chunk in _chunks(retry.stream(lambda: source.documents(split), source)):
-            if weighted := not isinstance(chunk[0], str):
+            if not isinstance(chunk[0], str | Example):
+                written.add("weights")
                 rendered = [render(conversation, tokenizer) for conversation in chunk]
                 ids = [ids for ids, _ in rendered]
                 for _, weights in rendered:
@@ -182,7 +188,11 @@ def _write(source: Source, tokenizer: Tokenizer, split: Split, folder: Path, mad
             else:
                 before = [] if tokenizer.bos is None else [tokenizer.bos]
                 after = [] if tokenizer.end is None else [tokenizer.end]
-                ids = [before + text + after for text in tokenizer.encode_batch(chunk)]
+                ids = [before + text + after for text in tokenizer.encode_batch(list(map(_text, chunk)))]
+                if isinstance(chunk[0], Example):
+                    written.add("labels")
+                    labels = [e.label for e, document in zip(chunk, ids, strict=True) if document]
+                    np.array(labels, np.int32).tofile(labels_file)
                 ids = [document for document in ids if document]
                 targets += sum(map(len, ids)) - len(ids)
             lengths = np.array([len(document) for document in ids], np.int64)
@@ -196,8 +206,9 @@ def _write(source: Source, tokenizer: Tokenizer, split: Split, folder: Path, mad
                 log.info("tokenizing %s, %s: %d documents, %d tokens so far", source, split, documents, tokens)
     if not tokens:
         raise UserError(f"source: {source} has no documents for {split}; must have at least one")
-    if not weighted:
-        (folder / "weights.bin").unlink()
+    for path in folder.iterdir():
+        if path.stem not in written:
+            path.unlink()
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     counts = {"documents": documents, "tokens": tokens, "targets": targets, "text_bytes": text_bytes}
     (folder / "header.json").write_text(json.dumps({**made_from, "dtype": dtype, **counts, "sizes": sizes}, indent=1))
@@ -208,7 +219,7 @@ def _chunks(documents: Iterator) -> Iterator[list]:
     chunk, size = [], 0
     for document in documents:
         chunk.append(document)
-        size += len(document) if isinstance(document, str) else sum(len(message.content) for message in document)
+        size += len(_text(document))
         if size > 1 << 20 or len(chunk) == 1024:
             yield chunk
             chunk, size = [], 0
@@ -216,10 +227,17 @@ def _chunks(documents: Iterator) -> Iterator[list]:
         yield chunk
 
 
-def _learned_bytes(document: str | Conversation) -> int:
+def _text(document: str | Example | Conversation) -> str:
+    """All that there is to read in a document."""
+    if isinstance(document, str | Example):
+        return document if isinstance(document, str) else document.text
+    return "".join(message.content for message in document)
+
+
+def _learned_bytes(document: str | Example | Conversation) -> int:
     """UTF-8 bytes of the text that a model learns to write from this document."""
-    if isinstance(document, str):
-        return len(document.encode(errors="surrogatepass"))
+    if isinstance(document, str | Example):
+        return len(_text(document).encode(errors="surrogatepass"))
     return sum(_learned_bytes(message.content) for message in document if message.role == "assistant")
 
 

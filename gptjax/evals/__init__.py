@@ -1,7 +1,8 @@
-"""Evaluations: objects that take a language model and return a `Result`."""
+"""Evaluations: objects that take a model and return a `Result`."""
 
+from gptjax.evals.accuracy import Accuracy
 from gptjax.evals.answers import Answers
 from gptjax.evals.bits_per_byte import BitsPerByte
 from gptjax.evals.result import Result
 
-__all__ = ["Answers", "BitsPerByte", "Result"]
+__all__ = ["Accuracy", "Answers", "BitsPerByte", "Result"]

@@ -8,7 +8,7 @@ from gptjax.nn.cache import Cache
 from gptjax.nn.config import ModelConfig, TransformerConfig, Variant
 from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
 from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from gptjax.nn.heads import Classifier, Embedder, First, Last, Mean, Pooling
+from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, Pooling
 from gptjax.nn.latent_attention import MultiHeadLatentAttention
 from gptjax.nn.lora import DoRA, LoRA
 from gptjax.nn.mlp import GELU, MLP, ClampedSwiGLU, GeGLU, ReLU, ReLUSquared, SwiGLU
@@ -50,6 +50,7 @@ __all__ = [
     "Chain",
     "ClampedSwiGLU",
     "Classifier",
+    "ClassifierConfig",
     "Context",
     "DoRA",
     "Embedder",

@@ -1,6 +1,6 @@
 """Heads that say something of a whole text, over the hidden states of an encoder or a decoder.
 
-    model = Classifier(config, classes=3, pooling=Mean())
+    model = Classifier(ClassifierConfig(config, classes=3, pooling=Mean()))
     params = model.init(jax.random.key(0), tokens)["params"] | pretrained
     logits, _ = model.apply({"params": params}, tokens, positions, segments, documents=1)            # [B, 1, 3]
 
@@ -11,15 +11,18 @@ several texts, one after the other, told apart by their segments 1 .. M; padding
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Self
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
 from gptjax.kernels.linear import linear
+from gptjax.nn.config import ModelConfig, TransformerConfig
 from gptjax.nn.module import Weight, zeros
 from gptjax.nn.transformer import Trunk
-from gptjax.types import Array
+from gptjax.sharding import Rules
+from gptjax.types import Array, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +62,57 @@ class Last(Pooling):
         return inside & (jnp.cumsum(inside, -1) == inside.sum(-1, keepdims=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig(ModelConfig):
+    """A decoder or an encoder that tells of which class a text is."""
+
+    trunk: TransformerConfig
+    """What reads the text."""
+    classes: int
+    """C, how many there are."""
+    pooling: Pooling = Last()
+    """How the states of its tokens become one: `First()` or `Mean()` in an encoder."""
+
+    def __post_init__(self):
+        if self.classes < 2:
+            raise UserError(f"model.classes: got {self.classes}, must be at least 2")
+
+    @property
+    def vocab(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (nobody sets it)
+        return self.trunk.vocab
+
+    @property
+    def limit(self) -> int | None:
+        return self.trunk.limit
+
+    @property
+    def growth(self) -> float:
+        return self.trunk.growth
+
+    @property
+    def axes(self) -> tuple[tuple[str, str, int], ...]:
+        return tuple((axis, field.replace("model.", "model.trunk.", 1), size) for axis, field, size in self.trunk.axes)
+
+    def build(self, rules: Rules = Rules()) -> Any:
+        return Classifier(self, rules)
+
+    def flops(self, length: int) -> int:
+        """Without those of a text's classes, which are few."""
+        return self.trunk.flops(length) - 6 * self.vocab * self.trunk.width
+
+    def computing_in(self, dtype: str) -> Self:
+        return dataclasses.replace(self, trunk=self.trunk.computing_in(dtype))
+
+
 class Classifier(Trunk):
     """Tokens to logits of classes, W pool(h) + b, with h the hidden states of a text after the final norm: GPT with
     `Last()` (Radford et al. 2018, section 3.2), BERT with `First()` (arXiv:1810.04805, section 4.1)."""
 
-    classes: int = 2
-    """C, how many there are."""
-    pooling: Pooling = Last()
+    config: ClassifierConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def trunk(self) -> TransformerConfig:
+        return self.config.trunk
 
     @nn.compact
     def __call__(
@@ -79,11 +126,12 @@ class Classifier(Trunk):
     ) -> tuple[Array, None]:
         """tokens int32 [B, T] -> logits [B, M, C] of the texts of each row, M = `documents`, and None in the place of a
         decoder's cache. The other arguments are those of `Transformer`."""
+        c = self.config
         x, *_ = self.hidden(tokens, positions, segments, types=types)
-        x, weight = self.pooling(x, segments, documents), Weight(self, self.rules, self.config.dtype)
-        w = weight("classifier", (self.config.width, self.classes), ("embed", None))
-        logits = linear(x, w, self.rules("batch", None, None)) / self.config.growth
-        return logits + weight("classifier_bias", (self.classes,), (None,), zeros), None
+        x, weight = c.pooling(x, segments, documents), Weight(self, self.rules, c.trunk.dtype)
+        w = weight("classifier", (c.trunk.width, c.classes), ("embed", None))
+        logits = linear(x, w, self.rules("batch", None, None)) / c.growth
+        return logits + weight("classifier_bias", (c.classes,), (None,), zeros), None
 
 
 class Embedder(Trunk):

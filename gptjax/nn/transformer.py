@@ -31,6 +31,11 @@ class Trunk(nn.Module):
     config: TransformerConfig
     rules: Rules = Rules()
 
+    @property
+    def trunk(self) -> TransformerConfig:
+        """The configuration of what all have in common."""
+        return self.config
+
     def hidden(
         self,
         tokens: Array,
@@ -46,7 +51,7 @@ class Trunk(nn.Module):
     ) -> tuple[Array, Array, Cache | None, Context]:
         """Hidden states [B, T, D] after the final norm, the table of embeddings [V, D], the cache with T more slots
         filled, and what the blocks saw beside their input. The arguments are those of `Transformer`."""
-        c, rules = self.config, self.rules
+        c, rules = self.trunk, self.rules
         if positions is None:
             start = cache.length if cache is not None else 0
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
@@ -93,12 +98,12 @@ class Trunk(nn.Module):
 
     def head(self, table: Array) -> Array:
         """[D, V], what hidden states are multiplied with: the embeddings [V, D] or a matrix of its own."""
-        c = self.config
+        c = self.trunk
         return table.T if c.tied else Weight(self, self.rules, c.dtype)("head", (c.width, c.vocab), ("embed", "vocab"))
 
     def logits(self, x: Array, head: Array) -> Array:
         """Hidden states [B, T, D] and the head [D, V] -> logits [B, T, V] in the compute dtype."""
-        c = self.config
+        c = self.trunk
         logits = linear(x, head, self.rules("batch", "sequence", "vocab"))
         scale = c.logit_scale / c.growth
         logits = logits * scale if scale != 1 else logits

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.data import Classify
 from gptjax.experiment import Experiment
 from gptjax.plan.arithmetic import matrix_flops
 from gptjax.plan.collectives import Collective, collectives
 from gptjax.train.program import program
 from gptjax.train.state import State
-from gptjax.types import Batch
+from gptjax.types import Batch, Labelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,9 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
         shape = stage.data.batch, stage.data.length
         ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in (jnp.int32, jnp.float32))
         batch: Any = Batch(ids, ids, weights, ids, ids)  # pyright: ignore[reportArgumentType]
+        if isinstance(stage.data, Classify):
+            labels = jax.ShapeDtypeStruct((stage.data.batch, 1), jnp.int32, sharding=place)
+            batch = Labelled(**vars(batch), labels=labels)  # pyright: ignore[reportArgumentType]
         traced = functions.step.trace(state, batch, *frozen)
         flops = matrix_flops(traced.jaxpr.jaxpr)
         arrays = _sizes(state)

@@ -11,6 +11,7 @@ import pytest
 from gptjax import sharding
 from gptjax.nn import (
     Classifier,
+    ClassifierConfig,
     Embedder,
     EncoderConfig,
     Features,
@@ -47,7 +48,7 @@ def test_pooling_takes_what_it_says(pooling):
 @pytest.mark.parametrize("config", [DECODER, ENCODER], ids=["decoder", "encoder"])
 @pytest.mark.parametrize("pooling", [First(), Mean(), Last()])
 def test_packed_texts_are_classified_as_each_alone(config, pooling):
-    model = Classifier(config, classes=3, pooling=pooling)
+    model = Classifier(ClassifierConfig(config, 3, pooling))
     params = jax.tree.map(lambda p: 3 * p, model.init(jax.random.key(0), TOKENS)["params"])
     packed = jnp.concatenate([TOKENS[:1, :6], TOKENS[1:2, :4], TOKENS[2:3, :2]], 1)
     positions = jnp.concatenate([jnp.arange(6), jnp.arange(4), jnp.arange(2)])[None]
@@ -65,7 +66,7 @@ def test_a_language_models_parameters_fit():
     x, _ = Features(DECODER).apply({"params": params}, TOKENS)
     logits, _ = Transformer(DECODER).apply({"params": params}, TOKENS)
     np.testing.assert_allclose(x @ params["head"], logits, **CLOSE)
-    fresh = Classifier(DECODER, classes=3).init(jax.random.key(1), TOKENS)["params"]
+    fresh = Classifier(ClassifierConfig(DECODER, 3)).init(jax.random.key(1), TOKENS)["params"]
     assert fresh.keys() - params.keys() == {"classifier", "classifier_bias"}
     vectors = Embedder(DECODER, pooling=Last()).apply({"params": params}, TOKENS)[:, 0]
     expected = x[:, -1] / jnp.linalg.norm(x[:, -1], axis=-1, keepdims=True)
@@ -73,11 +74,12 @@ def test_a_language_models_parameters_fit():
 
 
 def test_a_mesh_changes_nothing():
-    model = Classifier(ENCODER, classes=3, pooling=Mean())
+    config = ClassifierConfig(ENCODER, 3, Mean())
+    model = Classifier(config)
     params = model.init(jax.random.key(0), TOKENS)["params"]
     expected, _ = model.apply({"params": params}, TOKENS)
     with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        sharded = Classifier(ENCODER, STANDARD, classes=3, pooling=Mean())
+        sharded = Classifier(config, STANDARD)
         tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
         params = jax.jit(sharded.init)(jax.random.key(0), tokens)["params"]
         logits, _ = jax.jit(lambda p, t: sharded.apply({"params": p}, t, None, jnp.ones_like(t)))(params, tokens)
@@ -94,7 +96,7 @@ def test_classes_are_learned():
     segments = np.repeat(np.array([[1, 2]], np.int32), 6, 1).repeat(32, 0)
     positions = np.tile(np.arange(6, dtype=np.int32), (32, 2))
     batch = Labelled(tokens, tokens, np.ones((32, 12), np.float32), segments, positions, labels)
-    model = Classifier(DECODER, classes=2, pooling=Mean())
+    model = Classifier(ClassifierConfig(DECODER, 2, Mean()))
     optimizer = optax.adam(1e-2)
     state = train_state.create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
     step = make_step(functools.partial(Classification(), model.apply), optimizer)
