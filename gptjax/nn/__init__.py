@@ -37,6 +37,7 @@ from gptjax.nn.router import Router, Sigmoid, Softmax
 from gptjax.nn.stack import Stack
 from gptjax.nn.transformer import Features, Transformer, Trunk, count, make_cache, unstack
 from gptjax.nn.value_embedding import ValueEmbedding
+from gptjax.nn.value_residual import ValueResidual
 
 __all__ = [
     "GELU",
@@ -109,6 +110,7 @@ __all__ = [
     "TransformerConfig",
     "Trunk",
     "ValueEmbedding",
+    "ValueResidual",
     "Variant",
     "Weight",
     "YaRN",

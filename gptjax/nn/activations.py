@@ -34,6 +34,8 @@ def activations(model: Transformer, params: Params, *args: Any, **kwargs: Any) -
         module = context.module
         if context.method_name != "__call__" or not isinstance(module, Block | Layer):
             return function(*args, **kwargs)
+        if module.is_mutable_collection("kept"):  # the first layer, which runs for its values before it runs
+            return function(*args, **kwargs)
         if isinstance(module, Block):
             name = inside = f"layer_{next(blocks)}"
             out = function(*args, **kwargs)

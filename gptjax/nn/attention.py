@@ -15,6 +15,7 @@ from gptjax.nn.module import Weight, normal, zeros
 from gptjax.nn.norms import Norm
 from gptjax.nn.positions import Positions
 from gptjax.nn.value_embedding import ValueEmbedding
+from gptjax.nn.value_residual import ValueResidual
 from gptjax.sharding import Rules
 from gptjax.types import Array, Key, UserError
 
@@ -57,6 +58,7 @@ class Attention:
         bias: Array | None = None,
         source: Any = None,
         tokens: Array | None = None,
+        first: Array | None = None,
         output_scale: float = 1.0,
         dropout: float = 0.0,
         key: Key | None = None,
@@ -68,6 +70,7 @@ class Attention:
         bias          float [N, T, S], added to the scores
         source        [B, S, D], what keys and values are of, or what `memory` made of it: cross-attention; None: x
         tokens        int32 [B, T], what x is of, for parts that embed it once more
+        first         [B, T, K, H], values of the stack's first layer, for parts that mix them in; None: this is it
         output_scale  multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small
         dropout       share of the probabilities to drop, when there is a key
         """
@@ -84,6 +87,11 @@ class Attention:
     def products(self, width: int, length: int) -> int:
         """Multiplications for a token that sees `length` others: weights of matrix products, scores and sums."""
         raise NotImplementedError
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it wants the values of the first layer."""
+        return False
 
     def multiplier(self, head_size: int) -> float:
         """What scores are multiplied by, with heads of this size."""
@@ -106,8 +114,8 @@ class MultiHeadAttention(Attention):
     """Whether `qk_norm` is over all heads at once, as in OLMo 2, or over each alone."""
     softcap: float | None = None
     """Scores are bounded by this: softcap * tanh(score / softcap), as in Gemma 2; none: they are not."""
-    values: ValueEmbedding | None = None
-    """Adds a learned value for each token to what x gives; none: nothing is added."""
+    values: ValueEmbedding | ValueResidual | None = None
+    """Adds a learned value for each token to what x gives, or the first layer's values; none: nothing is added."""
     sinks: bool = False
     """Whether each head has a learned score for attending to nothing, as in gpt-oss."""
     implementation: str | None = None
@@ -124,6 +132,7 @@ class MultiHeadAttention(Attention):
         bias: Array | None = None,
         source: Array | tuple[Array, Array] | None = None,
         tokens: Array | None = None,
+        first: Array | None = None,
         output_scale: float = 1.0,
         dropout: float = 0.0,
         key: Key | None = None,
@@ -138,7 +147,8 @@ class MultiHeadAttention(Attention):
         q = self._project(weight, "q", x)
         if source is None:
             q, k, v = turned(q), turned(self._project(weight, "k", x)), self._project(weight, "v", x)
-            v = v if self.values is None else self.values(weight.of("values"), v, x, tokens)
+            weight.keep("values", v)
+            v = v if self.values is None else self.values(weight.of("values"), v, x, tokens, first)
         else:
             memory = source if isinstance(source, tuple) else self.memory(weight, source)
             k, v = (kept.reshape(x.shape[0], K, -1, H).swapaxes(1, 2) for kept in memory)
@@ -165,6 +175,10 @@ class MultiHeadAttention(Attention):
         o = weight("o", (N, H, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * output_scale))
         y = linear(y, o, rules("batch", "sequence", None), contract=2)
         return y + weight("o_bias", (width,), (None,), zeros) if has_output_bias else y, slots
+
+    @property
+    def mixes(self) -> bool:
+        return isinstance(self.values, ValueResidual)
 
     def memory(self, weight: Weight, source: Array) -> tuple[Array, Array]:
         """Keys and values, [B, K, S, H] each."""

@@ -36,6 +36,8 @@ class Context:
     """[B, T, D], what the first block got."""
     tokens: Array | None = None
     """int32 [B, T]."""
+    first: Array | None = None
+    """[B, T, K, H], the values of the first block's attention, for attention that mixes them in."""
     source: Array | None = None
     """[B, S, D], what cross-attention reads."""
     source_mask: Mask = Mask(causal=False)
@@ -48,7 +50,9 @@ class Context:
             names = ("query_segments", "key_segments", "prefix")
             return dataclasses.replace(mask, **{name: jax.tree.map(function, getattr(mask, name)) for name in names})
 
-        rows = {n: jax.tree.map(function, getattr(self, n)) for n in ("positions", "start", "tokens", "source")}
+        rows = {
+            n: jax.tree.map(function, getattr(self, n)) for n in ("positions", "start", "tokens", "first", "source")
+        }
         return dataclasses.replace(self, mask=mask(self.mask), source_mask=mask(self.source_mask), **rows)
 
 
@@ -111,7 +115,8 @@ class Block(nn.Module):
             nonlocal slots
             module = layer(part=self.attention, name="attention")
             args = (h, context.positions, context.mask, slots)
-            y, slots = module(*args, bias=context.bias, tokens=context.tokens, **scales, **draw())
+            seen = {"bias": context.bias, "tokens": context.tokens, "first": context.first}
+            y, slots = module(*args, **seen, **scales, **draw())
             return dropout(y, self.dropout, key())
 
         def cross(part: Attention, h: Array) -> Array:

@@ -62,6 +62,7 @@ class MultiHeadLatentAttention(Attention):
         bias: Array | None = None,
         source: Array | None = None,
         tokens: Array | None = None,
+        first: Array | None = None,
         output_scale: float = 1.0,
         dropout: float = 0.0,
         key: Key | None = None,

@@ -64,6 +64,12 @@ class Weight:
         """For a part inside a part: its "scale" becomes "{name}_scale"."""
         return dataclasses.replace(self, prefix=f"{self.prefix}{name}_")
 
+    def keep(self, name: str, value: Array) -> None:
+        """Show a value to whoever asks for it by `apply(..., mutable=["kept"])`; it is nowhere when nobody does."""
+        if not self.module.is_initializing():
+            zero = functools.partial(jnp.zeros, ())
+            self.module.sow("kept", self.prefix + name, value, reduce_fn=lambda _, new: new, init_fn=zero)
+
     def loss(self, name: str, value: Array) -> None:
         """Add a scalar to the training loss, as a router's balance: it is in what `apply(..., mutable=["losses"])`
         returns beside the output, and nowhere when nobody asks."""

@@ -31,6 +31,11 @@ class MultiTokenConfig(TransformerConfig):
         super().__post_init__()
         if self.ahead < 1:
             raise UserError(f"model.ahead: got {self.ahead}, must be at least 1; without heads it is TransformerConfig")
+        if self.block(self.pattern[0]).attention.mixes:
+            raise UserError(
+                "model.attention.values: got ValueResidual, must be another, or none, with heads for tokens further "
+                "ahead: they are no layers of the stack"
+            )
 
     def build(self, rules: Rules = Rules()) -> Any:
         return MultiTokenTransformer(self, rules)

@@ -11,7 +11,8 @@ repeated: then what is scanned is one round of the pattern, and the parameters o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -67,6 +68,7 @@ class Stack(nn.Module):
                 )
             return self._one_by_one(unstack(self, params), x, context, slots)
 
+        context = self._with_first(x, context, lambda: _layer_of(self, params, 0))
         losses: list[Any] = []
 
         def run(block: Block, x: Array, context: Context, params: Params, key: Key | None) -> tuple[Array, Any]:
@@ -134,9 +136,22 @@ class Stack(nn.Module):
             params |= {f"{name}_{i}": one(block, jax.random.fold_in(key, i)) for i, block in enumerate(blocks)}
         return params
 
+    def _with_first(self, x: Array, context: Context, params: Callable[[], Params], slots: Any = None) -> Context:
+        """With the first layer's values, for the layers that mix them in. That layer runs for it, but of what it makes
+        nothing else is read, so that the compiler leaves the rest out."""
+        if not any(block.attention.mixes for block in self.blocks):
+            return context
+        _, kept = self.blocks[0].apply({"params": params()}, x, context, slots, mutable=["kept"])
+        if not jax.tree.leaves(kept):
+            kind = type(self.blocks[0].attention).__name__
+            raise UserError(f"model.first: got {kind}, must be MultiHeadAttention, whose values later layers mix in")
+        (first,) = jax.tree.leaves(kept)
+        return dataclasses.replace(context, first=first)
+
     def _one_by_one(
         self, params: Mapping[str, Params], x: Array, context: Context, slots: tuple[Any, ...] | None
     ) -> tuple[Array, tuple[Any, ...] | None]:
+        context = self._with_first(x, context, lambda: params["layer_0"], None if slots is None else slots[0])
         new = []
         for i, block in enumerate(self.blocks):
             kept = None if slots is None else slots[i]
@@ -173,17 +188,18 @@ def unstack(stack: Stack, params: Mapping[str, Params]) -> Mapping[str, Params]:
     """The stack's parameters as a tree a layer, "layer_0" and so on. Does nothing to what is unstacked already."""
     if "layer_0" in params:
         return params
-    layers = {}
-    for layer in range(len(stack.blocks)):
-        names, index = place(stack, layer)
-        tree: Any = params
-        for name in names:
-            tree = tree[name]
-        if index is not None:
-            tree = {name: leaf for name, leaf in tree.items() if not name.startswith(("start_", "end_"))}
-            tree = jax.tree.map(lambda leaf, index=index: _layer(leaf, index), tree)
-        layers[f"layer_{layer}"] = tree
-    return layers
+    return {f"layer_{layer}": _layer_of(stack, params, layer) for layer in range(len(stack.blocks))}
+
+
+def _layer_of(stack: Stack, params: Mapping[str, Params], layer: int) -> Params:
+    names, index = place(stack, layer)
+    tree: Any = params
+    for name in names:
+        tree = tree[name]
+    if index is None:
+        return tree
+    tree = {name: leaf for name, leaf in tree.items() if not name.startswith(("start_", "end_"))}
+    return jax.tree.map(lambda leaf: _layer(leaf, index), tree)
 
 
 def _layer(leaf: Array, index: int) -> Array:

@@ -29,7 +29,7 @@ class ValueEmbedding:
     top: float = 3.0
     """How far the gate opens; it begins half open."""
 
-    def __call__(self, weight: Weight, v: Array, x: Array, tokens: Array | None) -> Array:
+    def __call__(self, weight: Weight, v: Array, x: Array, tokens: Array | None, first: Array | None = None) -> Array:
         if tokens is None:
             raise UserError("tokens: got none, must be given to attention that has value embeddings")
         (K, H), rules = v.shape[2:], weight.rules

@@ -13,7 +13,7 @@ from gptjax import sharding
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
-from gptjax.nn import MixtureOfExperts, Softmax, TransformerConfig, Variant
+from gptjax.nn import MixtureOfExperts, MultiHeadAttention, Softmax, TransformerConfig, ValueResidual, Variant
 from gptjax.objectives import NextToken
 from gptjax.optim import AdamW, Muon
 from gptjax.plan.collectives import collectives
@@ -30,6 +30,7 @@ MODELS = {
     "rounds of two between others": dataclasses.replace(
         BASE, layers=6, first=(Variant(),), pattern=(Variant(window=5), Variant())
     ),
+    "value residuals": dataclasses.replace(BASE, attention=MultiHeadAttention(values=ValueResidual())),
     "experts": dataclasses.replace(BASE, hidden=32, mlp=MixtureOfExperts(experts=4, router=Softmax(load_balance=0.0))),
 }
 MESHES = {
@@ -78,6 +79,7 @@ def expected(name: str):
 CASES = [("plain", mesh) for mesh in ("4 stages", "2 stages, context")] + [
     ("more parts, computed again", "2 stages, fsdp, tensor"),
     ("rounds of two between others", "2 stages, fsdp, tensor"),
+    ("value residuals", "2 stages, fsdp, tensor"),
     ("experts", "2 stages, experts"),
 ]
 

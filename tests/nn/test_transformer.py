@@ -30,6 +30,7 @@ from gptjax.nn import (
     Transformer,
     TransformerConfig,
     ValueEmbedding,
+    ValueResidual,
     Variant,
     YaRN,
     count,
@@ -82,6 +83,7 @@ CONFIGS["pattern"] = dataclasses.replace(
 CONFIGS["values"] = dataclasses.replace(
     BASE, pattern=(Variant(), Variant(attention=MultiHeadAttention(values=ValueEmbedding(vocab=32))))
 )
+CONFIGS["value residual"] = dataclasses.replace(BASE, layers=3, attention=MultiHeadAttention(values=ValueResidual(0.3)))
 CONFIGS["deepseek"] = dataclasses.replace(
     BASE,
     attention=MultiHeadLatentAttention(q_rank=12, kv_rank=8, rope_size=4, value_size=6),

@@ -1,0 +1,36 @@
+"""Value residuals: every layer's values are mixed with those of the first, which still know which token they are of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from gptjax.nn.module import Weight
+from gptjax.types import Array, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueResidual:
+    """a v + (1 - a) u, with u the values of the first layer before anything was mixed in, and a learned a for each
+    layer: ResFormer (Zhou et al. 2024, arXiv:2410.17897) in the form of modded-nanogpt
+    (github.com/KellerJordan/modded-nanogpt), whose two weights add up to 1. In the first layer it changes nothing.
+
+    A part `values(weight, v [B, T, K, H], x, tokens, first [B, T, K, H]) -> [B, T, K, H]`, for
+    `MultiHeadAttention(values=...)`. Costs a number a layer and one more product in all, and nothing in a cache. With
+    `first=(Variant(),)` every stage of a pipeline has the first layer, else the stages send each other their `v`s.
+    """
+
+    own: float = 0.5
+    """a at the beginning."""
+
+    def __call__(self, weight: Weight, v: Array, x: Array, tokens: Array | None, first: Array | None) -> Array:
+        a = weight("scale", (), (), jax.nn.initializers.constant(self.own))
+        if first is None:
+            return v
+        if first.shape != v.shape:
+            raise UserError(
+                f"model.attention.kv_heads: got values {v.shape[2:]} in a layer, must be {first.shape[2:]}, "
+                "as in the first"
+            )
+        return a * v + (1 - a) * first
