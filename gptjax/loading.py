@@ -123,8 +123,9 @@ def begun(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> 
     ours: Any = getattr(model.config, "trunk", model.config)
     theirs: Any = getattr(found.config, "trunk", found.config)
     of_training = ("dropout", "layer_drop", "remat", "microbatches", "dtype")
-    alike = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in of_training if hasattr(theirs, name)})
-    if other := differences(alike, ours):
+    if type(ours) is type(theirs) and hasattr(ours, "dropout"):
+        theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in of_training})
+    if other := differences(theirs, ours):
         raise UserError(f"model: differs from that of {path}, from where it is to start: {'; '.join(other)}")
     given, one = flat(found.params), model.clone(rules=model.rules.for_rows(1))
 
