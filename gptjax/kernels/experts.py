@@ -18,7 +18,12 @@ from gptjax.kernels import target
 from gptjax.types import Array
 
 BLOCKS = (512, 64)
-"""Rows that a CPU multiplies at a time: large blocks first, small ones for the rest. Multiples of one another."""
+"""Rows that a CPU multiplies at a time: large blocks first, small ones for the rest. Multiples of one another. A TPU
+takes tiles of the first's size."""
+
+WIDEST = 2_048
+"""Bytes of a row, or of a column, of the part of a matrix whose gradient a TPU sums up at a time: as many as fit its
+fast memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,7 @@ def dispatch(ids: Array, experts: int, capacity: int | None = None) -> Dispatch:
     place = jnp.argsort(order)
     sizes = jnp.sum(ids[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     if capacity is None:
-        spare = jnp.full(min(len(ids), BLOCKS[-1]), len(ids))
+        spare = jnp.full(min(len(ids), BLOCKS[0]), len(ids))  # so many, that whole tiles of a TPU stay whole
         return Dispatch(sizes, jnp.concatenate([order, spare]), place)
     starts = jnp.cumsum(sizes) - sizes
     rank = place - starts.at[ids].get(mode="clip")
@@ -94,12 +99,44 @@ def grouped_dot(x: Array, w: Array, sizes: Array, implementation: str | None = N
     sizes[1] with w[1] and so on; rows that are left over become 0. The last min(BLOCKS[-1], R / 2) must be left
     over, for the last block to end in: `dispatch` sees to it.
 
-    implementation  "ragged": `jax.lax.ragged_dot`, what a TPU and a GPU get; "blocks": a loop over blocks of rows, what
-                    a CPU gets: several times faster there, and matrices of groups without rows are not read
+    implementation  "ragged": `jax.lax.ragged_dot`, what a GPU gets; "tiled": the same with a kernel for the gradient
+                    of w, what a TPU gets; "blocks": a loop over blocks of rows, what a CPU gets: several times faster
+                    there, and matrices of groups without rows are not read
     """
     if implementation is None:
-        implementation = "blocks" if target.platform() == "cpu" else "ragged"
-    return lax.ragged_dot(x, w, sizes) if implementation == "ragged" else _in_blocks(x, w, sizes)
+        implementation = {"cpu": "blocks", "tpu": "tiled"}.get(target.platform(), "ragged")
+    return {"blocks": _in_blocks, "ragged": lax.ragged_dot, "tiled": _tiled}[implementation](x, w, sizes)
+
+
+# Tiled. XLA's TPU backend has kernels for x w and for the gradient of x, which skip what no group needs. It makes the
+# gradient of w one dense product, of every group with all rows: E times the work. Here that is a Pallas kernel of jax's
+# (after MegaBlocks, arXiv:2211.15841), which goes through the rows once, a tile at a time.
+
+
+@jax.custom_vjp
+def _tiled(x: Array, w: Array, sizes: Array) -> Array:
+    return lax.ragged_dot(x, w, sizes)
+
+
+def _tiled_backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
+    # Imported when it is needed, as it takes a while. (The package has a function of the module's name.)
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    x, w, sizes = saved
+    (dx,) = jax.linear_transpose(lambda x: lax.ragged_dot(x, w, sizes), x)(g)
+    rows = BLOCKS[0]
+    x, g = (jnp.pad(a, ((0, -len(a) % rows), (0, 0))) for a in (x, g))  # nothing to add to what `dispatch` made
+    tiles = rows, *(_tile(size, WIDEST // w.dtype.itemsize) for size in w.shape[1:])
+    interpret = target.platform() != "tpu"
+    return dx, tgmm(x.T, g, sizes, w.dtype, tiles, interpret=interpret), None
+
+
+_tiled.defvjp(lambda x, w, sizes: (_tiled(x, w, sizes), (x, w, sizes)), _tiled_backward)
+
+
+def _tile(size: int, widest: int) -> int:
+    """The largest part of a side that the kernel takes at a time, whole lanes of 128 and no rest where that can be."""
+    return next((part for part in range(widest, 0, -128) if size % part == 0), min(size, widest))
 
 
 # In blocks. Every group is walked through in blocks of rows, large ones first. The last may reach into the next group:

@@ -1,6 +1,7 @@
-"""Compiles attention, and a training step around it, for TPUs that are elsewhere; prints the kernels in the programs.
+"""Compiles attention, a training step around it, and the products of experts for TPUs that are elsewhere; prints the
+kernels in the programs.
 
-    python compile_for_tpu.py          # JSON: {what: [names of kernels]}
+    python compile_for_tpu.py          # JSON: {what: [names of kernels], "experts": {topology: {dtype: work}}}
 
 A program of its own, as libtpu wants its environment set before jax starts.
 """
@@ -26,6 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.kernels.attention import Mask, attention
+from gptjax.kernels.experts import grouped_dot
 from gptjax.nn import Transformer, TransformerConfig, Variant
 from gptjax.nn.remat import rematerialised
 from gptjax.objectives.next_token import NextToken
@@ -85,6 +87,23 @@ def training_step(topology: str) -> list[str]:
         return kernels(step.lower(state, Batch(ids, ids, weights, ids, ids)))
 
 
+def expert_products(topology: str, dtype: str) -> float:
+    """FLOPs of the product and both gradients, by the compiler, over those that there are to do."""
+    E, R, D, F = 16, 2_048, 384, 2_048
+    mesh = jax.make_mesh((4,), ("expert",), devices=topologies.get_topology_desc(topology, "tpu").devices)
+
+    def gradients(x, w, sizes):
+        return jax.grad(lambda x, w: jnp.sum(grouped_dot(x, w, sizes).astype(jnp.float32) ** 2), (0, 1))(x, w)
+
+    with jax.set_mesh(mesh):
+        each, shapes = jax.P("expert"), (((4 * R, D), dtype), ((E, D, F), dtype), ((E,), jnp.int32))
+        inputs = (jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, each)) for shape in shapes)
+        on_each = jax.shard_map(gradients, in_specs=(each, each, each), out_specs=each, check_vma=False)
+        compiled = jax.jit(on_each).lower(*inputs).compile()
+    flops = compiled.cost_analysis()["flops"]  # pyright: ignore[reportOptionalSubscript]
+    return round(flops / (3 * 2 * R * D * F), 2)
+
+
 if __name__ == "__main__":
     results = {
         "v5e": gradient(mesh_of("v5e:2x2"), 64, "bfloat16", Mask()),
@@ -94,5 +113,9 @@ if __name__ == "__main__":
         "nothing kept": gradient(mesh_of("v5e:2x2"), 128, "bfloat16", Mask(), "nothing_saveable"),
         "attention kept": gradient(mesh_of("v5e:2x2"), 128, "bfloat16", Mask(), "attention_saveable"),
         "training step": training_step("v5e:2x2"),
+        "experts": {
+            topology: {dtype: expert_products(topology, dtype) for dtype in ("bfloat16", "float32")}
+            for topology in ("v5e:2x2", "v5p:2x2x1")
+        },
     }
     print(json.dumps(results))

@@ -88,7 +88,7 @@ PARTS = {
     "deepseek": (MixtureOfExperts(router=Sigmoid(scale=2.5), shared=2), False),
     "dense experts": (MixtureOfExperts(experts=4, top_k=1, expert=GELU()), True),
 }
-HOW = {"blocks": {}, "ragged": {"implementation": "ragged"}, "capacity": {"capacity": 8.0}}
+HOW = {"blocks": {}, "tiled": {"implementation": "tiled"}, "capacity": {"capacity": 8.0}}
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -131,7 +131,7 @@ def test_a_mesh_changes_nothing(rules, how):
     assert np.any(got[1][0]["router_balance"])
 
 
-@pytest.mark.parametrize("implementation", ["blocks", "ragged"])
+@pytest.mark.parametrize("implementation", ["blocks", "ragged", "tiled"])
 @pytest.mark.parametrize("sizes", [[5, 0, 19, 8], [0, 0, 36, 0], [3, 2, 1, 0], [0, 0, 0, 0]])
 def test_grouped_products(sizes, implementation):
     """Of groups with no rows, some rows and many, and with rows of no group."""
