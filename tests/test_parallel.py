@@ -22,6 +22,7 @@ from gptjax.nn import MixtureOfExperts, Softmax, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.optim import AdamW, Muon
 from gptjax.parameters import flat
+from gptjax.plan import hlo
 from gptjax.plan.collectives import collectives
 from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
@@ -68,7 +69,9 @@ class Program:
         return seen, first
 
     def found(self):
-        return collectives(self.step.lower(jax.eval_shape(self.create), self.batch).compile().as_text())
+        return collectives(
+            hlo.Program.parse(self.step.lower(jax.eval_shape(self.create), self.batch).compile().as_text())
+        )
 
     def bytes(self, axis: str | None) -> int:
         """Of the parameters that lie cut on this mesh axis, or on none."""

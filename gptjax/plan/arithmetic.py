@@ -1,54 +1,102 @@
-"""How many FLOPs a program does, counted where it is still readable: in its jaxpr, over all devices.
+"""How many FLOPs a device does in the matrix products of a compiled program: two for each multiply-add.
 
-The compiler's own count takes the body of a loop once, and knows nothing of kernels."""
+They are counted as the device runs them, so that a product which several devices make alike counts on each, what is
+computed again counts again, and what loops repeat counts as often. (The compiler's own count takes a loop once.)"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from typing import Any
 
-import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from gptjax.plan import hlo
 
-def matrix_flops(jaxpr: Jaxpr, shared: Mapping[int, int] = {}) -> float:
-    """FLOPs of the matrix products, two for each multiply-add: those of a scan's body as often as it runs, of the
-    heaviest branch of a cond, of a kernel what it says itself, and of a `shard_map` those of every device.
 
-    shared  in a `shard_map`, the leading size of what a device has of stacked matrices -> how many devices share them
-            out: a row of a ragged product meets the matrix of its group on one of them
+def product_flops(program: hlo.Program, parts: int = 1) -> float:
+    """Of products, convolutions, and kernels that say themselves what they do (`silent_kernels` has the others).
+
+    parts  as how many devices share out the experts of a mixture: of the rows that their products could have, and that
+            the kernels speak of, each computes that part, if experts are used equally
     """
-    return sum(_flops(equation, shared) for equation in jaxpr.eqns)
+    return sum(run.times * _flops(run, parts) for run in program.runs())
 
 
-def _flops(equation: Any, shared: Mapping[int, int]) -> float:
+def silent_kernels(jaxpr: Jaxpr) -> float:
+    """FLOPs of Pallas kernels that don't say what they do: the products in their jaxpr, for every step of the grid.
+    Those that a mask lets a kernel skip are not skipped here."""
+    # What has no results is left over from a policy that keeps them, and is not compiled.
+    return sum(_of_kernels(equation) for equation in jaxpr.eqns if equation.outvars)
+
+
+def _flops(run: hlo.Run, parts: int) -> float:
+    one = run.instruction
+    if one.opcode == "custom-call":
+        said = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.rest)
+        grouped = one.name.startswith("ragged-dot") or "tgmm" in one.name  # of kernels/experts.py
+        return float(said[1]) / (parts if grouped else 1) if said else 0.0
+    if one.opcode == "dot":
+        left = hlo.dimensions(run.shapes[0])
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
+        along = [int(n) for n in contracted[1].split(",") if n] if contracted else []
+        return 2.0 * math.prod(hlo.dimensions(one.shape)) * math.prod(left[i] for i in along)
+    return _convolution(run) if one.opcode == "convolution" else 0.0
+
+
+def _convolution(run: hlo.Run) -> float:
+    """What a TPU has for products of matrices: in a window that moves over padding too, which costs nothing."""
+    one = run.instruction
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
+    assert labels is not None, one
+    left, right, out = (
+        dict(zip(names, hlo.dimensions(shape), strict=True))
+        for names, shape in zip(labels.groups(), (*run.shapes, one.shape), strict=True)
+    )
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", one.rest) or ["", ""])[1]))
+    each = {name: values.split("x") for name, values in window.items()}
+    total = 2.0 * right["i"] * out["f"] * out["b"]
+    for i, axis in enumerate(sorted(label for label in out if label.isdigit())):
+
+        def option(name: str, default: str, i: int = i) -> str:
+            return each[name][i] if name in each else default
+
+        stride, spread, widened = (int(option(n, "1")) for n in ("stride", "lhs_dilate", "rhs_dilate"))
+        before = int(option("pad", "0_0").split("_")[0])
+        at = stride * np.arange(out[axis]) - before
+        places = at[:, None] + widened * np.arange(right[axis])
+        total *= np.count_nonzero((places >= 0) & (places <= (left[axis] - 1) * spread) & (places % spread == 0))
+    return total
+
+
+def _of_kernels(equation: Any) -> float:
     params, name = equation.params, equation.primitive.name
-    if name in ("dot_general", "ragged_dot_general"):
-        left, right = (x.aval.shape for x in equation.invars[:2])
-        if name == "ragged_dot_general":  # [M, K] [G, K, N] or [M, K] [M, N]: every row meets one group's matrix
-            groups = equation.invars[2].aval.shape[0]
-            return 2.0 * math.prod(left) * right[-1] / shared.get(groups, 1)
-        (contracted, _), _ = params["dimension_numbers"]
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
     if name == "pallas_call":
-        estimate = params.get("cost_estimate")
-        if estimate is not None:
-            return float(estimate.flops)
-        return matrix_flops(params["jaxpr"], shared) * math.prod(params["grid_mapping"].grid)
+        if params.get("cost_estimate") is not None:
+            return 0.0
+        return _products(params["jaxpr"]) * math.prod(params["grid_mapping"].grid)
     if name == "cond":
-        return max(matrix_flops(branch.jaxpr, shared) for branch in params["branches"])
+        return max(silent_kernels(branch.jaxpr) for branch in params["branches"])
     times = params["length"] if name == "scan" else 1
-    if name == "shard_map":
-        sizes = params["mesh"].shape
-        times = math.prod(sizes[axis] for axis in params["newly_manual_axes"])
-        stacks = [
-            (x.aval.shape[0], math.prod(sizes[axis] for axis in jax.tree.leaves(spec[0])))
-            for spec, x in zip(params["in_specs"], equation.invars, strict=True)
-            if len(spec) == x.aval.ndim == 3
-        ]
-        shared = {size // parts: parts for size, parts in stacks}
-    return times * sum(matrix_flops(jaxpr, shared) for jaxpr in _inner(params))
+    return times * sum(map(silent_kernels, _inner(params)))
+
+
+def _products(jaxpr: Jaxpr) -> float:
+    """FLOPs of the products in a kernel, of the heaviest branch of a cond."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        params, name = equation.params, equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left, out = (x.aval.shape for x in (equation.invars[0], equation.outvars[0]))  # pyright: ignore[reportAttributeAccessIssue]
+            total += 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
+        elif name == "cond":
+            total += max(_products(branch.jaxpr) for branch in params["branches"])
+        else:
+            total += (params["length"] if name == "scan" else 1) * sum(map(_products, _inner(params)))
+    return total
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:

@@ -15,6 +15,9 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
+
+from gptjax.plan import hlo
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FACTORS = {
@@ -24,7 +27,6 @@ FACTORS = {
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
-_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128, "bf16": 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,11 @@ class Collective:
     operand: int
     """Bytes of what one device gives, once."""
     group: int
-    """Devices that take part together."""
+    """Devices that take part together; slices, where it goes between them."""
     times: int
     """How often a step runs it: the trip counts of the loops that it is in."""
+    between_slices: bool = False
+    """Whether it goes over the network that slices have between them."""
 
     @property
     def sent(self) -> float:
@@ -46,7 +50,7 @@ class Collective:
         return self.times * self.operand * FACTORS[self.kind](self.group)
 
 
-def sent(found: tuple[Collective, ...]) -> dict[str, float]:
+def sent(found: Sequence[Collective]) -> dict[str, float]:
     """Kind -> bytes that a device sends in a step."""
     total: dict[str, float] = collections.defaultdict(float)
     for one in found:
@@ -54,111 +58,29 @@ def sent(found: tuple[Collective, ...]) -> dict[str, float]:
     return dict(total)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    shape: str
-    opcode: str
-    operands: str
-    rest: str
-    """All that follows the operands."""
-
-    @property
-    def names(self) -> list[str]:
-        """Of the operands."""
-        return re.findall(r"%([\w.\-]+)", self.operands)
-
-
-def collectives(text: str) -> tuple[Collective, ...]:
-    """Those of a compiled program (`Compiled.as_text()`). A loop without a known trip count counts once."""
-    entry, computations = _parse(text)
+def collectives(program: hlo.Program) -> tuple[Collective, ...]:
+    """Those of a compiled program. A loop without a known trip count counts once."""
     found: list[Collective] = []
     chains: set[str] = set()  # on TPU a collective may be spread over several fusions, which share its channel
-
-    def visit(name: str, times: int) -> None:
-        shapes = {one.name: one.shape for one in computations[name]}
-        for one in computations[name]:
-            kind = one.opcode.removesuffix("-start")
-            called = [c for c in re.findall(r"%?([\w.\-]+)", _called(one.rest)) if c in computations]
-            if one.opcode == "while":
-                body, condition = (re.search(rf"{key}=%?([\w.\-]+)", one.rest) for key in ("body", "condition"))
-                if body and condition:
-                    visit(body[1], times * _trips(one, computations[body[1]], computations[condition[1]]))
-            elif kind in KINDS:
-                if "chain_id" in one.rest and (channel := re.search(r"channel_id=(\d+)", one.rest)) is not None:
-                    if channel[1] in chains:
-                        continue
-                    chains.add(channel[1])
-                operand = sum(_bytes(shapes.get(x, x)) for x in one.names)
-                found.append(Collective(kind, operand, _group(one.rest), times))
-            elif one.opcode == "fusion" and "all-reduce-scatter" in one.name:  # how a TPU's reduce-scatter is written
-                for inner in called:
-                    local = {i.name: i.shape for i in computations[inner]}
-                    for i in computations[inner]:
-                        if i.opcode == "all-reduce":
-                            operand = sum(_bytes(local.get(x, x)) for x in i.names)
-                            found.append(Collective("reduce-scatter", operand, _group(i.rest), times))
-            else:
-                for inner in called:
-                    visit(inner, times)
-
-    visit(entry, 1)
+    for run in program.runs():
+        one, kind = run.instruction, run.instruction.opcode.removesuffix("-start")
+        if kind == "send" and (slices := re.search(r'_xla_megascale_target="\{([\d,]+)\}', one.rest)) is not None:
+            said = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
+            kind = said[1].lower().replace("_", "-") if said else ""
+            kind = kind if kind in KINDS else "collective-permute"
+            found.append(Collective(kind, hlo.size(run.shapes[0]), slices[1].count(",") + 1, run.times, True))
+            continue
+        if kind not in KINDS:
+            continue
+        if "chain_id" in one.rest and (channel := re.search(r"channel_id=(\d+)", one.rest)) is not None:
+            if channel[1] in chains:
+                continue
+            chains.add(channel[1])
+        if run.within is not None and "all-reduce-scatter" in run.within.name:  # as a TPU's reduce-scatter is written
+            kind = "reduce-scatter"
+        operand = sum(hlo.size(shape) for shape in run.shapes)
+        found.append(Collective(kind, operand, _group(one.rest), run.times))
     return tuple(found)
-
-
-def _parse(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
-    computations: dict[str, list[_Instruction]] = {}
-    entry, current = "", []
-    for line in text.splitlines():
-        if (start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)) is not None:
-            computations[start[2]] = current = []
-            entry = start[2] if start[1] else entry
-        elif (one := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$", line)) is not None:
-            operands, rest = _split(one[4])
-            current.append(_Instruction(one[1], one[2], one[3], operands, rest))
-    return entry, computations
-
-
-def _split(text: str) -> tuple[str, str]:
-    """What is within the parenthesis that text starts in, and what follows it."""
-    depth = 1
-    for i, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return text[:i], text[i + 1 :]
-    return text, ""
-
-
-def _called(rest: str) -> str:
-    found = re.findall(
-        r"(?:calls|to_apply|called_computations|branch_computations|\w+_computation)=(\{[^}]*\}|[^,\s]+)", rest
-    )
-    return " ".join(found)
-
-
-def _trips(loop: _Instruction, body: list[_Instruction], condition: list[_Instruction]) -> int:
-    """From what the compiler notes, else from a condition that compares a count from 0, place i of the loop's state,
-    with the one constant there; the body adds another to it, or 1."""
-    if (known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)) is not None:
-        return int(known[1])
-    ends = list(_integers(condition).values())
-    if len(ends) != 1:
-        return 1
-    places = [i.rest for i in condition if i.opcode == "get-tuple-element"]
-    place = re.search(r"index=(\d+)", places[0]) if len(places) == 1 else None
-    after = body[-1].names if body[-1].opcode == "tuple" else []
-    count = after[int(place[1])] if place is not None and int(place[1]) < len(after) else ""
-    constants = _integers(body)
-    steps = [
-        constants[name] for i in body if i.name == count and i.opcode == "add" for name in i.names if name in constants
-    ]
-    return math.ceil(ends[0] / max(sum(steps), 1))
-
-
-def _integers(computation: list[_Instruction]) -> dict[str, int]:
-    """Its constant scalars."""
-    scalars = (i for i in computation if i.opcode == "constant" and re.match(r"[su]32\[\]", i.shape))
-    return {i.name: int(i.operands) for i in scalars}
 
 
 def _group(rest: str) -> int:
@@ -173,12 +95,3 @@ def _group(rest: str) -> int:
     if (iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest)) is not None:
         return int(iota[1])
     return 2 if "source_target_pairs" in rest else 1
-
-
-def _bytes(shape: str) -> int:
-    """Of `f32[8,16]{1,0}`, or of all the arrays in a tuple."""
-    total = 0
-    for dtype, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
-        bits = _BITS.get(dtype) if dtype in _BITS else int(re.sub(r"\D*(\d+).*", r"\1", dtype))
-        total += math.prod(int(n) for n in sizes.split(",") if n) * (bits or 0) // 8
-    return total

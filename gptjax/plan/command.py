@@ -2,6 +2,7 @@
 
     gptjax plan gpt2_124m --on v5e:4x4                      every stage as the experiment says, and their sum
     gptjax plan gpt2_124m --on v5e:4x4 --mesh.fsdp 4        overrides, as for python -m experiments
+    gptjax plan gpt2_124m --on v6e:16x16*2                  two slices of that shape
     gptjax plan gpt2_124m --on v6e:16x16 --search           the best meshes and remat policies
     gptjax plan quickstart --on cpu:8 --stage chat          one stage; virtual CPU devices have no estimate of time
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("gptjax plan", usage="gptjax plan NAME --on TARGET [options] [overrides]")
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.add_argument("name", metavar="NAME", help="an experiment, or the path of a .py file")
-    parser.add_argument("--on", required=True, metavar="TARGET", help="v4, v5e, v5p, v6e or tpu7x:SHAPE, or cpu:N")
+    parser.add_argument("--on", required=True, metavar="TARGET", help="v4, v5e, v5p, v6e or tpu7x:SHAPE[*N], or cpu:N")
     parser.add_argument("--stage", help="which stage to plan (default: all; of a search: the first)")
     parser.add_argument("--search", action="store_true", help="try meshes and remat policies, print the best few")
     options, overrides = parser.parse_known_args(arguments)
@@ -67,7 +68,7 @@ def plan(experiment: Experiment, names: Sequence[str], target: Target, devices: 
         if not fits(step, target, len(devices)):
             return _make_fit(experiment, name, target, devices)
         if target.chip is not None:
-            times[name] = estimate(step, target.chip, target.chips, len(devices))
+            times[name] = estimate(step, target, len(devices))
         if len(names) > 1:
             print()
     if len(times) > 1:
@@ -78,23 +79,33 @@ def plan(experiment: Experiment, names: Sequence[str], target: Target, devices: 
 def _make_fit(experiment: Experiment, name: str, target: Target, devices: Sequence[Any]) -> int:
     """Prints the smallest change found with which the stage fits."""
     from gptjax.plan import changes
-    from gptjax.plan.compiled import compile_step
     from gptjax.plan.report import fits
 
     for change in changes.smaller(experiment, name, len(devices)):
         _say(f"trying {change.options}")
-        if fits(compile_step(change.experiment, name, devices), target, len(devices)):
+        step = _tried(change, name, devices)
+        if step is not None and fits(step, target, len(devices)):
             print(f"\nfits with {change.options}")
             return 1
-    print("\nno remat policy, microbatch or sharing of parameters makes it fit: use more chips, or a smaller model")
+    print("\nno remat policy, microbatch or mesh makes it fit: use more chips, or a smaller model")
     return 1
+
+
+def _tried(change: Change, name: str, devices: Sequence[Any]) -> Step | None:
+    """None, and why, where the model cannot be cut so: some of that shows only when its step is traced."""
+    from gptjax.plan.compiled import compile_step
+
+    try:
+        return compile_step(change.experiment, name, devices)
+    except UserError as error:
+        _say(f"passed over: {error}")
+        return None
 
 
 def search(experiment: Experiment, name: str, target: Target, devices: Sequence[Any]) -> int:
     """Prints the meshes and remat policies with which a stage fits and takes least time by roofline (where chips are
     known; else least memory). Returns the exit code: 1 where none fits."""
     from gptjax.plan import changes
-    from gptjax.plan.compiled import compile_step
     from gptjax.plan.report import fits
 
     found: list[tuple[tuple[float, float], Change, Step]] = []
@@ -102,7 +113,9 @@ def search(experiment: Experiment, name: str, target: Target, devices: Sequence[
     for number, mesh in enumerate(meshes, 1):
         for change in changes.remats(mesh):
             _say(f"mesh {number} of {len(meshes)}: trying {change.options}")
-            step = compile_step(change.experiment, name, devices)
+            step = _tried(change, name, devices)
+            if step is None:
+                break
             if fits(step, target, len(devices)):
                 found.append((_order(step, target, len(devices)), change, step))
                 break  # computing more again takes no less time
@@ -120,7 +133,7 @@ def _order(step: Step, target: Target, devices: int) -> tuple[float, float]:
 
     assert step.memory is not None
     # The mean of what a step takes at best, all overlapping, and at worst.
-    times = estimate(step, target.chip, target.chips, devices) if target.chip else None
+    times = estimate(step, target, devices) if target.chip else None
     return (0.0 if times is None else (times.best + times.worst) / 2, step.memory.total)
 
 

@@ -16,8 +16,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.data import Classify
 from gptjax.experiment import Experiment
-from gptjax.plan.arithmetic import matrix_flops
+from gptjax.plan import hlo
+from gptjax.plan.arithmetic import product_flops, silent_kernels
 from gptjax.plan.collectives import Collective, collectives
+from gptjax.plan.traffic import moved
 from gptjax.train.program import program
 from gptjax.train.state import State
 from gptjax.types import Batch, Labelled
@@ -49,17 +51,19 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled training step. Bytes are of one device."""
+    """A compiled training step. Bytes and FLOPs are of one device."""
 
     arrays: dict[str, int]
     """Bytes of each array of the state, by name."""
     count: int
     """Parameters that are trained."""
-    flops: float
-    """Of the matrix products in a step, over all devices; what is computed again in the backward pass counts again."""
     memory: Memory | None
     """None: the compiler gave up, as the program does not fit."""
-    collectives: tuple[Collective, ...]
+    flops: float = 0.0
+    """Of the matrix products in a step; what is computed again in the backward pass counts again."""
+    moved: float = 0.0
+    """Bytes to and from memory in a step."""
+    collectives: tuple[Collective, ...] = ()
     refusal: str = ""
     """What the compiler said when it gave up."""
 
@@ -85,7 +89,6 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
             labels = jax.ShapeDtypeStruct((stage.data.batch, 1), jnp.int32, sharding=place)
             batch = Labelled(**vars(batch), labels=labels)  # pyright: ignore[reportArgumentType]
         traced = functions.step.trace(state, batch, *frozen)
-        flops = matrix_flops(traced.jaxpr.jaxpr)
         arrays = _sizes(state)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
         try:
@@ -93,8 +96,12 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return Step(arrays, count, flops, None, (), refusal=str(error))
-    return Step(arrays, count, flops, _memory(compiled.memory_analysis(), state), collectives(text))
+            return Step(arrays, count, None, refusal=str(error))
+    compiled_program, memory = hlo.Program.parse(text), _memory(compiled.memory_analysis(), state)
+    flops = product_flops(compiled_program, experiment.rules.parts("experts", dict(mesh.shape)))
+    if devices[0].platform == "tpu":  # elsewhere kernels are interpreted, and their products are in the text
+        flops += silent_kernels(traced.jaxpr.jaxpr)
+    return Step(arrays, count, memory, flops, moved(compiled_program), collectives(compiled_program))
 
 
 def _compile(lowered: Any, platform: str) -> tuple[Any, str]:

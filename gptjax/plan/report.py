@@ -34,12 +34,14 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
     sizes = experiment.mesh.sizes(devices)
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "of one device"
     what = f"{target.chips} {target.chip.name} chips" if target.chip else f"{devices} CPU devices"
+    what += f" in {target.slices} slices" if target.slices > 1 else ""
     lines = [
         f"{name} on {target}: {what}, mesh {mesh}",
         "",
         f"parameters trained   {_count(step.count)}",
         f"tokens a step        {tokens:,}",
-        f"FLOPs a step         {useful:.3g} of the model, {step.flops:.3g} with what is computed again",
+        f"FLOPs a step         {useful:.3g} of the model"
+        + (f", {step.flops * devices:.3g} of all that devices compute" if step.memory else ""),
     ]
     room = capacity(target, devices)
     if step.memory is None:
@@ -51,7 +53,7 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
         elif target.chip is None:
             lines += ["", "no estimate of time: a CPU's peaks are not known"]
         else:
-            times = estimate(step, target.chip, target.chips, devices)
+            times = estimate(step, target, devices)
             lines += ["", *_time(times, useful, tokens, stage.steps, target)]
     return "\n".join(lines)
 
@@ -84,17 +86,19 @@ def _memory(step: Step, room: float | None) -> list[str]:
 
 
 def _traffic(step: Step) -> list[str]:
-    total = sent(step.collectives)
-    if not total:
-        return ["nothing is sent between devices"]
-    return [
-        "sent by a device in a step",
-        *(
-            f"  {kind:26}{_size(total[kind]):>12}  in {sum(c.times for c in step.collectives if c.kind == kind):,}"
+    lines = [f"a device moves to and from its memory in a step {_size(step.moved)}"]
+    if not step.collectives:
+        return [*lines, "nothing is sent between devices"]
+    lines.append("sent by a device in a step")
+    for between, where in ((False, ""), (True, " between slices")):
+        found = [c for c in step.collectives if c.between_slices == between]
+        total = sent(found)
+        lines += [
+            f"  {kind + where:32}{_size(total[kind]):>12}  in {sum(c.times for c in found if c.kind == kind):,}"
             for kind in KINDS
             if kind in total
-        ),
-    ]
+        ]
+    return lines
 
 
 def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Target) -> list[str]:
@@ -107,6 +111,7 @@ def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Targe
         f"  {'compute':26}{_seconds(times.compute):>12}",
         f"  {'HBM':26}{_seconds(times.memory):>12}",
         f"  {'interconnect':26}{_seconds(times.interconnect):>12}",
+        *([f"  {'network between slices':26}{_seconds(times.network):>12}"] if target.slices > 1 else []),
         f"  {'all overlapping':26}{_seconds(low):>12}  bound by {times.bound}",
         f"  {'nothing overlapping':26}{_seconds(high):>12}",
         f"  {'MFU':26}{useful / peak / high:>6.0%} to {useful / peak / low:.0%}",
@@ -115,9 +120,10 @@ def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Targe
         f"{steps:,} steps".ljust(21) + f"{_hours(steps * low)} to {_hours(steps * high)}",
         _price(steps * low, steps * high, target),
         "",
-        "Assumed: bfloat16 peaks; state and temporaries cross HBM twice a step; a collective uses one axis of the",
-        "torus, both ways; evaluations, checkpoints, input and vector arithmetic take no time. A bound to",
-        "compare with, not a measurement: runs take longer.",
+        "Assumed: bfloat16 peaks; what instructions read and write crosses HBM, the fused parts of one do not; a",
+        f"collective uses one axis of the slice, {'both ways round' if target.wraps else 'one way: it has no ring'}; "
+        "evaluations, checkpoints, input and vector",
+        "arithmetic take no time. A bound to compare with, not a measurement: runs take longer.",
     ]
 
 

@@ -24,29 +24,38 @@ TPU_ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """`v5p:4x4x4` (a slice of that shape) or `cpu:8` (eight virtual devices)."""
+    """`v5p:4x4x4` (a slice of that shape), `v5p:4x4x4*2` (two such slices) or `cpu:8` (eight virtual devices)."""
 
     kind: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Target:
         """Raises UserError for what is no target."""
         kind, _, sizes = text.partition(":")
         dimensions = 1 if kind == "cpu" else CHIPS[kind].dimensions if kind in CHIPS else 0
-        if not dimensions or not re.fullmatch("x".join([r"[1-9]\d*"] * dimensions), sizes):
+        shape, _, slices = sizes.partition("*")
+        written = "x".join([r"[1-9]\d*"] * dimensions) + ("" if kind == "cpu" else r"(\*[1-9]\d*)?")
+        if not dimensions or not re.fullmatch(written, sizes):
             raise UserError(
                 f"on: got {text!r}, must be cpu:N, or a slice's generation and shape in chips: v5e:4x4, v6e:16x16, "
-                "v4:2x2x2, v5p:4x4x4 or tpu7x:4x4x4, say"
+                "v4:2x2x2, v5p:4x4x4 or tpu7x:4x4x4, say; of several slices v5e:4x4*2"
             )
-        return cls(kind, tuple(map(int, sizes.split("x"))))
+        return cls(kind, tuple(map(int, shape.split("x"))), int(slices or 1))
 
     def __str__(self) -> str:
-        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+        return f"{self.kind}:{self._size}" + (f"*{self.slices}" if self.slices > 1 else "")
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def wraps(self) -> bool:
+        """Whether every axis of a slice closes to a ring: of a flat one where it is a pod's whole side, of the others
+        where it is made of whole cubes."""
+        return all(size == 16 if len(self.shape) == 2 else size % 4 == 0 for size in self.shape)
 
     @property
     def chip(self) -> Chip | None:
@@ -79,7 +88,8 @@ class Target:
             raise UserError(f"on: got {self}, which needs libtpu to compile for: pip install 'gptjax[plan]'")
         for name in (self.kind, self.kind.upper()):
             with contextlib.suppress(Exception):
-                return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{self._size}").devices)
+                topology = f"{name}:{self._size}"
+                return list(topologies.get_topology_desc(topology, "tpu", num_slices=self.slices).devices)
         raise UserError(f"on: got {self}, must be a shape that {self.kind} slices come in, such as {self._example}")
 
     @property

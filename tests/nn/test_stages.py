@@ -16,6 +16,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.nn import MixtureOfExperts, MultiHeadAttention, Softmax, TransformerConfig, ValueResidual, Variant
 from gptjax.objectives import NextToken
 from gptjax.optim import AdamW, Muon
+from gptjax.plan import hlo
 from gptjax.plan.collectives import collectives
 from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
@@ -151,7 +152,7 @@ def test_what_stages_send():
         create, _ = program(config)
         params = create(rows.tokens).params
         loss = lambda params: NextToken()(config.build(STANDARD).apply, params, rows)["loss"][0]  # noqa: E731
-        found = collectives(jax.jit(jax.grad(loss)).lower(params).compile().as_text())
+        found = collectives(hlo.Program.parse(jax.jit(jax.grad(loss)).lower(params).compile().as_text()))
     part = B // parts * T * D * 4
     hops = [one for one in found if one.kind == "collective-permute"]
     assert {one.operand for one in hops} == {part}

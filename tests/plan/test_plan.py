@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -15,15 +16,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.experiment import Experiment
 from gptjax.nn import MixtureOfExperts
-from gptjax.optim import AdamW
-from gptjax.plan import command
-from gptjax.plan.arithmetic import matrix_flops
-from gptjax.plan.changes import LONG, meshes
+from gptjax.optim import AdamW, Muon
+from gptjax.parameters import by_name, matrix
+from gptjax.plan import changes, command, compiled, hlo
+from gptjax.plan.arithmetic import product_flops
+from gptjax.plan.changes import LONG, Change, meshes
 from gptjax.plan.chips import CHIPS
 from gptjax.plan.collectives import collectives, sent
-from gptjax.plan.compiled import compile_step
+from gptjax.plan.compiled import Memory, Step, compile_step
 from gptjax.plan.estimate import estimate
 from gptjax.plan.topology import Target
+from gptjax.plan.traffic import moved
 from gptjax.sharding import Mesh
 from gptjax.types import UserError
 
@@ -41,12 +44,12 @@ def tiny() -> Experiment:
     return dataclasses.replace(base, model=model, stages={"pretrain": stage}, mesh=Mesh(data=2, fsdp=4))
 
 
-def program(f, *arguments: tuple[tuple[int, ...], PartitionSpec]) -> str:
-    """The compiled text of a function of float32 arrays on a mesh of 8."""
+def program(f, *arguments: tuple[tuple[int, ...], PartitionSpec]) -> hlo.Program:
+    """The compiled program of a function of float32 arrays on a mesh of 8."""
     mesh = jax.make_mesh((8,), ("fsdp",))
     with jax.set_mesh(mesh):
         shapes = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, spec)) for s, spec in arguments]
-        return jax.jit(f).lower(*shapes).compile().as_text()
+        return hlo.Program.parse(jax.jit(f).lower(*shapes).compile().as_text())
 
 
 WEIGHTS, ROWS = ((D, F), PartitionSpec("fsdp")), ((B, D), PartitionSpec("fsdp"))
@@ -106,37 +109,69 @@ ENTRY %main (a: (f32[4,8], u32[])) -> (f32[4,8], u32[]) {
 
 
 def test_the_trips_of_a_loop_are_found_where_they_are_not_noted():
-    assert sent(collectives(WINDOWED)) == {"collective-permute": 4 * 4 * 8 * 4}
+    assert sent(collectives(hlo.Program.parse(WINDOWED))) == {"collective-permute": 4 * 4 * 8 * 4}
 
 
 def test_flops_count_loops_and_recomputation():
-    x, w = jnp.ones((B, D)), jnp.ones((5, D, D))
+    """On each device: of a batch that the eight share out, an eighth; of what all of them do, all."""
 
-    def loss(w, step):
+    def loss(w, x, step):
         return jax.lax.scan(lambda x, w: (step(x, w), None), x, w)[0].sum()
 
-    one = 5 * 2 * B * D * D
-
-    def count(step):
-        return matrix_flops(jax.make_jaxpr(jax.grad(partial(loss, step=step)))(w).jaxpr)
+    def count(step, rows=ROWS):
+        return product_flops(program(lambda x, w: jax.grad(partial(loss, step=step))(w, x), rows, stack))
 
     def layer(x, w):
         return jnp.tanh(x @ w)
 
-    assert count(layer) == 3 * one
-    assert count(jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)) == 4 * one
+    stack, one = ((5, D, D), PartitionSpec()), 5 * 2 * B * D * D
+    assert count(layer) == 3 * one / 8
+    assert count(jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)) == 4 * one / 8
+    assert count(layer, ((B, D), PartitionSpec())) == 3 * one
 
 
-def test_experts_that_devices_share_out_count_once(tiny):
-    """As on one device, though each of them has the rows of all."""
-    mixture = MixtureOfExperts(experts=4, implementation="ragged")
-    model = dataclasses.replace(tiny.model, mlp=mixture)
-    flops = {}
-    for mesh in (Mesh(), Mesh(data=2, expert=4)):
-        flops[mesh] = compile_step(dataclasses.replace(tiny, model=model, mesh=mesh), "pretrain", jax.devices()).flops
-    one, shared = flops.values()
-    assert shared == pytest.approx(one, rel=0.3)  # but for the spare rows that each has for a block
-    assert one > 3 * tiny.stages["pretrain"].data.batch * 32 * 2 * 64 * 64
+CONVOLUTION = """\
+ENTRY %main (x: bf16[4,64,1,2,8], w: bf16[2,8,16,32,1]) -> bf16[4,64,16,32,1] {
+  %x = bf16[4,64,1,2,8]{4,1,3,2,0} parameter(0)
+  %w = bf16[2,8,16,32,1]{3,1,4,2,0} parameter(1)
+  ROOT %y = bf16[4,64,16,32,1]{3,1,4,2,0} convolution(%x, %w), window={WINDOW}, dim_labels=0b12f_2i1o0->0b1f2
+}
+"""
+
+
+def test_flops_of_a_product_that_is_a_convolution():
+    """As TPUs have it: [4 x 64, 2 x 8] x [2 x 8, 16 x 32], where the 16 are a window over one place and padding."""
+    text = CONVOLUTION.replace("WINDOW", "size=1x16x2 pad=0_0x15_15x0_0 rhs_reversal=0x1x0")
+    assert product_flops(hlo.Program.parse(text)) == 2 * (4 * 64) * (2 * 8) * (16 * 32)
+
+
+def test_memory_traffic_is_of_what_is_touched():
+    """A loop reads a matrix of the stack in each turn, not the stack; and the traffic grows as the turns do."""
+
+    def scanned(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    one, two = (moved(program(scanned, ((B, D), PartitionSpec()), ((n, D, D), PartitionSpec()))) for n in (50, 100))
+    turn = 4 * (D * D + 2 * B * D)
+    assert 50 * turn <= two - one <= 50 * 4 * turn
+
+
+def test_what_every_device_does_alike_counts_on_each(tiny):
+    """Muon's iterations, where copies of the model are alike: A = X X', B = b A + c A A, X = a X + B X."""
+    muon = dataclasses.replace(
+        tiny, mesh=Mesh(), stages={"pretrain": dataclasses.replace(tiny.stages["pretrain"], optimizer=Muon(peak=1e-3))}
+    )
+    one = compile_step(muon, "pretrain", jax.devices()[:1]).flops
+    eight = compile_step(dataclasses.replace(muon, mesh=Mesh(data=8)), "pretrain", jax.devices()).flops
+    params = jax.eval_shape(lambda: tiny.model.build().init(jax.random.key(0), jnp.zeros((1, 32), jnp.int32)))["params"]
+    iterations, pair = 0.0, lambda x: isinstance(x, tuple)
+    for x, kind in jax.tree.leaves(
+        jax.tree.map(lambda x, kind: (x, kind), params, by_name(matrix, params)), is_leaf=pair
+    ):
+        if kind is not None:
+            short, long = sorted(kind.size(x.shape))
+            iterations += tiny.model.layers * 5 * (4 * short**2 * long + 2 * short**3)
+    assert (8 * eight - one) / 7 == pytest.approx(iterations, rel=0.01)
 
 
 def test_the_split_of_memory_adds_up(tiny, monkeypatch):
@@ -159,9 +194,9 @@ def test_the_split_of_memory_adds_up(tiny, monkeypatch):
     assert 0 < sharded < memory.parameters
     assert 0 <= memory.batch < 2**14
     useful = tiny.model.flops(32) * 16 * 32
-    assert useful <= step.flops < 1.1 * useful
-    times = estimate(step, CHIPS["v5e"], 8, 8)
-    assert times.compute == step.flops / (8 * 197e12)
+    assert useful <= 8 * step.flops < 1.1 * useful
+    times = estimate(step, Target("v5e", (2, 4)), 8)
+    assert times.compute == step.flops / 197e12
     assert times.best == max(dataclasses.astuple(times)) <= times.worst
 
 
@@ -218,10 +253,68 @@ def test_a_search_cuts_what_the_model_has(tiny):
         dataclasses.replace(kinds["expert"], mesh=Mesh(expert=8)).check(8)
 
 
-@pytest.mark.parametrize("target", ["v5e", "v5e:4", "v5p:4x4", "v9:2x2", "cpu:0", "cpu:2x2"])
+@pytest.mark.parametrize("target", ["v5e", "v5e:4", "v5p:4x4", "v9:2x2", "cpu:0", "cpu:2x2", "cpu:8*2", "v5e:4x4*0"])
 def test_what_is_no_target_is_refused(target):
     with pytest.raises(UserError, match="on: got"):
         Target.parse(target)
+
+
+def test_a_search_passes_over_what_cannot_be(tiny, capsys, monkeypatch):
+    """A mesh that the model refuses when it is traced; the best of the others come first, by memory on a CPU."""
+    refused, kept = (Change(f"--mesh.fsdp {n}", dataclasses.replace(tiny, mesh=Mesh(fsdp=n))) for n in (8, 4))
+    monkeypatch.setattr(changes, "meshes", lambda *_: [refused, kept])
+    monkeypatch.setattr(changes, "REMAT", (None,))
+    original = compiled.compile_step
+
+    def compile_step(experiment, *rest):
+        if experiment.mesh == refused.experiment.mesh:
+            raise UserError("mesh: not so")
+        return original(experiment, *rest)
+
+    monkeypatch.setattr(compiled, "compile_step", compile_step)
+    assert command.search(tiny, "pretrain", Target.parse("cpu:8"), jax.devices()) == 0
+    said = capsys.readouterr()
+    assert "passed over: mesh: not so" in said.err
+    assert re.fullmatch(r"\s+\d+\.\d\d GiB  --mesh.fsdp 4 --model.remat None\n", said.out)
+
+
+def test_the_last_changes_that_are_tried_cut_rows_or_experts_or_layers(tiny):
+    def last(experiment):
+        return [change.experiment.mesh for change in changes.smaller(experiment, "pretrain", 8)][-1]
+
+    assert last(tiny) == Mesh(data=1, fsdp=2, tensor=4)  # of which there are heads
+    assert last(mixture_of(tiny)) == Mesh(data=1, fsdp=2, expert=4)
+
+
+def mixture_of(experiment: Experiment) -> Experiment:
+    model = dataclasses.replace(experiment.model, mlp=MixtureOfExperts(experts=4))  # pyright: ignore[reportCallIssue]
+    return dataclasses.replace(experiment, model=model)
+
+
+def test_slices_are_named_after_their_number():
+    assert (str(Target.parse("v5e:4x4*2")), Target.parse("v5e:4x4*2").chips) == ("v5e:4x4*2", 32)
+    assert [Target.parse(on).wraps for on in ("v5e:4x4", "v6e:16x16", "v5p:2x2x1", "v5p:4x4x8")] == [0, 1, 0, 1]
+
+
+SENT_AND_RECEIVED = """\
+ENTRY %main (x: bf16[256,1024]) -> bf16[256,1024] {
+  %x = bf16[256,1024]{1,0} parameter(0)
+  %start = token[] after-all()
+  %send = (bf16[256,1024]{1,0}, u32[], token[]) send(%x, %start), is_host_transfer=true, frontend_attributes={\
+_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[256,1024]{1,0}, u32[], token[]) recv(%start), is_host_transfer=true
+  %done = (bf16[256,1024]{1,0}, token[]) recv-done(%recv)
+  ROOT %y = bf16[256,1024]{1,0} get-tuple-element(%done), index=0
+}
+"""
+
+
+def test_what_goes_between_slices_takes_the_network(tiny):
+    found = collectives(hlo.Program.parse(SENT_AND_RECEIVED))
+    assert [(c.kind, c.between_slices, c.sent) for c in found] == [("all-reduce", True, 2 * 256 * 1024)]
+    step = Step({}, 0, Memory(0, 0, 0, 0, 0, 0), collectives=found)
+    times = estimate(step, Target("v5e", (4, 4), 2), 32)
+    assert (times.network, times.interconnect) == (2 * 256 * 1024 / 3.125e9, 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
@@ -239,3 +332,19 @@ def test_a_plan_for_tpus():
     assert run.returncode == 0, run.stderr
     for words in ("4 TPU v5e chips, mesh fsdp 4", "of 16.00 GiB", "MFU", "tokens a day", "price"):
         assert words in run.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
+def test_plans_for_other_tpus():
+    """v6e, v5p and two slices of v5e. FLOPs are those that a step must have, but for the spare rows of experts; between
+    slices gradients are summed, in bfloat16, of the quarter of the parameters that a device has."""
+    program = Path(__file__).with_name("plan_for_tpus.py")
+    run = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["dense"] == pytest.approx(1, abs=0.01)
+    assert found["mixture"] == pytest.approx(1, abs=0.01)
+    assert found["between slices"] == {"all-reduce": pytest.approx(found["parameters"] / 4 * 2, rel=0.02)}
+    assert found["network"] == found["between slices"]["all-reduce"] / 3.125e9
