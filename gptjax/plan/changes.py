@@ -25,7 +25,7 @@ class Change:
 
 def smaller(experiment: Experiment, name: str, devices: int) -> Iterator[Change]:
     """Ways to need less memory, the smallest change first: what is computed again, then microbatches, then parameters
-    that are shared out, then all of it."""
+    that are shared out, then all of it; last experts, rows or layers cut into parts, with the least kept."""
     shared = Change("--mesh.data 1 --mesh.fsdp -1", dataclasses.replace(experiment, mesh=_shared_out(experiment)))
     for start in (Change("", experiment), shared):
         if start is not shared or _possible(start.experiment, devices):
@@ -36,11 +36,16 @@ def smaller(experiment: Experiment, name: str, devices: int) -> Iterator[Change]
             yield from rematted
             last = rematted[-1] if rematted else start
             yield from (c for c in _accumulated(last, name) if _possible(c.experiment, devices))
+    policy = next(reversed(_policies(experiment)), None) if hasattr(experiment.model, "remat") else None
+    for cut in meshes(experiment, name, devices):
+        mesh = cut.experiment.mesh
+        if mesh.data == 1 and mesh.fsdp < devices and mesh != experiment.mesh:
+            yield cut if policy is None else _remat(cut, policy)
 
 
 def meshes(experiment: Experiment, name: str, devices: int) -> list[Change]:
-    """Every mesh of data, fsdp and one axis more that the experiment fits, the least shared out first. The third is
-    expert for a mixture of experts, context for rows of `LONG` tokens or more, else tensor."""
+    """Every mesh of data, fsdp and one axis more that the experiment fits, the least cut first. The third is expert for
+    a mixture of experts, context for rows of `LONG` tokens or more, else tensor."""
     experts = max((size for axis, _, size in experiment.model.axes if axis == "experts"), default=1)
     length = experiment.stages[name].data.length
     third, widest = ("expert", experts) if experts > 1 else ("context", 64) if length >= LONG else ("tensor", 8)
