@@ -1,9 +1,9 @@
 """A GPT of 1.5 billion parameters on C4, for one v5e-16 slice: `python -m experiments gpt_1b5`.
 
-Not run; `gptjax plan gpt_1b5 --on v5e:4x4` says: 1.54 billion parameters, 1 million tokens a step, 4.5 GiB of 16 a
-chip; 1.12e16 FLOPs a step and 1.47e16 with what is computed again; 74 GiB sent by a chip; 4.7 s to 5.6 s a step, 64 to
-76 % MFU, 16 to 19 billion tokens a day; 30,000 steps in 39 to 46 hours for $750 to $890 ($1.20 a chip and hour, not
-verified). A roofline, which runs do not reach.
+Not run; `gptjax plan gpt_1b5 --on v5e:4x4` says: 1.54 billion parameters, 1 million tokens a step, 5.6 GiB of 16 a
+chip; 1.12e16 FLOPs a step of the model, 1.47e16 of all that chips compute; 2.3 TiB to and from HBM and 74 GiB sent by a
+chip; 4.7 s a step, bound by compute, to 9.5 s were nothing to overlap, 38 to 76 % MFU, 10 to 19 billion tokens a day;
+30,000 steps in 39 to 79 hours for $750 to $1,510 ($1.20 a chip and hour, not verified). A roofline: runs take longer.
 """
 
 from gptjax import data, objectives, optim
