@@ -38,15 +38,14 @@ def work(step: Step, devices: int, rows: int, model: TransformerConfig = DENSE) 
 
 def found() -> dict:
     experts = dataclasses.replace(DENSE, mlp=MixtureOfExperts(experts=8, top_k=2, expert=GELU()))
-    dense = planned("v6e:2x2", Mesh(data=1, fsdp=2, tensor=2), 8)
     mixture = planned("v5p:2x2x1", Mesh(data=1, fsdp=2, expert=2), 32, experts)
-    two = planned("v5e:2x2*2", Mesh(data=2, fsdp=4), 8)
+    slices = planned("v6e:2x2*2", Mesh(data=2, fsdp=2, tensor=2), 8)
     return {
-        "dense": work(dense, 4, 8),
         "mixture": work(mixture, 4, 32, experts),
-        "parameters": two.count,
-        "between slices": sent([c for c in two.collectives if c.between_slices]),
-        "network": estimate(two, Target.parse("v5e:2x2*2"), 8).network,
+        "dense": work(slices, 8, 8),
+        "parameters": slices.count,
+        "between slices": sent([c for c in slices.collectives if c.between_slices]),
+        "network": estimate(slices, Target.parse("v6e:2x2*2"), 8).network,
     }
 
 
