@@ -162,7 +162,7 @@ def test_scores_are_computed_once_less_where_attention_is_kept():
             layer = lambda *arrays: jnp.sin(attention(*arrays, Mask(), implementation="ring"))  # noqa: E731
             loss = lambda *arrays: rematerialised(layer, policy)(*arrays).sum()  # noqa: E731
             compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k).compile()
-        return product_flops(hlo.Program(compiled.as_text()))
+        return product_flops(hlo.Program.parse(compiled.as_text()))
 
     assert flops("attention_saveable") == flops(None) < flops("nothing_saveable")
 
