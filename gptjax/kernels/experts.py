@@ -69,7 +69,8 @@ def dispatch(ids: Array, experts: int, capacity: int | None = None) -> Dispatch:
     place = jnp.argsort(order)
     sizes = jnp.sum(ids[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     if capacity is None:
-        spare = jnp.full(min(len(ids), BLOCKS[0]), len(ids))  # so many, that whole tiles of a TPU stay whole
+        most = BLOCKS[0 if target.platform() == "tpu" else -1]  # so many, that whole tiles of a TPU stay whole
+        spare = jnp.full(min(len(ids), most), len(ids))
         return Dispatch(sizes, jnp.concatenate([order, spare]), place)
     starts = jnp.cumsum(sizes) - sizes
     rank = place - starts.at[ids].get(mode="clip")

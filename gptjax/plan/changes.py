@@ -9,7 +9,7 @@ from gptjax.experiment import Experiment
 from gptjax.sharding import Mesh
 from gptjax.types import UserError
 
-REMAT = (None, "dots_with_no_batch_dims_saveable", "nothing_saveable")
+REMAT = (None, "dots_with_no_batch_dims_saveable", "attention_saveable", "nothing_saveable")
 """Policies that keep less and less, and compute more and more again."""
 LONG = 32_768
 """Tokens of a row from which on a search cuts rows, not layers, into parts."""
