@@ -93,11 +93,12 @@ class Experiment:
                     f"{name}.data: got {type(stage.data).__name__} for {type(self.model).__name__}, must be Classify "
                     "for ClassifierConfig, and for no other model"
                 )
-            classes = getattr(stage.data.source, "classes", None)
-            if isinstance(self.model, ClassifierConfig) and classes is not None and len(classes) != self.model.classes:
-                raise UserError(
-                    f"model.classes: got {self.model.classes}, must be {len(classes)}, those of {name}.data.source"
-                )
+            if isinstance(self.model, ClassifierConfig):
+                classes = getattr(stage.data.source, "classes", None)
+                if classes is not None and len(classes) != self.model.classes:
+                    raise UserError(
+                        f"model.classes: got {self.model.classes}, must be {len(classes)}, those of {name}.data.source"
+                    )
             if limit is not None and stage.data.length > limit:
                 raise UserError(
                     f"{name}.data.length: got {stage.data.length}, must be at most {limit}, "

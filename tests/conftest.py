@@ -23,6 +23,19 @@ import pytest
 SHARED = Path(os.environ.get("GPTJAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+FIRST = ("train/test_processes.py", "plan/", "train/", "test_experiment.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long tests first, so that at the end of a run all cores have something left to do."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        return next((i for i, prefix in enumerate(FIRST) if path.startswith(prefix)), len(FIRST))
+
+    items.sort(key=place)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The maintainers' folder of real data, tokenizers and trained models; the test skips where it is absent."""

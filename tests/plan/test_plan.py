@@ -334,6 +334,7 @@ def test_a_plan_for_tpus():
         assert words in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
 def test_plans_for_other_tpus():
     """A mixture on v5p, two slices of v6e. FLOPs are those that a step must have, but for the spare rows of experts;

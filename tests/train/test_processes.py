@@ -208,6 +208,7 @@ manifest.write = slowly
 """
 
 
+@pytest.mark.slow
 def test_the_first_process_is_waited_for_until_a_checkpoint_is_finished(tmp_path):
     """The end of a run, and of one that is stopped: its last checkpoint takes longer than a process may be missing."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
