@@ -86,10 +86,12 @@ class Target:
             return jax.devices()[: self.chips]
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(f"on: got {self}, which needs libtpu to compile for: pip install 'gptjax[plan]'")
+        # The two cores of a v4 are one device, as where programs run; libtpu describes them apart unless told.
+        options = {"chip_config_name": "megacore"} if self.kind == "v4" else {}
         for name in (self.kind, self.kind.upper()):
             with contextlib.suppress(Exception):
                 topology = f"{name}:{self._size}"
-                return list(topologies.get_topology_desc(topology, "tpu", num_slices=self.slices).devices)
+                return list(topologies.get_topology_desc(topology, "tpu", num_slices=self.slices, **options).devices)
         raise UserError(f"on: got {self}, must be a shape that {self.kind} slices come in, such as {self._example}")
 
     @property

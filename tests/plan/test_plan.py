@@ -334,6 +334,24 @@ def test_a_plan_for_tpus():
         assert words in run.stdout
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
+def test_every_generation_makes_a_mesh():
+    """In a program of its own, as libtpu wants its environment set before jax starts."""
+    program = """
+from gptjax.plan.chips import CHIPS
+from gptjax.plan.topology import Target
+from gptjax.sharding import Mesh
+for kind, chip in CHIPS.items():
+    target = Target.parse(f"{kind}:" + "x".join(["2", "2", "1"][: chip.dimensions]))
+    target.prepare()
+    print(kind, Mesh(fsdp=-1, data=1).make(target.devices()).size)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    two = {"tpu7x": 8}  # whose chips are two devices each
+    assert dict(line.split() for line in run.stdout.splitlines()) == {k: str(two.get(k, 4)) for k in CHIPS}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
 def test_plans_for_other_tpus():
