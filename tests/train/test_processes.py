@@ -60,6 +60,10 @@ sharding.global_array = noted
 """
 
 
+BEYOND = 11
+"""Steps after a checkpoint in which two more are begun, the second of which waits for the first to be finished."""
+
+
 class Job:
     """The experiment on so many processes of one device each."""
 
@@ -156,7 +160,7 @@ def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
     assert job.read() == order[:stopped]
 
     with Job(file, 2) as job:
-        job.reach(folder, stopped + 8)
+        job.reach(folder, stopped + BEYOND)
         job.processes[1].kill()
         start = time.monotonic()
         (code, errors), _ = job.end()
@@ -171,7 +175,7 @@ def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
     assert before > stopped
     shared = ("--mesh.data", "1", "--mesh.fsdp", "2")  # the parameters, between the processes
     with Job(file, 2, options=shared) as job:
-        job.reach(folder, before + 8)
+        job.reach(folder, before + BEYOND)
         job.processes[0].kill()  # the one that the others meet at
         start = time.monotonic()
         _, (code, errors) = job.end()
