@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptjax import host
+
 ROOT = Path(__file__).resolve().parents[2]
 HEARTBEAT = 20  # seconds
 
@@ -137,6 +139,16 @@ def saved(folder: Path) -> int:
     return max(int(path.parent.name) for path in (folder / "checkpoints" / "main").glob("*/manifest.json"))
 
 
+def assert_ended_as_lost(code: int, errors: str) -> None:
+    """A process found another gone: by an error in its step, or jax's runtime was first, which aborts."""
+    if code == host.LOST:
+        assert "another process of the job is gone" in errors, errors
+        assert "to go on from the last checkpoint" in errors, errors
+    else:
+        assert code == -signal.SIGABRT, errors
+        assert "another task died" in errors, errors
+
+
 def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
     """Four get SIGTERM, two go on and the second is killed, two more, on another mesh, and the first is, one ends it:
     losses and data as if it had been one."""
@@ -165,9 +177,7 @@ def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
         start = time.monotonic()
         (code, errors), _ = job.end()
         assert time.monotonic() - start < HEARTBEAT + 10
-        assert code == 134, errors
-        assert "another process of the job" in errors
-        assert "go on" in errors
+        assert_ended_as_lost(code, errors)
     read = job.read()
     assert read == order[stopped : stopped + len(read)]
 
@@ -180,8 +190,7 @@ def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
         start = time.monotonic()
         _, (code, errors) = job.end()
         assert time.monotonic() - start < HEARTBEAT + 10
-        assert code == 134, errors
-        assert "another process of the job" in errors
+        assert_ended_as_lost(code, errors)
     read = job.read()
     assert read == order[before : before + len(read)]
 
