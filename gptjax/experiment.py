@@ -167,7 +167,7 @@ class Experiment:
                 before = name
                 results[name] = self._evaluate(folder, name, stage, tokenizer, console)
         if jax.process_index() == 0:
-            report.write(folder, results)
+            report.write(folder, results, "text" if isinstance(self.model, ClassifierConfig) else "token")
             console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}")
             if self._writes:
                 console.print(f"\nNow try:\n  gptjax chat {_short(folder)}")
