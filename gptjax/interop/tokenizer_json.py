@@ -64,14 +64,17 @@ def specification(tokenizer: Tokenizer, closed: bool = False) -> Spec:
     spec["added_tokens"].sort(key=lambda token: token["id"])
     after = spec["post_processor"] or {"type": "ByteLevel"}  # which changes offsets only
     first, last = tokenizer.bos, tokenizer.end if closed else None
-    if after["type"] == "ByteLevel" and (first, last) != (None, None):
+    open_ = closed and isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.around[1]
+    if (open_ or after["type"] == "ByteLevel") and (first, last) != (None, None):
         spec["post_processor"] = _around(canonical(tokenizer), first, last)
     return spec
 
 
 def canonical(tokenizer: Tokenizer) -> dict[int, str]:
-    """Id -> the name of each special token in the vocabulary: not that of its role, where it has another."""
-    ordered = sorted(tokenizer.specials.items(), key=lambda item: item[0] not in ROLES)
+    """Id -> the name of each special token in the vocabulary: not that of its role, where it has another; where it has
+    two roles, that of the first."""
+    roles = [*reversed(ROLES)]
+    ordered = sorted(tokenizer.specials.items(), key=lambda x: roles.index(x[0]) if x[0] in ROLES else len(roles))
     return dict(sorted({i: name for name, i in ordered}.items()))
 
 
