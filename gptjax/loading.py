@@ -158,6 +158,9 @@ def _hf(path: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model
     _asked(kind, huggingface.read_kind(path), path)
     config, params = huggingface.load_hf(path, dtype, rules)
     tokenizer = tokenizers.load(path, config.vocab)
+    if isinstance(config, ClassifierConfig):
+        about = huggingface.read_labels(path), huggingface.read_closed(path, tokenizer)
+        return ClassifierModel(config, params, tokenizer, *about, rules=rules)
     if isinstance(config, EncoderConfig):
         return EncoderModel(config, params, tokenizer, rules=rules)
     ends = huggingface.read_ends(path)
@@ -196,13 +199,12 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Rules, 
             params = {name: placed(name, file[name]) for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
-    settings = {name: config[name] for name in ("context", "start") if name in config}
+    settings = {name: config[name] for name in ("context", "start", "closed") if name in config}
     if config.get("template") is not None:
         settings["template"] = ChatTemplate(**config["template"])
     if config.get("sampling") is not None:
         settings["sampling"] = Sampling(**config["sampling"])
-    if config.get("ends") is not None:
-        settings["ends"] = tuple(config["ends"])
+    settings |= {name: tuple(config[name]) for name in ("ends", "labels") if config.get(name) is not None}
     return found(model, nested(params), tokenizer, rules=rules, **settings)
 
 
@@ -222,6 +224,8 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Rules
         restored = trained(path / "checkpoints", adapters, name, nested(abstract))
         tokenizer = _matching(path, restored.extra["tokenizer"])
         settings = {"context": stage["data"].get("length")} if found is LanguageModel else {}
+        if isinstance(model, ClassifierConfig) and (classes := stage["data"]["source"].get("classes")):
+            settings["labels"] = tuple(map(str, classes))
         return found(model, restored.state, tokenizer, rules=rules, **settings)
     raise UserError(f"path: got {path}, a run without a checkpoint yet; train it first")
 

@@ -4,6 +4,7 @@ its door."""
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import gptjax
 from gptjax import data, evals, optim
+from gptjax.cli import main
 from gptjax.experiment import Experiment, Stage
 from gptjax.nn import ClassifierConfig, EncoderConfig, Last, Mean, TransformerConfig
 from gptjax.objectives import Classification, MaskedTokens, NextToken
@@ -105,15 +107,33 @@ def test_a_trained_trunk_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, cap
     assert [line["validation_accuracy"] for line in lines if "validation_accuracy" in line][-1] == 1
     found = json.loads((tmp_path / "after" / "report" / "classify.json").read_text())
     assert found[0]["values"]["accuracy"] == 1
+    assert "nats a text at the end" in (tmp_path / "after" / "report" / "report.md").read_text()
 
     judge = gptjax.load(tmp_path / "after", kind=gptjax.ClassifierModel)
     texts = ["abcd", "abxd", "xa", "gg"]
     likely = judge.classify(texts, batch=3)
     np.testing.assert_allclose(likely.sum(-1), 1, rtol=1e-6)
     assert likely.argmax(-1).tolist() == [0, 1, 1, 0]
+    assert judge.labels == ("bad", "good")
     judge.save(tmp_path / "saved")
     again = gptjax.load(tmp_path / "saved", kind=gptjax.ClassifierModel)
     np.testing.assert_array_equal(again.classify(texts, batch=3), likely)
+    assert (again.labels, again.closed) == (judge.labels, True)
+    if kind == "encoder":
+        with pytest.raises(UserError, match="no family of published models has it"):
+            judge.save_hf(tmp_path / "hf")
+        return
+    assert main(["convert", str(tmp_path / "after"), str(tmp_path / "hf")]) == 0
+    again = gptjax.load(tmp_path / "hf", kind=gptjax.ClassifierModel)
+    np.testing.assert_array_equal(again.classify(texts, batch=3), likely)
+    assert (again.labels, again.closed) == (judge.labels, True)
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        import transformers
+
+        pipe = transformers.pipeline("text-classification", str(tmp_path / "hf"), batch_size=4)
+        found = pipe(texts)
+        assert [each["label"] for each in found] == ["bad", "good", "good", "bad"]
+        np.testing.assert_allclose([each["score"] for each in found], likely.max(-1), rtol=1e-5)
     with pytest.raises(UserError, match="kind: got LanguageModel, must be ClassifierModel"):
         gptjax.load(tmp_path / "after")
 

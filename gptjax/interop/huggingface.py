@@ -24,11 +24,12 @@ from gptjax.configuration import differences
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.sampling import Sampling
 from gptjax.interop import multimodal, quantised, safetensors, tokenizers
-from gptjax.interop.families import FAMILIES, Family, Fields, Piece, pieces
+from gptjax.interop.families import CLASSIFYING, FAMILIES, Family, Fields, Piece, pieces
 from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import (
     MLP,
     Attention,
+    ClassifierConfig,
     EncoderConfig,
     EncoderDecoderConfig,
     LongRoPE,
@@ -68,6 +69,8 @@ def save_hf(
     ends: Sequence[int] | None = None,
     start: int | None = None,
     sampling: Sampling | None = None,
+    labels: Sequence[str] | None = None,
+    closed: bool | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: config.json, generation_config.json, safetensors of this dtype, and
     the tokenizer's files.
@@ -78,6 +81,9 @@ def save_hf(
     ends        the tokens at which a text ends; None: the special ones, the end of a message first
     start       the token that every target of an encoder-decoder begins with
     sampling    how the next token is drawn where nothing else is said; None: as `transformers` has it, greedily
+    labels      what the classes of a classifier are called; None: as `transformers` does
+    closed      whether all text ends with the tokenizer's last token; None: only where something else than a decoder
+                reads it
 
     Raises UserError for a model that no published family can express, and says what is in the way."""
     described, tensors = to_tensors(config, params, dtype, model_type)
@@ -85,13 +91,17 @@ def save_hf(
     safetensors.write(folder, tensors.shapes, tensors.__getitem__)
     specials = {} if tokenizer is None else tokenizer.specials
     bos, end = (specials.get(role) for role in ("<|bos|>", "<|end|>"))
-    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": specials.get("<|pad|>", end)}
+    if closed is None:
+        closed = isinstance(config, EncoderConfig) or not isinstance(config, TransformerConfig)
+    pad = None if tokenizer is None else tokenizers.padding(tokenizer, closed)
+    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": pad}
     if start is not None:
         ids["decoder_start_token_id"] = start
     if ends is None and tokenizer is not None:
         ends = sorted(set(tokenizer.specials.values()), key=lambda i: (i != end, i))
     length = {} if context is None else {"max_position_embeddings": context}
-    _write_json(folder / "config.json", {**length, **described, **ids, "dtype": dtype})
+    named = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": _numbers(labels)}
+    _write_json(folder / "config.json", {**length, **described, **named, **ids, "dtype": dtype})
     generation = {**ids, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else ids
     if sampling is not None:
         drawing = {name: value for name, value in dataclasses.asdict(sampling).items() if value is not None}
@@ -99,11 +109,14 @@ def save_hf(
         if sampling.greedy:
             drawing = {"repetition_penalty": sampling.repetition_penalty}
         generation = {**generation, "do_sample": not sampling.greedy, **drawing}
-    if not isinstance(config, EncoderConfig):  # which doesn't generate
+    if not isinstance(config, EncoderConfig | ClassifierConfig):  # which don't generate
         _write_json(folder / "generation_config.json", generation)
     if tokenizer is not None:
-        closed = isinstance(config, EncoderConfig | EncoderDecoderConfig)
         tokenizers.save(tokenizer, folder, context or config.limit, template, closed)
+
+
+def _numbers(labels: Sequence[str]) -> dict[str, int]:
+    return {label: number for number, label in enumerate(labels)}
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -120,7 +133,8 @@ def read_config(folder: str | Path, name: str = "config.json") -> Fields:
 
 def read_kind(folder: str | Path) -> type[ModelConfig]:
     """The class of configuration that a folder's model has. Raises UserError for a model of no known family."""
-    return _family(read_config(folder)["model_type"]).kind
+    fields = read_config(folder)
+    return ClassifierConfig if _classifies(fields) else _family(fields["model_type"]).kind
 
 
 def read_start(folder: str | Path) -> int:
@@ -137,6 +151,18 @@ def read_ends(folder: str | Path) -> tuple[int, ...] | None:
     found = [read_config(folder, name).get("eos_token_id") for name in names if (Path(folder) / name).is_file()]
     ends = next((ends for ends in found if ends is not None), None)
     return (ends,) if isinstance(ends, int) else None if ends is None else tuple(ends)
+
+
+def read_labels(folder: str | Path) -> tuple[str, ...] | None:
+    """What the classes of a folder's classifier are called; None where it doesn't say."""
+    labels = read_config(folder).get("id2label")
+    return labels and tuple(str(labels[number]) for number in sorted(labels, key=int))
+
+
+def read_closed(folder: str | Path, tokenizer: Tokenizer) -> bool:
+    """Whether the folder's classifier looks at the tokenizer's last token, after a text. One of `transformers` looks at
+    the last token that is no padding, and so does not where the same token pads."""
+    return tokenizers.closes(folder, tokenizer) and read_config(folder).get("pad_token_id") != tokenizer.end
 
 
 def read_sampling(folder: str | Path) -> Sampling | None:
@@ -159,7 +185,7 @@ def from_tensors(
     fields = Fields(fields)
     tensors = quantised.dequantised(multimodal.text_tensors(tensors), fields.get("quantization_config"))
     family = _family(fields["model_type"])
-    config = family.read(fields)
+    config = _read(family, fields)
     tensors = safetensors.Renamed(tensors, {_current(name, family.former): name for name in tensors})
     abstract = declared(config.build(rules))
     table = _without_prefix(family) if not any(name.startswith(family.prefix) for name in tensors) else family
@@ -235,17 +261,41 @@ def _family(model_type: str) -> Family:
     raise UserError(f"model_type: got {model_type!r}, must be one of {known}")
 
 
+def _classifies(fields: Fields) -> bool:
+    return any(name.endswith(CLASSIFYING) for name in fields.get("architectures") or ())
+
+
+def _read(family: Family, fields: Fields) -> ModelConfig:
+    """The model that a config.json describes: the family's, or what that makes of it."""
+    if not _classifies(fields):
+        return family.read(fields)
+    if not issubclass(family.kind, TransformerConfig):
+        raise UserError(f"config.json: architectures: got {fields['architectures']}, must be {family.architecture}")
+    fields.only(problem_type="single_label_classification")
+    return family.classifier(family.read(fields), len(fields.get("id2label") or (0, 0)))
+
+
+def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """`_read` undone."""
+    fields = {"model_type": family.model_type, "architectures": [family.architecture]}
+    if not isinstance(config, ClassifierConfig):
+        return fields | family.write(config)
+    labels = [f"LABEL_{number}" for number in range(config.classes)]
+    fields |= {"id2label": dict(enumerate(labels)), "label2id": _numbers(labels)}
+    return fields | family.write(config.trunk) | {"architectures": [family.classifying]}
+
+
 def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dict[str, Any]]:
     """The family whose config.json, read back, gives this model again; and its fields."""
     families = FAMILIES if model_type is None else (_family(model_type),)
     reasons: dict[str, list[str]] = {}
     for family in families:
-        if type(config) is not family.kind:
+        if type(config.trunk if isinstance(config, ClassifierConfig) else config) is not family.kind:
             continue
-        fields: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
+        fields: dict[str, Any] = {}
         try:
-            fields |= family.write(config)
-            changed = differences(_essence(config), _essence(family.read(Fields(fields))))
+            fields = _write(family, config)
+            changed = differences(_essence(config), _essence(_read(family, Fields(fields))))
         except UserError as error:
             changed = [str(error), "perhaps more"]
         if not changed:
@@ -265,13 +315,19 @@ def _stacks(config: ModelConfig) -> dict[str, Stack]:
     """The stacks of a model, by the name of their parameters."""
     if isinstance(config, EncoderDecoderConfig):
         return {"encoder/blocks": config.encoder.stack(), "decoder/blocks": config.decoder.stack()}
-    return {"blocks": config.stack()} if isinstance(config, TransformerConfig) else {}
+    trunk = config.trunk if isinstance(config, ClassifierConfig) else config
+    return {"blocks": trunk.stack()} if isinstance(trunk, TransformerConfig) else {}
 
 
 def _essence(m: ModelConfig) -> dict[str, Any]:
     """All that decides what a trained model computes, said in one way only: each layer by itself, with its sizes."""
     if isinstance(m, EncoderDecoderConfig):
         return {"encoder": _essence(m.encoder), "decoder": _essence(m.decoder)}
+    if isinstance(m, ClassifierConfig):
+        headless: dict[str, Any] = {"transform": None} if isinstance(m.trunk, EncoderConfig) else {}
+        trunk = dataclasses.replace(m.trunk, tied=True, **headless)
+        parts = ("classes", "pooling", "pooler", "bias")
+        return {**_essence(trunk), "classifier": {name: getattr(m, name) for name in parts}}
     assert isinstance(m, TransformerConfig)
     layers = {
         str(i): {

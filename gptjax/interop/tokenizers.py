@@ -107,8 +107,8 @@ def save(
     for role, keys in ROLES.items():
         if role in tokenizer.specials:
             tokens |= dict.fromkeys(keys if encoder else keys[:1], names[tokenizer.specials[role]])
-    if "eos_token" in tokens:
-        tokens.setdefault("pad_token", tokens["eos_token"])
+    if (pad := padding(tokenizer, closed)) is not None:
+        tokens.setdefault("pad_token", names[pad])
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= tokens
     if (unknown := unknown_piece(spec)) in {token["content"] for token in spec["added_tokens"]}:
@@ -126,6 +126,22 @@ def save(
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def padding(tokenizer: Tokenizer, closed: bool = False) -> int | None:
+    """The token that fills up a row for `transformers`: the tokenizer's own, else the last one; where all text ends
+    with that, another special one, for classifiers there look for a text's last token that is no padding."""
+    if (pad := tokenizer.specials.get("<|pad|>")) is not None or not closed:
+        return tokenizer.end if pad is None else pad
+    others = {tokenizer.bos, *tokenizer.specials.values()} - {None, tokenizer.end}
+    return tokenizer.bos if tokenizer.bos in others else min(others, default=None)
+
+
+def closes(folder: str | Path, tokenizer: Tokenizer) -> bool:
+    """Whether all text ends with the last token, as the folder's files have it."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return bool(tokenizer.around[1])
+    return _settings(Path(folder)).get("add_eos_token", False)
 
 
 def _within(tokenizer: Tokenizer, vocab: int) -> Tokenizer:

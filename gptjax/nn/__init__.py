@@ -8,7 +8,7 @@ from gptjax.nn.cache import Cache
 from gptjax.nn.config import ModelConfig, TransformerConfig, Variant
 from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
 from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, Pooling
+from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, Pooler, Pooling
 from gptjax.nn.latent_attention import MultiHeadLatentAttention
 from gptjax.nn.lora import DoRA, LoRA
 from gptjax.nn.mlp import GELU, MLP, ClampedSwiGLU, GeGLU, ReLU, ReLUSquared, SwiGLU
@@ -84,6 +84,7 @@ __all__ = [
     "OutputNorm",
     "Parallel",
     "Parametrisation",
+    "Pooler",
     "Pooling",
     "Positions",
     "PostNorm",

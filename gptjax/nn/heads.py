@@ -19,7 +19,7 @@ from jax import lax
 
 from gptjax.kernels.linear import linear
 from gptjax.nn.config import ModelConfig, TransformerConfig
-from gptjax.nn.module import Weight, zeros
+from gptjax.nn.module import Layer, Weight, zeros
 from gptjax.nn.transformer import Trunk
 from gptjax.sharding import Rules
 from gptjax.types import Array, UserError
@@ -63,6 +63,19 @@ class Last(Pooling):
 
 
 @dataclasses.dataclass(frozen=True)
+class Pooler:
+    """What BERT does to a text's state before it meets the classes: tanh(x W + b) (arXiv:1810.04805).
+
+    A part `pooler(weight, x [B, M, D]) -> [B, M, D]`.
+    """
+
+    def __call__(self, weight: Weight, x: Array) -> Array:
+        width = x.shape[-1]
+        y = linear(x, weight("dense", (width, width), ("embed", None)), weight.rules("batch", None, None))
+        return jnp.tanh(y + weight("dense_bias", (width,), (None,), zeros))
+
+
+@dataclasses.dataclass(frozen=True)
 class ClassifierConfig(ModelConfig):
     """A decoder or an encoder that tells of which class a text is."""
 
@@ -72,6 +85,10 @@ class ClassifierConfig(ModelConfig):
     """C, how many there are."""
     pooling: Pooling = Last()
     """How the states of its tokens become one: `First()` or `Mean()` in an encoder."""
+    pooler: Pooler | None = None
+    """What is between that state and the classes; none: nothing."""
+    bias: bool = False
+    """Whether the classes have a bias."""
 
     def __post_init__(self):
         if self.classes < 2:
@@ -105,8 +122,9 @@ class ClassifierConfig(ModelConfig):
 
 
 class Classifier(Trunk):
-    """Tokens to logits of classes, W pool(h) + b, with h the hidden states of a text after the final norm: GPT with
-    `Last()` (Radford et al. 2018, section 3.2), BERT with `First()` (arXiv:1810.04805, section 4.1)."""
+    """Tokens to logits of classes, pool(h) W, with h the hidden states of a text after the final norm: GPT with
+    `Last()` (Radford et al. 2018, section 3.2). BERT has tanh(pool(h) P + p) W + b (arXiv:1810.04805, section 4.1),
+    which is `First()`, a `Pooler()` and a bias."""
 
     config: ClassifierConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -129,9 +147,12 @@ class Classifier(Trunk):
         c = self.config
         x, *_ = self.hidden(tokens, positions, segments, types=types)
         x, weight = c.pooling(x, segments, documents), Weight(self, self.rules, c.trunk.dtype)
+        if c.pooler is not None:
+            scale = c.trunk.parametrisation.matrices(c.trunk.width)
+            x = Layer(c.pooler, self.rules, c.trunk.dtype, scale, name="pooler")(x)
         w = weight("classifier", (c.trunk.width, c.classes), ("embed", None))
         logits = linear(x, w, self.rules("batch", None, None)) / c.growth
-        return logits + weight("classifier_bias", (c.classes,), (None,), zeros), None
+        return logits + weight("classifier_bias", (c.classes,), (None,), zeros) if c.bias else logits, None
 
 
 class Embedder(Trunk):

@@ -10,9 +10,18 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gptjax.interop.families import FAMILIES, Fields
-from gptjax.interop.huggingface import from_tensors, load_hf, save_hf, to_tensors
+from gptjax.interop.huggingface import from_tensors, load_hf, read_kind, read_labels, save_hf, to_tensors
 from gptjax.interop.safetensors import SINGLE
-from gptjax.nn import RecurrentConfig, ReLUSquared, Transformer, TransformerConfig, Variant, count
+from gptjax.nn import (
+    ClassifierConfig,
+    Mean,
+    RecurrentConfig,
+    ReLUSquared,
+    Transformer,
+    TransformerConfig,
+    Variant,
+    count,
+)
 from gptjax.sharding import Mesh, Rules
 from gptjax.types import UserError
 
@@ -123,6 +132,64 @@ def test_a_model_of_transformers_goes_in_and_out(case, tmp_path):
     config_again, params_again = load_hf(tmp_path / "again")
     assert config_again == config
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+CLASSIFIERS = ("gpt2", "llama biased", "gpt_neox", "gemma3_text", "qwen3_moe", "bert")
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+@pytest.mark.parametrize("case", CLASSIFIERS)
+def test_a_classifier_of_transformers_goes_in_and_out(case, tmp_path):
+    """Two texts, the second of which is shorter: padded with 2."""
+    torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install -e '.[torch]'")
+    transformers = pytest.importorskip("transformers", reason="compares with it: pip install -e '.[torch]'")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    family = case.split()[0]
+    labels = {"id2label": {0: "bad", 1: "fair", 2: "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}
+    described = transformers.AutoConfig.for_model(family, **{**CASES[case], "pad_token_id": 2, **labels})
+    auto = transformers.AutoModelForSequenceClassification
+    theirs = auto.from_config(described, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert read_kind(tmp_path / "theirs") is ClassifierConfig
+    assert read_labels(tmp_path / "theirs") == ("bad", "fair", "good")
+    config, params = load_hf(tmp_path / "theirs")
+    assert isinstance(config, ClassifierConfig)
+
+    tokens = np.random.default_rng(0).integers(3, 96, (2, 24))
+    tokens[1, 15:] = 2
+    there = (tokens != 2).astype(int)
+    inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(there)}
+    with torch.inference_mode():
+        expected = theirs(**inputs).logits.numpy()
+        logits = jax.jit(config.build().apply)({"params": params}, tokens, segments=there)[0][:, 0]
+        assert np.abs(logits - expected).max() / np.abs(expected).max() < 1e-4
+        save_hf(tmp_path / "ours", config, params, model_type=family, labels=("bad", "fair", "good"))
+        again = auto.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+        assert type(again) is type(theirs)
+        assert again.config.id2label == labels["id2label"]
+        assert again.config.architectures == theirs.config.architectures
+        again.config.pad_token_id = 2  # of the tokenizer, which is not here
+        np.testing.assert_array_equal(again(**inputs).logits.numpy(), expected)
+    config_again, params_again = load_hf(tmp_path / "ours")
+    assert config_again == config
+    jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+def test_what_is_asked_of_a_classifier():
+    trunk = TransformerConfig(vocab=16, layers=1, width=8, heads=2)
+    params = jax.eval_shape(ClassifierConfig(trunk, 2, Mean()).build().init, jax.random.key(0), jnp.zeros((1, 1), int))
+    with pytest.raises(UserError, match=r"nearest, .*, is classifier.pooling: Mean\(\) → Last\(\)"):
+        to_tensors(ClassifierConfig(trunk, 2, Mean()), params["params"])
+    fields = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
+    with pytest.raises(UserError, match="problem_type: got 'regression', must be 'single_label_classification'"):
+        from_tensors({**fields, "problem_type": "regression"}, {})
+    with pytest.raises(UserError, match=r"architectures: got \['T5ForSequenceClassification'\], must be T5ForCond"):
+        from_tensors({"model_type": "t5", "architectures": ["T5ForSequenceClassification"]}, {})
 
 
 def test_phi_3_reads_beyond_its_original_length(tmp_path):

@@ -67,7 +67,7 @@ def test_a_language_models_parameters_fit():
     logits, _ = Transformer(DECODER).apply({"params": params}, TOKENS)
     np.testing.assert_allclose(x @ params["head"], logits, **CLOSE)
     fresh = Classifier(ClassifierConfig(DECODER, 3)).init(jax.random.key(1), TOKENS)["params"]
-    assert fresh.keys() - params.keys() == {"classifier", "classifier_bias"}
+    assert fresh.keys() - params.keys() == {"classifier"}
     vectors = Embedder(DECODER, pooling=Last()).apply({"params": params}, TOKENS)[:, 0]
     expected = x[:, -1] / jnp.linalg.norm(x[:, -1], axis=-1, keepdims=True)
     np.testing.assert_allclose(vectors, expected, **CLOSE)

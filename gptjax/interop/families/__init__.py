@@ -20,11 +20,11 @@ from gptjax.interop.families import (
     qwen3_moe,
     t5,
 )
-from gptjax.interop.families.family import Family, Fields, Piece, Row, pieces
+from gptjax.interop.families.family import CLASSIFYING, Family, Fields, Piece, Row, pieces
 
 _MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma2, gemma3, olmo2, phi3)
 _MIXTURES = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
 FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MIXTURES, bert, t5))
 """Where several can express a model, the first is preferred."""
 
-__all__ = ["FAMILIES", "Family", "Fields", "Piece", "Row", "pieces"]
+__all__ = ["CLASSIFYING", "FAMILIES", "Family", "Fields", "Piece", "Row", "pieces"]

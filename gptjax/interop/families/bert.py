@@ -1,4 +1,4 @@
-"""BERT (arXiv:1810.04805), with its head that fills in masked tokens."""
+"""BERT (arXiv:1810.04805), with its head that fills in masked tokens, or that which tells classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from typing import Any
 
 from gptjax.interop.families.family import Family, Fields, Row
 from gptjax.interop.families.fields import DENSE, activation, of_activation
-from gptjax.nn import EncoderConfig, LayerNorm, LearnedPositions, PostNorm, Transform
+from gptjax.nn import (
+    ClassifierConfig,
+    EncoderConfig,
+    First,
+    LayerNorm,
+    LearnedPositions,
+    Pooler,
+    PostNorm,
+    Transform,
+)
 
 TABLE = (
     Row("bert.embeddings.word_embeddings.weight", "V D", "embedding", "V D"),
@@ -35,6 +44,10 @@ TABLE = (
     Row("cls.predictions.transform.LayerNorm.weight", "D", "transform/norm_scale", "D"),
     Row("cls.predictions.transform.LayerNorm.bias", "D", "transform/norm_bias", "D"),
     Row("cls.predictions.bias", "V", "head_bias", "V"),
+    Row("bert.pooler.dense.weight", "P D", "pooler/dense", "D P"),
+    Row("bert.pooler.dense.bias", "P", "pooler/dense_bias", "P"),
+    Row("classifier.weight", "Y D", "classifier", "D Y"),
+    Row("classifier.bias", "Y", "classifier_bias", "Y"),
 )
 
 
@@ -54,7 +67,7 @@ def read(c: Fields) -> EncoderConfig:
         bias=True,
         types=c["type_vocab_size"],
         embedding_norm=norm,
-        transform=None if c.get("architectures") == HEADLESS else Transform(mlp),
+        transform=None if c.get("architectures") in HEADLESS else Transform(mlp),
     )
 
 
@@ -69,12 +82,16 @@ def write(m: EncoderConfig) -> dict[str, Any]:
         "layer_norm_eps": m.norm.eps,
         "hidden_act": of_activation(m.mlp, DENSE),
         "type_vocab_size": m.types,
-        **({"architectures": HEADLESS} if m.transform is None else {}),
+        **({"architectures": HEADLESS[0]} if m.transform is None else {}),
     }
 
 
-HEADLESS = ["BertModel"]
-"""Most models of sentences: without the head that fills in masked tokens."""
+def classifier(trunk: EncoderConfig, classes: int) -> ClassifierConfig:
+    return ClassifierConfig(trunk, classes, First(), Pooler(), bias=True)
+
+
+HEADLESS = ["BertModel"], ["BertForSequenceClassification"]
+"""Without the head that fills in masked tokens: most models of sentences, and those that tell classes."""
 IGNORED = r"(bert\.)?(pooler\..*|embeddings\.position_ids)|cls\.(seq_relationship|predictions\.decoder)\..*"
 FORMER = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
-FAMILY = Family("bert", "BertForMaskedLM", read, write, TABLE, EncoderConfig, "bert.", IGNORED, FORMER)
+FAMILY = Family("bert", "BertForMaskedLM", read, write, TABLE, EncoderConfig, "bert.", IGNORED, FORMER, classifier)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.interop import layout
-from gptjax.nn import ModelConfig, Stack, TransformerConfig
+from gptjax.nn import ClassifierConfig, ModelConfig, Stack, TransformerConfig
 from gptjax.nn.stack import place
 from gptjax.types import UserError
 
@@ -72,6 +72,18 @@ class Family:
     """Names of tensors that nobody needs: buffers that can be computed, and a head that is tied to the embedding."""
     former: tuple[tuple[str, str], ...] = ()
     """How names end in older files, and how they do in the table."""
+    classifier: Callable[[Any, int], ClassifierConfig] = ClassifierConfig
+    """The classifier that the family makes of a model and a number of classes."""
+    classifying: str = ""
+    """The class in `transformers` of that, where its name is not as usual."""
+
+    def __post_init__(self):
+        stem = re.sub(r"(ForCausalLM|ForMaskedLM|LMHeadModel)$", "", self.architecture)
+        object.__setattr__(self, "classifying", self.classifying or stem + CLASSIFYING)
+
+
+CLASSIFYING = "ForSequenceClassification"
+"""What classes of `transformers` are called that tell of which class a text is."""
 
 
 @dataclasses.dataclass(frozen=True)

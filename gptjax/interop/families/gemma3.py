@@ -37,4 +37,11 @@ def write(m: TransformerConfig) -> dict[str, Any]:
 
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
-FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", read, write, (*gemma2.TABLE, *qwen3.QK_NORMS))
+FAMILY = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    read,
+    write,
+    (*gemma2.TABLE, *qwen3.QK_NORMS),
+    classifying="Gemma3TextForSequenceClassification",
+)

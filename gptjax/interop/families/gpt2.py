@@ -30,6 +30,7 @@ TABLE = (  # its linear layers are [in, out], unlike everyone else's
     Row("transformer.ln_f.weight", "D", "norm/scale", "D"),
     Row("transformer.ln_f.bias", "D", "norm/bias", "D"),
     Row("lm_head.weight", "V D", "head", "D V"),
+    Row("score.weight", "Y D", "classifier", "D Y"),
 )
 
 

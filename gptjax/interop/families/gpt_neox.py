@@ -31,6 +31,7 @@ TABLE = (  # a head's queries, keys and values lie together
     Row("gpt_neox.final_layer_norm.weight", "D", "norm/scale", "D"),
     Row("gpt_neox.final_layer_norm.bias", "D", "norm/bias", "D"),
     Row("embed_out.weight", "V D", "head", "D V"),
+    Row("score.weight", "Y D", "classifier", "D Y"),
 )
 
 

@@ -15,6 +15,7 @@ ENDS = (
     Row("model.embed_tokens.weight", "V D", "embedding", "V D"),
     Row("model.norm.weight", "D", "norm/scale", "D"),
     Row("lm_head.weight", "V D", "head", "D V"),
+    Row("score.weight", "Y D", "classifier", "D Y"),
 )
 ATTENTION = (
     Row("model.layers.{L}.self_attn.q_proj.weight", "(N H) D", "blocks/{L}/attention/q", "D N H"),
