@@ -163,6 +163,73 @@ def test_tensor_parallel_adds_up_activations():
     assert not found
 
 
+RING = 10
+"""Arrays of a device's size that go with a ring beside those that go around: the gradients of keys and values, home,
+and what is dealt before and given back after, queries, keys, values and outputs, twice."""
+
+
+def assert_passed_on(sent: int, rounds: int, n: int, own: int, tokens: int) -> None:
+    """In a ring of n, keys and values go around forwards, and again backwards with their gradients; and what says of
+    which document the tokens are."""
+    assert 0 <= sent - rounds * (6 * (n - 1) + RING) * own <= rounds * n * 8 * tokens
+
+
+@pytest.mark.parametrize(
+    "mesh", [Mesh(data=1, context=8), Mesh(data=2, context=4), Mesh(data=1, fsdp=2, context=4)], ids=str
+)
+def test_context_parallel_passes_keys_on_and_never_gathers_rows(mesh):
+    """Parameters are as without it; their gradients are added up over the ring too."""
+    with sharding.use(mesh.make()):
+        program = Program(DENSE)
+        found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
+    table, others = 4 * V * D if shared else 0, 8 // mesh.context
+    assert_passed_on(found.pop(("collective-permute", 2)), L, mesh.context, ROWS // 8, B * T // 8)
+    if shared:
+        assert found.pop(("all-gather", 2)) == (2 * shared - 2 * table) // 2
+    assert 0 <= found.pop(("all-reduce", mesh.context)) - (shared - table) // 2 - table - whole <= SCALARS
+    if others > 1:
+        assert 0 <= found.pop(("all-reduce", others)) - shared - whole <= SCALARS
+    assert not found
+
+
+def test_context_with_fsdp_and_tensor_parallel_sends_what_all_do():
+    with sharding.use(Mesh(data=1, fsdp=2, context=2, tensor=2).make()):
+        program = Program(DENSE)
+        found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
+    table, rows, tokens = 4 * V * D, ROWS // 4, B // 4 * T * 4
+    assert found.pop(("all-gather", 2)) == (2 * (shared - 2 * table) + 3 * table) // 4
+    gradients = (shared - table) // 2 + (shared - table) // 4 + table + 2 * whole  # of fsdp, then of the ring
+    times = (1 + 2 * L) + 1 + (3 + 2) * L
+    assert 0 <= found.pop(("all-reduce", 2)) - gradients - times * rows - 3 * tokens <= 3 * SCALARS
+    assert found.pop(("collective-permute", 2)) <= L * ((6 + RING) * ROWS // 8 + 2 * 8 * tokens)
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "mesh", [Mesh(data=4, stage=2), Mesh(data=1, stage=2, fsdp=2, context=2), Mesh(data=2, stage=2, tensor=2)], ids=str
+)
+def test_stages_beside_others_gather_what_fsdp_does_and_no_activations(mesh):
+    """As the stages do alone (nn/test_stages.py), and as the others do, with a stage's layers and a part's rows: shares
+    of the batch change places before and after, parts go on from stage to stage, parameters are gathered once forwards
+    and once backwards, not in each tick."""
+    parts = stages = 2
+    ticks, copies = parts + stages - 1, mesh.data * mesh.fsdp * mesh.context
+    with sharding.use(mesh.make()):
+        program = Program(DENSE)
+        found, shared = operands(program.found()), program.bytes("fsdp")
+    table, rows = 4 * V * D, ROWS // copies
+    ids, blocks = 3 * 4 * B * T // copies, shared - 2 * table if shared else 0
+    gathered = 2 * blocks // (stages * mesh.fsdp) + (2 * table // mesh.fsdp if shared else 0)
+    assert 0 <= sum(found.pop(key) for key in [*found] if key[0] == "all-gather") - gathered <= ids
+    assert found.pop(("all-to-all", stages)) == 4 * rows
+    passed = found.pop(("collective-permute", 2)) - 2 * ticks * rows // parts
+    if mesh.context > 1:
+        assert_passed_on(passed, ticks * L // stages, mesh.context, rows // parts, B * T // copies // parts)
+    else:
+        assert passed == 0
+    assert {kind for kind, _ in found} == {"all-reduce"}
+
+
 def test_fsdp_with_tensor_parallel_sends_what_both_do():
     """Of the parts of parameters and activations that the other leaves a device."""
     with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -62,14 +63,23 @@ def pipeline(
             "(in a part of it, where the stage accumulates)"
         )
 
+    _keep_explicit_axes()
     start_is_x = context.start is x  # as one array it has one gradient, and that is sent once
     if start_is_x:
         context = dataclasses.replace(context, start=None)
     context = context.over_rows(lambda x: _over(others, x))
     by_stage = copies, stages, rows // stages, *x.shape[1:]
     shares = rows % stages == 0  # else too few rows: every stage has them all
-    # In place of all_gather, whose gradient jax cannot lower beside explicit axes. As many bytes are sent.
-    exchange = functools.partial(lax.all_to_all, axis_name=axes, split_axis=1, concat_axis=1, tiled=True)
+
+    def exchange(x: Array) -> Array:
+        """x [copies, stages, B / copies / stages, T, D], a share for each stage, to those that the stages have for this
+        one. In place of all_gather, whose gradient jax cannot lower beside explicit axes; as many bytes are sent."""
+        move = functools.partial(lax.all_to_all, axis_name=axes, split_axis=1, concat_axis=1, tiled=True)
+        spec = jax.typeof(x).sharding.spec
+        if not (cut := {name for part in spec for name in axes_of(part)}):
+            return move(x)
+        # Over the axes that cut x too: beside them XLA gathers it.
+        return jax.shard_map(move, in_specs=spec, out_specs=spec, axis_names=cut, check_vma=False)(x)
 
     def run(params: Params, each: Any, x: Array, context: Context) -> tuple[Array, Any]:
         here = lax.axis_index(axes)
@@ -115,6 +125,33 @@ def pipeline(
         run, in_specs=(cut, cut, ends, whole), out_specs=(ends, whole), axis_names=set(axes), check_vma=False
     )(params, each, x, context)
     return jax.reshard(jnp.reshape(y, shape, out_sharding=spec), place), sums
+
+
+@functools.cache
+def _keep_explicit_axes() -> None:
+    """Lets what goes into and comes out of a `shard_map` over some axes of a mesh stay cut over the others.
+
+    jax (0.10, 0.11) names the manual axes alone at that edge, where arrays then are whole over explicit ones:
+    parameters, and all that layers keep for the backward pass, are gathered from the devices that share out data, FSDP
+    and tensors (XLA undoes it for TPUs, not for CPUs). Their types know better. Does nothing to a jax without this
+    function.
+    """
+    from jax._src import shard_map
+
+    name = "_shardy_shard_map_sharding"
+    said = getattr(shard_map, name, None)
+    if said is None:
+        return
+
+    def sharding(context: Any, mesh: Any, manual: Any, spec: PartitionSpec, aval: Any) -> Any:
+        own = getattr(getattr(aval, "sharding", None), "spec", None)
+        if own is None or jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+            return said(context, mesh, manual, spec, aval)
+        parts = itertools.zip_longest(spec, own, fillvalue=None)
+        both = ((*axes_of(one), *(a for a in axes_of(other) if a not in manual)) or None for one, other in parts)
+        return said(context, mesh, manual, PartitionSpec(*both), aval)
+
+    setattr(shard_map, name, sharding)
 
 
 def _over(axes: tuple[str, ...], x: Array) -> Array:
