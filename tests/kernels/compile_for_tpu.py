@@ -62,14 +62,21 @@ def gradient(mesh: jax.sharding.Mesh, size: int, dtype: str, mask: Mask, policy=
         return kernels(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v))
 
 
-def training_step(topology: str) -> list[str]:
-    """Every other layer with a window; packed documents; parameters and heads shared out."""
+def training_step(topology: str, shape: Mesh, layers: int = 2) -> list[str]:
+    """Every other layer with a window; packed documents; parameters and heads, or layers, shared out."""
     pattern = (Variant(window=100), Variant())
     config = TransformerConfig(
-        vocab=256, layers=2, width=128, heads=4, kv_heads=2, pattern=pattern, dtype="bfloat16", remat="nothing_saveable"
+        vocab=256,
+        layers=layers,
+        width=128,
+        heads=4,
+        kv_heads=2,
+        pattern=pattern,
+        dtype="bfloat16",
+        remat="nothing_saveable",
     )
     model, optimizer = Transformer(config, STANDARD), AdamW(peak=1e-3).build(10)
-    mesh = mesh_of(topology)
+    mesh = mesh_of(topology, shape)
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, STANDARD("batch") or PartitionSpec())
     ids, weights = (jax.ShapeDtypeStruct((4, 256), dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
@@ -112,7 +119,8 @@ if __name__ == "__main__":
         "cut rows": gradient(mesh_of("v5p:2x2x1", Mesh(context=2, tensor=2)), 128, "bfloat16", Mask()),
         "nothing kept": gradient(mesh_of("v5e:2x2"), 128, "bfloat16", Mask(), "nothing_saveable"),
         "attention kept": gradient(mesh_of("v5e:2x2"), 128, "bfloat16", Mask(), "attention_saveable"),
-        "training step": training_step("v5e:2x2"),
+        "training step": training_step("v5e:2x2", Mesh(fsdp=2, tensor=2)),
+        "stages": training_step("v5e:2x2", Mesh(stage=2, fsdp=2), layers=4),
         "experts": {
             topology: {dtype: expert_products(topology, dtype) for dtype in ("bfloat16", "float32")}
             for topology in ("v5e:2x2", "v5p:2x2x1")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from gptjax.kernels import target
 from gptjax.kernels.attention import balance, place
@@ -110,4 +110,6 @@ def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, deals: bool) 
         interpret=target.platform() != "tpu",
     )
     spec = PartitionSpec(None, place.row_axes(q) if parts > 1 else None)
-    return row, row.manual_sharding_spec(NamedSharding(get_abstract_mesh(), spec))
+    mesh = get_abstract_mesh()
+    sizes = AbstractMesh(mesh.axis_sizes, mesh.axis_names)  # it can't read that an axis is manual, as stages are
+    return row, row.manual_sharding_spec(NamedSharding(sizes, spec))
