@@ -149,8 +149,11 @@ class Mesh:
         sizes = self.sizes(len(devices))
         names, types = tuple(sizes), (AxisType.Explicit,) * len(sizes)
         slices = len({getattr(device, "slice_index", 0) for device in devices})
+        # An axis is one of the chips' own, or several, where it can be, as in `jax.make_mesh`; else a part of one.
+        split = {"allow_split_physical_axes": True}
         if slices == 1:
-            return jax.make_mesh(tuple(sizes.values()), names, axis_types=types, devices=devices)
+            placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **split)
+            return jax.sharding.Mesh(placed, names, axis_types=types)
         if devices[0].platform == "gpu":
             devices.sort(key=lambda device: (device.slice_index, device.id))
             return jax.sharding.Mesh(np.reshape(devices, tuple(sizes.values())), names, axis_types=types)
@@ -161,7 +164,8 @@ class Mesh:
             )
         within = (sizes["data"] // slices, *list(sizes.values())[1:])
         across = (slices, *(1,) * len(within[1:]))
-        return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), names, axis_types=types)
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
+        return jax.sharding.Mesh(placed, names, axis_types=types)
 
 
 def axes_of(axis: Axis) -> tuple[str, ...]:

@@ -336,7 +336,8 @@ def test_a_plan_for_tpus():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
 def test_every_generation_makes_a_mesh():
-    """In a program of its own, as libtpu wants its environment set before jax starts."""
+    """And where an axis is a part of one of the chips': in a program of its own, as libtpu wants its environment set
+    before jax starts."""
     program = """
 from gptjax.plan.chips import CHIPS
 from gptjax.plan.topology import Target
@@ -345,11 +346,17 @@ for kind, chip in CHIPS.items():
     target = Target.parse(f"{kind}:" + "x".join(["2", "2", "1"][: chip.dimensions]))
     target.prepare()
     print(kind, Mesh(fsdp=-1, data=1).make(target.devices()).size)
+print("part", Mesh(data=1, fsdp=-1, stage=2).make(Target.parse("v5p:4x4x4").devices()).size)
+print("parts", Mesh(data=4, fsdp=-1, stage=2).make(Target.parse("v5p:4x4x4*2").devices()).size)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     two = {"tpu7x": 8}  # whose chips are two devices each
-    assert dict(line.split() for line in run.stdout.splitlines()) == {k: str(two.get(k, 4)) for k in CHIPS}
+    assert dict(line.split() for line in run.stdout.splitlines()) == {
+        **{k: str(two.get(k, 4)) for k in CHIPS},
+        "part": "64",
+        "parts": "128",
+    }
 
 
 @pytest.mark.slow
