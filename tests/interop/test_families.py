@@ -88,24 +88,31 @@ CASES = {
 KINDS = {"bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
 
 
-@pytest.mark.torch
-@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
-@pytest.mark.parametrize("case", CASES)
-def test_a_model_of_transformers_goes_in_and_out(case, tmp_path):
+def saved(kind: str, folder, family: str, **fields):
+    """A random model of `transformers`, and its folder: biases and scales that are not 0 and 1, logits far apart."""
     torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install -e '.[torch]'")
     transformers = pytest.importorskip("transformers", reason="compares with it: pip install -e '.[torch]'")
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    family = case.split()[0]
-    auto = getattr(transformers, KINDS.get(family, "AutoModelForCausalLM"))
-    theirs = auto.from_config(transformers.AutoConfig.for_model(family, **CASES[case]), attn_implementation="eager")
-    with torch.no_grad():  # biases and scales that are not 0 and 1, logits that are far apart
-        for p in theirs.parameters():
+    auto = getattr(transformers, kind)
+    model = auto.from_config(transformers.AutoConfig.for_model(family, **fields), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.3)
-        for name, buffer in theirs.named_buffers():
+        for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.add_(torch.rand_like(buffer))
-    theirs.eval().save_pretrained(tmp_path / "theirs")
+    model.save_pretrained(folder)
+    return torch, auto, model
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_of_transformers_goes_in_and_out(case, tmp_path):
+    family = case.split()[0]
+    kind = KINDS.get(family, "AutoModelForCausalLM")
+    torch, auto, theirs = saved(kind, tmp_path / "theirs", family, **CASES[case])
     config, params = load_hf(tmp_path / "theirs")
 
     prompt = torch.tensor(np.random.default_rng(0).integers(0, 96, (1, 24)))
@@ -142,19 +149,10 @@ CLASSIFIERS = ("gpt2", "llama biased", "gpt_neox", "gemma3_text", "qwen3_moe", "
 @pytest.mark.parametrize("case", CLASSIFIERS)
 def test_a_classifier_of_transformers_goes_in_and_out(case, tmp_path):
     """Two texts, the second of which is shorter: padded with 2."""
-    torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install -e '.[torch]'")
-    transformers = pytest.importorskip("transformers", reason="compares with it: pip install -e '.[torch]'")
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
     family = case.split()[0]
     labels = {"id2label": {0: "bad", 1: "fair", 2: "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}
-    described = transformers.AutoConfig.for_model(family, **{**CASES[case], "pad_token_id": 2, **labels})
-    auto = transformers.AutoModelForSequenceClassification
-    theirs = auto.from_config(described, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    theirs.save_pretrained(tmp_path / "theirs")
+    fields = {**CASES[case], "pad_token_id": 2, **labels}
+    torch, auto, theirs = saved("AutoModelForSequenceClassification", tmp_path / "theirs", family, **fields)
     assert read_kind(tmp_path / "theirs") is ClassifierConfig
     assert read_labels(tmp_path / "theirs") == ("bad", "fair", "good")
     config, params = load_hf(tmp_path / "theirs")
@@ -194,18 +192,10 @@ def test_what_is_asked_of_a_classifier():
 
 def test_phi_3_reads_beyond_its_original_length(tmp_path):
     """`transformers` takes the long factors for a text beyond it, and the short ones within."""
-    torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install -e '.[torch]'")
-    transformers = pytest.importorskip("transformers", reason="compares with it: pip install -e '.[torch]'")
-    torch.manual_seed(0)
-    made = transformers.AutoConfig.for_model("phi3", **CASES["phi3 long"])
-    theirs = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    theirs.save_pretrained(tmp_path / "theirs")
+    torch, auto, theirs = saved("AutoModelForCausalLM", tmp_path / "theirs", "phi3", **CASES["phi3 long"])
     config, params = load_hf(tmp_path / "theirs")
     save_hf(tmp_path / "ours", config.reading(128), params)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    again = auto.from_pretrained(tmp_path / "ours", attn_implementation="eager")
     for length, model in ((64, config), (100, config.reading(128))):
         tokens = np.random.default_rng(0).integers(0, 96, (1, length))
         with torch.inference_mode():
