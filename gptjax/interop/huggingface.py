@@ -100,7 +100,7 @@ def save_hf(
     if ends is None and tokenizer is not None:
         ends = sorted(set(tokenizer.specials.values()), key=lambda i: (i != end, i))
     length = {} if context is None else {"max_position_embeddings": context}
-    named = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": _numbers(labels)}
+    named = {} if labels is None else _named(labels)
     _write_json(folder / "config.json", {**length, **described, **named, **ids, "dtype": dtype})
     generation = {**ids, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else ids
     if sampling is not None:
@@ -115,8 +115,9 @@ def save_hf(
         tokenizers.save(tokenizer, folder, context or config.limit, template, closed)
 
 
-def _numbers(labels: Sequence[str]) -> dict[str, int]:
-    return {label: number for number, label in enumerate(labels)}
+def _named(labels: Sequence[str]) -> dict[str, Any]:
+    """The fields that say what classes are called."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -281,8 +282,7 @@ def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
     if not isinstance(config, ClassifierConfig):
         return fields | family.write(config)
     labels = [f"LABEL_{number}" for number in range(config.classes)]
-    fields |= {"id2label": dict(enumerate(labels)), "label2id": _numbers(labels)}
-    return fields | family.write(config.trunk) | {"architectures": [family.classifying]}
+    return fields | _named(labels) | family.write(config.trunk) | {"architectures": [family.classifying]}
 
 
 def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dict[str, Any]]:

@@ -74,12 +74,13 @@ class Family:
     """How names end in older files, and how they do in the table."""
     classifier: Callable[[Any, int], ClassifierConfig] = ClassifierConfig
     """The classifier that the family makes of a model and a number of classes."""
-    classifying: str = ""
-    """The class in `transformers` of that, where its name is not as usual."""
+    stem: str = ""
+    """What the class in `transformers` of that begins with, where it is not what `architecture` does."""
 
-    def __post_init__(self):
-        stem = re.sub(r"(ForCausalLM|ForMaskedLM|LMHeadModel)$", "", self.architecture)
-        object.__setattr__(self, "classifying", self.classifying or stem + CLASSIFYING)
+    @property
+    def classifying(self) -> str:
+        """That class."""
+        return (self.stem or re.sub(r"(ForCausalLM|ForMaskedLM|LMHeadModel)$", "", self.architecture)) + CLASSIFYING
 
 
 CLASSIFYING = "ForSequenceClassification"

@@ -43,5 +43,5 @@ FAMILY = Family(
     read,
     write,
     (*gemma2.TABLE, *qwen3.QK_NORMS),
-    classifying="Gemma3TextForSequenceClassification",
+    stem="Gemma3Text",
 )
