@@ -23,12 +23,12 @@ def measure(devices: int) -> dict[str, list[float]]:
     """Bytes sent by all-gathers and by all-reduces, for each mesh; of all parameters first."""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     from gptjax import data, objectives, optim
-    from gptjax.experiment import Experiment, Stage
+    from gptjax.distributed.sharding import Mesh
+    from gptjax.experiment.experiment import Experiment, Stage
     from gptjax.nn import TransformerConfig
     from gptjax.plan.collectives import sent
     from gptjax.plan.compiled import compile_step
     from gptjax.plan.topology import Target
-    from gptjax.sharding import Mesh
 
     experiment = Experiment(
         model=TransformerConfig(vocab=512, layers=2, width=512, heads=8, hidden=1_024, tied=False),

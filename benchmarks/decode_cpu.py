@@ -16,9 +16,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-from gptjax import host
+from gptjax.distributed import processes
 
-host.prepare()
+processes.prepare()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

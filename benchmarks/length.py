@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax import data, host
+from gptjax import data
+from gptjax.distributed import processes
 
-host.prepare()
+processes.prepare()
 
 import jax  # noqa: E402
 

@@ -13,9 +13,9 @@ import argparse
 import statistics
 import time
 
-from gptjax import host
+from gptjax.distributed import processes
 
-host.prepare()
+processes.prepare()
 
 import jax  # noqa: E402
 

@@ -33,21 +33,21 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import host
+from gptjax.distributed import processes
 
-host.prepare()
+processes.prepare()
 
 import jax
 
 from gptjax import data, optim
+from gptjax.monitor.metrics import Records
+from gptjax.monitor.times import Clock
+from gptjax.monitor.watchdog import Watchdog
 from gptjax.nn import TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.train import loop
 from gptjax.train.loop import train
-from gptjax.train.records import Records
 from gptjax.train.stage import Stage
-from gptjax.train.times import Clock
-from gptjax.train.watchdog import Watchdog
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 SAVE_EVERY = 50
@@ -213,7 +213,7 @@ def clock(repeats: int, steps: int) -> None:
 
 RESTARTED = """
 from gptjax import data, optim
-from gptjax.experiment import Experiment
+from gptjax.experiment.experiment import Experiment
 from gptjax.nn import LearnedPositions, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.train.stage import Stage

@@ -76,9 +76,9 @@ def work(pipe: Connection, contender: str, shape: Shape, cores: int) -> None:
     available = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, available[:cores])
     if contender == "gptjax":
-        from gptjax import host
+        from gptjax.distributed import processes
 
-        host.prepare()
+        processes.prepare()
         step = gptjax_step(shape)
     else:
         import torch

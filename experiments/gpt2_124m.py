@@ -8,8 +8,7 @@ tokens are 26 billion tokens. Published for this size and recipe on OpenWebText:
     python -m experiments gpt2_124m --mesh.data 1 --mesh.fsdp -1
 """
 
-from gptjax import data, objectives, optim
-from gptjax.experiment import Experiment, Stage
+from gptjax import Experiment, Stage, data, objectives, optim
 from gptjax.nn import GELU, LayerNorm, LearnedPositions, TransformerConfig
 
 experiment = Experiment(

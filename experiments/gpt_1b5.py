@@ -6,10 +6,8 @@ chip; 4.7 s a step, bound by compute, to 9.5 s were nothing to overlap, 38 to 76
 30,000 steps in 39 to 79 hours for $750 to $1,510 ($1.20 a chip and hour, not verified). A roofline: runs take longer.
 """
 
-from gptjax import data, objectives, optim
-from gptjax.experiment import Experiment, Stage
+from gptjax import Experiment, Mesh, Stage, data, objectives, optim
 from gptjax.nn import TransformerConfig
-from gptjax.sharding import Mesh
 
 experiment = Experiment(
     model=TransformerConfig(

@@ -12,10 +12,8 @@ chips compute. `gptjax plan llama3_8b --on ...` says, at best (all overlapping) 
     price ($4.20, $2.70 an hour)      $42,000 to $50,000            $13,500 to $25,000
 """
 
-from gptjax import data, objectives, optim
-from gptjax.experiment import Experiment, Stage
+from gptjax import Experiment, Mesh, Stage, data, objectives, optim
 from gptjax.nn import RoPE, TransformerConfig
-from gptjax.sharding import Mesh
 
 experiment = Experiment(
     model=TransformerConfig(

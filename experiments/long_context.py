@@ -13,8 +13,8 @@ It counts scores that a causal mask hides, and splash skips half of them: a step
 import dataclasses
 
 from experiments.llama3_8b import experiment as llama
+from gptjax import Mesh
 from gptjax.nn import RoPE, TransformerConfig
-from gptjax.sharding import Mesh
 
 assert isinstance(llama.model, TransformerConfig)
 stage = llama.stages["pretrain"]

@@ -10,10 +10,8 @@ With `--mesh.expert 16 --pretrain.accumulate 4` it is 16.5 to 23 s, bound by HBM
 devices that share out the experts keeps room for the rows of all of them.
 """
 
-from gptjax import data, objectives, optim
-from gptjax.experiment import Experiment, Stage
+from gptjax import Experiment, Mesh, Stage, data, objectives, optim
 from gptjax.nn import MixtureOfExperts, MultiHeadAttention, RMSNorm, RoPE, Softmax, TransformerConfig
-from gptjax.sharding import Mesh
 
 experiment = Experiment(
     model=TransformerConfig(

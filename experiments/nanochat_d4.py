@@ -13,8 +13,7 @@ initial scalars that differ by layer, and a learning rate for each kind of param
 400 steps: a validation loss of 3.77, and 1.56 bits per byte on held-out documentation (`xz -9`: 2.51).
 """
 
-from gptjax import data, evals, objectives, optim
-from gptjax.experiment import Experiment, Stage
+from gptjax import Experiment, Stage, data, evals, objectives, optim
 from gptjax.nn import (
     MultiHeadAttention,
     ReLUSquared,

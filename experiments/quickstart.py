@@ -10,8 +10,7 @@ On two CPU cores: 5 to 9 minutes in all; 1.53 bits per byte on held-out document
 right style, with made-up content.
 """
 
-from gptjax import data, evals, objectives, optim
-from gptjax.experiment import Experiment, Stage
+from gptjax import Experiment, Stage, data, evals, objectives, optim
 from gptjax.nn import TransformerConfig
 
 experiment = Experiment(

@@ -8,8 +8,7 @@ batch 12, no dropout, 90 % of the text to train on and the rest to validate. It 
 1.77, as the peak learning rate is 3e-3 (with nanoGPT's own, 1e-3, it is 1.92 over the whole validation text).
 """
 
-from gptjax import data, objectives, optim
-from gptjax.experiment import Experiment, Stage
+from gptjax import Experiment, Stage, data, objectives, optim
 from gptjax.nn import GELU, LayerNorm, LearnedPositions, TransformerConfig
 
 experiment = Experiment(

@@ -15,16 +15,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptjax.classifier_model import ClassifierModel
     from gptjax.data.chat import Message
-    from gptjax.encoder_model import EncoderModel
-    from gptjax.experiment import Experiment, Stage
+    from gptjax.distributed.sharding import Mesh, Rules
+    from gptjax.experiment.experiment import Experiment, Stage
     from gptjax.inference.sampling import Sampling
-    from gptjax.language_model import LanguageModel
-    from gptjax.loading import load
-    from gptjax.model import Model
-    from gptjax.sharding import Mesh, Rules
-    from gptjax.text_to_text import TextToText
+    from gptjax.models.classifier_model import ClassifierModel
+    from gptjax.models.encoder_model import EncoderModel
+    from gptjax.models.language_model import LanguageModel
+    from gptjax.models.loading import load
+    from gptjax.models.model import Model
+    from gptjax.models.text_to_text import TextToText
     from gptjax.types import UserError
 
 __version__ = "0.1.0"
@@ -45,19 +45,19 @@ __all__ = [
 ]
 
 _HOME = {
-    "ClassifierModel": "gptjax.classifier_model",
-    "EncoderModel": "gptjax.encoder_model",
-    "Experiment": "gptjax.experiment",
-    "LanguageModel": "gptjax.language_model",
-    "Mesh": "gptjax.sharding",
+    "ClassifierModel": "gptjax.models.classifier_model",
+    "EncoderModel": "gptjax.models.encoder_model",
+    "Experiment": "gptjax.experiment.experiment",
+    "LanguageModel": "gptjax.models.language_model",
+    "Mesh": "gptjax.distributed.sharding",
     "Message": "gptjax.data.chat",
-    "Model": "gptjax.model",
-    "Rules": "gptjax.sharding",
+    "Model": "gptjax.models.model",
+    "Rules": "gptjax.distributed.sharding",
     "Sampling": "gptjax.inference.sampling",
-    "Stage": "gptjax.experiment",
-    "TextToText": "gptjax.text_to_text",
+    "Stage": "gptjax.experiment.experiment",
+    "TextToText": "gptjax.models.text_to_text",
     "UserError": "gptjax.types",
-    "load": "gptjax.loading",
+    "load": "gptjax.models.loading",
 }
 
 

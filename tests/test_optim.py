@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax.distributed.sharding import STANDARD, Mesh, Rules, use
 from gptjax.nn import LayerNorm, LearnedPositions, Transformer, TransformerConfig
 from gptjax.optim import Adafactor, AdamW, Constant, Cosine, Linear, Lion, Muon, Optimizer, Schedule, WarmupStableDecay
-from gptjax.sharding import STANDARD, Mesh, Rules, use
 from gptjax.types import UserError
 
 MODEL = TransformerConfig(

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.sampling import Sampling, sample
 from gptjax.inference.text import Finish, Row
 from gptjax.nn import Cache, make_cache, unstack
-from gptjax.sharding import on_mesh_of, reshard
 from gptjax.types import Array, Key, Params, UserError
 
 DEFAULT_TOKENS = 256

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, State, decode, round_up
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.text import Row
 from gptjax.nn import EncoderDecoder, encoder_decoder, unstack
-from gptjax.sharding import on_mesh_of, reshard
 from gptjax.types import Array, Params, UserError
 
 

@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.configuration import differences
+from gptjax.config import differences
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.distributed.parameters import declared, flat, nested
+from gptjax.distributed.sharding import Rules
 from gptjax.inference.sampling import Sampling
 from gptjax.interop import multimodal, quantised, safetensors, tokenizers
 from gptjax.interop.families import CLASSIFYING, FAMILIES, Family, Fields, Piece, pieces
@@ -42,8 +44,6 @@ from gptjax.nn import (
     TransformerConfig,
     Variant,
 )
-from gptjax.parameters import declared, flat, nested
-from gptjax.sharding import Rules
 from gptjax.types import Params, UserError
 
 

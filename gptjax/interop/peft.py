@@ -26,11 +26,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.distributed.parameters import Matrix, declared, flat, matrix, nested
 from gptjax.interop import huggingface, safetensors
 from gptjax.interop.families import FAMILIES, Family, Row, gpt2
 from gptjax.nn import DoRA, LoRA, TransformerConfig
 from gptjax.nn.stack import place
-from gptjax.parameters import Matrix, declared, flat, matrix, nested
 from gptjax.types import Array, Params, UserError
 
 Modules = Mapping[str, tuple[Row, ...]]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptjax.distributed.sharding import Rules
 from gptjax.kernels.attention import Mask, attention
 from gptjax.kernels.linear import linear
 from gptjax.nn import cache as kv
@@ -16,7 +17,6 @@ from gptjax.nn.norms import Norm
 from gptjax.nn.positions import Positions
 from gptjax.nn.value_embedding import ValueEmbedding
 from gptjax.nn.value_residual import ValueResidual
-from gptjax.sharding import Rules
 from gptjax.types import Array, Key, UserError
 
 

@@ -11,13 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gptjax.distributed.sharding import Rules
 from gptjax.kernels.attention import Mask
 from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.module import Layer, Weight
 from gptjax.nn.norms import Norm, RMSNorm
 from gptjax.nn.residual import PreNorm, Residual
-from gptjax.sharding import Rules
 from gptjax.types import Array, Key, UserError
 
 

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 from typing import Any, ClassVar, Self
 
+from gptjax.distributed.sharding import Rules
 from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.block import Block
 from gptjax.nn.mlp import MLP, SwiGLU
@@ -15,7 +16,6 @@ from gptjax.nn.positions import Positions, RoPE
 from gptjax.nn.remat import POLICIES
 from gptjax.nn.residual import PreNorm, Residual
 from gptjax.nn.stack import Stack, unstack
-from gptjax.sharding import Rules
 from gptjax.types import Params, UserError
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import flax.linen as nn
 
+from gptjax.distributed.sharding import Rules
 from gptjax.kernels.linear import linear
 from gptjax.nn.config import ModelConfig, TransformerConfig
 from gptjax.nn.mlp import GELU, MLP
 from gptjax.nn.module import Layer, Weight, zeros
 from gptjax.nn.norms import Norm
 from gptjax.nn.transformer import Trunk
-from gptjax.sharding import Rules
 from gptjax.types import Array
 
 

@@ -36,6 +36,7 @@ from typing import Any, Self
 import flax.linen as nn
 import jax.numpy as jnp
 
+from gptjax.distributed.sharding import Rules
 from gptjax.nn import cache as kv
 from gptjax.nn.cache import Cache
 from gptjax.nn.config import ModelConfig, TransformerConfig
@@ -43,7 +44,6 @@ from gptjax.nn.encoder import EncoderConfig
 from gptjax.nn.module import Layer, Weight
 from gptjax.nn.stack import unstack
 from gptjax.nn.transformer import Features, Transformer
-from gptjax.sharding import Rules
 from gptjax.types import Array, Params, UserError
 
 

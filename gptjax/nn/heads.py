@@ -17,11 +17,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
+from gptjax.distributed.sharding import Rules
 from gptjax.kernels.linear import linear
 from gptjax.nn.config import ModelConfig, TransformerConfig
 from gptjax.nn.module import Layer, Weight, zeros
 from gptjax.nn.transformer import Trunk
-from gptjax.sharding import Rules
 from gptjax.types import Array, UserError
 
 

@@ -7,13 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from gptjax.distributed.sharding import Rules
 from gptjax.kernels.attention import Mask, attention
 from gptjax.kernels.linear import linear
 from gptjax.nn import cache as kv
 from gptjax.nn.attention import Attention
 from gptjax.nn.module import Weight, zeros
 from gptjax.nn.norms import Norm, RMSNorm
-from gptjax.sharding import Rules
 from gptjax.types import Array, Key, UserError
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from gptjax.parameters import Matrix, by_name, matrix
+from gptjax.distributed.parameters import Matrix, by_name, matrix
 from gptjax.types import Array, Batch, Key, Metrics, Objective, Params, UserError
 
 

@@ -22,8 +22,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax.parameters import matrix
-from gptjax.sharding import Rules
+from gptjax.distributed.parameters import matrix
+from gptjax.distributed.sharding import Rules
 from gptjax.types import Array
 
 normal = jax.nn.initializers.normal(0.02)

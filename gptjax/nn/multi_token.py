@@ -12,11 +12,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from gptjax.distributed.sharding import Rules
 from gptjax.nn.cache import Cache
 from gptjax.nn.config import TransformerConfig
 from gptjax.nn.module import Layer
 from gptjax.nn.transformer import Trunk
-from gptjax.sharding import Rules
 from gptjax.types import Array, UserError
 
 

@@ -32,8 +32,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from gptjax.distributed.sharding import axes_of, cut_rows
 from gptjax.nn.block import Context
-from gptjax.sharding import axes_of, cut_rows
 from gptjax.types import Array, Params, UserError
 
 Layers = Callable[[Array, Context, Params, Any, Array], tuple[Array, Any]]

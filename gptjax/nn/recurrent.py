@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptjax.distributed.sharding import Rules
 from gptjax.kernels.attention import Mask
 from gptjax.kernels.linear import linear
 from gptjax.nn.attention import Attention
@@ -25,7 +26,6 @@ from gptjax.nn.mlp import MLP
 from gptjax.nn.module import Weight, zeros
 from gptjax.nn.positions import Positions
 from gptjax.nn.residual import Chain, Residual
-from gptjax.sharding import Rules
 from gptjax.types import Array, UserError
 
 State = tuple[Array, ...]

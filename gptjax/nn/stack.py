@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from gptjax.distributed.sharding import Rules
 from gptjax.nn.block import Block, Context
 from gptjax.nn.module import Weight
 from gptjax.nn.pipeline import pipeline
 from gptjax.nn.remat import rematerialised
-from gptjax.sharding import Rules
 from gptjax.types import Array, Key, Params, UserError
 
 UNROLLED = 12

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.distributed.sharding import Rules
 from gptjax.kernels.attention import Mask
 from gptjax.kernels.embedding import embed
 from gptjax.kernels.linear import linear
@@ -19,7 +20,6 @@ from gptjax.nn.block import Context, dropout
 from gptjax.nn.cache import Cache
 from gptjax.nn.config import ModelConfig, TransformerConfig
 from gptjax.nn.module import Layer, Weight
-from gptjax.sharding import Rules
 from gptjax.types import Array, Params
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import optax
 
+from gptjax.distributed.parameters import by_name
 from gptjax.optim.optimizers import Optimizer
-from gptjax.parameters import by_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ import optax.contrib
 from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
+from gptjax.distributed.parameters import Matrix, by_name, matrix
 from gptjax.optim.optimizers import Optimizer
 from gptjax.optim.schedules import check
-from gptjax.parameters import Matrix, by_name, matrix
 from gptjax.types import Params
 
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptjax.distributed.parameters import by_name, matrix
 from gptjax.optim.schedules import Cosine, Schedule, check
-from gptjax.parameters import by_name, matrix
 from gptjax.types import Params
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from gptjax.experiment import Experiment
-from gptjax.sharding import Mesh
+from gptjax.distributed.sharding import Mesh
+from gptjax.experiment.experiment import Experiment
 from gptjax.types import UserError
 
 REMAT = (None, "dots_with_no_batch_dims_saveable", "attention_saveable", "nothing_saveable")

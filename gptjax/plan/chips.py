@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gptjax.chips import PEAKS
+from gptjax.monitor.chips import PEAKS
 
 PRICED = "2025-10, not verified"
 """When the prices below are of: on demand, in the United States, without discounts. They were written from memory, not

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gptjax.types import UserError
 
 if TYPE_CHECKING:
-    from gptjax.experiment import Experiment
+    from gptjax.experiment.experiment import Experiment
     from gptjax.plan.changes import Change
     from gptjax.plan.compiled import Step
     from gptjax.plan.topology import Target
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str]) -> int:
 
     target = Target.parse(options.on)
     target.prepare()
-    from gptjax.catalogue import load
-    from gptjax.configuration import override
+    from gptjax.config import override
+    from gptjax.experiment.catalogue import load
 
     experiment = override(load(options.name).experiment, overrides, f"gptjax plan {options.name}", "")
     names = [options.stage] if options.stage else list(experiment.stages)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.data import Classify
-from gptjax.experiment import Experiment
+from gptjax.experiment.experiment import Experiment
 from gptjax.plan import hlo
 from gptjax.plan.arithmetic import product_flops, silent_kernels
 from gptjax.plan.collectives import Collective, collectives

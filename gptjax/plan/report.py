@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from gptjax.experiment import Experiment
+from gptjax.experiment.experiment import Experiment
 from gptjax.plan.chips import PRICED
 from gptjax.plan.collectives import KINDS, sent
 from gptjax.plan.compiled import Step

@@ -14,20 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import sharding
+from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.data.pipeline import Batches
-from gptjax.train import stop
-from gptjax.train.checkpoint import Checkpoints
-from gptjax.train.display import Display
+from gptjax.distributed import sharding
+from gptjax.monitor.display import Display
+from gptjax.monitor.metrics import Records
+from gptjax.monitor.profiling import Profile
+from gptjax.monitor.stragglers import Hosts
+from gptjax.monitor.times import Clock, memory
+from gptjax.monitor.watchdog import Watchdog
+from gptjax.train import preemption
 from gptjax.train.divergence import Diverged, Skip
-from gptjax.train.hosts import Hosts
-from gptjax.train.profiling import Profile
 from gptjax.train.program import Program, program
-from gptjax.train.records import Records
 from gptjax.train.stage import Stage
 from gptjax.train.state import State
-from gptjax.train.times import Clock, memory
-from gptjax.train.watchdog import Watchdog
 from gptjax.types import Batch, Metrics, Params, UserError
 
 Sampler = Callable[[Params, str], str]
@@ -96,7 +96,7 @@ def train(
         if done >= stage.steps and not due:
             return functions.merge(state.best, *frozen)
 
-        stopping = stack.enter_context(stop.signals())
+        stopping = stack.enter_context(preemption.signals())
         tokens, flops = stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
         display = stack.enter_context(Display(name, stage.steps, tokens, flops, done))
         extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint}
@@ -139,7 +139,7 @@ class _Run:
     hosts: Hosts
     watchdog: Watchdog
 
-    def catch_up(self, state: State, validation: Iterable[Batch], stopping: stop.Stop) -> None:
+    def catch_up(self, state: State, validation: Iterable[Batch], stopping: preemption.Stop) -> None:
         """The evaluation of a step that was saved without it."""
         done = int(state.step)
         loss = self.evaluate(state, done, validation, stopping)
@@ -148,7 +148,12 @@ class _Run:
         self.checkpoints.rank(done, loss)
 
     def steps(
-        self, state: State, batches: Batches, validation: Iterable[Batch], stopping: stop.Stop, extra: dict[str, Any]
+        self,
+        state: State,
+        batches: Batches,
+        validation: Iterable[Batch],
+        stopping: preemption.Stop,
+        extra: dict[str, Any],
     ) -> State:
         """From this state to the end of the stage. Raises `Diverged`, and KeyboardInterrupt when told to stop."""
         stage, done = self.stage, int(state.step)
@@ -226,7 +231,7 @@ class _Run:
             self.display.note(f"step {done} was left out: loss {values['loss']:.3g}")
         self.watchdog.tell(measured)
 
-    def evaluate(self, state: State, done: int, validation: Iterable[Batch], stopping: stop.Stop) -> float | None:
+    def evaluate(self, state: State, done: int, validation: Iterable[Batch], stopping: preemption.Stop) -> float | None:
         """The validation loss, recorded and shown, with samples of text. None, and nothing of it recorded, when told to
         stop before it is through."""
         params, total, texts = state.best, None, []

@@ -15,7 +15,7 @@ import pytest
 from gptjax import data
 from gptjax.evals import BitsPerByte
 from gptjax.evals.bits_per_byte import negative_log_likelihood
-from gptjax.language_model import LanguageModel
+from gptjax.models.language_model import LanguageModel
 from gptjax.nn import LearnedPositions, Transformer, TransformerConfig
 from gptjax.types import UserError
 

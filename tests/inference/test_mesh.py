@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from gptjax.data.tokenizers.bytes import Bytes
-from gptjax.experiment import Experiment
+from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.experiment.experiment import Experiment
 from gptjax.inference.generate import generate, prefill
 from gptjax.inference.sampling import Sampling
-from gptjax.language_model import LanguageModel
+from gptjax.models.language_model import LanguageModel
 from gptjax.nn import MixtureOfExperts, MultiHeadLatentAttention, TransformerConfig
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.types import UserError
 
 TOKENIZER = Bytes().build(iter(()))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from gptjax.distributed.sharding import Mesh, Rules
 from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.huggingface import from_tensors, load_hf, read_kind, read_labels, save_hf, to_tensors
 from gptjax.interop.safetensors import SINGLE
@@ -22,7 +23,6 @@ from gptjax.nn import (
     Variant,
     count,
 )
-from gptjax.sharding import Mesh, Rules
 from gptjax.types import UserError
 
 # fmt: off

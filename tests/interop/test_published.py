@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from gptjax.distributed.parameters import declared
 from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.multimodal import text_fields
 from gptjax.nn import (
@@ -18,7 +19,6 @@ from gptjax.nn import (
     T5Bias,
     YaRN,
 )
-from gptjax.parameters import declared
 
 # fmt: off
 LLAMA_3 = {

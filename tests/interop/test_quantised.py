@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from gptjax.distributed.sharding import Mesh, Rules
 from gptjax.interop.huggingface import from_tensors, to_tensors
 from gptjax.interop.quantised import dequantised
 from gptjax.nn import ClampedSwiGLU, MixtureOfExperts, MultiHeadAttention, Softmax, TransformerConfig
-from gptjax.sharding import Mesh, Rules
 from gptjax.types import UserError
 
 NUMBERS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)

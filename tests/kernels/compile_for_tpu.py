@@ -26,13 +26,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.distributed.sharding import STANDARD, Mesh
 from gptjax.kernels.attention import Mask, attention
 from gptjax.kernels.experts import grouped_dot
 from gptjax.nn import Transformer, TransformerConfig, Variant
 from gptjax.nn.remat import rematerialised
 from gptjax.objectives.next_token import NextToken
 from gptjax.optim.optimizers import AdamW
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch

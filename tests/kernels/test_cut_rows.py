@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import sharding
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh
 from gptjax.kernels.attention import Mask, attention, balance
 from gptjax.nn import (
     ALiBi,
@@ -24,7 +25,6 @@ from gptjax.objectives import NextToken
 from gptjax.plan import hlo
 from gptjax.plan.arithmetic import product_flops
 from gptjax.plan.collectives import collectives
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.types import Batch, UserError
 
 MESHES = {"context 4": Mesh(data=2, context=4), "context 2, tensor 2": Mesh(data=2, context=2, tensor=2)}

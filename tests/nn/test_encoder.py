@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import sharding
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh
 from gptjax.nn import (
     GELU,
     Encoder,
@@ -18,7 +19,6 @@ from gptjax.nn import (
     Transform,
     make_cache,
 )
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.types import UserError
 
 PLAIN = EncoderConfig(vocab=32, layers=2, width=16, heads=4)

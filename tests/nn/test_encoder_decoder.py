@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import sharding
 from gptjax.data.tokenizers import Bytes
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.sequence_to_sequence import respond
 from gptjax.nn import (
@@ -26,7 +27,6 @@ from gptjax.nn import (
     TransformerConfig,
     encoder_decoder,
 )
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.types import UserError
 
 SIZES = {"vocab": 32, "layers": 2, "width": 16, "heads": 4}

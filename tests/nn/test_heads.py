@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax import sharding
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh
 from gptjax.nn import (
     Classifier,
     ClassifierConfig,
@@ -22,7 +23,6 @@ from gptjax.nn import (
     TransformerConfig,
 )
 from gptjax.objectives import Classification
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Labelled

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from gptjax import optim, sharding
+from gptjax import optim
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh, Rules
 from gptjax.nn import DoRA, LoRA, Transformer, TransformerConfig, Variant, count
 from gptjax.objectives import NextToken
-from gptjax.sharding import STANDARD, Mesh, Rules
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import optim, sharding
+from gptjax import optim
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh, Rules
 from gptjax.kernels import experts as kernel
 from gptjax.nn import GELU, ClampedSwiGLU, Layer, MixtureOfExperts, Router, Sigmoid, Softmax, SwiGLU
-from gptjax.sharding import STANDARD, Mesh, Rules
 from gptjax.types import UserError
 
 D, F = 16, 24

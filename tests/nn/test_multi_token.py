@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gptjax import sharding
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh
 from gptjax.nn import MultiTokenConfig, Transformer, TransformerConfig, make_cache
 from gptjax.objectives import MultiToken, NextToken
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import sharding
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh
 from gptjax.nn import (
     ALiBi,
     Layer,
@@ -27,7 +28,6 @@ from gptjax.nn import (
     YaRN,
 )
 from gptjax.nn.positions import scaling
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.types import UserError
 
 SCALINGS = {

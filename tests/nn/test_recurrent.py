@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax import sharding
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh
 from gptjax.nn import (
     GRU,
     LSTM,
@@ -25,7 +26,6 @@ from gptjax.nn import (
     make_cache,
 )
 from gptjax.objectives import NextToken
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError

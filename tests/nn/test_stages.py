@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import sharding
 from gptjax.data.tokenizers.bytes import Bytes
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.nn import MixtureOfExperts, MultiHeadAttention, Softmax, TransformerConfig, ValueResidual, Variant
@@ -18,7 +19,6 @@ from gptjax.objectives import NextToken
 from gptjax.optim import AdamW, Muon
 from gptjax.plan import hlo
 from gptjax.plan.collectives import collectives
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import sharding
+from gptjax.distributed import sharding
+from gptjax.distributed.parameters import flat, matrix
+from gptjax.distributed.sharding import STANDARD, Mesh, Rules
 from gptjax.nn import (
     GELU,
     LSTM,
@@ -38,8 +40,6 @@ from gptjax.nn import (
     unstack,
 )
 from gptjax.nn.remat import POLICIES
-from gptjax.parameters import flat, matrix
-from gptjax.sharding import STANDARD, Mesh, Rules
 from gptjax.types import UserError
 
 BASE = TransformerConfig(vocab=32, layers=2, width=16, heads=4, kv_heads=2)

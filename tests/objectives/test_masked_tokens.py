@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax import sharding
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh
 from gptjax.nn import Encoder, EncoderConfig
 from gptjax.objectives import MaskedTokens
-from gptjax.sharding import STANDARD, Mesh
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError

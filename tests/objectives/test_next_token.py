@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.distributed.sharding import Mesh, use
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.objectives import NextToken
-from gptjax.sharding import Mesh, use
 from gptjax.types import Batch, UserError
 
 B, T, V = 4, 6, 16

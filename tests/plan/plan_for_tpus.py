@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 from experiments.quickstart import experiment as quickstart
+from gptjax.distributed.sharding import Mesh
 from gptjax.nn import GELU, MixtureOfExperts, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.optim import AdamW
@@ -14,7 +15,6 @@ from gptjax.plan.collectives import sent
 from gptjax.plan.compiled import Step, compile_step
 from gptjax.plan.estimate import estimate
 from gptjax.plan.topology import Target
-from gptjax.sharding import Mesh
 
 LAYERS, WIDTH, LENGTH = 1, 256, 1024
 DENSE = TransformerConfig(

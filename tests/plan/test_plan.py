@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.experiment import Experiment
+from gptjax.distributed.parameters import by_name, matrix
+from gptjax.distributed.sharding import Mesh
+from gptjax.experiment.experiment import Experiment
 from gptjax.nn import MixtureOfExperts
 from gptjax.optim import AdamW, Muon
-from gptjax.parameters import by_name, matrix
 from gptjax.plan import changes, command, compiled, hlo
 from gptjax.plan.arithmetic import product_flops
 from gptjax.plan.changes import LONG, Change, meshes
@@ -27,7 +28,6 @@ from gptjax.plan.compiled import Memory, Step, compile_step
 from gptjax.plan.estimate import estimate
 from gptjax.plan.topology import Target
 from gptjax.plan.traffic import moved
-from gptjax.sharding import Mesh
 from gptjax.types import UserError
 
 D, F, B = 64, 128, 16
@@ -323,7 +323,7 @@ def test_a_plan_for_tpus():
     tiny = ["--model.layers", "2", "--model.width", "128", "--model.heads", "2", "--model.dtype", "bfloat16"]
     arguments = ["plan", "quickstart", "--on", "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "4", *tiny]
     run = subprocess.run(
-        [sys.executable, "-m", "gptjax.cli", *arguments],
+        [sys.executable, "-m", "gptjax.cli.main", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -341,7 +341,7 @@ def test_every_generation_makes_a_mesh():
     program = """
 from gptjax.plan.chips import CHIPS
 from gptjax.plan.topology import Target
-from gptjax.sharding import Mesh
+from gptjax.distributed.sharding import Mesh
 for kind, chip in CHIPS.items():
     target = Target.parse(f"{kind}:" + "x".join(["2", "2", "1"][: chip.dimensions]))
     target.prepare()

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import data, optim, sharding
+from gptjax import data, optim
+from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh, Rules
+from gptjax.monitor import metrics as train_records
+from gptjax.monitor.metrics import Records
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.objectives import NextToken
-from gptjax.sharding import STANDARD, Mesh, Rules
-from gptjax.train import records as train_records
-from gptjax.train.checkpoint import Checkpoints
 from gptjax.train.divergence import Diverged, RollBack, Skip, Stop
 from gptjax.train.loop import train
 from gptjax.train.program import program
-from gptjax.train.records import Records
 from gptjax.train.stage import Stage
 from gptjax.types import Batch, UserError
 

@@ -19,14 +19,14 @@ import pytest
 from jax.experimental import multihost_utils
 
 from gptjax import data, optim
+from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.monitor import metrics as train_records
+from gptjax.monitor.metrics import Records
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.objectives import NextToken
-from gptjax.train import records as train_records
+from gptjax.train import preemption
 from gptjax.train import state as train_state
-from gptjax.train import stop
-from gptjax.train.checkpoint import Checkpoints
 from gptjax.train.loop import Diverged, train
-from gptjax.train.records import Records
 from gptjax.train.stage import Stage
 from gptjax.types import UserError
 
@@ -155,7 +155,7 @@ def test_moments_to_stop_at_are_counted_from_stage_to_stage(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or len(asked) == 5)
     for stage in ([False, False, False], [False, True, True]):  # and once agreed on it stays so
-        with stop.signals() as stopping:
+        with preemption.signals() as stopping:
             assert [stopping.now() for _ in stage] == stage
     assert asked == [*range(asked[0], asked[0] + 5)]
 

@@ -14,10 +14,11 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax import optim, sharding
+from gptjax import optim
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import STANDARD, Mesh, Rules
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.objectives import NextToken
-from gptjax.sharding import STANDARD, Mesh, Rules
 from gptjax.train import state as train_state
 from gptjax.train.state import State
 from gptjax.train.step import make_step

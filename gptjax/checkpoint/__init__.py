@@ -1,0 +1,1 @@
+"""Checkpoints, the manifest that vouches for each, a mirror of the run folder in a bucket."""

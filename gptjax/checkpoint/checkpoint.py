@@ -1,0 +1,318 @@
+"""Checkpoints: written by Orbax in the background, and checked byte by byte before they are trusted again.
+
+    with Checkpoints("runs/small/checkpoints") as checkpoints:
+        start = checkpoints.restore(abstract_state).state if checkpoints.steps() else fresh_state
+        ...
+        checkpoints.save(step, state, extra={"input": batches.state()}, loss=validation_loss)
+
+Orbax writes a checkpoint whole or not at all, but it loads a flipped bit without a word and never turns to an older
+one. So each checkpoint that it has committed gets a manifest: what it holds, and the size and SHA-256 of all its files.
+A folder without a manifest is unfinished; one that disagrees with it is damaged; then the checkpoint before is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from etils import epath  # pathlib that also knows gs://
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from gptjax.checkpoint import manifest
+from gptjax.distributed import processes
+from gptjax.types import UserError, one_line
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_DAY = 24 * 60 * 60  # seconds
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held."""
+
+    step: int
+    state: Any
+    extra: dict[str, Any]
+    loss: float | None
+    """Validation loss, if it was known."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`, a local path or gs://. Only one job may save there.
+
+    Kept are the newest `keep` and, besides, the `best` of lowest validation loss. Every method that touches the disk
+    first waits for the save under way, and raises UserError if that failed: a full disk is heard of at the next call.
+
+    Several processes of a job must make the same calls, in a folder that they share: each reads and hashes its part of
+    the files, and what the first finds there holds for all.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 2, best: int = 1):
+        if keep < 1 or best < 0:
+            raise UserError(f"checkpoints: got keep={keep}, best={best}; keep must be at least 1 and best at least 0")
+        path = epath.Path(folder).expanduser()
+        self.folder = path if path.is_absolute() else path.resolve()  # resolve() would spoil gs://
+        self.keep = keep
+        self.best = best
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._restored: int | None = None
+        self._saves = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def wait(self) -> None:
+        """Waits for the save under way. Raises UserError if it failed."""
+        if self._pending is not None:
+            try:
+                self._pending.result()
+            finally:
+                if self._pending.done():  # not so when Ctrl-C ended the wait
+                    self._pending = None
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any], loss: float | None = None) -> None:
+        """Copies the state to the host and returns; the files are written behind the training loop's back.
+
+        state: any tree of `jax.Array`s, typed keys too. It may be donated or deleted as soon as this returns.
+        extra: what JSON can hold: input position, resolved configuration, tokenizer fingerprint, stage.
+        loss:  validation loss, if it is known at this step.
+
+        The first save after a restore drops the checkpoints later than the restored one: they are damaged, or belong to
+        a future that is being rewritten. Raises UserError when the folder is full or can't be written to (from the next
+        call, if it turns out only later), and ValueError when there is already a checkpoint of this step.
+        """
+        self.wait()
+        content = {"step": step, "loss": None if loss is None else float(loss), "extra": json.loads(json.dumps(extra))}
+        try:
+            self._tidy()
+            if processes.gather(step in self._committed())[0]:
+                raise ValueError(f"checkpoints: there is already one of step {step} in {self.folder}")
+            response = _orbax().save_async(self.folder / str(step), state)
+        except OSError as error:
+            raise self._failure(step, error) from error
+        self._saves += 1
+        self._pending = self._thread.submit(self._finish, step, content, response)
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
+        """The newest checkpoint that is sound, or the one of `step`.
+
+        abstract_state: the tree to fill, of `jax.ShapeDtypeStruct`s (or arrays). Leaves are read straight into their
+        shardings, whatever the mesh and the number of devices they were saved from; what `jax.eval_shape` gives under
+        a mesh will do. A leaf without a sharding is copied to all devices of the current mesh; without a mesh, it goes
+        to the first device. Values are cast to the dtypes asked for.
+
+        Damaged and unfinished checkpoints are named in a warning and passed over. Raises UserError when none is sound,
+        or when the sound one does not fit `abstract_state`.
+        """
+        step, content = self._sound(step)
+        state = self._load(step, abstract_state, self._saved(step))
+        self._restored = step
+        return Restored(step, state, content["extra"], content["loss"])
+
+    def restore_params(self, step: int | None = None, *, ema: bool = False, abstract_params: Any = None) -> Restored:
+        """As `restore`, but only the state's `params`, a nested dict, without the optimizer's share of the bytes.
+
+        ema: prefer the moving average of the parameters, the state's `ema`, where the checkpoint has one.
+        abstract_params: as in `restore`; without it, shapes and dtypes are those saved, on the first device.
+        """
+        step, content = self._sound(step)
+        saved = self._saved(step)
+        name = "ema" if ema and saved.get("ema") else "params"
+        if abstract_params is None:
+            abstract_params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved[name])
+        params = self._load(step, {name: abstract_params}, {name: saved[name]})[name]
+        return Restored(step, params, content["extra"], content["loss"])
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first. Whether they are sound is not looked into."""
+        self.wait()
+        return processes.gather(self._finished())[0]
+
+    def complete(self, step: int) -> bool:
+        """Whether there is a sound checkpoint of that step, whose validation loss is known."""
+        self.wait()
+        if self._fault(step) is not None:
+            return False
+        return processes.gather((manifest.read(self.folder / str(step)) or {}).get("loss") is not None)[0]
+
+    def rank(self, step: int, loss: float) -> None:
+        """Adds the validation loss of a checkpoint that was saved before it was known."""
+        self.wait()
+        try:
+            if jax.process_index() == 0:
+                manifest.amend(self.folder / str(step), loss=loss)
+            processes.meet("a checkpoint is ranked")
+        except OSError as error:
+            raise self._failure(step, error) from error
+
+    def latest_step(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step of lowest validation loss among those kept."""
+        self.wait()
+        return processes.gather(next(iter(self._ranked()), None))[0]
+
+    def _committed(self) -> list[int]:
+        """Steps of all checkpoint folders, finished or not, oldest first."""
+        if not self.folder.exists():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+
+    def _finished(self) -> list[int]:
+        return [step for step in self._committed() if manifest.finished(self.folder / str(step))]
+
+    def _ranked(self) -> list[int]:
+        """Steps that have a finite loss, best first."""
+        contents = {step: manifest.read(self.folder / str(step)) for step in self._committed()}
+        losses = {step: content.get("loss") for step, content in contents.items() if content}
+        finite = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        return sorted(finite, key=lambda step: (finite[step], -step))
+
+    def _fault(self, step: int) -> str | None:
+        """What is wrong with a checkpoint; the processes share the reading."""
+        found = processes.gather(manifest.fault(self.folder / str(step), jax.process_index(), jax.process_count()))
+        return next((fault for fault in found if fault is not None), None)
+
+    def _sound(self, step: int | None) -> tuple[int, dict[str, Any]]:
+        """The step to use, and what its manifest says."""
+        self.wait()
+        candidates = processes.gather(self._committed()[::-1])[0] if step is None else [step]
+        faults = []
+        for candidate in candidates:
+            if (fault := self._fault(candidate)) is None:
+                content = manifest.read(self.folder / str(candidate))
+                assert content is not None, "it is sound"
+                return candidate, content
+            if jax.process_index() == 0:
+                _log.warning("checkpoint %s: %s; it is not used", self.folder / str(candidate), fault)
+            faults.append(f"step {candidate}: {fault}")
+        found = "; ".join(faults) or "there is none"
+        raise UserError(
+            f"checkpoints: no usable one in {self.folder} ({found}); restore a copy, or delete it to start again"
+        )
+
+    def _saved(self, step: int) -> dict[str, Any]:
+        """The saved tree, as nested dicts and lists, with shapes and dtypes in place of the arrays."""
+        return _orbax().metadata(self.folder / str(step)).metadata
+
+    def _load(self, step: int, abstract: Any, saved: Any) -> Any:
+        """Fills the abstract tree, which must have what the tree `saved` has: all that was saved, or a part of it."""
+        folder = self.folder / str(step)
+        there, here = _shapes(saved), _shapes(abstract)  # compared by us, as Orbax's own refusal is noisy
+        if there != here:
+            name = sorted(name for name in there | here if there.get(name) != here.get(name))[0]
+            raise UserError(
+                f"checkpoint {folder}: does not fit this configuration: {name} is {there.get(name, 'absent')} there "
+                f"and {here.get(name, 'absent')} here; use the configuration it was made with"
+            )
+        ocp = _orbax()
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return ocp.load(folder, jax.tree.map(_placed, abstract))
+
+    def _finish(self, step: int, content: dict[str, Any], response: Any) -> None:
+        """Runs on our thread: from Orbax's commit to a finished checkpoint, and only then are older ones deleted. The
+        processes share the reading, and none is done before the manifest is there: the first must not lose them."""
+        folder, process, processes = self.folder / str(step), jax.process_index(), jax.process_count()
+        try:
+            response.result()
+            with self._together(f"{step} is finished"):
+                with self._together(f"{step} is read"):
+                    files = manifest.digests(folder, process, processes)
+                    if process:
+                        manifest.leave(folder, process, files)
+                if process == 0:
+                    manifest.write(folder, content, files | manifest.collect(folder, processes))
+                    kept = {*self._committed()[-self.keep :], *self._ranked()[: self.best]}
+                    for old in set(self._committed()) - kept:
+                        manifest.delete(self.folder / str(old))
+            if not manifest.finished(folder):
+                raise OSError("the first process could not finish it")
+        except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
+            with contextlib.suppress(OSError):
+                self._tidy()
+            raise self._failure(step, error) from error
+
+    @contextlib.contextmanager
+    def _together(self, what: str) -> Iterator[None]:
+        """Leaves, by an error too, when all processes do. Unlike `processes.meet` it may be on any thread, for nothing
+        is sent between devices; the bound is one that no disk needs, as a process that is gone is noticed before."""
+        try:
+            yield
+        finally:
+            meeting = _orbax().multihost.sync_global_processes
+            asyncio.run(meeting(f"{self.folder}/{what}", operation_id=f"gptjax.{self._saves}", timeout=_DAY))
+
+    def _tidy(self) -> None:
+        """Makes the folder and deletes what is of no use: unfinished saves, and the future that a restore left."""
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in list(self.folder.iterdir()):
+                step = int(path.name) if path.name.isdecimal() else None
+                abandoned = step is not None and self._restored is not None and step > self._restored
+                unfinished = step is not None and not manifest.finished(path)
+                if abandoned or unfinished or _TEMPORARY in path.name:
+                    manifest.delete(path)
+        self._restored = None
+
+    def _failure(self, step: int, error: Exception) -> UserError:
+        finished = self._finished()
+        last = f"the last good one is of step {finished[-1]}" if finished else "there is no earlier one"
+        return UserError(
+            f"checkpoints: could not write step {step} to {self.folder} ({one_line(error)}); "
+            f"free some space or make it writable; {last}"
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each leaf by its path, such as "params/blocks/mlp/up"."""
+
+    def shape(leaf: Any) -> tuple[int, ...]:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        return tuple(leaf.shape)
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): shape(leaf) for path, leaf in leaves}
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The leaf with a sharding: without one, Orbax would use that of the saving run."""
+    sharding, mesh = leaf.sharding, jax.sharding.get_mesh()
+    if sharding is None:
+        sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@functools.cache
+def _orbax():
+    """Orbax, imported late as it takes seconds. It logs every failed write by pages, and raises it: that's enough."""
+    from orbax.checkpoint import v1
+
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    return v1

@@ -1,0 +1,1 @@
+"""The command line: `gptjax run | chat | generate | eval | convert | plan | tokenizer`."""

@@ -1,0 +1,130 @@
+"""A conversation with a model in a terminal: what `gptjax chat` runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Nothing heavier up here: --help must not wait for jax.
+if TYPE_CHECKING:
+    from gptjax.data.chat import Message
+    from gptjax.models.language_model import LanguageModel
+
+COMMANDS = """\
+/reset          begin a new conversation
+/system TEXT    begin a new one with this system prompt; without a text, with none
+/save FILE      add the conversation to a .jsonl file, to look at or to train on
+/help           this list
+/quit           leave, as Ctrl-D does"""
+
+
+class Chat:
+    """A conversation in a terminal; or over a pipe, where each line is a message and only the answers are printed."""
+
+    def __init__(self, model: LanguageModel, system: str | None, options: dict[str, Any]):
+        self.model, self.options = model, options
+        self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.reset(system)
+
+    def reset(self, system: str | None) -> None:
+        from gptjax.data.chat import Message
+
+        self.system = system
+        self.messages: list[Message] = [Message("system", system)] if system else []
+        self.left_out = 0
+
+    def run(self) -> None:
+        """Until the end of the input."""
+        if self.terminal:
+            with contextlib.suppress(ImportError):  # absent on Windows
+                import readline  # noqa: F401  (gives input() editing and history)
+            print("Type a message, or /help. Ctrl-C stops an answer, Ctrl-D leaves.\n")
+        while True:
+            try:
+                line = input("> " if self.terminal else "").strip()
+            except EOFError:
+                if self.terminal:
+                    print()
+                return
+            except KeyboardInterrupt:
+                if not self.terminal:
+                    raise
+                print("\n(Ctrl-D leaves)")
+                continue
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                self.command(line)
+            elif line:
+                self.say(line)
+
+    def say(self, text: str) -> None:
+        """Sends a message and shows the answer."""
+        from gptjax.data.chat import Message
+        from gptjax.types import UserError
+
+        messages = [*self.messages, Message("user", text)]
+        try:
+            _, left_out = self.model.trim(messages, self.options["max_tokens"])
+            if left_out > self.left_out:
+                note(f"the oldest {left_out} messages no longer fit the model's context and are left out")
+            options = {**self.options, "seed": self.options["seed"] + len(messages)}
+            answer = show(self.model.stream_chat(messages, **options))
+        except UserError as error:
+            note(str(error))
+            return
+        self.left_out = left_out
+        self.messages = [*messages, Message("assistant", answer)]
+        if self.terminal:
+            print()
+
+    def command(self, line: str) -> None:
+        """Obeys a line that begins with a slash."""
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if name == "/help":
+            print(COMMANDS)
+        elif name == "/reset":
+            self.reset(self.system)
+            note("a new conversation")
+        elif name == "/system":
+            self.reset(argument or None)
+            note("a new conversation, " + ("with this system prompt" if argument else "without a system prompt"))
+        elif name == "/save" and argument:
+            self.save(Path(argument).expanduser())
+        else:
+            note(f"no command {line!r}; there are:\n{COMMANDS}")
+
+    def save(self, path: Path) -> None:
+        """Adds a line that `data.ChatJsonl` reads."""
+        content = {"messages": [dataclasses.asdict(message) for message in self.messages]}
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(content, ensure_ascii=False) + "\n")
+        except OSError as error:
+            note(f"not saved: {error}")
+        else:
+            note(f"{len(self.messages)} messages added to {path}")
+
+
+def show(pieces: Generator[str, None, Any]) -> str:
+    """Prints the pieces as they come, until they end or Ctrl-C. Returns what was printed."""
+    shown = []
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            shown.append(piece)
+    except KeyboardInterrupt:
+        pieces.close()
+    print(flush=True)
+    return "".join(shown)
+
+
+def note(text: str) -> None:
+    """Says something that is not the model's."""
+    print(f"({text})", file=sys.stderr, flush=True)

@@ -1,0 +1,252 @@
+"""The command line: `gptjax run | chat | generate | eval | convert | plan | tokenizer`; each has --help."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from gptjax.cli.chat import Chat, show
+from gptjax.cli.convert import convert
+from gptjax.distributed import processes
+
+# Nothing heavier up here: --help must not wait for jax.
+if TYPE_CHECKING:
+    from gptjax.models.language_model import LanguageModel
+
+Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
+
+app = tyro.extras.SubcommandApp()
+tokenizer = tyro.extras.SubcommandApp()
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How the next token is drawn; filters apply in this order, after the repetition penalty. What is none is as the
+    model's authors recommend, or, where they don't, at temperature 0.8 and top-p 0.95."""
+
+    temperature: float | None = None
+    """Above 1 bolder, below 1 safer; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens that hold this much of the probability."""
+    min_p: float | None = None
+    """Draw from tokens at least this fraction as likely as the likeliest."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens of the prompt and of the text so far less likely."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    stop: tuple[str, ...] = ()
+    """Texts to stop before."""
+    max_tokens: int | None = None
+    """Longest text; none: 256, or what the model's context leaves."""
+
+    def options(self) -> dict[str, Any]:
+        """For `LanguageModel.stream` and its like."""
+        from gptjax.inference import Sampling
+
+        fields = dataclasses.asdict(self)
+        sampling = {field.name: fields.pop(field.name) for field in dataclasses.fields(Sampling)}
+        said = {name: value for name, value in sampling.items() if value is not None}
+        Sampling(**said)  # a mistake is found before the model is read
+        return {**fields, **said}
+
+
+@app.command
+def generate(
+    path: Model,
+    prompt: str | None = None,
+    samples: int = 1,
+    drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing(),
+) -> None:
+    """Write on after a prompt, showing the text as it comes.
+
+    Args:
+        path: A run folder, or one written by LanguageModel.save.
+        prompt: What to go on from; none: standard input.
+        samples: How many texts to write.
+    """
+    options = drawing.options()
+    text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
+    model = _drawing(_load(path))
+    if samples == 1:
+        show(model.stream(text, **options))
+        return
+    for i, completion in enumerate(model.generate(text, samples=samples, **options)):
+        print(f"--- {i + 1} ---\n{completion.text}")
+
+
+@app.command
+def chat(
+    path: Model,
+    system: str | None = None,
+    drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing(),
+) -> None:
+    """Talk with a model, a line at a time. Ctrl-C stops an answer, Ctrl-D leaves; /help lists what else there is.
+
+    Args:
+        path: A run folder, or one written by LanguageModel.save.
+        system: A text that says how the model should behave.
+    """
+    options = drawing.options()
+    model = _drawing(_load(path))
+    Chat(model, system, options).run()
+
+
+app.command(convert)
+
+
+@app.command(name="eval")
+def evaluate(path: Model, text: str | None = None) -> None:
+    """Measure a model: bits per byte beside `xz -9`'s, on a text or on what its experiment names.
+
+    Args:
+        path: A run folder, or one written by LanguageModel.save.
+        text: A text file to measure on; none: the evaluations of the run's stages.
+    """
+    from gptjax.data import Text
+    from gptjax.evals import BitsPerByte
+
+    model = _load(path)
+    if text is not None:
+        evaluations = [BitsPerByte(Text(text, validation=0.0), split="train", length=model.context or 256)]
+    else:
+        evaluations = _evaluations(path)
+    for evaluation in evaluations:
+        result = evaluation(model)
+        print(f"# {result.title}\n\n{result.markdown}\n")
+
+
+@app.command
+def plan(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")], on: str) -> None:
+    """Say whether an experiment fits on chips that are elsewhere, how long it takes there and what it costs; see
+    `gptjax plan --help`.
+
+    Args:
+        name: An experiment, or the path of a .py file.
+        on: The chips, such as v5e:4x4, v5p:4x4x4 or cpu:8.
+    """
+    raise AssertionError(f"main hands plan {name} {on} on: it takes overrides, which tyro cannot list here")
+
+
+@app.command
+def run(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]) -> None:
+    """Train an experiment, or resume it; the same as `python -m experiments`. See `gptjax run --help`.
+
+    Args:
+        name: A shipped experiment, or the path of a .py file.
+    """
+    raise AssertionError(f"main hands run {name} on: it takes overrides, which tyro cannot list here")
+
+
+@tokenizer.command
+def train(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "unigram"] = "bpe") -> None:
+    """Train a SentencePiece tokenizer that gives every text back exactly.
+
+    Args:
+        files: Text files, or globs; each file is a document.
+        out: The folder to write; it must not exist.
+        vocab: Ids in all: special tokens, 256 bytes and learned pieces.
+        kind: How the pieces are chosen; bpe trains much faster.
+    """
+    from gptjax.data import TrainSentencePiece
+    from gptjax.types import UserError
+
+    if out.exists():
+        raise UserError(f"out: got {out}, which exists already; choose another folder")
+    trained = TrainSentencePiece(vocab, kind).build(_documents(files))
+    trained.save(out)
+    print(f"{trained.vocab:,} ids in {out}")
+
+
+@tokenizer.command
+def report(path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")], files: Files) -> None:
+    """Say what a tokenizer makes of some text: bytes per token, fallback to bytes, speed.
+
+    Args:
+        path: What load_tokenizer takes: a folder, a file, or a published name such as gpt2.
+        files: Text files, or globs; each file is a document.
+    """
+    from gptjax.data.tokenizers import load_tokenizer
+    from gptjax.data.tokenizers import report as measure
+
+    print(measure(load_tokenizer(path), _documents(files)))
+
+
+app.command(tokenizer, name="tokenizer", help="Train a tokenizer, or say what one makes of some text.")
+
+
+def _documents(files: Sequence[str]) -> Generator[str]:
+    from gptjax.data import Text
+
+    for file in files:
+        yield from Text(file, validation=0.0).documents("train")
+
+
+def _evaluations(path: Path) -> list[Any]:
+    from gptjax.config import from_json
+    from gptjax.types import UserError
+
+    experiment = json.loads((path / "config.json").read_text()).get("experiment")
+    evaluations = [e for s in experiment["stages"].values() for e in s["evaluations"]] if experiment else []
+    if not evaluations:
+        raise UserError(f"text: got none, and {path} names no evaluation; give a text file with --text")
+    return [from_json(evaluation) for evaluation in evaluations]
+
+
+def _load(path: Path) -> LanguageModel:
+    from gptjax.models.loading import load
+
+    return load(path)
+
+
+def _drawing(model: LanguageModel) -> LanguageModel:
+    """The model, with a way to draw the next token if its authors name none."""
+    from gptjax.inference import Sampling
+
+    return dataclasses.replace(model, sampling=model.sampling or Sampling(temperature=0.8, top_p=0.95))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0 done, 1 a plan that does not fit, 2 a mistake in the input,
+    130 interrupted."""
+    processes.prepare()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if arguments[:1] == ["plan"]:
+            from gptjax.plan import command
+
+            return command.main(arguments[1:])
+        if arguments[:1] == ["run"]:
+            from gptjax.cli import run
+
+            return run.main(arguments[1:])
+        app.cli(prog="gptjax", description=__doc__, args=arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `gptjax generate ... | head` has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UnicodeDecodeError:
+        print("error: standard input: got bytes that are not UTF-8, must be text", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        from gptjax.types import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Configurations: trees of frozen dataclasses. Here they become JSON and come back, are compared, and are overridden
+from the command line. A leaf is a str, int, float, bool, None or Path; dataclasses, tuples and dicts hold the leaves.
+
+Every value has a name, the path that leads to it: `model.positions.theta`. A dict of dataclasses lends its keys and
+leaves out its own name: `stages={"pretrain": Stage(steps=100)}` has `pretrain.steps`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from gptjax.types import UserError
+
+Config = TypeVar("Config")
+
+OWN_PACKAGES = ("gptjax",)
+"""Where `from_json` may import a module; elsewhere it takes only what the program imported itself."""
+
+
+def to_json(config: Any) -> Any:
+    """The configuration as what `json.dump` takes: a dataclass is `{"class": "gptjax.nn.positions.RoPE", "theta": 1e4}`
+    and a tuple is a list. Raises UserError, naming the value, for what `from_json` could not give back."""
+    return _to_json(config, "configuration")
+
+
+def _to_json(value: Any, name: str) -> Any:
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Path):
+        return {"class": "pathlib.Path", "path": str(value)}
+    if isinstance(value, tuple):
+        return [_to_json(item, f"{name}.{i}") for i, item in enumerate(value)]
+    if _is_dataclass(value):
+        if "." in type(value).__qualname__:
+            raise UserError(f"{name}: class {type(value).__qualname__} must be defined at the top level of a module")
+        fields = {f.name: _to_json(getattr(value, f.name), f"{name}.{f.name}") for f in _fields(value)}
+        return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+    if isinstance(value, dict) and all(isinstance(key, str) and key != "class" for key in value):
+        return {key: _to_json(item, f"{name}.{key}") for key, item in value.items()}
+    raise UserError(
+        f"{name}: got {_short(value)} ({type(value).__name__}), must be a str, int, float, bool, None, Path, "
+        "dataclass, tuple, or dict with string keys other than 'class'"
+    )
+
+
+def from_json(data: Any) -> Any:
+    """The configuration that `to_json` wrote: `from_json(json.loads(json.dumps(to_json(c)))) == c`. A field that is
+    lacking gets its default. The only things called are dataclasses, of this package or of a module that is already
+    imported. Raises UserError for a class or field that doesn't exist, and for a field that has no default."""
+    return _from_json(data, "configuration")
+
+
+def _from_json(data: Any, name: str) -> Any:
+    if isinstance(data, list):
+        return tuple(_from_json(item, f"{name}.{i}") for i, item in enumerate(data))
+    if not isinstance(data, dict):
+        return data
+    fields = {key: _from_json(item, f"{name}.{key}") for key, item in data.items() if key != "class"}
+    if "class" not in data:
+        return fields
+    if data["class"] == "pathlib.Path" and fields.keys() == {"path"}:
+        return Path(fields["path"])
+    cls = _find_class(data["class"], name)
+    known = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in fields:
+        if key not in known:
+            raise UserError(
+                f"{name}.{key}: not a field of {data['class']}, which has {', '.join(known)}; "
+                "use the version of the code that wrote it"
+            )
+    for key, field in known.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and key not in fields:
+            raise UserError(
+                f"{name}.{key}: missing, and {data['class']} has no default for it; "
+                "use the version of the code that wrote it"
+            )
+    return cls(**fields)
+
+
+def _find_class(path: Any, name: str) -> Any:
+    module_name, _, class_name = str(path).rpartition(".")
+    if module_name.split(".")[0] in OWN_PACKAGES:
+        try:
+            importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module_name.startswith(error.name):
+                raise
+    cls = getattr(sys.modules.get(module_name), class_name, None)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise UserError(
+            f"{name}: got class {path}, must be a dataclass of gptjax or of an imported module; import its module first"
+        )
+    return cls
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    """What changes from a to b, a line each: `model.layers: 4 → 12`. Empty when they are equal."""
+    return list(_differences(a, b, ""))
+
+
+def _differences(a: Any, b: Any, name: str) -> Iterator[str]:
+    inside_a, inside_b = _children(a), _children(b)
+    if type(a) is type(b) and inside_a and inside_b:
+        for key in inside_a | inside_b:
+            path = f"{name}.{key}" if name else key
+            if key not in inside_b:
+                yield f"{path}: {_short(inside_a[key])} → nothing"
+            elif key not in inside_a:
+                yield f"{path}: nothing → {_short(inside_b[key])}"
+            else:
+                yield from _differences(inside_a[key], inside_b[key], path)
+    elif a != b:
+        yield f"{name or 'configuration'}: {_short(a)} → {_short(b)}"
+
+
+def override(config: Config, arguments: Sequence[str], prog: str, description: str) -> Config:
+    """The configuration with arguments like `--model.layers 12 --pretrain.steps=100` applied. Types are those of the
+    fields; a field that holds a dataclass is narrowed to the class that it holds. `--help` prints the description and
+    every option with its field's docstring, and exits. Raises UserError for an unknown option or a bad value."""
+    import tyro
+
+    names = list(_names(config, ""))
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            changed, unknown = tyro.cli(
+                type(config),
+                default=config,
+                args=arguments,
+                prog=prog,
+                description=description,
+                use_underscores=True,
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
+                registry=_as_held(),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise _rejection(stop, errors.getvalue()) from None
+    if unknown:
+        raise UserError(_unknown(unknown[0].partition("=")[0], names, prog))
+    return changed
+
+
+def _as_held() -> Any:
+    """A tyro registry in which a field has the type of the dataclasses that it holds, whatever base class, protocol or
+    union it is annotated with, and a dict of dataclasses lends its keys."""
+    import tyro
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+    registry = ConstructorRegistry()
+    asking = False
+
+    def as_held(field: StructFieldSpec) -> StructFieldSpec:
+        if _lends_keys(field.default):
+            return dataclasses.replace(field, type=Annotated[field.type, tyro.conf.arg(name="")])
+        if _is_dataclass(field.default) or (isinstance(field.default, tuple) and _children(field.default)):
+            return dataclasses.replace(field, type=_type(field.default))
+        return field
+
+    @registry.struct_rule
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal asking
+        if asking or not dataclasses.is_dataclass(info.type):
+            return None
+        asking = True  # so that the answer is of tyro's own rule for dataclasses, not of this one
+        spec = ConstructorRegistry.get_struct_spec(info)
+        asking = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        return dataclasses.replace(spec, fields=tuple(map(as_held, spec.fields)))
+
+    return registry
+
+
+def _type(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple[tuple(map(_type, value))]
+    return int | float if type(value) is int else type(value)  # (source, 1) may become (source, 0.5)
+
+
+def _rejection(stop: SystemExit, printed: str) -> UserError:
+    """tyro's reason to exit: the UserError of a `__post_init__` where there is one, else the first lines of its box."""
+    cause: BaseException | None = stop
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__context__
+    # A box has a title line and then rules between its paragraphs; the reason is its first one.
+    paragraphs = re.split(r"[─-]{5,}", re.sub(r"\x1b\[[0-9;]*m", "", printed))
+    lines = (line.strip(" │|╮+") for line in paragraphs[min(1, len(paragraphs) - 1)].splitlines())
+    reason, _, _ = " ".join(line for line in lines if line).partition(" Got errors:")
+    return UserError(reason.removeprefix("Error parsing ").removesuffix("."))
+
+
+def _unknown(option: str, names: Sequence[str], prog: str) -> str:
+    if not option.startswith("--"):
+        return f"got {option!r}, which belongs to no option; give values as --name value"
+    wanted = option[2:].replace("-", "_")
+    if wanted in names:
+        return f"{option}: cannot be set from the command line; change it in Python"
+    end = wanted.rpartition(".")[2]
+    ends = difflib.get_close_matches(end, {name.rpartition(".")[2] for name in names})
+    candidates = [name for name in names if name.rpartition(".")[2] in ends]
+    near = difflib.get_close_matches(wanted, candidates or names, n=3, cutoff=0.0 if candidates else 0.6)
+    hint = f"nearest: {', '.join('--' + name for name in near)}; " if near else ""
+    return f"no option {option}; {hint}see all with {prog} --help"
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _fields(value: Any) -> Iterator[dataclasses.Field]:
+    return (field for field in dataclasses.fields(value) if field.init)
+
+
+def _lends_keys(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0 and all(_is_dataclass(item) for item in value.values())
+
+
+def _children(value: Any) -> dict[str, Any]:
+    """The values one step inside a value, by name; empty for a leaf, which a tuple of leaves is too."""
+    if _is_dataclass(value):
+        inside = {}
+        for field in _fields(value):
+            item = getattr(value, field.name)
+            named = item if _lends_keys(item) else {field.name: item}
+            for key in named.keys() & inside.keys():
+                raise UserError(
+                    f"{field.name}: the name {key!r} is taken by a field of {type(value).__name__}; use another"
+                )
+            inside |= named
+        return inside
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, tuple) and any(_children(item) for item in value):
+        return {str(i): item for i, item in enumerate(value)}
+    return {}
+
+
+def _names(value: Any, name: str) -> Iterator[str]:
+    inside = _children(value)
+    if not inside and name:
+        yield name
+    for key, item in inside.items():
+        yield from _names(item, f"{name}.{key}" if name else key)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:99] + "…"

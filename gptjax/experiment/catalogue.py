@@ -1,0 +1,69 @@
+"""Finding experiments: the shipped ones by name, anybody's by the path of its file.
+
+    load("quickstart").experiment
+    load("path/to/mine.py").experiment
+
+Nothing heavy up here: listing the experiments must not wait for jax.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+PACKAGE = "gptjax.experiments"
+
+
+def names() -> dict[str, Path]:
+    """Name -> file of each shipped experiment, in alphabetical order."""
+    folders = importlib.import_module(PACKAGE).__path__
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.py"))
+    return {path.stem: path for path in files if not path.name.startswith("_")}
+
+
+def headline(path: Path) -> str:
+    """First line of a file's docstring, without importing the file."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def mistake(name: str) -> str | None:
+    """What is wrong with the name, or path, of an experiment; None: it can be loaded."""
+    known = list(names())
+    if name.endswith(".py"):
+        if Path(name).is_file():
+            return None
+        return f"no file {name!r}; give the path of an experiment, or one of: {', '.join(known)}"
+    if name in known:
+        return None
+    near = difflib.get_close_matches(name, known)
+    hint = f"the nearest: {', '.join(near)}" if near else f"there are: {', '.join(known)}"
+    return f"no experiment {name!r}; {hint}; or give the path of a .py file"
+
+
+def load(name: str) -> ModuleType:
+    """The experiment's module, imported as Python itself would: its classes have names that a saved configuration can
+    give and another program can import. Raises UserError where there is none, or it defines no `experiment`."""
+    from gptjax.types import UserError
+
+    if (wrong := mistake(name)) is not None:
+        raise UserError(wrong)
+    path = Path(name).resolve()
+    if not name.endswith(".py"):
+        module = importlib.import_module(f"{PACKAGE}.{name}")
+    elif path in {file.resolve() for file in names().values()}:
+        module = importlib.import_module(f"{PACKAGE}.{path.stem}")
+    else:
+        if not path.stem.isidentifier():
+            raise UserError(f"{name}: {path.stem!r} cannot be the name of a Python module; rename the file")
+        sys.path.insert(0, str(path.parent))
+        module = importlib.import_module(path.stem)
+        if Path(module.__file__ or "").resolve() != path:
+            raise UserError(f"{name}: there is another module named {path.stem!r}; rename the file")
+    if not hasattr(module, "experiment"):
+        raise UserError(f"{name}: defines no `experiment`; add `experiment = Experiment(...)` to the file")
+    return module

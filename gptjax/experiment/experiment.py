@@ -1,0 +1,349 @@
+"""Experiment: model, tokenizer and training stages put together as data; run it, stop it, run it again.
+
+An experiment is a Python file with `experiment = Experiment(...)`; `python -m experiments NAME` runs it in a folder:
+
+    runs/NAME/  config.json         what it is, resolved, with package versions
+                tokenizer/
+                checkpoints/STAGE/  Orbax: state and input position
+                metrics.jsonl  tensorboard/
+                heartbeat/          where each process is; hang/ and profile/ when there is something in them
+                report/             report.md, curves as PNG, results of the evaluations
+
+`gptjax chat runs/NAME` and `gptjax.load("runs/NAME")` need nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.config import differences, from_json, to_json
+from gptjax.data import retry
+from gptjax.data.files import cache_dir
+from gptjax.data.pipeline import Chat, Classify
+from gptjax.data.sources import Example
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.distributed import processes, sharding
+from gptjax.distributed.sharding import STANDARD, Mesh, Rules
+from gptjax.evals.result import Result
+from gptjax.experiment import report
+from gptjax.inference.generate import generate
+from gptjax.inference.sampling import Sampling
+from gptjax.models.language_model import LanguageModel
+from gptjax.models.loading import begun, door, trained
+from gptjax.monitor.metrics import Records
+from gptjax.nn import ClassifierConfig, ModelConfig
+from gptjax.train.loop import train
+from gptjax.train.stage import Stage
+from gptjax.types import Params, UserError
+
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+"""How samples are drawn during training."""
+PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+
+FREE = ("mesh", "rules", "records")
+"""Fields that do not change what is learnt, but for the rounding of sums: a run may go on with others."""
+FREE_OF_STAGES = ("keep", "evaluate_every", "log_every", "hang", "prompts")
+"""And those of a stage."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that decides what a run does."""
+
+    model: ModelConfig
+    """The model."""
+    tokenizer: Any
+    """How text becomes tokens: `data.TrainSentencePiece`, `data.LoadTokenizer`, ..."""
+    stages: dict[str, Stage]
+    """The training runs, in order; each goes on from the parameters of the one before."""
+    mesh: Mesh = Mesh()
+    """How the devices are arranged."""
+    rules: Rules = STANDARD
+    """Which axes of the arrays lie on which axes of the mesh."""
+    seed: int = 0
+    """Of initialisation, data order and dropout."""
+    records: Any = None
+    """Where else metrics go, such as `WandB()`; none: metrics.jsonl and TensorBoard files alone."""
+    start: str | None = None
+    """The model that the first stage goes on from, as `gptjax.load` takes it, with the same shape and tokenizer: a
+    classifier takes its trunk from there, and the head is drawn. None: everything is drawn."""
+
+    def __post_init__(self):
+        if not self.stages:
+            raise UserError("stages: got none, must be at least one")
+        if (first := next(iter(self.stages))) and self.stages[first].adapter is not None:
+            raise UserError(f"{first}.adapter: got one, must be none: the first stage has no parameters to adapt")
+        limit = self.model.limit
+        for name, stage in self.stages.items():
+            if isinstance(stage.data, Classify) != isinstance(self.model, ClassifierConfig):
+                raise UserError(
+                    f"{name}.data: got {type(stage.data).__name__} for {type(self.model).__name__}, must be Classify "
+                    "for ClassifierConfig, and for no other model"
+                )
+            if isinstance(self.model, ClassifierConfig):
+                classes = getattr(stage.data.source, "classes", None)
+                if classes is not None and len(classes) != self.model.classes:
+                    raise UserError(
+                        f"model.classes: got {self.model.classes}, must be {len(classes)}, those of {name}.data.source"
+                    )
+            if limit is not None and stage.data.length > limit:
+                raise UserError(
+                    f"{name}.data.length: got {stage.data.length}, must be at most {limit}, "
+                    "which is all that model.positions can tell apart"
+                )
+
+    def check(self, devices: int) -> None:
+        """Raises UserError, naming the field, where the experiment does not fit that many devices."""
+        sizes = self.mesh.sizes(devices)
+        self.rules.check(tuple(sizes))
+        axes = [
+            *self.model.axes,
+            *(("batch", f"{name}.data.batch", s.data.batch // s.accumulate) for name, s in self.stages.items()),
+            *(("sequence", f"{name}.data.length", s.data.length) for name, s in self.stages.items()),
+        ]
+        for axis, field, size in axes:
+            parts = self.rules.parts(axis, sizes)
+            if size % parts:
+                raise UserError(f"{field}: got {size}, must be a multiple of {parts}, the parts that mesh cuts it into")
+
+    def run(self, folder: str | Path, accept_changes: bool = False, profile: range | None = None) -> int:
+        """Train every stage, or go on where the folder's run stopped; evaluate; write the report.
+
+        Run again, it does what is left to do, to the same bits as if it had never been stopped; on another mesh or with
+        another number of processes, with the same data and, but for rounding, the same losses. A folder of a
+        configuration that learns something else is refused with the differences, unless `accept_changes`. Returns 0.
+
+        profile: steps of each stage to trace, counted from 1 where this run begins or goes on with it
+        """
+        folder = Path(folder).absolute()
+        # Paths to copy are not cut into lines, nor read as markup.
+        console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
+        self.check(jax.device_count())
+        changed = self._claim(folder, accept_changes)
+        for line in changed:
+            console.print(f"changed: {line}")
+        tokenizer = self._tokenizer(folder, console)
+        self._check_prompts(tokenizer)
+        cache = cache_dir() / "tokens"
+        mesh = self.mesh.make()
+        model = self.model.build(self.rules)
+        results: dict[str, list[Result]] = {}
+        with Records(folder, self.records, to_json(self)) as records:
+            before: str | None = None
+            for name, stage in self.stages.items():
+                checkpoints = folder / "checkpoints" / name
+                with Checkpoints(checkpoints) as saved:
+                    done = saved.complete(stage.steps)
+                if not done:
+                    (folder / "report" / f"{name}.json").unlink(missing_ok=True)
+                    with sharding.use(mesh):
+                        train(
+                            stage,
+                            name,
+                            model,
+                            tokenizer,
+                            checkpoints,
+                            records,
+                            cache=cache,
+                            seed=self.seed,
+                            start=self._start(folder, before, model, tokenizer),
+                            sample=functools.partial(_sample, model, stage, tokenizer) if self._writes else None,
+                            description={"configuration": to_json(self)},
+                            profile=profile,
+                        )
+                before = name
+                results[name] = self._evaluate(folder, name, stage, tokenizer, console)
+        if jax.process_index() == 0:
+            report.write(folder, results, "text" if isinstance(self.model, ClassifierConfig) else "token")
+            console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}")
+            if self._writes:
+                console.print(f"\nNow try:\n  gptjax chat {_short(folder)}")
+                console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
+        processes.meet("the report is written")
+        return 0
+
+    @property
+    def _writes(self) -> bool:
+        """Whether the model is one that writes on."""
+        return door(type(self.model)) is LanguageModel
+
+    def _start(
+        self, folder: Path, before: str | None, model: Any, tokenizer: Tokenizer
+    ) -> Callable[[Params], Params] | None:
+        """What gives a stage its first parameters, placed as the abstract ones; None: they are drawn."""
+        if before is not None:
+            return functools.partial(self._trained, folder, before)
+        path = self.start
+        return None if path is None else lambda _: begun(path, model, tokenizer, self.seed)
+
+    def _trained(self, folder: Path, name: str, abstract: Params | None = None) -> Params:
+        """What a stage has made, placed as the abstract parameters."""
+        adapters = {name: stage.adapter for name, stage in self.stages.items()}
+        return trained(folder / "checkpoints", adapters, name, abstract).state
+
+    def _claim(self, folder: Path, accept_changes: bool) -> list[str]:
+        """Make the folder this experiment's. Returns how it differs from the configuration that was there."""
+        path = folder / "config.json"
+        changed = []
+        if path.exists():
+            try:
+                before = from_json(json.loads(path.read_text())["experiment"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: is damaged ({error}); restore it, or choose another --out") from error
+            changed, learnt = differences(before, self), differences(self._freed(before), self)
+            if learnt and (folder / "checkpoints").exists() and not accept_changes:
+                raise UserError(
+                    f"{folder} was made with another configuration: {'; '.join(learnt)}. "
+                    "Go on all the same with --accept_changes, or choose another folder with --out"
+                )
+        elif folder.exists() and any(found != _partial(path) for found in folder.iterdir()):
+            raise UserError(f"{folder} is not empty and not a run folder; choose another one with --out")
+        processes.meet("all have read the folder")
+        if jax.process_index() == 0 and (changed or not path.exists()):
+            if changed and not (folder / "checkpoints").exists():
+                # A run that failed before it trained, on a mistaken path say, does not hold the folder.
+                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            content = {
+                "experiment": to_json(self),
+                "versions": {package: _version(package) for package in PACKAGES},
+                "python": sys.version.split()[0],
+                "git": _git_revision(),
+            }
+            _write(path, json.dumps(content, indent=2) + "\n")
+        processes.meet("the folder is claimed")
+        return changed
+
+    def _freed(self, before: Experiment) -> Experiment:
+        """The experiment before with what this one has in the fields that a run may go on with."""
+
+        def free(stage: Stage, now: Stage | None) -> Stage:
+            return stage if now is None else _with(stage, now, FREE_OF_STAGES)
+
+        stages = {name: free(stage, self.stages.get(name)) for name, stage in before.stages.items()}
+        return dataclasses.replace(_with(before, self, FREE), stages=stages)
+
+    def _tokenizer(self, folder: Path, console: Console) -> Tokenizer:
+        """The run's tokenizer: the one in its folder, or built now from the first stage's training text."""
+        path = folder / "tokenizer"
+        if path.exists():
+            tokenizer = load_tokenizer(path)
+        else:
+            with console.status("building the tokenizer ..."):
+                first = next(iter(self.stages.values()))
+                tokenizer = self.tokenizer.build(_texts(first.data.source))
+            if jax.process_index() == 0:
+                partial = _partial(path)
+                shutil.rmtree(partial, ignore_errors=True)
+                tokenizer.save(partial)
+                partial.rename(path)
+            console.print(f"tokenizer: {tokenizer.vocab:,} tokens")
+        if tokenizer.vocab > self.model.vocab:
+            raise UserError(
+                f"model.vocab: got {self.model.vocab}, but the tokenizer has {tokenizer.vocab} ids; "
+                f"set --model.vocab {tokenizer.vocab}"
+            )
+        return tokenizer
+
+    def _check_prompts(self, tokenizer: Tokenizer) -> None:
+        if not self._writes:
+            return
+        limit = self.model.limit or sys.maxsize
+        for name, stage in self.stages.items():
+            for prompt in stage.prompts:
+                size = len(stage.data.prompt(tokenizer, prompt))
+                if not 0 < size < limit:
+                    raise UserError(
+                        f"{name}.prompts: got {prompt!r} of {size} tokens, must be at least 1 "
+                        "and fewer than model.positions can tell apart"
+                    )
+
+    def _evaluate(self, folder: Path, name: str, stage: Stage, tokenizer: Tokenizer, console: Console) -> list[Result]:
+        """The results of a stage's evaluations: those in the folder, or found now."""
+        path = folder / "report" / f"{name}.json"
+        found = processes.gather(json.loads(path.read_text()) if path.exists() else None)[0]
+        if found is not None:
+            return [Result(**result) for result in found]
+        if not stage.evaluations:
+            return []
+        model = door(type(self.model))(self.model, self._trained(folder, name), tokenizer)
+        results = []
+        for evaluation in stage.evaluations:
+            with console.status(f"{name}: evaluating {type(evaluation).__name__} ..."):
+                results.append(evaluation(model))
+            values = ", ".join(f"{key} {value:.6g}" for key, value in results[-1].values.items())
+            console.print(f"{name}: {results[-1].title}: {values}")
+        if jax.process_index() == 0:
+            _write(path, json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
+        return results
+
+
+def _with(config: Any, other: Any, fields: Sequence[str]) -> Any:
+    """The configuration with those fields of the other."""
+    return dataclasses.replace(config, **{field: getattr(other, field) for field in fields})
+
+
+def _sample(model: Any, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
+    """A short text after `prompt`, with parameters that are in the middle of training, where they lie."""
+    ids = stage.data.prompt(tokenizer, prompt)
+    length = min(64, (model.config.limit or sys.maxsize) - len(ids))
+    done = generate(model, params, tokenizer, [ids], length, SAMPLING)
+    return ("\n" if isinstance(stage.data, Chat) else "") + done[0].text
+
+
+def _texts(source: Any) -> Iterator[str]:
+    """The training text of a source, a conversation's messages one by one."""
+    for document in retry.stream(lambda: source.documents("train"), source):
+        if isinstance(document, str | Example):
+            yield document if isinstance(document, str) else document.text
+        else:
+            yield from (message.content for message in document)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The commit of the working directory, with "+" when there are changes; None outside git."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _partial(path).write_text(text)
+    os.replace(_partial(path), path)
+
+
+def _partial(path: Path) -> Path:
+    """What is to become `path` once it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def _short(path: Path) -> str:
+    """The path as one would type it here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,1 @@
+"""Models with parameters and tokenizer: `LanguageModel`, `EncoderModel`, `TextToText`, `ClassifierModel`."""

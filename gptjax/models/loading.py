@@ -1,0 +1,244 @@
+"""From files to a model behind its door, whoever wrote them:
+
+lm = gptjax.load("runs/quickstart")                      # a run, or what LanguageModel.save wrote
+lm = gptjax.load("Qwen/Qwen3-0.6B", dtype="bfloat16")    # a folder for transformers, or such a repository of the hub
+lm = gptjax.load("stories15M.bin")                       # a llama2.c file
+bert = gptjax.load("google-bert/bert-base-uncased", kind=gptjax.EncoderModel)
+t5 = gptjax.load("google/flan-t5-small", kind=gptjax.TextToText)
+
+with jax.set_mesh(Mesh(tensor=8).make()):                # straight into the memory of eight devices
+    lm = gptjax.load("Qwen/Qwen3-32B")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.checkpoint.checkpoint import Checkpoints, Restored
+from gptjax.config import differences, from_json
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.distributed.parameters import declared, flat, nested
+from gptjax.distributed.sharding import STANDARD, Rules
+from gptjax.inference.sampling import Sampling
+from gptjax.interop import hub, huggingface, llama2c, safetensors, tokenizers
+from gptjax.interop.templates import ChatTemplate
+from gptjax.models.classifier_model import ClassifierModel
+from gptjax.models.encoder_model import EncoderModel
+from gptjax.models.language_model import LanguageModel
+from gptjax.models.model import Model
+from gptjax.models.text_to_text import TextToText
+from gptjax.nn import (
+    ClassifierConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    LongRoPE,
+    LoRA,
+    ModelConfig,
+    RoPE,
+    TransformerConfig,
+)
+from gptjax.types import Params, UserError
+
+M = TypeVar("M", bound=Model)
+DTYPES = ("float32", "bfloat16")
+
+
+@overload
+def load(path: str | Path, dtype: str | None = None, rules: Rules = STANDARD) -> LanguageModel: ...
+@overload
+def load(path: str | Path, dtype: str | None = None, rules: Rules = STANDARD, *, kind: type[M]) -> M: ...
+def load(
+    path: str | Path, dtype: str | None = None, rules: Rules = STANDARD, kind: type[Model] = LanguageModel
+) -> Model:
+    """The model in a folder, or of the Hugging Face hub's repository of that name: one written by its `save`; a run's,
+    at the newest checkpoint of the last stage that has one; one of `transformers`, of a family in
+    `gptjax.interop.families`. A llama2.c file will do too, with its tokenizer beside it.
+
+    dtype  of the parameters and of what is computed with them: float32 or bfloat16; None: as the files have it
+    rules  where the parameters lie on the current mesh (`jax.set_mesh`), on which the model then runs; no device and no
+           host holds more of them than its own part
+    kind   what is asked for: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), `ClassifierModel`, or `Model`,
+           any of these
+
+    Raises UserError for anything else, and for files that are damaged or don't belong together."""
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype: got {dtype!r}, must be {' or '.join(DTYPES)}, or none for the files' own")
+    if Path(path).expanduser().is_file():
+        return _llama2c(Path(path).expanduser(), dtype, rules, kind)
+    path = hub.folder(path)
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"path: got {path}, which has no config.json; must be a model's folder or a run's")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"path: got {path}, whose config.json is damaged ({error}); restore it") from None
+    if "experiment" in config:
+        return _run(path, config["experiment"], dtype, rules, kind)
+    if "model" in config and "tokenizer" in config:
+        return _saved(path, config, dtype, rules, kind)
+    if "model_type" in config:
+        return _hf(path, dtype, rules, kind)
+    raise UserError(f"path: got {path}, whose config.json is of another program; give a model's folder or a run's")
+
+
+def trained(
+    checkpoints: Path, adapters: Mapping[str, LoRA | None], stage: str, abstract: Params | None = None
+) -> Restored:
+    """The newest parameters of a run's stage, the averaged ones if there are, placed as the abstract ones; its adapters
+    merged into the parameters of the stage before.
+
+    checkpoints  the run's folder of them
+    adapters     those of every stage, in order
+    """
+    lora, names = adapters[stage], list(adapters)
+    base = None
+    if lora is not None:
+        base = trained(checkpoints, adapters, names[names.index(stage) - 1], abstract).state
+        abstract = None if abstract is None else jax.eval_shape(lora.init, jax.random.key(0), base)
+    with Checkpoints(checkpoints / stage) as saved:
+        restored = saved.restore_params(ema=True, abstract_params=abstract)
+    return restored if lora is None else dataclasses.replace(restored, state=lora.merge(base, restored.state))
+
+
+def begun(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> Params:
+    """Parameters for what a `ModelConfig` builds, placed by its rules: those of the model in `path` where it has them,
+    as a classifier's trunk, and others drawn from the seed. Raises UserError where the two or their tokenizers are not
+    alike."""
+    found = load(path, "float32", model.rules, kind=Model)
+    if found.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"tokenizer: got another than that of {path}, must be the same: `load` that, `save` it, "
+            "and take both from the folder"
+        )
+    ours: Any = getattr(model.config, "trunk", model.config)
+    theirs: Any = getattr(found.config, "trunk", found.config)
+    of_training = ("dropout", "layer_drop", "remat", "microbatches", "dtype")
+    if type(ours) is type(theirs) and hasattr(ours, "dropout"):
+        theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in of_training})
+    if other := differences(theirs, ours):
+        raise UserError(f"model: differs from that of {path}, from where it is to start: {'; '.join(other)}")
+    given, one = flat(found.params), model.clone(rules=model.rules.for_rows(1))
+
+    def new() -> dict[str, jax.Array]:
+        drawn = one.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+        return {name: leaf for name, leaf in flat(drawn).items() if name not in given}
+
+    wanted = declared(model)
+    return nested({name: given[name] for name in wanted if name in given} | jax.jit(new)())
+
+
+def door(config: type[ModelConfig]) -> type[Model]:
+    """What a model of this configuration is behind."""
+    kinds = {ClassifierConfig: ClassifierModel, EncoderConfig: EncoderModel, EncoderDecoderConfig: TextToText}
+    return next((found for of, found in kinds.items() if issubclass(config, of)), LanguageModel)
+
+
+def _asked(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Model]:
+    """What a model of this configuration is behind: known before its parameters are read."""
+    found = door(config)
+    if not issubclass(found, kind):
+        raise UserError(
+            f"kind: got {kind.__name__}, must be {found.__name__} for the model in {path}: "
+            f"gptjax.load(path, kind=gptjax.{found.__name__})"
+        )
+    return found
+
+
+def _hf(path: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
+    _asked(kind, huggingface.read_kind(path), path)
+    config, params = huggingface.load_hf(path, dtype, rules)
+    tokenizer = tokenizers.load(path, config.vocab)
+    if isinstance(config, ClassifierConfig):
+        about = huggingface.read_labels(path), huggingface.read_closed(path, tokenizer)
+        return ClassifierModel(config, params, tokenizer, *about, rules=rules)
+    if isinstance(config, EncoderConfig):
+        return EncoderModel(config, params, tokenizer, rules=rules)
+    ends = huggingface.read_ends(path)
+    if isinstance(config, EncoderDecoderConfig):
+        return TextToText(config, params, tokenizer, huggingface.read_start(path), ends, rules=rules)
+    context = huggingface.read_config(path).get("max_position_embeddings")
+    assert isinstance(config, TransformerConfig)
+    if isinstance(config.positions, RoPE) and isinstance(scaling := config.positions.scaling, LongRoPE):
+        context = scaling.length  # `LanguageModel.reading` goes beyond
+    template, sampling = tokenizers.load_template(path), huggingface.read_sampling(path)
+    return LanguageModel(config, params, tokenizer, context, template, ends, sampling, rules=rules)
+
+
+def _llama2c(file: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
+    _asked(kind, TransformerConfig, file)
+    fields, tensors = llama2c.read(file)
+    config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
+    context = fields.get("max_position_embeddings")
+    return LanguageModel(config, params, load_tokenizer(file.parent), context, rules=rules)
+
+
+def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
+    model = _model(config["model"], dtype)
+    found = _asked(kind, type(model), path)
+    tokenizer = _matching(path, config["tokenizer"])
+    places = declared(model.build(rules))
+
+    def placed(name: str, values: np.ndarray) -> jax.Array:
+        fits = name in places and places[name].shape == values.shape  # if not, the model will say so
+        sharding = places[name].sharding if fits else None
+        leaf = jax.ShapeDtypeStruct(values.shape, dtype or values.dtype, sharding=sharding)
+        return safetensors.place(leaf, lambda _: values)
+
+    try:
+        with np.load(path / "params.npz", allow_pickle=False) as file:
+            params = {name: placed(name, file[name]) for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
+    settings = {name: config[name] for name in ("context", "start", "closed") if name in config}
+    if config.get("template") is not None:
+        settings["template"] = ChatTemplate(**config["template"])
+    if config.get("sampling") is not None:
+        settings["sampling"] = Sampling(**config["sampling"])
+    settings |= {name: tuple(config[name]) for name in ("ends", "labels") if config.get(name) is not None}
+    return found(model, nested(params), tokenizer, rules=rules, **settings)
+
+
+def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
+    # Read as JSON, for the stages may have classes that only the experiment's own file defines.
+    model, stages = _model(experiment["model"], dtype), experiment["stages"]
+    found = _asked(kind, type(model), path)
+    adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
+    places = declared(model.build(rules))
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding) for name, x in places.items()
+    }
+    for name, stage in reversed(stages.items()):
+        with Checkpoints(path / "checkpoints" / name) as checkpoints:
+            if not checkpoints.steps():
+                continue
+        restored = trained(path / "checkpoints", adapters, name, nested(abstract))
+        tokenizer = _matching(path, restored.extra["tokenizer"])
+        settings = {"context": stage["data"].get("length")} if found is LanguageModel else {}
+        if isinstance(model, ClassifierConfig) and (classes := stage["data"]["source"].get("classes")):
+            settings["labels"] = tuple(map(str, classes))
+        return found(model, restored.state, tokenizer, rules=rules, **settings)
+    raise UserError(f"path: got {path}, a run without a checkpoint yet; train it first")
+
+
+def _model(config: Any, dtype: str | None) -> ModelConfig:
+    model: ModelConfig = from_json(config)
+    return model if dtype is None else model.computing_in(dtype)
+
+
+def _matching(path: Path, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(path / "tokenizer")
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(
+            f"path: got {path}, whose tokenizer is not the one the model was trained with; restore that one"
+        )
+    return tokenizer

@@ -1,0 +1,170 @@
+"""What models behind one door have in common, whatever they are for: `LanguageModel`, `EncoderModel`, `TextToText`,
+`ClassifierModel`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import to_json
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.distributed.parameters import declared, flat
+from gptjax.distributed.sharding import STANDARD, Rules, on_mesh_of, reshard
+from gptjax.inference.generate import round_up
+from gptjax.nn import Embedder, Mean, ModelConfig, Pooling, TransformerConfig
+from gptjax.types import Array, Params, UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model, its parameters and its tokenizer. Raises UserError when they don't fit together."""
+
+    config: ModelConfig
+    """The model."""
+    params: Params = dataclasses.field(repr=False)
+    """Its parameters, as `config.build().init` makes them."""
+    tokenizer: Tokenizer
+    """Its tokenizer."""
+    rules: Rules = dataclasses.field(default=STANDARD, kw_only=True)
+    """How the parameters lie on their mesh, if they lie on one: the model runs there."""
+
+    def __post_init__(self):
+        _check(self.config, self.params, self.tokenizer)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a folder that `load` reads: config.json, params.npz, tokenizer/. Raises UserError if there is one."""
+        with _new(path) as folder:
+            config = {"model": to_json(self.config), "tokenizer": self.tokenizer.fingerprint, **self._settings}
+            (folder / "config.json").write_text(json.dumps(config, indent=2, default=dataclasses.asdict) + "\n")
+            # numpy's format has no bfloat16; float32 holds the same values.
+            arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat(self.params).items()}
+            np.savez(folder / "params.npz", **arrays)
+            self.tokenizer.save(folder / "tokenizer")
+
+    def save_hf(self, path: str | Path, dtype: str = "float32", model_type: str | None = None) -> None:
+        """Writes a folder that `transformers` loads, and `load` too; see `gptjax.interop.huggingface.save_hf`."""
+        from gptjax.interop.huggingface import save_hf
+
+        about = {"dtype": dtype, "model_type": model_type, **self._settings}
+        with _new(path) as folder:
+            save_hf(folder, self.config, self.params, self.tokenizer, **about)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a folder says of this kind of model beside, by the names of its fields."""
+        return {}
+
+    @property
+    def _module(self) -> Any:
+        return self.config.build(self.rules)
+
+    def _fits(self, length: int) -> None:
+        limit = self.config.limit
+        if limit is not None and length > limit:
+            raise UserError(f"tokens: got {length}, must be at most {limit}, the positions this model has")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reader(Model):
+    """A model of one stack, which can make vectors of texts.
+
+    A text is read between the tokenizer's first and last token, [CLS] and [SEP] in BERT, where it has them.
+    """
+
+    def embed(
+        self, texts: str | Sequence[str], pooling: Pooling = Mean(), normalise: bool = True, batch: int = 32
+    ) -> np.ndarray:
+        """One vector a text, float32 [n, D], from the last layer's states: of all its tokens, the first and the last
+        included.
+
+        pooling    how they become one: `Mean()`, `First()` ([CLS]), `Last()`, which in a decoder has seen all
+        normalise  whether vectors are divided by their length, so that their products are cosines
+        batch      how many texts are read at a time: it changes speed and memory only"""
+        embedder = Embedder(self._trunk, self.rules, pooling=pooling, normalise=normalise)
+        return self._of_texts(embedder, texts, batch)
+
+    @property
+    def _trunk(self) -> TransformerConfig:
+        """The configuration of the stack."""
+        if not isinstance(self.config, TransformerConfig):
+            raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to make vectors")
+        return self.config
+
+    def _of_texts(self, module: Any, texts: str | Sequence[str], batch: int, length: int | None = None) -> np.ndarray:
+        """What a module of `nn.heads` makes of texts, float32 [n, ...], of their first `length` tokens."""
+        ids = [self._closed(ids) for ids in self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)]
+        if not all(ids):
+            raise UserError("texts: got an empty one, must have at least one character for this tokenizer")
+        ids = [text[:length] for text in ids]
+        found: dict[int, np.ndarray] = {}
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # the least padding
+        with on_mesh_of(self.params):
+            for start in range(0, len(order), batch):
+                group = order[start : start + batch]
+                out = run(module, self.params, *self._rows([ids[i] for i in group]))
+                out = out[0] if isinstance(out, tuple) else out
+                found |= zip(group, np.asarray(out, np.float32)[:, 0], strict=True)
+        return np.stack([found[i] for i in range(len(ids))])
+
+    def _closed(self, ids: Sequence[int]) -> list[int]:
+        """A text's ids between the first and the last token."""
+        bos, end = self.tokenizer.bos, self.tokenizer.end
+        return [*([] if bos is None else [bos]), *ids, *([] if end is None else [end])]
+
+    def _rows(self, texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+        """Texts as rows: tokens and segments int32 [n, T], padded to one of a few lengths."""
+        longest = max(map(len, texts))
+        self._fits(longest)
+        shape = len(texts), min(round_up(longest), self.config.limit or sys.maxsize)
+        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for row, ids in enumerate(texts):
+            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        return jnp.asarray(tokens), jnp.asarray(segments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(module: Any, params: Params, tokens: Array, segments: Array | None = None) -> Any:
+    """What a module makes of rows of tokens int32 [B, T], and of their segments [B, T], where its parameters lie."""
+    rules = module.rules.for_rows(len(tokens))
+    rows = [x if x is None else reshard(x, rules("batch", None)) for x in (tokens, segments)]
+    return module.clone(rules=rules).apply({"params": params}, rows[0], segments=rows[1])
+
+
+@contextlib.contextmanager
+def _new(path: str | Path) -> Iterator[Path]:
+    """An empty folder, which is renamed `path` once it is whole. Raises UserError if there is one of that name."""
+    path = Path(path).expanduser()
+    if path.exists():
+        raise UserError(f"path: got {path}, which exists already; choose another or delete it")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(path)
+
+
+def _check(config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab > config.vocab:
+        raise UserError(
+            f"tokenizer: got one of {tokenizer.vocab} ids, must be at most {config.vocab}, the model's vocabulary; "
+            "use the tokenizer the model was trained with"
+        )
+    want = {name: x.shape for name, x in declared(config.build()).items()}
+    got = {name: x.shape for name, x in flat(params).items()}
+    for name in sorted(want.keys() | got.keys()):
+        if want.get(name) != got.get(name):
+            raise UserError(
+                f"params: got {name} of shape {got.get(name, '(absent)')}, must be {want.get(name, '(absent)')} "
+                "for this model configuration"
+            )

@@ -1,0 +1,75 @@
+"""An encoder-decoder behind one door; it answers texts with texts:
+
+t5 = gptjax.load("google/flan-t5-small", kind=gptjax.TextToText)
+t5.generate("translate English to German: The house is small.", temperature=0)[0].text
+t5.save_hf("for/transformers")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from gptjax.distributed.sharding import on_mesh_of
+from gptjax.inference.generate import Completion
+from gptjax.inference.sampling import Sampling
+from gptjax.inference.sequence_to_sequence import respond
+from gptjax.models.model import Model
+from gptjax.nn import EncoderDecoderConfig, unstack
+from gptjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextToText(Model):
+    """A model that answers texts, as T5. Raises UserError when it, its parameters and its tokenizer don't fit together.
+
+    A source is read between the tokenizer's first and last token, where it has them: T5's has a last one.
+    """
+
+    config: EncoderDecoderConfig
+    start: int = 0
+    """The token that every target begins with; in T5 it is the padding."""
+    ends: tuple[int, ...] | None = None
+    """The tokens at which a target ends, if not at the tokenizer's end alone."""
+
+    def generate(
+        self,
+        sources: str | Sequence[str],
+        max_tokens: int | None = None,
+        seed: int = 0,
+        sampling: Sampling = Sampling(),
+        **fields: Any,
+    ) -> list[Completion]:
+        """What the model writes with each source in view; see `gptjax.inference.sequence_to_sequence`. The fields of
+        `sampling` are taken too: `t5.generate("...", temperature=0)`."""
+        tokenizer = self.tokenizer
+        texts = tokenizer.encode_batch([sources] if isinstance(sources, str) else sources)
+        first, last = ([] if i is None else [i] for i in (tokenizer.bos, tokenizer.end))
+        return respond(
+            self._module,
+            self._layers,
+            tokenizer,
+            [[*first, *ids, *last] for ids in texts],
+            self.start,
+            self._ends,
+            max_tokens,
+            dataclasses.replace(sampling, **fields),
+            seed,
+        )
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        end = self.tokenizer.end
+        return self.ends if self.ends is not None else () if end is None else (end,)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"start": self.start, "ends": self._ends}
+
+    @functools.cached_property
+    def _layers(self) -> Params:
+        """The parameters, layer by layer, as decoding reads them."""
+        with on_mesh_of(self.params):
+            return unstack(self.config, self.params)

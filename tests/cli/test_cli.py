@@ -1,0 +1,153 @@
+"""The command line, with a tiny model: what it prints, what it refuses, and that --help does not wait for jax."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.cli import main
+from gptjax.data import Bytes, ChatJsonl
+from gptjax.inference import Sampling
+from gptjax.models.language_model import LanguageModel
+from gptjax.nn import Transformer, TransformerConfig
+
+GREEDY = ["--temperature", "0", "--max-tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> LanguageModel:
+    config = TransformerConfig(vocab=264, layers=2, width=16, heads=2)
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    numpy = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(numpy.normal(0, 0.3, x.shape), jnp.float32), shapes)
+    return LanguageModel(config, params, Bytes().build(iter(())), context=64)
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    model.save(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line with this standard input -> (exit code, standard output, standard error)."""
+
+    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            code = main.main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def test_generate_streams_what_the_model_writes(run, path, model):
+    (want,) = model.generate("hello", 8, temperature=0)
+    assert run("generate", path, "--prompt", "hello", *GREEDY) == (0, want.text + "\n", "")
+    assert run("generate", path, *GREEDY, stdin="hello\n") == (0, want.text + "\n", "")
+    texts = [c.text for c in model.generate("hello", 8, samples=2, temperature=0)]
+    assert run("generate", path, "--prompt", "hello", "--samples", "2", *GREEDY)[1] == "".join(
+        f"--- {i + 1} ---\n{text}\n" for i, text in enumerate(texts)
+    )
+
+
+def test_text_is_drawn_as_the_model_says_unless_told_otherwise(run, path, model, tmp_path):
+    def written(path, *arguments):
+        return run("generate", str(path), "--prompt", "hello", "--max-tokens", "8", *arguments)[1].removesuffix("\n")
+
+    greedy, usual = (dataclasses.replace(model, sampling=Sampling(t, top_p=p)) for t, p in ((0, None), (0.8, 0.95)))
+    assert written(path) == usual.generate("hello", 8)[0].text
+    greedy.save(tmp_path / "greedy")
+    assert written(tmp_path / "greedy") == greedy.generate("hello", 8)[0].text
+    assert written(tmp_path / "greedy", "--temperature", "2") == greedy.generate("hello", 8, temperature=2)[0].text
+
+
+def test_chat_keeps_a_history_and_obeys_its_commands(run, path, model, tmp_path):
+    saved = tmp_path / "talk.jsonl"
+    lines = ["hello", "", "again", f"/save {saved}", "/reset", "hello", "/system be", "hello", f"/save {saved}", "/huh"]
+    code, out, err = run("chat", path, *GREEDY, stdin="\n".join([*lines, "/quit", "never read"]))
+    conversation = []
+    for said in ("hello", "again"):
+        conversation.append({"role": "user", "content": said})
+        answer = model.chat(conversation, 8, temperature=0)
+        conversation.append({"role": "assistant", "content": answer.content})
+    system = [{"role": "system", "content": "be"}, {"role": "user", "content": "hello"}]
+    answers = [conversation[1], conversation[3], conversation[1]]
+    want = [message["content"] for message in answers] + [model.chat(system, 8, temperature=0).content]
+    assert (code, out) == (0, "".join(f"{text}\n" for text in want))
+    assert json.loads(saved.read_text().partition("\n")[0])["messages"] == conversation
+    assert len(list(ChatJsonl(str(saved), validation=0.0).documents("train"))) == 2
+    assert "no command '/huh'" in err
+
+
+def test_a_long_chat_is_trimmed_with_a_notice(run, path):
+    code, out, err = run("chat", path, *GREEDY, stdin="\n".join(["x" * 20] * 3 + ["y" * 80, "still here"]))
+    assert (code, out.count("\n")) == (0, 4)
+    assert "(the oldest 2 messages no longer fit the model's context and are left out)" in err
+    assert "(messages: got " in err, "a message too long by itself is refused, and the chat goes on"
+
+
+def test_ctrl_c_ends_an_answer_not_the_chat(run, path, monkeypatch):
+    def interrupted(*_, **__):
+        yield "as I was say"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LanguageModel, "stream_chat", interrupted)
+    assert run("chat", path, stdin="hello\nhello\n") == (0, "as I was say\n" * 2, "")
+
+
+def test_eval_measures_a_text(run, path, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some text to measure " * 5)
+    code, out, _ = run("eval", path, "--text", str(text))
+    assert code == 0
+    assert "bits per byte" in out
+    code, _, err = run("eval", path)
+    assert (code, err.startswith("error: text: got none, and")) == (2, True)
+
+
+def test_tokenizers_are_trained_and_reported_on(run, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "tokenizer"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    code, printed, _ = run("tokenizer", "train", str(text), "--vocab", "300", "--out", str(out))
+    assert (code, printed) == (0, f"300 ids in {out}\n")
+    code, printed, _ = run("tokenizer", "report", str(out), str(text))
+    assert code == 0
+    assert "bytes per token" in printed
+    code, _, err = run("tokenizer", "train", str(text), "--out", str(out))
+    assert (code, err) == (2, f"error: out: got {out}, which exists already; choose another folder\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "PATH", "--prompt", "x", "--temperature", "-1"], "error: temperature: got -1.0, must be 0"),
+        (["generate", "PATH", "--prompt", "x", "--max-tokens", "0"], "error: max_tokens: got 0, must be at least 1"),
+        (["chat", "/nowhere"], "error: path: got /nowhere, must be a folder or a repository of the hub"),
+        (["generate", "PATH", "--promt", "x"], "--prompt"),
+        (["chatt"], "chat"),
+    ],
+)
+def test_mistakes_are_named_and_exit_with_2(run, path, arguments, message):
+    code, out, err = run(*(path if argument == "PATH" else argument for argument in arguments))
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_help_does_not_wait_for_jax():
+    program = (
+        "import sys; from gptjax.cli.main import main\ntry: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "chat" in done.stdout

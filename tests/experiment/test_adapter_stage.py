@@ -1,0 +1,75 @@
+"""A stage that trains adapters: its checkpoints hold nothing else, and what is loaded has them merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import data, load, optim
+from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.distributed.sharding import Mesh
+from gptjax.experiment.experiment import Experiment, Stage
+from gptjax.nn import LoRA, TransformerConfig
+from gptjax.objectives import NextToken
+from gptjax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """A source: documents of a few letters."""
+
+    def documents(self, split: str) -> Iterator[str]:
+        for i in range(40):
+            yield "ab cd"[i % 4 :] * 8
+
+    def fingerprint(self) -> str:
+        return "words"
+
+
+BASE = Stage(
+    data=data.Pretrain(Words(), length=16, batch=8),
+    objective=NextToken(),
+    optimizer=optim.AdamW(peak=1e-2),
+    steps=2,
+    save_every=2,
+    evaluate_rows=8,
+)
+LORA = LoRA(rank=2, match=("q", "down"))
+EXPERIMENT = Experiment(
+    model=TransformerConfig(vocab=16, layers=2, width=16, heads=2),
+    tokenizer=data.TrainCharacters(),
+    stages={"base": BASE, "adapt": dataclasses.replace(BASE, adapter=LORA, steps=4)},
+    mesh=Mesh(data=2, fsdp=2, tensor=2),
+)
+
+
+def params(folder, stage):
+    with Checkpoints(folder / "checkpoints" / stage) as checkpoints:
+        return jax.device_get(checkpoints.restore_params().state)
+
+
+def test_a_stage_of_adapters(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "run"
+    EXPERIMENT.run(folder)
+    base, adapters = params(folder, "base"), params(folder, "adapt")
+    assert set(adapters["blocks"]["attention"]["q"]) == {"a", "b"}
+    assert set(adapters["blocks"]) == {"attention", "mlp"}
+    assert np.any(adapters["blocks"]["mlp"]["down"]["b"])
+    merged = LORA.merge(base, adapters)
+    jax.tree.map(np.testing.assert_array_equal, load(folder).params, merged)
+
+    shutil.rmtree(folder / "checkpoints" / "adapt" / "4")
+    EXPERIMENT.run(folder)
+    jax.tree.map(np.testing.assert_array_equal, params(folder, "adapt"), adapters)
+    jax.tree.map(np.testing.assert_array_equal, params(folder, "base"), base)
+
+
+def test_adapters_need_something_to_adapt():
+    with pytest.raises(UserError, match=r"first.adapter: got one, must be none"):
+        dataclasses.replace(EXPERIMENT, stages={"first": EXPERIMENT.stages["adapt"]})

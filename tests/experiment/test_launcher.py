@@ -1,0 +1,282 @@
+"""The launcher lists, explains, prints and runs experiments, of its folder or any other; mistakes get one line."""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gptjax.experiments
+from gptjax.cli import run as launcher
+from gptjax.distributed import processes
+from gptjax.experiment import catalogue
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY = '''"""A tiny experiment.
+
+Its result is a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from gptjax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    steps: int = 2
+    """How far to go."""
+
+    def run(self, folder: Path, *, accept_changes: bool) -> int | None:
+        if self.steps < 0:
+            raise UserError(f"steps: got {self.steps}, must not be negative")
+        if self.steps == 0:
+            raise KeyboardInterrupt
+        folder.mkdir(parents=True)
+        (folder / "marker").write_text(f"{self.steps} {accept_changes}")
+        return 7 if self.steps == 7 else None
+
+
+experiment = Tiny()
+'''
+
+
+@pytest.fixture(autouse=True)
+def anywhere(tmp_path, monkeypatch):
+    """Each test starts in an empty folder and leaves no module or path behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def tiny(tmp_path) -> str:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "tiny_one.py").write_text(TINY)
+    return "elsewhere/tiny_one.py"
+
+
+def test_the_list_has_the_first_line_of_each_docstring_and_imports_nothing(tmp_path, monkeypatch, capsys):
+    for name, text in {
+        "one": '"""First line.\n\nMore."""\nraise SystemExit',
+        "two_b": "",
+        "_hidden": '"""No."""',
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(gptjax.experiments, "__path__", [str(tmp_path)])
+    assert launcher.main([]) == 0
+    listing = capsys.readouterr().out
+    assert [line.split(maxsplit=1) for line in listing.splitlines()[1:]] == [["one", "First line."], ["two_b"]]
+    assert launcher.main(["--help"]) == 0
+    assert capsys.readouterr().out.endswith(listing)
+
+
+def test_help_does_not_wait_for_jax():
+    program = "import sys, gptjax.cli.run as m; m.main(['--help']); sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_every_shipped_experiment_says_what_it_is():
+    assert all(map(catalogue.headline, catalogue.names().values()))
+
+
+def test_run(tiny):
+    assert launcher.main([tiny]) == 0
+    assert Path("runs/tiny_one/marker").read_text() == "2 False"
+    assert launcher.main([tiny, "--steps", "7", "--out", "deep/er", "--accept-changes"]) == 7
+    assert Path("deep/er/marker").read_text() == "7 True"
+
+
+def test_a_name_is_a_file_of_the_folder(tmp_path, monkeypatch, capsys):
+    """By name and by path it is the same module, so that its classes have one name."""
+    package = tmp_path / "experiments"
+    package.mkdir()
+    (package / "tiny_two.py").write_text(TINY)
+    monkeypatch.setattr(gptjax.experiments, "__path__", [str(package)])
+    for name in ("tiny_two", "experiments/tiny_two.py"):
+        assert launcher.main([name, "--print"]) == 0
+        assert capsys.readouterr().out == "Tiny(steps=2)\n"
+    assert sys.modules["gptjax.experiments.tiny_two"].experiment.__class__.__module__ == "gptjax.experiments.tiny_two"
+    assert "tiny_two" not in sys.modules
+
+
+def test_print_shows_the_configuration_and_runs_nothing(tiny, capsys):
+    assert launcher.main([tiny, "--print", "--steps=5"]) == 0
+    assert capsys.readouterr().out == "Tiny(steps=5)\n"
+    assert not Path("runs").exists()
+
+
+def test_help_of_an_experiment(tiny, capsys):
+    with pytest.raises(SystemExit) as stop:
+        launcher.main([tiny, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for part in (
+        "A tiny experiment.",
+        "Its result is a file.",
+        "--out FOLDER",
+        "--print",
+        "--accept",
+        "--steps INT",
+        "How far",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quikstart"], "no experiment 'quikstart'; the nearest: quickstart; or give the path of a .py file"),
+        (["no/such.py"], "no file 'no/such.py'; give the path of an experiment, or one of: quickstart"),
+        (
+            ["TINY", "--stepz", "3"],
+            "no option --stepz; nearest: --steps; see all with gptjax run TINY --help",
+        ),
+        (["TINY", "--steps", "x"], "--steps: invalid literal for int() with base 10: 'x'"),
+        (["TINY", "--steps", "-1"], "steps: got -1, must not be negative"),
+        (
+            ["TINY", "--out", "gs://b/c"],
+            "argument --out: got gs://b/c, must be a folder here; docs/cloud.md says how to use a bucket",
+        ),
+        (["TINY", "--out"], "argument --out: expected one argument"),
+        (
+            ["TINY", "--profile", "5:3"],
+            "argument --profile: got 5:3, must be two steps counted from 1, the later last, such as 10:15",
+        ),
+        (["empty.py"], "empty.py: defines no `experiment`; add `experiment = Experiment(...)` to the file"),
+        (["pathlib.py"], "pathlib.py: there is another module named 'pathlib'; rename the file"),
+        (["a-b.py"], "a-b.py: 'a-b' cannot be the name of a Python module; rename the file"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(arguments, message, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(catalogue, "names", lambda: {"quickstart": Path("quickstart.py")})
+    for name in ("empty.py", "pathlib.py", "a-b.py"):
+        Path(name).touch()
+    assert launcher.main([argument.replace("TINY", tiny) for argument in arguments]) == 2
+    assert capsys.readouterr() == ("", f"error: {message.replace('TINY', tiny)}\n")
+    assert not Path("runs").exists()
+
+
+def test_interrupted_says_how_to_go_on(tiny, capsys):
+    assert launcher.main([tiny, "--steps", "0", "--out", "a b"]) == 130
+    assert capsys.readouterr().err == f"\nstopped; to go on: gptjax run {tiny} --steps 0 --out 'a b'\n"
+
+
+def test_the_compilation_cache_is_on_unless_told(monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "5")
+    processes.prepare()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].endswith("gptjax/compilation")
+    assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("libtpu", "files", "platforms"),
+    [
+        (None, [], None),
+        ("there", [], "cpu"),
+        ("there", ["/dev/nvidia0"], "cuda,cpu"),
+        ("there", ["/dev/accel0"], None),
+    ],
+)
+def test_libtpu_without_a_tpu_is_left_alone(libtpu, files, platforms, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "")  # so that what is set is undone
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: libtpu)
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: [f for f in files if fnmatch.fnmatch(f, pattern)])
+    processes.prepare()
+    assert os.environ.get("JAX_PLATFORMS") == platforms
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "a"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # in a batch script, before srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "a"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_hosts_are_joined_where_there_are_several(environment, several, monkeypatch, tiny):
+    import jax
+
+    for name in os.environ:
+        if name.startswith(("TPU_", "JAX_COORDINATOR", "MEGASCALE_", "SLURM_", "OMPI_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **bounds: calls.append(1))
+    assert launcher.main([tiny]) == 0
+    assert calls == [1] * several
+    assert launcher.main([tiny, "--no-distributed", "--out", "b"]) == 0
+    assert launcher.main([tiny, "--distributed", "--out", "c"]) == 0
+    assert calls == [1] * (several + 1)
+
+
+@pytest.mark.parametrize(("hosts", "several"), [("10.0.0.1", False), ("10.0.0.1,10.0.0.2", True)])
+def test_a_tpu_vm_asks_its_metadata_server(hosts, several, monkeypatch):
+    asked = []
+
+    def urlopen(request, timeout):
+        asked.append((request.full_url, request.headers))
+        return io.BytesIO(hosts.encode())
+
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "GCE_METADATA_IP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(processes.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
+    assert not processes.several()
+    assert not asked  # a laptop
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/vfio/0"])
+    assert processes.several() is several
+    url = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    assert asked == [(url, {"Metadata-flavor": "Google"})]
+
+
+def test_what_lacks_to_join_is_named(tiny, tmp_path):
+    """In a process of its own: processes meet before jax has done anything."""
+    command = [sys.executable, "-m", "experiments", str(tmp_path / tiny), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": "localhost:1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    message = "error: distributed: Number of processes must be defined; set JAX_COORDINATOR_ADDRESS"
+    assert done.stderr.startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_a_command(tiny, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "experiments",
+        str(tmp_path / tiny),
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        "7",
+    ]
+    assert subprocess.run(command, cwd=ROOT).returncode == 7
+    assert (tmp_path / "out" / "marker").exists()

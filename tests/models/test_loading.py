@@ -1,0 +1,87 @@
+"""What lies in files comes to lie where and as it is asked for, whoever wrote them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import gptjax
+from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.config import to_json
+from gptjax.data.tokenizers.bytes import Bytes
+from gptjax.distributed.parameters import flat
+from gptjax.distributed.sharding import Mesh, Rules
+from gptjax.models.language_model import LanguageModel
+from gptjax.nn import Transformer, TransformerConfig
+from gptjax.types import UserError
+
+CONFIG = TransformerConfig(vocab=264, layers=2, width=16, heads=4, kv_heads=2, hidden=24)
+TOKENIZER = Bytes().build(iter(()))
+RULES = Rules(embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
+TOKENS = np.asarray([[1, 2, 3], [7, 8, 9]])
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    """Its parameters are numbers that bfloat16 has too."""
+    params = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), TOKENS)["params"]
+    params = jax.tree.map(lambda x: (10 * x).astype(jnp.bfloat16).astype(jnp.float32), params)
+    return LanguageModel(CONFIG, params, TOKENIZER, context=64)
+
+
+@pytest.fixture(scope="module")
+def folders(model, tmp_path_factory):
+    """Kind -> a folder of the model."""
+    path = tmp_path_factory.mktemp("models")
+    model.save(path / "saved")
+    model.save_hf(path / "hf")
+    model.save_hf(path / "hf bfloat16", "bfloat16")
+    run = path / "run"
+    TOKENIZER.save(run / "tokenizer")
+    experiment = {"model": to_json(CONFIG), "stages": {"train": {"data": {"length": 64}}}}
+    (run / "config.json").write_text(json.dumps({"experiment": experiment}))
+    with Checkpoints(run / "checkpoints" / "train") as checkpoints:
+        checkpoints.save(1, {"params": model.params}, {"tokenizer": TOKENIZER.fingerprint})
+    return {name: path / name for name in ("saved", "hf", "hf bfloat16", "run")}
+
+
+KINDS = pytest.mark.parametrize("kind", ["saved", "hf", "hf bfloat16", "run"])
+
+
+@KINDS
+def test_parameters_are_sharded_over_the_devices_and_compute_the_same(model, folders, kind):
+    before, text = model.logits(TOKENS), model.generate("hello", 8, temperature=0)[0].text
+    with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).make()):
+        lm = gptjax.load(folders[kind], "float32", RULES)
+        q, embedding = lm.params["blocks"]["attention"]["q"], lm.params["embedding"]
+        assert q.sharding.spec == PartitionSpec(None, "fsdp", "tensor", None)
+        assert embedding.addressable_shards[0].data.shape == (264 // 2, 16 // 2)
+        assert lm.context == 64
+        jax.tree.map(np.testing.assert_array_equal, lm.params, model.params)
+        # Sums in another order, of 24 terms at most, through 2 layers.
+        np.testing.assert_allclose(lm.logits(TOKENS), before, rtol=1e-5, atol=1e-5 * np.abs(before).max())
+        assert lm.generate("hello", 8, temperature=0)[0].text == text
+
+
+@KINDS
+def test_the_dtype_is_the_files_own_or_the_one_asked_for(model, folders, kind):
+    for dtype in (None, "float32", "bfloat16"):
+        want = dtype or ("bfloat16" if kind == "hf bfloat16" else "float32")
+        lm = gptjax.load(folders[kind], dtype)
+        assert {x.dtype for x in flat(lm.params).values()} == {jnp.dtype(want)}
+        assert lm.config.dtype == want
+        assert lm.logits(TOKENS).dtype == want
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(y.dtype), y), lm.params, model.params)
+    with pytest.raises(UserError, match=r"^dtype: got 'float8', must be float32 or bfloat16, or none for the files' o"):
+        gptjax.load(folders[kind], "float8")
+
+
+def test_a_model_of_bfloat16_is_saved_as_it_is(folders, tmp_path):
+    lm = gptjax.load(folders["hf bfloat16"])
+    lm.save(tmp_path / "again")
+    again = gptjax.load(tmp_path / "again")
+    assert again.config.dtype == "bfloat16"
+    np.testing.assert_array_equal(again.logits(TOKENS), lm.logits(TOKENS))

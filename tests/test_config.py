@@ -1,0 +1,277 @@
+"""Configurations survive JSON, say how they differ, and take typed overrides; mistakes get one line that names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import pytest
+
+from gptjax.config import differences, from_json, override, to_json
+from gptjax.types import UserError
+
+
+class Positions:
+    pass
+
+
+@dataclass(frozen=True)
+class RoPE(Positions):
+    theta: float = 10_000.0
+    """Longest wavelength."""
+
+
+@dataclass(frozen=True)
+class Learned(Positions):
+    length: int = 64
+
+
+@dataclass(frozen=True)
+class Model:
+    layers: int = 4
+    """How many blocks there are."""
+    width: int = 8
+    heads: int = 2
+    kv_heads: int | None = None
+    positions: Positions = RoPE()
+    """Where a token is."""
+    remat: Literal["full", "dots"] | None = None
+    tied: bool = True
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise UserError(f"model.heads: got {self.heads}, must divide width {self.width}")
+
+
+class Source(Protocol):
+    def documents(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Text:
+    path: Path = Path("a.txt")
+    names: tuple[str, ...] = ()
+
+    def documents(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class Data:
+    source: Source = Text()
+    mixture: tuple[tuple[Source, float], ...] = ((Text(), 0.25), (Text(Path("b.txt")), 0.75))
+    shares: dict[str, float] = field(default_factory=lambda: {"code": 0.5})
+
+
+@dataclass(frozen=True)
+class Adam:
+    peak: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Stage:
+    optimizer: Any = Adam()
+    steps: int = 10
+    data: Data | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    model: Model
+    stages: dict[str, Stage]
+    seed: int = 0
+    """Where all randomness comes from."""
+    axis: str | tuple[str, ...] | None = ("data", "fsdp")
+    extra: Any = None
+
+
+CONFIG = Run(Model(), {"pretrain": Stage(data=Data()), "chat": Stage(Adam(1e-4), 5)})
+
+
+def apply(*arguments: str, config: Any = CONFIG) -> Any:
+    return override(config, arguments, "prog", "A description.")
+
+
+def roundtrip(config: Any) -> Any:
+    return from_json(json.loads(json.dumps(to_json(config))))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        Run(Model(positions=Learned(), kv_heads=1, remat="dots"), {}, axis=None),
+        Stage(optimizer=(), data=Data(Text(Path("/x"), ("é", "\n")), mixture=(), shares={})),
+        Adam(1e-7, (float("inf"), 1.0)),
+    ],
+)
+def test_json_roundtrip_is_exact(config):
+    back = roundtrip(config)
+    assert back == config
+    assert repr(back) == repr(config)  # 1 and 1.0, a list and a tuple, are told apart
+
+
+def test_json_is_readable():
+    assert to_json(Model())["positions"] == {"class": f"{__name__}.RoPE", "theta": 10_000.0}
+
+
+@pytest.mark.parametrize("value", [[1], {1: 2}, {"class": "x"}, len, {1}, b"x", Path])
+def test_what_would_not_come_back_is_refused(value):
+    with pytest.raises(UserError, match=r"configuration\.extra: got "):
+        to_json(dataclasses.replace(CONFIG, extra=value))
+
+
+def test_a_class_that_has_no_importable_name_is_refused():
+    @dataclass(frozen=True)
+    class Local:
+        pass
+
+    with pytest.raises(UserError, match="top level"):
+        to_json(Local())
+
+
+def test_from_json_imports_modules_of_the_package_and_nothing_else(monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.delitem(sys.modules, "gptjax.distributed.sharding", raising=False)
+    assert dataclasses.is_dataclass(from_json({"class": "gptjax.distributed.sharding.Mesh", "data": 2}))
+
+    (tmp_path / "sideeffect.py").write_text("raise SystemExit('was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="import its module first"):
+        from_json({"class": "sideeffect.Thing"})
+    for cls in (subprocess.Popen, Path):  # imported, but no dataclass
+        with pytest.raises(UserError, match="must be a dataclass"):
+            from_json({"class": f"{cls.__module__}.{cls.__name__}", "args": "false"})
+    for path in ("gptjax.no_such_room.Thing", "gptjax.types.NoSuchThing", "Thing", None):
+        with pytest.raises(UserError, match=r"configuration\.extra: got class"):
+            from_json({**to_json(CONFIG), "extra": {"class": path}})
+
+
+def test_json_of_another_version():
+    data = to_json(CONFIG)
+    data["model"]["rotations"] = 3
+    with pytest.raises(UserError, match=r"model\.rotations: not a field of .*\.Model, which has layers, "):
+        from_json(data)
+    data = to_json(CONFIG)
+    del data["model"]
+    with pytest.raises(UserError, match=r"configuration\.model: missing"):
+        from_json(data)
+    data = to_json(CONFIG)
+    del data["seed"]
+    assert from_json(data) == CONFIG
+
+
+def test_differences():
+    assert differences(CONFIG, roundtrip(CONFIG)) == []
+    changed = apply("--model.layers", "12", "--chat.optimizer.peak", "1e-3", "--pretrain.data.mixture.1.1", "0.5")
+    changed = dataclasses.replace(changed, axis=None)
+    assert differences(CONFIG, changed) == [
+        "model.layers: 4 → 12",
+        "pretrain.data.mixture.1.1: 0.75 → 0.5",
+        "chat.optimizer.peak: 0.0001 → 0.001",
+        "axis: ('data', 'fsdp') → None",
+    ]
+    assert differences(Model(), Model(positions=Learned())) == ["positions: RoPE(theta=10000.0) → Learned(length=64)"]
+    one_stage = dataclasses.replace(CONFIG, stages={"chat": Stage(Adam(1e-4), 5)})
+    (removed,), (added,) = differences(CONFIG, one_stage), differences(one_stage, CONFIG)
+    assert removed.startswith("pretrain: Stage(")
+    assert removed.endswith(" → nothing")
+    assert added.startswith("pretrain: nothing → Stage(")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {}),
+        ("--seed 3", {"seed": 3}),
+        ("--model.kv_heads 1", {"model": Model(kv_heads=1)}),
+        ("--model.kv-heads=1", {"model": Model(kv_heads=1)}),
+        ("--model.remat dots --model.tied False", {"model": Model(remat="dots", tied=False)}),
+        ("--model.positions.theta 5e5", {"model": Model(positions=RoPE(5e5))}),
+        ("--axis data", {"axis": "data"}),
+        ("--axis None", {"axis": None}),
+        ("--chat.steps 7", {"stages": {**CONFIG.stages, "chat": Stage(Adam(1e-4), 7)}}),
+        ("--chat.optimizer.betas 0.5 -1", {"stages": {**CONFIG.stages, "chat": Stage(Adam(1e-4, (0.5, -1.0)), 5)}}),
+        (
+            "--pretrain.data.source.path c --pretrain.data.mixture.0.0.names x y --pretrain.data.shares.code 1",
+            {
+                "stages": {
+                    **CONFIG.stages,
+                    "pretrain": Stage(
+                        data=Data(
+                            Text(Path("c")),
+                            ((Text(names=("x", "y")), 0.25), (Text(Path("b.txt")), 0.75)),
+                            {"code": 1.0},
+                        )
+                    ),
+                }
+            },
+        ),
+    ],
+)
+def test_overrides_are_typed(arguments, expected):
+    config = apply(*arguments.split())
+    assert config == dataclasses.replace(CONFIG, **expected)
+    assert roundtrip(config) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model.layesr 3", "no option --model.layesr; nearest: --model.layers; see all with prog --help"),
+        ("--steps=3", "no option --steps; nearest: --chat.steps, --pretrain.steps; see all with prog --help"),
+        ("--zzzzzz 3", "no option --zzzzzz; see all with prog --help"),
+        ("3", "got '3', which belongs to no option; give values as --name value"),
+        ("--extra.x 3", "no option --extra.x; nearest: --extra; see all with prog --help"),
+        ("--model.layers many", "--model.layers: invalid literal for int() with base 10: 'many'"),
+        ("--model.kv_heads 1.5", "--model.kv_heads: no type matching {None}|INT could be instantiated from ['1.5']"),
+        ("--model.layers", "Missing value for argument '--model.layers'. Expected 1 values"),
+        ("--model.heads 3", "model.heads: got 3, must divide width 8"),
+    ],
+)
+def test_a_mistake_gets_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")  # tyro wraps its lines at the terminal's width
+    with pytest.raises(UserError) as error:
+        apply(*arguments.split())
+    assert str(error.value) == message
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_mistake_in_the_root_gets_one_line_too():
+    with pytest.raises(UserError, match=r"^model\.heads: got 3, must divide width 8$"):
+        apply("--heads", "3", config=Model())
+
+
+def test_a_stage_cannot_have_the_name_of_a_field():
+    for name in ("model", "seed"):
+        with pytest.raises(UserError, match=f"the name '{name}' is taken by a field of Run"):
+            apply(config=dataclasses.replace(CONFIG, stages={name: Stage()}))
+
+
+def test_a_choice_outside_the_literal_names_the_choices():
+    with pytest.raises(UserError, match=r"'some'.*--model\.remat.*'(full|dots)', "):
+        apply("--model.remat", "some")
+
+
+def test_help_shows_every_option_with_its_docstring(capsys):
+    with pytest.raises(SystemExit) as stop:
+        apply("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for part in (
+        "A description.",
+        "--model.layers INT",
+        "How many blocks there are. (default: 4)",
+        "--model.positions.theta",
+        "--pretrain.optimizer.peak",
+        "--chat.steps",
+        "Where all randomness comes from.",
+    ):
+        assert part in text
+    assert "stages." not in text
