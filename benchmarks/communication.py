@@ -23,7 +23,7 @@ def measure(devices: int) -> dict[str, list[float]]:
     """Bytes sent by all-gathers and by all-reduces, for each mesh; of all parameters first."""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     from gptjax import data, objectives, optim
-    from gptjax.distributed.sharding import Mesh
+    from gptjax.distributed.sharding import MeshConfig
     from gptjax.experiment.experiment import Experiment, Stage
     from gptjax.nn import TransformerConfig
     from gptjax.plan.collectives import sent
@@ -31,20 +31,20 @@ def measure(devices: int) -> dict[str, list[float]]:
     from gptjax.plan.topology import Target
 
     experiment = Experiment(
-        model=TransformerConfig(vocab=512, layers=2, width=512, heads=8, hidden=1_024, tied=False),
+        model=TransformerConfig(vocab=512, layers=2, width=512, heads=8, hidden=1_024, tie_embeddings=False),
         tokenizer=data.LoadTokenizer("gpt2"),
         stages={
             "pretrain": Stage(
                 data=data.Pretrain(data.PyDocs(), length=16, batch=devices),
                 objective=objectives.NextToken(),
-                optimizer=optim.AdamW(peak=1e-3, clip=1.0),
+                optimizer=optim.AdamW(learning_rate=1e-3, clip=1.0),
                 steps=1,
             )
         },
     )
     target = Target.parse(f"cpu:{devices}")
     found = {}
-    for name, mesh in {"data": Mesh(), "fsdp": Mesh(data=1, fsdp=-1), "hybrid": Mesh(fsdp=8)}.items():
+    for name, mesh in {"data": MeshConfig(), "fsdp": MeshConfig(data=1, fsdp=-1), "hybrid": MeshConfig(fsdp=8)}.items():
         step = compile_step(dataclasses.replace(experiment, mesh=mesh), "pretrain", target.devices())
         bytes_sent = sent(step.collectives)
         found[name] = [4.0 * step.count, bytes_sent.get("all-gather", 0.0), bytes_sent.get("all-reduce", 0.0)]

@@ -89,7 +89,7 @@ def seconds(run: Callable[[], np.ndarray]) -> float:
 def measure(name: str, batch: int, turns: int) -> None:
     config, new = SIZES[name]
     config = TransformerConfig(**{**vars(config), "norm": LayerNorm(), "mlp": GELU(), "bias": True})
-    theirs = peer(config, config.positions.limit or 0)
+    theirs = peer(config, config.positions.max_positions or 0)
     params, model = jax.device_put(parameters(theirs, config)), Transformer(config)
     params = unstack(config, params)
     prompts = np.random.default_rng(0).integers(1, config.vocab, (batch, PROMPT)).astype(np.int32)

@@ -76,7 +76,7 @@ def read(path: Path | None, split: data.Split) -> np.ndarray:
 def train(positions: Positions, text: np.ndarray, steps: int, rows: int) -> Params:
     """Parameters after `steps` steps on `rows` random pieces of the text each; every encoding gets the same pieces."""
     model = Transformer(dataclasses.replace(CONFIG, positions=positions))
-    optimizer = Muon(peak=5e-3, schedule=Linear(warmup=min(20, steps))).build(steps)
+    optimizer = Muon(learning_rate=5e-3, schedule=Linear(warmup=min(20, steps))).build(steps)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, TRAINED), np.int32))["params"]
     state = create(params, optimizer, jax.random.key(1))
     step = make_step(functools.partial(NextToken(), model.apply), optimizer)
@@ -111,7 +111,7 @@ def measure(path: Path | None, steps: int, rows: int, held_out: int) -> dict[str
     results: dict[str, dict[int, np.ndarray]] = {}
 
     def report(name: str, params: Params, at: Callable[[int], Positions]) -> None:
-        lengths = [n for n in LENGTHS if n <= (at(n).limit or n)]
+        lengths = [n for n in LENGTHS if n <= (at(n).max_positions or n)]
         results[name] = {n: losses(at(n), params, unseen, n) for n in lengths}
         cells = [f"{results[name][n].mean():.3f}" if n in lengths else "–" for n in LENGTHS]
         cells += [f"{results[name][n][:, TRAINED:].mean():.3f}" if n in lengths else "–" for n in LENGTHS[1:]]

@@ -49,7 +49,9 @@ def losses(kind: Parametrisation, width: int, text: np.ndarray) -> np.ndarray:
     @jax.jit
     def train(peak: jax.Array, batches: Batch) -> jax.Array:
         schedule = optim.Linear(warmup=10)
-        optimizer = optax.chain(optim.AdamW(peak=1.0, schedule=schedule).build(STEPS, config.growth), optax.scale(peak))
+        optimizer = optax.chain(
+            optim.AdamW(learning_rate=1.0, schedule=schedule).build(STEPS, config.width_multiplier), optax.scale(peak)
+        )
         params = model.init(jax.random.key(0), batches.tokens[0])["params"]
         state = train_state.create(params, optimizer, jax.random.key(0))
         step = make_step(functools.partial(NextToken(), model.apply), optimizer)

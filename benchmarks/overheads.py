@@ -40,7 +40,7 @@ processes.prepare()
 import jax
 
 from gptjax import data, optim
-from gptjax.monitor.metrics import Records
+from gptjax.monitor.metrics import MetricsLogger
 from gptjax.monitor.times import Clock
 from gptjax.monitor.watchdog import Watchdog
 from gptjax.nn import TransformerConfig
@@ -110,14 +110,14 @@ def seconds(model: TransformerConfig, steps: int, batch: int, length: int, **opt
     stage = Stage(
         data=timed,
         objective=NextToken(),
-        optimizer=optim.AdamW(peak=1e-3, clip=1.0),
+        optimizer=optim.AdamW(learning_rate=1e-3, clip=1.0),
         steps=steps,
-        evaluate_rows=batch,
+        eval_sequences=batch,
         prompts=(),
         **every,
     )
     tokenizer = data.TrainCharacters().build(iter([LETTERS]))
-    with tempfile.TemporaryDirectory() as folder, Records(folder) as records:
+    with tempfile.TemporaryDirectory() as folder, MetricsLogger(folder) as records:
         records.log(0, "warm", loss=0.0)  # what is opened once
         cache = Path(tempfile.gettempdir()) / "gptjax-overheads"
         train(stage, "main", model.build(), tokenizer, Path(folder) / "checkpoints", records, cache=cache)
@@ -227,13 +227,13 @@ experiment = Experiment(
         "main": Stage(
             data=data.Pretrain(data.Text("{text}"), length=128, batch=2),
             objective=NextToken(),
-            optimizer=optim.AdamW(peak=1e-4),
+            optimizer=optim.AdamW(learning_rate=1e-4),
             steps=100_000,
             evaluate_every=10**9,
-            evaluate_rows=2,
+            eval_sequences=2,
             save_every=10**9,
             log_every=1,
-            keep=1,
+            max_to_keep=1,
             prompts=(),
         )
     },

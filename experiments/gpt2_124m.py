@@ -30,8 +30,8 @@ experiment = Experiment(
             data=data.Pretrain(data.TFDS("c4/en"), length=1_024, batch=512),
             objective=objectives.NextToken(),
             optimizer=optim.AdamW(
-                peak=6e-4,
-                schedule=optim.Cosine(warmup=2_000, floor=0.1),
+                learning_rate=6e-4,
+                schedule=optim.Cosine(warmup=2_000, final_fraction=0.1),
                 weight_decay=0.1,
                 no_decay=("scale", "bias"),
                 b2=0.95,
@@ -39,7 +39,7 @@ experiment = Experiment(
             ),
             steps=50_000,
             evaluate_every=1_000,
-            evaluate_rows=5_120,
+            eval_sequences=5_120,
             save_every=1_000,
             prompts=("The meaning of life is",),
         )

@@ -6,7 +6,7 @@ chip; 4.7 s a step, bound by compute, to 9.5 s were nothing to overlap, 38 to 76
 30,000 steps in 39 to 79 hours for $750 to $1,510 ($1.20 a chip and hour, not verified). A roofline: runs take longer.
 """
 
-from gptjax import Experiment, Mesh, Stage, data, objectives, optim
+from gptjax import Experiment, MeshConfig, Stage, data, objectives, optim
 from gptjax.nn import TransformerConfig
 
 experiment = Experiment(
@@ -25,8 +25,8 @@ experiment = Experiment(
             data=data.Pretrain(data.TFDS("c4/en"), length=2_048, batch=512),
             objective=objectives.NextToken(),
             optimizer=optim.AdamW(
-                peak=3e-4,
-                schedule=optim.Cosine(warmup=2_000, floor=0.1),
+                learning_rate=3e-4,
+                schedule=optim.Cosine(warmup=2_000, final_fraction=0.1),
                 weight_decay=0.1,
                 b2=0.95,
                 clip=1.0,
@@ -34,9 +34,9 @@ experiment = Experiment(
             steps=30_000,
             accumulate=8,
             evaluate_every=1_000,
-            evaluate_rows=1_024,
+            eval_sequences=1_024,
             save_every=1_000,
         )
     },
-    mesh=Mesh(data=1, fsdp=-1),
+    mesh=MeshConfig(data=1, fsdp=-1),
 )

@@ -12,7 +12,7 @@ chips compute. `gptjax plan llama3_8b --on ...` says, at best (all overlapping) 
     price ($4.20, $2.70 an hour)      $42,000 to $50,000            $13,500 to $25,000
 """
 
-from gptjax import Experiment, Mesh, Stage, data, objectives, optim
+from gptjax import Experiment, MeshConfig, Stage, data, objectives, optim
 from gptjax.nn import RoPE, TransformerConfig
 
 experiment = Experiment(
@@ -24,7 +24,7 @@ experiment = Experiment(
         kv_heads=8,
         hidden=14_336,
         positions=RoPE(theta=500_000.0),
-        tied=False,
+        tie_embeddings=False,
         remat="nothing_saveable",
         dtype="bfloat16",
     ),
@@ -34,17 +34,17 @@ experiment = Experiment(
             data=data.Pretrain(data.TFDS("c4/en"), length=8_192, batch=256),
             objective=objectives.NextToken(),
             optimizer=optim.AdamW(
-                peak=3e-4,
-                schedule=optim.Cosine(warmup=2_000, floor=0.1),
+                learning_rate=3e-4,
+                schedule=optim.Cosine(warmup=2_000, final_fraction=0.1),
                 weight_decay=0.1,
                 b2=0.95,
                 clip=1.0,
             ),
             steps=100_000,
             evaluate_every=1_000,
-            evaluate_rows=1_024,
+            eval_sequences=1_024,
             save_every=1_000,
         )
     },
-    mesh=Mesh(data=1, fsdp=-1),
+    mesh=MeshConfig(data=1, fsdp=-1),
 )

@@ -13,7 +13,7 @@ It counts scores that a causal mask hides, and splash skips half of them: a step
 import dataclasses
 
 from experiments.llama3_8b import experiment as llama
-from gptjax import Mesh
+from gptjax import MeshConfig
 from gptjax.nn import RoPE, TransformerConfig
 
 assert isinstance(llama.model, TransformerConfig)
@@ -27,8 +27,8 @@ experiment = dataclasses.replace(
             stage,
             data=dataclasses.replace(stage.data, length=131_072, batch=8),
             accumulate=2,
-            evaluate_rows=64,
+            eval_sequences=64,
         )
     },
-    mesh=Mesh(data=1, fsdp=4, context=-1),
+    mesh=MeshConfig(data=1, fsdp=4, context=-1),
 )

@@ -10,7 +10,7 @@ With `--mesh.expert 16 --pretrain.accumulate 4` it is 16.5 to 23 s, bound by HBM
 devices that share out the experts keeps room for the rows of all of them.
 """
 
-from gptjax import Experiment, Mesh, Stage, data, objectives, optim
+from gptjax import Experiment, MeshConfig, Stage, data, objectives, optim
 from gptjax.nn import MixtureOfExperts, MultiHeadAttention, RMSNorm, RoPE, Softmax, TransformerConfig
 
 experiment = Experiment(
@@ -25,7 +25,7 @@ experiment = Experiment(
         positions=RoPE(theta=1_000_000.0),
         attention=MultiHeadAttention(qk_norm=RMSNorm()),
         mlp=MixtureOfExperts(experts=128, top_k=8, router=Softmax(load_balance=1e-3)),
-        tied=False,
+        tie_embeddings=False,
         remat="nothing_saveable",
         dtype="bfloat16",
     ),
@@ -35,17 +35,17 @@ experiment = Experiment(
             data=data.Pretrain(data.TFDS("c4/en"), length=4_096, batch=1_024),
             objective=objectives.NextToken(),
             optimizer=optim.AdamW(
-                peak=3e-4,
-                schedule=optim.Cosine(warmup=2_000, floor=0.1),
+                learning_rate=3e-4,
+                schedule=optim.Cosine(warmup=2_000, final_fraction=0.1),
                 weight_decay=0.1,
                 b2=0.95,
                 clip=1.0,
             ),
             steps=100_000,
             evaluate_every=1_000,
-            evaluate_rows=1_024,
+            eval_sequences=1_024,
             save_every=1_000,
         )
     },
-    mesh=Mesh(data=1, fsdp=-1),
+    mesh=MeshConfig(data=1, fsdp=-1),
 )

@@ -15,6 +15,7 @@ initial scalars that differ by layer, and a learning rate for each kind of param
 
 from gptjax import Experiment, Stage, data, evals, objectives, optim
 from gptjax.nn import (
+    LayerOverrides,
     MultiHeadAttention,
     ReLUSquared,
     RMSNorm,
@@ -22,7 +23,6 @@ from gptjax.nn import (
     ScaledStream,
     TransformerConfig,
     ValueEmbedding,
-    Variant,
 )
 
 VOCAB = 4_096
@@ -42,12 +42,12 @@ experiment = Experiment(
         mlp=ReLUSquared(),
         residual=ScaledStream(stream=1.1, start=0.125),  # the means of 1.15 .. 1.05 and 0.20 .. 0.05
         pattern=(
-            Variant(window=64),
-            Variant(window=64, attention=VALUES),
-            Variant(window=64),
-            Variant(attention=VALUES),
+            LayerOverrides(window=64),
+            LayerOverrides(window=64, attention=VALUES),
+            LayerOverrides(window=64),
+            LayerOverrides(attention=VALUES),
         ),
-        tied=False,
+        tie_embeddings=False,
         embedding_norm=NORM,
         logit_softcap=15.0,
     ),
@@ -56,10 +56,10 @@ experiment = Experiment(
         "pretrain": Stage(
             data=data.Pretrain(data.PyDocs(), length=256, batch=8),
             objective=objectives.NextToken(),
-            optimizer=optim.Muon(peak=5e-3, schedule=optim.Linear(warmup=20)),
+            optimizer=optim.Muon(learning_rate=5e-3, schedule=optim.Linear(warmup=20)),
             steps=400,
             evaluate_every=100,
-            evaluate_rows=64,
+            eval_sequences=64,
             save_every=100,
             prompts=("# textwrap.dedent",),
             evaluations=(evals.BitsPerByte(data.PyDocs()),),

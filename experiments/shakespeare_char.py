@@ -31,8 +31,8 @@ experiment = Experiment(
             ),
             objective=objectives.NextToken(),
             optimizer=optim.AdamW(
-                peak=3e-3,
-                schedule=optim.Cosine(warmup=100, floor=0.1),
+                learning_rate=3e-3,
+                schedule=optim.Cosine(warmup=100, final_fraction=0.1),
                 weight_decay=0.1,
                 no_decay=("scale", "bias"),
                 b2=0.99,
@@ -40,7 +40,7 @@ experiment = Experiment(
             ),
             steps=2_000,
             evaluate_every=250,
-            evaluate_rows=1_740,  # all of the validation text
+            eval_sequences=1_740,  # all of the validation text
             save_every=500,
             prompts=("\n",),
         )

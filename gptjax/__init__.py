@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptjax.data.chat import Message
-    from gptjax.distributed.sharding import Mesh, Rules
+    from gptjax.distributed.sharding import MeshConfig, ShardingRules
     from gptjax.experiment.experiment import Experiment, Stage
     from gptjax.inference.sampling import Sampling
     from gptjax.models.classifier_model import ClassifierModel
@@ -33,11 +33,11 @@ __all__ = [
     "EncoderModel",
     "Experiment",
     "LanguageModel",
-    "Mesh",
+    "MeshConfig",
     "Message",
     "Model",
-    "Rules",
     "Sampling",
+    "ShardingRules",
     "Stage",
     "TextToText",
     "UserError",
@@ -49,10 +49,10 @@ _HOME = {
     "EncoderModel": "gptjax.models.encoder_model",
     "Experiment": "gptjax.experiment.experiment",
     "LanguageModel": "gptjax.models.language_model",
-    "Mesh": "gptjax.distributed.sharding",
+    "MeshConfig": "gptjax.distributed.sharding",
     "Message": "gptjax.data.chat",
     "Model": "gptjax.models.model",
-    "Rules": "gptjax.distributed.sharding",
+    "ShardingRules": "gptjax.distributed.sharding",
     "Sampling": "gptjax.inference.sampling",
     "Stage": "gptjax.experiment.experiment",
     "TextToText": "gptjax.models.text_to_text",

@@ -40,7 +40,7 @@ class Model:
     positions: Positions = RoPE()
     """Where a token is."""
     remat: Literal["full", "dots"] | None = None
-    tied: bool = True
+    tie_embeddings: bool = True
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -69,7 +69,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Adam:
-    peak: float = 1e-3
+    learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
 
 
@@ -169,12 +169,14 @@ def test_json_of_another_version():
 
 def test_differences():
     assert differences(CONFIG, roundtrip(CONFIG)) == []
-    changed = apply("--model.layers", "12", "--chat.optimizer.peak", "1e-3", "--pretrain.data.mixture.1.1", "0.5")
+    changed = apply(
+        "--model.layers", "12", "--chat.optimizer.learning_rate", "1e-3", "--pretrain.data.mixture.1.1", "0.5"
+    )
     changed = dataclasses.replace(changed, axis=None)
     assert differences(CONFIG, changed) == [
         "model.layers: 4 → 12",
         "pretrain.data.mixture.1.1: 0.75 → 0.5",
-        "chat.optimizer.peak: 0.0001 → 0.001",
+        "chat.optimizer.learning_rate: 0.0001 → 0.001",
         "axis: ('data', 'fsdp') → None",
     ]
     assert differences(Model(), Model(positions=Learned())) == ["positions: RoPE(theta=10000.0) → Learned(length=64)"]
@@ -192,7 +194,7 @@ def test_differences():
         ("--seed 3", {"seed": 3}),
         ("--model.kv_heads 1", {"model": Model(kv_heads=1)}),
         ("--model.kv-heads=1", {"model": Model(kv_heads=1)}),
-        ("--model.remat dots --model.tied False", {"model": Model(remat="dots", tied=False)}),
+        ("--model.remat dots --model.tie_embeddings False", {"model": Model(remat="dots", tie_embeddings=False)}),
         ("--model.positions.theta 5e5", {"model": Model(positions=RoPE(5e5))}),
         ("--axis data", {"axis": "data"}),
         ("--axis None", {"axis": None}),
@@ -269,7 +271,7 @@ def test_help_shows_every_option_with_its_docstring(capsys):
         "--model.layers INT",
         "How many blocks there are. (default: 4)",
         "--model.positions.theta",
-        "--pretrain.optimizer.peak",
+        "--pretrain.optimizer.learning_rate",
         "--chat.steps",
         "Where all randomness comes from.",
     ):

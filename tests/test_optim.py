@@ -9,17 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax.distributed.sharding import STANDARD, Mesh, Rules, use
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules, use
 from gptjax.nn import LayerNorm, LearnedPositions, Transformer, TransformerConfig
 from gptjax.optim import Adafactor, AdamW, Constant, Cosine, Linear, Lion, Muon, Optimizer, Schedule, WarmupStableDecay
 from gptjax.types import UserError
 
 MODEL = TransformerConfig(
-    vocab=16, layers=2, width=8, heads=4, kv_heads=2, hidden=16, positions=LearnedPositions(8), tied=False
+    vocab=16, layers=2, width=8, heads=4, kv_heads=2, hidden=16, positions=LearnedPositions(8), tie_embeddings=False
 )  # fmt: skip
 
 
-def shapes(rules: Rules = Rules(), **changes):
+def shapes(rules: ShardingRules = ShardingRules(), **changes):
     """The shapes and shardings of a real parameter tree."""
     model = Transformer(dataclasses.replace(MODEL, **changes), rules)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((4, 8), jnp.int32)))["params"]
@@ -55,17 +55,17 @@ def run(optimizer: Optimizer, params, gradients, steps: int = 10):
     ("schedule", "after"),
     [
         (Constant(10), lambda x: 1.0),
-        (Linear(10, floor=0.2), lambda x: 1 - 0.8 * x),
-        (Cosine(10, floor=0.1), lambda x: 0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2),
-        (Cosine(0, floor=0.0), lambda x: (1 + math.cos(math.pi * x)) / 2),
+        (Linear(10, final_fraction=0.2), lambda x: 1 - 0.8 * x),
+        (Cosine(10, final_fraction=0.1), lambda x: 0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2),
+        (Cosine(0, final_fraction=0.0), lambda x: (1 + math.cos(math.pi * x)) / 2),
         # 110 steps in all, the last 22 of them fall; x counts the 100 after the warmup
-        (WarmupStableDecay(10, floor=0.5, decay=0.2), lambda x: 1 - 0.5 * max(0, x - 0.78) / 0.22),
+        (WarmupStableDecay(10, final_fraction=0.5, decay=0.2), lambda x: 1 - 0.5 * max(0, x - 0.78) / 0.22),
         (WarmupStableDecay(10, decay=1.0), lambda x: 1 - x),
     ],
     ids=lambda value: str(value) if isinstance(value, Schedule) else "",
 )
 def test_schedule_is_its_formula(schedule, after):
-    rate = AdamW(peak=0.02, schedule=schedule).learning_rate(schedule.warmup + 100)
+    rate = AdamW(learning_rate=0.02, schedule=schedule).learning_rate(schedule.warmup + 100)
     for step in range(schedule.warmup):
         np.testing.assert_allclose(rate(step), 0.02 * (step + 1) / (schedule.warmup + 1), rtol=1e-5)
     for step in (0, 1, 50, 77, 79, 90, 99, 100, 1000):
@@ -78,10 +78,10 @@ def test_schedule_is_its_formula(schedule, after):
     ("make", "field"),
     [
         (lambda: Cosine(-1), "optimizer.schedule.warmup: got -1"),
-        (lambda: Linear(floor=1.5), "optimizer.schedule.floor: got 1.5"),
+        (lambda: Linear(final_fraction=1.5), "optimizer.schedule.final_fraction: got 1.5"),
         (lambda: WarmupStableDecay(decay=0.0), "optimizer.schedule.decay: got 0.0"),
         (lambda: AdamW(schedule=Cosine(101)).build(100), "optimizer.schedule.warmup: got 101, .*100 steps"),
-        (lambda: AdamW(peak=0.0), "optimizer.peak: got 0.0"),
+        (lambda: AdamW(learning_rate=0.0), "optimizer.learning_rate: got 0.0"),
         (lambda: Lion(weight_decay=-0.1), "optimizer.weight_decay: got -0.1"),
         (lambda: Adafactor(clip=0.0), "optimizer.clip: got 0.0"),
         (lambda: AdamW(b2=1.0), "optimizer.b2: got 1.0"),
@@ -108,7 +108,9 @@ def test_only_matrices_decay():
 
 
 def test_adamw_is_its_equation():
-    optimizer = AdamW(peak=0.01, schedule=Linear(warmup=1), weight_decay=0.1, clip=1.0, b1=0.9, b2=0.95, eps=1e-3)
+    optimizer = AdamW(
+        learning_rate=0.01, schedule=Linear(warmup=1), weight_decay=0.1, clip=1.0, b1=0.9, b2=0.95, eps=1e-3
+    )
     tree = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32), "bias": jax.ShapeDtypeStruct((3,), jnp.float32)}
     start, gradients = fill(tree, 0), [fill(tree, 1, scale=3.0), fill(tree, 2, scale=0.01)]
     got = run(optimizer, start, gradients, steps=5)
@@ -128,7 +130,7 @@ def test_adamw_is_its_equation():
 class Descent(Optimizer):
     """What it takes to add an optimizer."""
 
-    def direction(self) -> optax.GradientTransformation:
+    def update_transform(self) -> optax.GradientTransformation:
         return optax.identity()
 
 
@@ -136,7 +138,7 @@ class Descent(Optimizer):
 def test_gradients_are_clipped_by_global_norm(norm, clip, expected):
     gradient = {"a": jnp.array([0.6, 0.0]) * norm, "b": jnp.array([[0.8]]) * norm}
     zeros = jax.tree.map(jnp.zeros_like, gradient)
-    params = run(Descent(peak=1.0, schedule=Constant(), weight_decay=0.0, clip=clip), zeros, [gradient])
+    params = run(Descent(learning_rate=1.0, schedule=Constant(), weight_decay=0.0, clip=clip), zeros, [gradient])
     np.testing.assert_allclose(params["a"], [-0.6 * expected, 0], rtol=1e-6)
     np.testing.assert_allclose(params["b"], [[-0.8 * expected]], rtol=1e-6)
 
@@ -144,7 +146,7 @@ def test_gradients_are_clipped_by_global_norm(norm, clip, expected):
 def test_muon_orthogonalises_the_matrices_of_each_layer():
     """With U S V' the decomposition of a layer's matrix, heads merged, the update is 0.2 sqrt(longer side) U p(S) V',
     where p is five rounds of the quintic that pushes singular values towards 1. The rest is Adam's."""
-    optimizer = Muon(peak=1.0, schedule=Constant(), weight_decay=0.0)
+    optimizer = Muon(learning_rate=1.0, schedule=Constant(), weight_decay=0.0)
     gradient = fill(shapes(), 0)
     zeros = jax.tree.map(jnp.zeros_like, gradient)
     update = jax.tree.map(np.asarray, run(optimizer, zeros, [gradient]))
@@ -162,7 +164,7 @@ def test_muon_orthogonalises_the_matrices_of_each_layer():
             expected = -0.2 * math.sqrt(max(inputs, outputs)) * (u * s) @ v
             got = update["blocks"][part][name][layer].reshape(inputs, outputs)
             np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
-    adam = run(AdamW(peak=1.0, schedule=Constant(), weight_decay=0.0), zeros, [gradient])
+    adam = run(AdamW(learning_rate=1.0, schedule=Constant(), weight_decay=0.0), zeros, [gradient])
     for name in ("embedding", "head", "norm", "positions"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), update[name], adam[name])
 
@@ -179,7 +181,13 @@ def test_adafactor_treats_stacked_layers_as_parameters_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "optimizer", [AdamW(peak=0.1), Lion(peak=0.1), Adafactor(peak=0.1, factor_from=4), Muon(peak=0.1)],
+    "optimizer",
+    [
+        AdamW(learning_rate=0.1),
+        Lion(learning_rate=0.1),
+        Adafactor(learning_rate=0.1, factor_from=4),
+        Muon(learning_rate=0.1),
+    ],
     ids=lambda optimizer: type(optimizer).__name__,
 )  # fmt: skip
 def test_sharded_is_unsharded(optimizer):
@@ -193,7 +201,7 @@ def test_sharded_is_unsharded(optimizer):
         tree = {"embedding": tree["embedding"], "blocks": blocks}
         return jax.device_get(run(optimizer, fill(tree, 0), [fill(tree, 1), fill(tree, 2, scale=1e-3)]))
 
-    alone = two_steps(Rules())
-    with use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        sharded = two_steps(STANDARD)
+    alone = two_steps(ShardingRules())
+    with use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        sharded = two_steps(DEFAULT_RULES)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), alone, sharded)

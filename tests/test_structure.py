@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from gptjax.distributed.sharding import Mesh
+from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment
 from gptjax.train.program import program
 from gptjax.types import Batch
@@ -100,7 +100,7 @@ def test_the_steps_of_an_experiment_lower_without_devices_or_data(name):
     experiment: Experiment = importlib.import_module(f"experiments.{name}").experiment
     experiment.check(math.prod(size for size in dataclasses.astuple(experiment.mesh) if size > 0))
     sizes = {"data": 2, "fsdp": 2, "tensor": 2}
-    dataclasses.replace(experiment, mesh=Mesh(**sizes)).check(8)
+    dataclasses.replace(experiment, mesh=MeshConfig(**sizes)).check(8)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * 3)
     model = experiment.model.build(experiment.rules)
     for stage in experiment.stages.values():

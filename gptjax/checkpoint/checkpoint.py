@@ -52,19 +52,21 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, in `folder`, a local path or gs://. Only one job may save there.
 
-    Kept are the newest `keep` and, besides, the `best` of lowest validation loss. Every method that touches the disk
-    first waits for the save under way, and raises UserError if that failed: a full disk is heard of at the next call.
+    It keeps the newest `max_to_keep` and the `best` of lowest validation loss. Every method that touches the disk first
+    waits for the save in progress, and raises UserError if that failed: a full disk shows at the next call.
 
     Several processes of a job must make the same calls, in a folder that they share: each reads and hashes its part of
     the files, and what the first finds there holds for all.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 2, best: int = 1):
-        if keep < 1 or best < 0:
-            raise UserError(f"checkpoints: got keep={keep}, best={best}; keep must be at least 1 and best at least 0")
+    def __init__(self, folder: str | os.PathLike[str], max_to_keep: int = 2, best: int = 1):
+        if max_to_keep < 1 or best < 0:
+            raise UserError(
+                f"checkpoints: got max_to_keep={max_to_keep}, best={best}; must be at least 1 and at least 0"
+            )
         path = epath.Path(folder).expanduser()
         self.folder = path if path.is_absolute() else path.resolve()  # resolve() would spoil gs://
-        self.keep = keep
+        self.max_to_keep = max_to_keep
         self.best = best
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -248,7 +250,7 @@ class Checkpoints:
                         manifest.leave(folder, process, files)
                 if process == 0:
                     manifest.write(folder, content, files | manifest.collect(folder, processes))
-                    kept = {*self._committed()[-self.keep :], *self._ranked()[: self.best]}
+                    kept = {*self._committed()[-self.max_to_keep :], *self._ranked()[: self.best]}
                     for old in set(self._committed()) - kept:
                         manifest.delete(self.folder / str(old))
             if not manifest.finished(folder):

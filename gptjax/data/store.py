@@ -187,7 +187,7 @@ def _write(source: Source, tokenizer: Tokenizer, split: Split, folder: Path, mad
                     np.array(weights, np.uint8).tofile(weights_file)
             else:
                 before = [] if tokenizer.bos is None else [tokenizer.bos]
-                after = [] if tokenizer.end is None else [tokenizer.end]
+                after = [] if tokenizer.eos is None else [tokenizer.eos]
                 ids = [before + text + after for text in tokenizer.encode_batch(list(map(_text, chunk)))]
                 if isinstance(chunk[0], Example):
                     written.add("labels")

@@ -90,7 +90,7 @@ def nested(flat: Mapping[str, Any]) -> Params:
 def declared(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Name -> shape, dtype and sharding (None without a mesh) of each parameter of a Flax model over tokens."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    model = model.clone(rules=model.rules.for_rows(1))  # which a mesh need not cut
+    model = model.clone(rules=model.rules.for_batch_size(1))  # which a mesh need not cut
     params = flat(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
     mesh = jax.sharding.get_mesh()
     if mesh.empty:

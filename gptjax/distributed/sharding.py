@@ -1,15 +1,15 @@
 """Where arrays live: a mesh of devices with explicit axes, and the rules that place logical axes on it.
 
-A module names its axes logically ("embed", "heads"); `Rules` says which mesh axis each lies on. Data, FSDP, tensor,
-context, expert and pipeline parallelism and their products are different `Rules`, never different code:
+A module names its axes logically ("embed", "heads"); `ShardingRules` maps each to mesh axes. Data, FSDP, tensor,
+context, expert and pipeline parallelism and their products are different `ShardingRules`, never different code:
 
-    Rules()                                               nothing is sharded; no mesh is needed
-    Rules(batch="data")                                   data parallel
-    Rules(batch=("data", "fsdp"), embed="fsdp")           and fully sharded parameters
-    Rules(batch=("data", "fsdp"), embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
+    ShardingRules()                                               nothing is sharded; no mesh is needed
+    ShardingRules(batch="data")                                   data parallel
+    ShardingRules(batch=("data", "fsdp"), embed="fsdp")           and fully sharded parameters
+    ShardingRules(batch=("data", "fsdp"), embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
 
 A rule holds where the current mesh has its axis, with more than one device along it, and says nothing elsewhere: so
-`STANDARD`, which knows every axis of `Mesh`, is right for all of them.
+`DEFAULT_RULES`, which knows every axis of `MeshConfig`, is right for all of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Axis = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class ShardingRules:
     """Logical axis -> mesh axis, or several, or none. Calling it makes the PartitionSpec of an array."""
 
     batch: Axis = None
@@ -57,27 +57,27 @@ class Rules:
         """The spec for an array with these logical axes; None where there is no mesh, so that modules run anywhere."""
         if jax.sharding.get_abstract_mesh().empty:
             return None
-        return PartitionSpec(*(None if axis is None else self.over(axis) or None for axis in axes))
+        return PartitionSpec(*(None if axis is None else self.mesh_axes(axis) or None for axis in axes))
 
-    def over(self, axis: str) -> tuple[str, ...]:
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
         """The axes of the current mesh that cut a logical axis into parts; within a `jax.shard_map`, of those that are
         left."""
         mesh = jax.sharding.get_abstract_mesh()
         names = (name for name in axes_of(getattr(self, axis)) if name not in mesh.manual_axes)
         return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
 
-    def fitting(self, axis: str, size: int) -> str | None:
+    def axis_if_divisible(self, axis: str, size: int) -> str | None:
         """The logical axis, or None where the current mesh does not cut so many into equal parts."""
         mesh = jax.sharding.get_abstract_mesh()
-        return axis if mesh.empty or size % self.parts(axis, dict(mesh.shape)) == 0 else None
+        return axis if mesh.empty or size % self.num_shards(axis, dict(mesh.shape)) == 0 else None
 
-    def for_rows(self, rows: int) -> Rules:
+    def for_batch_size(self, rows: int) -> ShardingRules:
         """The rules for so many whole rows: if the current mesh does not cut them into equal parts, all are on every
         device."""
-        batch = self.batch if self.fitting("batch", rows) else None
+        batch = self.batch if self.axis_if_divisible("batch", rows) else None
         return dataclasses.replace(self, batch=batch, sequence=None)
 
-    def parts(self, axis: str, sizes: dict[str, int]) -> int:
+    def num_shards(self, axis: str, sizes: dict[str, int]) -> int:
         """How many parts a mesh of these sizes cuts a logical axis into."""
         return math.prod(sizes.get(name, 1) for name in axes_of(getattr(self, axis)))
 
@@ -89,8 +89,8 @@ class Rules:
                     raise UserError(f"rules.{field.name}: got {name!r}, must be an axis of mesh: {', '.join(names)}")
 
 
-STANDARD = Rules(
-    batch=("data", "fsdp", "expert", "stage"),
+DEFAULT_RULES = ShardingRules(
+    batch=("data", "fsdp", "expert", "pipeline"),
     sequence="context",
     embed="fsdp",
     heads="tensor",
@@ -98,20 +98,20 @@ STANDARD = Rules(
     ffn="tensor",
     vocab="tensor",
     experts="expert",
-    layers="stage",
+    layers="pipeline",
 )
-"""What each axis of `Mesh` is for: what an experiment uses unless it says otherwise."""
+"""What each axis of `MeshConfig` is for: what an experiment uses unless it says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
+class MeshConfig:
     """How the devices are arranged. One axis may be -1: all devices that are left."""
 
     data: int = -1
     """Copies of the model, each on its share of the batch."""
     fsdp: int = 1
     """Shares of the batch that also share out the parameters."""
-    stage: int = 1
+    pipeline: int = 1
     """Pipeline stages: parts of the stack of layers, each on the devices of its own; shares of the batch beside it."""
     expert: int = 1
     """Shares of the batch that also share out the experts of a mixture."""
@@ -188,17 +188,17 @@ def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
 
 
 def reshard(x: Any, spec: PartitionSpec | None) -> Any:
-    """x placed as `Rules` say, inside of a program; without a mesh, where they say nothing, x."""
+    """x placed as `ShardingRules` say, inside of a program; without a mesh, where they say nothing, x."""
     return x if spec is None else jax.reshard(x, spec)
 
 
-def cut_rows(x: jax.Array, parts: int) -> jax.Array:
+def split_microbatches(x: jax.Array, parts: int) -> jax.Array:
     """[B, ...] -> [parts, B / parts, ...]. A part takes every parts-th row, so that rows which a mesh cuts stay where
     they are."""
     return jax.numpy.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
 
-def share(rules: Rules) -> tuple[int, int]:
+def data_shard(rules: ShardingRules) -> tuple[int, int]:
     """(rank, ranks): which of how many shares of a batch's rows the devices of this process hold, on the current mesh.
 
     Processes that hold the same rows, because they cut rows or layers between them, have the same rank."""
@@ -207,10 +207,10 @@ def share(rules: Rules) -> tuple[int, int]:
         return 0, 1
     place = NamedSharding(mesh, cast(PartitionSpec, rules("batch")))
     starts = place.devices_indices_map((mesh.size,)).items()
-    return _share([(device.process_index, rows.start or 0) for device, (rows,) in starts], jax.process_index())
+    return _data_shard([(device.process_index, rows.start or 0) for device, (rows,) in starts], jax.process_index())
 
 
-def _share(held: Sequence[tuple[int, int]], process: int) -> tuple[int, int]:
+def _data_shard(held: Sequence[tuple[int, int]], process: int) -> tuple[int, int]:
     """The rank and ranks of a process, where (process, row) lists who holds what. (0, 1), all rows, where two hold some
     of the same and some not, or not as many."""
     rows: dict[int, set[int]] = {}
@@ -221,13 +221,13 @@ def _share(held: Sequence[tuple[int, int]], process: int) -> tuple[int, int]:
     return (shares.index(tuple(sorted(rows[process]))), len(shares)) if apart else (0, 1)
 
 
-def global_array(local, rules: Rules):
-    """A tree of host arrays [B / ranks, ...], the `share` of this process, -> global `jax.Array`s [B, ...] sharded by
-    `rules.batch` and `rules.sequence`."""
+def global_array(local, rules: ShardingRules):
+    """Global `jax.Array`s [B, ...], sharded by `rules.batch` and `rules.sequence`, from a tree of host arrays
+    [B / ranks, ...], the `data_shard` of this process."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jax.numpy.asarray, local)
-    _, ranks = share(rules)
+    _, ranks = data_shard(rules)
 
     def place(x):
         spec = cast(PartitionSpec, rules("batch", "sequence", *[None] * (x.ndim - 2)))

@@ -71,7 +71,7 @@ def negative_log_likelihood(
     Every token of every document is counted once, its end mark included, each document by itself. One that is longer
     than `length` is read through overlapping windows: all but its first tokens have at least length / 2 of context.
     """
-    limit = config.limit
+    limit = config.max_positions
     length = min(length, limit) if limit else length
     windows = [w for ids in tokenizer.encode_batch(documents) for w in _windows(_framed(ids, tokenizer), length)]
     windows.sort(key=lambda w: len(w[0]))
@@ -92,7 +92,7 @@ def negative_log_likelihood(
 def _framed(ids: list[int], tokenizer: Any) -> list[int]:
     """A document with the marks that training put around it."""
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    end = [] if tokenizer.end is None else [tokenizer.end]
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
     return [*bos, *ids, *end]
 
 

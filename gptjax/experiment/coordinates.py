@@ -76,7 +76,7 @@ def _one(
     tokens = np.random.default_rng(seed).integers(0, config.vocab, (rows, length + 1), np.int32)
     ones, positions = np.ones((rows, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
-    update = dataclasses.replace(optimizer, schedule=Constant()).build(steps, config.growth)
+    update = dataclasses.replace(optimizer, schedule=Constant()).build(steps, config.width_multiplier)
     params = jax.jit(model.init)(jax.random.key(seed), batch.tokens)["params"]
     state = train_state.create(params, update, jax.random.key(seed))
     step = make_step(functools.partial(NextToken(), model.apply), update)
@@ -109,7 +109,7 @@ def check(
         name: coordinates(dataclasses.replace(config, parametrisation=parametrisation), optimizer, widths, steps)
         for name, parametrisation in (("standard", Parametrisation()), ("muP", mup))
     }
-    picture(measured, widths, f"{type(optimizer).__name__}, peak {optimizer.peak:g}", path)
+    picture(measured, widths, f"{type(optimizer).__name__}, peak {optimizer.learning_rate:g}", path)
     lines = [
         f"sizes grow with this power of the width ({', '.join(map(str, widths))}):",
         f"{'':18}{'at the start':^24}{f'moved by {steps} steps':^24}",

@@ -37,14 +37,14 @@ from gptjax.data.pipeline import Chat, Classify
 from gptjax.data.sources import Example
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.distributed import processes, sharding
-from gptjax.distributed.sharding import STANDARD, Mesh, Rules
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.evals.result import Result
 from gptjax.experiment import report
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.models.language_model import LanguageModel
-from gptjax.models.loading import begun, door, trained
-from gptjax.monitor.metrics import Records
+from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
+from gptjax.monitor.metrics import MetricsLogger
 from gptjax.nn import ClassifierConfig, ModelConfig
 from gptjax.train.loop import train
 from gptjax.train.stage import Stage
@@ -56,7 +56,7 @@ PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gra
 
 FREE = ("mesh", "rules", "records")
 """Fields that do not change what is learnt, but for the rounding of sums: a run may go on with others."""
-FREE_OF_STAGES = ("keep", "evaluate_every", "log_every", "hang", "prompts")
+FREE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_timeout", "prompts")
 """And those of a stage."""
 
 
@@ -70,9 +70,9 @@ class Experiment:
     """How text becomes tokens: `data.TrainSentencePiece`, `data.LoadTokenizer`, ..."""
     stages: dict[str, Stage]
     """The training runs, in order; each goes on from the parameters of the one before."""
-    mesh: Mesh = Mesh()
+    mesh: MeshConfig = MeshConfig()
     """How the devices are arranged."""
-    rules: Rules = STANDARD
+    rules: ShardingRules = DEFAULT_RULES
     """Which axes of the arrays lie on which axes of the mesh."""
     seed: int = 0
     """Of initialisation, data order and dropout."""
@@ -87,7 +87,7 @@ class Experiment:
             raise UserError("stages: got none, must be at least one")
         if (first := next(iter(self.stages))) and self.stages[first].adapter is not None:
             raise UserError(f"{first}.adapter: got one, must be none: the first stage has no parameters to adapt")
-        limit = self.model.limit
+        limit = self.model.max_positions
         for name, stage in self.stages.items():
             if isinstance(stage.data, Classify) != isinstance(self.model, ClassifierConfig):
                 raise UserError(
@@ -116,7 +116,7 @@ class Experiment:
             *(("sequence", f"{name}.data.length", s.data.length) for name, s in self.stages.items()),
         ]
         for axis, field, size in axes:
-            parts = self.rules.parts(axis, sizes)
+            parts = self.rules.num_shards(axis, sizes)
             if size % parts:
                 raise UserError(f"{field}: got {size}, must be a multiple of {parts}, the parts that mesh cuts it into")
 
@@ -142,7 +142,7 @@ class Experiment:
         mesh = self.mesh.make()
         model = self.model.build(self.rules)
         results: dict[str, list[Result]] = {}
-        with Records(folder, self.records, to_json(self)) as records:
+        with MetricsLogger(folder, self.records, to_json(self)) as records:
             before: str | None = None
             for name, stage in self.stages.items():
                 checkpoints = folder / "checkpoints" / name
@@ -179,7 +179,7 @@ class Experiment:
     @property
     def _writes(self) -> bool:
         """Whether the model is one that writes on."""
-        return door(type(self.model)) is LanguageModel
+        return model_class(type(self.model)) is LanguageModel
 
     def _start(
         self, folder: Path, before: str | None, model: Any, tokenizer: Tokenizer
@@ -188,12 +188,12 @@ class Experiment:
         if before is not None:
             return functools.partial(self._trained, folder, before)
         path = self.start
-        return None if path is None else lambda _: begun(path, model, tokenizer, self.seed)
+        return None if path is None else lambda _: init_from_pretrained(path, model, tokenizer, self.seed)
 
     def _trained(self, folder: Path, name: str, abstract: Params | None = None) -> Params:
         """What a stage has made, placed as the abstract parameters."""
         adapters = {name: stage.adapter for name, stage in self.stages.items()}
-        return trained(folder / "checkpoints", adapters, name, abstract).state
+        return restore_stage_params(folder / "checkpoints", adapters, name, abstract).state
 
     def _claim(self, folder: Path, accept_changes: bool) -> list[str]:
         """Make the folder this experiment's. Returns how it differs from the configuration that was there."""
@@ -261,7 +261,7 @@ class Experiment:
     def _check_prompts(self, tokenizer: Tokenizer) -> None:
         if not self._writes:
             return
-        limit = self.model.limit or sys.maxsize
+        limit = self.model.max_positions or sys.maxsize
         for name, stage in self.stages.items():
             for prompt in stage.prompts:
                 size = len(stage.data.prompt(tokenizer, prompt))
@@ -279,7 +279,7 @@ class Experiment:
             return [Result(**result) for result in found]
         if not stage.evaluations:
             return []
-        model = door(type(self.model))(self.model, self._trained(folder, name), tokenizer)
+        model = model_class(type(self.model))(self.model, self._trained(folder, name), tokenizer)
         results = []
         for evaluation in stage.evaluations:
             with console.status(f"{name}: evaluating {type(evaluation).__name__} ..."):
@@ -299,7 +299,7 @@ def _with(config: Any, other: Any, fields: Sequence[str]) -> Any:
 def _sample(model: Any, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
     """A short text after `prompt`, with parameters that are in the middle of training, where they lie."""
     ids = stage.data.prompt(tokenizer, prompt)
-    length = min(64, (model.config.limit or sys.maxsize) - len(ids))
+    length = min(64, (model.config.max_positions or sys.maxsize) - len(ids))
     done = generate(model, params, tokenizer, [ids], length, SAMPLING)
     return ("\n" if isinstance(stage.data, Chat) else "") + done[0].text
 

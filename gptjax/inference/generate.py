@@ -25,7 +25,7 @@ import numpy as np
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.sampling import Sampling, sample
-from gptjax.inference.text import Finish, Row
+from gptjax.inference.text import Finish, TextStream
 from gptjax.nn import Cache, make_cache, unstack
 from gptjax.types import Array, Key, Params, UserError
 
@@ -76,7 +76,7 @@ def prefill(
     vocabulary when seen tokens are to be kept, else 0. Returns P * samples rows.
     """
     P, T = tokens.shape
-    rules, rows = model.rules.for_rows(P), model.rules.for_rows(P * samples)
+    rules, rows = model.rules.for_batch_size(P), model.rules.for_batch_size(P * samples)
     positions = jnp.arange(T) - (T - lengths[:, None])
     real = positions >= 0
     inputs = [
@@ -112,14 +112,14 @@ def decode(
     state: State,
     until: Array | int,
     done: Array | np.ndarray,
-    ends: Array | np.ndarray,
+    stop_token_ids: Array | np.ndarray,
     sampling: Sampling,
     vocab: int,
 ) -> State:
     """Reads and draws until `until` slots are read, or all rows are done: `done` bool [B], and those that drew one of
-    `ends` int32 [n]. Tokens from `vocab` on are never drawn: models pad their vocabulary."""
+    `stop_token_ids` int32 [n]. Tokens from `vocab` on are never drawn: models pad their vocabulary."""
     B = state.tokens.shape[0]
-    rules = model.rules.for_rows(B)
+    rules = model.rules.for_batch_size(B)
     reader = model.clone(rules=rules)
 
     def going(carry: tuple[State, Array]) -> Array:
@@ -143,7 +143,7 @@ def decode(
             seen=None if state.seen is None else state.seen.at[jnp.arange(B), drawn].set(True),
             cache=cast(Cache, cache),
         )
-        return state, done | (drawn[:, None] == ends).any(-1)
+        return state, done | (drawn[:, None] == stop_token_ids).any(-1)
 
     # XLA's CPU backend copies a cache that has an axis of size 1 at every token.
     one_row = B == 1 and jax.sharding.get_abstract_mesh().empty
@@ -168,11 +168,11 @@ def generate(
     seed: int = 0,
     stop: Sequence[str] = (),
     batch: int = 32,
-    ends: Sequence[int] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
 ) -> list[Completion]:
     """`samples` completions of each prompt (token ids), those of one prompt side by side.
 
-    A text ends at one of the tokens `ends` (None: at any special token), before the first of the `stop` strings, or
+    A text ends at one of `stop_token_ids` (None: at any special token), before the first of the `stop` strings, or
     after `max_tokens` (None: 256, or what the model's positions leave). Prompt i is written with the seed `seed + i`.
     `batch` is how many rows are written at a time: it changes speed and memory only. Raises UserError for a prompt that
     is empty, has tokens that the model doesn't know, or doesn't fit its positions.
@@ -181,12 +181,12 @@ def generate(
         raise UserError(f"samples: got {samples}, must be at least 1")
     rooms = [_room(model, prompt, max_tokens) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the least padding
-    rows: list[list[Row]] = [[] for _ in prompts]
+    rows: list[list[TextStream]] = [[] for _ in prompts]
     step = max(batch // samples, 1)
     for start in range(0, len(order), step):
         group = order[start : start + step]
         for i in group:
-            rows[i] = _rows(tokenizer, rooms[i], stop, samples, ends)
+            rows[i] = _rows(tokenizer, rooms[i], stop, samples, stop_token_ids)
         steps = (lambda: 16) if stop else (lambda: 1 << 30)  # the device can't see stop strings
         run = _run(
             model,
@@ -212,14 +212,14 @@ def stream(
     sampling: Sampling = Sampling(),
     seed: int = 0,
     stop: Sequence[str] = (),
-    ends: Sequence[int] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
 ) -> Generator[str, None, Completion]:
     """The text that `generate` gives for this prompt, in pieces as it is written; returns its Completion.
 
     A piece never cuts a character in two, and what may be the beginning of a stop string waits until it is not. For one
     process: its pace is by the clock, so several would not keep step.
     """
-    rows = _rows(tokenizer, _room(model, prompt, max_tokens), stop, 1, ends)
+    rows = _rows(tokenizer, _room(model, prompt, max_tokens), stop, 1, stop_token_ids)
     shown = 0
     for _ in _run(model, params, tokenizer, [prompt], [seed], rows, sampling, _Pace()):
         safe = rows[0].safe
@@ -235,7 +235,7 @@ def _run(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
-    rows: Sequence[Row],
+    rows: Sequence[TextStream],
     sampling: Sampling,
     steps: Callable[[], int],
 ) -> Iterator[None]:
@@ -248,7 +248,7 @@ def _run(
         line[T - len(prompt) :] = prompt
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     vocab = min(tokenizer.vocab, model.config.vocab)
-    ends = np.asarray(sorted(rows[0].ends), np.int32)
+    stop_token_ids = np.asarray(sorted(rows[0].stop_token_ids), np.int32)
     seeded = np.asarray(seeds, np.int64).astype(np.uint32)
     seen = vocab if sampling.penalizes else 0
     with on_mesh_of(params):
@@ -260,7 +260,7 @@ def _run(
         done = np.asarray([row.finish is not None for row in rows])
         until = T - 1 + min(written + steps(), longest)
         with on_mesh_of(params):  # not around the yield: what else the caller does is not of this mesh
-            state = decode(model, params, state, until, done, ends, sampling, vocab)
+            state = decode(model, params, state, until, done, stop_token_ids, sampling, vocab)
         drawn, logprobs, end = jax.device_get((state.tokens, state.logprobs, state.cache.length))
         new = slice(T + written, int(end) + 1)
         for row, ids, values in zip(rows, drawn[:, new].tolist(), logprobs[:, new].tolist(), strict=True):
@@ -290,16 +290,16 @@ def round_up(n: int) -> int:
 
 
 def _rows(
-    tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], samples: int, ends: Sequence[int] | None
-) -> list[Row]:
+    tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], samples: int, stop_token_ids: Sequence[int] | None
+) -> list[TextStream]:
     if isinstance(stop, str) or not all(stop):
         raise UserError(f"stop: got {stop!r}, must be a sequence of strings, none of them empty")
-    return [Row(tokenizer, max_tokens, stop, ends) for _ in range(samples)]
+    return [TextStream(tokenizer, max_tokens, stop, stop_token_ids) for _ in range(samples)]
 
 
 def _room(model: Any, prompt: Sequence[int], max_tokens: int | None) -> int:
     """How many tokens to write after this prompt."""
-    vocab, limit = model.config.vocab, model.config.limit
+    vocab, limit = model.config.vocab, model.config.max_positions
     if not len(prompt):
         raise UserError("prompt: got no tokens, must have at least one")
     if not 0 <= min(prompt) <= max(prompt) < vocab:
@@ -314,6 +314,6 @@ def _room(model: Any, prompt: Sequence[int], max_tokens: int | None) -> int:
     return max_tokens or min(DEFAULT_TOKENS, DEFAULT_TOKENS if limit is None else limit - len(prompt))
 
 
-def _completion(row: Row) -> Completion:
+def _completion(row: TextStream) -> Completion:
     assert row.finish is not None
     return Completion(row.text, tuple(row.ids), tuple(row.logprobs), row.finish)

@@ -14,7 +14,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, State, decode, round_up
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.text import Row
+from gptjax.inference.text import TextStream
 from gptjax.nn import EncoderDecoder, encoder_decoder, unstack
 from gptjax.types import Array, Params, UserError
 
@@ -24,22 +24,23 @@ def respond(
     params: Params,
     tokenizer: Tokenizer,
     sources: Sequence[Sequence[int]],
-    start: int,
-    ends: Sequence[int],
+    decoder_start_token_id: int,
+    stop_token_ids: Sequence[int],
     max_tokens: int | None = None,
     sampling: Sampling = Sampling(),
     seed: int = 0,
     batch: int = 32,
 ) -> list[Completion]:
-    """The target of each source (token ids), without the `start` that it begins with, down to the first of `ends` (in
-    T5 they are 0, the padding, and 1) or after `max_tokens` (None: 256, or what the model's positions leave).
+    """The target of each source (token ids), without the `decoder_start_token_id` that it begins with, up to the first
+    of `stop_token_ids` (in T5 they are 0, the padding, and 1) or after `max_tokens` (None: 256, or what the model's
+    positions leave).
 
     Source i is answered with the seed `seed + i`. `batch` is how many are at a time: it changes speed and memory only.
     With parameters on a mesh, the model runs there.
 
     Raises UserError for an empty source, one with tokens that the model doesn't know, and one or a `max_tokens` beyond
     the model's positions."""
-    vocab, limits = model.config.vocab, (model.config.encoder.limit, model.config.limit)
+    vocab, limits = model.config.vocab, (model.config.encoder.max_positions, model.config.max_positions)
     for source in sources:
         if not 0 < len(source) <= (limits[0] or len(source)):
             raise UserError(f"sources: got one of {len(source)} tokens, must be of 1 to {limits[0] or 'any number'}")
@@ -61,20 +62,24 @@ def respond(
                 tokens[row, : len(sources[i])], segments[row, : len(sources[i])] = sources[i], 1
             seeds = np.asarray([seed + i for i in group], np.int64).astype(np.uint32)
             seen = vocab if sampling.penalizes else 0
-            state = _begin(model, params, tokens, segments, np.int32(start), seeds, round_up(longest), seen)
+            state = _begin(
+                model, params, tokens, segments, np.int32(decoder_start_token_id), seeds, round_up(longest), seen
+            )
             done = np.zeros(len(group), bool)
-            state = decode(model, params, state, longest, done, np.asarray(ends, np.int32), sampling, vocab)
+            state = decode(model, params, state, longest, done, np.asarray(stop_token_ids, np.int32), sampling, vocab)
             drawn, logprobs, end = jax.device_get((state.tokens, state.logprobs, state.cache.length))
             for row, i in enumerate(group):
                 new = row, slice(1, int(end) + 1)
-                completions[i] = _completion(tokenizer, longest, ends, drawn[new].tolist(), logprobs[new].tolist())
+                completions[i] = _completion(
+                    tokenizer, longest, stop_token_ids, drawn[new].tolist(), logprobs[new].tolist()
+                )
     return [completions[i] for i in range(len(sources))]
 
 
 def _completion(
-    tokenizer: Tokenizer, longest: int, ends: Sequence[int], ids: Sequence[int], logprobs: Sequence[float]
+    tokenizer: Tokenizer, longest: int, stop_token_ids: Sequence[int], ids: Sequence[int], logprobs: Sequence[float]
 ) -> Completion:
-    row = Row(tokenizer, longest, (), ends)
+    row = TextStream(tokenizer, longest, (), stop_token_ids)
     row.extend(ids, logprobs)
     assert row.finish is not None
     return Completion(tokenizer.decode(row.ids), tuple(row.ids), tuple(row.logprobs), row.finish)
@@ -92,7 +97,7 @@ def _begin(
     seen: int,
 ) -> State:
     B = source.shape[0]
-    rules = model.rules.for_rows(B)
+    rules = model.rules.for_batch_size(B)
     source, segments = (reshard(x, rules("batch", None)) for x in (source, segments))
     return State(
         tokens=jnp.zeros((B, size + 1), jnp.int32).at[:, 0].set(start),

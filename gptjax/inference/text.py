@@ -12,17 +12,19 @@ Finish = Literal["stop", "length"]
 """Why a text ended: at a special token or a stop string, or at its maximum length."""
 
 
-class Row:
+class TextStream:
     """One text being written. Its state depends on the ids alone, not on how many came at a time."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], ends: Iterable[int] | None = None):
+    def __init__(
+        self, tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], stop_token_ids: Iterable[int] | None = None
+    ):
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""
         self.finish: Finish | None = None
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
-        self.ends = frozenset(tokenizer.specials.values() if ends is None else ends)
+        self.stop_token_ids = frozenset(tokenizer.specials.values() if stop_token_ids is None else stop_token_ids)
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character until it is whole
 
@@ -33,7 +35,7 @@ class Row:
                 return
             self.ids.append(token)
             self.logprobs.append(logprob)
-            if token in self.ends:
+            if token in self.stop_token_ids:
                 self.finish = "stop"
                 return
             self.text += self._decoder.decode(self._tokenizer.decode_bytes([token]))

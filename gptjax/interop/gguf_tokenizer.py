@@ -45,7 +45,7 @@ def metadata(tokenizer: Tokenizer, vocab: int) -> dict[str, Any]:
     an end."""
     if tokenizer.vocab > vocab:
         raise UserError(f"tokenizer: got one of {tokenizer.vocab:,} ids, must be at most the model's {vocab:,}")
-    if tokenizer.end is None:
+    if tokenizer.eos is None:
         raise UserError("tokenizer: got one without an end token, must have one; llama.cpp would take another for it")
     if isinstance(tokenizer, SentencePieceTokenizer):
         keys, tokens = _sentencepiece(tokenizer)
@@ -63,7 +63,7 @@ def metadata(tokenizer: Tokenizer, vocab: int) -> dict[str, Any]:
     keys |= {
         "tokenizer.ggml.tokens": [token.text for token in listed],
         "tokenizer.ggml.token_type": [token.type for token in listed],
-        "tokenizer.ggml.eos_token_id": tokenizer.end,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos,
         "tokenizer.ggml.add_bos_token": _begins_with_bos(tokenizer),
         "tokenizer.ggml.add_eos_token": False,
     }
@@ -177,4 +177,4 @@ def _begins_with_bos(tokenizer: Tokenizer) -> bool:
         import tokenizers
 
         return tokenizers.Tokenizer.from_str(tokenizer.data.decode()).encode("").ids == [tokenizer.bos]
-    return tokenizer.bos not in (None, tokenizer.end)
+    return tokenizer.bos not in (None, tokenizer.eos)

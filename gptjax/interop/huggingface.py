@@ -23,7 +23,7 @@ import numpy as np
 from gptjax.config import differences
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed.parameters import declared, flat, nested
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.inference.sampling import Sampling
 from gptjax.interop import multimodal, quantised, safetensors, tokenizers
 from gptjax.interop.families import CLASSIFYING, FAMILIES, Family, Fields, Piece, pieces
@@ -34,6 +34,7 @@ from gptjax.nn import (
     ClassifierConfig,
     EncoderConfig,
     EncoderDecoderConfig,
+    LayerOverrides,
     LongRoPE,
     MixtureOfExperts,
     ModelConfig,
@@ -42,12 +43,13 @@ from gptjax.nn import (
     Stack,
     SwiGLU,
     TransformerConfig,
-    Variant,
 )
 from gptjax.types import Params, UserError
 
 
-def load_hf(folder: str | Path, dtype: str | None = None, rules: Rules = Rules()) -> tuple[ModelConfig, Params]:
+def load_hf(
+    folder: str | Path, dtype: str | None = None, rules: ShardingRules = ShardingRules()
+) -> tuple[ModelConfig, Params]:
     """The model in a folder. Its parameters have this dtype, float32 or bfloat16 (None: the files' own), and lie as
     `rules` say on the current mesh; it computes in bfloat16 if most of them are, else in float32.
 
@@ -66,11 +68,11 @@ def save_hf(
     template: ChatTemplate | None = None,
     dtype: str = "float32",
     model_type: str | None = None,
-    ends: Sequence[int] | None = None,
-    start: int | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    decoder_start_token_id: int | None = None,
     sampling: Sampling | None = None,
     labels: Sequence[str] | None = None,
-    closed: bool | None = None,
+    append_eos: bool | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: config.json, generation_config.json, safetensors of this dtype, and
     the tokenizer's files.
@@ -78,12 +80,11 @@ def save_hf(
     context     the most tokens that the model reads, where its positions don't say
     template    how it reads conversations; None: in our own format, where the tokenizer has its markers
     model_type  the family to write it as; None: the first that can express it
-    ends        the tokens at which a text ends; None: the special ones, the end of a message first
-    start       the token that every target of an encoder-decoder begins with
+    stop_token_ids  the tokens at which a text ends; None: the special ones, the end of a message first
+    decoder_start_token_id  the token that every target of an encoder-decoder begins with
     sampling    how the next token is drawn where nothing else is said; None: as `transformers` has it, greedily
     labels      what the classes of a classifier are called; None: as `transformers` does
-    closed      whether all text ends with the tokenizer's last token; None: only where something else than a decoder
-                reads it
+    append_eos  end every text with the tokenizer's end token; None: only where the model is not a decoder
 
     Raises UserError for a model that no published family can express, and says what is in the way."""
     described, tensors = to_tensors(config, params, dtype, model_type)
@@ -91,18 +92,22 @@ def save_hf(
     safetensors.write(folder, tensors.shapes, tensors.__getitem__)
     specials = {} if tokenizer is None else tokenizer.specials
     bos, end = (specials.get(role) for role in ("<|bos|>", "<|end|>"))
-    if closed is None:
-        closed = isinstance(config, EncoderConfig) or not isinstance(config, TransformerConfig)
-    pad = None if tokenizer is None else tokenizers.padding(tokenizer, closed)
+    if append_eos is None:
+        append_eos = isinstance(config, EncoderConfig) or not isinstance(config, TransformerConfig)
+    pad = None if tokenizer is None else tokenizers.padding(tokenizer, append_eos)
     ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": pad}
-    if start is not None:
-        ids["decoder_start_token_id"] = start
-    if ends is None and tokenizer is not None:
-        ends = sorted(set(tokenizer.specials.values()), key=lambda i: (i != end, i))
+    if decoder_start_token_id is not None:
+        ids["decoder_start_token_id"] = decoder_start_token_id
+    if stop_token_ids is None and tokenizer is not None:
+        stop_token_ids = sorted(set(tokenizer.specials.values()), key=lambda i: (i != end, i))
     length = {} if context is None else {"max_position_embeddings": context}
     named = {} if labels is None else _named(labels)
     _write_json(folder / "config.json", {**length, **described, **named, **ids, "dtype": dtype})
-    generation = {**ids, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else ids
+    generation = (
+        {**ids, "eos_token_id": stop_token_ids[0] if len(stop_token_ids) == 1 else list(stop_token_ids)}
+        if stop_token_ids
+        else ids
+    )
     if sampling is not None:
         drawing = {name: value for name, value in dataclasses.asdict(sampling).items() if value is not None}
         drawing.setdefault("top_k", 0)  # all: where nothing is said, `transformers` takes 50
@@ -112,7 +117,7 @@ def save_hf(
     if not isinstance(config, EncoderConfig | ClassifierConfig):  # which don't generate
         _write_json(folder / "generation_config.json", generation)
     if tokenizer is not None:
-        tokenizers.save(tokenizer, folder, context or config.limit, template, closed)
+        tokenizers.save(tokenizer, folder, context or config.max_positions, template, append_eos)
 
 
 def _named(labels: Sequence[str]) -> dict[str, Any]:
@@ -138,7 +143,7 @@ def read_kind(folder: str | Path) -> type[ModelConfig]:
     return ClassifierConfig if _classifies(fields) else _family(fields["model_type"]).kind
 
 
-def read_start(folder: str | Path) -> int:
+def read_decoder_start_token_id(folder: str | Path) -> int:
     """The token that every target of a folder's encoder-decoder begins with: padding, where it names no other."""
     names = ("generation_config.json", "config.json")
     files = [read_config(folder, name) for name in names if (Path(folder) / name).is_file()]
@@ -146,12 +151,12 @@ def read_start(folder: str | Path) -> int:
     return next((file[key] for key in keys for file in files if file.get(key) is not None), 0)
 
 
-def read_ends(folder: str | Path) -> tuple[int, ...] | None:
+def read_stop_token_ids(folder: str | Path) -> tuple[int, ...] | None:
     """The tokens at which a text of the folder's model ends: one, or several; None where it doesn't say."""
     names = ("generation_config.json", "config.json")
     found = [read_config(folder, name).get("eos_token_id") for name in names if (Path(folder) / name).is_file()]
-    ends = next((ends for ends in found if ends is not None), None)
-    return (ends,) if isinstance(ends, int) else None if ends is None else tuple(ends)
+    ids = next((ids for ids in found if ids is not None), None)
+    return (ids,) if isinstance(ids, int) else None if ids is None else tuple(ids)
 
 
 def read_labels(folder: str | Path) -> tuple[str, ...] | None:
@@ -163,7 +168,7 @@ def read_labels(folder: str | Path) -> tuple[str, ...] | None:
 def read_closed(folder: str | Path, tokenizer: Tokenizer) -> bool:
     """Whether the folder's classifier looks at the tokenizer's last token, after a text. One of `transformers` looks at
     the last token that is no padding, and so does not where the same token pads."""
-    return tokenizers.closes(folder, tokenizer) and read_config(folder).get("pad_token_id") != tokenizer.end
+    return tokenizers.closes(folder, tokenizer) and read_config(folder).get("pad_token_id") != tokenizer.eos
 
 
 def read_sampling(folder: str | Path) -> Sampling | None:
@@ -180,7 +185,10 @@ def read_sampling(folder: str | Path) -> Sampling | None:
 
 
 def from_tensors(
-    fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: str | None = None, rules: Rules = Rules()
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    dtype: str | None = None,
+    rules: ShardingRules = ShardingRules(),
 ) -> tuple[ModelConfig, Params]:
     """The model of a config.json's fields and its tensors, which are read one after the other. Raises as `load_hf`."""
     fields = Fields(fields)
@@ -205,7 +213,7 @@ def from_tensors(
     params = {name: placed(name, leaf) for name, leaf in abstract.items()}
     half = sum(x.nbytes for x in params.values() if x.dtype == jnp.bfloat16)
     mostly = 2 * half > sum(x.nbytes for x in params.values())  # routers' biases are float32 in files of bfloat16
-    return config.computing_in("bfloat16" if mostly else "float32"), nested(params)
+    return config.with_dtype("bfloat16" if mostly else "float32"), nested(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,22 +333,29 @@ def _essence(m: ModelConfig) -> dict[str, Any]:
         return {"encoder": _essence(m.encoder), "decoder": _essence(m.decoder)}
     if isinstance(m, ClassifierConfig):
         headless: dict[str, Any] = {"transform": None} if isinstance(m.trunk, EncoderConfig) else {}
-        trunk = dataclasses.replace(m.trunk, tied=True, **headless)
+        trunk = dataclasses.replace(m.trunk, tie_embeddings=True, **headless)
         parts = ("classes", "pooling", "pooler", "bias")
         return {**_essence(trunk), "classifier": {name: getattr(m, name) for name in parts}}
     assert isinstance(m, TransformerConfig)
     layers = {
         str(i): {
             "attention": _attention(block.attention),
-            "cross": _attention(block.cross),
+            "cross_attention": _attention(block.cross_attention),
             "mlp": _mlp(block.mlp),
             "hidden": block.hidden,
             "bias": block.bias,
         }
         for i, block in enumerate(m.stack().blocks)
     }
-    of_layers = {"kv_heads": None, "head_size": 2, "hidden": None, "bias": False, "first": (), "pattern": (Variant(),)}
-    parts = {"attention": MultiHeadAttention(), "cross": None, "mlp": SwiGLU()}
+    of_layers = {
+        "kv_heads": None,
+        "head_size": 2,
+        "hidden": None,
+        "bias": False,
+        "leading_layers": (),
+        "pattern": (LayerOverrides(),),
+    }
+    parts = {"attention": MultiHeadAttention(), "cross_attention": None, "mlp": SwiGLU()}
     positions = RoPE() if isinstance(m.positions, RoPE) else m.positions  # which turn queries and keys in the layers
     of_training = {"dropout": 0.0, "layer_drop": 0.0, "remat": None, "dtype": "float32"}
     rest = dataclasses.replace(m, positions=positions, **of_layers, **parts, **of_training)

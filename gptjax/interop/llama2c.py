@@ -80,7 +80,7 @@ class _Header(NamedTuple):
     n_kv_heads: int
     vocab_size: int
     seq_len: int
-    tied: bool
+    tie_embeddings: bool
     group: int
     """How many int8 share a scale; 0 before version 2."""
 
@@ -112,7 +112,7 @@ class _Header(NamedTuple):
             "rms_norm_eps": 1e-5,
             "rope_theta": 10_000.0,
             "hidden_act": "silu",
-            "tie_word_embeddings": self.tied,
+            "tie_word_embeddings": self.tie_embeddings,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "torch_dtype": "float32",
@@ -155,14 +155,14 @@ def _header(path: Path) -> _Header:
     if not versioned:
         sizes = struct.unpack_from("<7i", data)
         # A negative vocabulary says that the output layer is not the embedding.
-        head = _Header(0, *sizes[:5], abs(sizes[5]), sizes[6], tied=sizes[5] > 0, group=0)
+        head = _Header(0, *sizes[:5], abs(sizes[5]), sizes[6], tie_embeddings=sizes[5] > 0, group=0)
     elif len(data) < HEADER:
         raise UserError(f"{path}: got {len(data)} bytes, must be at least the {HEADER} of its header; it is cut short")
     else:
         version, *sizes, tied, group = struct.unpack_from("<8iBi", data, 4)
         if version not in (1, 2):
             raise UserError(f"{path}: got version {version}, must be a llama2.c model of version 0, 1 or 2")
-        head = _Header(version, *sizes, tied=bool(tied), group=group if version == 2 else 0)
+        head = _Header(version, *sizes, tie_embeddings=bool(tied), group=group if version == 2 else 0)
     _check(path, head)
     return head
 
@@ -187,6 +187,6 @@ def _layout(head: _Header) -> Iterator[_Entry]:
     shapes |= dict(zip(_MLP, ((F, D), (D, F), (F, D)), strict=True))
     shapes[FREQUENCIES] = (head.seq_len, head.head_size)  # both halves, cosines and sines
     for name in _ORDER[head.version]:
-        if name != _HEAD or not head.tied:
+        if name != _HEAD or not head.tie_embeddings:
             shape = shapes[name]
             yield _Entry(name, shape, L if name.startswith(_LAYER) else 1, head.group if len(shape) == 2 else 0)

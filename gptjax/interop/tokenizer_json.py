@@ -63,7 +63,7 @@ def specification(tokenizer: Tokenizer, closed: bool = False) -> Spec:
             vocab.setdefault(name, i)  # for ids need not be consecutive, and the library numbers others itself
     spec["added_tokens"].sort(key=lambda token: token["id"])
     after = spec["post_processor"] or {"type": "ByteLevel"}  # which changes offsets only
-    first, last = tokenizer.bos, tokenizer.end if closed else None
+    first, last = tokenizer.bos, tokenizer.eos if closed else None
     open_ = closed and isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.around[1]
     if (open_ or after["type"] == "ByteLevel") and (first, last) != (None, None):
         spec["post_processor"] = _around(canonical(tokenizer), first, last)

@@ -88,26 +88,26 @@ def save(
     folder: str | Path,
     context: int | None,
     template: ChatTemplate | None = None,
-    closed: bool = False,
+    append_eos: bool = False,
 ) -> None:
     """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     context   the most tokens that the model reads
     template  how the model reads conversations; None: in our own format, where the tokenizer has its markers
-    closed    all text ends with the last token, as encoders read it
+    append_eos    all text ends with the last token, as encoders read it
 
     `transformers` then puts the first token, if there is one, before all text, unless told `add_special_tokens=False`,
     for so begin all documents that models are trained on here.
     Special tokens that a text spells out it reads as such, where `Tokenizer.encode` doesn't."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names, spec = canonical(tokenizer), specification(tokenizer, closed)
+    names, spec = canonical(tokenizer), specification(tokenizer, append_eos)
     tokens = dict(template.tokens) if template else {}
     encoder = "<|mask|>" in tokenizer.specials
     for role, keys in ROLES.items():
         if role in tokenizer.specials:
             tokens |= dict.fromkeys(keys if encoder else keys[:1], names[tokenizer.specials[role]])
-    if (pad := padding(tokenizer, closed)) is not None:
+    if (pad := padding(tokenizer, append_eos)) is not None:
         tokens.setdefault("pad_token", names[pad])
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= tokens
@@ -128,12 +128,12 @@ def save(
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def padding(tokenizer: Tokenizer, closed: bool = False) -> int | None:
+def padding(tokenizer: Tokenizer, append_eos: bool = False) -> int | None:
     """The token that fills up a row for `transformers`: the tokenizer's own, else the last one; where all text ends
     with that, another special one, for classifiers there look for a text's last token that is no padding."""
-    if (pad := tokenizer.specials.get("<|pad|>")) is not None or not closed:
-        return tokenizer.end if pad is None else pad
-    others = {tokenizer.bos, *tokenizer.specials.values()} - {None, tokenizer.end}
+    if (pad := tokenizer.specials.get("<|pad|>")) is not None or not append_eos:
+        return tokenizer.eos if pad is None else pad
+    others = {tokenizer.bos, *tokenizer.specials.values()} - {None, tokenizer.eos}
     return tokenizer.bos if tokenizer.bos in others else min(others, default=None)
 
 

@@ -69,7 +69,7 @@ def dispatch(ids: Array, experts: int, capacity: int | None = None) -> Dispatch:
     place = jnp.argsort(order)
     sizes = jnp.sum(ids[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     if capacity is None:
-        most = BLOCKS[0 if target.platform() == "tpu" else -1]  # so many, that whole tiles of a TPU stay whole
+        most = BLOCKS[0 if target.backend() == "tpu" else -1]  # so many, that whole tiles of a TPU stay whole
         spare = jnp.full(min(len(ids), most), len(ids))
         return Dispatch(sizes, jnp.concatenate([order, spare]), place)
     starts = jnp.cumsum(sizes) - sizes
@@ -105,7 +105,7 @@ def grouped_dot(x: Array, w: Array, sizes: Array, implementation: str | None = N
                     there, and matrices of groups without rows are not read
     """
     if implementation is None:
-        implementation = {"cpu": "blocks", "tpu": "tiled"}.get(target.platform(), "ragged")
+        implementation = {"cpu": "blocks", "tpu": "tiled"}.get(target.backend(), "ragged")
     return {"blocks": _in_blocks, "ragged": lax.ragged_dot, "tiled": _tiled}[implementation](x, w, sizes)
 
 
@@ -128,7 +128,7 @@ def _tiled_backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
     rows = BLOCKS[0]
     x, g = (jnp.pad(a, ((0, -len(a) % rows), (0, 0))) for a in (x, g))  # nothing to add to what `dispatch` made
     tiles = rows, *(_tile(size, WIDEST // w.dtype.itemsize) for size in w.shape[1:])
-    interpret = target.platform() != "tpu"
+    interpret = target.backend() != "tpu"
     return dx, tgmm(x.T, g, sizes, w.dtype, tiles, interpret=interpret), None
 
 

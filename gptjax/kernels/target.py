@@ -6,7 +6,7 @@ import jax
 from jax.sharding import get_abstract_mesh
 
 
-def platform() -> str:
+def backend() -> str:
     """cpu, gpu or tpu: that of the current mesh's devices, which may be those of another machine; with no mesh, of
     jax's default device."""
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] (typed without its options)

@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.models.model import Reader
+from gptjax.models.model import TextEncoder
 from gptjax.nn import ClassifierConfig, TransformerConfig
 from gptjax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ClassifierModel(Reader):
+class ClassifierModel(TextEncoder):
     """A model that tells classes. Raises UserError when it, its parameters and its tokenizer don't fit together."""
 
     config: ClassifierConfig
     labels: tuple[str, ...] | None = None
     """What the classes are called, in their order, if that is known."""
-    closed: bool = True
+    append_eos: bool = True
     """Whether a text is read with the tokenizer's last token after it, as it is in training here."""
 
     def __post_init__(self):
@@ -51,8 +51,8 @@ class ClassifierModel(Reader):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {"labels": self.labels, "closed": self.closed}
+        return {"labels": self.labels, "append_eos": self.append_eos}
 
     def _closed(self, ids: Sequence[int]) -> list[int]:
         whole = super()._closed(ids)
-        return whole if self.closed or self.tokenizer.end is None else whole[:-1]
+        return whole if self.append_eos or self.tokenizer.eos is None else whole[:-1]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.distributed.sharding import on_mesh_of
-from gptjax.models.model import Reader, run
+from gptjax.models.model import TextEncoder, run
 from gptjax.nn import EncoderConfig
 from gptjax.types import Array, UserError
 
@@ -32,7 +32,7 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EncoderModel(Reader):
+class EncoderModel(TextEncoder):
     """A model that reads, as BERT. Raises UserError when it, its parameters and its tokenizer don't fit together."""
 
     config: EncoderConfig

@@ -27,7 +27,7 @@ from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
 from gptjax.interop.templates import ChatTemplate
-from gptjax.models.model import Reader, run
+from gptjax.models.model import TextEncoder, run
 from gptjax.nn import TransformerConfig, unstack
 from gptjax.types import Array, Params, UserError
 
@@ -36,7 +36,7 @@ Messages = Iterable[Message | Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LanguageModel(Reader):
+class LanguageModel(TextEncoder):
     """A model that writes on. Raises UserError when it, its parameters and its tokenizer don't fit together.
 
     Wherever a `sampling` is taken, its fields are too: `lm.generate("Hi", temperature=0)`. What is not said is as the
@@ -47,7 +47,7 @@ class LanguageModel(Reader):
     """Longest text that it was trained on, tokens; conversations are kept within."""
     template: ChatTemplate | None = None
     """How it reads conversations, if not as `gptjax.data.chat` writes them."""
-    ends: tuple[int, ...] | None = None
+    stop_token_ids: tuple[int, ...] | None = None
     """The tokens at which a text ends, if not at every special one."""
     sampling: Sampling | None = None
     """How its authors let it draw the next token, if they say."""
@@ -66,7 +66,7 @@ class LanguageModel(Reader):
         if len(ids) < 2:
             return np.zeros(0, np.float32)
         self._fits(len(ids))
-        size = min(round_up(len(ids)), self.config.limit or sys.maxsize)
+        size = min(round_up(len(ids)), self.config.max_positions or sys.maxsize)
         padded = np.zeros((1, size), np.int32)  # what follows changes nothing, and programs stay few
         padded[0, : len(ids)] = ids
         with on_mesh_of(self.params):
@@ -97,7 +97,7 @@ class LanguageModel(Reader):
             samples,
             seed,
             stop,
-            ends=self.ends,
+            stop_token_ids=self.stop_token_ids,
         )
 
     def stream(
@@ -112,7 +112,9 @@ class LanguageModel(Reader):
         """The text of `generate`, in pieces as it is written. The generator's return value is the completion."""
         sampling = self._drawn(sampling, **fields)
         ids = self._begin(prompt)
-        return stream(self._module, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.ends)
+        return stream(
+            self._module, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.stop_token_ids
+        )
 
     def chat(
         self,
@@ -142,7 +144,9 @@ class LanguageModel(Reader):
         ids = self._prompt(messages)
         if self._window is not None:
             max_tokens = min(max_tokens or DEFAULT_TOKENS, self._window - len(ids))
-        return stream(self._module, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.ends)
+        return stream(
+            self._module, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.stop_token_ids
+        )
 
     def trim(self, messages: Messages, max_tokens: int | None = None) -> tuple[list[Message], int]:
         """The messages that leave room for an answer of `max_tokens` (None: half of the context, at most 256), and how
@@ -168,12 +172,12 @@ class LanguageModel(Reader):
                 del kept[oldest]
         return kept, total - len(kept)
 
-    def reading(self, context: int) -> LanguageModel:
+    def for_context_length(self, context: int) -> LanguageModel:
         """This model for texts and conversations of up to so many tokens, where it can tell more apart than it was
         loaded for: Phi-3's, whose LongRoPE has other frequencies for texts beyond the original length."""
         if not isinstance(self.config, TransformerConfig):
             raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to read longer texts")
-        return dataclasses.replace(self, config=self.config.reading(context), context=context)
+        return dataclasses.replace(self, config=self.config.for_context_length(context), context=context)
 
     def with_adapter(self, folder: str | Path) -> LanguageModel:
         """This model with a PEFT adapter merged into its parameters; see `gptjax.interop.peft`."""
@@ -195,7 +199,7 @@ class LanguageModel(Reader):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        names = ("context", "template", "ends", "sampling")
+        names = ("context", "template", "stop_token_ids", "sampling")
         return {name: getattr(self, name) for name in names}
 
     def _drawn(self, sampling: Sampling | None, **fields: Any) -> Sampling:
@@ -215,7 +219,7 @@ class LanguageModel(Reader):
 
     @property
     def _window(self) -> int | None:
-        return min((n for n in (self.config.limit, self.context) if n is not None), default=None)
+        return min((n for n in (self.config.max_positions, self.context) if n is not None), default=None)
 
     def _begin(self, text: str) -> list[int]:
         """The ids of a document that begins with `text`."""

@@ -1,4 +1,4 @@
-"""From files to a model behind its door, whoever wrote them:
+"""From files to a model behind its model_class, whoever wrote them:
 
 lm = gptjax.load("runs/quickstart")                      # a run, or what LanguageModel.save wrote
 lm = gptjax.load("Qwen/Qwen3-0.6B", dtype="bfloat16")    # a folder for transformers, or such a repository of the hub
@@ -6,7 +6,7 @@ lm = gptjax.load("stories15M.bin")                       # a llama2.c file
 bert = gptjax.load("google-bert/bert-base-uncased", kind=gptjax.EncoderModel)
 t5 = gptjax.load("google/flan-t5-small", kind=gptjax.TextToText)
 
-with jax.set_mesh(Mesh(tensor=8).make()):                # straight into the memory of eight devices
+with jax.set_mesh(MeshConfig(tensor=8).make()):                # straight into the memory of eight devices
     lm = gptjax.load("Qwen/Qwen3-32B")
 """
 
@@ -27,7 +27,7 @@ from gptjax.checkpoint.checkpoint import Checkpoints, Restored
 from gptjax.config import differences, from_json
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.distributed.parameters import declared, flat, nested
-from gptjax.distributed.sharding import STANDARD, Rules
+from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
 from gptjax.interop import hub, huggingface, llama2c, safetensors, tokenizers
 from gptjax.interop.templates import ChatTemplate
@@ -53,11 +53,11 @@ DTYPES = ("float32", "bfloat16")
 
 
 @overload
-def load(path: str | Path, dtype: str | None = None, rules: Rules = STANDARD) -> LanguageModel: ...
+def load(path: str | Path, dtype: str | None = None, rules: ShardingRules = DEFAULT_RULES) -> LanguageModel: ...
 @overload
-def load(path: str | Path, dtype: str | None = None, rules: Rules = STANDARD, *, kind: type[M]) -> M: ...
+def load(path: str | Path, dtype: str | None = None, rules: ShardingRules = DEFAULT_RULES, *, kind: type[M]) -> M: ...
 def load(
-    path: str | Path, dtype: str | None = None, rules: Rules = STANDARD, kind: type[Model] = LanguageModel
+    path: str | Path, dtype: str | None = None, rules: ShardingRules = DEFAULT_RULES, kind: type[Model] = LanguageModel
 ) -> Model:
     """The model in a folder, or of the Hugging Face hub's repository of that name: one written by its `save`; a run's,
     at the newest checkpoint of the last stage that has one; one of `transformers`, of a family in
@@ -91,7 +91,7 @@ def load(
     raise UserError(f"path: got {path}, whose config.json is of another program; give a model's folder or a run's")
 
 
-def trained(
+def restore_stage_params(
     checkpoints: Path, adapters: Mapping[str, LoRA | None], stage: str, abstract: Params | None = None
 ) -> Restored:
     """The newest parameters of a run's stage, the averaged ones if there are, placed as the abstract ones; its adapters
@@ -103,14 +103,14 @@ def trained(
     lora, names = adapters[stage], list(adapters)
     base = None
     if lora is not None:
-        base = trained(checkpoints, adapters, names[names.index(stage) - 1], abstract).state
+        base = restore_stage_params(checkpoints, adapters, names[names.index(stage) - 1], abstract).state
         abstract = None if abstract is None else jax.eval_shape(lora.init, jax.random.key(0), base)
     with Checkpoints(checkpoints / stage) as saved:
         restored = saved.restore_params(ema=True, abstract_params=abstract)
     return restored if lora is None else dataclasses.replace(restored, state=lora.merge(base, restored.state))
 
 
-def begun(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> Params:
+def init_from_pretrained(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> Params:
     """Parameters for what a `ModelConfig` builds, placed by its rules: those of the model in `path` where it has them,
     as a classifier's trunk, and others drawn from the seed. Raises UserError where the two or their tokenizers are not
     alike."""
@@ -127,7 +127,7 @@ def begun(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> 
         theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in of_training})
     if other := differences(theirs, ours):
         raise UserError(f"model: differs from that of {path}, from where it is to start: {'; '.join(other)}")
-    given, one = flat(found.params), model.clone(rules=model.rules.for_rows(1))
+    given, one = flat(found.params), model.clone(rules=model.rules.for_batch_size(1))
 
     def new() -> dict[str, jax.Array]:
         drawn = one.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -137,7 +137,7 @@ def begun(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> 
     return nested({name: given[name] for name in wanted if name in given} | jax.jit(new)())
 
 
-def door(config: type[ModelConfig]) -> type[Model]:
+def model_class(config: type[ModelConfig]) -> type[Model]:
     """What a model of this configuration is behind."""
     kinds = {ClassifierConfig: ClassifierModel, EncoderConfig: EncoderModel, EncoderDecoderConfig: TextToText}
     return next((found for of, found in kinds.items() if issubclass(config, of)), LanguageModel)
@@ -145,7 +145,7 @@ def door(config: type[ModelConfig]) -> type[Model]:
 
 def _asked(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Model]:
     """What a model of this configuration is behind: known before its parameters are read."""
-    found = door(config)
+    found = model_class(config)
     if not issubclass(found, kind):
         raise UserError(
             f"kind: got {kind.__name__}, must be {found.__name__} for the model in {path}: "
@@ -154,7 +154,7 @@ def _asked(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Mod
     return found
 
 
-def _hf(path: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
+def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
     _asked(kind, huggingface.read_kind(path), path)
     config, params = huggingface.load_hf(path, dtype, rules)
     tokenizer = tokenizers.load(path, config.vocab)
@@ -163,18 +163,20 @@ def _hf(path: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model
         return ClassifierModel(config, params, tokenizer, *about, rules=rules)
     if isinstance(config, EncoderConfig):
         return EncoderModel(config, params, tokenizer, rules=rules)
-    ends = huggingface.read_ends(path)
+    stop_token_ids = huggingface.read_stop_token_ids(path)
     if isinstance(config, EncoderDecoderConfig):
-        return TextToText(config, params, tokenizer, huggingface.read_start(path), ends, rules=rules)
+        return TextToText(
+            config, params, tokenizer, huggingface.read_decoder_start_token_id(path), stop_token_ids, rules=rules
+        )
     context = huggingface.read_config(path).get("max_position_embeddings")
     assert isinstance(config, TransformerConfig)
     if isinstance(config.positions, RoPE) and isinstance(scaling := config.positions.scaling, LongRoPE):
         context = scaling.length  # `LanguageModel.reading` goes beyond
     template, sampling = tokenizers.load_template(path), huggingface.read_sampling(path)
-    return LanguageModel(config, params, tokenizer, context, template, ends, sampling, rules=rules)
+    return LanguageModel(config, params, tokenizer, context, template, stop_token_ids, sampling, rules=rules)
 
 
-def _llama2c(file: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
+def _llama2c(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
     _asked(kind, TransformerConfig, file)
     fields, tensors = llama2c.read(file)
     config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
@@ -182,7 +184,7 @@ def _llama2c(file: Path, dtype: str | None, rules: Rules, kind: type[Model]) -> 
     return LanguageModel(config, params, load_tokenizer(file.parent), context, rules=rules)
 
 
-def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
+def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
     model = _model(config["model"], dtype)
     found = _asked(kind, type(model), path)
     tokenizer = _matching(path, config["tokenizer"])
@@ -199,16 +201,16 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Rules, 
             params = {name: placed(name, file[name]) for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
-    settings = {name: config[name] for name in ("context", "start", "closed") if name in config}
+    settings = {name: config[name] for name in ("context", "decoder_start_token_id", "append_eos") if name in config}
     if config.get("template") is not None:
         settings["template"] = ChatTemplate(**config["template"])
     if config.get("sampling") is not None:
         settings["sampling"] = Sampling(**config["sampling"])
-    settings |= {name: tuple(config[name]) for name in ("ends", "labels") if config.get(name) is not None}
+    settings |= {name: tuple(config[name]) for name in ("stop_token_ids", "labels") if config.get(name) is not None}
     return found(model, nested(params), tokenizer, rules=rules, **settings)
 
 
-def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Rules, kind: type[Model]) -> Model:
+def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
     # Read as JSON, for the stages may have classes that only the experiment's own file defines.
     model, stages = _model(experiment["model"], dtype), experiment["stages"]
     found = _asked(kind, type(model), path)
@@ -221,7 +223,7 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Rules
         with Checkpoints(path / "checkpoints" / name) as checkpoints:
             if not checkpoints.steps():
                 continue
-        restored = trained(path / "checkpoints", adapters, name, nested(abstract))
+        restored = restore_stage_params(path / "checkpoints", adapters, name, nested(abstract))
         tokenizer = _matching(path, restored.extra["tokenizer"])
         settings = {"context": stage["data"].get("length")} if found is LanguageModel else {}
         if isinstance(model, ClassifierConfig) and (classes := stage["data"]["source"].get("classes")):
@@ -232,7 +234,7 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Rules
 
 def _model(config: Any, dtype: str | None) -> ModelConfig:
     model: ModelConfig = from_json(config)
-    return model if dtype is None else model.computing_in(dtype)
+    return model if dtype is None else model.with_dtype(dtype)
 
 
 def _matching(path: Path, fingerprint: str) -> Tokenizer:

@@ -20,7 +20,7 @@ import numpy as np
 from gptjax.config import to_json
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed.parameters import declared, flat
-from gptjax.distributed.sharding import STANDARD, Rules, on_mesh_of, reshard
+from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, on_mesh_of, reshard
 from gptjax.inference.generate import round_up
 from gptjax.nn import Embedder, Mean, ModelConfig, Pooling, TransformerConfig
 from gptjax.types import Array, Params, UserError
@@ -36,7 +36,7 @@ class Model:
     """Its parameters, as `config.build().init` makes them."""
     tokenizer: Tokenizer
     """Its tokenizer."""
-    rules: Rules = dataclasses.field(default=STANDARD, kw_only=True)
+    rules: ShardingRules = dataclasses.field(default=DEFAULT_RULES, kw_only=True)
     """How the parameters lie on their mesh, if they lie on one: the model runs there."""
 
     def __post_init__(self):
@@ -70,13 +70,13 @@ class Model:
         return self.config.build(self.rules)
 
     def _fits(self, length: int) -> None:
-        limit = self.config.limit
+        limit = self.config.max_positions
         if limit is not None and length > limit:
             raise UserError(f"tokens: got {length}, must be at most {limit}, the positions this model has")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reader(Model):
+class TextEncoder(Model):
     """A model of one stack, which can make vectors of texts.
 
     A text is read between the tokenizer's first and last token, [CLS] and [SEP] in BERT, where it has them.
@@ -119,14 +119,14 @@ class Reader(Model):
 
     def _closed(self, ids: Sequence[int]) -> list[int]:
         """A text's ids between the first and the last token."""
-        bos, end = self.tokenizer.bos, self.tokenizer.end
+        bos, end = self.tokenizer.bos, self.tokenizer.eos
         return [*([] if bos is None else [bos]), *ids, *([] if end is None else [end])]
 
     def _rows(self, texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
         """Texts as rows: tokens and segments int32 [n, T], padded to one of a few lengths."""
         longest = max(map(len, texts))
         self._fits(longest)
-        shape = len(texts), min(round_up(longest), self.config.limit or sys.maxsize)
+        shape = len(texts), min(round_up(longest), self.config.max_positions or sys.maxsize)
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for row, ids in enumerate(texts):
             tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
@@ -136,7 +136,7 @@ class Reader(Model):
 @functools.partial(jax.jit, static_argnums=0)
 def run(module: Any, params: Params, tokens: Array, segments: Array | None = None) -> Any:
     """What a module makes of rows of tokens int32 [B, T], and of their segments [B, T], where its parameters lie."""
-    rules = module.rules.for_rows(len(tokens))
+    rules = module.rules.for_batch_size(len(tokens))
     rows = [x if x is None else reshard(x, rules("batch", None)) for x in (tokens, segments)]
     return module.clone(rules=rules).apply({"params": params}, rows[0], segments=rows[1])
 

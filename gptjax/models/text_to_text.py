@@ -29,9 +29,9 @@ class TextToText(Model):
     """
 
     config: EncoderDecoderConfig
-    start: int = 0
+    decoder_start_token_id: int = 0
     """The token that every target begins with; in T5 it is the padding."""
-    ends: tuple[int, ...] | None = None
+    stop_token_ids: tuple[int, ...] | None = None
     """The tokens at which a target ends, if not at the tokenizer's end alone."""
 
     def generate(
@@ -46,27 +46,27 @@ class TextToText(Model):
         `sampling` are taken too: `t5.generate("...", temperature=0)`."""
         tokenizer = self.tokenizer
         texts = tokenizer.encode_batch([sources] if isinstance(sources, str) else sources)
-        first, last = ([] if i is None else [i] for i in (tokenizer.bos, tokenizer.end))
+        first, last = ([] if i is None else [i] for i in (tokenizer.bos, tokenizer.eos))
         return respond(
             self._module,
             self._layers,
             tokenizer,
             [[*first, *ids, *last] for ids in texts],
-            self.start,
-            self._ends,
+            self.decoder_start_token_id,
+            self._stop_token_ids,
             max_tokens,
             dataclasses.replace(sampling, **fields),
             seed,
         )
 
     @property
-    def _ends(self) -> tuple[int, ...]:
-        end = self.tokenizer.end
-        return self.ends if self.ends is not None else () if end is None else (end,)
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        end = self.tokenizer.eos
+        return self.stop_token_ids if self.stop_token_ids is not None else () if end is None else (end,)
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {"start": self.start, "ends": self._ends}
+        return {"decoder_start_token_id": self.decoder_start_token_id, "stop_token_ids": self._stop_token_ids}
 
     @functools.cached_property
     def _layers(self) -> Params:

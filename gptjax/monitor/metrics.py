@@ -1,6 +1,6 @@
-"""Records of a run: metrics.jsonl and TensorBoard files always, Weights & Biases when asked.
+"""Metrics of a run: metrics.jsonl and TensorBoard files always, Weights & Biases when asked.
 
-    records = Records("runs/small")
+    records = MetricsLogger("runs/small")
     records.resume("pretrain", 1000)  # the step of the checkpoint that is gone on from
     records.log(1001, "pretrain", loss=3.2, rate=3e-4)
     records.text(1001, "pretrain/sample", "Once upon a time")
@@ -48,7 +48,7 @@ class WandB:
     """Tags to find it by."""
 
 
-class Records:
+class MetricsLogger:
     """Writes what a run measures into `folder`, from the first process of a job; on others every call does nothing.
 
     config: the resolved configuration, for Weights & Biases to show.

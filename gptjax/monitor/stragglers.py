@@ -35,7 +35,7 @@ def slowest(own: Sequence[float], step: float) -> int | None:
     return own.index(worst) if worst > FACTOR * usual and worst - usual > SHARE * step else None
 
 
-class Hosts:
+class StragglerDetector:
     """What the processes of a job tell each other about their times. All must make the same calls."""
 
     def __init__(self):

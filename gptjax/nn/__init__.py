@@ -5,14 +5,14 @@ from gptjax.nn.activations import activations
 from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.block import Block, Context
 from gptjax.nn.cache import Cache
-from gptjax.nn.config import ModelConfig, TransformerConfig, Variant
+from gptjax.nn.config import LayerOverrides, ModelConfig, TransformerConfig
 from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
 from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, Pooler, Pooling
 from gptjax.nn.latent_attention import MultiHeadLatentAttention
 from gptjax.nn.lora import DoRA, LoRA
 from gptjax.nn.mlp import GELU, MLP, ClampedSwiGLU, GeGLU, ReLU, ReLUSquared, SwiGLU
-from gptjax.nn.module import Layer, Weight
+from gptjax.nn.module import Layer, ParamFactory
 from gptjax.nn.moe import MixtureOfExperts
 from gptjax.nn.multi_token import MultiTokenConfig, MultiTokenTransformer
 from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
@@ -65,6 +65,7 @@ __all__ = [
     "Last",
     "Layer",
     "LayerNorm",
+    "LayerOverrides",
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
@@ -83,6 +84,7 @@ __all__ = [
     "Norm",
     "OutputNorm",
     "Parallel",
+    "ParamFactory",
     "Parametrisation",
     "Pooler",
     "Pooling",
@@ -112,8 +114,6 @@ __all__ = [
     "Trunk",
     "ValueEmbedding",
     "ValueResidual",
-    "Variant",
-    "Weight",
     "YaRN",
     "activations",
     "count",

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask, attention
 from gptjax.kernels.linear import linear
 from gptjax.nn import cache as kv
-from gptjax.nn.module import Weight, normal, zeros
+from gptjax.nn.module import ParamFactory, normal, zeros
 from gptjax.nn.norms import Norm
 from gptjax.nn.positions import Positions
 from gptjax.nn.value_embedding import ValueEmbedding
@@ -22,7 +22,7 @@ from gptjax.types import Array, Key, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """A part `attention(weight, x [B, T, D], positions, mask, ...) -> (y [B, T, D], slots)`.
+    """A part `attention(param, x [B, T, D], positions, mask, ...) -> (y [B, T, D], slots)`.
 
     Sizes that are None are the model's: `TransformerConfig` fills them in.
     """
@@ -49,7 +49,7 @@ class Attention:
 
     def __call__(
         self,
-        weight: Weight,
+        param: ParamFactory,
         x: Array,
         positions: Array,
         mask: Mask = Mask(),
@@ -76,15 +76,15 @@ class Attention:
         """
         raise NotImplementedError
 
-    def memory(self, weight: Weight, source: Array) -> Any:
+    def memory(self, param: ParamFactory, source: Array) -> Any:
         """What cross-attention keeps of a source [B, S, D], so that decoding projects it once."""
         raise NotImplementedError
 
-    def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> Any:
+    def slots(self, batch: int, size: int, dtype: str, rules: ShardingRules = ShardingRules()) -> Any:
         """What a cache of `size` slots keeps for this layer, empty."""
         raise NotImplementedError
 
-    def products(self, width: int, length: int) -> int:
+    def matmul_params(self, width: int, length: int) -> int:
         """Multiplications for a token that sees `length` others: weights of matrix products, scores and sums."""
         raise NotImplementedError
 
@@ -123,7 +123,7 @@ class MultiHeadAttention(Attention):
 
     def __call__(
         self,
-        weight: Weight,
+        param: ParamFactory,
         x: Array,
         positions: Array,
         mask: Mask = Mask(),
@@ -137,20 +137,20 @@ class MultiHeadAttention(Attention):
         dropout: float = 0.0,
         key: Key | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
-        rules, width = weight.rules, x.shape[-1]
+        rules, width = param.rules, x.shape[-1]
         N, K, H = self._sizes()
         has_output_bias = self.bias if self.output_bias is None else self.output_bias
 
         def turned(x: Array) -> Array:
             return self.positions.rotate(x, positions) if self.positions is not None else x
 
-        q = self._project(weight, "q", x)
+        q = self._project(param, "q", x)
         if source is None:
-            q, k, v = turned(q), turned(self._project(weight, "k", x)), self._project(weight, "v", x)
-            weight.keep("values", v)
-            v = v if self.values is None else self.values(weight.of("values"), v, x, tokens, first)
+            q, k, v = turned(q), turned(self._project(param, "k", x)), self._project(param, "v", x)
+            param.capture("values", v)
+            v = v if self.values is None else self.values(param.scope("values"), v, x, tokens, first)
         else:
-            memory = source if isinstance(source, tuple) else self.memory(weight, source)
+            memory = source if isinstance(source, tuple) else self.memory(param, source)
             k, v = (kept.reshape(x.shape[0], K, -1, H).swapaxes(1, 2) for kept in memory)
         if slots is not None:
             keys, values = (
@@ -161,7 +161,7 @@ class MultiHeadAttention(Attention):
             k, v = (filled.reshape(x.shape[0], K, -1, H).swapaxes(1, 2) for filled in slots)
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)
-        sinks = weight("sinks", (N,), ("heads",), normal) if self.sinks else None
+        sinks = param("sinks", (N,), ("heads",), normal) if self.sinks else None
         y = attention(
             *(q, k, v, mask),
             bias=bias,
@@ -172,41 +172,41 @@ class MultiHeadAttention(Attention):
             key=key,
             implementation=self.implementation,
         )
-        o = weight("o", (N, H, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * output_scale))
+        o = param("o", (N, H, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * output_scale))
         y = linear(y, o, rules("batch", "sequence", None), contract=2)
-        return y + weight("o_bias", (width,), (None,), zeros) if has_output_bias else y, slots
+        return y + param("o_bias", (width,), (None,), zeros) if has_output_bias else y, slots
 
     @property
     def mixes(self) -> bool:
         return isinstance(self.values, ValueResidual)
 
-    def memory(self, weight: Weight, source: Array) -> tuple[Array, Array]:
+    def memory(self, param: ParamFactory, source: Array) -> tuple[Array, Array]:
         """Keys and values, [B, K, S, H] each."""
-        return self._project(weight, "k", source).swapaxes(1, 2), self._project(weight, "v", source).swapaxes(1, 2)
+        return self._project(param, "k", source).swapaxes(1, 2), self._project(param, "v", source).swapaxes(1, 2)
 
-    def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> tuple[Array, Array]:
+    def slots(self, batch: int, size: int, dtype: str, rules: ShardingRules = ShardingRules()) -> tuple[Array, Array]:
         """Keys and values, [B, K, S, H] each: the order in which attention reads them."""
         _, K, H = self._sizes()
-        sharding = rules("batch", rules.fitting("kv_heads", K), None, None)
+        sharding = rules("batch", rules.axis_if_divisible("kv_heads", K), None, None)
         keys, values = (jnp.zeros((batch, K, size, H), dtype, out_sharding=sharding) for _ in range(2))
         return keys, values
 
-    def products(self, width: int, length: int) -> int:
+    def matmul_params(self, width: int, length: int) -> int:
         N, K, H = self._sizes()
         return 2 * width * H * (N + K) + 2 * N * H * min(length, self.window or length)
 
-    def _project(self, weight: Weight, name: str, x: Array) -> Array:
+    def _project(self, param: ParamFactory, name: str, x: Array) -> Array:
         """x [B, T, D] -> queries "q" [B, T, N, H], or keys "k" or values "v" [B, T, K, H], normalised by `qk_norm`."""
         N, K, H = self._sizes()
-        heads, axis = (N, "heads") if name == "q" else (K, weight.rules.fitting("kv_heads", K))
-        w = weight(name, (x.shape[-1], heads, H), ("embed", axis, None))
-        y = linear(x, w, weight.rules("batch", "sequence", axis, None))
+        heads, axis = (N, "heads") if name == "q" else (K, param.rules.axis_if_divisible("kv_heads", K))
+        w = param(name, (x.shape[-1], heads, H), ("embed", axis, None))
+        y = linear(x, w, param.rules("batch", "sequence", axis, None))
         if self.bias:
-            y = y + weight(f"{name}_bias", (heads, H), (axis, None), zeros)
+            y = y + param(f"{name}_bias", (heads, H), (axis, None), zeros)
         if self.qk_norm is None or name == "v":
             return y
         together = (*y.shape[:2], -1) if self.joint_qk_norm else y.shape
-        return self.qk_norm(weight.of(f"{name}_norm"), y.reshape(together)).reshape(y.shape)
+        return self.qk_norm(param.scope(f"{name}_norm"), y.reshape(together)).reshape(y.shape)
 
     def _sizes(self) -> tuple[int, int, int]:
         if self.heads is None or self.head_size is None:

@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask
 from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.mlp import MLP, SwiGLU
-from gptjax.nn.module import Layer, Weight
+from gptjax.nn.module import Layer, ParamFactory
 from gptjax.nn.norms import Norm, RMSNorm
 from gptjax.nn.residual import PreNorm, Residual
 from gptjax.types import Array, Key, UserError
@@ -81,7 +81,7 @@ class Block(nn.Module):
     """F, the hidden size of the MLP."""
     norm: Norm = RMSNorm()
     residual: Residual = PreNorm()
-    cross: Attention | None = None
+    cross_attention: Attention | None = None
     """Attention to `context.source`, between the other two; none: there is none."""
     bias: bool = False
     """Whether the MLP's linear layers have biases."""
@@ -93,7 +93,7 @@ class Block(nn.Module):
     """Multiplies the initial weights of what is added to the stream."""
     matrix_scale: float = 1.0
     """Multiplies the initial hidden matrices."""
-    rules: Rules = Rules()
+    rules: ShardingRules = ShardingRules()
     dtype: str = "float32"
 
     @nn.compact
@@ -108,7 +108,7 @@ class Block(nn.Module):
             return {"dropout": self.dropout, "key": key() if self.dropout else None}
 
         source = context.source
-        if self.cross is not None and slots is not None:
+        if self.cross_attention is not None and slots is not None:
             slots, source = slots
 
         def attend(h: Array) -> Array:
@@ -120,7 +120,7 @@ class Block(nn.Module):
             return dropout(y, self.dropout, key())
 
         def cross(part: Attention, h: Array) -> Array:
-            module = layer(part=part, name="cross")
+            module = layer(part=part, name="cross_attention")
             y, _ = module(h, context.positions, context.source_mask, source=source, **scales, **draw())
             return dropout(y, self.dropout, key())
 
@@ -132,15 +132,15 @@ class Block(nn.Module):
             return layer(part=self.norm, name=name)(h)
 
         sublayers: list[Callable[[Array], Array]] = [attend]
-        if self.cross is not None:
+        if self.cross_attention is not None:
             if source is None:
                 raise UserError("source: got none, must be given to a model that has cross-attention")
-            sublayers.append(functools.partial(cross, self.cross))
+            sublayers.append(functools.partial(cross, self.cross_attention))
         if self.mlp is not None:
             sublayers.append(functools.partial(feed, self.mlp))
         start = x if context.start is None else context.start
-        y = self.residual(Weight(self, self.rules, self.dtype), x, start, norm, sublayers)
+        y = self.residual(ParamFactory(self, self.rules, self.dtype), x, start, norm, sublayers)
         skip = key() if self.drop else None
         if skip is not None:
             y = jnp.where(jax.random.bernoulli(skip, self.drop), x, y)
-        return y, slots if self.cross is None or slots is None else (slots, source)
+        return y, slots if self.cross_attention is None or slots is None else (slots, source)

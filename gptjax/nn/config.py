@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from typing import Any, ClassVar, Self
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.block import Block
 from gptjax.nn.mlp import MLP, SwiGLU
@@ -26,7 +26,7 @@ class ModelConfig(abc.ABC):
     """V, the number of token ids."""
 
     @abc.abstractmethod
-    def build(self, rules: Rules = Rules()) -> Any:
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         """The Flax module, with the fields `config` and `rules`: (tokens, positions, segments) -> (logits, cache)."""
 
     @abc.abstractmethod
@@ -34,16 +34,16 @@ class ModelConfig(abc.ABC):
         """FLOPs of training on one token, forward and backward, at this context length."""
 
     @abc.abstractmethod
-    def computing_in(self, dtype: str) -> Self:
+    def with_dtype(self, dtype: str) -> Self:
         """The same model with another compute dtype: float32 or bfloat16."""
 
     @property
-    def limit(self) -> int | None:
+    def max_positions(self) -> int | None:
         """How many positions the model can tell apart; none: there is no end."""
         return None
 
     @property
-    def growth(self) -> float:
+    def width_multiplier(self) -> float:
         """How many times wider the model is than the one whose hyperparameters it has, in muP; else 1."""
         return 1.0
 
@@ -52,7 +52,7 @@ class ModelConfig(abc.ABC):
         """(logical axis, field, size) of what a mesh may cut."""
         return (("vocab", "model.vocab", self.vocab),)
 
-    def slots(self, batch: int, size: int, rules: Rules = Rules()) -> tuple[Any, ...]:
+    def slots(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
         """What a cache of `size` slots keeps for each layer, empty."""
         raise UserError(f"model: got {type(self).__name__}, must be a decoder to write text")
 
@@ -62,7 +62,7 @@ class ModelConfig(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class LayerOverrides:
     """How some layers differ from what the model says. None: they do not."""
 
     attention: Attention | None = None
@@ -108,9 +108,9 @@ class TransformerConfig(ModelConfig):
     """Feed-forward part; none: the blocks have attention alone."""
     residual: Residual = PreNorm()
     """How attention and MLP are joined to the residual stream."""
-    pattern: tuple[Variant, ...] = (Variant(),)
-    """What is repeated over the layers: (Variant(window=1_024), Variant()) makes every other one local."""
-    first: tuple[Variant, ...] = ()
+    pattern: tuple[LayerOverrides, ...] = (LayerOverrides(),)
+    """Repeated over the layers: (LayerOverrides(window=1_024), LayerOverrides()) makes every other one local."""
+    leading_layers: tuple[LayerOverrides, ...] = ()
     """Layers before those of the pattern."""
     bias: bool = False
     """Whether the linear layers have biases."""
@@ -118,11 +118,11 @@ class TransformerConfig(ModelConfig):
     """Share of embeddings, attention probabilities and residual updates that training drops."""
     layer_drop: float = 0.0
     """Share of the times that training leaves a block out."""
-    tied: bool = True
+    tie_embeddings: bool = True
     """Whether the head is the transposed embedding."""
     embedding_scale: float = 1.0
     """Multiplies token embeddings: sqrt(width) in Gemma and in "Attention Is All You Need"."""
-    types: int = 0
+    token_types: int = 0
     """How many kinds of token have an embedding that is added to theirs: 2 in BERT, for sentences A and B."""
     embedding_norm: Norm | None = None
     """Normalises the embeddings; none: nothing does."""
@@ -130,14 +130,14 @@ class TransformerConfig(ModelConfig):
     """Multiplies the logits."""
     logit_softcap: float | None = None
     """Logits are bounded by this: softcap * tanh(logit / softcap); none: they are not."""
-    cross: Attention | None = None
+    cross_attention: Attention | None = None
     """Attention to a source, for a decoder beside an encoder; none: there is none."""
     parametrisation: Parametrisation = Parametrisation()
     """How initial weights, multipliers and learning rates depend on width and depth."""
     remat: str | None = None
     """What the backward pass keeps, not computes again: a name in `gptjax.nn.remat.POLICIES`; none: everything."""
     microbatches: int | None = None
-    """Parts that a batch goes through the stages of a pipeline in (`mesh.stage`); none: as many as there are stages."""
+    """Number of pipeline microbatches. None: one per pipeline stage."""
     dtype: str = "float32"
     """Compute dtype: float32 or bfloat16. Parameters are made float32, and cast when they are used."""
 
@@ -155,15 +155,17 @@ class TransformerConfig(ModelConfig):
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise UserError(f"model.kv_heads: got {self.kv_heads}, must divide model.heads {self.heads}")
         if not self.pattern:
-            raise UserError("model.pattern: got none, must be at least one; (Variant(),) makes all layers alike")
-        if len(self.first) > self.layers:
-            raise UserError(f"model.first: got {len(self.first)} layers, must be at most model.layers {self.layers}")
-        if self.cross is not None and type(self.cross).memory is Attention.memory:
+            raise UserError("model.pattern: got none, must be at least one; (LayerOverrides(),) makes all layers alike")
+        if len(self.leading_layers) > self.layers:
             raise UserError(
-                f"model.cross: got {type(self.cross).__name__}, must be one that keeps what it makes of a source, such "
-                "as MultiHeadAttention()"
+                f"model.leading_layers: got {len(self.leading_layers)}, must be at most model.layers {self.layers}"
             )
-        for variant in (*self.first, *self.pattern):
+        if self.cross_attention is not None and type(self.cross_attention).memory is Attention.memory:
+            raise UserError(
+                f"model.cross_attention: got {type(self.cross_attention).__name__}, must be one that can read "
+                "a source, such as MultiHeadAttention()"
+            )
+        for variant in (*self.leading_layers, *self.pattern):
             attention = variant.attention or self.attention
             positions = variant.positions or attention.positions or self.positions
             positions.check(attention.head_size or self.H)
@@ -200,8 +202,8 @@ class TransformerConfig(ModelConfig):
         return self.hidden or (-(-8 * self.width // 24) * 8 if self.mlp.gated else 4 * self.width)
 
     @property
-    def limit(self) -> int | None:
-        return self.positions.limit
+    def max_positions(self) -> int | None:
+        return self.positions.max_positions
 
     @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
@@ -210,30 +212,30 @@ class TransformerConfig(ModelConfig):
             ("embed", "model.width", self.width),
             ("heads", "model.heads", self.heads),
             ("ffn", "model.hidden", self.F),
-            ("layers", "model.layers", (self.layers - len(self.first)) // len(self.pattern)),
+            ("layers", "model.layers", (self.layers - len(self.leading_layers)) // len(self.pattern)),
             *dict.fromkeys(axis for block in self.stack().blocks if block.mlp is not None for axis in block.mlp.axes),
         )
 
-    def build(self, rules: Rules = Rules()) -> Any:
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         from gptjax.nn.transformer import Transformer  # which is made of this
 
         return Transformer(self, rules)
 
-    def slots(self, batch: int, size: int, rules: Rules = Rules()) -> tuple[Any, ...]:
+    def slots(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
         return tuple(block.attention.slots(batch, size, self.dtype, rules) for block in self.stack(rules).blocks)
 
     def unstack(self, params: Params) -> Params:
         return {**params, "blocks": unstack(self.stack(), params["blocks"])}
 
     @property
-    def growth(self) -> float:
+    def width_multiplier(self) -> float:
         """How many times wider the model is than the one whose hyperparameters it has; see `parametrisation`."""
-        return self.parametrisation.growth(self.width)
+        return self.parametrisation.width_multiplier(self.width)
 
-    def block(self, variant: Variant = Variant(), rules: Rules = Rules()) -> Block:
+    def block(self, variant: LayerOverrides = LayerOverrides(), rules: ShardingRules = ShardingRules()) -> Block:
         """A layer of the model."""
 
-        def sized(attention: Attention, variant: Variant) -> Attention:
+        def sized(attention: Attention, variant: LayerOverrides) -> Attention:
             own, size = attention.heads is not None, attention.head_size or self.H
             return dataclasses.replace(
                 attention,
@@ -252,20 +254,20 @@ class TransformerConfig(ModelConfig):
             hidden=variant.hidden or self.F,
             norm=self.norm,
             residual=self.residual,
-            cross=None if self.cross is None else sized(self.cross, Variant()),
+            cross_attention=None if self.cross_attention is None else sized(self.cross_attention, LayerOverrides()),
             bias=self.bias,
             dropout=self.dropout,
             drop=self.layer_drop,
-            output_scale=self.parametrisation.outputs(self.layers),
-            matrix_scale=self.parametrisation.matrices(self.width),
+            output_scale=self.parametrisation.residual_init_scale(self.layers),
+            matrix_scale=self.parametrisation.hidden_init_scale(self.width),
             rules=rules,
             dtype=self.dtype,
             parent=None,
         )
 
-    def stack(self, rules: Rules = Rules()) -> Stack:
+    def stack(self, rules: ShardingRules = ShardingRules()) -> Stack:
         """The layers of the model."""
-        first, pattern = (tuple(self.block(v, rules) for v in side) for side in (self.first, self.pattern))
+        first, pattern = (tuple(self.block(v, rules) for v in side) for side in (self.leading_layers, self.pattern))
         repeats, rest = divmod(self.layers - len(first), len(pattern))
         return Stack(
             pattern,
@@ -278,27 +280,30 @@ class TransformerConfig(ModelConfig):
             parent=None,
         )
 
-    def computing_in(self, dtype: str) -> Self:
+    def with_dtype(self, dtype: str) -> Self:
         return dataclasses.replace(self, dtype=dtype)
 
-    def reading(self, length: int) -> Self:
+    def for_context_length(self, length: int) -> Self:
         """The same model for texts of up to so many tokens: what `LongRoPE` needs to know."""
 
-        def longer(variant: Variant) -> Variant:
-            positions = None if variant.positions is None else variant.positions.reading(length)
+        def longer(variant: LayerOverrides) -> LayerOverrides:
+            positions = None if variant.positions is None else variant.positions.for_context_length(length)
             return dataclasses.replace(variant, positions=positions)
 
-        variants = {"first": tuple(map(longer, self.first)), "pattern": tuple(map(longer, self.pattern))}
-        return dataclasses.replace(self, positions=self.positions.reading(length), **variants)
+        variants = {
+            "leading_layers": tuple(map(longer, self.leading_layers)),
+            "pattern": tuple(map(longer, self.pattern)),
+        }
+        return dataclasses.replace(self, positions=self.positions.for_context_length(length), **variants)
 
     def flops(self, length: int) -> int:
         """FLOPs of training on one token, forward and backward, at this context length: 6 for every weight of a matrix
         product, and 12 D T a layer for attention scores and sums (PaLM, arXiv:2204.02311, appendix B; not halved for
         causality, as is usual)."""
         layers = sum(
-            part.products(self.width, size)
+            part.matmul_params(self.width, size)
             for block in self.stack().blocks
-            for part, size in ((block.attention, length), (block.cross, length), (block.mlp, block.hidden))
+            for part, size in ((block.attention, length), (block.cross_attention, length), (block.mlp, block.hidden))
             if part is not None
         )
         return 6 * (layers + self.vocab * self.width)

@@ -10,11 +10,11 @@ from typing import Any
 
 import flax.linen as nn
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.linear import linear
 from gptjax.nn.config import ModelConfig, TransformerConfig
 from gptjax.nn.mlp import GELU, MLP
-from gptjax.nn.module import Layer, Weight, zeros
+from gptjax.nn.module import Layer, ParamFactory, zeros
 from gptjax.nn.norms import Norm
 from gptjax.nn.transformer import Trunk
 from gptjax.types import Array
@@ -24,17 +24,17 @@ from gptjax.types import Array
 class Transform:
     """What BERT does to hidden states before they meet the embeddings: norm(act(x W + b)) (arXiv:1810.04805).
 
-    A part `transform(weight, x [B, T, D], norm) -> [B, T, D]`.
+    A part `transform(param, x [B, T, D], norm) -> [B, T, D]`.
     """
 
     mlp: MLP = GELU(approximate=False)
     """Whose activation it is."""
 
-    def __call__(self, weight: Weight, x: Array, norm: Norm) -> Array:
+    def __call__(self, param: ParamFactory, x: Array, norm: Norm) -> Array:
         width = x.shape[-1]
-        y = linear(x, weight("dense", (width, width), ("embed", None)), weight.rules("batch", "sequence", None))
-        y = self.mlp.activation(y + weight("dense_bias", (width,), (None,), zeros))
-        return norm(weight.of("norm"), y)
+        y = linear(x, param("dense", (width, width), ("embed", None)), param.rules("batch", "sequence", None))
+        y = self.mlp.activation(y + param("dense_bias", (width,), (None,), zeros))
+        return norm(param.scope("norm"), y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EncoderConfig(TransformerConfig):
     EncoderConfig(
         vocab=30_522, layers=12, width=768, heads=12, positions=LearnedPositions(512), norm=LayerNorm(eps=1e-12),
         mlp=GELU(approximate=False), residual=PostNorm(), bias=True, embedding_norm=LayerNorm(eps=1e-12),
-        types=2, transform=Transform(), dropout=0.1,
+        token_types=2, transform=Transform(), dropout=0.1,
     )
     """
 
@@ -55,7 +55,7 @@ class EncoderConfig(TransformerConfig):
 
     slots = ModelConfig.slots  # there are none: an encoder sees all of the text at once
 
-    def build(self, rules: Rules = Rules()) -> Any:
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return Encoder(self, rules)
 
 
@@ -76,20 +76,20 @@ class Encoder(Trunk):
         tokens: Array,
         positions: Array | None = None,
         segments: Array | None = None,
-        types: Array | None = None,
+        token_types: Array | None = None,
     ) -> tuple[Array, None]:
         """tokens int32 [B, T] -> logits [B, T, V] in the compute dtype, and None in the place of a decoder's cache.
 
         positions  int32 [B, T], places within the document; None: 0 .. T-1
         segments   int32 [B, T]; tokens see their own segment only, so padding has one of its own, 0; None: all one
-        types      int32 [B, T], from 0, where the model has types; None: all 0
+        token_types  int32 [B, T], from 0, where the model has types; None: all 0
         """
         c = self.config
         assert isinstance(c, EncoderConfig)
-        x, table, _, _ = self.hidden(tokens, positions, segments, types=types)
+        x, table, _, _ = self.hidden(tokens, positions, segments, token_types=token_types)
         if c.transform is None:
             return self.logits(x, self.head(table)), None
-        scale = c.parametrisation.matrices(c.width)
+        scale = c.parametrisation.hidden_init_scale(c.width)
         x = Layer(c.transform, self.rules, c.dtype, scale, name="transform")(x, c.norm)
-        bias = Weight(self, self.rules, c.dtype)("head_bias", (c.vocab,), ("vocab",), zeros)
+        bias = ParamFactory(self, self.rules, c.dtype)("head_bias", (c.vocab,), ("vocab",), zeros)
         return self.logits(x, self.head(table)) + bias, None

@@ -2,7 +2,7 @@
 
     config = EncoderDecoderConfig(
         encoder=EncoderConfig(vocab=256, layers=4, width=128, heads=4),
-        decoder=TransformerConfig(vocab=256, layers=4, width=128, heads=4, cross=MultiHeadAttention()),
+        decoder=TransformerConfig(vocab=256, layers=4, width=128, heads=4, cross_attention=MultiHeadAttention()),
     )
     model = EncoderDecoder(config)
     params = model.init(jax.random.key(0), tokens)["params"]
@@ -14,7 +14,7 @@ What both have is said twice; `dict` holds it where that is long. "Attention Is 
         vocab=37_000, layers=6, width=512, heads=8, hidden=2_048, positions=Sinusoidal(), norm=LayerNorm(), mlp=ReLU(),
         residual=PostNorm(), bias=True, embedding_scale=512**0.5, dropout=0.1,
     )
-    EncoderDecoderConfig(EncoderConfig(**common), TransformerConfig(**common, cross=MultiHeadAttention()))
+    EncoderDecoderConfig(EncoderConfig(**common), TransformerConfig(**common, cross_attention=MultiHeadAttention()))
 
 and T5 small (arXiv:1910.10683), which does not divide scores by the square root of the head size, is
 
@@ -24,7 +24,7 @@ and T5 small (arXiv:1910.10683), which does not divide scores by the square root
         mlp=ReLU(), attention=attention, dropout=0.1,
     )
     EncoderDecoderConfig(
-        EncoderConfig(**common), TransformerConfig(**common, cross=attention, logit_scale=512**-0.5)
+        EncoderConfig(**common), TransformerConfig(**common, cross_attention=attention, logit_scale=512**-0.5)
     )
 """
 
@@ -36,12 +36,12 @@ from typing import Any, Self
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn import cache as kv
 from gptjax.nn.cache import Cache
 from gptjax.nn.config import ModelConfig, TransformerConfig
 from gptjax.nn.encoder import EncoderConfig
-from gptjax.nn.module import Layer, Weight
+from gptjax.nn.module import Layer, ParamFactory
 from gptjax.nn.stack import unstack
 from gptjax.nn.transformer import Features, Transformer
 from gptjax.types import Array, Params, UserError
@@ -54,11 +54,13 @@ class EncoderDecoderConfig(ModelConfig):
     encoder: EncoderConfig
     """What reads the source."""
     decoder: TransformerConfig
-    """What writes the target; it has `cross`."""
+    """What writes the target; it has `cross_attention`."""
 
     def __post_init__(self):
-        if self.decoder.cross is None:
-            raise UserError("model.decoder.cross: got none, must be an attention part, such as MultiHeadAttention()")
+        if self.decoder.cross_attention is None:
+            raise UserError(
+                "model.decoder.cross_attention: got none, must be an attention part, such as MultiHeadAttention()"
+            )
         for field in ("vocab", "width", "dtype"):
             ours, theirs = getattr(self.decoder, field), getattr(self.encoder, field)
             if ours != theirs:
@@ -69,8 +71,8 @@ class EncoderDecoderConfig(ModelConfig):
         return self.decoder.vocab
 
     @property
-    def limit(self) -> int | None:
-        return self.decoder.limit
+    def max_positions(self) -> int | None:
+        return self.decoder.max_positions
 
     @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
@@ -80,11 +82,11 @@ class EncoderDecoderConfig(ModelConfig):
             for axis, field, size in half.axes
         )
 
-    def build(self, rules: Rules = Rules()) -> Any:
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return EncoderDecoder(self, rules)
 
-    def computing_in(self, dtype: str) -> Self:
-        halves = {name: getattr(self, name).computing_in(dtype) for name in ("encoder", "decoder")}
+    def with_dtype(self, dtype: str) -> Self:
+        halves = {name: getattr(self, name).with_dtype(dtype) for name in ("encoder", "decoder")}
         return dataclasses.replace(self, **halves)
 
     def flops(self, length: int) -> int:
@@ -100,7 +102,7 @@ class EncoderDecoder(nn.Module):
     """Source and target so far, to logits of the target's next tokens."""
 
     config: EncoderDecoderConfig
-    rules: Rules = Rules()
+    rules: ShardingRules = ShardingRules()
 
     @nn.compact
     def __call__(
@@ -124,7 +126,7 @@ class EncoderDecoder(nn.Module):
         The others are those of `Transformer`.
         """
         c, rules = self.config, self.rules
-        table = Weight(self, rules, c.decoder.dtype)("embedding", (c.vocab, c.decoder.width), ("vocab", "embed"))
+        table = ParamFactory(self, rules, c.decoder.dtype)("embedding", (c.vocab, c.decoder.width), ("vocab", "embed"))
         if source is None and self.is_initializing():
             source = tokens  # no parameter depends on it
         states = None
@@ -154,10 +156,10 @@ def read(
     layers = unstack(stack, params["decoder"]["blocks"])
 
     def memory(layer: int) -> Any:
-        cross = stack.blocks[layer].cross
+        cross = stack.blocks[layer].cross_attention
         assert cross is not None
         module = Layer(part=cross.memory, rules=rules, dtype=decoder.dtype)
-        return module.apply({"params": layers[f"layer_{layer}"]["cross"]}, states)
+        return module.apply({"params": layers[f"layer_{layer}"]["cross_attention"]}, states)
 
     own = decoder.slots(source.shape[0], size, rules)
     pairs = tuple((slots, memory(layer)) for layer, slots in enumerate(own))

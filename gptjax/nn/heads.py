@@ -17,10 +17,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.linear import linear
 from gptjax.nn.config import ModelConfig, TransformerConfig
-from gptjax.nn.module import Layer, Weight, zeros
+from gptjax.nn.module import Layer, ParamFactory, zeros
 from gptjax.nn.transformer import Trunk
 from gptjax.types import Array, UserError
 
@@ -66,13 +66,13 @@ class Last(Pooling):
 class Pooler:
     """What BERT does to a text's state before it meets the classes: tanh(x W + b) (arXiv:1810.04805).
 
-    A part `pooler(weight, x [B, M, D]) -> [B, M, D]`.
+    A part `pooler(param, x [B, M, D]) -> [B, M, D]`.
     """
 
-    def __call__(self, weight: Weight, x: Array) -> Array:
+    def __call__(self, param: ParamFactory, x: Array) -> Array:
         width = x.shape[-1]
-        y = linear(x, weight("dense", (width, width), ("embed", None)), weight.rules("batch", None, None))
-        return jnp.tanh(y + weight("dense_bias", (width,), (None,), zeros))
+        y = linear(x, param("dense", (width, width), ("embed", None)), param.rules("batch", None, None))
+        return jnp.tanh(y + param("dense_bias", (width,), (None,), zeros))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,26 +99,26 @@ class ClassifierConfig(ModelConfig):
         return self.trunk.vocab
 
     @property
-    def limit(self) -> int | None:
-        return self.trunk.limit
+    def max_positions(self) -> int | None:
+        return self.trunk.max_positions
 
     @property
-    def growth(self) -> float:
-        return self.trunk.growth
+    def width_multiplier(self) -> float:
+        return self.trunk.width_multiplier
 
     @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
         return tuple((axis, field.replace("model.", "model.trunk.", 1), size) for axis, field, size in self.trunk.axes)
 
-    def build(self, rules: Rules = Rules()) -> Any:
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return Classifier(self, rules)
 
     def flops(self, length: int) -> int:
         """Without those of a text's classes, which are few."""
         return self.trunk.flops(length) - 6 * self.vocab * self.trunk.width
 
-    def computing_in(self, dtype: str) -> Self:
-        return dataclasses.replace(self, trunk=self.trunk.computing_in(dtype))
+    def with_dtype(self, dtype: str) -> Self:
+        return dataclasses.replace(self, trunk=self.trunk.with_dtype(dtype))
 
 
 class Classifier(Trunk):
@@ -139,20 +139,20 @@ class Classifier(Trunk):
         positions: Array | None = None,
         segments: Array | None = None,
         *,
-        types: Array | None = None,
+        token_types: Array | None = None,
         documents: int = 1,
     ) -> tuple[Array, None]:
         """tokens int32 [B, T] -> logits [B, M, C] of the texts of each row, M = `documents`, and None in the place of a
         decoder's cache. The other arguments are those of `Transformer`."""
         c = self.config
-        x, *_ = self.hidden(tokens, positions, segments, types=types)
-        x, weight = c.pooling(x, segments, documents), Weight(self, self.rules, c.trunk.dtype)
+        x, *_ = self.hidden(tokens, positions, segments, token_types=token_types)
+        x, param = c.pooling(x, segments, documents), ParamFactory(self, self.rules, c.trunk.dtype)
         if c.pooler is not None:
-            scale = c.trunk.parametrisation.matrices(c.trunk.width)
+            scale = c.trunk.parametrisation.hidden_init_scale(c.trunk.width)
             x = Layer(c.pooler, self.rules, c.trunk.dtype, scale, name="pooler")(x)
-        w = weight("classifier", (c.trunk.width, c.classes), ("embed", None))
-        logits = linear(x, w, self.rules("batch", None, None)) / c.growth
-        return logits + weight("classifier_bias", (c.classes,), (None,), zeros) if c.bias else logits, None
+        w = param("classifier", (c.trunk.width, c.classes), ("embed", None))
+        logits = linear(x, w, self.rules("batch", None, None)) / c.width_multiplier
+        return logits + param("classifier_bias", (c.classes,), (None,), zeros) if c.bias else logits, None
 
 
 class Embedder(Trunk):
@@ -170,10 +170,10 @@ class Embedder(Trunk):
         positions: Array | None = None,
         segments: Array | None = None,
         *,
-        types: Array | None = None,
+        token_types: Array | None = None,
         documents: int = 1,
     ) -> Array:
         """tokens int32 [B, T] -> float32 [B, M, D], arguments as for `Classifier`."""
-        x, *_ = self.hidden(tokens, positions, segments, types=types)
+        x, *_ = self.hidden(tokens, positions, segments, token_types=token_types)
         x = self.pooling(x, segments, documents).astype(jnp.float32)
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if self.normalise else x

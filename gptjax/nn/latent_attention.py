@@ -7,12 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask, attention
 from gptjax.kernels.linear import linear
 from gptjax.nn import cache as kv
 from gptjax.nn.attention import Attention
-from gptjax.nn.module import Weight, zeros
+from gptjax.nn.module import ParamFactory, zeros
 from gptjax.nn.norms import Norm, RMSNorm
 from gptjax.types import Array, Key, UserError
 
@@ -53,7 +53,7 @@ class MultiHeadLatentAttention(Attention):
 
     def __call__(
         self,
-        weight: Weight,
+        param: ParamFactory,
         x: Array,
         positions: Array,
         mask: Mask = Mask(),
@@ -67,27 +67,27 @@ class MultiHeadLatentAttention(Attention):
         dropout: float = 0.0,
         key: Key | None = None,
     ) -> tuple[Array, Array | None]:
-        rules, width = weight.rules, x.shape[-1]
+        rules, width = param.rules, x.shape[-1]
         N, H = self._sizes()
         R, P, V = self.kv_rank, self.rope_size, self.value_size
         whole, heads = rules("batch", "sequence", None), rules("batch", "sequence", "heads", None)
 
         def compress(name: str, x: Array, size: int) -> Array:
-            y = linear(x, weight(name, (x.shape[-1], size), ("embed", None)), whole)
-            return y + weight(f"{name}_bias", (size,), (None,), zeros) if self.bias else y
+            y = linear(x, param(name, (x.shape[-1], size), ("embed", None)), whole)
+            return y + param(f"{name}_bias", (size,), (None,), zeros) if self.bias else y
 
         def turn(x: Array) -> Array:
             return self.positions.rotate(x, positions) if self.positions is not None and source is None else x
 
         read = x if source is None else source
-        latent = self.norm(weight.of("kv_norm"), compress("kv_latent", read, R))
+        latent = self.norm(param.scope("kv_norm"), compress("kv_latent", read, R))
         shared = turn(compress("k_rope", read, P)[:, :, None])[:, :, 0]
         if self.q_rank is not None:
-            x = self.norm(weight.of("q_norm"), compress("q_latent", x, self.q_rank))
-        q = linear(x, weight("q", (x.shape[-1], N, H + P), ("embed", "heads", None)), heads)
+            x = self.norm(param.scope("q_norm"), compress("q_latent", x, self.q_rank))
+        q = linear(x, param("q", (x.shape[-1], N, H + P), ("embed", "heads", None)), heads)
         q, turned = q[..., :H], turn(q[..., H:])
-        to_key = weight("k", (R, N, H), ("embed", "heads", None))
-        to_value = weight("v", (R, N, V), ("embed", "heads", None))
+        to_key = param("k", (R, N, H), ("embed", "heads", None))
+        to_value = param("v", (R, N, V), ("embed", "heads", None))
 
         if slots is None:
             shared = jnp.broadcast_to(shared[:, :, None], (*shared.shape[:2], N, P), out_sharding=heads)
@@ -108,16 +108,16 @@ class MultiHeadLatentAttention(Attention):
         )
         if slots is not None:  # the sum over the shared keys, which nothing needs, cost less than cutting them off
             y = jnp.einsum("BTNR,RNV->BTNV", y[..., :R], to_value, out_sharding=heads)
-        o = weight("o", (N, V, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * output_scale))
+        o = param("o", (N, V, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * output_scale))
         y = linear(y, o, whole, contract=2)
-        return y + weight("o_bias", (width,), (None,), zeros) if self.bias else y, slots
+        return y + param("o_bias", (width,), (None,), zeros) if self.bias else y, slots
 
-    def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> Array:
+    def slots(self, batch: int, size: int, dtype: str, rules: ShardingRules = ShardingRules()) -> Array:
         """[B, S, R + P]: the latents and the shared keys beside them, as attention reads them."""
         shape = batch, size, self.kv_rank + self.rope_size
         return jnp.zeros(shape, dtype, out_sharding=rules("batch", None, None))
 
-    def products(self, width: int, length: int) -> int:
+    def matmul_params(self, width: int, length: int) -> int:
         N, H = self._sizes()
         R, P, V = self.kv_rank, self.rope_size, self.value_size
         queries = N * (H + P) * width if self.q_rank is None else self.q_rank * (width + N * (H + P))

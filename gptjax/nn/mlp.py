@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.kernels.linear import linear
-from gptjax.nn.module import Weight, zeros
+from gptjax.nn.module import ParamFactory, zeros
 from gptjax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class MLP:
-    """A part `mlp(weight, x [B, T, D], hidden F) -> [B, T, D]`. A subclass says which activation, and if gated."""
+    """A part `mlp(param, x [B, T, D], hidden F) -> [B, T, D]`. A subclass says which activation, and if gated."""
 
     gated: ClassVar[bool] = False
 
@@ -37,22 +37,24 @@ class MLP:
             return self.activation(gate) * up
         return self.activation(*expanded)
 
-    def __call__(self, weight: Weight, x: Array, hidden: int, bias: bool = False, output_scale: float = 1.0) -> Array:
+    def __call__(
+        self, param: ParamFactory, x: Array, hidden: int, bias: bool = False, output_scale: float = 1.0
+    ) -> Array:
         """`output_scale` multiplies the initial output weights, as in `Attention`."""
-        width, rules = x.shape[-1], weight.rules
+        width, rules = x.shape[-1], param.rules
         inner = rules("batch", "sequence", "ffn")
 
         def expand(name: str) -> Array:
-            y = linear(x, weight(name, (width, hidden), ("embed", "ffn")), inner)
-            return y + weight(f"{name}_bias", (hidden,), ("ffn",), zeros) if bias else y
+            y = linear(x, param(name, (width, hidden), ("embed", "ffn")), inner)
+            return y + param(f"{name}_bias", (hidden,), ("ffn",), zeros) if bias else y
 
         # The backward pass computes the activation again rather than keep [B, T, F] arrays of its inner steps.
         y = jax.checkpoint(self.inner)(*map(expand, ("gate", "up") if self.gated else ("up",)))
-        down = weight("down", (hidden, width), ("ffn", "embed"), jax.nn.initializers.normal(0.02 * output_scale))
+        down = param("down", (hidden, width), ("ffn", "embed"), jax.nn.initializers.normal(0.02 * output_scale))
         y = linear(y, down, rules("batch", "sequence", None))
-        return y + weight("down_bias", (width,), (None,), zeros) if bias else y
+        return y + param("down_bias", (width,), (None,), zeros) if bias else y
 
-    def products(self, width: int, hidden: int) -> int:
+    def matmul_params(self, width: int, hidden: int) -> int:
         """Weights that a token is multiplied with."""
         return width * hidden * (3 if self.gated else 2)
 

@@ -1,14 +1,14 @@
 """How parameters are declared: once, with their shape and their logical axes side by side.
 
 What goes into a configuration (`RMSNorm()`, `SwiGLU()`, `MultiHeadAttention(window=128)`) is a *part*: a plain frozen
-dataclass, called as a pure function `part(weight, x, ...)`, that asks `weight` for the parameters it needs. `Layer`
+dataclass, called as a pure function `part(param, x, ...)`, that asks `param` for the parameters it needs. `Layer`
 makes a Flax module of a part, to use it alone:
 
     layer = Layer(part=RMSNorm())
     params = layer.init(key, x)
     y = layer.apply(params, x)
 
-The modules that put parts together (`Block`, `Stack`, `Transformer`) make their own `Weight` in the same way.
+The modules that put parts together (`Block`, `Stack`, `Transformer`) make their own `ParamFactory` in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.distributed.parameters import matrix
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.types import Array
 
 normal = jax.nn.initializers.normal(0.02)
@@ -32,11 +32,11 @@ ones = jax.nn.initializers.ones
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
-    """Declares the parameters of a Flax module: `weight("up", (D, F), ("embed", "ffn"))`."""
+class ParamFactory:
+    """Declares the parameters of a Flax module: `param("up", (D, F), ("embed", "ffn"))`."""
 
     module: nn.Module
-    rules: Rules = Rules()
+    rules: ShardingRules = ShardingRules()
     """Where the logical axes lie; parts shard what they compute by the same rules."""
     dtype: str = "float32"
     """Compute dtype."""
@@ -60,17 +60,17 @@ class Weight:
 
         return jnp.asarray(self.module.param(self.prefix + name, draw), self.dtype)  # numpy parameters are welcome
 
-    def of(self, name: str) -> Weight:
+    def scope(self, name: str) -> ParamFactory:
         """For a part inside a part: its "scale" becomes "{name}_scale"."""
         return dataclasses.replace(self, prefix=f"{self.prefix}{name}_")
 
-    def keep(self, name: str, value: Array) -> None:
+    def capture(self, name: str, value: Array) -> None:
         """Show a value to whoever asks for it by `apply(..., mutable=["kept"])`; it is nowhere when nobody does."""
         if not self.module.is_initializing():
             zero = functools.partial(jnp.zeros, ())
             self.module.sow("kept", self.prefix + name, value, reduce_fn=lambda _, new: new, init_fn=zero)
 
-    def loss(self, name: str, value: Array) -> None:
+    def add_loss(self, name: str, value: Array) -> None:
         """Add a scalar to the training loss, as a router's balance: it is in what `apply(..., mutable=["losses"])`
         returns beside the output, and nowhere when nobody asks."""
         if not self.module.is_initializing():
@@ -79,13 +79,13 @@ class Weight:
 
 
 class Layer(nn.Module):
-    """A part with parameters of its own. `init` and `apply` take what the part takes after `weight`."""
+    """A part with parameters of its own. `init` and `apply` take what the part takes after `param`."""
 
     part: Callable[..., Any]
-    rules: Rules = Rules()
+    rules: ShardingRules = ShardingRules()
     dtype: str = "float32"
     matrix_scale: float = 1.0
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(Weight(self, self.rules, self.dtype, self.matrix_scale), *args, **kwargs)
+        return self.part(ParamFactory(self, self.rules, self.dtype, self.matrix_scale), *args, **kwargs)

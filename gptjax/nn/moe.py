@@ -15,20 +15,20 @@ from jax import lax
 
 from gptjax.kernels.experts import dispatch
 from gptjax.nn.mlp import MLP, SwiGLU
-from gptjax.nn.module import Weight, normal, zeros
+from gptjax.nn.module import ParamFactory, normal, zeros
 from gptjax.nn.router import Router, Softmax
 from gptjax.types import Array, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureOfExperts(MLP):
-    """A part like the dense ones, `mlp(weight, x [B, T, D], hidden F) -> [B, T, D]`, F the hidden size of one expert.
+    """A part like the dense ones, `mlp(param, x [B, T, D], hidden F) -> [B, T, D]`, F the hidden size of one expert.
 
         model = TransformerConfig(..., hidden=512, mlp=MixtureOfExperts(experts=8, top_k=2))
 
     Nothing is dropped unless there is a capacity. Parameters: "gate", "up" [E, D, F] and "down" [E, F, D] with their
-    biases; what `shared` makes under "shared_"; the router's under "router_". On a mesh, `Rules(experts=...)` shares
-    out the experts: each device computes those it holds, for the tokens of all devices that hold others.
+    biases; what `shared` makes under "shared_"; the router's under "router_". On a mesh, `ShardingRules(experts=...)`
+    shards the experts: each device computes those it holds, for the tokens of all devices that hold others.
     """
 
     experts: int = 8
@@ -65,13 +65,15 @@ class MixtureOfExperts(MLP):
     def axes(self) -> tuple[tuple[str, str, int], ...]:
         return (("experts", "model.mlp.experts", self.experts),)
 
-    def __call__(self, weight: Weight, x: Array, hidden: int, bias: bool = False, output_scale: float = 1.0) -> Array:
+    def __call__(
+        self, param: ParamFactory, x: Array, hidden: int, bias: bool = False, output_scale: float = 1.0
+    ) -> Array:
         """`output_scale` multiplies the initial output weights, as in the dense parts."""
-        rules, D, E = weight.rules, x.shape[-1], self.experts
-        held = rules.over("experts")
+        rules, D, E = param.rules, x.shape[-1], self.experts
+        held = rules.mesh_axes("experts")
         # Where the experts themselves are shared out over a mesh axis, nothing inside of them can be.
-        embed = "embed" if set(held).isdisjoint(rules.over("embed")) else None
-        ffn = "ffn" if set(held).isdisjoint(rules.over("ffn")) else None
+        embed = "embed" if set(held).isdisjoint(rules.mesh_axes("embed")) else None
+        ffn = "ffn" if set(held).isdisjoint(rules.mesh_axes("ffn")) else None
         output = jax.nn.initializers.normal(0.02 * output_scale)
         shapes = dict.fromkeys(self._inputs, ((E, D, hidden), ("experts", embed, ffn), normal))
         shapes["down"] = (E, hidden, D), ("experts", ffn, embed), output
@@ -79,29 +81,29 @@ class MixtureOfExperts(MLP):
             shapes |= {f"{name}_bias": ((E, hidden), ("experts", ffn), zeros) for name in self._inputs}
             shapes["down_bias"] = (E, D), ("experts", None), zeros
 
-        ids, gates = self.router(weight.of("router"), x, E, self.top_k)
-        inputs = x, ids, gates, {name: weight(name, *rest) for name, rest in shapes.items()}
+        ids, gates = self.router(param.scope("router"), x, E, self.top_k)
+        inputs = x, ids, gates, {name: param(name, *rest) for name, rest in shapes.items()}
         if jax.sharding.get_abstract_mesh().empty:
             y = self._compute(*inputs)
         else:
             # Every device computes its experts, whole in width, for the tokens of all that hold other experts.
             batch, sequence = (
-                tuple(name for name in rules.over(axis) if name not in held) for axis in ("batch", "sequence")
+                tuple(name for name in rules.mesh_axes(axis) if name not in held) for axis in ("batch", "sequence")
             )
             tokens = jax.P(batch, sequence, None)
             # Where those are other rows of the batch, what comes back is each device's own rows alone.
-            scattered = held if set(held) <= set(rules.over("batch")) else ()
+            scattered = held if set(held) <= set(rules.mesh_axes("batch")) else ()
             own = jax.P((*batch, *scattered), sequence, None)
             whole = {name: rules(*(None if a == "embed" else a for a in axes)) for name, (_, axes, _) in shapes.items()}
             places = tokens, tokens, tokens, whole
-            split = rules.over("ffn") if ffn else ()
+            split = rules.mesh_axes("ffn") if ffn else ()
             compute = functools.partial(self._compute, held=held, split=split, scattered=scattered)
             names = set(jax.sharding.get_abstract_mesh().explicit_axes)
             compute = jax.shard_map(compute, in_specs=places, out_specs=own, axis_names=names, check_vma=False)
             y = compute(*map(jax.reshard, inputs, places))
             y = jax.reshard(y, rules("batch", "sequence", None))
         if self.shared:
-            y = y + self.expert(weight.of("shared"), x, self.shared * hidden, bias, output_scale)
+            y = y + self.expert(param.scope("shared"), x, self.shared * hidden, bias, output_scale)
         return y
 
     def _compute(
@@ -145,6 +147,6 @@ class MixtureOfExperts(MLP):
     def _inputs(self) -> tuple[str, ...]:
         return ("gate", "up") if self.gated else ("up",)
 
-    def products(self, width: int, hidden: int) -> int:
+    def matmul_params(self, width: int, hidden: int) -> int:
         """The router's, and those of the experts that a token goes to."""
-        return width * self.experts + (self.top_k + self.shared) * self.expert.products(width, hidden)
+        return width * self.experts + (self.top_k + self.shared) * self.expert.matmul_params(width, hidden)

@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn.cache import Cache
 from gptjax.nn.config import TransformerConfig
 from gptjax.nn.module import Layer
@@ -37,12 +37,12 @@ class MultiTokenConfig(TransformerConfig):
                 "ahead: they are no layers of the stack"
             )
 
-    def build(self, rules: Rules = Rules()) -> Any:
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return MultiTokenTransformer(self, rules)
 
     def flops(self, length: int) -> int:
         """With the heads, as in training."""
-        block = dataclasses.replace(self, layers=1, first=(), pattern=self.pattern[:1])
+        block = dataclasses.replace(self, layers=1, leading_layers=(), pattern=self.pattern[:1])
         return super().flops(length) + self.ahead * TransformerConfig.flops(block, length)
 
 

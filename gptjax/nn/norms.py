@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax.nn.module import Weight, ones, zeros
+from gptjax.nn.module import ParamFactory, ones, zeros
 from gptjax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """A part `norm(weight, x [..., D]) -> [..., D]`."""
+    """A part `norm(param, x [..., D]) -> [..., D]`."""
 
     eps: float = 1e-5
     """Added to the variance, so that a row of equal values divides by something."""
 
-    def __call__(self, weight: Weight, x: Array) -> Array:
+    def __call__(self, param: ParamFactory, x: Array) -> Array:
         raise NotImplementedError
 
 
@@ -31,9 +31,9 @@ class LayerNorm(Norm):
     bias: bool = True
     """Whether to add a learned bias."""
 
-    def __call__(self, weight: Weight, x: Array) -> Array:
-        y = self._standardise(x) * weight("scale", x.shape[-1:], (None,), ones)
-        return y + weight("bias", x.shape[-1:], (None,), zeros) if self.bias else y
+    def __call__(self, param: ParamFactory, x: Array) -> Array:
+        y = self._standardise(x) * param("scale", x.shape[-1:], (None,), ones)
+        return y + param("bias", x.shape[-1:], (None,), zeros) if self.bias else y
 
     # The backward pass computes it again from x rather than keep its inner steps.
     @functools.partial(jax.checkpoint, static_argnums=0)
@@ -52,11 +52,11 @@ class RMSNorm(Norm):
     plus_one: bool = False
     """Whether the parameter is the scale less 1, as in Gemma."""
 
-    def __call__(self, weight: Weight, x: Array) -> Array:
+    def __call__(self, param: ParamFactory, x: Array) -> Array:
         y = self._standardise(x)
         if not self.scale:
             return y
-        scale = weight("scale", x.shape[-1:], (None,), zeros if self.plus_one else ones)
+        scale = param("scale", x.shape[-1:], (None,), zeros if self.plus_one else ones)
         return y * (1 + scale if self.plus_one else scale)
 
     @functools.partial(jax.checkpoint, static_argnums=0)

@@ -3,7 +3,7 @@
 A model with `MuP` keeps the best learning rate of a narrow one, so that it can be looked for there:
 
     config = TransformerConfig(..., width=1_024, parametrisation=MuP(base_width=128))
-    optimizer = AdamW(peak=3e-3).build(steps, config.growth)          # 3e-3 is what was best at width 128
+    optimizer = AdamW(learning_rate=3e-3).build(steps, config.width_multiplier)  # 3e-3 was best at width 128
 
 With m = width / base_width, and as against the standard parametrisation (Yang et al. 2022, "Tensor Programs V",
 arXiv:2203.03466, table 8):
@@ -29,19 +29,19 @@ class Parametrisation:
     """The standard parametrisation, as in GPT-2: matrices begin with deviation 0.02 at every width, those that write to
     the residual stream with 0.02 / sqrt(2 L), which keeps a sum of L blocks small."""
 
-    def growth(self, width: int) -> float:
+    def width_multiplier(self, width: int) -> float:
         """m: how many times wider the model is than the one whose hyperparameters it has."""
         return 1.0
 
-    def matrices(self, width: int) -> float:
+    def hidden_init_scale(self, width: int) -> float:
         """What the initial hidden matrices are multiplied by."""
-        return self.growth(width) ** -0.5
+        return self.width_multiplier(width) ** -0.5
 
     def attention(self, head_size: int) -> float:
         """What attention scores are multiplied by beside what they are anyway, such as 1 / sqrt(H)."""
         return 1.0
 
-    def outputs(self, layers: int) -> float:
+    def residual_init_scale(self, layers: int) -> float:
         """What the initial matrices that write to the residual stream are multiplied by."""
         return (2 * layers) ** -0.5
 
@@ -60,7 +60,7 @@ class MuP(Parametrisation):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise UserError(f"model.parametrisation.{field}: got {value}, must be at least 1")
 
-    def growth(self, width: int) -> float:
+    def width_multiplier(self, width: int) -> float:
         return width / self.base_width
 
     def attention(self, head_size: int) -> float:

@@ -13,9 +13,9 @@ In a tick every device sends one part's activations, [B / M, T, D]. The backward
 layers keep for it they keep for all parts, so that a remat policy (`remat`) saves as much here as it does without
 stages.
 
-What comes before and after the layers, embedding and head, is cut as by data parallelism: stages have shares of the
-batch there, where the rules say so as `STANDARD` does. They gather them before the first layer, and get shares of what
-the last stage made.
+Embedding and head, before and after the layers, are data parallel: where the rules say so, as `DEFAULT_RULES` does,
+each stage has a share of the batch there. Stages gather it before the first layer, and get shares of the last stage's
+output.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from gptjax.distributed.sharding import axes_of, cut_rows
+from gptjax.distributed.sharding import axes_of, split_microbatches
 from gptjax.nn.block import Context
 from gptjax.types import Array, Params, UserError
 
@@ -86,7 +86,10 @@ def pipeline(
         if shares:
             x = exchange(jnp.repeat(x, stages, axis=1))
             x = jnp.reshape(x, (copies * rows, *x.shape[3:]), out_sharding=PartitionSpec(others, *place[1:]))
-        xs, contexts = cut_rows(x, parts), context.over_rows(functools.partial(cut_rows, parts=parts))
+        xs, contexts = (
+            split_microbatches(x, parts),
+            context.over_rows(functools.partial(split_microbatches, parts=parts)),
+        )
         if start_is_x:
             contexts = dataclasses.replace(contexts, start=xs)
 

@@ -4,7 +4,7 @@
     Transformer(RecurrentConfig(vocab=256, layers=2, width=512, attention=GRU()))
 
 It trains, decodes and is put into an experiment like any other model: its cache is the state of each layer. A recurrent
-layer may stand in a transformer too: `TransformerConfig(..., pattern=(Variant(attention=GRU()), Variant()))`.
+layer may be in a transformer: `TransformerConfig(..., pattern=(LayerOverrides(attention=GRU()), LayerOverrides()))`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask
 from gptjax.kernels.linear import linear
 from gptjax.nn.attention import Attention
 from gptjax.nn.config import TransformerConfig
 from gptjax.nn.mlp import MLP
-from gptjax.nn.module import Weight, zeros
+from gptjax.nn.module import ParamFactory, zeros
 from gptjax.nn.positions import Positions
 from gptjax.nn.residual import Chain, Residual
 from gptjax.types import Array, UserError
@@ -34,7 +34,7 @@ State = tuple[Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Recurrent(Attention):
-    """A part `cell(weight, x [B, T, D], positions, mask, slots) -> (y [B, T, D], slots)`: y_t is of x_0 .. x_t.
+    """A part `cell(param, x [B, T, D], positions, mask, slots) -> (y [B, T, D], slots)`: y_t is of x_0 .. x_t.
 
     The state begins at zero, and again where a new segment does. The slots are the state after the last token read. All
     else that attention has (heads, window, bias of scores, ...) means nothing here.
@@ -52,23 +52,25 @@ class Recurrent(Attention):
     def step(self, state: State, read: Array, said: Array) -> State:
         """The next state, from the products of the input and of the last output, [B, G, D] each, biases included."""
 
-    def __call__(self, weight: Weight, x: Array, positions: Array, mask: Mask = Mask(), slots: Any = None, **_: Any):
-        (B, T, D), G, rules = x.shape, self.gates, weight.rules
+    def __call__(
+        self, param: ParamFactory, x: Array, positions: Array, mask: Mask = Mask(), slots: Any = None, **_: Any
+    ):
+        (B, T, D), G, rules = x.shape, self.gates, param.rules
         if not mask.causal or mask.prefix is not None:
             raise UserError(
                 f"model.attention: got {type(self).__name__}, which reads from left to right, must be one that sees "
-                "both ways in an encoder, as `cross` and with a prefix"
+                "both ways in an encoder, as `cross_attention` and with a prefix"
             )
-        if slots is None and (cut := rules.over("sequence")):
+        if slots is None and (cut := rules.mesh_axes("sequence")):
             raise UserError(f"mesh.{cut[0]}: cuts rows, must be 1: recurrent layers read a row token by token")
         # PyTorch's deviation: uniform to 1 / sqrt(D).
         spread = jax.nn.initializers.normal((3 * D) ** -0.5)
-        into = weight("input", (D, G, D), ("embed", None, None), spread)
+        into = param("input", (D, G, D), ("embed", None, None), spread)
         read = linear(x, into, rules("batch", "sequence", None, None))
-        read = read + weight("input_bias", (G, D), (None, None), self.first_bias)
-        again = weight("recurrent", (D, G, D), ("embed", None, None), spread)
+        read = read + param("input_bias", (G, D), (None, None), self.first_bias)
+        again = param("recurrent", (D, G, D), ("embed", None, None), spread)
         again = again if (whole := rules(None, None, None)) is None else jax.reshard(again, whole)
-        bias = weight("recurrent_bias", (G, D), (None, None), zeros)
+        bias = param("recurrent_bias", (G, D), (None, None), zeros)
         begins = jnp.zeros((B, T), bool)
         if mask.query_segments is not None and mask.key_segments is not None:
             last = jnp.maximum(jnp.asarray(mask.start) - 1, 0)
@@ -92,16 +94,16 @@ class Recurrent(Attention):
         """What the biases [G, D] of the input's products begin at."""
         return zeros(key, shape, dtype, out_sharding=out_sharding)
 
-    def slots(self, batch: int, size: int, dtype: str, rules: Rules = Rules()) -> State:
+    def slots(self, batch: int, size: int, dtype: str, rules: ShardingRules = ShardingRules()) -> State:
         """The state before anything is read, [B, D] each, D being heads x head size."""
         if self.heads is None or self.head_size is None:
             raise UserError("attention: got no heads or head_size; outside a model both must be given")
         return self._empty(batch, self.heads * self.head_size, dtype, rules)
 
-    def products(self, width: int, length: int) -> int:
+    def matmul_params(self, width: int, length: int) -> int:
         return 2 * self.gates * width**2
 
-    def _empty(self, batch: int, width: int, dtype: Any, rules: Rules) -> State:
+    def _empty(self, batch: int, width: int, dtype: Any, rules: ShardingRules) -> State:
         return tuple(jnp.zeros((batch, width), dtype, out_sharding=rules("batch", None)) for _ in range(self.states))
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import jax
 
-from gptjax.nn.module import Weight
+from gptjax.nn.module import ParamFactory
 from gptjax.types import Array
 
 Sublayer = Callable[[Array], Array]
@@ -16,7 +16,7 @@ Sublayer = Callable[[Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """A part `residual(weight, x, start, norm, sublayers) -> x`, everything [B, T, D].
+    """A part `residual(param, x, start, norm, sublayers) -> x`, everything [B, T, D].
 
     start      the stream as the first block got it
     norm       `norm(name, x)`: the model's normalisation, with parameters under that name
@@ -28,7 +28,7 @@ class Residual:
 
     def __call__(
         self,
-        weight: Weight,
+        param: ParamFactory,
         x: Array,
         start: Array,
         norm: Callable[[str, Array], Array],
@@ -40,7 +40,7 @@ class Residual:
 class PreNorm(Residual):
     """x + f(norm(x)) for each sublayer f in turn: GPT-2, Llama. Xiong et al. 2020, arXiv:2002.04745."""
 
-    def __call__(self, weight, x, start, norm, sublayers):
+    def __call__(self, param, x, start, norm, sublayers):
         for i, f in enumerate(sublayers, 1):
             x = x + f(norm(f"norm_{i}", x))
         return x
@@ -56,10 +56,10 @@ class ScaledStream(PreNorm):
     start: float = 0.1
     """b at the beginning."""
 
-    def __call__(self, weight, x, start, norm, sublayers):
-        a = weight("stream_scale", (), (), jax.nn.initializers.constant(self.stream))
-        b = weight("input_scale", (), (), jax.nn.initializers.constant(self.start))
-        return super().__call__(weight, a * x + b * start, start, norm, sublayers)
+    def __call__(self, param, x, start, norm, sublayers):
+        a = param("stream_scale", (), (), jax.nn.initializers.constant(self.stream))
+        b = param("input_scale", (), (), jax.nn.initializers.constant(self.start))
+        return super().__call__(param, a * x + b * start, start, norm, sublayers)
 
 
 class PostNorm(Residual):
@@ -67,7 +67,7 @@ class PostNorm(Residual):
 
     final_norm = False
 
-    def __call__(self, weight, x, start, norm, sublayers):
+    def __call__(self, param, x, start, norm, sublayers):
         for i, f in enumerate(sublayers, 1):
             x = norm(f"norm_{i}", x + f(x))
         return x
@@ -76,7 +76,7 @@ class PostNorm(Residual):
 class SandwichNorm(Residual):
     """x + norm(f(norm(x))): Gemma 2 and 3. Ding et al. 2021, arXiv:2105.13290."""
 
-    def __call__(self, weight, x, start, norm, sublayers):
+    def __call__(self, param, x, start, norm, sublayers):
         for i, f in enumerate(sublayers, 1):
             x = x + norm(f"post_norm_{i}", f(norm(f"norm_{i}", x)))
         return x
@@ -85,7 +85,7 @@ class SandwichNorm(Residual):
 class OutputNorm(Residual):
     """x + norm(f(x)): OLMo 2 (arXiv:2501.00656)."""
 
-    def __call__(self, weight, x, start, norm, sublayers):
+    def __call__(self, param, x, start, norm, sublayers):
         for i, f in enumerate(sublayers, 1):
             x = x + norm(f"norm_{i}", f(x))
         return x
@@ -96,7 +96,7 @@ class Chain(Residual):
 
     final_norm = False
 
-    def __call__(self, weight, x, start, norm, sublayers):
+    def __call__(self, param, x, start, norm, sublayers):
         for f in sublayers:
             x = f(x)
         return x
@@ -109,7 +109,7 @@ class Parallel(Residual):
     shared: bool = False
     """Whether the sublayers read the same norm, as in GPT-J, or one each, as in GPT-NeoX."""
 
-    def __call__(self, weight, x, start, norm, sublayers):
+    def __call__(self, param, x, start, norm, sublayers):
         if self.shared:
             h = norm("norm_1", x)
             return x + sum(f(h) for f in sublayers)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.kernels.linear import linear
-from gptjax.nn.module import Weight, normal, zeros
+from gptjax.nn.module import ParamFactory, normal, zeros
 from gptjax.types import Array, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """A part `router(weight, x [B, T, D], experts E, top_k k) -> (ids int32 [B, T, k], gates float32 [B, T, k])`.
+    """A part `router(param, x [B, T, D], experts E, top_k k) -> (ids int32 [B, T, k], gates float32 [B, T, k])`.
 
         logits = W x + bias                                score = softmax or sigmoid of the logits
         ids = the top k of score + balance bias            gates = scale score_ids / sum score_ids
@@ -60,16 +60,14 @@ class Router:
         if top_k > (most := experts // self.groups * self.top_groups):
             raise UserError(f"mlp.top_k: got {top_k}, must be at most the {most} experts of {self.top_groups} groups")
 
-    def __call__(self, weight: Weight, x: Array, experts: int, top_k: int) -> tuple[Array, Array]:
-        weight = dataclasses.replace(weight, dtype="float32")
-        tokens = weight.rules("batch", "sequence", None)
-        logits = linear(
-            x.astype(jnp.float32), weight("logits", (x.shape[-1], experts), ("embed", None), normal), tokens
-        )
+    def __call__(self, param: ParamFactory, x: Array, experts: int, top_k: int) -> tuple[Array, Array]:
+        param = dataclasses.replace(param, dtype="float32")
+        tokens = param.rules("batch", "sequence", None)
+        logits = linear(x.astype(jnp.float32), param("logits", (x.shape[-1], experts), ("embed", None), normal), tokens)
         if self.bias:
-            logits = logits + weight("bias", (experts,), (None,), zeros)
+            logits = logits + param("bias", (experts,), (None,), zeros)
         scores = self.scores(logits)
-        balance = weight("balance", (experts,), (None,), zeros) if self.balance_bias else None
+        balance = param("balance", (experts,), (None,), zeros) if self.balance_bias else None
         wanted = scores if balance is None else scores + lax.stop_gradient(balance)
 
         def choose(wanted: Array) -> Array:
@@ -89,9 +87,9 @@ class Router:
         if self.load_balance:
             share = jnp.mean(scores / jnp.sum(scores, -1, keepdims=True), (0, 1))
             load = counts / jnp.sum(counts)
-            weight.loss("load_balance", self.load_balance * experts * jnp.sum(load * share))
+            param.add_loss("load_balance", self.load_balance * experts * jnp.sum(load * share))
         if self.z_loss:
-            weight.loss("z_loss", self.z_loss * jnp.mean(jax.nn.logsumexp(logits, -1) ** 2))
+            param.add_loss("z_loss", self.z_loss * jnp.mean(jax.nn.logsumexp(logits, -1) ** 2))
         return ids, self.scale * gates
 
     def _in_top_groups(self, scores: Array) -> Array:

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn.block import Block, Context
-from gptjax.nn.module import Weight
+from gptjax.nn.module import ParamFactory
 from gptjax.nn.pipeline import pipeline
 from gptjax.nn.remat import rematerialised
 from gptjax.types import Array, Key, Params, UserError
@@ -43,7 +43,7 @@ class Stack(nn.Module):
     """What the backward pass keeps, not computes again: a name in `remat.POLICIES`; none: everything."""
     microbatches: int | None = None
     """Parts that a batch goes through stages in, one behind the other; none: as many as there are stages."""
-    rules: Rules = Rules()
+    rules: ShardingRules = ShardingRules()
     """`layers` cuts the repeats into stages of a `pipeline`."""
 
     @property
@@ -107,7 +107,7 @@ class Stack(nn.Module):
         if self.repeats:
             stacked = {name: tree for name, tree in params.items() if not name.startswith(("start_", "end_"))}
             keys = None if middle is None else jax.random.split(middle, self.repeats)
-            if stages := self.rules.over("layers"):
+            if stages := self.rules.mesh_axes("layers"):
                 keys = None if keys is None else jax.reshard(keys, PartitionSpec(stages))
                 x, sown = pipeline(rounds, stacked, keys, x, context, stages, self.microbatches)
             else:
@@ -115,7 +115,7 @@ class Stack(nn.Module):
             losses.append(sown)
         x = ends("end", self.last, x, end)
         for name, total in _sums(losses).items():
-            Weight(self).loss(name, total)
+            ParamFactory(self).add_loss(name, total)
         return x, None
 
     def _init(self, key: Key, x: Array, context: Context) -> dict[str, Params]:
@@ -131,7 +131,7 @@ class Stack(nn.Module):
 
         begin, middle, end = jax.random.split(key, 3)
         params = jax.vmap(round)(jax.random.split(middle, self.repeats)) if self.repeats else {}
-        params = jax.tree.map(lambda leaf: _over_stages(leaf, self.rules.over("layers") or None), params)
+        params = jax.tree.map(lambda leaf: _over_stages(leaf, self.rules.mesh_axes("layers") or None), params)
         for name, blocks, key in (("start", self.first, begin), ("end", self.last, end)):
             params |= {f"{name}_{i}": one(block, jax.random.fold_in(key, i)) for i, block in enumerate(blocks)}
         return params
@@ -144,7 +144,9 @@ class Stack(nn.Module):
         _, kept = self.blocks[0].apply({"params": params()}, x, context, slots, mutable=["kept"])
         if not jax.tree.leaves(kept):
             kind = type(self.blocks[0].attention).__name__
-            raise UserError(f"model.first: got {kind}, must be MultiHeadAttention, whose values later layers mix in")
+            raise UserError(
+                f"model.leading_layers: got {kind}, must be MultiHeadAttention, whose values later layers mix in"
+            )
         (first,) = jax.tree.leaves(kept)
         return dataclasses.replace(context, first=first)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.distributed.sharding import Rules
+from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask
 from gptjax.kernels.embedding import embed
 from gptjax.kernels.linear import linear
@@ -19,7 +19,7 @@ from gptjax.nn import cache as kv
 from gptjax.nn.block import Context, dropout
 from gptjax.nn.cache import Cache
 from gptjax.nn.config import ModelConfig, TransformerConfig
-from gptjax.nn.module import Layer, Weight
+from gptjax.nn.module import Layer, ParamFactory
 from gptjax.types import Array, Params
 
 
@@ -29,7 +29,7 @@ class Trunk(nn.Module):
     """
 
     config: TransformerConfig
-    rules: Rules = Rules()
+    rules: ShardingRules = ShardingRules()
 
     @property
     def trunk(self) -> TransformerConfig:
@@ -44,7 +44,7 @@ class Trunk(nn.Module):
         cache: Cache | None = None,
         prefix: Array | None = None,
         *,
-        types: Array | None = None,
+        token_types: Array | None = None,
         table: Array | None = None,
         source: Array | None = None,
         source_segments: Array | None = None,
@@ -56,16 +56,16 @@ class Trunk(nn.Module):
             start = cache.length if cache is not None else 0
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
         key = self.make_rng("dropout") if (c.dropout or c.layer_drop) and self.has_rng("dropout") else None
-        weight, layer = Weight(self, rules, c.dtype), functools.partial(Layer, rules=rules, dtype=c.dtype)
+        param, layer = ParamFactory(self, rules, c.dtype), functools.partial(Layer, rules=rules, dtype=c.dtype)
 
         if table is None:
-            table = weight("embedding", (c.vocab, c.width), ("vocab", "embed"))
+            table = param("embedding", (c.vocab, c.width), ("vocab", "embed"))
         x = embed(table, tokens, rules("vocab", None), rules("batch", "sequence", None))
         x = x * c.embedding_scale if c.embedding_scale != 1 else x
-        if c.types:
-            kinds = weight("type_embedding", (c.types, c.width), (None, "embed"))
-            types = jnp.zeros_like(tokens) if types is None else types
-            x = x + embed(kinds, types, rules(None, None), rules("batch", "sequence", None))
+        if c.token_types:
+            kinds = param("type_embedding", (c.token_types, c.width), (None, "embed"))
+            token_types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x = x + embed(kinds, token_types, rules(None, None), rules("batch", "sequence", None))
         x = layer(part=c.positions, name="positions")(x, positions)
         if c.embedding_norm is not None:
             x = layer(part=c.embedding_norm, name="embedding_norm")(x)
@@ -99,13 +99,17 @@ class Trunk(nn.Module):
     def head(self, table: Array) -> Array:
         """[D, V], what hidden states are multiplied with: the embeddings [V, D] or a matrix of its own."""
         c = self.trunk
-        return table.T if c.tied else Weight(self, self.rules, c.dtype)("head", (c.width, c.vocab), ("embed", "vocab"))
+        return (
+            table.T
+            if c.tie_embeddings
+            else ParamFactory(self, self.rules, c.dtype)("head", (c.width, c.vocab), ("embed", "vocab"))
+        )
 
     def logits(self, x: Array, head: Array) -> Array:
         """Hidden states [B, T, D] and the head [D, V] -> logits [B, T, V] in the compute dtype."""
         c = self.trunk
         logits = linear(x, head, self.rules("batch", "sequence", "vocab"))
-        scale = c.logit_scale / c.growth
+        scale = c.logit_scale / c.width_multiplier
         logits = logits * scale if scale != 1 else logits
         if c.logit_softcap is not None:
             logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
@@ -141,7 +145,7 @@ class Transformer(Trunk):
         cache: Cache | None = None,
         prefix: Array | None = None,
         *,
-        types: Array | None = None,
+        token_types: Array | None = None,
         table: Array | None = None,
         source: Array | None = None,
         source_segments: Array | None = None,
@@ -151,7 +155,7 @@ class Transformer(Trunk):
         positions  int32 [B, T], places within the document; None: 0 .. T-1, after what the cache holds
         segments   int32 [B, T]; tokens attend within their own segment only; None: all one segment
         prefix     bool [B, T]: tokens that those before them see too, as in a prefix LM; all of it in one call
-        types      int32 [B, T], the kinds of the tokens where the model has `types`; None: all 0
+        token_types  int32 [B, T], the kinds of the tokens where the config has `token_types`; None: all 0
         table      [V, D], embeddings that are shared with another model; None: this one's own
 
         For a model with cross-attention, and with a cache neither, for that holds what they say:
@@ -159,7 +163,7 @@ class Transformer(Trunk):
         source           [B, S, D], what it reads
         source_segments  int32 [B, S]; tokens see what is of their own segment in the source; None: all of it
         """
-        given = {"types": types, "table": table, "source": source, "source_segments": source_segments}
+        given = {"token_types": token_types, "table": table, "source": source, "source_segments": source_segments}
         x, table, cache, _ = self.hidden(tokens, positions, segments, cache, prefix, **given)
         return self.logits(x, self.head(table)), cache
 
@@ -170,7 +174,7 @@ def unstack(config: ModelConfig, params: Params) -> Params:
     return config.unstack(params)
 
 
-def make_cache(config: ModelConfig, batch: int, size: int, rules: Rules = Rules()) -> Cache:
+def make_cache(config: ModelConfig, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> Cache:
     """An empty cache of `size` slots for this model."""
     return kv.empty(config.slots(batch, size, rules), batch, size, rules("batch", None))
 

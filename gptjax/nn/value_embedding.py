@@ -8,7 +8,7 @@ import jax
 
 from gptjax.kernels.embedding import embed
 from gptjax.kernels.linear import linear
-from gptjax.nn.module import Weight
+from gptjax.nn.module import ParamFactory
 from gptjax.types import Array, UserError
 
 
@@ -18,7 +18,7 @@ class ValueEmbedding:
     a gate that lets it in. After value residual learning (ResFormer, arXiv:2410.17897), in the form of nanochat
     (github.com/karpathy/nanochat, nanochat/gpt.py).
 
-    A part `values(weight, v [B, T, K, H], x [B, T, D], tokens int32 [B, T]) -> [B, T, K, H]`, for
+    A part `values(param, v [B, T, K, H], x [B, T, D], tokens int32 [B, T]) -> [B, T, K, H]`, for
     `MultiHeadAttention(values=...)`. Costs a table [V, K, H] a layer and no matrix product.
     """
 
@@ -29,14 +29,16 @@ class ValueEmbedding:
     top: float = 3.0
     """How far the gate opens; it begins half open."""
 
-    def __call__(self, weight: Weight, v: Array, x: Array, tokens: Array | None, first: Array | None = None) -> Array:
+    def __call__(
+        self, param: ParamFactory, v: Array, x: Array, tokens: Array | None, first: Array | None = None
+    ) -> Array:
         if tokens is None:
             raise UserError("tokens: got none, must be given to attention that has value embeddings")
-        (K, H), rules = v.shape[2:], weight.rules
-        heads = rules.fitting("kv_heads", K)
-        table = weight("embedding", (self.vocab, K, H), (None, heads, None))
+        (K, H), rules = v.shape[2:], param.rules
+        heads = rules.axis_if_divisible("kv_heads", K)
+        table = param("embedding", (self.vocab, K, H), (None, heads, None))
         values = embed(table, tokens, rules(None, heads, None), rules("batch", "sequence", heads, None))
         # Not called a gate, which is a hidden matrix: what this reads does not grow with the width.
-        opening = weight("opening", (self.channels, K), (None, heads))
+        opening = param("opening", (self.channels, K), (None, heads))
         opening = linear(x[..., : self.channels], opening, rules("batch", "sequence", heads))
         return v + self.top * jax.nn.sigmoid(opening)[..., None] * values

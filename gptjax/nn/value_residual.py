@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from gptjax.nn.module import Weight
+from gptjax.nn.module import ParamFactory
 from gptjax.types import Array, UserError
 
 
@@ -16,16 +16,16 @@ class ValueResidual:
     layer: ResFormer (Zhou et al. 2024, arXiv:2410.17897) in the form of modded-nanogpt
     (github.com/KellerJordan/modded-nanogpt), whose two weights add up to 1. In the first layer it changes nothing.
 
-    A part `values(weight, v [B, T, K, H], x, tokens, first [B, T, K, H]) -> [B, T, K, H]`, for
+    A part `values(param, v [B, T, K, H], x, tokens, first [B, T, K, H]) -> [B, T, K, H]`, for
     `MultiHeadAttention(values=...)`. Costs a number a layer and one more product in all, and nothing in a cache. With
-    `first=(Variant(),)` every stage of a pipeline has the first layer, else the stages send each other their `v`s.
+    `leading_layers=(LayerOverrides(),)` every pipeline stage has the first layer; else the stages send each other `v`.
     """
 
     own: float = 0.5
     """a at the beginning."""
 
-    def __call__(self, weight: Weight, v: Array, x: Array, tokens: Array | None, first: Array | None) -> Array:
-        a = weight("scale", (), (), jax.nn.initializers.constant(self.own))
+    def __call__(self, param: ParamFactory, v: Array, x: Array, tokens: Array | None, first: Array | None) -> Array:
+        a = param("scale", (), (), jax.nn.initializers.constant(self.own))
         if first is None:
             return v
         if first.shape != v.shape:

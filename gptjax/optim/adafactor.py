@@ -17,7 +17,7 @@ class Adafactor(Optimizer):
     multiplies by the parameter's own (arXiv:1804.04235): hardly any state, and a learning rate relative to the size of
     the parameter. Each of the stacked layers is on its own."""
 
-    peak: float = 1e-2
+    learning_rate: float = 1e-2
     """The highest learning rate, relative to the root mean square of each parameter."""
     weight_decay: float = 0.0
     """How much of a parameter is taken away a step, times the learning rate."""
@@ -27,7 +27,7 @@ class Adafactor(Optimizer):
     width_power = 0.5
     """A step is relative to the matrix, whose elements are smaller in a wider model already."""
 
-    def direction(self) -> optax.GradientTransformation:
+    def update_transform(self) -> optax.GradientTransformation:
         return _per_layer(
             optax.chain(
                 optax.scale_by_factored_rms(min_dim_size_to_factor=self.factor_from),

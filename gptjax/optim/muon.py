@@ -41,7 +41,7 @@ class Muon(Optimizer):
         super().__post_init__()
         check(self.iterations >= 1, "optimizer.iterations", self.iterations, "1 or more")
 
-    def direction(self) -> optax.GradientTransformation:
+    def update_transform(self) -> optax.GradientTransformation:
         def axes(params: Params) -> Params:
             def numbers(names: list[str]) -> MuonDimensionNumbers | None:
                 kind = matrix(names)

@@ -1,8 +1,8 @@
 """Optimizers over optax. An optimizer is a direction; clipping, weight decay and learning rate are common to all:
 
-    AdamW(peak=6e-4, schedule=Cosine(warmup=2_000), weight_decay=0.1, clip=1.0).build(steps=50_000)
+    AdamW(learning_rate=6e-4, schedule=Cosine(warmup=2_000), weight_decay=0.1, clip=1.0).build(steps=50_000)
 
-A new one is a subclass with its own `direction`.
+A new one is a subclass with its own `update_transform`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Optimizer(abc.ABC):
     parameter -= learning_rate (d + weight_decay m parameter)
     """
 
-    peak: float = 3e-4
+    learning_rate: float = 3e-4
     """The highest learning rate."""
     schedule: Schedule = Cosine()
     """The learning rate over the run."""
@@ -41,7 +41,7 @@ class Optimizer(abc.ABC):
     """How far the balance bias of a router (`gptjax.nn.Router`) goes a step."""
 
     def __post_init__(self):
-        check(self.peak > 0, "optimizer.peak", self.peak, "positive")
+        check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
         check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         check(self.balance_rate >= 0, "optimizer.balance_rate", self.balance_rate, "0 or more")
         check(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "positive, or None for no clipping")
@@ -50,16 +50,16 @@ class Optimizer(abc.ABC):
             check(0 <= share < 1, f"optimizer.{field}", share, "0 or more and less than 1")
 
     width_power: ClassVar[float] = 1.0
-    """p, in the muP learning rate of a hidden matrix, peak / growth^p: how fast the spectral norm of a step grows with
-    width (arXiv:2310.17813), which is as fast as the width where elements have a size of their own, as Adam's have."""
+    """Exponent p of the muP learning rate of a hidden matrix, learning_rate / width_multiplier^p: how fast the spectral
+    norm of a step grows with width (arXiv:2310.17813); linearly where elements have a size of their own, as in Adam."""
 
     @abc.abstractmethod
-    def direction(self) -> optax.GradientTransformation:
+    def update_transform(self) -> optax.GradientTransformation:
         """Gradient -> the direction to go against, before weight decay and learning rate."""
 
-    def learning_rate(self, steps: int) -> optax.Schedule:
+    def learning_rate_schedule(self, steps: int) -> optax.Schedule:
         """Step, from 0 -> learning rate, for a run of `steps`."""
-        return self.schedule.build(self.peak, steps)
+        return self.schedule.build(self.learning_rate, steps)
 
     def decays(self, params: Params) -> Params:
         """The decay mask: True for each parameter that decays. By name and not by rank, because a norm's scale [D] is
@@ -72,20 +72,20 @@ class Optimizer(abc.ABC):
 
         return by_name(decays, params)
 
-    def build(self, steps: int, growth: float = 1.0) -> optax.GradientTransformation:
+    def build(self, steps: int, width_multiplier: float = 1.0) -> optax.GradientTransformation:
         """The optimizer for a run of `steps`. Raises UserError when the schedule does not fit.
 
-        growth  how many times wider the model is than the one whose peak this is (muP): the directions of hidden
-                matrices are divided by `growth**width_power`, their decay is not, as in the authors' `mup.MuAdamW`
+        width_multiplier  width relative to the model whose learning rate this is (muP): the updates of hidden matrices
+                          are divided by `width_multiplier**width_power`, their decay is not, as in `mup.MuAdamW`
         """
-        direction = self.direction()
-        if growth != 1:
-            direction = optax.chain(direction, _scale_matrices(growth**-self.width_power))
+        direction = self.update_transform()
+        if width_multiplier != 1:
+            direction = optax.chain(direction, _scale_matrices(width_multiplier**-self.width_power))
         descent = optax.chain(
             optax.identity() if self.clip is None else _clip(self.clip),
             direction,
             optax.add_decayed_weights(self.weight_decay, mask=self.decays),
-            optax.scale_by_learning_rate(self.learning_rate(steps)),
+            optax.scale_by_learning_rate(self.learning_rate_schedule(steps)),
         )
         return _balance(self.balance_rate, descent)
 
@@ -136,7 +136,7 @@ class AdamW(Optimizer):
     eps: float = 1e-8
     """Added to the root of the mean square."""
 
-    def direction(self) -> optax.GradientTransformation:
+    def update_transform(self) -> optax.GradientTransformation:
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
 
 
@@ -145,7 +145,7 @@ class Lion(Optimizer):
     """The sign of a moving average of the gradient (arXiv:2302.06675); wants a peak 3 to 10 times lower and a weight
     decay as many times higher than AdamW's. One number of state a parameter."""
 
-    peak: float = 1e-4
+    learning_rate: float = 1e-4
     """The highest learning rate: how far every parameter goes a step."""
     weight_decay: float = 0.3
     """How much of a parameter is taken away a step, times the learning rate."""
@@ -154,5 +154,5 @@ class Lion(Optimizer):
     b2: float = 0.99
     """How much of the average is kept a step."""
 
-    def direction(self) -> optax.GradientTransformation:
+    def update_transform(self) -> optax.GradientTransformation:
         return optax.scale_by_lion(self.b1, self.b2)

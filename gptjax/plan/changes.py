@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from gptjax.distributed.sharding import Mesh
+from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment
 from gptjax.types import UserError
 
@@ -53,7 +53,7 @@ def meshes(experiment: Experiment, name: str, devices: int) -> list[Change]:
     for parts in (n for n in range(1, min(widest, devices) + 1) if devices % n == 0 and n & (n - 1) == 0):
         for fsdp in (n for n in range(1, devices // parts + 1) if (devices // parts) % n == 0):
             sizes = {"data": devices // parts // fsdp, "fsdp": fsdp, third: parts}
-            changed = dataclasses.replace(experiment, mesh=Mesh(**sizes))
+            changed = dataclasses.replace(experiment, mesh=MeshConfig(**sizes))
             if _possible(changed, devices):
                 reset = {axis: 1 for axis, size in dataclasses.asdict(experiment.mesh).items() if size != 1} | sizes
                 options = " ".join(f"--mesh.{axis} {size}" for axis, size in reset.items())
@@ -88,7 +88,7 @@ def _accumulated(change: Change, name: str) -> Iterator[Change]:
             yield Change(options, dataclasses.replace(change.experiment, stages=stages))
 
 
-def _shared_out(experiment: Experiment) -> Mesh:
+def _shared_out(experiment: Experiment) -> MeshConfig:
     return dataclasses.replace(experiment.mesh, data=1, fsdp=-1)
 
 

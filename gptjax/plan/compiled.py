@@ -98,7 +98,7 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
                 raise
             return Step(arrays, count, None, refusal=str(error))
     compiled_program, memory = hlo.Program.parse(text), _memory(compiled.memory_analysis(), state)
-    flops = product_flops(compiled_program, experiment.rules.parts("experts", dict(mesh.shape)))
+    flops = product_flops(compiled_program, experiment.rules.num_shards("experts", dict(mesh.shape)))
     if devices[0].platform == "tpu":  # elsewhere kernels are interpreted, and their products are in the text
         flops += silent_kernels(traced.jaxpr.jaxpr)
     return Step(arrays, count, memory, flops, moved(compiled_program), collectives(compiled_program))

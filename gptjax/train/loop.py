@@ -18,9 +18,9 @@ from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.data.pipeline import Batches
 from gptjax.distributed import sharding
 from gptjax.monitor.display import Display
-from gptjax.monitor.metrics import Records
+from gptjax.monitor.metrics import MetricsLogger
 from gptjax.monitor.profiling import Profile
-from gptjax.monitor.stragglers import Hosts
+from gptjax.monitor.stragglers import StragglerDetector
 from gptjax.monitor.times import Clock, memory
 from gptjax.monitor.watchdog import Watchdog
 from gptjax.train import preemption
@@ -40,7 +40,7 @@ def train(
     model: Any,
     tokenizer: Any,
     folder: Path,
-    records: Records,
+    records: MetricsLogger,
     *,
     cache: Path,
     seed: int = 0,
@@ -66,17 +66,17 @@ def train(
     several processes any may get the signal: all end after the same step. Raises
     `Diverged` when the loss is not finite, and the stage's policy has no remedy; what is not finite is never saved.
     """
-    rank, ranks = sharding.share(model.rules)
+    rank, ranks = sharding.data_shard(model.rules)
     share: dict[str, Any] = {"cache_dir": cache, "rank": rank, "ranks": ranks}
     batches = stage.data.batches(tokenizer, "train", seed=seed, **share)
-    validation = stage.data.evaluation(tokenizer, "validation", rows=stage.evaluate_rows, **share)
+    validation = stage.data.evaluation(tokenizer, "validation", rows=stage.eval_sequences, **share)
     functions, frozen = program(stage, model, seed), ()
     if stage.adapter is not None:
         assert start is not None, "an experiment's first stage has no adapters"
         frozen, start = (start(jax.eval_shape(functions.parameters)),), None
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(folder, keep=stage.keep))
+        checkpoints = stack.enter_context(Checkpoints(folder, max_to_keep=stage.max_to_keep))
         stack.callback(batches.close)
         abstract, restored = jax.eval_shape(functions.new, *frozen), None
         if checkpoints.steps():
@@ -102,9 +102,9 @@ def train(
         extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint}
         place = functools.partial(sharding.global_array, rules=model.rules)
         tracing = stack.enter_context(Profile(profile, records.folder / "profile" / name, done, display.note))
-        watchdog = stack.enter_context(Watchdog(records.folder, name, stage.hang, done))
-        hosts, clock = Hosts(), Clock(done, tokens, flops)
-        rates = np.asarray(jax.vmap(stage.optimizer.learning_rate(stage.steps))(jnp.arange(stage.steps)))
+        watchdog = stack.enter_context(Watchdog(records.folder, name, stage.hang_timeout, done))
+        hosts, clock = StragglerDetector(), Clock(done, tokens, flops)
+        rates = np.asarray(jax.vmap(stage.optimizer.learning_rate_schedule(stage.steps))(jnp.arange(stage.steps)))
         instruments = tracing, clock, hosts, watchdog
         run = _Run(stage, name, functions, frozen, checkpoints, records, display, place, sample, rates, *instruments)
         while True:
@@ -129,14 +129,14 @@ class _Run:
     program: Program
     frozen: tuple[Params, ...]
     checkpoints: Checkpoints
-    records: Records
+    records: MetricsLogger
     display: Display
     place: Callable[[Batch], Batch]
     sample: Sampler | None
     rates: np.ndarray
     tracing: Profile
     clock: Clock
-    hosts: Hosts
+    hosts: StragglerDetector
     watchdog: Watchdog
 
     def catch_up(self, state: State, validation: Iterable[Batch], stopping: preemption.Stop) -> None:
@@ -270,7 +270,7 @@ class _Run:
             many = f", after {row} bad steps in a row" if row else ""
             raise Diverged(
                 f"{self.name}: the {wrong} became {values[wrong]} at step {done}{many}; {good}. "
-                f"Try a lower {self.name}.optimizer.peak, a longer warmup or a smaller clip",
+                f"Try a lower {self.name}.optimizer.learning_rate, a longer warmup or a smaller clip",
                 step=done - max(row - 1, 0),
             )
 

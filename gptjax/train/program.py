@@ -47,7 +47,7 @@ def program(stage: Stage, model: Any, seed: int = 0) -> Program:
 
     seed: of initialisation and dropout
     """
-    optimizer = stage.optimizer.build(stage.steps, model.config.growth)
+    optimizer = stage.optimizer.build(stage.steps, model.config.width_multiplier)
     objective = functools.partial(stage.objective, model.apply)
 
     def parameters() -> Params:

@@ -33,15 +33,15 @@ class Stage:
     """What to do about a loss that is not finite or leaps: `Stop`, `Skip` the step, `RollBack` to a checkpoint."""
     evaluate_every: int = 250
     """Steps between validation losses, and samples of text."""
-    evaluate_rows: int = 256
+    eval_sequences: int = 256
     """Rows of validation data that a validation loss is taken over."""
     save_every: int = 250
     """Steps between checkpoints. Stopping by Ctrl-C or SIGTERM also saves one."""
-    keep: int = 2
+    max_to_keep: int = 2
     """How many of the newest checkpoints stay, beside the best by validation loss."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
-    hang: float = 300.0
+    hang_timeout: float = 300.0
     """Seconds after which a step that does not end is reported, with what every thread is doing; steps that are slow
     anyway have three times the longest so far."""
     prompts: tuple[str, ...] = ("\n",)
@@ -50,11 +50,19 @@ class Stage:
     """What is measured at the end: `evals.BitsPerByte`, `evals.Answers`, ..."""
 
     def __post_init__(self):
-        for field in ("steps", "accumulate", "evaluate_every", "evaluate_rows", "save_every", "keep", "log_every"):
+        for field in (
+            "steps",
+            "accumulate",
+            "evaluate_every",
+            "eval_sequences",
+            "save_every",
+            "max_to_keep",
+            "log_every",
+        ):
             if getattr(self, field) < 1:
                 raise UserError(f"{field}: got {getattr(self, field)}, must be at least 1")
-        if not self.hang > 0:
-            raise UserError(f"hang: got {self.hang}, must be more than 0")
+        if not self.hang_timeout > 0:
+            raise UserError(f"hang_timeout: got {self.hang_timeout}, must be more than 0")
         if self.data.batch % self.accumulate:
             raise UserError(f"accumulate: got {self.accumulate}, must divide data.batch {self.data.batch}")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gptjax.distributed.sharding import cut_rows
+from gptjax.distributed.sharding import split_microbatches
 from gptjax.train.divergence import Skip, Stop
 from gptjax.train.state import State
 from gptjax.types import Array, Batch, Key, Metrics, Params
@@ -42,7 +42,7 @@ def make_step(
         return jax.grad(loss, has_aux=True)(params)
 
     def accumulated(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, Metrics]:
-        parts = jax.tree.map(lambda x: cut_rows(x, accumulate), batch)
+        parts = jax.tree.map(lambda x: split_microbatches(x, accumulate), batch)
         keys = jax.random.split(key, accumulate)
         first = gradient(params, jax.tree.map(lambda x: x[0], parts), keys[0], *frozen)
 

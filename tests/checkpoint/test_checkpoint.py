@@ -218,22 +218,22 @@ def test_another_configuration_is_not_taken_for_damage(two):
 def test_keeps_the_newest_and_the_best(tmp_path):
     state = {"params": {"w": jnp.ones(3)}}
     losses = [3.0, 1.0, 2.0, float("nan"), None, 1.5]
-    with Checkpoints(tmp_path, keep=2, best=1) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2, best=1) as checkpoints:
         for step, loss in enumerate(losses):
             checkpoints.save(step, state, {}, loss)
         assert checkpoints.steps() == [1, 4, 5]
         assert (checkpoints.latest_step(), checkpoints.best_step()) == (5, 1)
         with pytest.raises(ValueError, match="already one of step 5"):
             checkpoints.save(5, state, {})
-    with Checkpoints(tmp_path, keep=1, best=2) as checkpoints:  # the losses are remembered across runs
+    with Checkpoints(tmp_path, max_to_keep=1, best=2) as checkpoints:  # the losses are remembered across runs
         checkpoints.save(6, state, {}, 9.0)
         assert checkpoints.steps() == [1, 5, 6]
         checkpoints.restore(state, step=1)
         assert checkpoints.steps() == [1, 5, 6]
         checkpoints.save(2, state, {}, 0.5)  # going on from step 1, what came after it is a past that never was
         assert checkpoints.steps() == [1, 2]
-    with pytest.raises(UserError, match="keep=0"):
-        Checkpoints(tmp_path, keep=0)
+    with pytest.raises(UserError, match="max_to_keep=0"):
+        Checkpoints(tmp_path, max_to_max_to_keep=0)
 
 
 def test_params_alone(tmp_path):
@@ -254,7 +254,7 @@ def test_params_alone(tmp_path):
 def test_a_bucket_is_a_folder_too(monkeypatch):
     bucket.register()
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-    with bucket.serving() as address, Checkpoints("gs://bucket/run/checkpoints", keep=2, best=0) as checkpoints:
+    with bucket.serving() as address, Checkpoints("gs://bucket/run/checkpoints", max_to_keep=2, best=0) as checkpoints:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
         for step in (1, 2, 3):
             checkpoints.save(step, make_state(step), {"position": step})
@@ -287,7 +287,7 @@ from gptjax.types import UserError
 heavy = [name for name in sys.modules if name.startswith(("orbax", "tensorstore"))]
 folder = Path(sys.argv[1])
 noise = lambda n: {"params": {"w": jnp.asarray(np.random.default_rng(0).standard_normal(n, np.float32))}}
-checkpoints = checkpoint.Checkpoints(folder, keep=1, best=0)
+checkpoints = checkpoint.Checkpoints(folder, max_to_keep=1, best=0)
 checkpoints.save(1, noise(50_000), {})
 checkpoints.wait()
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

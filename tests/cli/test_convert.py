@@ -17,7 +17,7 @@ from gptjax.nn import GELU, LayerNorm, LearnedPositions, LoRA, TransformerConfig
 GPT2 = TransformerConfig(
     320, 2, 32, 4, hidden=64, positions=LearnedPositions(48), norm=LayerNorm(), mlp=GELU(), bias=True
 )  # fmt: skip
-LLAMA = TransformerConfig(320, 2, 32, 4, kv_heads=2, hidden=64, tied=False)
+LLAMA = TransformerConfig(320, 2, 32, 4, kv_heads=2, hidden=64, tie_embeddings=False)
 TEXT = "To be, or not to be, that is the question. "
 
 
@@ -46,7 +46,7 @@ def test_to_transformers_and_back(config, tokenizer, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, back.params, lm.params)
     assert back.context == 48
     assert back.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
-    assert (back.tokenizer.bos, back.tokenizer.end) == (tokenizer.bos, tokenizer.end)
+    assert (back.tokenizer.bos, back.tokenizer.eos) == (tokenizer.bos, tokenizer.eos)
     size = sum(x.size for x in flat(lm.params).values())
     assert capsys.readouterr().out.splitlines()[0] == f"{size:,} parameters in {tmp_path / 'hf'}"
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "back"), "--to", "gptjax"]) == 2
@@ -70,7 +70,7 @@ def test_from_transformers_to_llama_cpp(config, dtype, code, tokenizer, tmp_path
     assert embedding.data.tobytes() == gguf.quantize(lm.params["embedding"], kind).tobytes()
     tokens = reader.fields["tokenizer.ggml.tokens"]
     assert len(tokens.data) == config.vocab
-    assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.end
+    assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos
 
 
 def test_an_adapter_is_merged_on_the_way(tokenizer, tmp_path):

@@ -30,10 +30,10 @@ def test_format_and_weights(tokenizer: Tokenizer):
     text = "".join(names.get(i) or tokenizer.decode_bytes([i]).decode() for i in ids)
     assert text == "<|bos|>" + "".join(f"<|{m.role}|>{m.content}<|end|>" for m in TALK)
     # Cut at the real markers, and not at those a user spelt, come the messages, each with its weight.
-    assert [i for i in ids if i in names].count(tokenizer.end) == len(TALK)
+    assert [i for i in ids if i in names].count(tokenizer.eos) == len(TALK)
     taught = [i for i, weight in zip(ids, weights, strict=True) if weight == 1.0]
     assert set(weights) == {0.0, 1.0}
-    assert taught == [*tokenizer.encode("4"), tokenizer.end, *tokenizer.encode("5 "), tokenizer.end]
+    assert taught == [*tokenizer.encode("4"), tokenizer.eos, *tokenizer.encode("5 "), tokenizer.eos]
 
 
 def test_prompt_begins_what_is_trained_on(tokenizer: Tokenizer):

@@ -19,7 +19,7 @@ from optax.tree_utils import tree_get
 
 from gptjax.distributed import sharding
 from gptjax.distributed.parameters import flat
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import MixtureOfExperts, Softmax, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.optim import AdamW, Muon
@@ -30,7 +30,7 @@ from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError
 
 B, T, D, V, L = 8, 16, 64, 96, 2
-DENSE = TransformerConfig(vocab=V, layers=L, width=D, heads=4, hidden=128, tied=False)
+DENSE = TransformerConfig(vocab=V, layers=L, width=D, heads=4, hidden=128, tie_embeddings=False)
 EXPERTS = dataclasses.replace(DENSE, hidden=64, mlp=MixtureOfExperts(experts=8, router=Softmax(load_balance=0.0)))
 ROWS = B * T * D * 4
 """Bytes of the activations of a batch."""
@@ -47,9 +47,9 @@ def batch() -> Batch:
 class Program:
     """The first state, the step, and what one sees of both, on the current mesh."""
 
-    def __init__(self, config: TransformerConfig, optimizer: Any = AdamW(peak=1e-2, clip=1.0)):
-        model, optimizer = config.build(STANDARD), optimizer.build(10)
-        self.batch = sharding.global_array(batch(), STANDARD)
+    def __init__(self, config: TransformerConfig, optimizer: Any = AdamW(learning_rate=1e-2, clip=1.0)):
+        model, optimizer = config.build(DEFAULT_RULES), optimizer.build(10)
+        self.batch = sharding.global_array(batch(), DEFAULT_RULES)
 
         def create() -> train_state.State:
             params = model.init(jax.random.key(0), self.batch.tokens)["params"]
@@ -96,15 +96,15 @@ def alone(config: TransformerConfig) -> tuple[list[tuple[float, float]], dict[st
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [
-        (DENSE, Mesh(data=8)),
-        (DENSE, Mesh(fsdp=8, data=1)),
-        (DENSE, Mesh(data=2, fsdp=4)),
-        (DENSE, Mesh(data=2, tensor=4)),
-        (DENSE, Mesh(data=2, fsdp=2, tensor=2)),
-        (DENSE, Mesh(fsdp=2, context=2, tensor=2)),
-        (DENSE, Mesh(stage=2, fsdp=2, context=2)),
-        (EXPERTS, Mesh(data=2, expert=4)),
-        (EXPERTS, Mesh(expert=2, fsdp=2, tensor=2)),
+        (DENSE, MeshConfig(data=8)),
+        (DENSE, MeshConfig(fsdp=8, data=1)),
+        (DENSE, MeshConfig(data=2, fsdp=4)),
+        (DENSE, MeshConfig(data=2, tensor=4)),
+        (DENSE, MeshConfig(data=2, fsdp=2, tensor=2)),
+        (DENSE, MeshConfig(fsdp=2, context=2, tensor=2)),
+        (DENSE, MeshConfig(pipeline=2, fsdp=2, context=2)),
+        (EXPERTS, MeshConfig(data=2, expert=4)),
+        (EXPERTS, MeshConfig(expert=2, fsdp=2, tensor=2)),
     ],
     ids=str,
 )
@@ -123,14 +123,14 @@ def test_steps_are_those_of_one_device(config, mesh):
 
 def test_data_parallel_adds_up_gradients():
     """One all-reduce of every parameter's gradient, and nothing else."""
-    with sharding.use(Mesh(data=8).make()):
+    with sharding.use(MeshConfig(data=8).make()):
         program = Program(DENSE)
         found = operands(program.found())
         assert set(found) == {("all-reduce", 8)}
         assert 0 <= found["all-reduce", 8] - program.bytes(None) <= SCALARS
 
 
-@pytest.mark.parametrize("mesh", [Mesh(data=1, fsdp=8), Mesh(data=2, fsdp=4)], ids=["fsdp", "hybrid"])
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=4)], ids=["fsdp", "hybrid"])
 def test_fsdp_gathers_parameters_and_never_activations(mesh):
     """The parts of the blocks' parameters are gathered forwards and backwards, those of embedding and head once, among
     the devices that share them out. Gradients are added up among those, and over copies of the model each device's part
@@ -153,7 +153,7 @@ def test_tensor_parallel_adds_up_activations():
     """After the embedding, attention and MLP forwards; backwards, before the head, and before attention and MLP, where
     what comes through q, k and v, and through gate and up, is added up by itself on a CPU. Of the logits, a maximum and
     a sum for each token. Parameters are not sent, their gradients to the other copy of the model alone."""
-    with sharding.use(Mesh(data=2, tensor=4).make()):
+    with sharding.use(MeshConfig(data=2, tensor=4).make()):
         program = Program(DENSE)
         found, whole, cut = operands(program.found()), program.bytes(None), program.bytes("tensor")
     rows, tokens = ROWS // 2, B // 2 * T * 4
@@ -175,7 +175,9 @@ def assert_passed_on(sent: int, rounds: int, n: int, own: int, tokens: int) -> N
 
 
 @pytest.mark.parametrize(
-    "mesh", [Mesh(data=1, context=8), Mesh(data=2, context=4), Mesh(data=1, fsdp=2, context=4)], ids=str
+    "mesh",
+    [MeshConfig(data=1, context=8), MeshConfig(data=2, context=4), MeshConfig(data=1, fsdp=2, context=4)],
+    ids=str,
 )
 def test_context_parallel_passes_keys_on_and_never_gathers_rows(mesh):
     """Parameters are as without it; their gradients are added up over the ring too."""
@@ -193,7 +195,7 @@ def test_context_parallel_passes_keys_on_and_never_gathers_rows(mesh):
 
 
 def test_context_with_fsdp_and_tensor_parallel_sends_what_all_do():
-    with sharding.use(Mesh(data=1, fsdp=2, context=2, tensor=2).make()):
+    with sharding.use(MeshConfig(data=1, fsdp=2, context=2, tensor=2).make()):
         program = Program(DENSE)
         found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
     table, rows, tokens = 4 * V * D, ROWS // 4, B // 4 * T * 4
@@ -206,7 +208,13 @@ def test_context_with_fsdp_and_tensor_parallel_sends_what_all_do():
 
 
 @pytest.mark.parametrize(
-    "mesh", [Mesh(data=4, stage=2), Mesh(data=1, stage=2, fsdp=2, context=2), Mesh(data=2, stage=2, tensor=2)], ids=str
+    "mesh",
+    [
+        MeshConfig(data=4, pipeline=2),
+        MeshConfig(data=1, pipeline=2, fsdp=2, context=2),
+        MeshConfig(data=2, pipeline=2, tensor=2),
+    ],
+    ids=str,
 )
 def test_stages_beside_others_gather_what_fsdp_does_and_no_activations(mesh):
     """As the stages do alone (nn/test_stages.py), and as the others do, with a stage's layers and a part's rows: shares
@@ -232,7 +240,7 @@ def test_stages_beside_others_gather_what_fsdp_does_and_no_activations(mesh):
 
 def test_fsdp_with_tensor_parallel_sends_what_both_do():
     """Of the parts of parameters and activations that the other leaves a device."""
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         program = Program(DENSE)
         found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
     table, rows, tokens = 4 * V * D, ROWS // 4, B // 4 * T * 4
@@ -249,7 +257,7 @@ def test_expert_parallel_sends_tokens_and_never_experts(capacity):
     """The devices that share out the experts get one another's tokens, with the choices of the router, and return their
     part of the sum; backwards likewise. Experts' gradients go to the copies of the experts alone."""
     config = dataclasses.replace(EXPERTS, mlp=dataclasses.replace(EXPERTS.mlp, capacity=capacity))
-    with sharding.use(Mesh(data=2, expert=4).make()):
+    with sharding.use(MeshConfig(data=2, expert=4).make()):
         program = Program(config)
         found, whole, cut = operands(program.found()), program.bytes(None), program.bytes("expert")
     own, tokens, choices = ROWS // 8, ROWS // 2, 2 * 4 * B // 8 * T  # of a device, of those that gather, top_k numbers
@@ -263,7 +271,7 @@ def test_expert_parallel_sends_tokens_and_never_experts(capacity):
 
 def test_experts_with_fsdp_and_tensor_parallel():
     """Experts' matrices are gathered once, as the backward pass keeps what it needs of them; the rest as without."""
-    with sharding.use(Mesh(expert=2, data=1, fsdp=2, tensor=2).make()):
+    with sharding.use(MeshConfig(expert=2, data=1, fsdp=2, tensor=2).make()):
         program = Program(EXPERTS)
         found, whole = operands(program.found()), program.bytes(None)
         experts, shared = program.bytes("expert"), program.bytes("fsdp")
@@ -289,8 +297,11 @@ def test_experts_with_fsdp_and_tensor_parallel():
 def test_muon_gets_whole_matrices_once(fsdp):
     """Gradient and momentum, beside what Adam sends: layer by layer where the devices can share out the layers, which
     then go back; else all of them to all, and nothing goes back. Not once in each iteration."""
-    with sharding.use(Mesh(data=8 // fsdp, fsdp=fsdp).make()):
-        adam, muon = (operands(Program(DENSE, one).found()) for one in (AdamW(peak=1e-2, clip=1.0), Muon(peak=1e-2)))
+    with sharding.use(MeshConfig(data=8 // fsdp, fsdp=fsdp).make()):
+        adam, muon = (
+            operands(Program(DENSE, one).found())
+            for one in (AdamW(learning_rate=1e-2, clip=1.0), Muon(learning_rate=1e-2))
+        )
         matrices = 4 * L * (4 * D * D + 3 * D * 128)
     more = {key: size for key in muon if (size := muon[key] - adam.get(key, 0)) > SCALARS}
     if L % fsdp:
@@ -301,7 +312,7 @@ def test_muon_gets_whole_matrices_once(fsdp):
 
 def test_what_a_device_sends_does_not_grow_with_the_copies_of_the_model():
     """But for the (n - 1) / n of an all-reduce in a ring of n."""
-    for fixed in (Mesh(data=-1), Mesh(data=-1, fsdp=2)):
+    for fixed in (MeshConfig(data=-1), MeshConfig(data=-1, fsdp=2)):
         found = []
         for devices in (4, 8):
             with sharding.use(fixed.make(jax.devices()[:devices])):
@@ -320,7 +331,7 @@ class Chip:
     device_kind: str = "as yet unknown"
 
 
-def slices(chips: list[Chip], mesh: Mesh, monkeypatch) -> np.ndarray:
+def slices(chips: list[Chip], mesh: MeshConfig, monkeypatch) -> np.ndarray:
     """Which slice each place of the mesh is in."""
     monkeypatch.setattr(jax.sharding, "Mesh", lambda devices, names, axis_types: devices)
     return np.vectorize(lambda chip: chip.slice_index)(mesh.make(chips))
@@ -329,19 +340,19 @@ def slices(chips: list[Chip], mesh: Mesh, monkeypatch) -> np.ndarray:
 def test_slices_hold_whole_copies_of_the_model(monkeypatch):
     """Eight chips in two slices, listed in turns: the data axis goes across, all others stay within one."""
     chips = [Chip(i, i % 2, "cpu") for i in range(8)]
-    places = slices(chips, Mesh(data=4, fsdp=2), monkeypatch).reshape(4, 2)
+    places = slices(chips, MeshConfig(data=4, fsdp=2), monkeypatch).reshape(4, 2)
     np.testing.assert_array_equal(places, [[0, 0], [0, 0], [1, 1], [1, 1]])
     with pytest.raises(UserError, match="data: got 1, must be a multiple of 2, the slices"):
-        Mesh(data=1, fsdp=8).make(chips)
+        MeshConfig(data=1, fsdp=8).make(chips)
 
 
 @pytest.mark.parametrize(
     ("mesh", "hosts"),
     [
-        (Mesh(data=1, fsdp=-1), 2),
-        (Mesh(data=2, fsdp=-1), 4),
-        (Mesh(data=1, fsdp=-1, tensor=4), 2),
-        (Mesh(data=3, fsdp=2, tensor=4), 3),
+        (MeshConfig(data=1, fsdp=-1), 2),
+        (MeshConfig(data=2, fsdp=-1), 4),
+        (MeshConfig(data=1, fsdp=-1, tensor=4), 2),
+        (MeshConfig(data=3, fsdp=2, tensor=4), 3),
     ],
     ids=str,
 )
@@ -367,4 +378,4 @@ def test_any_axis_may_go_across_hosts_of_gpus_the_outermost_first(mesh, hosts, m
 )
 def test_processes_read_the_rows_that_their_devices_hold(rows, shares):
     held = [(process, row) for process, some in enumerate(rows) for row in some]
-    assert [sharding._share(held, process) for process in range(len(rows))] == shares
+    assert [sharding._data_shard(held, process) for process in range(len(rows))] == shares

@@ -27,7 +27,7 @@ from gptjax import data, objectives, optim
 from gptjax.distributed import sharding
 from gptjax.experiment.experiment import Experiment
 from gptjax.nn import TransformerConfig
-from gptjax.distributed.sharding import Mesh
+from gptjax.distributed.sharding import MeshConfig
 from gptjax.train.stage import Stage
 
 experiment = Experiment(
@@ -37,15 +37,15 @@ experiment = Experiment(
         "main": Stage(
             data=data.Pretrain(data.Text("TEXT"), length=16, batch=8),
             objective=objectives.NextToken(),
-            optimizer=optim.AdamW(peak=1e-2, schedule=optim.Cosine(warmup=2)),
+            optimizer=optim.AdamW(learning_rate=1e-2, schedule=optim.Cosine(warmup=2)),
             steps=60,
             evaluate_every=60,
-            evaluate_rows=8,
+            eval_sequences=8,
             save_every=5,
             log_every=1,
         )
     },
-    mesh=Mesh(data=-1),
+    mesh=MeshConfig(data=-1),
 )
 
 place = sharding.global_array
@@ -314,7 +314,7 @@ def test_processes_cut_rows_and_layers_between_them(tmp_path, axis):
 
 HANGING = """
 experiment = dataclasses.replace(
-    experiment, stages={"main": dataclasses.replace(experiment.stages["main"], hang=2.0, save_every=60)}
+    experiment, stages={"main": dataclasses.replace(experiment.stages["main"], hang_timeout=2.0, save_every=60)}
 )
 
 

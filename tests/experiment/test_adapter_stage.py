@@ -12,7 +12,7 @@ import pytest
 
 from gptjax import data, load, optim
 from gptjax.checkpoint.checkpoint import Checkpoints
-from gptjax.distributed.sharding import Mesh
+from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment, Stage
 from gptjax.nn import LoRA, TransformerConfig
 from gptjax.objectives import NextToken
@@ -34,17 +34,17 @@ class Words:
 BASE = Stage(
     data=data.Pretrain(Words(), length=16, batch=8),
     objective=NextToken(),
-    optimizer=optim.AdamW(peak=1e-2),
+    optimizer=optim.AdamW(learning_rate=1e-2),
     steps=2,
     save_every=2,
-    evaluate_rows=8,
+    eval_sequences=8,
 )
 LORA = LoRA(rank=2, match=("q", "down"))
 EXPERIMENT = Experiment(
     model=TransformerConfig(vocab=16, layers=2, width=16, heads=2),
     tokenizer=data.TrainCharacters(),
     stages={"base": BASE, "adapt": dataclasses.replace(BASE, adapter=LORA, steps=4)},
-    mesh=Mesh(data=2, fsdp=2, tensor=2),
+    mesh=MeshConfig(data=2, fsdp=2, tensor=2),
 )
 
 

@@ -15,6 +15,7 @@ from gptjax.experiment.coordinates import check, coordinates, growth, resized
 from gptjax.nn import (
     GRU,
     EncoderConfig,
+    LayerOverrides,
     MixtureOfExperts,
     MultiHeadAttention,
     MultiHeadLatentAttention,
@@ -27,7 +28,6 @@ from gptjax.nn import (
     Transformer,
     TransformerConfig,
     ValueEmbedding,
-    Variant,
     activations,
 )
 from gptjax.optim import Adafactor, AdamW, Constant, Lion, Muon
@@ -39,7 +39,7 @@ WIDTHS = (32, 64, 128)
 
 
 def measure(config: TransformerConfig) -> dict[str, np.ndarray]:
-    sizes = coordinates(config, AdamW(peak=2e-3), WIDTHS, steps=2, rows=2, length=16)
+    sizes = coordinates(config, AdamW(learning_rate=2e-3), WIDTHS, steps=2, rows=2, length=16)
     return {name: growth(WIDTHS, of) for name, of in sizes.items()}
 
 
@@ -64,8 +64,8 @@ def test_the_base_is_the_standard_model():
 
 
 def test_mup_is_its_table():
-    wide = TransformerConfig(64, 2, 128, 2, tied=False, parametrisation=MuP(base_width=32, base_head_size=16))
-    plain = TransformerConfig(64, 2, 128, 2, tied=False)
+    wide = TransformerConfig(64, 2, 128, 2, tie_embeddings=False, parametrisation=MuP(base_width=32, base_head_size=16))
+    plain = TransformerConfig(64, 2, 128, 2, tie_embeddings=False)
     params, standard = (Transformer(config).init(jax.random.key(0), TOKENS)["params"] for config in (wide, plain))
     for name, scale in (("blocks", 1 / 2), ("embedding", 1), ("head", 1)):
         matrices = [jax.tree.leaves(tree[name]) for tree in (params, standard)]
@@ -99,7 +99,9 @@ def test_every_hidden_matrix_is_scaled(name):
     plain = EVERY[name]
     wide = dataclasses.replace(plain, parametrisation=MuP(base_width=8))
     params, standard = (flat(config.build().init(jax.random.key(0), TOKENS)["params"]) for config in (wide, plain))
-    optimizer = Lion(peak=1.0, schedule=Constant(), weight_decay=0.0, clip=None).build(1, wide.growth)
+    optimizer = Lion(learning_rate=1.0, schedule=Constant(), weight_decay=0.0, clip=None).build(
+        1, wide.width_multiplier
+    )
     params = nested(params)
     moves, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
     params = flat(params)
@@ -132,7 +134,7 @@ def test_learning_rates_of_hidden_matrices_fall_with_width(kind, scale):
     gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
 
     def update(growth: float, weight_decay: float = 0.0):
-        optimizer = kind(peak=1.0, schedule=Constant(), weight_decay=weight_decay, clip=None).build(1, growth)
+        optimizer = kind(learning_rate=1.0, schedule=Constant(), weight_decay=weight_decay, clip=None).build(1, growth)
         return optimizer.update(gradients, optimizer.init(params), params)[0]
 
     base, wide, decayed = update(1), update(4), update(4, 0.5)
@@ -143,7 +145,7 @@ def test_learning_rates_of_hidden_matrices_fall_with_width(kind, scale):
 
 
 def test_activations_are_those_of_the_model():
-    config = dataclasses.replace(CONFIG, layers=3, pattern=(Variant(window=4), Variant()))
+    config = dataclasses.replace(CONFIG, layers=3, pattern=(LayerOverrides(window=4), LayerOverrides()))
     model = Transformer(config)
     params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
     found = activations(model, params, TOKENS)
@@ -162,7 +164,7 @@ def test_other_widths():
 
 
 def test_check_draws_and_tells(tmp_path):
-    optimizer = AdamW(peak=1e-3)
+    optimizer = AdamW(learning_rate=1e-3)
     table = check(CONFIG, optimizer, tmp_path / "check.png", widths=(16, 32), steps=2)
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
     names = [line.split()[0] for line in table.splitlines()[3:-1]]
@@ -186,7 +188,14 @@ def test_the_command_prints_the_table_and_needs_no_data(tmp_path, capsys):
     """For a model without an MLP too."""
     (tmp_path / "tiny.py").write_text(TINY)
     out = tmp_path / "run"
-    command = [str(tmp_path / "tiny.py"), "--coordinates", "--out", str(out), "--pretrain.optimizer.peak", "0.01"]
+    command = [
+        str(tmp_path / "tiny.py"),
+        "--coordinates",
+        "--out",
+        str(out),
+        "--pretrain.optimizer.learning_rate",
+        "0.01",
+    ]
     assert launcher.main(command) == 0
     table = capsys.readouterr().out
     assert table.startswith("sizes grow with this power of the width (64, 128, 256, 512):")

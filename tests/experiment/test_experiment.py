@@ -25,7 +25,7 @@ from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.cli import run as launcher
 from gptjax.config import from_json
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import Mesh
+from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment, Stage
 from gptjax.monitor import metrics
 from gptjax.nn import LearnedPositions, TransformerConfig
@@ -75,7 +75,7 @@ PRETRAIN = Stage(
     steps=4,
     ema=0.5,
     evaluate_every=100,
-    evaluate_rows=8,
+    eval_sequences=8,
     save_every=2,
     evaluations=(evals.BitsPerByte(Words(), documents=2, length=16),),
 )
@@ -89,7 +89,7 @@ EXPERIMENT = Experiment(
     model=TransformerConfig(vocab=64, layers=2, width=16, heads=2, positions=LearnedPositions(64)),
     tokenizer=data.TrainCharacters(),
     stages={"pretrain": PRETRAIN, "chat": CHAT},
-    mesh=Mesh(data=2, fsdp=2, tensor=2),
+    mesh=MeshConfig(data=2, fsdp=2, tensor=2),
 )
 
 
@@ -152,7 +152,7 @@ def test_the_folder_holds_all_of_a_run(finished):
 def test_the_second_stage_begins_with_the_average_of_the_first(finished):
     with Checkpoints(finished / "checkpoints/chat") as checkpoints:
         first = checkpoints.restore_params(2).state  # after two steps of Adam, of at most its learning rate each
-    peak = CHAT.optimizer.peak
+    peak = CHAT.optimizer.learning_rate
     far = jax.tree.map(lambda a, b: np.abs(a - b).max(), params(finished, "pretrain"), first)
     assert 0 < max(jax.tree.leaves(far)) < 4 * peak
     untouched = params(finished, "pretrain", ema=False)
@@ -209,9 +209,9 @@ def test_another_configuration_is_refused_until_it_is_accepted(finished, tmp_pat
 def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
     """Without being told to; what it reads is the same, and what it learns too but for the order of sums."""
     steps, rate, eps = 6, 1e-2, 1e-3
-    adam = optim.AdamW(peak=rate, schedule=optim.Constant(), eps=eps)
+    adam = optim.AdamW(learning_rate=rate, schedule=optim.Constant(), eps=eps)
     stage = dataclasses.replace(PRETRAIN, optimizer=adam, steps=steps, log_every=1, evaluations=(), prompts=())
-    experiment = dataclasses.replace(EXPERIMENT, stages={"pretrain": stage}, mesh=Mesh(data=4, fsdp=2))
+    experiment = dataclasses.replace(EXPERIMENT, stages={"pretrain": stage}, mesh=MeshConfig(data=4, fsdp=2))
     place, read, stop = sharding.global_array, [], False
 
     def noting(batch, rules):
@@ -226,7 +226,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         experiment.run(tmp_path / "run")
     assert len(read) == 3
-    dataclasses.replace(experiment, mesh=Mesh(data=1, fsdp=4, tensor=2)).run(tmp_path / "run")
+    dataclasses.replace(experiment, mesh=MeshConfig(data=1, fsdp=4, tensor=2)).run(tmp_path / "run")
     assert read == expected
     found, whole = (
         {line["step"]: line["loss"] for line in metrics.read(folder) if "loss" in line}
@@ -251,8 +251,8 @@ def stages(prompts: tuple[str, ...] = ("a",), accumulate: int = 1, **of_data) ->
         ({"stages": stages(batch=6)}, "x.data.batch: got 6, must be a multiple of 4"),
         ({"stages": stages(accumulate=4)}, "x.data.batch: got 2, must be a multiple of 4"),
         ({"stages": stages(prompts=("a" * 70,))}, "x.prompts: got 'aaa.*' of 71 tokens"),
-        ({"mesh": Mesh(data=3)}, "mesh: data 3 does not fit 8 device"),
-        ({"mesh": Mesh(data=2, tensor=4)}, "model.heads: got 2, must be a multiple of 4"),
+        ({"mesh": MeshConfig(data=3)}, "mesh: data 3 does not fit 8 device"),
+        ({"mesh": MeshConfig(data=2, tensor=4)}, "model.heads: got 2, must be a multiple of 4"),
         ({"model": TransformerConfig(63, 1, 16, 2)}, "model.vocab: got 63, must be a multiple of 2"),
         ({"model": TransformerConfig(32, 1, 16, 2)}, "model.vocab: got 32, but the tokenizer has 34 ids"),
     ],
@@ -339,7 +339,7 @@ experiment = Experiment(
             steps=16,
             ema=0.9,
             evaluate_every=100,
-            evaluate_rows=8,
+            eval_sequences=8,
             save_every=1,
             log_every=1,
             prompts=(),

@@ -11,13 +11,13 @@ import pytest
 
 from gptjax.evals import Result
 from gptjax.experiment import report
-from gptjax.monitor.metrics import Records
+from gptjax.monitor.metrics import MetricsLogger
 
 
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "my run"
-    with Records(folder) as records:
+    with MetricsLogger(folder) as records:
         for stage in ("chat", "pre train"):  # as after a stage was done again
             for step in range(10, 101, 10):
                 records.log(step, stage, loss=5 / step, cross_entropy=5 / step)
@@ -49,7 +49,7 @@ def test_the_report_says_what_the_records_say(run):
 
 def test_the_report_says_how_fast_it_went(tmp_path):
     """Of 40 steps, the first ten of 0.3 s with 1 s of input wait each, the others of 0.1 s; all of 200 tokens."""
-    with Records(tmp_path) as records:
+    with MetricsLogger(tmp_path) as records:
         for step, seconds, wait in ((10, 1.3, 1.0), (40, 0.1, 0.0)):
             parts = {"time_step": seconds, "time_input": wait, "time_device": seconds - wait, "time_host": 0.0}
             records.log(step, "main", loss=1.0, tokens_per_second=200 / seconds, memory_process=2**30, **parts)

@@ -13,7 +13,7 @@ from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.inference import generate as g
 from gptjax.inference.generate import generate, round_up, stream
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.text import Row
+from gptjax.inference.text import TextStream
 from gptjax.nn import LearnedPositions, Positions, RoPE, Transformer, TransformerConfig
 from gptjax.types import UserError
 
@@ -58,7 +58,7 @@ def slow_greedy(prompt, steps: int, positions: Positions):
 @pytest.mark.parametrize("positions", [RoPE(), LearnedPositions(40)], ids=str)
 def test_greedy_equals_repeated_full_forward_passes(positions):
     """And fills the positions there are, when nothing else is said."""
-    asked = None if positions.limit else 12
+    asked = None if positions.max_positions else 12
     for prompt, got in zip(PROMPTS, write(PROMPTS, positions, max_tokens=asked, sampling=GREEDY), strict=True):
         ids, logprobs = slow_greedy(prompt, asked or 40 - len(prompt), positions)
         assert list(got.ids) == ids
@@ -111,7 +111,7 @@ def test_a_stop_string_is_cut_off_and_never_shown():
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
 def test_text_is_safe_to_show_whatever_the_chunks(size):
     def read(ids: bytes | list[int], stop=(), tokenizer: Tokenizer = TOKENIZER):
-        row, shown = Row(tokenizer, 100, stop), []
+        row, shown = TextStream(tokenizer, 100, stop), []
         for chunk in itertools.batched(ids, size) if hasattr(itertools, "batched") else _batched(ids, size):
             row.extend(chunk, [0.0] * len(chunk))
             assert row.safe.startswith("".join(shown))

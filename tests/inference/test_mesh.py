@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gptjax.data.tokenizers.bytes import Bytes
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.experiment.experiment import Experiment
 from gptjax.inference.generate import generate, prefill
 from gptjax.inference.sampling import Sampling
@@ -28,7 +28,7 @@ SIZES: Any = {"vocab": 272, "layers": 1, "width": 16, "heads": 4, "hidden": 32}
 CONFIGS = {
     "grouped": TransformerConfig(**SIZES, kv_heads=2),
     "one key head": TransformerConfig(**SIZES, kv_heads=1),
-    "experts": TransformerConfig(**SIZES, tied=False, mlp=MixtureOfExperts(experts=4, top_k=2, shared=1)),
+    "experts": TransformerConfig(**SIZES, tie_embeddings=False, mlp=MixtureOfExperts(experts=4, top_k=2, shared=1)),
     "latent": TransformerConfig(**SIZES, attention=MultiHeadLatentAttention(kv_rank=8, rope_size=4, value_size=4)),
 }
 
@@ -40,7 +40,7 @@ def params_of(config: TransformerConfig):
     return jax.tree.map(lambda x: numpy.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
 
-def on_mesh(config: TransformerConfig, mesh: Mesh = Mesh(data=2, fsdp=2, tensor=2), rules=STANDARD):
+def on_mesh(config: TransformerConfig, mesh: MeshConfig = MeshConfig(data=2, fsdp=2, tensor=2), rules=DEFAULT_RULES):
     """The same parameters, shared out over 8 devices."""
     with jax.set_mesh(mesh.make()):
         tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
@@ -53,11 +53,11 @@ def on_mesh(config: TransformerConfig, mesh: Mesh = Mesh(data=2, fsdp=2, tensor=
 @pytest.mark.parametrize(
     ("name", "count", "samples", "sampling", "mesh"),
     [
-        ("grouped", 4, 1, GREEDY, Mesh(data=2, fsdp=2, tensor=2)),
-        ("grouped", 5, 4, DRAWN, Mesh(data=2, tensor=4)),  # more parts than key heads
-        ("one key head", 5, 1, GREEDY, Mesh(data=2, fsdp=2, tensor=2)),
-        ("experts", 4, 1, DRAWN, Mesh(data=4, tensor=2)),
-        ("latent", 5, 4, DRAWN, Mesh(data=2, fsdp=2, tensor=2)),
+        ("grouped", 4, 1, GREEDY, MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("grouped", 5, 4, DRAWN, MeshConfig(data=2, tensor=4)),  # more parts than key heads
+        ("one key head", 5, 1, GREEDY, MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("experts", 4, 1, DRAWN, MeshConfig(data=4, tensor=2)),
+        ("latent", 5, 4, DRAWN, MeshConfig(data=2, fsdp=2, tensor=2)),
     ],
 )
 def test_a_mesh_changes_no_token(name, count, samples, sampling, mesh):
@@ -67,7 +67,7 @@ def test_a_mesh_changes_no_token(name, count, samples, sampling, mesh):
         generate, tokenizer=TOKENIZER, prompts=PROMPTS[:count], max_tokens=8, sampling=sampling, samples=samples, seed=3
     )
     expected = write(config.build(), params_of(config))
-    actual = write(config.build(STANDARD), on_mesh(config, mesh))
+    actual = write(config.build(DEFAULT_RULES), on_mesh(config, mesh))
     for one, other in zip(expected, actual, strict=True):
         assert one.ids == other.ids
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
@@ -82,7 +82,9 @@ def test_the_cache_is_shared_out_as_the_rules_say():
         with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
             for samples, rows in ((4, ("data", "fsdp")), (3, None)):
                 tokens, one = np.zeros((1, 32), np.int32), np.ones(1, np.int32)
-                state = prefill(config.build(STANDARD), params, tokens, 3 * one, one.astype(np.uint32), samples, 48, 0)
+                state = prefill(
+                    config.build(DEFAULT_RULES), params, tokens, 3 * one, one.astype(np.uint32), samples, 48, 0
+                )
                 keys = state.cache.layers[0][0]
                 assert keys.sharding.spec == jax.P(rows, heads, None, None)
                 assert state.tokens.sharding.is_fully_replicated
@@ -113,6 +115,6 @@ def test_key_heads_need_not_be_cut():
         (dataclasses.replace(CONFIGS["grouped"], vocab=273), 4, "model.vocab"),
     ):
         stages: Any = {"pretrain": types.SimpleNamespace(adapter=None, data=data, accumulate=1)}
-        experiment = Experiment(config, None, stages, Mesh(tensor=tensor))
+        experiment = Experiment(config, None, stages, MeshConfig(tensor=tensor))
         with contextlib.nullcontext() if field is None else pytest.raises(UserError, match=f"^{field}: got 273"):
             experiment.check(8)

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from gptjax.distributed.sharding import Mesh, Rules
+from gptjax.distributed.sharding import MeshConfig, ShardingRules
 from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.huggingface import from_tensors, load_hf, read_kind, read_labels, save_hf, to_tensors
 from gptjax.interop.safetensors import SINGLE
 from gptjax.nn import (
     ClassifierConfig,
+    LayerOverrides,
     Mean,
     RecurrentConfig,
     ReLUSquared,
     Transformer,
     TransformerConfig,
-    Variant,
     count,
 )
 from gptjax.types import UserError
@@ -194,9 +194,9 @@ def test_phi_3_reads_beyond_its_original_length(tmp_path):
     """`transformers` takes the long factors for a text beyond it, and the short ones within."""
     torch, auto, theirs = saved("AutoModelForCausalLM", tmp_path / "theirs", "phi3", **CASES["phi3 long"])
     config, params = load_hf(tmp_path / "theirs")
-    save_hf(tmp_path / "ours", config.reading(128), params)
+    save_hf(tmp_path / "ours", config.for_context_length(128), params)
     again = auto.from_pretrained(tmp_path / "ours", attn_implementation="eager")
-    for length, model in ((64, config), (100, config.reading(128))):
+    for length, model in ((64, config), (100, config.for_context_length(128))):
         tokens = np.random.default_rng(0).integers(0, 96, (1, length))
         with torch.inference_mode():
             expected, same = (m(torch.tensor(tokens)).logits.numpy() for m in (theirs, again))
@@ -301,14 +301,14 @@ def test_a_model_that_no_family_has_is_refused_and_the_reason_named():
     with pytest.raises(UserError, match=r"^model: no family .* llama, is model.mlp: got ReLUSquared\(\), must"):
         tiny(mlp=ReLUSquared())
     with pytest.raises(UserError, match=r"layers.1.attention.window: 4 → None"):
-        tiny(pattern=(Variant(), Variant(window=4)))
+        tiny(pattern=(LayerOverrides(), LayerOverrides(window=4)))
     with pytest.raises(UserError, match=r"^model: got RecurrentConfig, must be EncoderConfig, "):
         to_tensors(RecurrentConfig(vocab=16, layers=1, width=8), {})
 
 
 def test_what_training_needs_is_not_asked_of_a_family():
     training = {"dropout": 0.1, "layer_drop": 0.1, "dtype": "bfloat16", "remat": "dots_saveable"}
-    _, fields, _ = tiny(**training, pattern=(Variant(), Variant()))
+    _, fields, _ = tiny(**training, pattern=(LayerOverrides(), LayerOverrides()))
     assert "dropout" not in fields
     assert fields["model_type"] == "llama"
 
@@ -317,8 +317,8 @@ def test_parameters_come_to_lie_as_the_rules_say(tmp_path):
     config, _, _ = tiny()
     params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
     save_hf(tmp_path / "one", config, params, dtype="bfloat16")
-    rules = Rules(embed="fsdp", heads="tensor", ffn="tensor", vocab="tensor")
-    with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).make()):
+    rules = ShardingRules(embed="fsdp", heads="tensor", ffn="tensor", vocab="tensor")
+    with jax.set_mesh(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         _, sharded = load_hf(tmp_path / "one", "bfloat16", rules)
         save_hf(tmp_path / "two", config, sharded, dtype="bfloat16")
     assert sharded["blocks"]["attention"]["q"].sharding.spec == PartitionSpec(None, "fsdp", "tensor", None)

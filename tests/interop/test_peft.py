@@ -16,6 +16,7 @@ from gptjax.nn import (
     GELU,
     DoRA,
     LayerNorm,
+    LayerOverrides,
     LearnedPositions,
     LoRA,
     MixtureOfExperts,
@@ -25,7 +26,6 @@ from gptjax.nn import (
     SwiGLU,
     Transformer,
     TransformerConfig,
-    Variant,
 )
 from gptjax.types import UserError
 
@@ -172,7 +172,7 @@ DEEPSEEK = TransformerConfig(
     vocab=32, layers=3, width=16, heads=4, head_size=6, hidden=12, positions=RoPE(interleaved=True),
     attention=MultiHeadLatentAttention(q_rank=10, kv_rank=14, rope_size=8, value_size=5, scale=14**-0.5),
     mlp=MixtureOfExperts(4, 2, router=Sigmoid(renormalise=True), shared=1),
-    first=(Variant(mlp=SwiGLU(), hidden=24),),
+    leading_layers=(LayerOverrides(mlp=SwiGLU(), hidden=24),),
 )  # fmt: skip
 
 

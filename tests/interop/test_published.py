@@ -264,7 +264,7 @@ def test_a_published_model_is_the_one_its_authors_mean(name):
     parameters, head_size, tied, layers = EXPECTED[name]
     assert sum(math.prod(x.shape) for x in declared(config.build()).values()) == parameters
     model = config.decoder if isinstance(config, EncoderDecoderConfig) else config
-    assert (model.H, model.tied) == (head_size, tied)
+    assert (model.H, model.tie_embeddings) == (head_size, tied)
     blocks = model.stack().blocks
     found = [(block.attention.window, block.attention.positions or model.positions) for block in blocks]
     assert found == (layers * len(blocks))[: len(blocks)]

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gptjax.distributed.sharding import Mesh, Rules
+from gptjax.distributed.sharding import MeshConfig, ShardingRules
 from gptjax.interop.huggingface import from_tensors, to_tensors
 from gptjax.interop.quantised import dequantised
 from gptjax.nn import ClampedSwiGLU, MixtureOfExperts, MultiHeadAttention, Softmax, TransformerConfig
@@ -110,8 +110,8 @@ def test_a_quantised_model_is_the_one_it_stands_for(case):
         assert config == config_whole
         assert config.dtype == (dtype or "bfloat16")
         jax.tree.map(np.testing.assert_array_equal, params, expected)
-    with jax.set_mesh(Mesh(fsdp=4, tensor=2).make()):
-        _, sharded = from_tensors(fields_packed, packed, "float32", Rules(embed="fsdp", ffn="tensor"))
+    with jax.set_mesh(MeshConfig(fsdp=4, tensor=2).make()):
+        _, sharded = from_tensors(fields_packed, packed, "float32", ShardingRules(embed="fsdp", ffn="tensor"))
         assert "tensor" in sharded["blocks"]["mlp"]["up"].sharding.spec
         jax.tree.map(np.testing.assert_array_equal, sharded, params)
 

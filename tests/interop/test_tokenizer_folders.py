@@ -143,7 +143,7 @@ def transformers_agrees(tokenizer: Tokenizer, folder: Path) -> None:
         assert theirs(text).input_ids == begin + ids
         if REPLACEMENT not in tokenizer.decode(ids):
             assert theirs.decode(ids) == tokenizer.decode(ids)
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos, tokenizer.end)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos, tokenizer.eos)
     assert theirs.model_max_length == 64
     talk = [{"role": message.role, "content": message.content} for message in TALK]
     ids = theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
@@ -308,7 +308,10 @@ def test_our_own_format_is_a_template():
         (lambda: chatml()[1].text([TALK[1], TALK[0]]), "messages: got .* refuses: System first!"),
         (lambda: ChatTemplate("{{ messages[9].role.x }}").text(TALK), "messages: got .* refuses"),
         # Out of the sandbox.
-        (lambda: ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}").text(TALK), "messages: got .* refuses"),
+        (
+            lambda: ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}").text(TALK),
+            "messages: got .* refuses",
+        ),
         (lambda: ChatTemplate("{{ messages.clear() }}").text(TALK), "messages: got .* refuses"),
     ],
 )
@@ -355,5 +358,5 @@ def test_published_chat_template(shared: Path, tmp_path: Path):
     assert theirs.tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     save(chatml()[0], tmp_path, context=64, template=theirs)
     tokenizer = load(tmp_path)
-    assert tokenizer.end == tokenizer.specials["<|im_end|>"]
+    assert tokenizer.eos == tokenizer.specials["<|im_end|>"]
     transformers_agrees(tokenizer, tmp_path)

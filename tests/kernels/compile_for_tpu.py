@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.kernels.attention import Mask, attention
 from gptjax.kernels.experts import grouped_dot
-from gptjax.nn import Transformer, TransformerConfig, Variant
+from gptjax.nn import LayerOverrides, Transformer, TransformerConfig
 from gptjax.nn.remat import rematerialised
 from gptjax.objectives.next_token import NextToken
 from gptjax.optim.optimizers import AdamW
@@ -45,14 +45,14 @@ def kernels(lowered: jax.stages.Lowered) -> list[str]:
     return sorted(re.findall(r"%splash_m[hq]a_(fwd|dq|dkv)\S* = .*custom-call\(", text))
 
 
-def mesh_of(topology: str, shape: Mesh = Mesh(fsdp=2, tensor=2)) -> jax.sharding.Mesh:
+def mesh_of(topology: str, shape: MeshConfig = MeshConfig(fsdp=2, tensor=2)) -> jax.sharding.Mesh:
     return shape.make(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 
 def gradient(mesh: jax.sharding.Mesh, size: int, dtype: str, mask: Mask, policy=None, **options) -> list[str]:
     """Grouped queries, forward and backward."""
     with jax.set_mesh(mesh):
-        place = NamedSharding(mesh, STANDARD("batch", "sequence", "heads") or PartitionSpec())
+        place = NamedSharding(mesh, DEFAULT_RULES("batch", "sequence", "heads") or PartitionSpec())
         q, k, v = (jax.ShapeDtypeStruct((mesh.size, 1024, heads, size), dtype, sharding=place) for heads in (4, 2, 2))
 
         def loss(q, k, v):
@@ -62,9 +62,9 @@ def gradient(mesh: jax.sharding.Mesh, size: int, dtype: str, mask: Mask, policy=
         return kernels(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v))
 
 
-def training_step(topology: str, shape: Mesh, layers: int = 2) -> list[str]:
+def training_step(topology: str, shape: MeshConfig, layers: int = 2) -> list[str]:
     """Every other layer with a window; packed documents; parameters and heads, or layers, shared out."""
-    pattern = (Variant(window=100), Variant())
+    pattern = (LayerOverrides(window=100), LayerOverrides())
     config = TransformerConfig(
         vocab=256,
         layers=layers,
@@ -75,10 +75,10 @@ def training_step(topology: str, shape: Mesh, layers: int = 2) -> list[str]:
         dtype="bfloat16",
         remat="nothing_saveable",
     )
-    model, optimizer = Transformer(config, STANDARD), AdamW(peak=1e-3).build(10)
+    model, optimizer = Transformer(config, DEFAULT_RULES), AdamW(learning_rate=1e-3).build(10)
     mesh = mesh_of(topology, shape)
     with jax.set_mesh(mesh):
-        rows = NamedSharding(mesh, STANDARD("batch") or PartitionSpec())
+        rows = NamedSharding(mesh, DEFAULT_RULES("batch") or PartitionSpec())
     ids, weights = (jax.ShapeDtypeStruct((4, 256), dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
 
     def create(ids):
@@ -116,11 +116,11 @@ if __name__ == "__main__":
         "v5e": gradient(mesh_of("v5e:2x2"), 64, "bfloat16", Mask()),
         "v6e": gradient(mesh_of("v6e:2x2"), 256, "bfloat16", Mask(window=200), softcap=50.0),
         "v5p": gradient(mesh_of("v5p:2x2x1"), 128, "float32", Mask(causal=False)),
-        "cut rows": gradient(mesh_of("v5p:2x2x1", Mesh(context=2, tensor=2)), 128, "bfloat16", Mask()),
+        "cut rows": gradient(mesh_of("v5p:2x2x1", MeshConfig(context=2, tensor=2)), 128, "bfloat16", Mask()),
         "nothing kept": gradient(mesh_of("v5e:2x2"), 128, "bfloat16", Mask(), "nothing_saveable"),
         "attention kept": gradient(mesh_of("v5e:2x2"), 128, "bfloat16", Mask(), "attention_saveable"),
-        "training step": training_step("v5e:2x2", Mesh(fsdp=2, tensor=2)),
-        "stages": training_step("v5e:2x2", Mesh(stage=2, fsdp=2), layers=4),
+        "training step": training_step("v5e:2x2", MeshConfig(fsdp=2, tensor=2)),
+        "stages": training_step("v5e:2x2", MeshConfig(pipeline=2, fsdp=2), layers=4),
         "experts": {
             topology: {dtype: expert_products(topology, dtype) for dtype in ("bfloat16", "float32")}
             for topology in ("v5e:2x2", "v5p:2x2x1")

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh
-from gptjax.kernels.attention import Mask, attention, balance
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
+from gptjax.kernels.attention import Mask, attention, zigzag
 from gptjax.nn import (
     ALiBi,
+    LayerOverrides,
     MixtureOfExperts,
     MultiHeadLatentAttention,
     TransformerConfig,
-    Variant,
 )
 from gptjax.nn.remat import rematerialised
 from gptjax.objectives import NextToken
@@ -27,7 +27,7 @@ from gptjax.plan.arithmetic import product_flops
 from gptjax.plan.collectives import collectives
 from gptjax.types import Batch, UserError
 
-MESHES = {"context 4": Mesh(data=2, context=4), "context 2, tensor 2": Mesh(data=2, context=2, tensor=2)}
+MESHES = {"context 4": MeshConfig(data=2, context=4), "context 2, tensor 2": MeshConfig(data=2, context=2, tensor=2)}
 B, T, N, K, H = 2, 32, 4, 2, 8
 SEGMENTS = np.repeat(np.array([[1, 2, 3, 0]], np.int32), [10, 5, 13, 4], axis=1).repeat(B, 0)
 MASKS = {
@@ -61,7 +61,7 @@ def assert_equals_the_plain_form(form, mesh, mask, options, length=T):
     weights = random.normal(size=(B, length, N, H)).astype("f4")
     expected = value_and_gradients("plain", mask, options, arrays, weights)
     with sharding.use(MESHES[mesh].make()):
-        place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), STANDARD(*axes)))  # noqa: E731
+        place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), DEFAULT_RULES(*axes)))  # noqa: E731
         rows = jax.tree.map(lambda x: place(x, "batch", "sequence"), mask)
         placed = tuple(place(x, "batch", "sequence", "heads", None) for x in (*arrays, weights))
         actual = value_and_gradients(form, rows, options, placed[:3], placed[3])
@@ -102,23 +102,23 @@ def test_splash_equals_the_plain_form(mesh, mask, options):
 @pytest.mark.parametrize("n", [2, 3, 4, 8])
 def test_rows_are_dealt_evenly(n):
     """A device gets two pieces that see as much as any other's, each from where it lies, and gives them back."""
-    pieces = balance.dealt(n)
+    pieces = zigzag.zigzag_order(n)
     assert sorted(pieces.flat) == list(range(2 * n))
     assert len(set(pieces.sum(1))) == 1
-    with sharding.use(Mesh(context=n).make(jax.devices()[:n])):
-        place = jax.NamedSharding(jax.sharding.get_mesh(), STANDARD(None, "sequence"))
+    with sharding.use(MeshConfig(context=n).make(jax.devices()[:n])):
+        place = jax.NamedSharding(jax.sharding.get_mesh(), DEFAULT_RULES(None, "sequence"))
         row = jax.device_put(np.arange(4 * n).reshape(1, -1), place)
         on_each = functools.partial(jax.shard_map, in_specs=place.spec, out_specs=place.spec)
-        dealt = on_each(functools.partial(balance.deal, axes=("context",)))(row)
-        back = on_each(functools.partial(balance.collect, axes=("context",)))(dealt)
+        dealt = on_each(functools.partial(zigzag.zigzag_split, axes=("context",)))(row)
+        back = on_each(functools.partial(zigzag.zigzag_merge, axes=("context",)))(dealt)
     assert np.asarray(dealt).reshape(n, 2, 2).tolist() == np.arange(4 * n).reshape(-1, 2)[pieces].tolist()
     np.testing.assert_array_equal(back, row)
 
 
 def program(form: str, length: int, mask: Mask = Mask(), gradient: bool = True):
     """Compiled for four devices in a ring, a row of so many tokens."""
-    with sharding.use(Mesh(context=4).make(jax.devices()[:4])):
-        place = jax.NamedSharding(jax.sharding.get_mesh(), STANDARD("batch", "sequence", "heads", None))
+    with sharding.use(MeshConfig(context=4).make(jax.devices()[:4])):
+        place = jax.NamedSharding(jax.sharding.get_mesh(), DEFAULT_RULES("batch", "sequence", "heads", None))
         q, k = (jax.ShapeDtypeStruct((1, length, heads, H), jnp.float32, sharding=place) for heads in (N, K))
 
         def run(*arrays):
@@ -156,8 +156,8 @@ def test_what_is_sent():
 
 def test_scores_are_computed_once_less_where_attention_is_kept():
     def flops(policy):
-        with sharding.use(Mesh(context=4).make(jax.devices()[:4])):
-            place = jax.NamedSharding(jax.sharding.get_mesh(), STANDARD("batch", "sequence", "heads", None))
+        with sharding.use(MeshConfig(context=4).make(jax.devices()[:4])):
+            place = jax.NamedSharding(jax.sharding.get_mesh(), DEFAULT_RULES("batch", "sequence", "heads", None))
             q, k = (jax.ShapeDtypeStruct((4, 512, heads, H), jnp.float32, sharding=place) for heads in (N, K))
             attend = rematerialised(functools.partial(attention, mask=Mask(), implementation="ring"), policy)
             loss = lambda *arrays: jnp.square(attend(*arrays)).sum()  # noqa: E731
@@ -176,7 +176,7 @@ def test_scores_are_never_whole():
 BASE = TransformerConfig(vocab=48, layers=2, width=32, heads=4, kv_heads=2, hidden=64)
 MODELS = {
     "ring": BASE,
-    "windows": dataclasses.replace(BASE, pattern=(Variant(window=9), Variant())),
+    "windows": dataclasses.replace(BASE, pattern=(LayerOverrides(window=9), LayerOverrides())),
     "ALiBi": dataclasses.replace(BASE, positions=ALiBi()),
     "experts": dataclasses.replace(BASE, hidden=32, mlp=MixtureOfExperts(experts=4, top_k=2)),
     "latent": dataclasses.replace(BASE, attention=MultiHeadLatentAttention(kv_rank=16, rope_size=8, value_size=8)),
@@ -200,9 +200,9 @@ def test_a_model_trains_as_on_one_device(name):
         return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(params))
 
     expected = gradients(MODELS[name].build(), params, batch)
-    with sharding.use(Mesh(fsdp=2, context=2, tensor=2).make()):
-        model = MODELS[name].build(STANDARD)
-        rows = sharding.global_array(batch, STANDARD)
+    with sharding.use(MeshConfig(fsdp=2, context=2, tensor=2).make()):
+        model = MODELS[name].build(DEFAULT_RULES)
+        rows = sharding.global_array(batch, DEFAULT_RULES)
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), rows.tokens)["params"])
         mesh = jax.sharding.get_mesh()
         params = jax.tree.map(lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec)), params, shapes)
@@ -211,7 +211,7 @@ def test_a_model_trains_as_on_one_device(name):
 
 
 def test_what_it_cannot_do_is_refused():
-    with sharding.use(Mesh(context=8).make()):
+    with sharding.use(MeshConfig(context=8).make()):
         q = jax.device_put(
             np.zeros((1, 8, 2, 4), "f4"), jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "context"))
         )

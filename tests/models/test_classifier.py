@@ -1,5 +1,5 @@
 """Classifiers as experiments: from a file of texts with labels, over a trunk that was trained before, to a model behind
-its door."""
+its model_class."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ KINDS = {
 
 
 def stage(data, objective, **changes) -> Stage:
-    adam = optim.AdamW(peak=1e-2, schedule=optim.Constant(), weight_decay=0.0)
+    adam = optim.AdamW(learning_rate=1e-2, schedule=optim.Constant(), weight_decay=0.0)
     return Stage(data, objective, adam, **{"steps": 2, "evaluate_every": 1000, "prompts": (), **changes})
 
 
@@ -118,7 +118,7 @@ def test_a_trained_trunk_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, cap
     judge.save(tmp_path / "saved")
     again = gptjax.load(tmp_path / "saved", kind=gptjax.ClassifierModel)
     np.testing.assert_array_equal(again.classify(texts, batch=3), likely)
-    assert (again.labels, again.closed) == (judge.labels, True)
+    assert (again.labels, again.append_eos) == (judge.labels, True)
     with pytest.raises(UserError, match="kind: got LanguageModel, must be ClassifierModel"):
         gptjax.load(tmp_path / "after")
     if kind == "encoder":
@@ -128,7 +128,7 @@ def test_a_trained_trunk_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, cap
     assert main(["convert", str(tmp_path / "after"), str(tmp_path / "hf")]) == 0
     again = gptjax.load(tmp_path / "hf", kind=gptjax.ClassifierModel)
     np.testing.assert_array_equal(again.classify(texts, batch=3), likely)
-    assert (again.labels, again.closed) == (judge.labels, True)
+    assert (again.labels, again.append_eos) == (judge.labels, True)
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         import transformers
 

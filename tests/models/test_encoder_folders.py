@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 import gptjax
 from gptjax.cli.main import main
 from gptjax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from gptjax.distributed.sharding import Mesh, Rules
+from gptjax.distributed.sharding import MeshConfig, ShardingRules
 from gptjax.interop.tokenizers import load, save
 from gptjax.nn import First, Last
 from gptjax.types import UserError
@@ -110,7 +110,7 @@ def test_t5_from_its_sentencepiece_model(tmp_path: Path):
     assert roles(tokenizer) == {"<|end|>": 1, "<|pad|>": 0}
     assert (tokenizer.vocab, tokenizer.specials["<extra_id_0>"], tokenizer.specials["<extra_id_99>"]) == (400, 399, 300)
     assert tokenizer.decode([*tokenizer.encode("the decoder"), 399, 1]) == "the decoder"
-    save(tokenizer, tmp_path / "json", context=None, closed=True)
+    save(tokenizer, tmp_path / "json", context=None, append_eos=True)
     again = load(tmp_path / "json")
     laws(again)
     assert (again.vocab, dict(again.specials)) == (tokenizer.vocab, dict(tokenizer.specials))
@@ -128,7 +128,7 @@ def test_ids_are_those_of_transformers(kind: str, tmp_path: Path):
     theirs.save_pretrained(tmp_path / "new")
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "new" / "tokenizer.json", tmp_path / "alone")
-    save(load(tmp_path / "new"), tmp_path / "ours", context=64, closed=True)
+    save(load(tmp_path / "new"), tmp_path / "ours", context=64, append_eos=True)
     mask = theirs.mask_token or "<extra_id_7>"
     for name in ("old", "new", "alone", "ours"):
         tokenizer = load(tmp_path / name)
@@ -139,7 +139,7 @@ def test_ids_are_those_of_transformers(kind: str, tmp_path: Path):
         for text in AWKWARD:
             assert tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids, (name, text)
         begin = [] if tokenizer.bos is None else [tokenizer.bos]
-        whole = [*begin, *tokenizer.encode("a "), tokenizer.specials[mask], *tokenizer.encode("."), tokenizer.end]
+        whole = [*begin, *tokenizer.encode("a "), tokenizer.specials[mask], *tokenizer.encode("."), tokenizer.eos]
         assert theirs(f"a {mask}.").input_ids == whole
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     for text in [*AWKWARD, f"a {mask} b"]:
@@ -157,7 +157,7 @@ T5 = {
     "decoder_start_token_id": 0,
 }  # fmt: skip
 TEXTS = ["Return the [MASK] of a naïve [MASK].", "日本 it's", "the decoder, or the encoder; self.x = 1"]
-RULES = Rules(embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor", batch="data")
+RULES = ShardingRules(embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor", batch="data")
 # Sums of 48 float32 terms at most, through 2 layers of 2 or 3 parts.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -280,7 +280,7 @@ def test_t5_writes_what_transformers_does(folders, tmp_path):
         known = [i for i in completion.ids if i != 2]  # they leave out what stands for the unknown
         assert completion.text.replace("\ufffd", "") == tokenizer.decode(known, skip_special_tokens=True)
         assert completion.finish == ("stop" if completion.ids[-1] == 1 else "length")
-    assert (model.start, model.ends) == (0, (1,))
+    assert (model.start, model.stop_token_ids) == (0, (1,))
     model.save_hf(tmp_path / "t5")
     assert written_by_them(tmp_path / "t5", texts) == expected
 
@@ -300,7 +300,7 @@ def same(model, other):
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 def test_on_a_mesh_the_parameters_are_sharded_and_the_answers_the_same(folders, kind):
     model = gptjax.load(folders / kind, kind=gptjax.Model)
-    with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).make()):
+    with jax.set_mesh(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         sharded = gptjax.load(folders / kind, rules=RULES, kind=gptjax.Model)
     assert sharded.params["embedding"].sharding.spec == PartitionSpec("tensor", "fsdp")
     assert sharded.params["embedding"].addressable_shards[0].data.shape == (200, 16)
@@ -316,11 +316,11 @@ def test_in_our_own_format_and_converted(folders, kind, tmp_path, capsys):
     again = gptjax.load(tmp_path / "ours", kind=type(model))
     assert again.config == model.config
     if isinstance(again, gptjax.TextToText):
-        assert (again.start, again.ends) == (0, (1,))
+        assert (again.start, again.stop_token_ids) == (0, (1,))
     same(model, again)
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
     half = gptjax.load(tmp_path / "half", kind=type(model))
-    assert half.config == model.config.computing_in("bfloat16")
+    assert half.config == model.config.with_dtype("bfloat16")
     assert half.params["embedding"].dtype == "bfloat16"
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "x.gguf"), "--to", "gguf"]) == 2
     assert f"to: got gguf for a {type(model).__name__}, must be hf or gptjax" in capsys.readouterr().err

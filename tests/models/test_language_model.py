@@ -83,23 +83,23 @@ def test_a_folders_tokens_beyond_the_model_are_left_out(tmp_path):
 
 
 def test_a_text_ends_where_the_model_says(tmp_path):
-    whole = dataclasses.replace(LM, ends=()).generate("hello", 12, temperature=0)[0]
+    whole = dataclasses.replace(LM, stop_token_ids=()).generate("hello", 12, temperature=0)[0]
     assert len(whole.ids) == 12
     end = whole.ids[5]
-    lm = dataclasses.replace(LM, ends=(end, TOKENIZER.end))
+    lm = dataclasses.replace(LM, stop_token_ids=(end, TOKENIZER.end))
     lm.save(tmp_path / "ours")
     lm.save_hf(tmp_path / "hf")
-    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [*lm.ends]
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [*lm.stop_token_ids]
     for model in (lm, load(tmp_path / "ours"), load(tmp_path / "hf")):
-        assert model.ends == lm.ends
+        assert model.stop_token_ids == lm.stop_token_ids
         (completion,) = model.generate("hello", 12, temperature=0)
         assert completion.ids == whole.ids[: whole.ids.index(end) + 1]
         assert completion.finish == "stop"
         assert "".join(model.stream("hello", 12, temperature=0)) == completion.text
     (tmp_path / "hf" / "generation_config.json").unlink()
-    assert load(tmp_path / "hf").ends == (TOKENIZER.end,), "config.json says it too"
+    assert load(tmp_path / "hf").stop_token_ids == (TOKENIZER.end,), "config.json says it too"
     LM.save_hf(tmp_path / "any special")
-    assert set(load(tmp_path / "any special").ends) == set(TOKENIZER.specials.values())
+    assert set(load(tmp_path / "any special").stop_token_ids) == set(TOKENIZER.specials.values())
 
 
 def test_text_is_drawn_as_a_folder_says(tmp_path):

@@ -13,14 +13,14 @@ from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import to_json
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.distributed.parameters import flat
-from gptjax.distributed.sharding import Mesh, Rules
+from gptjax.distributed.sharding import MeshConfig, ShardingRules
 from gptjax.models.language_model import LanguageModel
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.types import UserError
 
 CONFIG = TransformerConfig(vocab=264, layers=2, width=16, heads=4, kv_heads=2, hidden=24)
 TOKENIZER = Bytes().build(iter(()))
-RULES = Rules(embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
+RULES = ShardingRules(embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
 TOKENS = np.asarray([[1, 2, 3], [7, 8, 9]])
 
 
@@ -54,7 +54,7 @@ KINDS = pytest.mark.parametrize("kind", ["saved", "hf", "hf bfloat16", "run"])
 @KINDS
 def test_parameters_are_sharded_over_the_devices_and_compute_the_same(model, folders, kind):
     before, text = model.logits(TOKENS), model.generate("hello", 8, temperature=0)[0].text
-    with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).make()):
+    with jax.set_mesh(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         lm = gptjax.load(folders[kind], "float32", RULES)
         q, embedding = lm.params["blocks"]["attention"]["q"], lm.params["embedding"]
         assert q.sharding.spec == PartitionSpec(None, "fsdp", "tensor", None)

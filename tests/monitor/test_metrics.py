@@ -1,4 +1,4 @@
-"""Records of an interrupted and resumed run are those of one that never stopped. The display is never in the way."""
+"""Metrics of an interrupted and resumed run are those of one that never stopped. The display is never in the way."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from gptjax.monitor import display
 from gptjax.monitor.display import Display
-from gptjax.monitor.metrics import Records, WandB, read
+from gptjax.monitor.metrics import MetricsLogger, WandB, read
 from gptjax.types import UserError
 
 
@@ -27,7 +27,7 @@ def without_time(folder) -> list[dict]:
 
 
 def record(folder, stage, steps, resumed=0):
-    with Records(folder) as records:
+    with MetricsLogger(folder) as records:
         records.resume(stage, resumed)
         for step in steps:
             records.log(step, stage, loss=1 / (step + 1), tokens=step)
@@ -58,7 +58,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
 
 
 def test_any_number_is_recorded_and_every_line_is_json(tmp_path):
-    with Records(tmp_path) as records:
+    with MetricsLogger(tmp_path) as records:
         records.log(1, "pretrain", a=jnp.float32(0.5), b=np.int64(3), c=jax.device_put(2.0), d=float("nan"), e=-jnp.inf)
     (line,) = read(tmp_path)
     assert line.pop("time") > 1.7e9
@@ -69,20 +69,20 @@ def test_any_number_is_recorded_and_every_line_is_json(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_full_disk_is_a_user_error(tmp_path):
-    with Records(tmp_path / "run") as records:
+    with MetricsLogger(tmp_path / "run") as records:
         records._file.close()
         records._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
         with pytest.raises(UserError, match=r"can't write to .*run .No space left"):
             records.log(1, "pretrain", loss=1.0)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"can't write to .*file/run"):
-        Records(tmp_path / "file" / "run")
+        MetricsLogger(tmp_path / "file" / "run")
 
 
 KILLED = """
 import os, signal, sys
-from gptjax.monitor.metrics import Records
-records = Records(sys.argv[1])
+from gptjax.monitor.metrics import MetricsLogger
+records = MetricsLogger(sys.argv[1])
 records.log(1, "pretrain", loss=1.0)
 records.text(1, "pretrain/sample", "x" * 100_000)
 assert "orbax" not in sys.modules
@@ -99,7 +99,7 @@ def test_what_was_logged_survives_a_kill(tmp_path):
 def test_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install"):
-        Records(tmp_path, WandB())
+        MetricsLogger(tmp_path, WandB())
 
     calls = []
     run = types.SimpleNamespace(
@@ -108,7 +108,7 @@ def test_wandb(tmp_path, monkeypatch):
     stub = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
     monkeypatch.setitem(sys.modules, "wandb", stub)
     for step in (1, 2):
-        with Records(tmp_path / "small", WandB(project="p", tags=("a",)), config={"width": 8}) as records:
+        with MetricsLogger(tmp_path / "small", WandB(project="p", tags=("a",)), config={"width": 8}) as records:
             records.log(step, "chat", loss=2.0)
     assert calls[0] == calls[3]  # the same id, so the run goes on
     assert calls[0]["id"]

@@ -44,7 +44,7 @@ import jax
 from gptjax import data, objectives, optim
 from gptjax.experiment.experiment import Experiment
 from gptjax.nn import TransformerConfig
-from gptjax.distributed.sharding import Mesh
+from gptjax.distributed.sharding import MeshConfig
 from gptjax.train.stage import Stage
 
 
@@ -69,16 +69,16 @@ experiment = Experiment(
         "main": Stage(
             data=Sleepy(data.Text("{text}"), length=16, batch=8),
             objective=objectives.NextToken(),
-            optimizer=optim.AdamW(peak=1e-2),
+            optimizer=optim.AdamW(learning_rate=1e-2),
             steps=24,
             evaluate_every=100,
-            evaluate_rows=8,
+            eval_sequences=8,
             save_every=100,
             log_every=4,
             prompts=(),
         )
     },
-    mesh=Mesh(data=-1),
+    mesh=MeshConfig(data=-1),
 )
 """
 

@@ -60,10 +60,10 @@ class Slow(data.Pretrain):
 STAGE = Stage(
     data=Slow(Alphabet(), length=16, batch=8),
     objective=NextToken(),
-    optimizer=optim.AdamW(peak=1e-3, schedule=optim.Cosine(warmup=2)),
+    optimizer=optim.AdamW(learning_rate=1e-3, schedule=optim.Cosine(warmup=2)),
     steps=8,
     evaluate_every=100,
-    evaluate_rows=8,
+    eval_sequences=8,
     save_every=4,
     log_every=2,
     prompts=(),
@@ -71,7 +71,7 @@ STAGE = Stage(
 
 
 def run(folder: Path, stage: Stage = STAGE, **options) -> list[dict[str, Any]]:
-    with metrics.Records(folder) as writer:
+    with metrics.MetricsLogger(folder) as writer:
         cache = folder.parent / "tokens"
         train(stage, "main", MODEL, TOKENIZER, folder / "checkpoints", writer, cache=cache, **options)
     return metrics.read(folder)
@@ -108,7 +108,9 @@ def test_a_profile_ends_with_the_run_and_counts_from_where_it_goes_on(tmp_path, 
 
 
 def test_what_waits_for_input_is_seen_and_a_step_that_hangs_is_reported(tmp_path, capfd):
-    slow = dataclasses.replace(STAGE, data=dataclasses.replace(STAGE.data, seconds=0.25), hang=0.1, save_every=100)
+    slow = dataclasses.replace(
+        STAGE, data=dataclasses.replace(STAGE.data, seconds=0.25), hang_timeout=0.1, save_every=100
+    )
     folder = tmp_path / "run"
     lines = [line for line in run(folder, slow) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
@@ -130,4 +132,4 @@ def test_what_waits_for_input_is_seen_and_a_step_that_hangs_is_reported(tmp_path
 
 def test_the_time_before_a_hang_is_checked():
     with pytest.raises(UserError, match=r"^hang: got 0, must be more than 0$"):
-        dataclasses.replace(STAGE, hang=0)
+        dataclasses.replace(STAGE, hang_timeout=0)

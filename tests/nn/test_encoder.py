@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import (
     GELU,
     Encoder,
@@ -30,7 +30,7 @@ BERT = dataclasses.replace(
     residual=PostNorm(),
     bias=True,
     embedding_norm=LayerNorm(eps=1e-12),
-    types=2,
+    token_types=2,
     transform=Transform(),
 )
 TOKENS = jax.random.randint(jax.random.key(7), (4, 12), 0, 32)
@@ -79,9 +79,9 @@ def test_padding_and_neighbours_change_nothing(model):
 def test_a_mesh_changes_nothing(model):
     model, params = model
     expected, _ = apply(model, params, TOKENS)
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        sharded = Encoder(model.config, STANDARD)
-        tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        sharded = Encoder(model.config, DEFAULT_RULES)
+        tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
         places = jax.eval_shape(lambda key: sharded.init(key, tokens)["params"], jax.random.key(0))
         mesh = jax.sharding.get_mesh()
         params = jax.tree.map(lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec)), params, places)

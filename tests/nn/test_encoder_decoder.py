@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.data.tokenizers import Bytes
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.sequence_to_sequence import respond
 from gptjax.nn import (
@@ -39,11 +39,12 @@ VASWANI = SIZES | {
     "embedding_scale": 4.0,
 }
 ORIGINAL = EncoderDecoderConfig(
-    EncoderConfig(**VASWANI), TransformerConfig(**VASWANI, cross=MultiHeadAttention(kv_heads=2), tied=False)
+    EncoderConfig(**VASWANI),
+    TransformerConfig(**VASWANI, cross_attention=MultiHeadAttention(kv_heads=2), tie_embeddings=False),
 )
 ROTARY = EncoderDecoderConfig(
     EncoderConfig(**SIZES),
-    TransformerConfig(**SIZES | {"layers": 3}, cross=MultiHeadAttention(qk_norm=RMSNorm())),
+    TransformerConfig(**SIZES | {"layers": 3}, cross_attention=MultiHeadAttention(qk_norm=RMSNorm())),
 )
 TOKENIZER = Bytes().build(iter(()))
 SOURCE = jax.random.randint(jax.random.key(6), (4, 9), 0, 32)
@@ -108,9 +109,9 @@ def test_packed_pairs_equal_single_ones(model):
 def test_a_mesh_changes_nothing(model):
     model, params = model
     expected, _ = apply(model, params, TOKENS, source=SOURCE)
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        sharded = EncoderDecoder(model.config, STANDARD)
-        tokens, source = (sharding.global_array(np.asarray(x), STANDARD) for x in (TOKENS, SOURCE))
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        sharded = EncoderDecoder(model.config, DEFAULT_RULES)
+        tokens, source = (sharding.global_array(np.asarray(x), DEFAULT_RULES) for x in (TOKENS, SOURCE))
         places = jax.eval_shape(lambda key: sharded.init(key, tokens)["params"], jax.random.key(0))
         mesh = jax.sharding.get_mesh()
         put = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
@@ -125,7 +126,9 @@ def test_a_mesh_changes_nothing(model):
 def test_greedy_responses_are_those_of_the_full_forward(model):
     model, params = model
     sources = [SOURCE[row, :length].tolist() for row, length in enumerate((9, 5, 2))]
-    got = respond(model, params, TOKENIZER, sources, start=0, ends=(), max_tokens=6, sampling=Sampling(temperature=0))
+    got = respond(
+        model, params, TOKENIZER, sources, start=0, stop_token_ids=(), max_tokens=6, sampling=Sampling(temperature=0)
+    )
     got = [list(completion.ids) for completion in got]
     for source, ids in zip(sources, got, strict=True):
         # Causal: the logits before what is not written yet are what they will be.
@@ -135,7 +138,14 @@ def test_greedy_responses_are_those_of_the_full_forward(model):
     assert list(alone.ids) == got[1]
     end = got[0][2]
     stopped = respond(
-        model, params, TOKENIZER, sources, start=0, ends=(end,), max_tokens=6, sampling=Sampling(temperature=0)
+        model,
+        params,
+        TOKENIZER,
+        sources,
+        start=0,
+        stop_token_ids=(end,),
+        max_tokens=6,
+        sampling=Sampling(temperature=0),
     )
     for completion, ids in zip(stopped, got, strict=True):
         assert list(completion.ids) == (ids[: ids.index(end) + 1] if end in ids else ids)
@@ -143,7 +153,7 @@ def test_greedy_responses_are_those_of_the_full_forward(model):
 
 
 def test_bad_fields_are_named():
-    with pytest.raises(UserError, match=r"model\.decoder\.cross: got none"):
+    with pytest.raises(UserError, match=r"model\.decoder\.cross_attention: got none"):
         EncoderDecoderConfig(EncoderConfig(**SIZES), TransformerConfig(**SIZES))
     with pytest.raises(UserError, match=r"model\.decoder\.vocab: got 33"):
         dataclasses.replace(ROTARY, decoder=dataclasses.replace(ROTARY.decoder, vocab=33))
@@ -175,8 +185,10 @@ def test_t5_is_that_of_transformers(gated):
         "mlp": GeGLU() if gated else ReLU(),
         "attention": attention,
     }
-    head = {"tied": False} if gated else {"logit_scale": 16**-0.5}
-    config = EncoderDecoderConfig(EncoderConfig(**common), TransformerConfig(**common, cross=attention, **head))
+    head = {"tie_embeddings": False} if gated else {"logit_scale": 16**-0.5}
+    config = EncoderDecoderConfig(
+        EncoderConfig(**common), TransformerConfig(**common, cross_attention=attention, **head)
+    )
     theirs = transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=32,
@@ -211,7 +223,7 @@ def test_t5_is_that_of_transformers(gated):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     sources = [row[keep].tolist() for row, keep in zip(np.asarray(SOURCE), real, strict=True)]
     ours = respond(
-        model, params, TOKENIZER, sources, start=0, ends=(1,), max_tokens=12, sampling=Sampling(temperature=0)
+        model, params, TOKENIZER, sources, start=0, stop_token_ids=(1,), max_tokens=12, sampling=Sampling(temperature=0)
     )
     assert [list(x.ids) for x in ours] == [row[1 : row.index(1) + 1] if 1 in row else row[1:] for row in written]
 
@@ -226,12 +238,12 @@ def from_t5(theirs: dict, config: EncoderDecoderConfig) -> dict:
             heads = {w: theirs[f"{name}.{w}.weight"].T.reshape(c.width, c.heads, c.H) for w in "qkv"}
             return heads | {"o": theirs[f"{name}.o.weight"].T.reshape(c.heads, c.H, c.width)}
 
-        last = 1 if c.cross is None else 2
+        last = 1 if c.cross_attention is None else 2
         dense = f"{at}.{last}.DenseReluDense"
         names = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if c.mlp.gated else {"up": "wi", "down": "wo"}
         return {
             "attention": attention(f"{at}.0.SelfAttention"),
-            **({} if c.cross is None else {"cross": attention(f"{at}.1.EncDecAttention")}),
+            **({} if c.cross_attention is None else {"cross_attention": attention(f"{at}.1.EncDecAttention")}),
             "mlp": {ours: theirs[f"{dense}.{name}.weight"].T for ours, name in names.items()},
             **{f"norm_{n + 1}": {"scale": theirs[f"{at}.{n}.layer_norm.weight"]} for n in range(last + 1)},
         }
@@ -246,6 +258,6 @@ def from_t5(theirs: dict, config: EncoderDecoderConfig) -> dict:
         }
 
     decoder = stack("decoder", config.decoder)
-    if not config.decoder.tied:
+    if not config.decoder.tie_embeddings:
         decoder["head"] = theirs["lm_head.weight"].T
     return {"embedding": theirs["shared.weight"], "encoder": stack("encoder", config.encoder), "decoder": decoder}

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import (
     Classifier,
     ClassifierConfig,
@@ -28,7 +28,7 @@ from gptjax.train.step import make_step
 from gptjax.types import Labelled
 
 SIZES = {"vocab": 32, "layers": 2, "width": 16, "heads": 4}
-DECODER, ENCODER = TransformerConfig(**SIZES, tied=False), EncoderConfig(**SIZES)
+DECODER, ENCODER = TransformerConfig(**SIZES, tie_embeddings=False), EncoderConfig(**SIZES)
 TOKENS = jax.random.randint(jax.random.key(7), (4, 12), 0, 32)
 # Values of size 1 after 2 layers of sums of 16 to 48 float32 products.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -78,9 +78,9 @@ def test_a_mesh_changes_nothing():
     model = Classifier(config)
     params = model.init(jax.random.key(0), TOKENS)["params"]
     expected, _ = model.apply({"params": params}, TOKENS)
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        sharded = Classifier(config, STANDARD)
-        tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        sharded = Classifier(config, DEFAULT_RULES)
+        tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
         params = jax.jit(sharded.init)(jax.random.key(0), tokens)["params"]
         logits, _ = jax.jit(lambda p, t: sharded.apply({"params": p}, t, None, jnp.ones_like(t)))(params, tokens)
     np.testing.assert_allclose(logits, expected, **CLOSE)

@@ -105,9 +105,9 @@ def test_it_can_read_another_sequence():
 def test_products_count_the_matrices(layer):
     layer, params = layer
     matrices = sum(p.size for name, p in params.items() if not name.endswith(("bias", "scale")))
-    assert layer.part.products(D, 0) == matrices
+    assert layer.part.matmul_params(D, 0) == matrices
     seen = min(5, layer.part.window or 5)
-    assert layer.part.products(D, 5) - layer.part.products(D, 0) == seen * N * (H + P + V)
+    assert layer.part.matmul_params(D, 5) - layer.part.matmul_params(D, 0) == seen * N * (H + P + V)
 
 
 def test_a_bad_field_is_named():

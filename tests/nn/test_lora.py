@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 
 from gptjax import optim
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh, Rules
-from gptjax.nn import DoRA, LoRA, Transformer, TransformerConfig, Variant, count
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
+from gptjax.nn import DoRA, LayerOverrides, LoRA, Transformer, TransformerConfig, count
 from gptjax.objectives import NextToken
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
@@ -39,7 +39,7 @@ def make(lora: LoRA, config: TransformerConfig = CONFIG, b: float = 0.0):
 
 @pytest.mark.parametrize("kind", [LoRA, DoRA])
 def test_new_adapters_change_nothing(kind):
-    pattern = TransformerConfig(64, 3, 16, 4, pattern=(Variant(window=4), Variant()))
+    pattern = TransformerConfig(64, 3, 16, 4, pattern=(LayerOverrides(window=4), LayerOverrides()))
     for config in (CONFIG, pattern):
         lora = kind(rank=2, match=ALL)
         params, adapters = make(lora, config)
@@ -103,10 +103,10 @@ def test_dora_is_magnitude_times_direction():
     np.testing.assert_allclose(got["b"], b, rtol=1e-4, atol=1e-5)
 
 
-OPTIMIZER = optim.AdamW(peak=3e-2, schedule=optim.Constant(), eps=1e-3)
+OPTIMIZER = optim.AdamW(learning_rate=3e-2, schedule=optim.Constant(), eps=1e-3)
 
 
-def train(lora: LoRA, rules: Rules = Rules(), steps: int = 3):
+def train(lora: LoRA, rules: ShardingRules = ShardingRules(), steps: int = 3):
     """The state after a few steps on one batch, the frozen parameters, the losses."""
     model = Transformer(CONFIG, rules)
     start, new = jax.device_get(make(lora))
@@ -140,8 +140,8 @@ def test_adapters_alone_are_trained_and_alike_on_a_mesh():
     assert losses[2] < losses[0] - 1e-3
     assert count(state.opt_state) <= 2 * count(adapters) + 2, "no optimizer state for what is frozen"
     assert jax.tree.all(jax.tree.map(lambda a, b: not np.allclose(a, b), state.params, adapters))
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        spread, same = train(dora, STANDARD)
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        spread, same = train(dora, DEFAULT_RULES)
     q, down = (spread.params["blocks"][part][name] for part, name in (("attention", "q"), ("mlp", "down")))
     assert q["a"].sharding.spec == jax.P(None, "fsdp", None)
     assert q["b"].sharding.spec == jax.P(None, None, "tensor", None)

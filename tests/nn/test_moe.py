@@ -10,7 +10,7 @@ import pytest
 
 from gptjax import optim
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh, Rules
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.kernels import experts as kernel
 from gptjax.nn import GELU, ClampedSwiGLU, Layer, MixtureOfExperts, Router, Sigmoid, Softmax, SwiGLU
 from gptjax.types import UserError
@@ -38,7 +38,7 @@ def parameters(part: MixtureOfExperts, bias: bool = False):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def run(part: MixtureOfExperts, params, x=X, rules: Rules = Rules()):
+def run(part: MixtureOfExperts, params, x=X, rules: ShardingRules = ShardingRules()):
     bias = any(name.endswith("down_bias") for name in params)
     return Layer(part=part, rules=rules).apply({"params": params}, x, F, bias)
 
@@ -105,10 +105,10 @@ def test_it_is_the_sum_over_experts(name, how):
 
 
 RULES = {
-    "standard": STANDARD,
-    "experts on tensor": dataclasses.replace(STANDARD, experts="tensor"),
-    "experts on fsdp": dataclasses.replace(STANDARD, experts="fsdp"),
-    "experts on two": Rules(batch=("data", "fsdp"), experts=("fsdp", "tensor")),
+    "standard": DEFAULT_RULES,
+    "experts on tensor": dataclasses.replace(DEFAULT_RULES, experts="tensor"),
+    "experts on fsdp": dataclasses.replace(DEFAULT_RULES, experts="fsdp"),
+    "experts on two": ShardingRules(batch=("data", "fsdp"), experts=("fsdp", "tensor")),
 }
 
 
@@ -119,7 +119,7 @@ def test_a_mesh_changes_nothing(rules, how):
     params = parameters(part, bias=True)
     expected = value_and_gradient(functools.partial(run, part), params, X)
     rules = RULES[rules]
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         x = sharding.global_array(X, rules)
         layer = Layer(part=part, rules=rules)
         shapes = jax.eval_shape(lambda: layer.init(jax.random.key(1), x, F, True))["params"]
@@ -227,7 +227,7 @@ def test_the_balance_bias_evens_out_the_loads():
     np.testing.assert_array_equal(whole, (loads(params) - 16) * 2.0**-30)
     np.testing.assert_array_equal(whole, parts)
 
-    optimizer = optim.AdamW(peak=1e-9, weight_decay=0.0, balance_rate=0.01).build(200)
+    optimizer = optim.AdamW(learning_rate=1e-9, weight_decay=0.0, balance_rate=0.01).build(200)
 
     @jax.jit
     def step(params, state):

@@ -8,14 +8,14 @@ import numpy as np
 import optax
 
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import MultiTokenConfig, Transformer, TransformerConfig, make_cache
 from gptjax.objectives import MultiToken, NextToken
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch
 
-SIZES = {"vocab": 32, "layers": 2, "width": 16, "heads": 4, "tied": False}
+SIZES = {"vocab": 32, "layers": 2, "width": 16, "heads": 4, "tie_embeddings": False}
 CONFIG = MultiTokenConfig(**SIZES, ahead=2)
 TOKENS = jax.random.randint(jax.random.key(7), (4, 12), 0, 32)
 # Logits are of size 1 and pass through 3 layers of sums of 16 to 48 float32 products.
@@ -37,9 +37,9 @@ def test_a_mesh_changes_nothing():
     model = CONFIG.build()
     params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
     _, expected = model.apply({"params": params}, TOKENS, mutable=["ahead"])
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
-        sharded = CONFIG.build(STANDARD)
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
+        sharded = CONFIG.build(DEFAULT_RULES)
         params = jax.jit(sharded.init)(jax.random.key(0), tokens)["params"]
         run = jax.jit(lambda p, t: sharded.apply({"params": p}, t, mutable=["ahead"])[1])
         heads = run(params, tokens)["ahead"]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import (
     ALiBi,
     Layer,
+    LayerOverrides,
     LearnedPositions,
     LinearScaling,
     Llama3Scaling,
@@ -24,7 +25,6 @@ from gptjax.nn import (
     Sinusoidal,
     T5Bias,
     TransformerConfig,
-    Variant,
     YaRN,
 )
 from gptjax.nn.positions import scaling
@@ -295,13 +295,13 @@ def test_t5_bias_is_that_of_transformers(causal, buckets, furthest):
 @pytest.mark.parametrize("encoding", [ALiBi(), T5Bias()])
 def test_biases_and_their_gradient_are_sharded_by_heads(encoding):
     distance = Mask().distance(6, 6)
-    layer = Layer(part=encoding.bias, rules=STANDARD)
+    layer = Layer(part=encoding.bias, rules=DEFAULT_RULES)
     expected, params = bias(encoding, distance)
     weights = jax.random.normal(jax.random.key(1), (4, 6, 6))
     loss = lambda layer, p: jnp.sum(layer.apply({"params": p} if p else {}, distance, 4) * weights)  # noqa: E731
     gradient = jax.grad(lambda p: loss(Layer(part=encoding.bias), p))(params) if params else None
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        place = jax.NamedSharding(jax.sharding.get_mesh(), STANDARD(None, "heads"))
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        place = jax.NamedSharding(jax.sharding.get_mesh(), DEFAULT_RULES(None, "heads"))
         params = jax.device_put(params, place) if params else None
         added = layer.apply({"params": params} if params else {}, distance, 4)
         assert added.sharding.spec == jax.P("tensor", None, None)
@@ -326,7 +326,7 @@ def test_biases_and_their_gradient_are_sharded_by_heads(encoding):
         (lambda: T5Bias(buckets=31), "positions.buckets: got 31"),
         (lambda: T5Bias(max_distance=16), "positions.max_distance: got 16"),
         (
-            lambda: TransformerConfig(8, 2, 16, 4, pattern=(Variant(positions=ALiBi()),)),
+            lambda: TransformerConfig(8, 2, 16, 4, pattern=(LayerOverrides(positions=ALiBi()),)),
             r"model.pattern: got ALiBi\(\)",
         ),
     ],

@@ -10,19 +10,19 @@ import optax
 import pytest
 
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import (
     GRU,
     LSTM,
     Encoder,
     EncoderConfig,
     Layer,
+    LayerOverrides,
     Mask,
     Recurrent,
     RecurrentConfig,
     Transformer,
     TransformerConfig,
-    Variant,
     make_cache,
 )
 from gptjax.objectives import NextToken
@@ -33,7 +33,9 @@ from gptjax.types import Batch, UserError
 CONFIGS = {
     "lstm": RecurrentConfig(vocab=32, layers=2, width=16),
     "gru": RecurrentConfig(vocab=32, layers=2, width=16, attention=GRU()),
-    "hybrid": TransformerConfig(vocab=32, layers=2, width=16, heads=2, pattern=(Variant(), Variant(attention=LSTM()))),
+    "hybrid": TransformerConfig(
+        vocab=32, layers=2, width=16, heads=2, pattern=(LayerOverrides(), LayerOverrides(attention=LSTM()))
+    ),
 }
 TOKENS = jax.random.randint(jax.random.key(7), (4, 12), 0, 32)
 # Logits are of size 1, and states pass through 12 steps of sums of 16 float32 products.
@@ -94,15 +96,15 @@ def test_packed_equals_unpacked(model):
 def test_a_mesh_changes_nothing(model):
     model, params = model
     expected, _ = apply(model, params, TOKENS)
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        sharded = Transformer(model.config, STANDARD)
-        tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        sharded = Transformer(model.config, DEFAULT_RULES)
+        tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
         places = jax.eval_shape(lambda key: sharded.init(key, tokens)["params"], jax.random.key(0))
         mesh = jax.sharding.get_mesh()
         put = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
         params = jax.tree.map(put, params, places)
         logits, _ = apply(sharded, params, tokens, None, jnp.ones_like(tokens))
-        first, cache = apply(sharded, params, tokens[:, :8], cache=make_cache(model.config, 4, 12, STANDARD))
+        first, cache = apply(sharded, params, tokens[:, :8], cache=make_cache(model.config, 4, 12, DEFAULT_RULES))
         second, _ = apply(sharded, params, tokens[:, 8:], cache=cache)
         gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(sharded.apply({"params": p}, tokens)[0]))))(params)
         assert jax.tree.map(lambda g: g.sharding.spec, gradient) == jax.tree.map(lambda p: p.sharding.spec, params)
@@ -180,8 +182,8 @@ def test_an_encoder_is_refused():
 
 
 def test_rows_that_a_mesh_cuts_are_refused():
-    with sharding.use(Mesh(data=4, context=2).make()):
-        tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
-        model = Transformer(RecurrentConfig(vocab=16, layers=1, width=8), STANDARD)
+    with sharding.use(MeshConfig(data=4, context=2).make()):
+        tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
+        model = Transformer(RecurrentConfig(vocab=16, layers=1, width=8), DEFAULT_RULES)
         with pytest.raises(UserError, match=r"mesh\.context: cuts rows, must be 1"):
             model.init(jax.random.key(0), tokens)

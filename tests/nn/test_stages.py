@@ -11,10 +11,10 @@ import pytest
 
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
-from gptjax.nn import MixtureOfExperts, MultiHeadAttention, Softmax, TransformerConfig, ValueResidual, Variant
+from gptjax.nn import LayerOverrides, MixtureOfExperts, MultiHeadAttention, Softmax, TransformerConfig, ValueResidual
 from gptjax.objectives import NextToken
 from gptjax.optim import AdamW, Muon
 from gptjax.plan import hlo
@@ -29,16 +29,16 @@ MODELS = {
     "plain": BASE,
     "more parts, computed again": dataclasses.replace(BASE, microbatches=4, remat="nothing_saveable"),
     "rounds of two between others": dataclasses.replace(
-        BASE, layers=6, first=(Variant(),), pattern=(Variant(window=5), Variant())
+        BASE, layers=6, leading_layers=(LayerOverrides(),), pattern=(LayerOverrides(window=5), LayerOverrides())
     ),
     "value residuals": dataclasses.replace(BASE, attention=MultiHeadAttention(values=ValueResidual())),
     "experts": dataclasses.replace(BASE, hidden=32, mlp=MixtureOfExperts(experts=4, router=Softmax(load_balance=0.0))),
 }
 MESHES = {
-    "4 stages": Mesh(stage=4, data=2),
-    "2 stages, fsdp, tensor": Mesh(stage=2, fsdp=2, tensor=2),
-    "2 stages, context": Mesh(stage=2, context=2, data=2),
-    "2 stages, experts": Mesh(stage=2, expert=2, data=2),
+    "4 stages": MeshConfig(pipeline=4, data=2),
+    "2 stages, fsdp, tensor": MeshConfig(pipeline=2, fsdp=2, tensor=2),
+    "2 stages, context": MeshConfig(pipeline=2, context=2, data=2),
+    "2 stages, experts": MeshConfig(pipeline=2, expert=2, data=2),
 }
 
 
@@ -50,7 +50,7 @@ def batch() -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], (segments > 0).astype("f4"), segments, positions)
 
 
-def program(config: TransformerConfig, rules=STANDARD, optimizer=AdamW(peak=1e-2), accumulate=1):
+def program(config: TransformerConfig, rules=DEFAULT_RULES, optimizer=AdamW(learning_rate=1e-2), accumulate=1):
     """The first state and the step."""
     model = config.build(rules)
     objective = functools.partial(NextToken(), model.apply)
@@ -65,7 +65,7 @@ def program(config: TransformerConfig, rules=STANDARD, optimizer=AdamW(peak=1e-2
 
 def gradients(config: TransformerConfig, params, rows: Batch):
     def loss(params):
-        total, weight = NextToken()(config.build(STANDARD).apply, params, rows)["loss"]
+        total, weight = NextToken()(config.build(DEFAULT_RULES).apply, params, rows)["loss"]
         return total / weight
 
     return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(params))
@@ -90,7 +90,7 @@ def test_stages_change_nothing(name, mesh):
     """Loss and every gradient, to float32's rounding in 4 layers of sums over 64 numbers."""
     drawn, values = expected(name)
     with sharding.use(MESHES[mesh].make()):
-        rows = sharding.global_array(batch(), STANDARD)
+        rows = sharding.global_array(batch(), DEFAULT_RULES)
         params = program(MODELS[name])[0](rows.tokens).params
         stacked = params["blocks"]["0" if "rounds" in name else "attention"]
         assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(stacked)} == {"stage"}
@@ -99,7 +99,7 @@ def test_stages_change_nothing(name, mesh):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), actual, values)
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(peak=1e-2, clip=1.0), Muon(peak=1e-2)])
+@pytest.mark.parametrize("optimizer", [AdamW(learning_rate=1e-2, clip=1.0), Muon(learning_rate=1e-2)])
 def test_steps_change_nothing(optimizer):
     def two(rows: Batch) -> list[float]:
         create, step = program(BASE, optimizer=optimizer)
@@ -110,8 +110,8 @@ def test_steps_change_nothing(optimizer):
         return losses
 
     alone = two(batch())
-    with sharding.use(Mesh(stage=2, fsdp=2, tensor=2).make()):
-        np.testing.assert_allclose(two(sharding.global_array(batch(), STANDARD)), alone, rtol=2e-5)
+    with sharding.use(MeshConfig(pipeline=2, fsdp=2, tensor=2).make()):
+        np.testing.assert_allclose(two(sharding.global_array(batch(), DEFAULT_RULES)), alone, rtol=2e-5)
 
 
 def test_a_balance_is_that_of_parts_as_in_accumulation():
@@ -122,8 +122,8 @@ def test_a_balance_is_that_of_parts_as_in_accumulation():
     whole = jax.tree.map(lambda x: np.concatenate([x[:, :8], x[:, 8:]]), batch())  # every part counts as many tokens
     whole = dataclasses.replace(whole, weights=np.ones_like(whole.weights), segments=np.ones_like(whole.segments))
     _, metrics = step(create(whole.tokens), whole)
-    with sharding.use(Mesh(stage=2, data=2, tensor=2).make()):
-        rows = sharding.global_array(whole, STANDARD)
+    with sharding.use(MeshConfig(pipeline=2, data=2, tensor=2).make()):
+        rows = sharding.global_array(whole, DEFAULT_RULES)
         create, step = program(config)
         _, staged = step(create(rows.tokens), rows)
     for name in metrics:
@@ -134,9 +134,9 @@ def test_a_balance_is_that_of_parts_as_in_accumulation():
 def test_dropout_differs_between_parts():
     config = dataclasses.replace(BASE, dropout=0.5, layer_drop=0.1)
     same = dataclasses.replace(batch(), **{n: np.repeat(getattr(batch(), n)[:1], B, 0) for n in ("tokens", "targets")})
-    with sharding.use(Mesh(stage=4, data=2).make()):
-        rows = sharding.global_array(same, STANDARD)
-        model, params = config.build(STANDARD), program(config)[0](rows.tokens).params
+    with sharding.use(MeshConfig(pipeline=4, data=2).make()):
+        rows = sharding.global_array(same, DEFAULT_RULES)
+        model, params = config.build(DEFAULT_RULES), program(config)[0](rows.tokens).params
         apply = jax.jit(lambda key: model.apply({"params": params}, rows.tokens, rngs={"dropout": key})[0])
         logits = np.asarray(apply(jax.random.key(5)))
     assert len(np.unique(logits[:, -1].round(4), axis=0)) == B
@@ -147,11 +147,11 @@ def test_what_stages_send():
     of the batch. The gradients of what is beside the layers are summed; parameters are never sent."""
     parts, stages = 4, 4
     config = dataclasses.replace(BASE, microbatches=parts)
-    with sharding.use(Mesh(stage=stages).make(jax.devices()[:stages])):
-        rows = sharding.global_array(batch(), STANDARD)
+    with sharding.use(MeshConfig(pipeline=stages).make(jax.devices()[:stages])):
+        rows = sharding.global_array(batch(), DEFAULT_RULES)
         create, _ = program(config)
         params = create(rows.tokens).params
-        loss = lambda params: NextToken()(config.build(STANDARD).apply, params, rows)["loss"][0]  # noqa: E731
+        loss = lambda params: NextToken()(config.build(DEFAULT_RULES).apply, params, rows)["loss"][0]  # noqa: E731
         found = collectives(hlo.Program.parse(jax.jit(jax.grad(loss)).lower(params).compile().as_text()))
     part = B // parts * T * D * 4
     hops = [one for one in found if one.kind == "collective-permute"]
@@ -175,17 +175,17 @@ def test_text_is_written_on_stages():
     )
     params = jax.jit(config.build().init)(jax.random.key(0), np.zeros((2, 4), np.int32))["params"]
     expected = [one.ids for one in write(config.build(), params)]
-    with jax.set_mesh(Mesh(stage=2, data=2, tensor=2).make()):
-        model, tokens = config.build(STANDARD), np.zeros((4, 4), np.int32)
-        places = jax.eval_shape(model.init, jax.random.key(0), sharding.global_array(tokens, STANDARD))["params"]
+    with jax.set_mesh(MeshConfig(pipeline=2, data=2, tensor=2).make()):
+        model, tokens = config.build(DEFAULT_RULES), np.zeros((4, 4), np.int32)
+        places = jax.eval_shape(model.init, jax.random.key(0), sharding.global_array(tokens, DEFAULT_RULES))["params"]
         place = lambda p, s: jax.device_put(p, jax.NamedSharding(jax.sharding.get_mesh(), s.sharding.spec))  # noqa: E731
         params = jax.tree.map(place, params, places)
-    assert [one.ids for one in write(config.build(STANDARD), params)] == expected
+    assert [one.ids for one in write(config.build(DEFAULT_RULES), params)] == expected
 
 
 def test_parts_that_do_not_fit_are_refused():
     config = dataclasses.replace(BASE, microbatches=3)
-    with sharding.use(Mesh(stage=4, data=2).make()):
-        rows = sharding.global_array(batch(), STANDARD)
+    with sharding.use(MeshConfig(pipeline=4, data=2).make()):
+        rows = sharding.global_array(batch(), DEFAULT_RULES)
         with pytest.raises(UserError, match="microbatches: got 3, must divide the 4 rows"):
             program(config)[0](rows.tokens)

@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.distributed import sharding
 from gptjax.distributed.parameters import flat, matrix
-from gptjax.distributed.sharding import STANDARD, Mesh, Rules
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.nn import (
     GELU,
     LSTM,
@@ -20,6 +20,7 @@ from gptjax.nn import (
     Encoder,
     EncoderConfig,
     LayerNorm,
+    LayerOverrides,
     MixtureOfExperts,
     MultiHeadAttention,
     MultiHeadLatentAttention,
@@ -33,7 +34,6 @@ from gptjax.nn import (
     TransformerConfig,
     ValueEmbedding,
     ValueResidual,
-    Variant,
     YaRN,
     count,
     make_cache,
@@ -73,25 +73,25 @@ CONFIGS["attention"] = dataclasses.replace(
 CONFIGS["pattern"] = dataclasses.replace(
     BASE,
     layers=6,
-    first=(Variant(mlp=GELU(), hidden=8),),
-    pattern=(Variant(window=3), Variant(positions=Positions(), attention=MultiHeadAttention(kv_heads=4))),
+    leading_layers=(LayerOverrides(mlp=GELU(), hidden=8),),
+    pattern=(LayerOverrides(window=3), LayerOverrides(positions=Positions(), attention=MultiHeadAttention(kv_heads=4))),
     embedding_scale=4.0,
     embedding_norm=RMSNorm(scale=False),
     norm=RMSNorm(plus_one=True),
     logit_softcap=2.0,
 )
 CONFIGS["values"] = dataclasses.replace(
-    BASE, pattern=(Variant(), Variant(attention=MultiHeadAttention(values=ValueEmbedding(vocab=32))))
+    BASE, pattern=(LayerOverrides(), LayerOverrides(attention=MultiHeadAttention(values=ValueEmbedding(vocab=32))))
 )
 CONFIGS["value residual"] = dataclasses.replace(BASE, layers=3, attention=MultiHeadAttention(values=ValueResidual(0.3)))
 CONFIGS["deepseek"] = dataclasses.replace(
     BASE,
     attention=MultiHeadLatentAttention(q_rank=12, kv_rank=8, rope_size=4, value_size=6),
-    first=(Variant(mlp=SwiGLU(), hidden=8),),
+    leading_layers=(LayerOverrides(mlp=SwiGLU(), hidden=8),),
     mlp=MixtureOfExperts(experts=4, shared=1, router=Sigmoid(groups=2)),
 )
 CONFIGS["gpt2"] = dataclasses.replace(
-    CONFIGS["LearnedPositions"], kv_heads=None, norm=LayerNorm(), mlp=GELU(), bias=True, tied=False
+    CONFIGS["LearnedPositions"], kv_heads=None, norm=LayerNorm(), mlp=GELU(), bias=True, tie_embeddings=False
 )
 
 
@@ -153,18 +153,18 @@ def test_a_mesh_changes_nothing(model):
     model, params = model
     config = dataclasses.replace(model.config, kv_heads=4 if model.config.kv_heads is None else 2)
     expected, _ = apply(model, params, TOKENS)
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        sharded = Transformer(config, STANDARD)
-        tokens = sharding.global_array(np.asarray(TOKENS), STANDARD)
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        sharded = Transformer(config, DEFAULT_RULES)
+        tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
         places = jax.eval_shape(lambda key: sharded.init(key, tokens)["params"], jax.random.key(0))
         mesh = jax.sharding.get_mesh()
         put = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
         params = jax.tree.map(put, params, places)
         q = params["blocks"].get("0", params["blocks"])["attention"]["q"]
         assert q.sharding.spec == jax.P(None, "fsdp", "tensor", None)
-        places = sharding.global_array(np.tile(np.arange(12, dtype=np.int32), (4, 1)), STANDARD)
+        places = sharding.global_array(np.tile(np.arange(12, dtype=np.int32), (4, 1)), DEFAULT_RULES)
         logits, _ = apply(sharded, params, tokens, places, jnp.ones_like(tokens))
-        cache = make_cache(config, 4, 12, STANDARD)
+        cache = make_cache(config, 4, 12, DEFAULT_RULES)
         first, cache = apply(sharded, params, tokens[:, :8], cache=cache)
         second, _ = apply(sharded, params, tokens[:, 8:], cache=cache)
     np.testing.assert_allclose(logits, expected, **CLOSE)
@@ -173,7 +173,7 @@ def test_a_mesh_changes_nothing(model):
 
 def test_a_prefix_is_seen_from_before():
     """Within it every token sees every other, as in an encoder; what follows is as ever, also from a cache."""
-    model = Transformer(dataclasses.replace(BASE, pattern=(Variant(window=7), Variant())))
+    model = Transformer(dataclasses.replace(BASE, pattern=(LayerOverrides(window=7), LayerOverrides())))
     params = jax.tree.map(lambda p: 3 * p, model.init(jax.random.key(0), TOKENS)["params"])
     prefix = jnp.broadcast_to(jnp.arange(12) < 5, TOKENS.shape)
     logits, _ = apply(model, params, TOKENS, prefix=prefix)
@@ -207,8 +207,8 @@ def test_what_writes_to_the_stream_begins_the_smaller_the_deeper_the_model():
     """With 0.02 / sqrt(2 L), whatever it is; all other matrices with 0.02. The deviation of the 512 numbers or more of
     each is found to 1 / sqrt(2 x 512) = 3 %, of which 0.15 is five times."""
     latent = MultiHeadLatentAttention(kv_rank=16, rope_size=8, value_size=16)
-    moe = Variant(attention=latent, mlp=MixtureOfExperts(experts=2, shared=1))
-    config = dataclasses.replace(BASE, layers=8, pattern=(Variant(), moe), cross=MultiHeadAttention())
+    moe = LayerOverrides(attention=latent, mlp=MixtureOfExperts(experts=2, shared=1))
+    config = dataclasses.replace(BASE, layers=8, pattern=(LayerOverrides(), moe), cross_attention=MultiHeadAttention())
     params = jax.jit(Transformer(config).init)(jax.random.key(0), TOKENS, source=jnp.ones((4, 3, 16)))["params"]
     outputs = set()
     for path, leaf in flat(params["blocks"]).items():
@@ -216,7 +216,7 @@ def test_what_writes_to_the_stream_begins_the_smaller_the_deeper_the_model():
             writes = kind.split(leaf.shape)[2] == (16,) and path.endswith(("/o", "down"))
             outputs |= {path} if writes else set()
             np.testing.assert_allclose(leaf.std(), 0.02 / 4 if writes else 0.02, rtol=0.15, err_msg=path)
-    names = {f"{i}/{name}" for i in (0, 1) for name in ("attention/o", "cross/o", "mlp/down")}
+    names = {f"{i}/{name}" for i in (0, 1) for name in ("attention/o", "cross_attention/o", "mlp/down")}
     assert outputs == names | {"1/mlp/shared_down"}
 
 
@@ -261,7 +261,9 @@ def test_nothing_is_dropped_in_decoding(field):
             model.apply({"params": params}, TOKENS, cache=cache, rngs={"dropout": jax.random.key(1)})
 
 
-@pytest.mark.parametrize("pattern", [(Variant(),), (Variant(), Variant(window=3))], ids=["alike", "pattern"])
+@pytest.mark.parametrize(
+    "pattern", [(LayerOverrides(),), (LayerOverrides(), LayerOverrides(window=3))], ids=["alike", "pattern"]
+)
 def test_layer_drop_leaves_out_whole_blocks(pattern):
     """At random, so that over many keys each of the 2^L stacks that are left comes up, the whole one and the empty one
     among them; in evaluation nothing is left out. A stack of 3 is missed by 100 keys once in 10^5 times."""
@@ -306,10 +308,13 @@ def test_flops_count_the_matrices():
         ({"remat": "everything"}, "model.remat: got 'everything'"),
         ({"dtype": "float8"}, "model.dtype: got 'float8'"),
         ({"head_size": 3}, "model.head_size: got 3"),
-        ({"cross": MultiHeadLatentAttention()}, "model.cross: got MultiHeadLatentAttention"),
-        ({"cross": LSTM()}, "model.cross: got LSTM"),
+        ({"cross_attention": MultiHeadLatentAttention()}, "model.cross_attention: got MultiHeadLatentAttention"),
+        ({"cross_attention": LSTM()}, "model.cross_attention: got LSTM"),
         (
-            {"positions": ALiBi(), "pattern": (Variant(attention=MultiHeadAttention(heads=2)), Variant())},
+            {
+                "positions": ALiBi(),
+                "pattern": (LayerOverrides(attention=MultiHeadAttention(heads=2)), LayerOverrides()),
+            },
             "model.attention.heads: got 2 for a layer, must be model.heads 4 with ALiBi",
         ),
     ],
@@ -320,9 +325,9 @@ def test_a_bad_field_is_named(changes, field):
 
 
 def test_mesh_that_does_not_fit():
-    sizes = Mesh(data=-1, tensor=2).sizes(8)
+    sizes = MeshConfig(data=-1, tensor=2).sizes(8)
     assert {axis: size for axis, size in sizes.items() if size > 1} == {"data": 4, "tensor": 2}
-    for mesh in (Mesh(data=3), Mesh(data=-1, fsdp=3), Mesh(data=-1, fsdp=-1), Mesh(data=0)):
+    for mesh in (MeshConfig(data=3), MeshConfig(data=-1, fsdp=3), MeshConfig(data=-1, fsdp=-1), MeshConfig(data=0)):
         with pytest.raises(UserError, match="mesh"):
             mesh.sizes(8)
-    assert Rules()("batch") is None
+    assert ShardingRules()("batch") is None

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from gptjax.nn import (
+    LayerOverrides,
     MultiHeadAttention,
     MultiHeadLatentAttention,
     MultiTokenConfig,
     Transformer,
     TransformerConfig,
     ValueResidual,
-    Variant,
     activations,
 )
 from gptjax.types import UserError
@@ -23,10 +23,10 @@ CONFIG = TransformerConfig(32, layers=3, width=16, heads=4, attention=MultiHeadA
 TOKENS = jax.random.randint(jax.random.key(7), (2, 6), 0, 32)
 
 
-@pytest.mark.parametrize("first", [(), (Variant(window=3),)], ids=["scanned", "apart"])
+@pytest.mark.parametrize("first", [(), (LayerOverrides(window=3),)], ids=["scanned", "apart"])
 def test_the_equation(first):
     """In a row of one token attention is its values, and o of them what it puts out."""
-    config = dataclasses.replace(CONFIG, first=first)
+    config = dataclasses.replace(CONFIG, leading_layers=first)
     model = Transformer(config)
     params = jax.tree.map(lambda p: 3 * p, model.init(jax.random.key(0), TOKENS)["params"])
     blocks = config.unstack(params)["blocks"]
@@ -54,13 +54,16 @@ def test_the_scan_computes_what_the_layers_do_one_by_one():
 @pytest.mark.parametrize(
     ("first", "line"),
     [
-        (Variant(attention=MultiHeadLatentAttention(rope_size=2)), r"model\.first: got MultiHeadLatentAttention"),
-        (Variant(attention=MultiHeadAttention(kv_heads=2)), r"model\.attention\.kv_heads: got values \(4, 4\)"),
+        (
+            LayerOverrides(attention=MultiHeadLatentAttention(rope_size=2)),
+            r"model\.leading_layers: got MultiHeadLatentAttention",
+        ),
+        (LayerOverrides(attention=MultiHeadAttention(kv_heads=2)), r"model\.attention\.kv_heads: got values \(4, 4\)"),
     ],
 )
 def test_a_first_layer_with_other_values_is_refused(first, line):
     with pytest.raises(UserError, match=line):
-        Transformer(dataclasses.replace(CONFIG, first=(first,))).init(jax.random.key(0), TOKENS)
+        Transformer(dataclasses.replace(CONFIG, leading_layers=(first,))).init(jax.random.key(0), TOKENS)
 
 
 def test_heads_that_are_in_no_stack_are_refused():

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import Encoder, EncoderConfig
 from gptjax.objectives import MaskedTokens
 from gptjax.train import state as train_state
@@ -43,8 +43,8 @@ def test_15_of_100_are_chosen_and_80_10_10_is_done_with_them():
 def test_the_choice_is_the_same_on_a_mesh():
     tokens = np.random.default_rng(0).integers(0, 31, (8, 16), np.int32)
     expected = OBJECTIVE.hide(jnp.asarray(tokens), jnp.asarray(tokens != 3), jax.random.key(1))
-    with sharding.use(Mesh(data=8).make()):
-        placed, real = (sharding.global_array(x, STANDARD) for x in (tokens, tokens != 3))
+    with sharding.use(MeshConfig(data=8).make()):
+        placed, real = (sharding.global_array(x, DEFAULT_RULES) for x in (tokens, tokens != 3))
         found = jax.jit(OBJECTIVE.hide)(placed, real, jax.random.key(1))
         assert [x.sharding.spec[0] for x in found] == [placed.sharding.spec[0]] * 2
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.distributed.sharding import Mesh, use
+from gptjax.distributed.sharding import MeshConfig, use
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.objectives import NextToken
 from gptjax.types import Batch, UserError
@@ -57,7 +57,7 @@ def test_sharded_vocabulary():
     logits, targets = draw()
     both = jax.value_and_grad(lambda logits, targets: jnp.sum(cross_entropy(logits, targets)[0]))
     alone = jax.device_get(jax.jit(both)(logits, targets))
-    mesh = Mesh(data=2, fsdp=2, tensor=2).make()
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2).make()
     spec = PartitionSpec(("data", "fsdp"), None, "tensor")
     with use(mesh):
         logits = jax.device_put(logits, NamedSharding(mesh, spec))

@@ -16,7 +16,9 @@ from gptjax.types import Pair
 def test_reversal_is_learned():
     """Four digits are written backwards: nothing but the source says which. In two parts, as `accumulate` does."""
     sizes = {"vocab": 12, "layers": 1, "width": 32, "heads": 2}
-    config = EncoderDecoderConfig(EncoderConfig(**sizes), TransformerConfig(**sizes, cross=MultiHeadAttention()))
+    config = EncoderDecoderConfig(
+        EncoderConfig(**sizes), TransformerConfig(**sizes, cross_attention=MultiHeadAttention())
+    )
     model = EncoderDecoder(config)
     source = np.random.default_rng(0).integers(2, 12, (32, 4), dtype=np.int32)
     target = source[:, ::-1]

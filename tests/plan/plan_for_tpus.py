@@ -7,7 +7,7 @@ import dataclasses
 import json
 
 from experiments.quickstart import experiment as quickstart
-from gptjax.distributed.sharding import Mesh
+from gptjax.distributed.sharding import MeshConfig
 from gptjax.nn import GELU, MixtureOfExperts, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.optim import AdamW
@@ -18,14 +18,16 @@ from gptjax.plan.topology import Target
 
 LAYERS, WIDTH, LENGTH = 1, 256, 1024
 DENSE = TransformerConfig(
-    vocab=512, layers=LAYERS, width=WIDTH, heads=2, hidden=512, mlp=GELU(), tied=False, dtype="bfloat16"
+    vocab=512, layers=LAYERS, width=WIDTH, heads=2, hidden=512, mlp=GELU(), tie_embeddings=False, dtype="bfloat16"
 )
 
 
-def planned(on: str, mesh: Mesh, rows: int, model: TransformerConfig = DENSE) -> Step:
+def planned(on: str, mesh: MeshConfig, rows: int, model: TransformerConfig = DENSE) -> Step:
     stage = quickstart.stages["pretrain"]
     data = dataclasses.replace(stage.data, length=LENGTH, batch=rows)
-    stage = dataclasses.replace(stage, data=data, objective=NextToken(), optimizer=AdamW(peak=1e-3), accumulate=1)
+    stage = dataclasses.replace(
+        stage, data=data, objective=NextToken(), optimizer=AdamW(learning_rate=1e-3), accumulate=1
+    )
     experiment = dataclasses.replace(quickstart, model=model, stages={"pretrain": stage}, mesh=mesh)
     return compile_step(experiment, "pretrain", Target.parse(on).devices())
 
@@ -38,8 +40,8 @@ def work(step: Step, devices: int, rows: int, model: TransformerConfig = DENSE) 
 
 def found() -> dict:
     experts = dataclasses.replace(DENSE, mlp=MixtureOfExperts(experts=8, top_k=2, expert=GELU()))
-    mixture = planned("v5p:2x2x1", Mesh(data=1, fsdp=2, expert=2), 32, experts)
-    slices = planned("v6e:2x2*2", Mesh(data=2, fsdp=2, tensor=2), 8)
+    mixture = planned("v5p:2x2x1", MeshConfig(data=1, fsdp=2, expert=2), 32, experts)
+    slices = planned("v6e:2x2*2", MeshConfig(data=2, fsdp=2, tensor=2), 8)
     return {
         "mixture": work(mixture, 4, 32, experts),
         "dense": work(slices, 8, 8),

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.distributed.parameters import by_name, matrix
-from gptjax.distributed.sharding import Mesh
+from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment
 from gptjax.nn import MixtureOfExperts
 from gptjax.optim import AdamW, Muon
@@ -39,9 +39,9 @@ def tiny() -> Experiment:
     model = dataclasses.replace(base.model, vocab=256, layers=2, width=64, heads=4)
     stage = base.stages["pretrain"]
     stage = dataclasses.replace(
-        stage, data=dataclasses.replace(stage.data, length=32, batch=16), optimizer=AdamW(peak=1e-3)
+        stage, data=dataclasses.replace(stage.data, length=32, batch=16), optimizer=AdamW(learning_rate=1e-3)
     )
-    return dataclasses.replace(base, model=model, stages={"pretrain": stage}, mesh=Mesh(data=2, fsdp=4))
+    return dataclasses.replace(base, model=model, stages={"pretrain": stage}, mesh=MeshConfig(data=2, fsdp=4))
 
 
 def program(f, *arguments: tuple[tuple[int, ...], PartitionSpec]) -> hlo.Program:
@@ -159,10 +159,12 @@ def test_memory_traffic_is_of_what_is_touched():
 def test_what_every_device_does_alike_counts_on_each(tiny):
     """Muon's iterations, where copies of the model are alike: A = X X', B = b A + c A A, X = a X + B X."""
     muon = dataclasses.replace(
-        tiny, mesh=Mesh(), stages={"pretrain": dataclasses.replace(tiny.stages["pretrain"], optimizer=Muon(peak=1e-3))}
+        tiny,
+        mesh=MeshConfig(),
+        stages={"pretrain": dataclasses.replace(tiny.stages["pretrain"], optimizer=Muon(learning_rate=1e-3))},
     )
     one = compile_step(muon, "pretrain", jax.devices()[:1]).flops
-    eight = compile_step(dataclasses.replace(muon, mesh=Mesh(data=8)), "pretrain", jax.devices()).flops
+    eight = compile_step(dataclasses.replace(muon, mesh=MeshConfig(data=8)), "pretrain", jax.devices()).flops
     params = jax.eval_shape(lambda: tiny.model.build().init(jax.random.key(0), jnp.zeros((1, 32), jnp.int32)))["params"]
     iterations, pair = 0.0, lambda x: isinstance(x, tuple)
     for x, kind in jax.tree.leaves(
@@ -250,7 +252,7 @@ def test_a_search_cuts_what_the_model_has(tiny):
         assert len(found) == len(set(found))
         assert {getattr(mesh, axis) for mesh in found} >= {1, 2, 4}
     with pytest.raises(UserError, match=r"model\.mlp\.experts: got 4, must be a multiple of 8"):
-        dataclasses.replace(kinds["expert"], mesh=Mesh(expert=8)).check(8)
+        dataclasses.replace(kinds["expert"], mesh=MeshConfig(expert=8)).check(8)
 
 
 @pytest.mark.parametrize("target", ["v5e", "v5e:4", "v5p:4x4", "v9:2x2", "cpu:0", "cpu:2x2", "cpu:8*2", "v5e:4x4*0"])
@@ -261,7 +263,7 @@ def test_what_is_no_target_is_refused(target):
 
 def test_a_search_passes_over_what_cannot_be(tiny, capsys, monkeypatch):
     """A mesh that the model refuses when it is traced; the best of the others come first, by memory on a CPU."""
-    refused, kept = (Change(f"--mesh.fsdp {n}", dataclasses.replace(tiny, mesh=Mesh(fsdp=n))) for n in (8, 4))
+    refused, kept = (Change(f"--mesh.fsdp {n}", dataclasses.replace(tiny, mesh=MeshConfig(fsdp=n))) for n in (8, 4))
     monkeypatch.setattr(changes, "meshes", lambda *_: [refused, kept])
     monkeypatch.setattr(changes, "REMAT", (None,))
     original = compiled.compile_step
@@ -282,8 +284,8 @@ def test_the_last_changes_that_are_tried_cut_rows_or_experts_or_layers(tiny):
     def last(experiment):
         return [change.experiment.mesh for change in changes.smaller(experiment, "pretrain", 8)][-1]
 
-    assert last(tiny) == Mesh(data=1, fsdp=2, tensor=4)  # of which there are heads
-    assert last(mixture_of(tiny)) == Mesh(data=1, fsdp=2, expert=4)
+    assert last(tiny) == MeshConfig(data=1, fsdp=2, tensor=4)  # of which there are heads
+    assert last(mixture_of(tiny)) == MeshConfig(data=1, fsdp=2, expert=4)
 
 
 def mixture_of(experiment: Experiment) -> Experiment:
@@ -341,13 +343,13 @@ def test_every_generation_makes_a_mesh():
     program = """
 from gptjax.plan.chips import CHIPS
 from gptjax.plan.topology import Target
-from gptjax.distributed.sharding import Mesh
+from gptjax.distributed.sharding import MeshConfig
 for kind, chip in CHIPS.items():
     target = Target.parse(f"{kind}:" + "x".join(["2", "2", "1"][: chip.dimensions]))
     target.prepare()
-    print(kind, Mesh(fsdp=-1, data=1).make(target.devices()).size)
-print("part", Mesh(data=1, fsdp=-1, stage=2).make(Target.parse("v5p:4x4x4").devices()).size)
-print("parts", Mesh(data=4, fsdp=-1, stage=2).make(Target.parse("v5p:4x4x4*2").devices()).size)
+    print(kind, MeshConfig(fsdp=-1, data=1).make(target.devices()).size)
+print("part", MeshConfig(data=1, fsdp=-1, pipeline=2).make(Target.parse("v5p:4x4x4").devices()).size)
+print("parts", MeshConfig(data=4, fsdp=-1, pipeline=2).make(Target.parse("v5p:4x4x4*2").devices()).size)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

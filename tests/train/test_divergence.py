@@ -17,9 +17,9 @@ import pytest
 from gptjax import data, optim
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh, Rules
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.monitor import metrics as train_records
-from gptjax.monitor.metrics import Records
+from gptjax.monitor.metrics import MetricsLogger
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.train.divergence import Diverged, RollBack, Skip, Stop
@@ -86,19 +86,19 @@ class Worse(NextToken):
 STAGE = Stage(
     data=Data(),
     objective=Worse(),
-    optimizer=optim.AdamW(peak=1e-2, schedule=optim.Constant()),
+    optimizer=optim.AdamW(learning_rate=1e-2, schedule=optim.Constant()),
     steps=12,
     ema=0.5,
     evaluate_every=100,
     save_every=3,
     log_every=1,
-    keep=3,
+    max_to_keep=3,
     prompts=(),
 )
 
 
 def run(
-    folder: Path, divergence: Stop, records: Any = Records, rules: Rules = Rules(), **changes: Any
+    folder: Path, divergence: Stop, records: Any = MetricsLogger, rules: ShardingRules = ShardingRules(), **changes: Any
 ) -> tuple[list[Any], list[dict[str, Any]]]:
     """The trained parameters, and the lines recorded."""
     stage = dataclasses.replace(STAGE, divergence=divergence, **changes)
@@ -149,7 +149,7 @@ class Killed(BaseException):
 
 
 def broken_off(step: int, error: type[BaseException]) -> Any:
-    class Breaking(Records):
+    class Breaking(MetricsLogger):
         def log(self, at: int, stage: str, **values) -> None:
             super().log(at, stage, **values)
             if at == step:
@@ -175,11 +175,11 @@ def test_stopped_and_killed_in_between_is_the_same(tmp_path, policy):
 
 @pytest.mark.parametrize("policy", [Skip(window=8), RollBack(window=8)])
 def test_on_a_mesh(tmp_path, policy):
-    with sharding.use(Mesh(data=2, fsdp=2, tensor=2).make()):
-        params, _ = run(tmp_path / "bad", policy, rules=STANDARD, data=Data(bad=(4,)))
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        params, _ = run(tmp_path / "bad", policy, rules=DEFAULT_RULES, data=Data(bad=(4,)))
         without = {Skip: ((4,), 11), RollBack: ((3, 4), 12)}[type(policy)]
         changes = {"data": Data(absent=without[0]), "steps": without[1]}
-        assert same(params, run(tmp_path / "without", policy, rules=STANDARD, **changes)[0])
+        assert same(params, run(tmp_path / "without", policy, rules=DEFAULT_RULES, **changes)[0])
 
 
 @pytest.mark.parametrize(

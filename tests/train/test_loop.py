@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from gptjax import data, optim
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.monitor import metrics as train_records
-from gptjax.monitor.metrics import Records
+from gptjax.monitor.metrics import MetricsLogger
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.train import preemption
@@ -58,19 +58,21 @@ class Words:
 STAGE = Stage(
     data=data.Pretrain(data.Mix((Words(0), Words(1, "aeiou")), (3, 1)), length=16, batch=8),
     objective=NextToken(),
-    optimizer=optim.AdamW(peak=1e-2, schedule=optim.Cosine(warmup=2)),
+    optimizer=optim.AdamW(learning_rate=1e-2, schedule=optim.Cosine(warmup=2)),
     steps=6,
     ema=0.5,
     evaluate_every=2,
-    evaluate_rows=8,
+    eval_sequences=8,
     save_every=100,
     log_every=1,
     prompts=("\n", "a"),
 )
 
 
-def run(folder: Path, stage: Stage = STAGE, records: Records | None = None, sample: Any = lambda *_: "text") -> None:
-    with records or Records(folder) as writer:
+def run(
+    folder: Path, stage: Stage = STAGE, records: MetricsLogger | None = None, sample: Any = lambda *_: "text"
+) -> None:
+    with records or MetricsLogger(folder) as writer:
         cache = folder.parent / "tokens"
         train(stage, "stage", MODEL, TOKENIZER, folder / "checkpoints", writer, cache=cache, sample=sample)
 
@@ -108,8 +110,8 @@ def test_every_step_is_recorded(whole):
     assert any(".ema" in name for name in state)
 
 
-class Stopping(Records):
-    """Records that get a SIGTERM while the first step is recorded."""
+class Stopping(MetricsLogger):
+    """Metrics that get a SIGTERM while the first step is recorded."""
 
     def log(self, step: int, stage: str, **values) -> None:
         super().log(step, stage, **values)
@@ -121,7 +123,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole):
     """Parameters, moments, average, order of the data, dropout, records: all the same, wherever it is stopped."""
     folder, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
 
-    def stopped(records: Records | None = None, interrupt: int = 0) -> tuple[int, bool]:
+    def stopped(records: MetricsLogger | None = None, interrupt: int = 0) -> tuple[int, bool]:
         """The step that was saved last, and whether it was evaluated, of a run that was told to stop while the records
         are written, or while so many samples have been."""
         calls = itertools.count(1)
@@ -171,7 +173,10 @@ def test_a_run_that_is_done_does_nothing(whole):
 
 def test_another_tokenizer_is_refused(whole, tmp_path):
     other = data.TrainCharacters().build(iter([LETTERS + "!"]))
-    with Records(tmp_path) as records, pytest.raises(UserError, match=r"^tokenizer: the checkpoint in .* another one"):
+    with (
+        MetricsLogger(tmp_path) as records,
+        pytest.raises(UserError, match=r"^tokenizer: the checkpoint in .* another one"),
+    ):
         train(STAGE, "stage", MODEL, other, whole / "checkpoints", records, cache=tmp_path / "tokens")
 
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import optim
 from gptjax.distributed import sharding
-from gptjax.distributed.sharding import STANDARD, Mesh, Rules
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.train import state as train_state
@@ -27,8 +27,8 @@ from gptjax.types import Batch
 CONFIG = TransformerConfig(vocab=64, layers=2, width=16, heads=4, kv_heads=2)
 B, T = 8, 16
 RATE, EPS, DECAY = 1e-2, 1e-3, 0.75
-OPTIMIZER = optim.AdamW(peak=RATE, schedule=optim.Constant(), weight_decay=0.0, eps=EPS, clip=1.0).build(1)
-MESH = Mesh(data=2, fsdp=2, tensor=2)
+OPTIMIZER = optim.AdamW(learning_rate=RATE, schedule=optim.Constant(), weight_decay=0.0, eps=EPS, clip=1.0).build(1)
+MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 SUM_ERROR = (B * T) ** 0.5 * float(np.finfo(np.float32).eps)
 """Adding up n numbers in another order changes the sum by about sqrt(n) rounding errors (Higham and Mary 2019)."""
@@ -49,7 +49,7 @@ def random_batch(seed: int = 0) -> Batch:
     return Batch(tokens, targets, weights, segments, positions)
 
 
-def make_state(rules: Rules = Rules()) -> State:
+def make_state(rules: ShardingRules = ShardingRules()) -> State:
     """The same numbers on any mesh."""
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
     shapes = jax.eval_shape(Transformer(CONFIG, rules).init, jax.random.key(0), tokens)["params"]
@@ -64,12 +64,12 @@ def make_state(rules: Rules = Rules()) -> State:
 
 
 @functools.cache
-def program(accumulate: int = 1, rules: Rules = Rules()):
+def program(accumulate: int = 1, rules: ShardingRules = ShardingRules()):
     objective = functools.partial(NextToken(z_loss=1e-3), Transformer(CONFIG, rules).apply)
     return make_step(objective, OPTIMIZER, accumulate, ema=DECAY)
 
 
-def run(step, batches, rules: Rules = Rules()):
+def run(step, batches, rules: ShardingRules = ShardingRules()):
     """The state after these batches, and the metrics of each step, all on the host."""
     state, history = make_state(rules), []
     for batch in batches:
@@ -112,7 +112,7 @@ def test_a_mesh_changes_nothing():
     batches = [random_batch(seed) for seed in range(5)]
     alone, history = run(program(), batches)
     with sharding.use(MESH.make()):
-        sharded, sharded_history = run(program(2, STANDARD), batches, STANDARD)
+        sharded, sharded_history = run(program(2, DEFAULT_RULES), batches, DEFAULT_RULES)
     assert_metrics_near(history, sharded_history, len(batches) * SUM_ERROR)
     assert_near(alone.params, sharded.params, len(batches) * STEP_ERROR)
     assert_near(alone.ema, sharded.ema, len(batches) * STEP_ERROR)
@@ -123,7 +123,9 @@ def test_a_mesh_changes_nothing():
 
 def test_parameters_and_moments_stay_shared_out_as_declared():
     with sharding.use(MESH.make()):
-        state, _ = program(2, STANDARD)(make_state(STANDARD), sharding.global_array(random_batch(), STANDARD))
+        state, _ = program(2, DEFAULT_RULES)(
+            make_state(DEFAULT_RULES), sharding.global_array(random_batch(), DEFAULT_RULES)
+        )
         for tree in (state.params, state.ema, state.opt_state[1].mu, state.opt_state[1].nu):
             up = tree["blocks"]["mlp"]["up"]  # [L, D, F]
             assert up.sharding.spec == PartitionSpec(None, "fsdp", "tensor")

@@ -70,7 +70,7 @@ class Tokenizer(abc.ABC):
         return self.specials.get("<|bos|>")
 
     @property
-    def end(self) -> int | None:
+    def eos(self) -> int | None:
         """The id that ends a message or document, if there is one."""
         return self.specials.get("<|end|>")
 

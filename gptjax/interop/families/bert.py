@@ -65,7 +65,7 @@ def read(c: Fields) -> EncoderConfig:
         mlp=mlp,
         residual=PostNorm(),
         bias=True,
-        types=c["type_vocab_size"],
+        token_types=c["type_vocab_size"],
         embedding_norm=norm,
         transform=None if c.get("architectures") in HEADLESS else Transform(mlp),
     )
@@ -78,10 +78,10 @@ def write(m: EncoderConfig) -> dict[str, Any]:
         "hidden_size": m.width,
         "num_attention_heads": m.heads,
         "intermediate_size": m.F,
-        "max_position_embeddings": m.limit or 1,
+        "max_position_embeddings": m.max_positions or 1,
         "layer_norm_eps": m.norm.eps,
         "hidden_act": of_activation(m.mlp, DENSE),
-        "type_vocab_size": m.types,
+        "type_vocab_size": m.token_types,
         **({"architectures": HEADLESS[0]} if m.transform is None else {}),
     }
 

@@ -10,13 +10,13 @@ from gptjax.interop.families.family import Family, Fields, Row
 from gptjax.interop.families.fields import GATED, activation, experts, of_activation, of_sizes, sizes
 from gptjax.interop.families.rope import of_rope, rope
 from gptjax.nn import (
+    LayerOverrides,
     MixtureOfExperts,
     MultiHeadLatentAttention,
     RMSNorm,
     RoPE,
     Sigmoid,
     TransformerConfig,
-    Variant,
     YaRN,
 )
 from gptjax.nn.positions.scaling import mscale
@@ -71,7 +71,7 @@ def read(c: Fields) -> TransformerConfig:
         mlp=MixtureOfExperts(
             c["n_routed_experts"], c["num_experts_per_tok"], dense, router, shared=c.get("n_shared_experts") or 0
         ),
-        first=(Variant(mlp=dense, hidden=c["intermediate_size"]),) * c["first_k_dense_replace"],
+        leading_layers=(LayerOverrides(mlp=dense, hidden=c["intermediate_size"]),) * c["first_k_dense_replace"],
     )
 
 

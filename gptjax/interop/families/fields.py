@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.interop.families.family import Fields
-from gptjax.nn import GELU, MLP, GeGLU, MixtureOfExperts, ReLU, ReLUSquared, SwiGLU, TransformerConfig, Variant
+from gptjax.nn import GELU, MLP, GeGLU, LayerOverrides, MixtureOfExperts, ReLU, ReLUSquared, SwiGLU, TransformerConfig
 from gptjax.types import UserError
 
 DENSE = {"gelu_new": GELU(), "gelu": GELU(approximate=False), "relu": ReLU(), "relu2": ReLUSquared()}
@@ -15,8 +15,8 @@ ALIASES = {"gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "swish": "s
 """Other names of the same functions."""
 
 
-def sizes(c: Fields, tied: bool = False) -> dict[str, Any]:
-    """Fields of `TransformerConfig`. tied: what a lacking tie_word_embeddings means."""
+def sizes(c: Fields, tie_embeddings: bool = False) -> dict[str, Any]:
+    """Fields of `TransformerConfig`. tie_embeddings: what a lacking tie_word_embeddings means."""
     heads = c["num_attention_heads"]
     return {
         "vocab": c["vocab_size"],
@@ -26,7 +26,7 @@ def sizes(c: Fields, tied: bool = False) -> dict[str, Any]:
         "kv_heads": c.get("num_key_value_heads") or heads,
         "head_size": c.get("head_dim") or c["hidden_size"] // heads,
         "hidden": c["intermediate_size"],
-        "tied": c.get("tie_word_embeddings", tied),
+        "tie_embeddings": c.get("tie_word_embeddings", tie_embeddings),
     }
 
 
@@ -40,7 +40,7 @@ def of_sizes(m: TransformerConfig) -> dict[str, Any]:
         "num_key_value_heads": m.K,
         "head_dim": m.H,
         "intermediate_size": m.F,
-        "tie_word_embeddings": m.tied,
+        "tie_word_embeddings": m.tie_embeddings,
     }
 
 
@@ -75,13 +75,13 @@ def attention_bias(m: TransformerConfig) -> bool:
     return m.bias if m.attention.bias is None else m.attention.bias
 
 
-def repeated(variants: Sequence[Variant]) -> dict[str, Any]:
+def repeated(variants: Sequence[LayerOverrides]) -> dict[str, Any]:
     """Layer by layer -> the shortest `first` and `pattern` of a `TransformerConfig` that say the same."""
     n = len(variants)
     splits = [(first, period) for period in range(1, n + 1) for first in range(n - period + 1)]
     for first, period in sorted(splits, key=sum):
         if all(variants[i] == variants[i - period] for i in range(first + period, n)):
-            return {"first": tuple(variants[:first]), "pattern": tuple(variants[first : first + period])}
+            return {"leading_layers": tuple(variants[:first]), "pattern": tuple(variants[first : first + period])}
     return {}
 
 

@@ -19,7 +19,7 @@ from gptjax.interop.families.fields import (
     window,
 )
 from gptjax.interop.families.rope import of_rope, rope
-from gptjax.nn import Attention, MultiHeadAttention, RMSNorm, SandwichNorm, TransformerConfig, Variant
+from gptjax.nn import Attention, LayerOverrides, MultiHeadAttention, RMSNorm, SandwichNorm, TransformerConfig
 
 NORMS = (
     Row("model.layers.{L}.input_layernorm.weight", "D", "blocks/{L}/norm_1/scale", "D"),
@@ -32,8 +32,8 @@ NORMS = (
 def read(c: Fields) -> TransformerConfig:
     c = Fields({"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **c})
     types = c.get("layer_types") or ["sliding_attention", "full_attention"] * c["num_hidden_layers"]
-    local = Variant(window=c["sliding_window"])
-    variants = [local if kind == "sliding_attention" else Variant() for kind in types[: c["num_hidden_layers"]]]
+    local = LayerOverrides(window=c["sliding_window"])
+    variants = [local if kind == "sliding_attention" else LayerOverrides() for kind in types[: c["num_hidden_layers"]]]
     return dataclasses.replace(plain(c), positions=rope(c), **repeated(variants))
 
 
@@ -46,7 +46,7 @@ def plain(c: Fields) -> TransformerConfig:
     c = Fields({"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", **c})
     c.only(use_bidirectional_attention=False)
     return TransformerConfig(
-        **sizes(c, tied=True),
+        **sizes(c, tie_embeddings=True),
         norm=RMSNorm(c["rms_norm_eps"], plus_one=True),
         attention=MultiHeadAttention(
             bias=c.get("attention_bias", False),

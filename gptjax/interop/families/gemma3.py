@@ -9,7 +9,7 @@ from gptjax.interop.families import gemma2, qwen3
 from gptjax.interop.families.family import Family, Fields
 from gptjax.interop.families.fields import layer_types, repeated
 from gptjax.interop.families.rope import of_rope, rope
-from gptjax.nn import TransformerConfig, Variant
+from gptjax.nn import LayerOverrides, TransformerConfig
 
 
 def read(c: Fields) -> TransformerConfig:
@@ -21,12 +21,12 @@ def read(c: Fields) -> TransformerConfig:
         LOCAL: {"rope_theta": c.get("rope_local_base_freq", 1e4)},
     }
     ropes = {kind: rope(c, given) for kind, given in (c.get("rope_parameters") or older).items()}
-    local = Variant(positions=ropes[LOCAL], window=c["sliding_window"])
+    local = LayerOverrides(positions=ropes[LOCAL], window=c["sliding_window"])
     return dataclasses.replace(
         m,
         positions=ropes[GLOBAL],
         attention=dataclasses.replace(m.attention, qk_norm=m.norm),
-        **repeated([local if kind == LOCAL else Variant() for kind in types]),
+        **repeated([local if kind == LOCAL else LayerOverrides() for kind in types]),
     )
 
 

@@ -46,7 +46,7 @@ def read(c: Fields) -> TransformerConfig:
         norm=LayerNorm(c["layer_norm_epsilon"]),
         mlp=activation(c, "activation_function", DENSE),
         bias=True,
-        tied=c.get("tie_word_embeddings", True),
+        tie_embeddings=c.get("tie_word_embeddings", True),
     )
 
 
@@ -57,10 +57,10 @@ def write(m: TransformerConfig) -> dict[str, Any]:
         "n_embd": m.width,
         "n_head": m.heads,
         "n_inner": m.F,
-        "n_positions": m.positions.limit or 1,
+        "n_positions": m.positions.max_positions or 1,
         "layer_norm_epsilon": m.norm.eps,
         "activation_function": of_activation(m.mlp, DENSE),
-        "tie_word_embeddings": m.tied,
+        "tie_word_embeddings": m.tie_embeddings,
     }
 
 

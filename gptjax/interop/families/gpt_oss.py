@@ -10,12 +10,12 @@ from gptjax.interop.families.fields import attention_bias, experts, layer_types,
 from gptjax.interop.families.rope import of_rope, rope
 from gptjax.nn import (
     ClampedSwiGLU,
+    LayerOverrides,
     MixtureOfExperts,
     MultiHeadAttention,
     RMSNorm,
     Softmax,
     TransformerConfig,
-    Variant,
 )
 
 TABLE = (  # gate and up alternate
@@ -36,7 +36,7 @@ def read(c: Fields) -> TransformerConfig:
     c.only(hidden_act="silu")
     n = c["num_hidden_layers"]
     types = c.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(n)]
-    local = Variant(window=c["sliding_window"])
+    local = LayerOverrides(window=c["sliding_window"])
     return TransformerConfig(
         **sizes(Fields({"head_dim": 64, **c})),
         positions=rope(c, theta=150_000.0),
@@ -49,7 +49,7 @@ def read(c: Fields) -> TransformerConfig:
             Softmax(bias=True),
         ),
         bias=True,
-        **repeated([local if kind == "sliding_attention" else Variant() for kind in types]),
+        **repeated([local if kind == "sliding_attention" else LayerOverrides() for kind in types]),
     )
 
 

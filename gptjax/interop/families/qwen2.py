@@ -9,7 +9,7 @@ from typing import Any
 from gptjax.interop.families import llama
 from gptjax.interop.families.family import Family, Fields
 from gptjax.interop.families.fields import layer_types, repeated, window
-from gptjax.nn import MultiHeadAttention, TransformerConfig, Variant
+from gptjax.nn import LayerOverrides, MultiHeadAttention, TransformerConfig
 
 
 def read(c: Fields) -> TransformerConfig:
@@ -21,13 +21,13 @@ def write(m: TransformerConfig) -> dict[str, Any]:
     return {**llama.of_plain(m), **of_windows(m)}
 
 
-def windows(c: Fields) -> list[Variant]:
+def windows(c: Fields) -> list[LayerOverrides]:
     """What a layer sees: older files say from which layer on there is a window, newer ones say it layer by layer."""
     size, n = c.get("sliding_window") if c.get("use_sliding_window", False) else None, c["num_hidden_layers"]
     start = c.get("max_window_layers", n)
     older = ["sliding_attention" if size is not None and i >= start else "full_attention" for i in range(n)]
     types = c.get("layer_types") or older
-    return [Variant(window=size) if kind == "sliding_attention" else Variant() for kind in types]
+    return [LayerOverrides(window=size) if kind == "sliding_attention" else LayerOverrides() for kind in types]
 
 
 def of_windows(m: TransformerConfig) -> dict[str, Any]:

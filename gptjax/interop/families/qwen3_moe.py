@@ -8,7 +8,7 @@ from typing import Any
 from gptjax.interop.families import llama, qwen2, qwen3
 from gptjax.interop.families.family import Family, Fields, Row
 from gptjax.interop.families.fields import GATED, activation, experts, repeated
-from gptjax.nn import MixtureOfExperts, Softmax, TransformerConfig, Variant
+from gptjax.nn import LayerOverrides, MixtureOfExperts, Softmax, TransformerConfig
 
 EXPERTS = (
     Row("model.layers.{L}.mlp.gate.weight", "E D", "blocks/{L}/mlp/router_logits", "D E"),
@@ -20,7 +20,7 @@ EXPERTS = (
 
 def read(c: Fields) -> TransformerConfig:
     m = qwen3.read(c)
-    dense = Variant(mlp=m.mlp, hidden=c["intermediate_size"])
+    dense = LayerOverrides(mlp=m.mlp, hidden=c["intermediate_size"])
     router = Softmax(renormalise=c.get("norm_topk_prob", False))
     count, expert = c.get("num_experts") or c["num_local_experts"], activation(c, "hidden_act", GATED)
     moe = MixtureOfExperts(count, c["num_experts_per_tok"], expert, router)

@@ -80,8 +80,8 @@ def read(c: Fields) -> EncoderDecoderConfig:
         TransformerConfig(
             **common,
             layers=c.get("num_decoder_layers") or layers,
-            cross=attention,
-            tied=tied,
+            cross_attention=attention,
+            tie_embeddings=tied,
             logit_scale=c["d_model"] ** -0.5 if scaled else 1.0,
         ),
     )
@@ -104,7 +104,7 @@ def write(m: EncoderDecoderConfig) -> dict[str, Any]:
         "relative_attention_max_distance": bias.max_distance,
         "layer_norm_epsilon": decoder.norm.eps,
         "feed_forward_proj": kind,
-        "tie_word_embeddings": decoder.tied,
+        "tie_word_embeddings": decoder.tie_embeddings,
         "scale_decoder_outputs": decoder.logit_scale != 1,
     }
 

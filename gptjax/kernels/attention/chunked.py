@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.kernels.attention import place, plain
+from gptjax.kernels.attention import plain, sharding
 from gptjax.kernels.attention.spec import SAVED, Mask, Options
 from gptjax.types import Array
 
@@ -22,13 +22,13 @@ CHUNK = 128
 """Queries in a chunk."""
 
 
-def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Why it cannot do this; None: it can."""
     if q.shape[1] % CHUNK:
         return f"needs a multiple of {CHUNK} queries, got {q.shape[1]}"
     if options.dropout:
         return "has no dropout"
-    return place.refuses(q, k, v)
+    return sharding.unsupported_reason(q, k, v)
 
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.kernels import target
-from gptjax.kernels.attention import place
+from gptjax.kernels.attention import sharding
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array
 
 
-def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Why cuDNN cannot do this; None: it can."""
-    if target.platform() != "gpu":
-        return f"needs a GPU, got {target.platform()}"
+    if target.backend() != "gpu":
+        return f"needs a GPU, got {target.backend()}"
     T, S, H = q.shape[1], k.shape[1], q.shape[-1]
     if {x.dtype for x in (q, k, v)} not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}):
         return f"needs q, k and v all bfloat16 or all float16, got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -38,7 +38,7 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str |
         return "needs a mask without segments and prefix beside a bias"
     if (listed or options.bias is not None) and (T % 2 or S % 2):
         return f"needs even lengths for segments, a prefix or a bias, got {T} and {S}"
-    return place.refuses(q, k, v)
+    return sharding.unsupported_reason(q, k, v)
 
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
@@ -60,7 +60,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
 
     axes = "BTNH", "BSKH", "BSKH", "NTS", "BT", "BS", "BS"
     arrays = q, k, v, bias, mask.query_segments, mask.key_segments, mask.prefix
-    return place.on_each_device(kernel, axes, *arrays)
+    return sharding.on_each_device(kernel, axes, *arrays)
 
 
 def _generation() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjax.kernels import target
-from gptjax.kernels.attention import chunked, cudnn, gathered, place, plain, ring, splash, xla
+from gptjax.kernels.attention import chunked, cudnn, gathered, plain, ring, sharding, splash, xla
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array, Key, UserError
 
@@ -20,18 +20,18 @@ class Implementation:
     """A form of attention and the cases that it cannot do."""
 
     attention: Callable[[Array, Array, Array, Mask, Options], Array]
-    refuses: Callable[[Array, Array, Array, Mask, Options], str | None] = lambda *case: None
+    unsupported_reason: Callable[[Array, Array, Array, Mask, Options], str | None] = lambda *case: None
     """Why it cannot do a case, in words that go on from "it"; None: it can."""
 
 
 IMPLEMENTATIONS = {
-    "plain": Implementation(plain.attention, plain.refuses),
-    "chunked": Implementation(chunked.attention, chunked.refuses),
-    "xla": Implementation(xla.attention, xla.refuses),
-    "cudnn": Implementation(cudnn.attention, cudnn.refuses),
-    "splash": Implementation(splash.attention, splash.refuses),
-    "ring": Implementation(ring.attention, ring.refuses),
-    "gathered": Implementation(gathered.attention, gathered.refuses),
+    "plain": Implementation(plain.attention, plain.unsupported_reason),
+    "chunked": Implementation(chunked.attention, chunked.unsupported_reason),
+    "xla": Implementation(xla.attention, xla.unsupported_reason),
+    "cudnn": Implementation(cudnn.attention, cudnn.unsupported_reason),
+    "splash": Implementation(splash.attention, splash.unsupported_reason),
+    "ring": Implementation(ring.attention, ring.unsupported_reason),
+    "gathered": Implementation(gathered.attention, gathered.unsupported_reason),
 }
 CHOICE = {"cpu": (), "gpu": ("cudnn",), "tpu": ("splash",)}
 """Platform -> what is tried there, before "chunked" on long sequences, and "plain"."""
@@ -74,22 +74,22 @@ def attention(
 
     Raises UserError when the named implementation does not exist or cannot do this.
     """
-    k, v = place.with_heads_of(q, k, v)
+    k, v = sharding.with_heads_of(q, k, v)
     case = q, k, v, mask, Options(bias, sinks, scale, softcap, dropout if key is not None else 0.0, key)
-    if implementation is None or (implementation in CUT and not place.row_axes(q)):
+    if implementation is None or (implementation in CUT and not sharding.row_axes(q)):
         implementation = _choose(*case)
     elif implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
         raise UserError(f"attention.implementation: got {implementation!r}, can be none or one of {names}")
-    elif (reason := IMPLEMENTATIONS[implementation].refuses(*case)) is not None:
+    elif (reason := IMPLEMENTATIONS[implementation].unsupported_reason(*case)) is not None:
         raise UserError(f"attention.implementation: got {implementation!r}, which cannot do this: it {reason}")
     return IMPLEMENTATIONS[implementation].attention(*case)
 
 
 def _choose(q: Array, *case: Any) -> str:
-    rest = CUT if place.row_axes(q) else ("chunked", "plain") if q.shape[1] >= LONG else ("plain",)
-    names = *CHOICE.get(target.platform(), ()), *rest
-    reasons = {name: IMPLEMENTATIONS[name].refuses(q, *case) for name in names}
+    rest = CUT if sharding.row_axes(q) else ("chunked", "plain") if q.shape[1] >= LONG else ("plain",)
+    names = *CHOICE.get(target.backend(), ()), *rest
+    reasons = {name: IMPLEMENTATIONS[name].unsupported_reason(q, *case) for name in names}
     for name, reason in reasons.items():
         if reason is None:
             return name

@@ -14,14 +14,14 @@ from typing import Any
 import jax
 from jax import lax
 
-from gptjax.kernels.attention import chunked, place, plain
+from gptjax.kernels.attention import chunked, plain, sharding
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array
 
 
-def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Why it cannot do this; None: it can."""
-    if not place.cuts_rows(q, k, v):
+    if not sharding.cuts_rows(q, k, v):
         return "needs rows that a mesh cuts into equal parts, queries and keys alike"
     if options.dropout:
         return "has no dropout"
@@ -32,10 +32,10 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str |
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    kernel = functools.partial(_attend, place.row_axes(q), mask, options)
+    kernel = functools.partial(_attend, sharding.row_axes(q), mask, options)
     axes = ("BTNH", "BSKH", "BSKH", "N", "NT.", "BT", "BS", "BS")
     given = options.sinks, options.bias, mask.query_segments, mask.key_segments, mask.prefix
-    return place.on_each_device(kernel, axes, q, k, v, *given)
+    return sharding.on_each_device(kernel, axes, q, k, v, *given)
 
 
 def _attend(axes: tuple[str, ...], mask: Mask, options: Options, q: Array, k: Array, v: Array, *given: Any) -> Array:

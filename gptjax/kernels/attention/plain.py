@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax.kernels.attention import place
+from gptjax.kernels.attention import sharding
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array
 
 
-def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Why it cannot do this; None: it can."""
-    return "needs whole rows" if place.row_axes(q) else None
+    return "needs whole rows" if sharding.row_axes(q) else None
 
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:

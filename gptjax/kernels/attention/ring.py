@@ -13,7 +13,7 @@ each sends blocks of K and V n - 1 times forwards, and n - 1 times backwards, th
 which go home in one more step.
 
 Keys that the mask hides from a whole chunk of queries are passed on and not computed. Under a causal mask each device
-has two pieces of a row, as `balance` deals them, and so half of every block to do. Blocks that a window puts out of
+has two pieces of a row, as `zigzag` deals them, and so half of every block to do. Blocks that a window puts out of
 reach of all queries are not sent at all.
 """
 
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.kernels.attention import balance, place
+from gptjax.kernels.attention import sharding, zigzag
 from gptjax.kernels.attention.spec import SAVED, Mask, Options
 from gptjax.types import Array
 
@@ -36,9 +36,9 @@ CHUNK = 128
 """Queries whose scores with a block are computed at a time, where that divides T."""
 
 
-def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Why it cannot do this; None: it can."""
-    if not place.cuts_rows(q, k, v):
+    if not sharding.cuts_rows(q, k, v):
         return "needs rows that a mesh cuts into equal parts, queries and keys alike"
     if options.bias is not None or options.dropout:
         return "has no bias or dropout"
@@ -49,19 +49,21 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str |
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    cut = place.row_axes(q)
-    deals = mask.causal and mask.window is None and mask.prefix is None and q.shape[1] // place.parts(q, 1) % 2 == 0
+    cut = sharding.row_axes(q)
+    deals = (
+        mask.causal and mask.window is None and mask.prefix is None and q.shape[1] // sharding.num_shards(q, 1) % 2 == 0
+    )
     form = _Form(cut, mask.causal, mask.window, options.scale_of(q), options.softcap, pieces=2 if deals else 1)
 
     def kernel(q, k, v, sinks, query_segments, key_segments, prefix) -> Any:
         if not deals:
             return _ring(form, q, k, v, sinks, query_segments, key_segments, prefix)
-        rows = jax.tree.map(lambda x: balance.deal(x, cut), (q, k, v, query_segments, key_segments))
-        return balance.collect(_ring(form, *rows[:3], sinks, *rows[3:], prefix), cut)
+        rows = jax.tree.map(lambda x: zigzag.zigzag_split(x, cut), (q, k, v, query_segments, key_segments))
+        return zigzag.zigzag_merge(_ring(form, *rows[:3], sinks, *rows[3:], prefix), cut)
 
     axes = ("BTNH", "BSKH", "BSKH", "N", "BT", "BS", "BS")
     given = options.sinks, mask.query_segments, mask.key_segments, mask.prefix
-    return place.on_each_device(kernel, axes, q, k, v, *given)
+    return sharding.on_each_device(kernel, axes, q, k, v, *given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class _Form:
     scale: float
     softcap: float | None
     pieces: int
-    """Of a row, that a device has: a share in one, or in two as `balance` deals them."""
+    """Of a row, that a device has: a share in one, or in two as `zigzag` deals them."""
 
     def hops(self, keys: _Keys) -> int:
         """How often these blocks are passed on."""

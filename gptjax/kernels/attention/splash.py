@@ -4,7 +4,7 @@ The mask becomes part of the program, so it must be known when that is made. Whe
 interpreted: slow, and right.
 
 Where a mesh cuts the rows, a device gathers all keys and values and answers its share of the queries, as `gathered`
-does; under a causal mask a share of equal work, as `balance` deals them.
+does; under a causal mask a share of equal work, as `zigzag` deals them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from gptjax.kernels import target
-from gptjax.kernels.attention import balance, place
+from gptjax.kernels.attention import sharding, zigzag
 from gptjax.kernels.attention.spec import SAVED, Mask, Options
 from gptjax.types import Array
 
@@ -27,11 +27,11 @@ BLOCKS = 512, 256, 128
 """Queries or keys in a block: the largest that divides the length."""
 
 
-def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Why splash cannot do this; None: it can."""
-    if not place.cuts_rows(q, k, v) and (reason := place.refuses(q, k, v)):
+    if not sharding.cuts_rows(q, k, v) and (reason := sharding.unsupported_reason(q, k, v)):
         return reason
-    T, S = q.shape[1] // place.parts(q, 1), k.shape[1]
+    T, S = q.shape[1] // sharding.num_shards(q, 1), k.shape[1]
     if T % BLOCKS[-1] or S % BLOCKS[-1]:
         return f"needs lengths on a device that are multiples of {BLOCKS[-1]}, got {T} queries and {S} keys"
     if mask.offset is not None or mask.prefix is not None:
@@ -47,7 +47,7 @@ def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str |
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    scale, cut = options.scale_of(q), place.row_axes(q)
+    scale, cut = options.scale_of(q), sharding.row_axes(q)
     deals = bool(cut) and mask.causal and mask.window is None
     row, specs = _kernel(q, k, mask, options.softcap, deals)
 
@@ -56,17 +56,17 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
             gather = functools.partial(lax.all_gather, axis_name=cut, axis=1, tiled=True)
             k, v, key_segments = jax.tree.map(gather, (k, v, key_segments))
         if deals:
-            q, query_segments = jax.tree.map(lambda x: balance.deal(x, cut), (q, query_segments))
+            q, query_segments = jax.tree.map(lambda x: zigzag.zigzag_split(x, cut), (q, query_segments))
         # The kernel does not scale. In float32, as the scale itself would be rounded to q's dtype first.
         q = (q.astype(jnp.float32) * scale).astype(q.dtype)
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         segments = None if query_segments is None else _segments(query_segments, key_segments)
         y = jax.vmap(row, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks).swapaxes(1, 2)
-        return balance.collect(y, cut) if deals else y
+        return zigzag.zigzag_merge(y, cut) if deals else y
 
     axes = "BTNH", "BSKH", "BSKH", specs, "BT", "BS", "N"
     sinks = None if options.sinks is None else options.sinks.astype(jnp.float32)
-    return place.on_each_device(kernel, axes, q, k, v, row, mask.query_segments, mask.key_segments, sinks)
+    return sharding.on_each_device(kernel, axes, q, k, v, row, mask.query_segments, mask.key_segments, sinks)
 
 
 def _segments(queries: Array, keys: Array) -> Any:
@@ -86,7 +86,7 @@ def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, deals: bool) 
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    shape, parts = (q.shape[1], k.shape[1]), place.parts(q, 1)
+    shape, parts = (q.shape[1], k.shape[1]), sharding.num_shards(q, 1)
     block = q.shape[1] // parts
     if mask.window is not None:
         reach = mask.window - 1
@@ -96,20 +96,20 @@ def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, deals: bool) 
         if deals:
             block //= 2  # so that blocks are of one piece, where they can be
             pieces = np.arange(shape[0], dtype=np.int32).reshape(-1, block)
-            pattern.q_sequence = pieces[balance.dealt(parts)].reshape(-1)
+            pattern.q_sequence = pieces[zigzag.zigzag_order(parts)].reshape(-1)
     else:
         parts, pattern = 1, masks.FullMask((block, shape[1]))  # which is the same on all devices
     bq, bk = (next((size for size in BLOCKS if length % size == 0), BLOCKS[-1]) for length in (block, shape[1]))
     row = splash.make_splash_mha(
-        masks.MultiHeadMask([pattern] * (q.shape[2] // place.parts(q, 2))),
+        masks.MultiHeadMask([pattern] * (q.shape[2] // sharding.num_shards(q, 2))),
         block_sizes=splash.BlockSizes(bq, bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk),
         attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=parts,
         residual_checkpoint_name=SAVED,
-        interpret=target.platform() != "tpu",
+        interpret=target.backend() != "tpu",
     )
-    spec = PartitionSpec(None, place.row_axes(q) if parts > 1 else None)
+    spec = PartitionSpec(None, sharding.row_axes(q) if parts > 1 else None)
     mesh = get_abstract_mesh()
     sizes = AbstractMesh(mesh.axis_sizes, mesh.axis_names)  # it can't read that an axis is manual, as stages are
     return row, row.manual_sharding_spec(NamedSharding(sizes, spec))

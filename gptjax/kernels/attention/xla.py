@@ -8,7 +8,7 @@ from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array
 
 
-def refuses(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Why it cannot do this; None: it can."""
     if options.softcap is not None or options.sinks is not None or options.dropout:
         return "has no softcap, sinks or dropout"

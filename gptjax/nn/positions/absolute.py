@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.nn.module import Weight, normal
+from gptjax.nn.module import ParamFactory, normal
 from gptjax.nn.positions.encoding import Positions
 from gptjax.types import Array, UserError
 
@@ -30,11 +30,11 @@ class LearnedPositions(Positions):
             raise UserError(f"positions.length: got {self.length}, must be at least 1")
 
     @property
-    def limit(self) -> int:
+    def max_positions(self) -> int:
         return self.length
 
-    def __call__(self, weight: Weight, x: Array, positions: Array) -> Array:
-        table = weight("table", (self.length, x.shape[-1]), (None, None), normal)
+    def __call__(self, param: ParamFactory, x: Array, positions: Array) -> Array:
+        table = param("table", (self.length, x.shape[-1]), (None, None), normal)
         return x + table.at[positions].get(out_sharding=jax.typeof(x).sharding)
 
 
@@ -48,7 +48,7 @@ class Sinusoidal(Positions):
     theta: float = 10_000.0
     """Longest wavelength, divided by 2 pi."""
 
-    def __call__(self, weight: Weight, x: Array, positions: Array) -> Array:
+    def __call__(self, param: ParamFactory, x: Array, positions: Array) -> Array:
         width = x.shape[-1]
         frequency = self.theta ** (-np.arange(0, width, 2) / width)
         angle = positions[..., None] * frequency.astype(np.float32)

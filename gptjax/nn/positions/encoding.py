@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
-from gptjax.nn.module import Weight
+from gptjax.nn.module import ParamFactory
 from gptjax.types import Array
 
 
@@ -17,7 +17,7 @@ class Positions:
     """
 
     @property
-    def limit(self) -> int | None:
+    def max_positions(self) -> int | None:
         """How many positions there are; None when there is no end."""
         return None
 
@@ -27,14 +27,14 @@ class Positions:
         kind = type(self)
         return kind.__call__ is not Positions.__call__ or kind.bias is not Positions.bias
 
-    def reading(self, length: int) -> Self:
+    def for_context_length(self, length: int) -> Self:
         """The same encoding for texts of up to so many tokens."""
         return self
 
     def check(self, head_size: int) -> None:
         """Raises UserError when heads of this size cannot have this encoding."""
 
-    def __call__(self, weight: Weight, x: Array, positions: Array) -> Array:
+    def __call__(self, param: ParamFactory, x: Array, positions: Array) -> Array:
         """Add to the token embeddings [B, T, D]. A part: its parameters lie under "positions"."""
         return x
 
@@ -42,7 +42,7 @@ class Positions:
         """Turn queries or keys [B, T, N, H] before they meet."""
         return x
 
-    def bias(self, weight: Weight, distance: Array, heads: int, causal: bool = True) -> Array | None:
+    def bias(self, param: ParamFactory, distance: Array, heads: int, causal: bool = True) -> Array | None:
         """Add to attention scores: float32 [N, T, S], or None. distance int32 [T, S] is how many tokens the key lies
         before the query, negative when it lies after; causal says that none does. A part too: its parameters lie under
         "relative", and all layers share them."""

@@ -8,7 +8,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.nn.module import Weight, normal
+from gptjax.nn.module import ParamFactory, normal
 from gptjax.nn.positions.encoding import Positions
 from gptjax.types import Array, UserError
 
@@ -21,9 +21,9 @@ class ALiBi(Positions):
     bias = layer.apply({}, Mask().distance(T, S), heads)                     # float32 [N, T, S]
     """
 
-    def bias(self, weight: Weight, distance: Array, heads: int, causal: bool = True) -> Array:
+    def bias(self, param: ParamFactory, distance: Array, heads: int, causal: bool = True) -> Array:
         slope = jnp.asarray(slopes(heads), jnp.float32)[:, None, None]
-        slope = jnp.broadcast_to(slope, slope.shape, out_sharding=weight.rules("heads", None, None))
+        slope = jnp.broadcast_to(slope, slope.shape, out_sharding=param.rules("heads", None, None))
         return -slope * jnp.abs(distance).astype(jnp.float32)
 
 
@@ -61,14 +61,14 @@ class T5Bias(Positions):
                 f"positions.max_distance: got {self.max_distance}, must be more than half of the {self.buckets} buckets"
             )
 
-    def bias(self, weight: Weight, distance: Array, heads: int, causal: bool = True) -> Array:
-        table = weight("table", (self.buckets, heads), (None, "heads"), normal).astype(jnp.float32).T
-        sharding = weight.rules("heads", None)
+    def bias(self, param: ParamFactory, distance: Array, heads: int, causal: bool = True) -> Array:
+        table = param("table", (self.buckets, heads), (None, "heads"), normal).astype(jnp.float32).T
+        sharding = param.rules("heads", None)
         # First a number for each distance, then one for each query and key: so the gradient need not add up whole
         # matrices into a few buckets, and the logarithm is numpy's on every device.
         nearest, furthest = 0 if causal else -self.max_distance, self.max_distance
         near = table.at[:, self.bucket(np.arange(nearest, furthest + 1), causal)].get(out_sharding=sharding)
-        sharding = weight.rules("heads", None, None)
+        sharding = param.rules("heads", None, None)
         return near.at[:, jnp.clip(distance, nearest, furthest) - nearest].get(out_sharding=sharding)
 
     def bucket(self, distance: np.ndarray, causal: bool = True) -> np.ndarray:

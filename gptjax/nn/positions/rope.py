@@ -40,8 +40,8 @@ class RoPE(Positions):
         if not self.theta > 1:
             raise UserError(f"positions.theta: got {self.theta}, must be more than 1")
 
-    def reading(self, length: int) -> Self:
-        return dataclasses.replace(self, scaling=self.scaling.reading(length))
+    def for_context_length(self, length: int) -> Self:
+        return dataclasses.replace(self, scaling=self.scaling.for_context_length(length))
 
     def check(self, head_size: int) -> None:
         size = self._size(head_size)

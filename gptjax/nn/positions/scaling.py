@@ -26,7 +26,7 @@ def mscale(factor: float, weight: float = 1.0) -> float:
 class Scaling:
     """Frequencies as they are: f_i = theta^(-2i/R)."""
 
-    def reading(self, length: int) -> Self:
+    def for_context_length(self, length: int) -> Self:
         """The same scaling for texts of up to so many tokens."""
         return self
 
@@ -193,7 +193,7 @@ class LongRoPE(Scaling):
         _at_least("factor", self.factor, 1)
         _at_least("original", self.original, 2)
 
-    def reading(self, length: int) -> Self:
+    def for_context_length(self, length: int) -> Self:
         return dataclasses.replace(self, length=length)
 
     @property

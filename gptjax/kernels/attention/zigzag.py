@@ -21,13 +21,13 @@ from gptjax.types import Array
 Axes = tuple[str, ...]
 
 
-def dealt(n: int) -> np.ndarray:
+def zigzag_order(n: int) -> np.ndarray:
     """int [n, 2]: the pieces of each of n devices."""
     first = np.arange(n)
     return np.stack([first, 2 * n - 1 - first], axis=1)
 
 
-def deal(x: Array, axes: Axes) -> Array:
+def zigzag_split(x: Array, axes: Axes) -> Array:
     """This device's two neighbouring pieces [B, T, ...] -> those that it computes, within `jax.shard_map`."""
     n = lax.axis_size(axes)
     low, high = (lax.ppermute(half, axes, pairs) for half, pairs in zip(jnp.split(x, 2, axis=1), _ways(n), strict=True))
@@ -36,7 +36,7 @@ def deal(x: Array, axes: Axes) -> Array:
     return jnp.concatenate([jnp.where(even, low, high), jnp.where(even, high, low)], axis=1)
 
 
-def collect(x: Array, axes: Axes) -> Array:
+def zigzag_merge(x: Array, axes: Axes) -> Array:
     """The inverse of `deal`."""
     first, second = jnp.split(x, 2, axis=1)
     even = lax.axis_index(axes) % 2 == 0

@@ -31,13 +31,13 @@ def with_heads_of(q: Array, *others: Array) -> tuple[Array, ...]:
         batch, length, heads, size = _spec(x)
         if heads is not None:
             return x
-        times = math.lcm(x.shape[2], parts(q, 2)) // x.shape[2]
+        times = math.lcm(x.shape[2], num_shards(q, 2)) // x.shape[2]
         return jnp.repeat(x, times, axis=2, out_sharding=PartitionSpec(batch, length, axes, size))
 
     return tuple(map(placed, others))
 
 
-def refuses(q: Array, k: Array, v: Array) -> str | None:
+def unsupported_reason(q: Array, k: Array, v: Array) -> str | None:
     """Why a kernel cannot run on each device's share of q [B, T, N, H], k and v [B, S, K, H]; None: it can."""
     mesh = get_abstract_mesh()
     if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
@@ -62,7 +62,7 @@ def row_axes(q: Array) -> tuple[str, ...]:
     return _names(_spec(q)[1])
 
 
-def parts(x: Array, axis: int) -> int:
+def num_shards(x: Array, axis: int) -> int:
     """How many parts a mesh cuts this axis of x into."""
     sizes = get_abstract_mesh().shape
     return math.prod(sizes[name] for name in _names(_spec(x)[axis]))
