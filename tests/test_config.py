@@ -139,7 +139,7 @@ def test_from_json_imports_modules_of_the_package_and_nothing_else(monkeypatch, 
     import sys
 
     monkeypatch.delitem(sys.modules, "gptjax.distributed.sharding", raising=False)
-    assert dataclasses.is_dataclass(from_json({"class": "gptjax.distributed.sharding.Mesh", "data": 2}))
+    assert dataclasses.is_dataclass(from_json({"class": "gptjax.distributed.sharding.MeshConfig", "data": 2}))
 
     (tmp_path / "sideeffect.py").write_text("raise SystemExit('was imported')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -65,7 +65,7 @@ def run(optimizer: Optimizer, params, gradients, steps: int = 10):
     ids=lambda value: str(value) if isinstance(value, Schedule) else "",
 )
 def test_schedule_is_its_formula(schedule, after):
-    rate = AdamW(learning_rate=0.02, schedule=schedule).learning_rate(schedule.warmup + 100)
+    rate = AdamW(learning_rate=0.02, schedule=schedule).learning_rate_schedule(schedule.warmup + 100)
     for step in range(schedule.warmup):
         np.testing.assert_allclose(rate(step), 0.02 * (step + 1) / (schedule.warmup + 1), rtol=1e-5)
     for step in (0, 1, 50, 77, 79, 90, 99, 100, 1000):

@@ -20,7 +20,7 @@ from gptjax.data.tokenizers import Bytes
 from gptjax.types import Batch, UserError
 
 BYTES = Bytes().build(iter(()))
-BOS, END = BYTES.bos, BYTES.end
+BOS, END = BYTES.bos, BYTES.eos
 PACKINGS = pytest.mark.parametrize("packing", [Concatenate(), BestFit()], ids=["concatenate", "best_fit"])
 
 

@@ -175,7 +175,7 @@ def test_characters():
     trained = TrainCharacters(specials=()).build(iter(["hello", "world"]))
     assert trained.vocab == len(set("helloworld")) + 1
     assert trained.decode(trained.encode("hexe")) == "he\ufffde"
-    assert (trained.bos, trained.end) == (None, None)
+    assert (trained.bos, trained.eos) == (None, None)
 
 
 def test_report():
@@ -254,7 +254,7 @@ def test_encodings_are_tiktokens(monkeypatch):
 def test_huggingface_config_names_first_and_last(tmp_path: Path):
     made = byte_level()
     (tmp_path / "tokenizer.json").write_bytes(made.data)
-    assert load_tokenizer(tmp_path).bos == load_tokenizer(tmp_path).end == 0
+    assert load_tokenizer(tmp_path).bos == load_tokenizer(tmp_path).eos == 0
     spec = json.loads(made.data)
     spec["added_tokens"].append(spec["added_tokens"][0] | {"id": made.vocab, "content": "<|im_end|>"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -262,7 +262,7 @@ def test_huggingface_config_names_first_and_last(tmp_path: Path):
         json.dumps({"bos_token": None, "eos_token": {"content": "<|im_end|>"}, "model_max_length": 3})
     )
     loaded = LoadTokenizer(str(tmp_path), specials=("<|user|>",)).build(iter([]))
-    assert (loaded.bos, loaded.end) == (None, made.vocab)
+    assert (loaded.bos, loaded.eos) == (None, made.vocab)
     assert (loaded.specials["<|user|>"], loaded.vocab) == (made.vocab + 1, made.vocab + 2)
 
 
@@ -300,7 +300,7 @@ def test_published_ids(path, shared: Path):
     for text, ids in cases.items():
         assert loaded.encode(text) == ids
         assert loaded.decode(ids) == text
-    assert {loaded.bos, loaded.end, loaded.specials["<|endoftext|>"]} == {{"gpt2": 50_256}.get(name, 100_257)}
+    assert {loaded.bos, loaded.eos, loaded.specials["<|endoftext|>"]} == {{"gpt2": 50_256}.get(name, 100_257)}
     for text in [*AWKWARD, *RANDOM]:
         assert loaded.decode(loaded.encode(text)) == text
         assert not set(loaded.specials.values()) & set(loaded.encode(text))
@@ -317,7 +317,7 @@ def test_published_counts(shared: Path):
 @pytest.mark.parametrize("path", ["tokenizers/mistral_v1.sentencepiece.model", "models/stories260k"])
 def test_sentencepiece_models(path, shared: Path):
     loaded = load_tokenizer(shared / path)
-    assert (loaded.bos, loaded.end) == (1, 2)
+    assert (loaded.bos, loaded.eos) == (1, 2)
     assert isinstance(loaded, SentencePieceTokenizer)
     for text in [*AWKWARD, *RANDOM]:
         ids = loaded.encode(text)

@@ -203,7 +203,7 @@ def test_folders_of_others(tmp_path: Path):
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
     loaded = load(folder)
     assert loaded.encode_batch(TEXTS) == byte.encode_batch(TEXTS)
-    assert loaded.end == 0
+    assert loaded.eos == 0
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
     with pytest.raises(UserError, match=r"a Qwen2Tokenizer without tokenizer.json"):
         load(folder)

@@ -47,7 +47,7 @@ def test_batches_hold_a_text_a_row_with_its_label(reviews, tmp_path):
         np.concatenate([getattr(b, n) for b in batches]) for n in ("tokens", "segments", "labels")
     )
     for row, example in enumerate(examples):
-        ids = [*([BYTES.bos] if BYTES.bos is not None else []), *BYTES.encode(example.text), BYTES.end][:LENGTH]
+        ids = [*([BYTES.bos] if BYTES.bos is not None else []), *BYTES.encode(example.text), BYTES.eos][:LENGTH]
         np.testing.assert_array_equal(tokens[row][segments[row] == 1], ids)
         assert labels[row] == [("x" in example.text) * 1]
     assert (labels[len(examples) :] == -1).all()

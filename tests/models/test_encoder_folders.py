@@ -280,7 +280,7 @@ def test_t5_writes_what_transformers_does(folders, tmp_path):
         known = [i for i in completion.ids if i != 2]  # they leave out what stands for the unknown
         assert completion.text.replace("\ufffd", "") == tokenizer.decode(known, skip_special_tokens=True)
         assert completion.finish == ("stop" if completion.ids[-1] == 1 else "length")
-    assert (model.start, model.stop_token_ids) == (0, (1,))
+    assert (model.decoder_start_token_id, model.stop_token_ids) == (0, (1,))
     model.save_hf(tmp_path / "t5")
     assert written_by_them(tmp_path / "t5", texts) == expected
 
@@ -316,7 +316,7 @@ def test_in_our_own_format_and_converted(folders, kind, tmp_path, capsys):
     again = gptjax.load(tmp_path / "ours", kind=type(model))
     assert again.config == model.config
     if isinstance(again, gptjax.TextToText):
-        assert (again.start, again.stop_token_ids) == (0, (1,))
+        assert (again.decoder_start_token_id, again.stop_token_ids) == (0, (1,))
     same(model, again)
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
     half = gptjax.load(tmp_path / "half", kind=type(model))

@@ -53,7 +53,7 @@ def test_vectors_are_of_the_texts_own_states(pooling):
     texts = ["a", "some words", "b c"]
     vectors = LM.embed(texts, pooling=pooling, batch=2)
     for text, vector in zip(texts, vectors, strict=True):
-        ids = [i for i in (TOKENIZER.bos, *TOKENIZER.encode(text), TOKENIZER.end) if i is not None]
+        ids = [i for i in (TOKENIZER.bos, *TOKENIZER.encode(text), TOKENIZER.eos) if i is not None]
         x, _ = Features(LM.config).apply({"params": LM.params}, jnp.asarray([ids]))
         pooled = x[0, -1] if pooling == Last() else x[0].mean(0)
         # float32 sums of 16 products in 2 layers, in another order.
@@ -86,7 +86,7 @@ def test_a_text_ends_where_the_model_says(tmp_path):
     whole = dataclasses.replace(LM, stop_token_ids=()).generate("hello", 12, temperature=0)[0]
     assert len(whole.ids) == 12
     end = whole.ids[5]
-    lm = dataclasses.replace(LM, stop_token_ids=(end, TOKENIZER.end))
+    lm = dataclasses.replace(LM, stop_token_ids=(end, TOKENIZER.eos))
     lm.save(tmp_path / "ours")
     lm.save_hf(tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [*lm.stop_token_ids]
@@ -97,7 +97,7 @@ def test_a_text_ends_where_the_model_says(tmp_path):
         assert completion.finish == "stop"
         assert "".join(model.stream("hello", 12, temperature=0)) == completion.text
     (tmp_path / "hf" / "generation_config.json").unlink()
-    assert load(tmp_path / "hf").stop_token_ids == (TOKENIZER.end,), "config.json says it too"
+    assert load(tmp_path / "hf").stop_token_ids == (TOKENIZER.eos,), "config.json says it too"
     LM.save_hf(tmp_path / "any special")
     assert set(load(tmp_path / "any special").stop_token_ids) == set(TOKENIZER.specials.values())
 

@@ -127,7 +127,14 @@ def test_greedy_responses_are_those_of_the_full_forward(model):
     model, params = model
     sources = [SOURCE[row, :length].tolist() for row, length in enumerate((9, 5, 2))]
     got = respond(
-        model, params, TOKENIZER, sources, start=0, stop_token_ids=(), max_tokens=6, sampling=Sampling(temperature=0)
+        model,
+        params,
+        TOKENIZER,
+        sources,
+        decoder_start_token_id=0,
+        stop_token_ids=(),
+        max_tokens=6,
+        sampling=Sampling(temperature=0),
     )
     got = [list(completion.ids) for completion in got]
     for source, ids in zip(sources, got, strict=True):
@@ -142,7 +149,7 @@ def test_greedy_responses_are_those_of_the_full_forward(model):
         params,
         TOKENIZER,
         sources,
-        start=0,
+        decoder_start_token_id=0,
         stop_token_ids=(end,),
         max_tokens=6,
         sampling=Sampling(temperature=0),
@@ -223,7 +230,14 @@ def test_t5_is_that_of_transformers(gated):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     sources = [row[keep].tolist() for row, keep in zip(np.asarray(SOURCE), real, strict=True)]
     ours = respond(
-        model, params, TOKENIZER, sources, start=0, stop_token_ids=(1,), max_tokens=12, sampling=Sampling(temperature=0)
+        model,
+        params,
+        TOKENIZER,
+        sources,
+        decoder_start_token_id=0,
+        stop_token_ids=(1,),
+        max_tokens=12,
+        sampling=Sampling(temperature=0),
     )
     assert [list(x.ids) for x in ours] == [row[1 : row.index(1) + 1] if 1 in row else row[1:] for row in written]
 

@@ -52,7 +52,7 @@ TABLE = (
     *half("encoder", feed=1),
     *half("decoder", feed=2),
     Row("decoder.block.{L}.layer.1.layer_norm.weight", "D", "decoder/blocks/{L}/norm_2/scale", "D"),
-    *attention("decoder.block.{L}.layer.1.EncDecAttention", "decoder/blocks/{L}/cross"),
+    *attention("decoder.block.{L}.layer.1.EncDecAttention", "decoder/blocks/{L}/cross_attention"),
     Row("lm_head.weight", "V D", "decoder/head", "D V"),
 )
 
