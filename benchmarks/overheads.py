@@ -202,7 +202,7 @@ def clock(repeats: int, steps: int) -> None:
                 watch.lap("input")
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     pass
-                watch.started(result)
+                watch.dispatched(result)
                 watchdog.beat(step)
             found.append((time.perf_counter() - begin) / 1000 * 1e6)
     low, high = min(found), max(found)

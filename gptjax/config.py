@@ -1,8 +1,8 @@
-"""Configurations: trees of frozen dataclasses. Here they become JSON and come back, are compared, and are overridden
-from the command line. A leaf is a str, int, float, bool, None or Path; dataclasses, tuples and dicts hold the leaves.
+"""Configurations are trees of frozen dataclasses: convert them to and from JSON, compare them, and override values from
+the command line. A leaf is a str, int, float, bool, None or Path; dataclasses, tuples and dicts hold the leaves.
 
-Every value has a name, the path that leads to it: `model.positions.theta`. A dict of dataclasses lends its keys and
-leaves out its own name: `stages={"pretrain": Stage(steps=100)}` has `pretrain.steps`.
+Every value is named by its path: `model.positions.theta`. A dict of dataclasses contributes its keys and not its own
+name: `stages={"pretrain": Stage(steps=100)}` has `pretrain.steps`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from gptjax.types import UserError
 Config = TypeVar("Config")
 
 OWN_PACKAGES = ("gptjax",)
-"""Where `from_json` may import a module; elsewhere it takes only what the program imported itself."""
+"""Packages that `from_json` may import. Classes of other packages must already be imported by the program."""
 
 
 def to_json(config: Any) -> Any:
-    """The configuration as what `json.dump` takes: a dataclass is `{"class": "gptjax.nn.positions.RoPE", "theta": 1e4}`
-    and a tuple is a list. Raises UserError, naming the value, for what `from_json` could not give back."""
+    """Convert a configuration to JSON types: a dataclass becomes `{"class": "gptjax.nn.positions.RoPE", "theta": 1e4}`
+    and a tuple a list. Raises UserError, naming the value, for what `from_json` could not restore."""
     return _to_json(config, "configuration")
 
 
@@ -53,9 +53,11 @@ def _to_json(value: Any, name: str) -> Any:
 
 
 def from_json(data: Any) -> Any:
-    """The configuration that `to_json` wrote: `from_json(json.loads(json.dumps(to_json(c)))) == c`. A field that is
-    lacking gets its default. The only things called are dataclasses, of this package or of a module that is already
-    imported. Raises UserError for a class or field that doesn't exist, and for a field that has no default."""
+    """Restore a configuration from `to_json`'s output: `from_json(json.loads(json.dumps(to_json(c)))) == c`.
+
+    A missing field gets its default. Only dataclasses are called, and only those of this package or of a module that is
+    already imported. Raises UserError for a class or field that does not exist, and for a missing field without a
+    default."""
     return _from_json(data, "configuration")
 
 
@@ -104,7 +106,7 @@ def _find_class(path: Any, name: str) -> Any:
 
 
 def differences(a: Any, b: Any) -> list[str]:
-    """What changes from a to b, a line each: `model.layers: 4 → 12`. Empty when they are equal."""
+    """List the changes from a to b, one line each: `model.layers: 4 → 12`. Empty if they are equal."""
     return list(_differences(a, b, ""))
 
 
@@ -124,9 +126,11 @@ def _differences(a: Any, b: Any, name: str) -> Iterator[str]:
 
 
 def override(config: Config, arguments: Sequence[str], prog: str, description: str) -> Config:
-    """The configuration with arguments like `--model.layers 12 --pretrain.steps=100` applied. Types are those of the
-    fields; a field that holds a dataclass is narrowed to the class that it holds. `--help` prints the description and
-    every option with its field's docstring, and exits. Raises UserError for an unknown option or a bad value."""
+    """Apply arguments like `--model.layers 12 --pretrain.steps=100` to a configuration.
+
+    Values are parsed by the types of the fields; a field that holds a dataclass is narrowed to that dataclass's class.
+    `--help` prints the description and every option with its field's docstring, then exits. Raises UserError for an
+    unknown option or a bad value."""
     import tyro
 
     names = list(_names(config, ""))
@@ -154,8 +158,8 @@ def override(config: Config, arguments: Sequence[str], prog: str, description: s
 
 
 def _as_held() -> Any:
-    """A tyro registry in which a field has the type of the dataclasses that it holds, whatever base class, protocol or
-    union it is annotated with, and a dict of dataclasses lends its keys."""
+    """A tyro registry that types a field by the dataclass it holds, not by its annotation (a base class, protocol or
+    union), and that names the values of a dict of dataclasses by their keys alone."""
     import tyro
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
@@ -174,7 +178,7 @@ def _as_held() -> Any:
         nonlocal asking
         if asking or not dataclasses.is_dataclass(info.type):
             return None
-        asking = True  # so that the answer is of tyro's own rule for dataclasses, not of this one
+        asking = True  # disables this rule, so that tyro's own rule for dataclasses answers
         spec = ConstructorRegistry.get_struct_spec(info)
         asking = False
         if not isinstance(spec, StructConstructorSpec):
@@ -191,13 +195,14 @@ def _type(value: Any) -> Any:
 
 
 def _rejection(stop: SystemExit, printed: str) -> UserError:
-    """tyro's reason to exit: the UserError of a `__post_init__` where there is one, else the first lines of its box."""
+    """tyro's reason for exiting: the UserError of a `__post_init__` if there is one, else the first lines of its
+    box."""
     cause: BaseException | None = stop
     while cause is not None:
         if isinstance(cause, UserError):
             return cause
         cause = cause.__context__
-    # A box has a title line and then rules between its paragraphs; the reason is its first one.
+    # A box has a title line, then paragraphs separated by rules; the first paragraph is the reason.
     paragraphs = re.split(r"[─-]{5,}", re.sub(r"\x1b\[[0-9;]*m", "", printed))
     lines = (line.strip(" │|╮+") for line in paragraphs[min(1, len(paragraphs) - 1)].splitlines())
     reason, _, _ = " ".join(line for line in lines if line).partition(" Got errors:")
@@ -206,7 +211,7 @@ def _rejection(stop: SystemExit, printed: str) -> UserError:
 
 def _unknown(option: str, names: Sequence[str], prog: str) -> str:
     if not option.startswith("--"):
-        return f"got {option!r}, which belongs to no option; give values as --name value"
+        return f"got {option!r}, which is not an option; give values as --name value"
     wanted = option[2:].replace("-", "_")
     if wanted in names:
         return f"{option}: cannot be set from the command line; change it in Python"
@@ -231,7 +236,7 @@ def _lends_keys(value: Any) -> bool:
 
 
 def _children(value: Any) -> dict[str, Any]:
-    """The values one step inside a value, by name; empty for a leaf, which a tuple of leaves is too."""
+    """The direct children of a value, by name. Empty for a leaf; a tuple of leaves is a leaf too."""
     if _is_dataclass(value):
         inside = {}
         for field in _fields(value):

@@ -229,7 +229,7 @@ def test_overrides_are_typed(arguments, expected):
         ("--model.layesr 3", "no option --model.layesr; nearest: --model.layers; see all with prog --help"),
         ("--steps=3", "no option --steps; nearest: --chat.steps, --pretrain.steps; see all with prog --help"),
         ("--zzzzzz 3", "no option --zzzzzz; see all with prog --help"),
-        ("3", "got '3', which belongs to no option; give values as --name value"),
+        ("3", "got '3', which is not an option; give values as --name value"),
         ("--extra.x 3", "no option --extra.x; nearest: --extra; see all with prog --help"),
         ("--model.layers many", "--model.layers: invalid literal for int() with base 10: 'many'"),
         ("--model.kv_heads 1.5", "--model.kv_heads: no type matching {None}|INT could be instantiated from ['1.5']"),

@@ -1,1 +1,1 @@
-"""Checkpoints, the manifest that vouches for each, a mirror of the run folder in a bucket."""
+"""Checkpoints, their manifests, and a mirror of the run folder in a bucket."""

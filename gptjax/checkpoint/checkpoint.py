@@ -1,13 +1,14 @@
-"""Checkpoints: written by Orbax in the background, and checked byte by byte before they are trusted again.
+"""Checkpoints: saved by Orbax in the background, verified byte by byte before they are restored.
 
     with Checkpoints("runs/small/checkpoints") as checkpoints:
         start = checkpoints.restore(abstract_state).state if checkpoints.steps() else fresh_state
         ...
         checkpoints.save(step, state, extra={"input": batches.state()}, loss=validation_loss)
 
-Orbax writes a checkpoint whole or not at all, but it loads a flipped bit without a word and never turns to an older
-one. So each checkpoint that it has committed gets a manifest: what it holds, and the size and SHA-256 of all its files.
-A folder without a manifest is unfinished; one that disagrees with it is damaged; then the checkpoint before is used.
+Orbax commits a checkpoint atomically, but it restores a flipped bit without an error and never falls back to an older
+checkpoint. So every committed checkpoint gets a manifest: its content, and the size and SHA-256 of all its files. A
+folder without a manifest is unfinished; one that disagrees with its manifest is damaged. Either is skipped, and the
+checkpoint before it is restored.
 """
 
 from __future__ import annotations
@@ -40,23 +41,23 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held."""
+    """A restored checkpoint."""
 
     step: int
     state: Any
     extra: dict[str, Any]
     loss: float | None
-    """Validation loss, if it was known."""
+    """Validation loss. None: it was not known."""
 
 
 class Checkpoints:
     """The checkpoints of one run, in `folder`, a local path or gs://. Only one job may save there.
 
-    It keeps the newest `max_to_keep` and the `best` of lowest validation loss. Every method that touches the disk first
-    waits for the save in progress, and raises UserError if that failed: a full disk shows at the next call.
+    The newest `max_to_keep` and the `best` of lowest validation loss are kept. Every method that touches the disk first
+    waits for the save in progress and raises UserError if that failed: a full disk is reported by the next call.
 
-    Several processes of a job must make the same calls, in a folder that they share: each reads and hashes its part of
-    the files, and what the first finds there holds for all.
+    All processes of a job must make the same calls, in a folder that they share. Each reads and hashes its part of the
+    files; where their views of the folder differ, the first process decides.
     """
 
     def __init__(self, folder: str | os.PathLike[str], max_to_keep: int = 2, best: int = 1):
@@ -80,38 +81,38 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Wait until everything is written, then stop the thread."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
     def wait(self) -> None:
-        """Waits for the save under way. Raises UserError if it failed."""
+        """Wait for the save in progress. Raises UserError if it failed."""
         if self._pending is not None:
             try:
                 self._pending.result()
             finally:
-                if self._pending.done():  # not so when Ctrl-C ended the wait
+                if self._pending.done():  # False after Ctrl-C interrupted the wait
                     self._pending = None
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], loss: float | None = None) -> None:
-        """Copies the state to the host and returns; the files are written behind the training loop's back.
+        """Copy the state to the host and return; the files are written in the background.
 
-        state: any tree of `jax.Array`s, typed keys too. It may be donated or deleted as soon as this returns.
-        extra: what JSON can hold: input position, resolved configuration, tokenizer fingerprint, stage.
-        loss:  validation loss, if it is known at this step.
+        state: any tree of `jax.Array`s, including typed keys. It may be donated or deleted as soon as this returns.
+        extra: JSON types: input position, resolved configuration, tokenizer fingerprint, stage.
+        loss:  validation loss. None: not known at this step.
 
-        The first save after a restore drops the checkpoints later than the restored one: they are damaged, or belong to
-        a future that is being rewritten. Raises UserError when the folder is full or can't be written to (from the next
-        call, if it turns out only later), and ValueError when there is already a checkpoint of this step.
+        The first save after a restore deletes the checkpoints later than the restored one: they are damaged, or of
+        steps that are being trained again. Raises UserError if the disk is full or the folder is not writable (an error
+        found in the background is raised by the next call), and ValueError if this step already has a checkpoint.
         """
         self.wait()
         content = {"step": step, "loss": None if loss is None else float(loss), "extra": json.loads(json.dumps(extra))}
         try:
             self._tidy()
             if processes.gather(step in self._committed())[0]:
-                raise ValueError(f"checkpoints: there is already one of step {step} in {self.folder}")
+                raise ValueError(f"checkpoints: step {step} already has a checkpoint in {self.folder}")
             response = _orbax().save_async(self.folder / str(step), state)
         except OSError as error:
             raise self._failure(step, error) from error
@@ -119,15 +120,15 @@ class Checkpoints:
         self._pending = self._thread.submit(self._finish, step, content, response)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
-        """The newest checkpoint that is sound, or the one of `step`.
+        """Restore the newest sound checkpoint, or the one of `step`.
 
-        abstract_state: the tree to fill, of `jax.ShapeDtypeStruct`s (or arrays). Leaves are read straight into their
-        shardings, whatever the mesh and the number of devices they were saved from; what `jax.eval_shape` gives under
-        a mesh will do. A leaf without a sharding is copied to all devices of the current mesh; without a mesh, it goes
-        to the first device. Values are cast to the dtypes asked for.
+        abstract_state: tree of `jax.ShapeDtypeStruct`s (or arrays), such as `jax.eval_shape` returns under a mesh.
+        Leaves are read directly into their shardings, whatever the mesh and number of devices they were saved from. A
+        leaf without a sharding is replicated over the current mesh; without a mesh, it is put on the first device.
+        Values are cast to these dtypes.
 
-        Damaged and unfinished checkpoints are named in a warning and passed over. Raises UserError when none is sound,
-        or when the sound one does not fit `abstract_state`.
+        Damaged and unfinished checkpoints are named in a warning and skipped. Raises UserError if no checkpoint is
+        sound, or if the sound one does not fit `abstract_state`.
         """
         step, content = self._sound(step)
         state = self._load(step, abstract_state, self._saved(step))
@@ -135,10 +136,10 @@ class Checkpoints:
         return Restored(step, state, content["extra"], content["loss"])
 
     def restore_params(self, step: int | None = None, *, ema: bool = False, abstract_params: Any = None) -> Restored:
-        """As `restore`, but only the state's `params`, a nested dict, without the optimizer's share of the bytes.
+        """Restore only the state's `params`, a nested dict, as `restore` does; the optimizer's state is not read.
 
-        ema: prefer the moving average of the parameters, the state's `ema`, where the checkpoint has one.
-        abstract_params: as in `restore`; without it, shapes and dtypes are those saved, on the first device.
+        ema: prefer the exponential moving average of the parameters, the state's `ema`, if the checkpoint has one.
+        abstract_params: as in `restore`. None: the saved shapes and dtypes, on the first device.
         """
         step, content = self._sound(step)
         saved = self._saved(step)
@@ -149,19 +150,19 @@ class Checkpoints:
         return Restored(step, params, content["extra"], content["loss"])
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, oldest first. Whether they are sound is not looked into."""
+        """Steps of the finished checkpoints, oldest first. Their files are not verified."""
         self.wait()
         return processes.gather(self._finished())[0]
 
     def complete(self, step: int) -> bool:
-        """Whether there is a sound checkpoint of that step, whose validation loss is known."""
+        """True if `step` has a sound checkpoint whose validation loss is known."""
         self.wait()
         if self._fault(step) is not None:
             return False
         return processes.gather((manifest.read(self.folder / str(step)) or {}).get("loss") is not None)[0]
 
     def rank(self, step: int, loss: float) -> None:
-        """Adds the validation loss of a checkpoint that was saved before it was known."""
+        """Record the validation loss of a checkpoint that was saved before it was known."""
         self.wait()
         try:
             if jax.process_index() == 0:
@@ -179,7 +180,7 @@ class Checkpoints:
         return processes.gather(next(iter(self._ranked()), None))[0]
 
     def _committed(self) -> list[int]:
-        """Steps of all checkpoint folders, finished or not, oldest first."""
+        """Steps of all committed checkpoints, with a manifest or without, oldest first."""
         if not self.folder.exists():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
@@ -188,19 +189,19 @@ class Checkpoints:
         return [step for step in self._committed() if manifest.finished(self.folder / str(step))]
 
     def _ranked(self) -> list[int]:
-        """Steps that have a finite loss, best first."""
+        """Steps with a finite validation loss, best first."""
         contents = {step: manifest.read(self.folder / str(step)) for step in self._committed()}
         losses = {step: content.get("loss") for step, content in contents.items() if content}
         finite = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
         return sorted(finite, key=lambda step: (finite[step], -step))
 
     def _fault(self, step: int) -> str | None:
-        """What is wrong with a checkpoint; the processes share the reading."""
+        """The first fault of a checkpoint, or None if it is sound; the files are divided among the processes."""
         found = processes.gather(manifest.fault(self.folder / str(step), jax.process_index(), jax.process_count()))
         return next((fault for fault in found if fault is not None), None)
 
     def _sound(self, step: int | None) -> tuple[int, dict[str, Any]]:
-        """The step to use, and what its manifest says."""
+        """The step to restore and the content of its manifest."""
         self.wait()
         candidates = processes.gather(self._committed()[::-1])[0] if step is None else [step]
         faults = []
@@ -218,18 +219,18 @@ class Checkpoints:
         )
 
     def _saved(self, step: int) -> dict[str, Any]:
-        """The saved tree, as nested dicts and lists, with shapes and dtypes in place of the arrays."""
+        """The saved tree as nested dicts and lists, with shapes and dtypes instead of arrays."""
         return _orbax().metadata(self.folder / str(step)).metadata
 
     def _load(self, step: int, abstract: Any, saved: Any) -> Any:
-        """Fills the abstract tree, which must have what the tree `saved` has: all that was saved, or a part of it."""
+        """Restore into the abstract tree, which must match `saved`: the whole saved tree or a subtree of it."""
         folder = self.folder / str(step)
-        there, here = _shapes(saved), _shapes(abstract)  # compared by us, as Orbax's own refusal is noisy
+        there, here = _shapes(saved), _shapes(abstract)  # compared here because Orbax's own error is noisy
         if there != here:
             name = sorted(name for name in there | here if there.get(name) != here.get(name))[0]
             raise UserError(
                 f"checkpoint {folder}: does not fit this configuration: {name} is {there.get(name, 'absent')} there "
-                f"and {here.get(name, 'absent')} here; use the configuration it was made with"
+                f"and {here.get(name, 'absent')} here; use the configuration it was saved with"
             )
         ocp = _orbax()
         context = ocp.Context()
@@ -238,8 +239,10 @@ class Checkpoints:
             return ocp.load(folder, jax.tree.map(_placed, abstract))
 
     def _finish(self, step: int, content: dict[str, Any], response: Any) -> None:
-        """Runs on our thread: from Orbax's commit to a finished checkpoint, and only then are older ones deleted. The
-        processes share the reading, and none is done before the manifest is there: the first must not lose them."""
+        """Wait for Orbax's commit, write the manifest, then delete older checkpoints. Runs on the background thread.
+
+        The files to hash are divided among the processes. All wait for the manifest: a process that exited earlier
+        would take the first process down with it."""
         folder, process, processes = self.folder / str(step), jax.process_index(), jax.process_count()
         try:
             response.result()
@@ -262,8 +265,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _together(self, what: str) -> Iterator[None]:
-        """Leaves, by an error too, when all processes do. Unlike `processes.meet` it may be on any thread, for nothing
-        is sent between devices; the bound is one that no disk needs, as a process that is gone is noticed before."""
+        """A barrier at the end of the block, reached after an error too. Unlike `processes.meet` it works on any
+        thread, because nothing is sent between devices. The timeout is longer than any disk needs: a lost process is
+        detected by its heartbeat."""
         try:
             yield
         finally:
@@ -271,7 +275,7 @@ class Checkpoints:
             asyncio.run(meeting(f"{self.folder}/{what}", operation_id=f"gptjax.{self._saves}", timeout=_DAY))
 
     def _tidy(self) -> None:
-        """Makes the folder and deletes what is of no use: unfinished saves, and the future that a restore left."""
+        """Create the folder; delete unfinished checkpoints and those later than the restored one."""
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in list(self.folder.iterdir()):
@@ -284,7 +288,7 @@ class Checkpoints:
 
     def _failure(self, step: int, error: Exception) -> UserError:
         finished = self._finished()
-        last = f"the last good one is of step {finished[-1]}" if finished else "there is no earlier one"
+        last = f"the last good checkpoint is step {finished[-1]}" if finished else "there is no earlier checkpoint"
         return UserError(
             f"checkpoints: could not write step {step} to {self.folder} ({one_line(error)}); "
             f"free some space or make it writable; {last}"
@@ -304,7 +308,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The leaf with a sharding: without one, Orbax would use that of the saving run."""
+    """Give the leaf a sharding: without one, Orbax would use the sharding it was saved with."""
     sharding, mesh = leaf.sharding, jax.sharding.get_mesh()
     if sharding is None:
         sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
@@ -313,7 +317,8 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 @functools.cache
 def _orbax():
-    """Orbax, imported late as it takes seconds. It logs every failed write by pages, and raises it: that's enough."""
+    """Import Orbax late, as it takes seconds, and drop its log: pages for every failed write, which it raises
+    anyway."""
     from orbax.checkpoint import v1
 
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)

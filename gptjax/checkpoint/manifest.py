@@ -1,5 +1,5 @@
-"""A folder's manifest: what the folder holds, and the size and SHA-256 of its every file. It is written last and at one
-stroke, so that it also says: this folder is finished.
+"""A folder's manifest: a description of the content, and the size and SHA-256 of every file. It is written last and
+atomically, so that its presence marks the folder as finished.
 """
 
 from __future__ import annotations
@@ -14,41 +14,41 @@ from etils import epath  # pathlib that also knows gs://
 
 NAME = "manifest.json"
 Files = dict[str, list[Any]]
-"""Name of a file -> its size and SHA-256."""
+"""File name -> [size, SHA-256]."""
 
 
 def digests(folder: epath.Path, process: int = 0, processes: int = 1) -> Files:
-    """Of the files in the folder; of several processes, each reads its share."""
+    """Size and SHA-256 of this process's share of the folder's files."""
     sizes = {name: (folder / name).stat().length for name in _files(folder)}
     return _digests(folder, _share(sizes, process, processes))
 
 
 def leave(folder: epath.Path, process: int, files: Files) -> None:
-    """Leave the share of a process in the folder, to be collected by the one that writes the manifest."""
+    """Write the digests of a process to the folder, for the process that writes the manifest to `collect`."""
     (folder / f"{NAME}.{process}").write_text(json.dumps(files))
 
 
 def collect(folder: epath.Path, processes: int) -> Files:
-    """What the processes after the first have left; one that could not has nothing."""
+    """Read and delete the digests that the other processes left. A process that failed contributes none."""
     files = {}
     for process in range(1, processes):
-        part = folder / f"{NAME}.{process}"
-        if part.exists():
-            files |= json.loads(part.read_text())
-            part.unlink()
+        path = folder / f"{NAME}.{process}"
+        if path.exists():
+            files |= json.loads(path.read_text())
+            path.unlink()
     return files
 
 
 def write(folder: epath.Path, content: dict[str, Any], files: Files | None = None) -> None:
-    """Finishes the folder. `content` is what else the manifest is to say, in JSON's types; what is not in `files` is
-    read here: that is all, or what another process could not read, or did not see yet."""
+    """Write the manifest, which finishes the folder. `content` is added to it, in JSON types. Files that are not in
+    `files` are hashed here: all of them, or those that another process could not read or did not yet see."""
     files = files or {}
     files |= _digests(folder, [name for name in _files(folder) if name not in files])
     _write(folder, {**content, "files": dict(sorted(files.items()))})
 
 
 def amend(folder: epath.Path, **content: Any) -> None:
-    """Lets the manifest of a finished folder say something else beside its files."""
+    """Update the content of a finished folder's manifest, not its files."""
     manifest = read(folder)
     if manifest is None:
         raise OSError(f"{folder / NAME} is not as it was written")
@@ -62,7 +62,7 @@ def _write(folder: epath.Path, manifest: dict[str, Any]) -> None:
 
 
 def read(folder: epath.Path) -> dict[str, Any] | None:
-    """The manifest, or None when there is none or it is not as it was written. The files are not looked at."""
+    """The manifest, or None if it is missing or damaged. The files are not verified."""
     try:
         manifest = json.loads((folder / NAME).read_text())
         return manifest if manifest.pop("sha256") == _sha256_of_json(manifest) else None
@@ -75,8 +75,8 @@ def finished(folder: epath.Path) -> bool:
 
 
 def fault(folder: epath.Path, process: int = 0, processes: int = 1) -> str | None:
-    """What is wrong with the folder; None when every byte of it is as it was written. Of several processes, each looks
-    at its share of the files."""
+    """Description of the folder's fault, or None if every byte matches the manifest. Each process verifies its share of
+    the files."""
     if not folder.exists():
         return "missing"
     if not finished(folder):
@@ -98,13 +98,13 @@ def fault(folder: epath.Path, process: int = 0, processes: int = 1) -> str | Non
 
 
 def delete(folder: epath.Path) -> None:
-    """Deletes the folder, the manifest first: a deletion that is cut short must not leave what looks finished."""
+    """Delete the folder, the manifest first: an interrupted deletion must not leave a folder that looks finished."""
     (folder / NAME).unlink(missing_ok=True)
     folder.rmtree()
 
 
 def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """The name of every file but the manifest."""
+    """Names of all files except the manifest."""
     for path in sorted(folder.iterdir()):
         name = prefix + path.name
         if path.is_dir():
@@ -114,12 +114,12 @@ def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
 
 
 def _share(sizes: dict[str, int], process: int, processes: int) -> list[str]:
-    """The files of a process: every so many-th of all, the largest first, so that shares are about equal."""
+    """Files of one process: every `processes`-th, ordered by size, so that shares are about equal."""
     return sorted(sizes, key=lambda name: (-sizes[name], name))[process::processes]
 
 
 def _digests(folder: epath.Path, names: list[str]) -> Files:
-    """Hashing lets other threads run."""
+    """Size and SHA-256 of each file, on several threads: hashing releases the GIL."""
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda name: [(folder / name).stat().length, _sha256(folder / name)], names)
         return dict(zip(names, digests, strict=True))

@@ -1,11 +1,11 @@
-"""A copy of a run folder in a bucket, kept up behind the training: local checkpoints are fast, the bucket's outlive the
+"""A copy of a run folder in a bucket, updated in the background: local checkpoints are fast, the bucket's outlive the
 machine.
 
     with Mirror("gs://bucket/small", "runs/small"):
         experiment.run("runs/small")
 
-What the bucket has and the folder has not is brought back first. A checkpoint's manifest is copied last, so that a copy
-that was cut short is seen to be unfinished, as one on disk is.
+Files that the bucket has and the folder lacks are copied back first. A checkpoint's manifest is copied last, so that an
+interrupted copy counts as unfinished, as on disk.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _log = logging.getLogger(__name__)
 
 
 class Mirror:
-    """Copies `folder` to `address`, gs:// or a path, every `period` seconds while entered, and once more at the end.
+    """Context that copies `folder` to `address`, gs:// or a path, every `period` seconds, and once more at the end.
 
-    An error is warned of and tried again, after 1, 2, 4, ... seconds, at most `patience`; it never holds up a step.
-    Leaving raises UserError if `attempts` in a row have failed then. Of several processes the first alone copies.
+    After an error it logs a warning and retries after 1, 2, 4, ... seconds, at most `patience`; training never waits.
+    On exit it raises UserError after `attempts` consecutive failures. Only the first process copies.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Mirror:
         self.patience = patience
         self.attempts = attempts
         self._copied: dict[str, tuple[int, int]] = {}
-        self._begun: set[epath.Path] = set()  # checkpoints that were here when it was entered
+        self._initial: set[epath.Path] = set()  # local checkpoints on entry
         self._end = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
@@ -57,7 +57,7 @@ class Mirror:
     def __enter__(self) -> Self:
         if jax.process_index() == 0:
             self._fetch()
-            self._begun = {path for stage in _folders(self.here / CHECKPOINTS) for path in _checkpoints(stage)}
+            self._initial = {path for stage in _folders(self.here / CHECKPOINTS) for path in _checkpoints(stage)}
             self._thread.start()
         processes.meet("the mirror is fetched")
         return self
@@ -74,22 +74,22 @@ class Mirror:
         if self._error is not None:
             message = (
                 f"mirror: {self.there} is not up to date ({one_line(self._error)}); "
-                f"{self.here} is whole: run the same command again, or copy it"
+                f"{self.here} is complete: run the same command again, or copy it"
             )
-            if kind is not None:  # which says more
+            if kind is not None:  # the exception in flight says more
                 _log.error(message)
             else:
                 raise UserError(message) from self._error
 
     def _follow(self) -> None:
-        """Runs on our thread."""
+        """Copy periodically until the end. Runs on the background thread."""
         failures = 0
         while True:
             ending = self._end.is_set()
             try:
                 self._copy()
                 failures, self._error = 0, None
-            except Exception as error:  # each file system has its own
+            except Exception as error:  # every file system has its own exceptions
                 failures, self._error = failures + 1, error
                 _log.warning("mirror: %s is not up to date: %s; trying again", self.there, one_line(error))
             if ending and (not failures or failures >= self.attempts):
@@ -98,12 +98,13 @@ class Mirror:
             if ending:
                 threading.Event().wait(pause)
             elif self._end.wait(pause):
-                failures = 0  # the last tries are counted anew
+                failures = 0  # count the final attempts anew
 
     def _copy(self) -> None:
-        """One round: small files that changed, new checkpoints, then deletions. Until a new one is copied, nothing is
-        deleted: a folder just fetched has the newest checkpoint alone, and the older ones there are all that is left if
-        that turns out to be bad."""
+        """One round: changed small files, new checkpoints, then deletions.
+
+        Nothing is deleted before a new checkpoint is copied: a fetched folder has only the newest checkpoint, and if
+        that proves bad, the older ones in the bucket are the only others."""
         for name in _names(self.here):
             status = os.stat(self.here / name)
             if self._copied.get(name) != (version := (status.st_size, status.st_mtime_ns)):
@@ -112,24 +113,23 @@ class Mirror:
         for stage in _folders(self.here / CHECKPOINTS):
             target = self.there / CHECKPOINTS / stage.name
             kept = [path for path in _checkpoints(stage) if self._save(path, target / path.name)]
-            for old in _folders(target) if not self._begun.issuperset(kept) else ():
-                if not (
-                    stage / old.name / manifest.NAME
-                ).exists():  # deleted, or cut short there and never written again
+            for old in _folders(target) if not self._initial.issuperset(kept) else ():
+                # Deleted here, or an interrupted copy of a step that was never saved again.
+                if not (stage / old.name / manifest.NAME).exists():
                     manifest.delete(old)
 
     def _save(self, source: epath.Path, target: epath.Path) -> bool:
-        """Copy a checkpoint, if it is not there. False when it was deleted here meanwhile."""
+        """Copy a checkpoint if the bucket lacks it. False if it was deleted here meanwhile."""
         try:
-            said = (source / manifest.NAME).read_text()
-            if manifest.finished(target) and (target / manifest.NAME).read_text() == said:
+            text = (source / manifest.NAME).read_text()
+            if manifest.finished(target) and (target / manifest.NAME).read_text() == text:
                 return True
             here, there = manifest.read(source), manifest.read(target)
             if here is not None and there is not None and here["files"] == there["files"]:
-                _copy(source / manifest.NAME, target / manifest.NAME)  # its loss is known now
+                _copy(source / manifest.NAME, target / manifest.NAME)  # its loss is now known
                 return True
             if target.exists():
-                manifest.delete(target)  # cut short, or of a future that was written anew
+                manifest.delete(target)  # interrupted, or of a step that was trained again
             _copy_checkpoint(source, target)
         except FileNotFoundError:
             if manifest.finished(source):
@@ -138,10 +138,10 @@ class Mirror:
         return True
 
     def _fetch(self) -> None:
-        """Bring back what is there and newer than what is here."""
+        """Copy back the run folder if the bucket's is newer."""
         try:
             there = (self.there / "config.json").exists()
-        except Exception as error:  # each file system has its own
+        except Exception as error:  # every file system has its own exceptions
             raise UserError(
                 f"mirror: {self.there} cannot be reached ({one_line(error)}); for gs:// pip install 'gptjax[gcs]'"
             ) from error
@@ -158,7 +158,7 @@ class Mirror:
                 _copy(self.there / name, self.here / name)
 
     def _fetch_newest(self, source: epath.Path, target: epath.Path) -> bool:
-        """Bring back the newest sound checkpoint of a stage, unless one as new is sound here."""
+        """Copy back the newest sound checkpoint of a stage, unless one as new is sound here. True if one was copied."""
         sound = next((int(path.name) for path in _checkpoints(target) if manifest.fault(path) is None), -1)
         for path in _checkpoints(source):
             if int(path.name) <= sound:
@@ -186,7 +186,7 @@ def _folders(folder: epath.Path) -> list[epath.Path]:
 
 
 def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """The name of every file but those of checkpoints and those that are still being written."""
+    """Names of all files except checkpoints and files still being written."""
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         name = prefix + path.name
         if name == CHECKPOINTS or path.name.endswith(".partial"):
@@ -198,7 +198,7 @@ def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
 
 
 def _copy_checkpoint(source: epath.Path, target: epath.Path) -> None:
-    """The files that the manifest names, and then the manifest."""
+    """Copy the files that the manifest names, then the manifest."""
     content = manifest.read(source)
     if content is None:
         raise OSError(f"{source / manifest.NAME} is not as it was written")
@@ -207,7 +207,7 @@ def _copy_checkpoint(source: epath.Path, target: epath.Path) -> None:
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
-    """A file, in pieces, whole or not at all: a bucket's file is there when it is closed, a local one is renamed."""
+    """Copy a file atomically, in chunks: a bucket's file appears when it is closed, a local one is renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     bucket = "://" in os.fspath(target)
     written = target if bucket else target.with_name(f"{target.name}.partial")

@@ -1,5 +1,5 @@
-"""What a program sets once, before jax starts: where compiled programs are kept, how memory is, and which other
-processes it works with."""
+"""Process start-up and multi-process jobs: the compilation cache, memory settings, `jax.distributed`, and exchange of
+small values between processes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def prepare() -> None:
-    """Call first thing in a program's main. Variables that are already set win.
+    """Configure jax and the C library. Call it first in a program's main; environment variables already set win.
 
-    Compiled programs are kept on disk, so that going on, or running again, starts at once.
-
-    On Linux, freed memory is kept for the next step. XLA's CPU backend allocates all that a step needs at its start and
-    frees it at its end; glibc would give such large pieces back to the kernel and get them anew, page by page: 7 % of
-    the training step of a model of 6 layers, 384 wide.
-
-    Where the processor has vectors of 512 bits, XLA uses them: a tenth to a fifth off a token that is decoded alone.
-
-    Where libtpu is there without a TPU, for `gptjax plan`, jax does not look for one, which it does loudly.
+    - Compiled programs are cached on disk, so that a resumed or repeated run starts without compiling.
+    - On Linux, malloc keeps freed memory for the next step. XLA's CPU backend allocates a step's memory at its start
+      and frees it at its end; glibc would return such large blocks to the kernel and fault them in again, page by page:
+      7 % of the training step of a model with 6 layers of width 384.
+    - XLA uses 512-bit vectors if the processor has them: 10 to 20 % less time per token decoded in a batch of one.
+    - If libtpu is installed (for `gptjax plan`) but there is no TPU, jax does not search for one, which logs errors.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "gptjax" / "compilation"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -47,8 +44,8 @@ def prepare() -> None:
 
 
 def several() -> bool:
-    """Whether this process is one of several of a job, as the environment tells: `JAX_COORDINATOR_ADDRESS` is set, a
-    TPU slice has several hosts (Compute Engine, GKE), or SLURM's `srun` or Open MPI's `mpirun` started several."""
+    """True if the environment says that this process belongs to a multi-process job: `JAX_COORDINATOR_ADDRESS` is set,
+    a TPU slice has several hosts (Compute Engine, GKE), or SLURM's `srun` or Open MPI's `mpirun` started several."""
     variables = os.environ
     hosts = variables.get("TPU_PROCESS_ADDRESSES") or variables.get("TPU_WORKER_HOSTNAMES")
     return (
@@ -61,11 +58,11 @@ def several() -> bool:
 
 
 def join() -> None:
-    """Meet the other processes of the job. jax finds out who they are; where `JAX_COORDINATOR_ADDRESS` is all there is,
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say it.
+    """Initialise `jax.distributed`. jax detects TPU slices, SLURM and Open MPI; elsewhere set
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
 
-    A process that is not heard of for `GPTJAX_HEARTBEAT` seconds (60) counts as lost, and all end; so does one that is
-    waited for as long when the others are at their end.
+    A process without a heartbeat for `GPTJAX_HEARTBEAT` seconds (60) counts as lost, and all processes exit. The same
+    limit holds for the wait at shutdown.
     """
     import jax
 
@@ -74,19 +71,19 @@ def join() -> None:
     if jax.distributed.is_initialized():
         return
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    told: dict[str, Any] = {field: int(os.environ[name]) for field, name in names.items() if name in os.environ}
+    settings: dict[str, Any] = {field: int(os.environ[name]) for field, name in names.items() if name in os.environ}
     try:
-        bound = int(os.environ.get("GPTJAX_HEARTBEAT", HEARTBEAT))
-        jax.distributed.initialize(**told, heartbeat_timeout_seconds=bound, shutdown_timeout_seconds=bound)
+        timeout = int(os.environ.get("GPTJAX_HEARTBEAT", HEARTBEAT))
+        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=timeout, shutdown_timeout_seconds=timeout)
     except ValueError as error:
         raise UserError(
             f"distributed: {str(error).rstrip('.')}; set JAX_COORDINATOR_ADDRESS (host:port of the first process), "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or say --no-distributed"
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass --no-distributed"
         ) from error
 
 
 def meet(where: str) -> None:
-    """Wait until all processes of the job are here: what one writes, others must not see too early or too late."""
+    """Wait until all processes of the job reach this point (a barrier), so that one does not read files too early."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -95,8 +92,9 @@ def meet(where: str) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process of the job says, in their order, in JSON's types: the disk is not the same for all at a moment,
-    so that one must decide, or each knows a part. All must call it, and then have it when the last one has called."""
+    """All-gather a value of JSON types: the list of every process's value, in process order. A collective call.
+
+    Processes may see a shared disk differently at one moment, so decisions that depend on it are made from one list."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -105,13 +103,13 @@ def gather(value: Any) -> list[Any]:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    length = -(-int(sizes.max()) // 256) * 256  # few lengths, as each is compiled
+    length = -(-int(sizes.max()) // 256) * 256  # few distinct lengths, as each one compiles
     texts = multihost_utils.process_allgather(np.pad(text, (0, length - len(text))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
 
 
 def process_lost(error: Exception) -> bool:
-    """Whether an error says that another process of the job is gone, as far as the runtime's words tell."""
+    """True if the message of the runtime's error says that another process of the job is gone."""
     words = str(error).lower()
     if not any(sign in words for sign in ("gloo", "heartbeat", "coordination service", "another task")):
         return False
@@ -121,13 +119,13 @@ def process_lost(error: Exception) -> bool:
 
 
 def leave(command: str, error: Exception) -> NoReturn:
-    """End this process at once, with exit code 134, as jax's runtime does where it is the first to find a process gone:
-    an ordinary exit would wait for that process."""
+    """Exit at once with code 134, as jax's runtime does when it detects a lost process; an ordinary exit would wait for
+    the lost process."""
     from gptjax.types import one_line
 
     print(
-        f"error: another process of the job is gone, so this one ends too ({one_line(error)}); its own log says why. "
-        f"Start all processes again, to go on from the last checkpoint: {command}",
+        f"error: another process of the job is gone, so this one exits too ({one_line(error)}); see the other's log. "
+        f"Start all processes again to resume from the last checkpoint: {command}",
         file=sys.stderr,
     )
     sys.stdout.flush()
@@ -136,12 +134,12 @@ def leave(command: str, error: Exception) -> NoReturn:
 
 
 def _tpu_chips() -> list[str]:
-    """The TPU chips of this machine, as files."""
+    """Device files of this machine's TPU chips."""
     return glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
 
 
 def _tpu_vm_hosts() -> str:
-    """Hosts of the slice that this TPU VM is of, by commas; "" elsewhere. The machine's metadata server has them."""
+    """Comma-separated hosts of this TPU VM's slice, from the metadata server. "" on other machines."""
     if not _tpu_chips() or importlib.util.find_spec("libtpu") is None or "TPU_SKIP_MDS_QUERY" in os.environ:
         return ""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")

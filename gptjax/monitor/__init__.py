@@ -1,1 +1,1 @@
-"""Watching a run: metrics, the progress display, times of the host and the devices, stragglers, hangs, profiles."""
+"""Monitoring of a run: metrics, progress display, host and device times, stragglers, hangs, profiles."""

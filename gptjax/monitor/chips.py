@@ -1,4 +1,4 @@
-"""What chips can do at most: the one table that utilisation and plans are reckoned from."""
+"""Peak FLOP/s of accelerators: the one table behind utilisation and plans."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Of a chip: dense products of bfloat16 numbers, as its maker publishes."""
+    """Peak rate of dense bfloat16 matrix multiplication, as published by the chip's maker."""
 
     flops: float
     """FLOP/s of the chip."""
     source: str
-    """Where that is said."""
+    """Address of the publication."""
     kinds: tuple[str, ...] = ()
-    """What else `jax.Device.device_kind` calls it."""
+    """Other names of the chip in `jax.Device.device_kind`."""
     devices: int = 1
-    """As how many devices jax sees the chip."""
+    """Number of jax devices per chip."""
 
 
 PEAKS = {
@@ -28,7 +28,7 @@ PEAKS = {
     "TPU v5p": Peak(459e12, "cloud.google.com/tpu/docs/v5p", ("TPU v5",)),
     "TPU v6e": Peak(918e12, "cloud.google.com/tpu/docs/v6e", ("TPU v6 lite",)),
     "TPU7x": Peak(2307e12, "cloud.google.com/tpu/docs/tpu7x", devices=2),
-    # NVIDIA's tables count zeros ("with sparsity"): halved here.
+    # NVIDIA's tables give figures "with sparsity": halved here.
     "A10": Peak(125e12, "nvidia.com/en-us/data-center/products/a10-gpu"),
     "A100": Peak(312e12, "nvidia.com/en-us/data-center/a100"),
     "L4": Peak(121e12, "nvidia.com/en-us/data-center/l4"),
@@ -44,7 +44,7 @@ PEAKS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s that one jax device can do at most, by its `jax.Device.device_kind`; None where not known."""
+    """Peak FLOP/s of one jax device, by its `jax.Device.device_kind`. None: unknown."""
     kinds = {kind: peak for name, peak in PEAKS.items() for kind in (name, *peak.kinds)}
     found = [kind for kind in kinds if re.search(rf"\b{kind}\b", device_kind, re.IGNORECASE)]
     if not found:

@@ -1,11 +1,11 @@
-"""The live display of a stage: how far it is, how well and how fast it learns, and what it writes meanwhile.
+"""Live display of a stage: progress, loss, speed, evaluations and samples.
 
     with Display("pretrain", steps=5000, tokens_per_step=4096, flops_per_token=6 * parameters) as display:
         display.update(step, loss=3.2)
         display.evaluation(step, loss=3.3)
         display.sample(step, "Once upon a time", " there was a model.")
 
-On a terminal it is a progress bar with the rest printed above it; elsewhere, plain lines now and then.
+On a terminal it is a progress bar with everything else printed above it; elsewhere, a plain line every few seconds.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from rich.text import Text
 from gptjax.monitor.chips import peak_flops
 
 PLAIN_EVERY = 10.0
-"""Seconds between lines where there is no terminal."""
+"""Seconds between lines without a terminal."""
 SMOOTHING = 0.9
-"""Share of the old value in the moving average of the loss, an update."""
+"""Decay per update of the moving average of the loss."""
 SPEED_WINDOW = 10.0
 """Seconds over which the speed is averaged."""
 INPUT_WAIT = 0.05
-"""Share of a step that the devices may wait for input before it is shown."""
+"""Fraction of a step spent waiting for input above which it is shown."""
 
 
 class Display:
-    """Shows one stage of a run, from the first process of a job; elsewhere it measures and shows nothing.
+    """Progress display of one stage. Only the first process of a job prints; the others only measure.
 
     title:            name of the stage
-    steps:            where it ends
-    tokens_per_step:  of all devices together
-    flops_per_token:  of training, forward and backward; for the model-FLOPs utilisation, on devices of known peak
+    steps:            total number of steps
+    tokens_per_step:  over all devices
+    flops_per_token:  of training, forward and backward; for the model-FLOPs utilisation on devices of known peak
     start:            steps done before
-    console:          where to show it; default: standard output
+    console:          None: standard output
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Display:
         self.console = console or Console(highlight=False, quiet=jax.process_index() != 0)
         self.step = start
         self._peak = peak_flops(jax.devices()[0].device_kind)
-        self._loss = self._weight = 0.0  # moving average, and how much of it has been filled
+        self._loss = self._weight = 0.0  # moving average and its bias correction
         self._more: dict[str, float] = {}
         self._validation: float | None = None
         self._waiting = 0.0
-        self._first: tuple[float, int] | None = None  # (time, step) of the first update: compilation is over
-        self._last: tuple[float, int] | None = None  # (time, step) that speed is counted from
+        self._first: tuple[float, int] | None = None  # (time, step) of the first update, after compilation
+        self._last: tuple[float, int] | None = None  # (time, step) from which the speed is measured
         self._seconds_per_step: float | None = None
         self._printed = 0.0
         self._live = Live(
@@ -79,27 +79,28 @@ class Display:
 
     def __exit__(self, *_) -> None:
         if self._live.is_started:
-            self._live.stop()  # gives the cursor back, after Ctrl-C too
+            self._live.stop()  # restores the cursor, also after Ctrl-C
         elif self._weight:
             self._line()
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all devices together, over the last seconds, evaluation and sampling not counted."""
+        """Recent tokens per second over all devices, without evaluation and sampling. None: not yet known."""
         return self.tokens_per_step / self._seconds_per_step if self._seconds_per_step else None
 
     @property
     def utilisation(self) -> float | None:
-        """Model-FLOPs utilisation, from 0 to 1: the model's FLOPs a second over what the devices can do at most."""
+        """Model-FLOPs utilisation, from 0 to 1: the model's FLOP/s divided by the devices' peak. None: unknown."""
         speed = self.tokens_per_second
         if speed is None or self.flops_per_token is None or self._peak is None:
             return None
         return speed * self.flops_per_token / (self._peak * jax.device_count())
 
     def update(self, step: int, loss: float, waiting: float = 0.0, **more: float) -> None:
-        """`step` steps are done, the last with this loss (and more to show). Call it every step or every few.
+        """Show that `step` steps are done, the last one with this loss and further metrics. Call it every step or every
+        few.
 
-        waiting: the share of these steps that the devices waited for input, from 0 to 1
+        waiting: fraction of these steps that the devices waited for input, from 0 to 1
         """
         now = time.monotonic()
         self._first = self._first or (now, step)
@@ -110,7 +111,7 @@ class Display:
             self._seconds_per_step = old * (self._seconds_per_step or 0.0) + (1 - old) * seconds / steps
             self._last = (now, step)
         self.step = max(self.step, step)
-        self._more = {name: value for name, value in more.items() if value != loss}  # which is shown as an average
+        self._more = {name: value for name, value in more.items() if value != loss}  # loss is shown averaged
         self._waiting = waiting
         self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
@@ -118,24 +119,24 @@ class Display:
             self._line()
 
     def evaluation(self, step: int, loss: float) -> None:
-        """The validation loss at this step, just measured."""
+        """Show the validation loss at this step."""
         self._validation = loss
         self._show(Text(f"step {step:,}  validation loss {loss:.4f}"))
         self._restart(step)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """What the model makes of a prompt at this step, just made."""
+        """Show a prompt and the model's continuation at this step."""
         self._show(
             Text.assemble((f"step {step:,} writes\n", "dim"), (_visible(prompt), "bold"), _visible(text).rstrip())
         )
         self._restart(step)
 
     def note(self, text: str) -> None:
-        """A line to keep on the screen."""
+        """Print a line that stays on the screen."""
         self._show(Text(_visible(text)))
 
     def _restart(self, step: int) -> None:
-        """Counts the speed anew from here, as the time until now went into something else than training."""
+        """Restart the speed measurement here: the time until now was not spent on training."""
         if self._last is not None:
             self._last = (time.monotonic(), step)
 
@@ -145,7 +146,7 @@ class Display:
 
     def _show(self, text: Text) -> None:
         encoding = self.console.encoding
-        text.plain = text.plain.encode(encoding, "replace").decode(encoding)  # a run must not end for a letter
+        text.plain = text.plain.encode(encoding, "replace").decode(encoding)  # no UnicodeEncodeError may end a run
         self.console.print(text, soft_wrap=not self._live.is_started)
 
     def _status(self) -> str:
@@ -159,7 +160,7 @@ class Display:
             parts.append(f"MFU {utilisation:.1%}")
         if self._waiting > INPUT_WAIT:
             parts.append(f"input wait {self._waiting:.0%}")
-        if self._first is not None and self._first[1] < self.step < self.steps:  # at the pace since the first update
+        if self._first is not None and self._first[1] < self.step < self.steps:
             pace = (time.monotonic() - self._first[0]) / (self.step - self._first[1])
             parts.append(f"{_clock(pace * (self.steps - self.step))} left")
         return "  ".join(parts)
@@ -175,12 +176,12 @@ class Display:
 
 
 def _visible(text: str) -> str:
-    """Without what would steer the terminal: a model writes anything."""
+    """Replace control characters, which could steer the terminal: a model can write anything."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4))
 
 
 def _short(number: float) -> str:
-    """With a unit: 950, 41.2k, 1.3M."""
+    """Format a number with a unit prefix: 950, 41.2k, 1.3M."""
     for unit in ("", "k", "M"):
         if number < 999.5:
             return f"{number:.0f}" if not unit else f"{number:.1f}{unit}"
@@ -189,7 +190,7 @@ def _short(number: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 0:07, 12:34, 3:25:45."""
+    """Format hours, minutes and seconds: 0:07, 12:34, 3:25:45."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,16 +1,16 @@
-"""Metrics of a run: metrics.jsonl and TensorBoard files always, Weights & Biases when asked.
+"""Metrics of a run: always metrics.jsonl and TensorBoard files, Weights & Biases optionally.
 
-    records = MetricsLogger("runs/small")
-    records.resume("pretrain", 1000)  # the step of the checkpoint that is gone on from
-    records.log(1001, "pretrain", loss=3.2, rate=3e-4)
-    records.text(1001, "pretrain/sample", "Once upon a time")
+    metrics = MetricsLogger("runs/small")
+    metrics.resume("pretrain", 1000)  # the step of the restored checkpoint
+    metrics.log(1001, "pretrain", loss=3.2, rate=3e-4)
+    metrics.text(1001, "pretrain/sample", "Once upon a time")
 
 The lines of runs/small/metrics.jsonl are
 
     {"step": 1001, "stage": "pretrain", "time": 1767225600.0, "loss": 3.2, "rate": 0.0003}
 
-and runs/small/tensorboard/STAGE/ has the same as curves. Record a step before its checkpoint is saved: then each
-step is there once, whenever the run was stopped.
+and runs/small/tensorboard/STAGE/ has the same values as curves. Log a step before its checkpoint is saved: then each
+step is logged exactly once, whenever the run was stopped.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from gptjax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class WandB:
-    """Weights & Biases, besides the files. A run that is resumed goes on under the same id."""
+    """Log to Weights & Biases in addition to the files. A resumed run keeps its id."""
 
     project: str = "gptjax"
     """Project to log to."""
     entity: str | None = None
-    """User or team; none: your default one."""
+    """User or team. None: your default entity."""
     name: str | None = None
-    """Name of the run; none: that of its folder."""
+    """Name of the run. None: the name of its folder."""
     group: str | None = None
     """Group of runs to show together."""
     tags: tuple[str, ...] = ()
-    """Tags to find it by."""
+    """Tags of the run."""
 
 
 class MetricsLogger:
-    """Writes what a run measures into `folder`, from the first process of a job; on others every call does nothing.
+    """Write a run's metrics to `folder`. Only the first process of a job writes; on others every call does nothing.
 
-    config: the resolved configuration, for Weights & Biases to show.
-    Raises UserError when `wandb` is asked for and not installed, and whenever the folder can't be written to.
+    config: the resolved configuration, shown by Weights & Biases.
+    Raises UserError if `wandb` is given but not installed, and whenever the folder is not writable.
     """
 
     def __init__(self, folder: str | os.PathLike[str], wandb: WandB | None = None, config: dict | None = None):
@@ -77,7 +77,7 @@ class MetricsLogger:
         self.close()
 
     def resume(self, stage: str, step: int) -> None:
-        """A stage goes on from this step: forgets what was recorded of it later, which will be recorded again."""
+        """Resume a stage at this step: drop its later lines, which will be logged again."""
         if self._writes:
             with _writing(self.folder):
                 self._file.close()
@@ -88,7 +88,7 @@ class MetricsLogger:
                 self._boards.pop(stage).close()
 
     def log(self, step: int, stage: str, **values: SupportsFloat) -> None:
-        """Numbers measured at this step of a stage, also arrays of one. What isn't finite becomes null in the file."""
+        """Log scalars (numbers or arrays of one element) of a step. Non-finite values become null in metrics.jsonl."""
         if self._writes:
             numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
             finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -99,16 +99,16 @@ class MetricsLogger:
             self._log_wandb(step, stage, numbers)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """A text of this step, such as a sample of what the model writes. Its name is "STAGE/WHAT"."""
+        """Log a text of a step, such as a sample of the model, under the name "STAGE/NAME"."""
         if self._writes:
-            stage, _, what = name.rpartition("/")
+            stage, _, label = name.rpartition("/")
             with _writing(self.folder):
-                self._write(step, stage, {what: text})
-                self._board(stage).add_text(what, f"```\n{text}\n```", step)
-            self._log_wandb(step, stage, {what: text})
+                self._write(step, stage, {label: text})
+                self._board(stage).add_text(label, f"```\n{text}\n```", step)
+            self._log_wandb(step, stage, {label: text})
 
     def store(self) -> None:
-        """Closes metrics.jsonl and opens it anew: a bucket that is mounted as a folder stores what is closed."""
+        """Close and reopen metrics.jsonl: a bucket mounted as a folder stores a file only when it is closed."""
         if self._writes:
             with _writing(self.folder):
                 self._file.close()
@@ -125,28 +125,28 @@ class MetricsLogger:
     def _write(self, step: int, stage: str, values: dict[str, Any]) -> None:
         line = {"step": int(step), "stage": stage, "time": round(time.time(), 3), **values}
         data = json.dumps(line, allow_nan=False).encode() + b"\n"
-        if self._file.write(data) < len(data):  # unbuffered, so that a line is one system call
+        if self._file.write(data) < len(data):  # unbuffered: one system call per line
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _log_wandb(self, step: int, stage: str, values: dict[str, Any]) -> None:
-        if self._wandb is not None:  # each stage counts its own steps, and W&B's own counter can't go back on a resume
+        if self._wandb is not None:  # stages count their own steps, and W&B's counter cannot go back on a resume
             self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
             self._wandb.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}})
 
     def _board(self, stage: str) -> Any:
-        """TensorBoard's writer of a stage: one folder each, as `purge_step` is for a whole folder."""
+        """The stage's TensorBoard writer. One folder per stage, because `purge_step` affects a whole folder."""
         if stage not in self._boards:
             from tensorboardX import SummaryWriter
 
             purge = self._resumed[stage] + 1 if stage in self._resumed else None
             folder = str(self.folder / "tensorboard" / stage)
-            suffix = f".{time.time_ns()}"  # its own names differ by the second: a quick resume would overwrite
+            suffix = f".{time.time_ns()}"  # TensorBoard names files by the second: a quick resume would overwrite one
             self._boards[stage] = SummaryWriter(folder, purge_step=purge, flush_secs=10, filename_suffix=suffix)
         return self._boards[stage]
 
 
 def read(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in the order of writing; a line cut short by a kill is left out."""
+    """Lines of a run's metrics.jsonl, in the order of writing. Incomplete lines, left by a kill, are skipped."""
     path = Path(folder) / "metrics.jsonl"
     lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -163,11 +163,11 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"records: can't write to {folder} ({reason}); free some space or make it writable") from error
+        raise UserError(f"metrics: cannot write to {folder} ({reason}); free some space or make it writable") from error
 
 
 def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrites the file with the whole lines that are wanted; a kill meanwhile leaves the old file or the new one."""
+    """Rewrite the file atomically with its complete lines that are `wanted`."""
     if path.exists():
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{json.dumps(line)}\n" for line in read(path.parent) if wanted(line)))

@@ -1,12 +1,12 @@
-"""Signs of life: each process of a run leaves a heartbeat, and says where it stands when a step does not end.
+"""Heartbeats of each process of a run, and a report of all threads when a step hangs.
 
     with Watchdog("runs/small", "pretrain", seconds=300) as watchdog:
         for step, batch in enumerate(batches):
             ...
             watchdog.beat(step)
 
-runs/small/heartbeat/PROCESS.json is what this process was at a few seconds ago. When it gets no further,
-runs/small/hang/PROCESS.txt and standard error tell which step hangs and what every thread is doing; nothing is ended.
+runs/small/heartbeat/PROCESS.json holds this process's progress, a few seconds old. If a step hangs, the step and the
+stacks of all threads are written to runs/small/hang/PROCESS.txt and standard error; no process is stopped.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ import jax
 EVERY = 5.0
 """Seconds between heartbeats."""
 USUAL = 3
-"""So many times the longest step so far is too long for a step ..."""
+"""A step hangs if it takes this many times the longest step so far ..."""
 PATIENCE = 6
-"""... and so many times longer may take what is not a step: compilation, evaluation, a checkpoint."""
+"""... and this factor more is allowed for compilation, evaluation and checkpoints."""
 STANDARD_ERROR = 2
 
 
 class Watchdog:
-    """Watches over a training loop from a thread of its own, which costs the loop nothing but a note of the step.
+    """Watch a training loop from a background thread; the loop itself only calls `beat`.
 
-    folder:  of the run
+    folder:  the run folder
     stage:   name of the stage
-    seconds: a step that takes longer hangs, unless steps are slow: then it is one that takes `USUAL` times the longest
+    seconds: time limit of a step; slow steps have `USUAL` times the longest step so far, if that is more
     step:    steps done before
     """
 
@@ -49,7 +49,7 @@ class Watchdog:
         self._host = socket.gethostname()
         self._figures: dict[str, float] = {}
         self._longest = 0.0
-        self._last = step, time.monotonic(), True  # steps done, since when, whether something else than a step goes on
+        self._last = step, time.monotonic(), True  # steps done, time of the last beat, True: not in a step
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -63,15 +63,15 @@ class Watchdog:
         self._heartbeat()
 
     def beat(self, step: int, pause: bool = False) -> None:
-        """So many steps are done. pause: before the next comes something else, which may take long."""
+        """Report progress. step: steps done; pause: something slower than a step comes before the next one."""
         now = time.monotonic()
         _, since, paused = self._last
         if not paused:
             self._longest = max(self._longest, now - since)
         self._last = step, now, pause
 
-    def tell(self, figures: dict[str, float]) -> None:
-        """What the heartbeat says from now on beside the step."""
+    def set_figures(self, figures: dict[str, float]) -> None:
+        """Set further figures for the next heartbeats."""
         self._figures = figures
 
     def _watch(self) -> None:
@@ -100,7 +100,7 @@ class Watchdog:
             **self._figures,
         }
         path = self._folder / "heartbeat" / f"{self._name}.json"
-        with contextlib.suppress(OSError):  # a run must not end for it
+        with contextlib.suppress(OSError):  # a failed heartbeat must not end a run
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(content) + "\n")
@@ -109,7 +109,7 @@ class Watchdog:
     def _report(self, step: int, seconds: float) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         head = (
-            f"{now}: process {self._name} on {self._host}: {self._stage} got no further than step {step} for "
+            f"{now}: process {self._name} on {self._host}: {self._stage} has not advanced beyond step {step} for "
             f"{seconds:.0f} s (the longest step took {self._longest:.3g} s). All threads:\n"
         )
         path = self._folder / "hang" / f"{self._name}.txt"

@@ -88,7 +88,7 @@ def pipeline(
             x = jnp.reshape(x, (copies * rows, *x.shape[3:]), out_sharding=PartitionSpec(others, *place[1:]))
         xs, contexts = (
             split_microbatches(x, parts),
-            context.over_rows(functools.partial(split_microbatches, parts=parts)),
+            context.over_rows(functools.partial(split_microbatches, count=parts)),
         )
         if start_is_x:
             contexts = dataclasses.replace(contexts, start=xs)

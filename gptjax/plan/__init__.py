@@ -1,1 +1,1 @@
-"""Planning without the hardware: does an experiment fit on these chips, how long will it take, what will it cost?"""
+"""Plans without the hardware: memory, time and price of an experiment on given chips."""

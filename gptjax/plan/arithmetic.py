@@ -1,7 +1,7 @@
-"""How many FLOPs a device does in the matrix products of a compiled program: two for each multiply-add.
+"""FLOPs per device in the matrix products of a compiled program: two for each multiply-add.
 
-They are counted as the device runs them, so that a product which several devices make alike counts on each, what is
-computed again counts again, and what loops repeat counts as often. (The compiler's own count takes a loop once.)"""
+They are counted as executed: a product that is replicated counts on every device, rematerialised products count again,
+and products in a loop count once per iteration. (The compiler's own count takes a loop body once.)"""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from gptjax.plan import hlo
 
 
-def product_flops(program: hlo.Program, parts: int = 1) -> float:
-    """Of products, convolutions, and kernels that say themselves what they do (`silent_kernels` has the others).
+def product_flops(program: hlo.Program, expert_shards: int = 1) -> float:
+    """FLOPs of matrix products, convolutions, and kernels with a cost estimate (`silent_kernels` counts the others).
 
-    parts  as how many devices share out the experts of a mixture: of the rows that their products could have, and that
-            the kernels speak of, each computes that part, if experts are used equally
+    expert_shards  number of devices over which a mixture's experts are sharded. The grouped products are sized for all
+                   rows; if experts are used equally, each device computes 1 / expert_shards of them
     """
-    return sum(run.times * _flops(run, parts) for run in program.runs())
+    return sum(run.times * _flops(run, expert_shards) for run in program.runs())
 
 
 def silent_kernels(jaxpr: Jaxpr) -> float:
-    """FLOPs of Pallas kernels that don't say what they do: the products in their jaxpr, for every step of the grid.
-    Those that a mask lets a kernel skip are not skipped here."""
-    # What has no results is left over from a policy that keeps them, and is not compiled.
+    """FLOPs of Pallas kernels without a cost estimate: the products in their jaxpr times the size of the grid. Blocks
+    that a mask lets the kernel skip are counted."""
+    # An equation without results is left over from a remat policy that saves them; it is not compiled.
     return sum(_of_kernels(equation) for equation in jaxpr.eqns if equation.outvars)
 
 
-def _flops(run: hlo.Run, parts: int) -> float:
-    one = run.instruction
-    if one.opcode == "custom-call":
-        said = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.rest)
-        grouped = one.name.startswith("ragged-dot") or "tgmm" in one.name  # of kernels/experts.py
-        return float(said[1]) / (parts if grouped else 1) if said else 0.0
-    if one.opcode == "dot":
+def _flops(run: hlo.Run, expert_shards: int) -> float:
+    instruction = run.instruction
+    if instruction.opcode == "custom-call":
+        cost = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
+        grouped = instruction.name.startswith("ragged-dot") or "tgmm" in instruction.name  # of kernels/experts.py
+        return float(cost[1]) / (expert_shards if grouped else 1) if cost else 0.0
+    if instruction.opcode == "dot":
         left = hlo.dimensions(run.shapes[0])
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
         along = [int(n) for n in contracted[1].split(",") if n] if contracted else []
-        return 2.0 * math.prod(hlo.dimensions(one.shape)) * math.prod(left[i] for i in along)
-    return _convolution(run) if one.opcode == "convolution" else 0.0
+        return 2.0 * math.prod(hlo.dimensions(instruction.shape)) * math.prod(left[i] for i in along)
+    return _convolution(run) if instruction.opcode == "convolution" else 0.0
 
 
 def _convolution(run: hlo.Run) -> float:
-    """What a TPU has for products of matrices: in a window that moves over padding too, which costs nothing."""
-    one = run.instruction
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
-    assert labels is not None, one
+    """FLOPs of a convolution, which is how TPU programs express matrix products. Padding is not counted."""
+    instruction = run.instruction
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    assert labels is not None, instruction
     left, right, out = (
         dict(zip(names, hlo.dimensions(shape), strict=True))
-        for names, shape in zip(labels.groups(), (*run.shapes, one.shape), strict=True)
+        for names, shape in zip(labels.groups(), (*run.shapes, instruction.shape), strict=True)
     )
-    window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", one.rest) or ["", ""])[1]))
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.rest) or ["", ""])[1]))
     each = {name: values.split("x") for name, values in window.items()}
     total = 2.0 * right["i"] * out["f"] * out["b"]
     for i, axis in enumerate(sorted(label for label in out if label.isdigit())):
@@ -63,11 +63,12 @@ def _convolution(run: hlo.Run) -> float:
         def option(name: str, default: str, i: int = i) -> str:
             return each[name][i] if name in each else default
 
-        stride, spread, widened = (int(option(n, "1")) for n in ("stride", "lhs_dilate", "rhs_dilate"))
-        before = int(option("pad", "0_0").split("_")[0])
-        at = stride * np.arange(out[axis]) - before
-        places = at[:, None] + widened * np.arange(right[axis])
-        total *= np.count_nonzero((places >= 0) & (places <= (left[axis] - 1) * spread) & (places % spread == 0))
+        stride, input_dilation, kernel_dilation = (int(option(n, "1")) for n in ("stride", "lhs_dilate", "rhs_dilate"))
+        padding = int(option("pad", "0_0").split("_")[0])
+        starts = stride * np.arange(out[axis]) - padding
+        index = starts[:, None] + kernel_dilation * np.arange(right[axis])
+        inside = (index >= 0) & (index <= (left[axis] - 1) * input_dilation) & (index % input_dilation == 0)
+        total *= np.count_nonzero(inside)
     return total
 
 
@@ -84,7 +85,7 @@ def _of_kernels(equation: Any) -> float:
 
 
 def _products(jaxpr: Jaxpr) -> float:
-    """FLOPs of the products in a kernel, of the heaviest branch of a cond."""
+    """FLOPs of a kernel's matrix products; of a cond, its most expensive branch."""
     total = 0.0
     for equation in jaxpr.eqns:
         params, name = equation.params, equation.primitive.name

@@ -1,4 +1,4 @@
-"""Changes to an experiment that make its step smaller: to try when it does not fit, and to search."""
+"""Changes to an experiment that reduce its step's memory: tried when it does not fit, and by a search."""
 
 from __future__ import annotations
 
@@ -10,49 +10,50 @@ from gptjax.experiment.experiment import Experiment
 from gptjax.types import UserError
 
 REMAT = (None, "dots_with_no_batch_dims_saveable", "attention_saveable", "nothing_saveable")
-"""Policies that keep less and less, and compute more and more again."""
+"""Rematerialisation policies, each saving fewer activations and recomputing more than the one before."""
 LONG = 32_768
-"""Tokens of a row from which on a search cuts rows, not layers, into parts."""
+"""Sequence length from which a search uses context parallelism instead of tensor parallelism."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """An experiment, and the options that make it of the one before."""
+    """A changed experiment, and the command-line options that produce it."""
 
     options: str
     experiment: Experiment
 
 
 def smaller(experiment: Experiment, name: str, devices: int) -> Iterator[Change]:
-    """Ways to need less memory, the smallest change first: what is computed again, then microbatches, then parameters
-    that are shared out, then all of it; last experts, rows or layers cut into parts, with the least kept."""
-    shared = Change("--mesh.data 1 --mesh.fsdp -1", dataclasses.replace(experiment, mesh=_shared_out(experiment)))
-    for start in (Change("", experiment), shared):
-        if start is not shared or _possible(start.experiment, devices):
-            if start is shared:
-                yield start
-            policies = [policy for policy in _policies(start.experiment) if policy is not None]
-            rematted = [_remat(start, policy) for policy in policies]
+    """Changes that need less memory, the smallest first: remat policies, then microbatches, then parameters sharded
+    over all devices (FSDP), then all of these together; last expert, context or tensor parallelism with the strongest
+    remat policy."""
+    sharded = Change("--mesh.data 1 --mesh.fsdp -1", dataclasses.replace(experiment, mesh=_fully_sharded(experiment)))
+    for base in (Change("", experiment), sharded):
+        if base is not sharded or _possible(base.experiment, devices):
+            if base is sharded:
+                yield base
+            policies = [policy for policy in _policies(base.experiment) if policy is not None]
+            rematted = [_remat(base, policy) for policy in policies]
             yield from rematted
-            last = rematted[-1] if rematted else start
+            last = rematted[-1] if rematted else base
             yield from (c for c in _accumulated(last, name) if _possible(c.experiment, devices))
     policy = next(reversed(_policies(experiment)), None) if hasattr(experiment.model, "remat") else None
-    for cut in meshes(experiment, name, devices):
-        mesh = cut.experiment.mesh
+    for change in meshes(experiment, name, devices):
+        mesh = change.experiment.mesh
         if mesh.data == 1 and mesh.fsdp < devices and mesh != experiment.mesh:
-            yield cut if policy is None else _remat(cut, policy)
+            yield change if policy is None else _remat(change, policy)
 
 
 def meshes(experiment: Experiment, name: str, devices: int) -> list[Change]:
-    """Every mesh of data, fsdp and one axis more that the experiment fits, the least cut first. The third is expert for
-    a mixture of experts, context for rows of `LONG` tokens or more, else tensor."""
+    """All meshes of data, fsdp and a third axis that the experiment accepts, the fewest shards first. The third axis is
+    expert for a mixture of experts, context for sequences of `LONG` tokens or more, else tensor."""
     experts = max((size for axis, _, size in experiment.model.axes if axis == "experts"), default=1)
     length = experiment.stages[name].data.length
-    third, widest = ("expert", experts) if experts > 1 else ("context", 64) if length >= LONG else ("tensor", 8)
+    third, largest = ("expert", experts) if experts > 1 else ("context", 64) if length >= LONG else ("tensor", 8)
     found = []
-    for parts in (n for n in range(1, min(widest, devices) + 1) if devices % n == 0 and n & (n - 1) == 0):
-        for fsdp in (n for n in range(1, devices // parts + 1) if (devices // parts) % n == 0):
-            sizes = {"data": devices // parts // fsdp, "fsdp": fsdp, third: parts}
+    for shards in (n for n in range(1, min(largest, devices) + 1) if devices % n == 0 and n & (n - 1) == 0):
+        for fsdp in (n for n in range(1, devices // shards + 1) if (devices // shards) % n == 0):
+            sizes = {"data": devices // shards // fsdp, "fsdp": fsdp, third: shards}
             changed = dataclasses.replace(experiment, mesh=MeshConfig(**sizes))
             if _possible(changed, devices):
                 reset = {axis: 1 for axis, size in dataclasses.asdict(experiment.mesh).items() if size != 1} | sizes
@@ -62,14 +63,14 @@ def meshes(experiment: Experiment, name: str, devices: int) -> list[Change]:
 
 
 def remats(change: Change) -> Iterator[Change]:
-    """With every policy from none on, the one that computes least again first."""
+    """The change with every remat policy, starting with None, which recomputes nothing."""
     yield from (_remat(change, policy) for policy in (REMAT if hasattr(change.experiment.model, "remat") else ()))
 
 
 def _policies(experiment: Experiment) -> tuple[str | None, ...]:
-    """Those that keep less than the experiment's own."""
-    now = getattr(experiment.model, "remat", "nothing_saveable")
-    return REMAT[REMAT.index(now) + 1 :] if now in REMAT else ("nothing_saveable",)
+    """Remat policies that save less than the experiment's own."""
+    current = getattr(experiment.model, "remat", "nothing_saveable")
+    return REMAT[REMAT.index(current) + 1 :] if current in REMAT else ("nothing_saveable",)
 
 
 def _remat(change: Change, policy: str | None) -> Change:
@@ -81,14 +82,14 @@ def _remat(change: Change, policy: str | None) -> Change:
 def _accumulated(change: Change, name: str) -> Iterator[Change]:
     stage = change.experiment.stages[name]
     for times in (2, 4, 8):
-        parts = stage.accumulate * times
-        if stage.data.batch % parts == 0:
-            stages = change.experiment.stages | {name: dataclasses.replace(stage, accumulate=parts)}
-            options = f"{change.options} --{name}.accumulate {parts}".strip()
+        count = stage.accumulate * times
+        if stage.data.batch % count == 0:
+            stages = change.experiment.stages | {name: dataclasses.replace(stage, accumulate=count)}
+            options = f"{change.options} --{name}.accumulate {count}".strip()
             yield Change(options, dataclasses.replace(change.experiment, stages=stages))
 
 
-def _shared_out(experiment: Experiment) -> MeshConfig:
+def _fully_sharded(experiment: Experiment) -> MeshConfig:
     return dataclasses.replace(experiment.mesh, data=1, fsdp=-1)
 
 

@@ -1,8 +1,8 @@
-"""What a compiled program sends between devices, read from its text.
+"""Bytes that a compiled program sends between devices, read from its text.
 
-Operand bytes are those of one device, n is the devices in a group, and what a device sends is that of a ring:
+With the operand's bytes on one device and n devices in a group, each device sends, in a ring algorithm:
 
-    all-gather           bytes (n - 1)         the operand is a device's part
+    all-gather           bytes (n - 1)         the operand is one device's shard
     reduce-scatter       bytes (n - 1) / n
     all-reduce         2 bytes (n - 1) / n     reduce-scatter, then all-gather
     all-to-all           bytes (n - 1) / n
@@ -31,65 +31,68 @@ FACTORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction that moves bytes between devices."""
+    """A collective instruction."""
 
     kind: str
     """One of `KINDS`."""
     operand: int
-    """Bytes of what one device gives, once."""
+    """Bytes of the operand on one device."""
     group: int
-    """Devices that take part together; slices, where it goes between them."""
+    """Number of devices in a group; number of slices if `between_slices`."""
     times: int
-    """How often a step runs it: the trip counts of the loops that it is in."""
+    """Executions per step: the product of the trip counts of the enclosing loops."""
     between_slices: bool = False
-    """Whether it goes over the network that slices have between them."""
+    """True: it uses the network between slices, not the links between chips."""
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a step."""
+        """Bytes that a device sends per step."""
         return self.times * self.operand * FACTORS[self.kind](self.group)
 
 
 def sent(found: Sequence[Collective]) -> dict[str, float]:
-    """Kind -> bytes that a device sends in a step."""
+    """Kind -> bytes that a device sends per step."""
     total: dict[str, float] = collections.defaultdict(float)
-    for one in found:
-        total[one.kind] += one.sent
+    for collective in found:
+        total[collective.kind] += collective.sent
     return dict(total)
 
 
 def collectives(program: hlo.Program) -> tuple[Collective, ...]:
-    """Those of a compiled program. A loop without a known trip count counts once."""
+    """The collectives of a compiled program. A loop without a known trip count counts once."""
     found: list[Collective] = []
-    chains: set[str] = set()  # on TPU a collective may be spread over several fusions, which share its channel
+    chains: set[str] = set()  # on TPU a collective may be split over several fusions with one channel
     for run in program.runs():
-        one, kind = run.instruction, run.instruction.opcode.removesuffix("-start")
-        if kind == "send" and (slices := re.search(r'_xla_megascale_target="\{([\d,]+)\}', one.rest)) is not None:
-            said = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
-            kind = said[1].lower().replace("_", "-") if said else ""
+        rest, kind = run.instruction.rest, run.instruction.opcode.removesuffix("-start")
+        if kind == "send" and (slices := re.search(r'_xla_megascale_target="\{([\d,]+)\}', rest)) is not None:
+            transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
+            kind = transfer[1].lower().replace("_", "-") if transfer else ""
             kind = kind if kind in KINDS else "collective-permute"
             found.append(Collective(kind, hlo.size(run.shapes[0]), slices[1].count(",") + 1, run.times, True))
             continue
         if kind not in KINDS:
             continue
-        if "chain_id" in one.rest and (channel := re.search(r"channel_id=(\d+)", one.rest)) is not None:
+        if "chain_id" in rest and (channel := re.search(r"channel_id=(\d+)", rest)) is not None:
             if channel[1] in chains:
                 continue
             chains.add(channel[1])
-        if run.within is not None and "all-reduce-scatter" in run.within.name:  # as a TPU's reduce-scatter is written
+        if run.within is not None and "all-reduce-scatter" in run.within.name:  # the TPU form of a reduce-scatter
             kind = "reduce-scatter"
         operand = sum(hlo.size(shape) for shape in run.shapes)
-        found.append(Collective(kind, operand, _group(one.rest), run.times))
+        found.append(Collective(kind, operand, _group(rest), run.times))
     return tuple(found)
 
 
 def _group(rest: str) -> int:
-    """Devices in a group: `{{0,1},{2,3}}`, `[2,2]<=[4]`, `mesh['a'=2,'b'=2] {'b'}` and, in another order of devices,
-    `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}` are two groups of two. Permutations have pairs instead."""
+    """Number of devices in a group. Two groups of two are written `{{0,1},{2,3}}`, `[2,2]<=[4]`, `mesh['a'=2,'b'=2]
+    {'b'}` or, with another device order, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`. Permutations have pairs
+    instead."""
     if (named := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", rest)) is not None:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        # A part of an axis says its own size: 'a':(1)2.
-        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]))
+        # A subaxis gives its own size: 'a':(1)2.
+        return math.prod(
+            int(subaxis or sizes[axis]) for axis, subaxis in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        )
     if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest)) is not None:
         return listed[1].count(",") + 1
     if (iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest)) is not None:

@@ -1,12 +1,13 @@
-"""`gptjax plan NAME --on TARGET`: compile an experiment's training step for chips that are elsewhere, print the plan.
+"""`gptjax plan NAME --on TARGET`: compile an experiment's training step for chips that you need not have, and print its
+memory, time and price.
 
-    gptjax plan gpt2_124m --on v5e:4x4                      every stage as the experiment says, and their sum
+    gptjax plan gpt2_124m --on v5e:4x4                      every stage of the experiment, and their sum
     gptjax plan gpt2_124m --on v5e:4x4 --mesh.fsdp 4        overrides, as for python -m experiments
     gptjax plan gpt2_124m --on v6e:16x16*2                  two slices of that shape
     gptjax plan gpt2_124m --on v6e:16x16 --search           the best meshes and remat policies
-    gptjax plan quickstart --on cpu:8 --stage chat          one stage; virtual CPU devices have no estimate of time
+    gptjax plan quickstart --on cpu:8 --stage chat          one stage; no time estimate for virtual CPU devices
 
-Returns 1 where a step does not fit, with the largest arrays and the smallest change found that makes it fit.
+Exits with 1 if a step does not fit, and prints the largest arrays and the smallest change found that makes it fit.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ if TYPE_CHECKING:
     from gptjax.plan.topology import Target
 
 BEST = 5
-"""How many results of a search are shown."""
+"""Number of search results printed."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command and returns the exit code: 0 it fits, 1 it does not. Raises UserError."""
+    """Run the command and return the exit code: 0 if everything fits, else 1. Raises UserError."""
     parser = argparse.ArgumentParser("gptjax plan", usage="gptjax plan NAME --on TARGET [options] [overrides]")
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("name", metavar="NAME", help="an experiment, or the path of a .py file")
+    parser.add_argument("name", metavar="NAME", help="name of an experiment, or path of a .py file")
     parser.add_argument("--on", required=True, metavar="TARGET", help="v4, v5e, v5p, v6e or tpu7x:SHAPE[*N], or cpu:N")
-    parser.add_argument("--stage", help="which stage to plan (default: all; of a search: the first)")
-    parser.add_argument("--search", action="store_true", help="try meshes and remat policies, print the best few")
+    parser.add_argument("--stage", help="stage to plan (default: all; with --search: the first)")
+    parser.add_argument("--search", action="store_true", help="try meshes and remat policies, and print the best")
     options, overrides = parser.parse_known_args(arguments)
 
     from gptjax.plan.topology import Target
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def plan(experiment: Experiment, names: Sequence[str], target: Target, devices: Sequence[Any]) -> int:
-    """Prints the plan of these stages, of several their sum too. Returns the exit code."""
+    """Print the plan of each stage and, for several, their sum. Returns the exit code."""
     from gptjax.plan.compiled import compile_step
     from gptjax.plan.estimate import Estimate, estimate
     from gptjax.plan.report import fits, report, summed
@@ -77,34 +78,35 @@ def plan(experiment: Experiment, names: Sequence[str], target: Target, devices: 
 
 
 def _make_fit(experiment: Experiment, name: str, target: Target, devices: Sequence[Any]) -> int:
-    """Prints the smallest change found with which the stage fits."""
+    """Print the smallest change found that makes the stage fit. Returns the exit code, 1."""
     from gptjax.plan import changes
     from gptjax.plan.report import fits
 
     for change in changes.smaller(experiment, name, len(devices)):
-        _say(f"trying {change.options}")
-        step = _tried(change, name, devices)
+        _log(f"trying {change.options}")
+        step = _compile(change, name, devices)
         if step is not None and fits(step, target, len(devices)):
             print(f"\nfits with {change.options}")
             return 1
-    print("\nno remat policy, microbatch or mesh makes it fit: use more chips, or a smaller model")
+    print("\nno remat policy, number of microbatches or mesh makes it fit: use more chips or a smaller model")
     return 1
 
 
-def _tried(change: Change, name: str, devices: Sequence[Any]) -> Step | None:
-    """None, and why, where the model cannot be cut so: some of that shows only when its step is traced."""
+def _compile(change: Change, name: str, devices: Sequence[Any]) -> Step | None:
+    """Compile the changed experiment. None, with a message: the model cannot be sharded so, which may only show when
+    the step is traced."""
     from gptjax.plan.compiled import compile_step
 
     try:
         return compile_step(change.experiment, name, devices)
     except UserError as error:
-        _say(f"passed over: {error}")
+        _log(f"skipped: {error}")
         return None
 
 
 def search(experiment: Experiment, name: str, target: Target, devices: Sequence[Any]) -> int:
-    """Prints the meshes and remat policies with which a stage fits and takes least time by roofline (where chips are
-    known; else least memory). Returns the exit code: 1 where none fits."""
+    """Print the meshes and remat policies with which a stage fits, the fastest first by the roofline estimate (for
+    CPUs: the least memory first). Returns the exit code: 1 if none fits."""
     from gptjax.plan import changes
     from gptjax.plan.report import fits
 
@@ -112,19 +114,19 @@ def search(experiment: Experiment, name: str, target: Target, devices: Sequence[
     meshes = changes.meshes(experiment, name, len(devices))
     for number, mesh in enumerate(meshes, 1):
         for change in changes.remats(mesh):
-            _say(f"mesh {number} of {len(meshes)}: trying {change.options}")
-            step = _tried(change, name, devices)
+            _log(f"mesh {number} of {len(meshes)}: trying {change.options}")
+            step = _compile(change, name, devices)
             if step is None:
                 break
             if fits(step, target, len(devices)):
                 found.append((_order(step, target, len(devices)), change, step))
-                break  # computing more again takes no less time
+                break  # recomputing more takes no less time
     if not found:
-        print("no mesh and remat policy makes it fit")
+        print("no combination of mesh and remat policy fits")
         return 1
-    for (time, memory), change, _ in sorted(found, key=lambda one: one[0])[:BEST]:
-        said = f"{time * 1e3:>10.4g} ms" if target.chip else "             "
-        print(f"{said}  {memory / 2**30:8.2f} GiB  {change.options}")
+    for (time, memory), change, _ in sorted(found, key=lambda result: result[0])[:BEST]:
+        duration = f"{time * 1e3:>10.4g} ms" if target.chip else "             "
+        print(f"{duration}  {memory / 2**30:8.2f} GiB  {change.options}")
     return 0
 
 
@@ -132,10 +134,10 @@ def _order(step: Step, target: Target, devices: int) -> tuple[float, float]:
     from gptjax.plan.estimate import estimate
 
     assert step.memory is not None
-    # The mean of what a step takes at best, all overlapping, and at worst.
+    # Time: the mean of the best case (everything overlaps) and the worst (nothing does).
     times = estimate(step, target, devices) if target.chip else None
     return (0.0 if times is None else (times.best + times.worst) / 2, step.memory.total)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The training step of an experiment, compiled for devices that need not be here, and what the program takes."""
+"""An experiment's training step, compiled for devices that need not be present: memory, FLOPs and traffic."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from gptjax.types import Batch, Labelled
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device while it runs a step. `total` is what the compiler says that the program takes."""
+    """Bytes on one device during a step. `total` is the compiler's figure for the program."""
 
     parameters: int
     optimizer: int
     average: int
-    """Of the moving average of the parameters."""
+    """Exponential moving average of the parameters."""
     batch: int
-    """The batch, frozen parameters under adapters, and what layouts pad."""
+    """The batch, frozen parameters under adapters, and padding of layouts."""
     temporaries: int
-    """Activations, gradients, and all else that lives within a step."""
+    """Activations, gradients and everything else that lives within a step."""
     program: int
-    """The program, and outputs that take no input's place."""
+    """The program, and outputs that are not written in place of an input."""
 
     @property
     def state(self) -> int:
@@ -51,42 +51,42 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled training step. Bytes and FLOPs are of one device."""
+    """A compiled training step. Bytes and FLOPs are per device."""
 
     arrays: dict[str, int]
     """Bytes of each array of the state, by name."""
     count: int
-    """Parameters that are trained."""
+    """Number of trained parameters."""
     memory: Memory | None
-    """None: the compiler gave up, as the program does not fit."""
+    """None: the compiler failed because the program does not fit."""
     flops: float = 0.0
-    """Of the matrix products in a step; what is computed again in the backward pass counts again."""
+    """FLOPs of the matrix products per step; rematerialised products count again."""
     moved: float = 0.0
-    """Bytes to and from memory in a step."""
+    """Bytes moved to and from memory per step."""
     collectives: tuple[Collective, ...] = ()
     refusal: str = ""
-    """What the compiler said when it gave up."""
+    """The compiler's error message if it failed."""
 
 
 def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> Step:
-    """Traces and compiles what `Experiment.run` would run for the stage `name` on those devices.
+    """Trace and compile the step that `Experiment.run` would run for the stage `name` on these devices.
 
-    Raises UserError where the experiment does not fit that many devices."""
+    Raises UserError if the experiment's mesh does not fit the number of devices."""
     experiment.check(len(devices))
     stage, mesh = experiment.stages[name], experiment.mesh.make(devices)
     model = experiment.model.build(experiment.rules)
-    # One device has a mesh here too: kernels learn from it what they are compiled for.
+    # A mesh is set for one device too: kernels read the target platform from it.
     with jax.set_mesh(mesh):
         functions, frozen = program(stage, model), ()
         if stage.adapter is not None:
-            frozen = (_placed(jax.eval_shape(functions.parameters), mesh),)
-        state = _placed(jax.eval_shape(functions.new, *frozen), mesh)
-        place = NamedSharding(mesh, model.rules("batch", "sequence") or PartitionSpec())
+            frozen = (_on_mesh(jax.eval_shape(functions.parameters), mesh),)
+        state = _on_mesh(jax.eval_shape(functions.new, *frozen), mesh)
+        sharding = NamedSharding(mesh, model.rules("batch", "sequence") or PartitionSpec())
         shape = stage.data.batch, stage.data.length
-        ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in (jnp.int32, jnp.float32))
+        ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32))
         batch: Any = Batch(ids, ids, weights, ids, ids)  # pyright: ignore[reportArgumentType]
         if isinstance(stage.data, Classify):
-            labels = jax.ShapeDtypeStruct((stage.data.batch, 1), jnp.int32, sharding=place)
+            labels = jax.ShapeDtypeStruct((stage.data.batch, 1), jnp.int32, sharding=sharding)
             batch = Labelled(**vars(batch), labels=labels)  # pyright: ignore[reportArgumentType]
         traced = functions.step.trace(state, batch, *frozen)
         arrays = _sizes(state)
@@ -99,14 +99,14 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
             return Step(arrays, count, None, refusal=str(error))
     compiled_program, memory = hlo.Program.parse(text), _memory(compiled.memory_analysis(), state)
     flops = product_flops(compiled_program, experiment.rules.num_shards("experts", dict(mesh.shape)))
-    if devices[0].platform == "tpu":  # elsewhere kernels are interpreted, and their products are in the text
+    if devices[0].platform == "tpu":  # on other platforms kernels are interpreted: their products are in the text
         flops += silent_kernels(traced.jaxpr.jaxpr)
     return Step(arrays, count, memory, flops, moved(compiled_program), collectives(compiled_program))
 
 
 def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
-    """The compiled program and its text. jaxlib cannot print all that a newer libtpu compiles; libtpu itself can, into
-    files."""
+    """The compiled program and its text. libtpu dumps the text to a file, as jaxlib cannot print everything that a
+    newer libtpu compiles."""
     if platform != "tpu":
         compiled = lowered.compile()
         return compiled, compiled.as_text()
@@ -116,16 +116,16 @@ def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
         return compiled, file.read_text()
 
 
-def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    def place(x):
+def _on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    def leaf(x):
         spec = PartitionSpec() if x.sharding is None else x.sharding.spec
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(leaf, tree)
 
 
 def _bytes(x: Any) -> int:
-    """Of one device's share, without padding. A random key is two uint32."""
+    """Bytes of one device's shard, without padding. A random key is two uint32."""
     size = 8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
     return math.prod(x.sharding.shard_shape(x.shape)) * size
 

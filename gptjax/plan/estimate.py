@@ -1,13 +1,13 @@
-"""A roofline: how long a step takes at best, from what it computes, moves and sends, and what chips can do.
+"""Roofline estimate of a step's time, from its FLOPs and bytes per chip and the chip's peak rates.
 
-    compute       FLOPs of a chip's matrix products / peak
-    memory        bytes that it moves / bandwidth of HBM
-    interconnect  bytes that it sends within its slice / bandwidth of one axis of the torus, both ways; of one way where
-                  the slice is too small to be a torus: a line takes twice as long as a ring
-    network       bytes that it sends to other slices / its share of the network between them
+    compute       FLOPs of matrix products / peak FLOP/s
+    memory        bytes moved / HBM bandwidth
+    interconnect  bytes sent within the slice / bandwidth of one axis of the torus, both directions; one direction if
+                  the slice is too small to be a torus, as a line takes twice as long as a ring
+    network       bytes sent to other slices / the chip's share of the network between slices
 
-A step takes between the longest of these, when all overlap, and their sum, when nothing does. Real steps lie
-between too, or above: vector arithmetic, matrices of awkward sizes and waiting for input are not in it.
+A step takes between the maximum of these (everything overlaps) and their sum (nothing does). Real steps may take
+longer: vector arithmetic, matrices of awkward sizes and waiting for input are not included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DAY = 86_400.0
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step, by what takes them."""
+    """Seconds per step, by resource."""
 
     compute: float
     memory: float
@@ -40,20 +40,21 @@ class Estimate:
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """Name of the slowest resource."""
         times = dataclasses.asdict(self)
         return max(times, key=lambda name: times[name])
 
 
 def estimate(step: Step, target: Target, devices: int) -> Estimate:
-    """Of a compiled step that fits. `devices` may be more than chips: what a chip has, its devices share."""
+    """Estimate the time of a compiled step that fits. `devices` may exceed the number of chips: a chip's devices share
+    its resources."""
     chip, per_chip = target.chip, devices / target.chips
     assert chip is not None
-    own, others = ([c for c in step.collectives if c.between_slices == between] for between in (False, True))
+    within, between = ([c for c in step.collectives if c.between_slices == crosses] for crosses in (False, True))
     link = chip.link if target.wraps else chip.link / 2
     return Estimate(
         compute=per_chip * step.flops / chip.flops,
         memory=per_chip * step.moved / chip.bandwidth,
-        interconnect=per_chip * sum(sent(own).values()) / link,
-        network=per_chip * sum(sent(others).values()) / chip.network,
+        interconnect=per_chip * sum(sent(within).values()) / link,
+        network=per_chip * sum(sent(between).values()) / chip.network,
     )

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""The text of a plan."""
 
 from __future__ import annotations
 
@@ -12,46 +12,45 @@ from gptjax.plan.estimate import DAY, Estimate, estimate
 from gptjax.plan.topology import Target
 
 LARGEST = 8
-"""Arrays that are named when a program does not fit."""
+"""Number of arrays listed when a program does not fit."""
 
 
 def fits(step: Step, target: Target, devices: int) -> bool:
-    """Whether the program compiled, and takes no more than a device has."""
-    room = capacity(target, devices)
-    return step.memory is not None and (room is None or step.memory.total <= room)
+    """True if the program compiled and fits into a device's memory."""
+    available = capacity(target, devices)
+    return step.memory is not None and (available is None or step.memory.total <= available)
 
 
 def capacity(target: Target, devices: int) -> float | None:
-    """Bytes of a device; none where that is not known."""
+    """Memory of a device in bytes. None: unknown (CPU)."""
     return None if target.chip is None else target.chip.memory * target.chips / devices
 
 
 def report(experiment: Experiment, name: str, step: Step, target: Target, devices: int) -> str:
-    """The plan of the stage `name`, lines of text."""
+    """The plan of the stage `name`, as lines of text."""
     stage = experiment.stages[name]
     tokens = stage.data.batch * stage.data.length
     useful = experiment.model.flops(stage.data.length) * tokens
     sizes = experiment.mesh.sizes(devices)
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "of one device"
-    what = f"{target.chips} {target.chip.name} chips" if target.chip else f"{devices} CPU devices"
-    what += f" in {target.slices} slices" if target.slices > 1 else ""
+    hardware = f"{target.chips} {target.chip.name} chips" if target.chip else f"{devices} CPU devices"
+    hardware += f" in {target.slices} slices" if target.slices > 1 else ""
     lines = [
-        f"{name} on {target}: {what}, mesh {mesh}",
+        f"{name} on {target}: {hardware}, mesh {mesh}",
         "",
-        f"parameters trained   {_count(step.count)}",
-        f"tokens a step        {tokens:,}",
-        f"FLOPs a step         {useful:.3g} of the model"
-        + (f", {step.flops * devices:.3g} of all that devices compute" if step.memory else ""),
+        f"trained parameters   {_count(step.count)}",
+        f"tokens per step      {tokens:,}",
+        f"FLOPs per step       {useful:.3g} of the model"
+        + (f", {step.flops * devices:.3g} executed by all devices" if step.memory else ""),
     ]
-    room = capacity(target, devices)
     if step.memory is None:
-        lines += ["", *_refused(step)]
+        lines += ["", *_failed(step)]
     else:
-        lines += ["", *_memory(step, room), "", *_traffic(step)]
+        lines += ["", *_memory(step, capacity(target, devices)), "", *_traffic(step)]
         if not fits(step, target, devices):
             lines += ["", "does not fit", *_largest(step)]
         elif target.chip is None:
-            lines += ["", "no estimate of time: a CPU's peaks are not known"]
+            lines += ["", "no time estimate: the CPU's peak rates are unknown"]
         else:
             times = estimate(step, target, devices)
             lines += ["", *_time(times, useful, tokens, stage.steps, target)]
@@ -59,42 +58,42 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
 
 
 def summed(experiment: Experiment, times: dict[str, Estimate], target: Target) -> list[str]:
-    """What all the stages take."""
+    """Time and price of all stages together."""
     steps = {name: experiment.stages[name].steps for name in times}
-    low = sum(steps[name] * one.best for name, one in times.items())
-    high = sum(steps[name] * one.worst for name, one in times.items())
+    low = sum(steps[name] * time.best for name, time in times.items())
+    high = sum(steps[name] * time.worst for name, time in times.items())
     return [f"all {len(times)} stages".ljust(21) + f"{_hours(low)} to {_hours(high)}", _price(low, high, target)]
 
 
-def _memory(step: Step, room: float | None) -> list[str]:
+def _memory(step: Step, available: float | None) -> list[str]:
     memory = step.memory
     assert memory is not None
     rows = {
         "parameters": memory.parameters,
         "optimizer": memory.optimizer,
-        "parameter average": memory.average,
+        "average of parameters": memory.average,
         "batch and padding": memory.batch,
         "activations, temporaries": memory.temporaries,
         "program": memory.program,
     }
-    of = "" if room is None else f"of {_size(room)} ({memory.total / room:.0%})"
+    share = "" if available is None else f"of {_size(available)} ({memory.total / available:.0%})"
     return [
-        "memory of a device",
-        *(f"  {what:26}{_size(size):>12}" for what, size in rows.items() if size),
-        f"  {'all':26}{_size(memory.total):>12} {of}".rstrip(),
+        "memory per device",
+        *(f"  {label:26}{_size(size):>12}" for label, size in rows.items() if size),
+        f"  {'total':26}{_size(memory.total):>12} {share}".rstrip(),
     ]
 
 
 def _traffic(step: Step) -> list[str]:
-    lines = [f"a device moves to and from its memory in a step {_size(step.moved)}"]
+    lines = [f"moved to and from a device's memory per step: {_size(step.moved)}"]
     if not step.collectives:
         return [*lines, "nothing is sent between devices"]
-    lines.append("sent by a device in a step")
-    for between, where in ((False, ""), (True, " between slices")):
+    lines.append("sent by a device per step")
+    for between, suffix in ((False, ""), (True, " between slices")):
         found = [c for c in step.collectives if c.between_slices == between]
         total = sent(found)
         lines += [
-            f"  {kind + where:32}{_size(total[kind]):>12}  in {sum(c.times for c in found if c.kind == kind):,}"
+            f"  {kind + suffix:32}{_size(total[kind]):>12}  in {sum(c.times for c in found if c.kind == kind):,}"
             for kind in KINDS
             if kind in total
         ]
@@ -107,47 +106,45 @@ def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Targe
     peak = target.chips * chip.flops
     low, high = times.best, times.worst
     return [
-        "a step, by roofline (at the peak of each part)",
+        "time per step, by roofline (each resource at its peak)",
         f"  {'compute':26}{_seconds(times.compute):>12}",
         f"  {'HBM':26}{_seconds(times.memory):>12}",
         f"  {'interconnect':26}{_seconds(times.interconnect):>12}",
         *([f"  {'network between slices':26}{_seconds(times.network):>12}"] if target.slices > 1 else []),
-        f"  {'all overlapping':26}{_seconds(low):>12}  bound by {times.bound}",
-        f"  {'nothing overlapping':26}{_seconds(high):>12}",
+        f"  {'everything overlaps':26}{_seconds(low):>12}  bound by {times.bound}",
+        f"  {'nothing overlaps':26}{_seconds(high):>12}",
         f"  {'MFU':26}{useful / peak / high:>6.0%} to {useful / peak / low:.0%}",
         "",
-        f"tokens a day         {_count(tokens * DAY / high)} to {_count(tokens * DAY / low)}",
+        f"tokens per day       {_count(tokens * DAY / high)} to {_count(tokens * DAY / low)}",
         f"{steps:,} steps".ljust(21) + f"{_hours(steps * low)} to {_hours(steps * high)}",
         _price(steps * low, steps * high, target),
         "",
-        "Assumed: bfloat16 peaks; what instructions read and write crosses HBM, the fused parts of one do not; a",
-        f"collective uses one axis of the slice, {'both ways round' if target.wraps else 'one way: it has no ring'}; "
+        "Assumed: bfloat16 peaks; operands and results of instructions cross HBM, values inside a fusion do not; a",
+        f"collective uses one axis of the slice, {'both directions' if target.wraps else 'one direction: no ring'}; "
         "evaluations, checkpoints, input and vector",
         "arithmetic take no time. A bound to compare with, not a measurement: runs take longer.",
     ]
 
 
 def _price(low: float, high: float, target: Target) -> str:
-    """Of a run of so many seconds."""
+    """Price of a run that takes `low` to `high` seconds."""
     chip = target.chip
     assert chip is not None
     price = target.chips * chip.price / 3600
-    rate = f"${chip.price:.2f} a chip and hour ({PRICED}, on demand)"
+    rate = f"${chip.price:.2f} per chip-hour ({PRICED}, on demand)"
     return f"price                ${low * price:,.0f} to ${high * price:,.0f}, at {rate}"
 
 
-def _refused(step: Step) -> list[str]:
-    """With what the compiler said, where it names the bytes."""
-    said = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", step.refusal)
-    takes = (
-        f": it needs {said[1]}iB for what lives within the step, of {said[2]}iB that a program can use" if said else ""
-    )
-    return [f"does not fit{takes}", f"state of a device    {_size(sum(step.arrays.values()))}", *_largest(step)]
+def _failed(step: Step) -> list[str]:
+    """Report of a step that did not compile, with the bytes in the compiler's message if it names them."""
+    found = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", step.refusal)
+    needs = f": temporaries need {found[1]}iB of the {found[2]}iB that a program can use" if found else ""
+    return [f"does not fit{needs}", f"state per device     {_size(sum(step.arrays.values()))}", *_largest(step)]
 
 
 def _largest(step: Step) -> list[str]:
     largest = sorted(step.arrays.items(), key=lambda item: -item[1])[:LARGEST]
-    return ["largest of the state:", *(f"  {_size(size):>12}  {name}" for name, size in largest)]
+    return ["largest arrays of the state:", *(f"  {_size(size):>12}  {name}" for name, size in largest)]
 
 
 def _size(size: float) -> str:

@@ -1,4 +1,4 @@
-"""What a plan is for: chips that need not be here, made into devices that programs can be compiled for."""
+"""Targets of a plan: descriptions of chips that need not be present, as devices to compile for."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gptjax.plan.chips import CHIPS, Chip
 from gptjax.types import UserError
 
 TPU_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no TPU that only one program could hold
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; libtpu asks the machine for its own otherwise
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock protects a TPU, and there is none
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any value; without one libtpu queries the machine
     "TPU_LOG_DIR": "disabled",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -32,15 +32,15 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Raises UserError for what is no target."""
+        """Parse a target. Raises UserError if `text` is not one."""
         kind, _, sizes = text.partition(":")
         dimensions = 1 if kind == "cpu" else CHIPS[kind].dimensions if kind in CHIPS else 0
         shape, _, slices = sizes.partition("*")
-        written = "x".join([r"[1-9]\d*"] * dimensions) + ("" if kind == "cpu" else r"(\*[1-9]\d*)?")
-        if not dimensions or not re.fullmatch(written, sizes):
+        pattern = "x".join([r"[1-9]\d*"] * dimensions) + ("" if kind == "cpu" else r"(\*[1-9]\d*)?")
+        if not dimensions or not re.fullmatch(pattern, sizes):
             raise UserError(
-                f"on: got {text!r}, must be cpu:N, or a slice's generation and shape in chips: v5e:4x4, v6e:16x16, "
-                "v4:2x2x2, v5p:4x4x4 or tpu7x:4x4x4, say; of several slices v5e:4x4*2"
+                f"on: got {text!r}, must be cpu:N, or a slice's generation and shape in chips, such as v5e:4x4, "
+                "v6e:16x16, v4:2x2x2, v5p:4x4x4 or tpu7x:4x4x4; several slices: v5e:4x4*2"
             )
         return cls(kind, tuple(map(int, shape.split("x"))), int(slices or 1))
 
@@ -53,21 +53,22 @@ class Target:
 
     @property
     def wraps(self) -> bool:
-        """Whether every axis of a slice closes to a ring: of a flat one where it is a pod's whole side, of the others
-        where it is made of whole cubes."""
+        """True if every axis of a slice is a ring: in 2 dimensions, if it spans the pod (16 chips); in 3 dimensions, if
+        it is a multiple of the cubes' side (4 chips)."""
         return all(size == 16 if len(self.shape) == 2 else size % 4 == 0 for size in self.shape)
 
     @property
     def chip(self) -> Chip | None:
-        """What is known of the chip; none for a CPU."""
+        """Figures of the chip. None: CPU."""
         return CHIPS.get(self.kind)
 
     def prepare(self) -> None:
-        """Call before jax first asks for a device: libtpu and XLA read their environment then."""
+        """Set up jax and the environment. Call it before jax first initialises a device: libtpu and XLA read their
+        environment then."""
         import jax
 
-        jax.config.update("jax_platforms", "cpu")  # everything is compiled here, on the CPU
-        jax.config.update("jax_enable_compilation_cache", False)  # nothing here runs what is for another machine
+        jax.config.update("jax_platforms", "cpu")  # compilation runs on this machine's CPU
+        jax.config.update("jax_enable_compilation_cache", False)  # programs for other machines never run here
         if self.kind == "cpu":
             flags = os.environ.get("XLA_FLAGS", "")
             os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={self.chips}".strip()
@@ -75,24 +76,26 @@ class Target:
             os.environ.update(TPU_ENVIRONMENT)
 
     def devices(self) -> list[Any]:
-        """Devices to compile for: jax's own where the target is a CPU, descriptions else. Raises UserError where libtpu
-        is absent or knows no such slice."""
+        """Devices to compile for: jax's own for a CPU target, else descriptions. Raises UserError if libtpu is not
+        installed or does not know the slice."""
         import jax
         from jax.experimental import topologies
 
         if self.kind == "cpu":
             if jax.device_count() < self.chips:
-                raise UserError(f"on: got {self}, must be at most cpu:{jax.device_count()}: jax started with that many")
+                raise UserError(
+                    f"on: got {self}, must be at most cpu:{jax.device_count()}, the devices jax started with"
+                )
             return jax.devices()[: self.chips]
         if importlib.util.find_spec("libtpu") is None:
-            raise UserError(f"on: got {self}, which needs libtpu to compile for: pip install 'gptjax[plan]'")
-        # The two cores of a v4 are one device, as where programs run; libtpu describes them apart unless told.
+            raise UserError(f"on: got {self}, which needs libtpu for compilation: pip install 'gptjax[plan]'")
+        # The two cores of a v4 are one device when programs run; libtpu needs an option to describe them so.
         options = {"chip_config_name": "megacore"} if self.kind == "v4" else {}
         for name in (self.kind, self.kind.upper()):
             with contextlib.suppress(Exception):
                 topology = f"{name}:{self._size}"
                 return list(topologies.get_topology_desc(topology, "tpu", num_slices=self.slices, **options).devices)
-        raise UserError(f"on: got {self}, must be a shape that {self.kind} slices come in, such as {self._example}")
+        raise UserError(f"on: got {self}, must be a shape of a {self.kind} slice, such as {self._example}")
 
     @property
     def _size(self) -> str:

@@ -164,9 +164,9 @@ class _Run:
             self.clock.lap("input")
             with self.tracing.step(done + 1):
                 state, metrics = self.program.step(state, self.place(batch), *self.frozen)
-            self.clock.started(metrics)
+            self.clock.dispatched(metrics)
             done += 1
-            self.tracing.begun(done, metrics)
+            self.tracing.dispatched(done, metrics)
             if last is not None:  # those of an earlier step, while the devices work on this one
                 self.report(*last)
             last = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
@@ -229,7 +229,7 @@ class _Run:
             self.display.update(done, **values, waiting=times.waiting)
         if values.get("skipped_in_a_row"):
             self.display.note(f"step {done} was left out: loss {values['loss']:.3g}")
-        self.watchdog.tell(measured)
+        self.watchdog.set_figures(measured)
 
     def evaluate(self, state: State, done: int, validation: Iterable[Batch], stopping: preemption.Stop) -> float | None:
         """The validation loss, recorded and shown, with samples of text. None, and nothing of it recorded, when told to

@@ -223,7 +223,7 @@ def test_keeps_the_newest_and_the_best(tmp_path):
             checkpoints.save(step, state, {}, loss)
         assert checkpoints.steps() == [1, 4, 5]
         assert (checkpoints.latest_step(), checkpoints.best_step()) == (5, 1)
-        with pytest.raises(ValueError, match="already one of step 5"):
+        with pytest.raises(ValueError, match="step 5 already has a checkpoint"):
             checkpoints.save(5, state, {})
     with Checkpoints(tmp_path, max_to_keep=1, best=2) as checkpoints:  # the losses are remembered across runs
         checkpoints.save(6, state, {}, 9.0)
@@ -325,7 +325,7 @@ def test_full_disk_and_kill_leave_the_last_good_one(tmp_path, moment):
     assert said["left"] == ["1"]
     for step, failure in zip((2, 3), said["failures"], strict=True):
         assert f"could not write step {step} to {folder}" in failure
-        assert failure.endswith("the last good one is of step 1")
+        assert failure.endswith("the last good checkpoint is step 1")
         assert "\n" not in failure
     assert "Traceback" not in run.stderr
 

@@ -144,7 +144,7 @@ def assert_ended_as_lost(code: int, errors: str) -> None:
     """A process found another gone: by an error in its step, or jax's runtime was first, which aborts."""
     if code == processes.LOST:
         assert "another process of the job is gone" in errors, errors
-        assert "to go on from the last checkpoint" in errors, errors
+        assert "to resume from the last checkpoint" in errors, errors
     else:
         assert code == -signal.SIGABRT, errors
         assert "another task died" in errors, errors
@@ -269,7 +269,7 @@ def test_a_disk_that_is_full_for_the_first_process_ends_all(tmp_path):
         ended = job.end()
     assert [code for code, _ in ended] == [2, 2], ended
     assert "No space left" in ended[0][1]
-    assert all(errors.endswith("the last good one is of step 5\n") for _, errors in ended), ended
+    assert all(errors.endswith("the last good checkpoint is step 5\n") for _, errors in ended), ended
     assert [path.name for path in (folder / "checkpoints" / "main").iterdir()] == ["5"]
 
 

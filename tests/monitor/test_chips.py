@@ -9,7 +9,7 @@ from gptjax.plan.chips import CHIPS
 
 
 @pytest.mark.parametrize(
-    ("kind", "learning_rate"),
+    ("kind", "peak"),
     [
         ("TPU v3", 61.5e12),  # a device is half of a chip
         ("TPU v4", 275e12),

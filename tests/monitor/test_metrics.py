@@ -72,10 +72,10 @@ def test_full_disk_is_a_user_error(tmp_path):
     with MetricsLogger(tmp_path / "run") as records:
         records._file.close()
         records._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-        with pytest.raises(UserError, match=r"can't write to .*run .No space left"):
+        with pytest.raises(UserError, match=r"cannot write to .*run .No space left"):
             records.log(1, "pretrain", loss=1.0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"can't write to .*file/run"):
+    with pytest.raises(UserError, match=r"cannot write to .*file/run"):
         MetricsLogger(tmp_path / "file" / "run")
 
 

@@ -107,7 +107,7 @@ def test_a_process_that_sleeps_over_its_input_is_named(tmp_path):
     name = f"process 1 on {socket.gethostname()} is slow: "
     assert outputs[0].count(name) == 1
     assert name not in outputs[1]  # the first process tells
-    assert "go into its input" in outputs[0]
+    assert "is slow: its input takes" in outputs[0]
     lines = [json.loads(line) for line in (tmp_path / "runs/sleepy/metrics.jsonl").read_text().splitlines()]
     slow = [line for line in lines if "slow_process" in line]
     assert len(slow) >= 3

@@ -24,7 +24,7 @@ class Devices:
         """Call a step of that length; the call takes the host `call` seconds."""
         self.wait(call, worked=call)
         self.until = until = max(self.until, self.now) + seconds
-        clock.started([types.SimpleNamespace(is_ready=lambda: self.now >= until)])
+        clock.dispatched([types.SimpleNamespace(is_ready=lambda: self.now >= until)])
 
     def wait(self, seconds: float, worked: float = 0.0) -> None:
         self.now, self.worked = self.now + seconds, self.worked + worked

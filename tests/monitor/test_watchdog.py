@@ -43,7 +43,7 @@ def test_a_step_that_hangs_is_reported_once_with_every_thread(tmp_path, capfd):
     end.set()
     other.join()
     text, error = path.read_text(), capfd.readouterr().err
-    assert text.count("process 0 on ") == text.count("pretrain got no further than step 4 for ") == 1
+    assert text.count("process 0 on ") == text.count("pretrain has not advanced beyond step 4 for ") == 1
     for name in ("a_step_that_hangs", "another_thread"):
         assert name in text
         assert name in error
@@ -70,7 +70,7 @@ def test_the_heartbeat_is_where_the_process_is(tmp_path):
     assert first["step"] == 7
     with Watchdog(tmp_path, "pretrain", seconds=0.2, step=7) as dog:
         dog.beat(8)
-        dog.tell({"time_step": 0.5, "time_input": 0.25})
+        dog.set_figures({"time_step": 0.5, "time_input": 0.25})
         until(lambda: json.loads(path.read_text())["step"] == 8)
         found = json.loads(path.read_text())
     assert abs(found["time"] - time.time()) < 10

@@ -126,7 +126,7 @@ def test_what_waits_for_input_is_seen_and_a_step_that_hangs_is_reported(tmp_path
     assert beat["step"] == 8
     assert beat["time_input"] == lines[-1]["time_input"]
     text = (folder / "hang" / "0.txt").read_text()
-    assert "main got no further than step 2 for 0 s" in text
+    assert "main has not advanced beyond step 2 for 0 s" in text
     assert "__next__" in text
 
 

@@ -239,7 +239,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
         return save(*args, **options)
 
     monkeypatch.setattr(v1, "save_async", full_after_one)
-    with pytest.raises(UserError, match=r"could not write step 2 .* No space left .* the last good one is of step 1$"):
+    with pytest.raises(
+        UserError, match=r"could not write step 2 .* No space left .* the last good checkpoint is step 1$"
+    ):
         run(folder, dataclasses.replace(STAGE, save_every=1))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         assert checkpoints.restore_params().step == 1
