@@ -131,5 +131,5 @@ def test_what_waits_for_input_is_seen_and_a_step_that_hangs_is_reported(tmp_path
 
 
 def test_the_time_before_a_hang_is_checked():
-    with pytest.raises(UserError, match=r"^hang: got 0, must be more than 0$"):
+    with pytest.raises(UserError, match=r"^hang_timeout: got 0, must be more than 0$"):
         dataclasses.replace(STAGE, hang_timeout=0)
