@@ -1,21 +1,104 @@
-"""What the parameters of a model are called, how they lie, and which of them are matrices.
+"""Information on the parameters of a model, and their trees by name.
 
-A weight is declared with the axes that it contracts before those that it brings (`kernels/linear.py`), so that how many
-of either it has says which they are. Axes before them are a batch: layers, experts.
+info = parameter_info(model)                         # a `ParamInfo` in the place of each parameter
+transform = Muon(learning_rate=5e-3).build(steps, info)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from gptjax.types import Params
+from gptjax.types import Params, UserError
+
+Kind = Literal["matrix", "embedding", "head", "other"]
+"""Role of a parameter:
+
+matrix     hidden matrix, whose inputs and outputs grow with the width: Muon, muP and LoRA are for these
+embedding  table of learned vectors, read by index: tokens, positions
+head       matrix from the width to outputs whose number is fixed: vocabulary, classes
+other      scales, biases and other vectors and scalars
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamInfo:
+    """Declaration of a parameter, given beside its use (`nn.ParamFactory`).
+
+    Matrices are laid out [*batch axes, *input axes, *output axes]; `kernels.linear` contracts the input axes.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    """Logical axes, one per axis of the shape."""
+    kind: Kind = "other"
+    inputs: int = 1
+    """Number of input axes of a matrix."""
+    batch: int = 0
+    """Number of leading axes over independent arrays: layers, experts."""
+    stacked: bool = False
+    """Whether the first axis is over the layers of a stack."""
+    decays: bool = False
+    """Whether weight decay applies."""
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.kind == "matrix"
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def fan(self) -> tuple[int, int]:
+        """(fan-in, fan-out) of a matrix: the products of its input and of its output axes."""
+        _, inputs, outputs = self.split(self.shape)
+        return math.prod(inputs), math.prod(outputs)
+
+    def split(self, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """A tuple with one entry per axis as (batch, inputs, outputs)."""
+        first, last = self.batch, self.batch + self.inputs
+        return values[:first], values[first:last], values[last:]
+
+    def stack(self, layers: int) -> ParamInfo:
+        """This parameter of `layers` equal layers, stacked along a new first axis."""
+        shape, axes = (layers, *self.shape), ("layers", *self.axes)
+        return dataclasses.replace(self, shape=shape, axes=axes, batch=self.batch + 1, stacked=True)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """A `ParamInfo` as a pytree without leaves, which jax's transformations leave alone."""
+
+    info: ParamInfo
+
+
+def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
+    """The `ParamInfo` of each parameter of a Flax module, in the tree of its parameters. Nothing is computed.
+
+    model   declares its parameters by `nn.ParamFactory`; UserError where one is not
+    inputs  arguments of its `init` after the key. None: those of a model over tokens
+    """
+    if not inputs:
+        inputs = (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+        model = model.clone(rules=model.rules.for_batch_size(1))  # a batch of 1 cannot be sharded
+    init = functools.partial(model.init, mutable=["params", "info"])
+    variables = jax.eval_shape(init, jax.random.key(0), *inputs, **named)
+    infos = jax.tree.map(lambda x: x.info, variables.get("info", {}), is_leaf=lambda x: isinstance(x, Declared))
+    if lacking := flat(variables["params"]).keys() - flat(infos).keys():
+        raise UserError(
+            f"parameters: got {', '.join(sorted(lacking))} by `self.param`, must be declared by ParamFactory"
+        )
+    return infos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +159,7 @@ def flat(params: Params) -> dict[str, Any]:
 
 
 def nested(flat: Mapping[str, Any]) -> Params:
-    """`flat` undone."""
+    """Inverse of `flat`."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *parents, last = name.split("/")

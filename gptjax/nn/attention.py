@@ -161,7 +161,7 @@ class MultiHeadAttention(Attention):
             k, v = (filled.reshape(x.shape[0], K, -1, H).swapaxes(1, 2) for filled in slots)
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)
-        sinks = param("sinks", (N,), ("heads",), normal) if self.sinks else None
+        sinks = param("sinks", (N,), ("heads",), normal, decays=True) if self.sinks else None
         y = attention(
             *(q, k, v, mask),
             bias=bias,
@@ -172,7 +172,8 @@ class MultiHeadAttention(Attention):
             key=key,
             implementation=self.implementation,
         )
-        o = param("o", (N, H, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * output_scale))
+        init = jax.nn.initializers.normal(0.02 * output_scale)
+        o = param("o", (N, H, width), ("heads", None, "embed"), init, inputs=2)
         y = linear(y, o, rules("batch", "sequence", None), contract=2)
         return y + param("o_bias", (width,), (None,), zeros) if has_output_bias else y, slots
 
@@ -202,7 +203,7 @@ class MultiHeadAttention(Attention):
         w = param(name, (x.shape[-1], heads, H), ("embed", axis, None))
         y = linear(x, w, param.rules("batch", "sequence", axis, None))
         if self.bias:
-            y = y + param(f"{name}_bias", (heads, H), (axis, None), zeros)
+            y = y + param(f"{name}_bias", (heads, H), (axis, None), zeros, kind="other")
         if self.qk_norm is None or name == "v":
             return y
         together = (*y.shape[:2], -1) if self.joint_qk_norm else y.shape

@@ -126,7 +126,8 @@ class EncoderDecoder(nn.Module):
         The others are those of `Transformer`.
         """
         c, rules = self.config, self.rules
-        table = ParamFactory(self, rules, c.decoder.dtype)("embedding", (c.vocab, c.decoder.width), ("vocab", "embed"))
+        param = ParamFactory(self, rules, c.decoder.dtype)
+        table = param("embedding", (c.vocab, c.decoder.width), ("vocab", "embed"), kind="embedding")
         if source is None and self.is_initializing():
             source = tokens  # no parameter depends on it
         states = None

@@ -150,7 +150,7 @@ class Classifier(Trunk):
         if c.pooler is not None:
             scale = c.trunk.parametrisation.hidden_init_scale(c.trunk.width)
             x = Layer(c.pooler, self.rules, c.trunk.dtype, scale, name="pooler")(x)
-        w = param("classifier", (c.trunk.width, c.classes), ("embed", None))
+        w = param("classifier", (c.trunk.width, c.classes), ("embed", None), kind="head")
         logits = linear(x, w, self.rules("batch", None, None)) / c.width_multiplier
         return logits + param("classifier_bias", (c.classes,), (None,), zeros) if c.bias else logits, None
 

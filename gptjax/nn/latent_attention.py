@@ -108,7 +108,8 @@ class MultiHeadLatentAttention(Attention):
         )
         if slots is not None:  # the sum over the shared keys, which nothing needs, cost less than cutting them off
             y = jnp.einsum("BTNR,RNV->BTNV", y[..., :R], to_value, out_sharding=heads)
-        o = param("o", (N, V, width), ("heads", None, "embed"), jax.nn.initializers.normal(0.02 * output_scale))
+        init = jax.nn.initializers.normal(0.02 * output_scale)
+        o = param("o", (N, V, width), ("heads", None, "embed"), init, inputs=2)
         y = linear(y, o, whole, contract=2)
         return y + param("o_bias", (width,), (None,), zeros) if self.bias else y, slots
 

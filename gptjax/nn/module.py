@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax.distributed.parameters import matrix
+from gptjax.distributed.parameters import Declared, Kind, ParamInfo
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.types import Array
 
@@ -37,7 +37,7 @@ class ParamFactory:
 
     module: nn.Module
     rules: ShardingRules = ShardingRules()
-    """Where the logical axes lie; parts shard what they compute by the same rules."""
+    """Mesh axes of the logical axes; parts shard their activations by the same rules."""
     dtype: str = "float32"
     """Compute dtype."""
     matrix_scale: float = 1.0
@@ -50,14 +50,34 @@ class ParamFactory:
         shape: tuple[int, ...],
         axes: tuple[str | None, ...],
         init: Callable[..., Array] = normal,
+        *,
+        kind: Kind | None = None,
+        inputs: int = 1,
+        batch: int = 0,
+        decays: bool | None = None,
+        scale_init: bool = True,
     ) -> Array:
-        """The parameter `name`: float32 of this shape, sharded by `rules(*axes)`, cast to the compute dtype."""
+        """The parameter `name`: float32 of this shape, sharded by `rules(*axes)`, cast to the compute dtype.
+
+        kind        None: "matrix" with two or more axes after the batch axes, else "other"
+        inputs      number of input axes of a matrix
+        batch       number of leading axes over independent arrays, such as experts
+        decays      whether weight decay applies. None: to matrices and heads
+        scale_init  False where `init` depends on the width already: `matrix_scale` does not apply
+
+        The declaration (`ParamInfo`) is in what `init(..., mutable=["params", "info"])` returns; see `parameter_info`.
+        """
+        kind = kind or ("matrix" if len(shape) - batch > 1 else "other")
+        info = ParamInfo(
+            shape, axes, kind, inputs, batch, decays=kind in ("matrix", "head") if decays is None else decays
+        )
 
         def draw(key: jax.Array) -> Array:
             initial = init(key, shape, jnp.float32, out_sharding=self.rules(*axes))
-            kind = matrix([name])
-            return initial if kind is None or kind.by_fan_in else initial * self.matrix_scale
+            return initial * self.matrix_scale if info.is_matrix and scale_init else initial
 
+        if wants(self.module, "info"):
+            self.module.put_variable("info", self.prefix + name, Declared(info))
         return jnp.asarray(self.module.param(self.prefix + name, draw), self.dtype)  # numpy parameters are welcome
 
     def scope(self, name: str) -> ParamFactory:
@@ -76,6 +96,12 @@ class ParamFactory:
         if not self.module.is_initializing():
             zero = functools.partial(jnp.zeros, ())
             self.module.sow("losses", self.prefix + name, value, reduce_fn=jnp.add, init_fn=zero)
+
+
+def wants(module: nn.Module, collection: str) -> bool:
+    """Whether `mutable` names this collection. Flax's default for `init`, every collection, does not count."""
+    mutable = None if module.scope is None else module.scope.mutable
+    return isinstance(mutable, Collection) and collection in mutable
 
 
 class Layer(nn.Module):

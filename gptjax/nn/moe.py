@@ -82,7 +82,7 @@ class MixtureOfExperts(MLP):
             shapes["down_bias"] = (E, D), ("experts", None), zeros
 
         ids, gates = self.router(param.scope("router"), x, E, self.top_k)
-        inputs = x, ids, gates, {name: param(name, *rest) for name, rest in shapes.items()}
+        inputs = x, ids, gates, {name: param(name, *rest, batch=1) for name, rest in shapes.items()}
         if jax.sharding.get_abstract_mesh().empty:
             y = self._compute(*inputs)
         else:

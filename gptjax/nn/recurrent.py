@@ -65,12 +65,12 @@ class Recurrent(Attention):
             raise UserError(f"mesh.{cut[0]}: cuts rows, must be 1: recurrent layers read a row token by token")
         # PyTorch's deviation: uniform to 1 / sqrt(D).
         spread = jax.nn.initializers.normal((3 * D) ** -0.5)
-        into = param("input", (D, G, D), ("embed", None, None), spread)
+        into = param("input", (D, G, D), ("embed", None, None), spread, scale_init=False)
         read = linear(x, into, rules("batch", "sequence", None, None))
-        read = read + param("input_bias", (G, D), (None, None), self.first_bias)
-        again = param("recurrent", (D, G, D), ("embed", None, None), spread)
+        read = read + param("input_bias", (G, D), (None, None), self.first_bias, kind="other")
+        again = param("recurrent", (D, G, D), ("embed", None, None), spread, scale_init=False)
         again = again if (whole := rules(None, None, None)) is None else jax.reshard(again, whole)
-        bias = param("recurrent_bias", (G, D), (None, None), zeros)
+        bias = param("recurrent_bias", (G, D), (None, None), zeros, kind="other")
         begins = jnp.zeros((B, T), bool)
         if mask.query_segments is not None and mask.key_segments is not None:
             last = jnp.maximum(jnp.asarray(mask.start) - 1, 0)

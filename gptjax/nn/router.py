@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.kernels.linear import linear
-from gptjax.nn.module import ParamFactory, normal, zeros
+from gptjax.nn.module import ParamFactory, zeros
 from gptjax.types import Array, UserError
 
 
@@ -63,7 +63,8 @@ class Router:
     def __call__(self, param: ParamFactory, x: Array, experts: int, top_k: int) -> tuple[Array, Array]:
         param = dataclasses.replace(param, dtype="float32")
         tokens = param.rules("batch", "sequence", None)
-        logits = linear(x.astype(jnp.float32), param("logits", (x.shape[-1], experts), ("embed", None), normal), tokens)
+        w = param("logits", (x.shape[-1], experts), ("embed", None), kind="other", decays=True)
+        logits = linear(x.astype(jnp.float32), w, tokens)
         if self.bias:
             logits = logits + param("bias", (experts,), (None,), zeros)
         scores = self.scores(logits)

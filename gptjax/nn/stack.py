@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from gptjax.distributed.parameters import Declared
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn.block import Block, Context
-from gptjax.nn.module import ParamFactory
+from gptjax.nn.module import ParamFactory, wants
 from gptjax.nn.pipeline import pipeline
 from gptjax.nn.remat import rematerialised
 from gptjax.types import Array, Key, Params, UserError
@@ -57,8 +58,12 @@ class Stack(nn.Module):
     ) -> tuple[Array, tuple[Any, ...] | None]:
         """`slots`: for decoding, those of each layer; the new ones come back. `key`: for dropout, in training alone."""
         if self.is_initializing():
-            for name, tree in self._init(self.make_rng("params"), x, context).items():
+            variables = self._init(self.make_rng("params"), x, context)
+            for name, tree in variables["params"].items():
                 self.param(name, lambda _, tree=tree: tree)
+            if wants(self, "info"):
+                for name, tree in variables["info"].items():
+                    self.put_variable("info", name, tree)
         params: Mapping[str, Params] = self.variables["params"]
         if slots is not None or "layer_0" in params:
             if key is not None:
@@ -118,23 +123,30 @@ class Stack(nn.Module):
             ParamFactory(self).add_loss(name, total)
         return x, None
 
-    def _init(self, key: Key, x: Array, context: Context) -> dict[str, Params]:
-        """Parameters as `__call__` wants them, every layer's from its own key."""
+    def _init(self, key: Key, x: Array, context: Context) -> dict[str, dict[str, Params]]:
+        """ "params" as `__call__` wants them, every layer's from its own key, and "info" on them."""
 
-        def one(block: Block, key: Key) -> Params:
-            return block.init(key, x, context)["params"]
+        def one(block: Block, key: Key) -> Any:
+            return block.init(key, x, context, mutable=["params", "info"])
 
-        def round(key: Key) -> Params:
+        def round(key: Key) -> dict[str, dict[str, Params]]:
             if len(self.pattern) == 1:
                 return one(self.pattern[0], key)
-            return {str(i): one(block, jax.random.fold_in(key, i)) for i, block in enumerate(self.pattern)}
+            layers = {str(i): one(block, jax.random.fold_in(key, i)) for i, block in enumerate(self.pattern)}
+            return {kind: {i: layer[kind] for i, layer in layers.items()} for kind in ("params", "info")}
 
         begin, middle, end = jax.random.split(key, 3)
-        params = jax.vmap(round)(jax.random.split(middle, self.repeats)) if self.repeats else {}
-        params = jax.tree.map(lambda leaf: _over_stages(leaf, self.rules.mesh_axes("layers") or None), params)
+        params, info = {}, {}
+        if self.repeats:
+            stacked = jax.vmap(round)(jax.random.split(middle, self.repeats))
+            params = jax.tree.map(lambda x: _over_stages(x, self.rules.mesh_axes("layers") or None), stacked["params"])
+            declared = lambda x: isinstance(x, Declared)  # noqa: E731
+            info = jax.tree.map(lambda x: Declared(x.info.stack(self.repeats)), stacked["info"], is_leaf=declared)
         for name, blocks, key in (("start", self.first, begin), ("end", self.last, end)):
-            params |= {f"{name}_{i}": one(block, jax.random.fold_in(key, i)) for i, block in enumerate(blocks)}
-        return params
+            for i, block in enumerate(blocks):
+                layer = one(block, jax.random.fold_in(key, i))
+                params[f"{name}_{i}"], info[f"{name}_{i}"] = layer["params"], layer["info"]
+        return {"params": params, "info": info}
 
     def _with_first(self, x: Array, context: Context, params: Callable[[], Params], slots: Any = None) -> Context:
         """With the first layer's values, for the layers that mix them in. That layer runs for it, but of what it makes

@@ -59,11 +59,11 @@ class Trunk(nn.Module):
         param, layer = ParamFactory(self, rules, c.dtype), functools.partial(Layer, rules=rules, dtype=c.dtype)
 
         if table is None:
-            table = param("embedding", (c.vocab, c.width), ("vocab", "embed"))
+            table = param("embedding", (c.vocab, c.width), ("vocab", "embed"), kind="embedding")
         x = embed(table, tokens, rules("vocab", None), rules("batch", "sequence", None))
         x = x * c.embedding_scale if c.embedding_scale != 1 else x
         if c.token_types:
-            kinds = param("type_embedding", (c.token_types, c.width), (None, "embed"))
+            kinds = param("type_embedding", (c.token_types, c.width), (None, "embed"), kind="embedding")
             token_types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + embed(kinds, token_types, rules(None, None), rules("batch", "sequence", None))
         x = layer(part=c.positions, name="positions")(x, positions)
@@ -99,11 +99,10 @@ class Trunk(nn.Module):
     def head(self, table: Array) -> Array:
         """[D, V], what hidden states are multiplied with: the embeddings [V, D] or a matrix of its own."""
         c = self.trunk
-        return (
-            table.T
-            if c.tie_embeddings
-            else ParamFactory(self, self.rules, c.dtype)("head", (c.width, c.vocab), ("embed", "vocab"))
-        )
+        if c.tie_embeddings:
+            return table.T
+        param = ParamFactory(self, self.rules, c.dtype)
+        return param("head", (c.width, c.vocab), ("embed", "vocab"), kind="head")
 
     def logits(self, x: Array, head: Array) -> Array:
         """Hidden states [B, T, D] and the head [D, V] -> logits [B, T, V] in the compute dtype."""

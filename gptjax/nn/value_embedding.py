@@ -36,9 +36,9 @@ class ValueEmbedding:
             raise UserError("tokens: got none, must be given to attention that has value embeddings")
         (K, H), rules = v.shape[2:], param.rules
         heads = rules.axis_if_divisible("kv_heads", K)
-        table = param("embedding", (self.vocab, K, H), (None, heads, None))
+        table = param("embedding", (self.vocab, K, H), (None, heads, None), kind="embedding")
         values = embed(table, tokens, rules(None, heads, None), rules("batch", "sequence", heads, None))
-        # Not called a gate, which is a hidden matrix: what this reads does not grow with the width.
-        opening = param("opening", (self.channels, K), (None, heads))
+        # No hidden matrix: its inputs do not grow with the width.
+        opening = param("opening", (self.channels, K), (None, heads), kind="other", decays=True)
         opening = linear(x[..., : self.channels], opening, rules("batch", "sequence", heads))
         return v + self.top * jax.nn.sigmoid(opening)[..., None] * values

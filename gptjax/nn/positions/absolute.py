@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.nn.module import ParamFactory, normal
+from gptjax.nn.module import ParamFactory
 from gptjax.nn.positions.encoding import Positions
 from gptjax.types import Array, UserError
 
@@ -34,7 +34,7 @@ class LearnedPositions(Positions):
         return self.length
 
     def __call__(self, param: ParamFactory, x: Array, positions: Array) -> Array:
-        table = param("table", (self.length, x.shape[-1]), (None, None), normal)
+        table = param("table", (self.length, x.shape[-1]), (None, None), kind="embedding")
         return x + table.at[positions].get(out_sharding=jax.typeof(x).sharding)
 
 

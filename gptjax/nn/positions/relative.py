@@ -8,7 +8,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.nn.module import ParamFactory, normal
+from gptjax.nn.module import ParamFactory
 from gptjax.nn.positions.encoding import Positions
 from gptjax.types import Array, UserError
 
@@ -62,7 +62,8 @@ class T5Bias(Positions):
             )
 
     def bias(self, param: ParamFactory, distance: Array, heads: int, causal: bool = True) -> Array:
-        table = param("table", (self.buckets, heads), (None, "heads"), normal).astype(jnp.float32).T
+        table = param("table", (self.buckets, heads), (None, "heads"), kind="other", decays=True)
+        table = table.astype(jnp.float32).T
         sharding = param.rules("heads", None)
         # First a number for each distance, then one for each query and key: so the gradient need not add up whole
         # matrices into a few buckets, and the logarithm is numpy's on every device.

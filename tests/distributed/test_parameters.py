@@ -1,0 +1,64 @@
+"""Every parameter says what it is where it is declared, whatever the model."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from architectures import ARCHITECTURES
+
+from gptjax.distributed.parameters import flat, parameter_info
+from gptjax.kernels.linear import linear
+from gptjax.nn import ParamFactory
+from gptjax.types import UserError
+
+TOKENS = jnp.zeros((1, 1), jnp.int32)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_information_is_of_every_parameter(name):
+    model = ARCHITECTURES[name].build()
+    info = parameter_info(model)
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    assert jax.tree.structure(info) == jax.tree.structure(params)
+    for path, i in flat(info).items():
+        assert i.shape == flat(params)[path].shape
+        assert len(i.axes) == len(i.shape)
+        assert i.stacked == (i.axes[:1] == ("layers",))
+        batch, inputs, outputs = i.split(i.axes)
+        assert set(batch) <= {"layers", "experts"}
+        assert not i.is_matrix or (inputs and outputs)
+
+
+def test_kinds_and_sides():
+    info = flat(parameter_info(ARCHITECTURES["deepseek"].build()))
+    assert {path for path, i in info.items() if i.kind == "embedding"} == {"embedding"}
+    others = {path for path, i in info.items() if i.kind == "other"}
+    scales = {path for path in others if path.endswith("scale")}
+    assert others - scales == {"blocks/mlp/router_logits", "blocks/mlp/router_balance"}
+    assert {path for path, i in info.items() if not i.decays} == scales | {"blocks/mlp/router_balance", "embedding"}
+    sides = {path.removeprefix("blocks/"): (i.batch, i.fan) for path, i in info.items() if i.is_matrix}
+    assert sides["attention/o"] == (1, (4 * 6, 16))
+    assert sides["attention/q"] == (1, (12, 4 * (4 + 4)))
+    assert sides["mlp/up"] == (2, (16, 40 + 8))
+    assert sides["start_0/mlp/down"] == (0, (8, 16))
+    assert flat(parameter_info(ARCHITECTURES["gpt2"].build()))["positions/table"].kind == "embedding"
+    assert flat(parameter_info(ARCHITECTURES["classifier"].build()))["classifier"].kind == "head"
+
+
+class Own(nn.Module):
+    """A module of one's own, of which one parameter is declared by the factory and, perhaps, one is not."""
+
+    undeclared: bool
+
+    @nn.compact
+    def __call__(self, x):
+        y = linear(x, ParamFactory(self)("anything", (x.shape[-1], 3), ("embed", None)))
+        return y + self.param("ours", nn.initializers.zeros, (3,)) if self.undeclared else y
+
+
+def test_modules_of_ones_own():
+    x = jnp.zeros((2, 4))
+    assert list(Own(False).init(jax.random.key(0), x)) == ["params"], "information is there when it is asked for"
+    assert parameter_info(Own(False), x)["anything"].fan == (4, 3)
+    with pytest.raises(UserError, match="ours"):
+        parameter_info(Own(True), x)
