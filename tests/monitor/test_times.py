@@ -63,6 +63,27 @@ def test_a_step_takes_as_long_as_what_the_others_wait_for(input_, step, call, pa
     assert found.waiting == pytest.approx(values["time_input"] / wall)
 
 
+def test_a_call_is_host_time_only_where_the_devices_had_nothing_to_do(monkeypatch):
+    """The host works through a call while the step before still runs; then as long with idle devices; then half of the
+    call waits for the devices."""
+    devices = Devices(monkeypatch)
+    clock = Clock(0, tokens=10, flops=6.0)
+    devices.run(clock, 10.0)
+    devices.run(clock, 10.0, call=3.0)
+    assert dict(clock.take(2).parts) == {**dict.fromkeys((*times.TRAINING, *times.BESIDE), 0.0), "device": 3.0}
+    devices.fetch()
+    clock.lap("device")
+    clock.take(3)
+    devices.run(clock, 10.0, call=3.0)
+    assert clock.take(4).parts["host"] == 3.0
+    devices.fetch()
+    clock.lap("device")
+    devices.wait(2.0)
+    devices.run(clock, 10.0, call=2.0)
+    parts = clock.take(5).parts
+    assert (parts["host"], parts["device"]) == (2.0, 12.0)
+
+
 def test_what_is_beside_the_steps_is_apart(monkeypatch):
     devices = Devices(monkeypatch)
     clock = Clock(5, tokens=10, flops=6.0)
