@@ -75,6 +75,20 @@ def _segments(queries: Array, keys: Array) -> Any:
     return SegmentIds(queries, keys)
 
 
+@functools.cache
+def _reordered_causal_mask() -> type:
+    """A causal mask of shape [T, S] whose queries are at the given positions, int32 [T]. Its class, made once: masks
+    that are equal are processed once."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    class ReorderedCausalMask(masks.CausalMask):
+        def __init__(self, shape: tuple[int, int], positions: np.ndarray) -> None:
+            super().__init__(shape)
+            self.q_sequence = positions  # what the mask function gets in place of 0, 1, 2, ...
+
+    return ReorderedCausalMask
+
+
 def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, deals: bool) -> tuple[Any, Any]:
     """Attention of one row, with a device's share of the heads and queries:
 
@@ -96,7 +110,7 @@ def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, deals: bool) 
         if deals:
             block //= 2  # so that blocks are of one piece, where they can be
             pieces = np.arange(shape[0], dtype=np.int32).reshape(-1, block)
-            pattern.q_sequence = pieces[zigzag.zigzag_order(parts)].reshape(-1)
+            pattern = _reordered_causal_mask()(shape, pieces[zigzag.zigzag_order(parts)].reshape(-1))
     else:
         parts, pattern = 1, masks.FullMask((block, shape[1]))  # which is the same on all devices
     bq, bk = (next((size for size in BLOCKS if length % size == 0), BLOCKS[-1]) for length in (block, shape[1]))
