@@ -332,9 +332,11 @@ class Chip:
 
 
 def slices(chips: list[Chip], mesh: MeshConfig, monkeypatch) -> np.ndarray:
-    """Which slice each place of the mesh is in."""
-    monkeypatch.setattr(jax.sharding, "Mesh", lambda devices, names, axis_types: devices)
-    return np.vectorize(lambda chip: chip.slice_index)(mesh.make(chips))
+    """Which slice each place of the mesh is in, its axes in the order of the configuration."""
+    monkeypatch.setattr(jax.sharding, "Mesh", lambda devices, names, axis_types: (devices, names))
+    devices, names = mesh.make(chips)
+    order = [names.index(field.name) for field in dataclasses.fields(mesh)]
+    return np.vectorize(lambda chip: chip.slice_index)(devices.transpose(order))
 
 
 def test_slices_hold_whole_copies_of_the_model(monkeypatch):
