@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from gptjax.distributed.partial_map import partial_map
 from gptjax.distributed.sharding import axes_of, split_microbatches
 from gptjax.nn.block import Context
 from gptjax.types import Array, Params, UserError
@@ -63,7 +63,6 @@ def pipeline(
             "(in a part of it, where the stage accumulates)"
         )
 
-    _keep_explicit_axes()
     start_is_x = context.start is x  # as one array it has one gradient, and that is sent once
     if start_is_x:
         context = dataclasses.replace(context, start=None)
@@ -123,38 +122,8 @@ def pipeline(
     shape, spec, ends = x.shape, jax.typeof(x).sharding.spec, PartitionSpec(None, axes) if shares else whole
     if shares:
         x = jnp.reshape(x, by_stage, out_sharding=PartitionSpec(others, axes, None, *place[1:]))
-    # What runs inside may be a kernel, which does not say over which axes its results vary: so that is not checked.
-    y, sums = jax.shard_map(
-        run, in_specs=(cut, cut, ends, whole), out_specs=(ends, whole), axis_names=set(axes), check_vma=False
-    )(params, each, x, context)
+    y, sums = partial_map(run, axes, (cut, cut, ends, whole), (ends, whole))(params, each, x, context)
     return jax.reshard(jnp.reshape(y, shape, out_sharding=spec), place), sums
-
-
-@functools.cache
-def _keep_explicit_axes() -> None:
-    """Lets what goes into and comes out of a `shard_map` over some axes of a mesh stay cut over the others.
-
-    jax (0.10, 0.11) names the manual axes alone at that edge, where arrays then are whole over explicit ones:
-    parameters, and all that layers keep for the backward pass, are gathered from the devices that share out data, FSDP
-    and tensors (XLA undoes it for TPUs, not for CPUs). Their types know better. Does nothing to a jax without this
-    function.
-    """
-    from jax._src import shard_map
-
-    name = "_shardy_shard_map_sharding"
-    said = getattr(shard_map, name, None)
-    if said is None:
-        return
-
-    def sharding(context: Any, mesh: Any, manual: Any, spec: PartitionSpec, aval: Any) -> Any:
-        own = getattr(getattr(aval, "sharding", None), "spec", None)
-        if own is None or jnp.issubdtype(aval.dtype, jax.dtypes.extended):
-            return said(context, mesh, manual, spec, aval)
-        parts = itertools.zip_longest(spec, own, fillvalue=None)
-        both = ((*axes_of(one), *(a for a in axes_of(other) if a not in manual)) or None for one, other in parts)
-        return said(context, mesh, manual, PartitionSpec(*both), aval)
-
-    setattr(shard_map, name, sharding)
 
 
 def _over(axes: tuple[str, ...], x: Array) -> Array:

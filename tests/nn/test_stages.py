@@ -93,7 +93,7 @@ def test_stages_change_nothing(name, mesh):
         rows = sharding.global_array(batch(), DEFAULT_RULES)
         params = program(MODELS[name])[0](rows.tokens).params
         stacked = params["blocks"]["0" if "rounds" in name else "attention"]
-        assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(stacked)} == {"stage"}
+        assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(stacked)} == {"pipeline"}
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), params, drawn)
         actual = gradients(MODELS[name], params, rows)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), actual, values)
