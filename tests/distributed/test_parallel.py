@@ -344,7 +344,7 @@ def test_slices_hold_whole_copies_of_the_model(monkeypatch):
     chips = [Chip(i, i % 2, "cpu") for i in range(8)]
     places = slices(chips, MeshConfig(data=4, fsdp=2), monkeypatch).reshape(4, 2)
     np.testing.assert_array_equal(places, [[0, 0], [0, 0], [1, 1], [1, 1]])
-    with pytest.raises(UserError, match="data: got 1, must be a multiple of 2, the slices"):
+    with pytest.raises(UserError, match="data: got 1, must be a multiple of 2, the number of slices"):
         MeshConfig(data=1, fsdp=8).make(chips)
 
 
