@@ -64,8 +64,8 @@ def test_a_step_takes_as_long_as_what_the_others_wait_for(input_, step, call, pa
 
 
 def test_a_call_is_host_time_only_where_the_devices_had_nothing_to_do(monkeypatch):
-    """The host works through a call while the step before still runs; then as long with idle devices; then half of the
-    call waits for the devices."""
+    """A call that works while the previous step runs; one with idle devices; one that begins 2 s after they went idle,
+    without a lap between."""
     devices = Devices(monkeypatch)
     clock = Clock(0, tokens=10, flops=6.0)
     devices.run(clock, 10.0)
