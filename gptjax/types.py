@@ -65,8 +65,20 @@ class Labelled(Batch):
     labels: Array | np.ndarray
 
 
-Objective = Callable[[Params, Batch, Key | None], Metrics]
-"""A loss: returns metrics whose "loss" entry is the (sum, weight) to minimise. No key means no dropout."""
+Loss = Callable[[Params, Batch, Key | None], Metrics]
+"""An objective of a certain model: metrics whose "loss" entry is the (sum, weight) to minimise. No key: no dropout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What an evaluation finds: numbers for programs, a few lines of Markdown for people."""
+
+    title: str
+    """Heading in the report."""
+    values: dict[str, float]
+    """Name -> number; units in the name."""
+    markdown: str
+    """The finding, to read."""
 
 
 class UserError(ValueError):

@@ -27,6 +27,7 @@ EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiments/*.py") if not 
 FLOORS = (
     {"types"},
     {"config", "distributed", "kernels"},
+    {"protocols"},
     {"nn", "data", "objectives", "optim"},
     {"inference", "monitor", "checkpoint"},
     {"train"},

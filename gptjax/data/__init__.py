@@ -10,7 +10,7 @@ data.Classify(data.LabelledJsonl("reviews.jsonl", classes=("good", "bad")), leng
 
 from gptjax.data.chat import Conversation, Message
 from gptjax.data.packing import BestFit, Concatenate
-from gptjax.data.pipeline import Batches, Chat, Classify, Evaluation, Mix, Pretrain
+from gptjax.data.pipeline import Batches, Chat, Classify, Mix, Pretrain, ValidationBatches
 from gptjax.data.pydocs import PyDocs, PyDocsChat
 from gptjax.data.sources import TFDS, ChatJsonl, Example, Jsonl, LabelledJsonl, Text
 from gptjax.data.store import Tokens
@@ -35,7 +35,6 @@ __all__ = [
     "Classify",
     "Concatenate",
     "Conversation",
-    "Evaluation",
     "Example",
     "Jsonl",
     "LabelledJsonl",
@@ -50,5 +49,6 @@ __all__ = [
     "Tokens",
     "TrainCharacters",
     "TrainSentencePiece",
+    "ValidationBatches",
     "load_tokenizer",
 ]

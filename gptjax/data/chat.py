@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gptjax.data.tokenizers import CHAT_SPECIALS, Tokenizer
+from gptjax.data.tokenizers import CHAT_SPECIALS
+from gptjax.protocols import Tokenizer
 from gptjax.types import UserError
 
 ROLES = ("system", "user", "assistant")

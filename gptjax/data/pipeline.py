@@ -12,15 +12,16 @@ import functools
 import itertools
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from gptjax.data import chat
+from gptjax.data import chat, retry
 from gptjax.data.packing import Alone, BestFit, Concatenate, Packing, Plan, fill
-from gptjax.data.sources import Source, Split
+from gptjax.data.sources import Example
 from gptjax.data.store import Store, Tokens, tokenize
-from gptjax.data.tokenizers import Tokenizer
+from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import Batch, Labelled, UserError
 
 
@@ -69,22 +70,22 @@ class _Data:
         split: Split,
         seed: int,
         cache_dir: str | Path,
-        rank: int = 0,
-        ranks: int = 1,
+        shard: int = 0,
+        num_shards: int = 1,
     ) -> Batches:
-        """The endless batches to train on; [B / ranks, T] of each, share `rank` of `ranks`, in order.
+        """Endless batches to train on: of each, rows [B / num_shards, T], the data shard `shard` of `num_shards`.
 
-        Raises UserError for an empty split, or a batch that the processes cannot share equally.
+        Raises UserError for an empty split, and for a batch that is not a multiple of `num_shards`.
         """
         if seed < 0:
             raise UserError(f"seed: got {seed}, must not be negative")
-        local = self._share(rank, ranks)
+        local = self._shard_rows(shard, num_shards)
         rows = self._rows(tokenizer, split, cache_dir)
         weights = self.source.weights if isinstance(self.source, Mix) else (1.0,)
         order = _order([len(plan) for plan in rows.plans], weights, seed if self.shuffle else None)
 
         def make(steps: np.ndarray) -> Batch:
-            place = steps[:, None] * self.batch + rank * local + np.arange(local)
+            place = steps[:, None] * self.batch + shard * local + np.arange(local)
             return rows.batch(*order(place.reshape(-1)), place.size)
 
         return Batches(make, local, steps=max(1, 2**14 // (local * self.length)))
@@ -94,25 +95,35 @@ class _Data:
         tokenizer: Tokenizer,
         split: Split,
         cache_dir: str | Path,
-        rank: int = 0,
-        ranks: int = 1,
+        shard: int = 0,
+        num_shards: int = 1,
         rows: int | None = None,
-    ) -> Evaluation:
+    ) -> ValidationBatches:
         """Every row of a split once, in order, or `rows` of them at equal distances; errors as for `batches`."""
-        local = self._share(rank, ranks)
-        return Evaluation(self._rows(tokenizer, split, cache_dir), self.batch, local, rank, rows)
+        local = self._shard_rows(shard, num_shards)
+        return ValidationBatches(self._rows(tokenizer, split, cache_dir), self.batch, local, shard, rows)
+
+    def texts(self) -> Iterator[str]:
+        """The training text, to build a tokenizer from: a conversation's messages one by one."""
+        source: Any = self.source
+        for document in retry.stream(lambda: source.documents("train"), source):
+            if isinstance(document, str | Example):
+                yield document if isinstance(document, str) else document.text
+            else:
+                yield from (message.content for message in document)
 
     def _rows(self, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> _Rows:
         sources = self.source.sources if isinstance(self.source, Mix) else (self.source,)
         stores = [tokenize(source, tokenizer, split, cache_dir) for source in sources]
         return _Rows(stores, [self.packing.plan(store.offsets, self.length) for store in stores], self.length)
 
-    def _share(self, rank: int, ranks: int) -> int:
-        if self.batch % ranks:
-            raise UserError(f"batch: got {self.batch}, must be a multiple of the number of processes, {ranks}")
-        if not 0 <= rank < ranks:
-            raise UserError(f"rank: got {rank}, must be from 0 to {ranks - 1}")
-        return self.batch // ranks
+    def _shard_rows(self, shard: int, num_shards: int) -> int:
+        """Rows of a batch that one data shard has."""
+        if self.batch % num_shards:
+            raise UserError(f"batch: got {self.batch}, must be a multiple of the number of data shards, {num_shards}")
+        if not 0 <= shard < num_shards:
+            raise UserError(f"shard: got {shard}, must be from 0 to {num_shards - 1}")
+        return self.batch // num_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +225,13 @@ class Batches(Iterator[Batch]):
             self._made = None
 
 
-class Evaluation:
+class ValidationBatches:
     """A list of batches of one shape, made when asked for; the last is filled up with rows of weight and segment 0."""
 
-    def __init__(self, rows: _Rows, batch: int, local: int, rank: int, limit: int | None = None):
+    def __init__(self, rows: _Rows, batch: int, local: int, shard: int, limit: int | None = None):
         total = sum(map(len, rows.plans))
         self._count = total if limit is None else min(limit, total)
-        self._rows, self._total, self._batch, self._local, self._rank = rows, total, batch, local, rank
+        self._rows, self._total, self._batch, self._local, self._shard = rows, total, batch, local, shard
 
     def __len__(self) -> int:
         return -(-self._count // self._batch)
@@ -228,7 +239,7 @@ class Evaluation:
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < len(self):
             raise IndexError(step)
-        first = step * self._batch + self._rank * self._local
+        first = step * self._batch + self._shard * self._local
         chosen = np.arange(first, max(first, min(first + self._local, self._count))) * self._total // self._count
         starts = np.cumsum([0, *map(len, self._rows.plans)])
         source = np.searchsorted(starts, chosen, "right") - 1

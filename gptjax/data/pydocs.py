@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gptjax.data.sources import Split
+from gptjax.protocols import Split
 
 if TYPE_CHECKING:
     from gptjax.data.chat import Conversation

@@ -12,29 +12,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from gptjax.data.files import facts, find, read_json, read_lines
+from gptjax.protocols import Split
 from gptjax.types import UserError
 
 if TYPE_CHECKING:
     from gptjax.data.chat import Conversation
 
-Split = Literal["train", "validation"]
 Document = TypeVar("Document")
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Source(Protocol[T_co]):
-    """What the pipeline needs of a source of texts (`Source[str]`) or of conversations (`Source[Conversation]`)."""
-
-    def documents(self, split: Split) -> Iterator[T_co]:
-        """The documents of one split, always in the same order. Raises UserError when there are none."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A sha256 in hex that changes when the documents may have changed."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,8 @@ import numpy as np
 
 from gptjax.data import retry
 from gptjax.data.chat import Conversation, render
-from gptjax.data.sources import Example, Source, Split
-from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.sources import Example
+from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError
 
 FORMAT = 1

@@ -206,10 +206,10 @@ def split_microbatches(x: jax.Array, count: int) -> jax.Array:
 
 
 def data_shard(rules: ShardingRules) -> tuple[int, int]:
-    """(rank, ranks): index and count of this process's slice of the global batch, on the current mesh.
+    """Index and count of this process's slice of the global batch, on the current mesh.
 
     Processes that hold the same sequences, because a sequence or the layers are sharded over them, have the same
-    rank."""
+    index."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return 0, 1
@@ -220,7 +220,7 @@ def data_shard(rules: ShardingRules) -> tuple[int, int]:
 
 
 def _data_shard(owners: Sequence[tuple[int, int]], process: int) -> tuple[int, int]:
-    """(rank, ranks) of a process, from the (process, row) pairs of all devices. (0, 1), all rows, if the processes'
+    """`data_shard` of a process, from the (process, row) pairs of all devices. (0, 1), all rows, if the processes'
     sets of rows overlap partially or differ in size."""
     rows: dict[int, set[int]] = {}
     for owner, row in owners:
@@ -232,15 +232,15 @@ def _data_shard(owners: Sequence[tuple[int, int]], process: int) -> tuple[int, i
 
 def global_array(local, rules: ShardingRules):
     """Build global `jax.Array`s [B, ...], sharded by `rules.batch` and `rules.sequence`, from a tree of host arrays
-    [B / ranks, ...], the `data_shard` of this process."""
+    [B / num_shards, ...], the `data_shard` of this process."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jax.numpy.asarray, local)
-    _, ranks = data_shard(rules)
+    _, num_shards = data_shard(rules)
 
     def globalise(x):
         spec = cast(PartitionSpec, rules("batch", "sequence", *[None] * (x.ndim - 2)))
-        shape = (ranks * x.shape[0], *x.shape[1:])
+        shape = (num_shards * x.shape[0], *x.shape[1:])
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, shape)
 
     return jax.tree.map(globalise, local)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.evals.result import Result
-from gptjax.types import UserError
+from gptjax.types import Result, UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from gptjax.evals.result import Result
+from gptjax.types import Result
 
 
 @dataclasses.dataclass(frozen=True)

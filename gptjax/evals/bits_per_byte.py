@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.evals.result import Result
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.nn import ModelConfig
-from gptjax.types import Array, Params, UserError
+from gptjax.types import Array, Params, Result, UserError
 
 
 @dataclasses.dataclass(frozen=True)

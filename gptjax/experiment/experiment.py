@@ -22,7 +22,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,22 @@ from rich.console import Console
 
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import differences, from_json, to_json
-from gptjax.data import retry
 from gptjax.data.files import cache_dir
 from gptjax.data.pipeline import Chat, Classify
-from gptjax.data.sources import Example
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
 from gptjax.distributed import processes, sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
-from gptjax.evals.result import Result
 from gptjax.experiment import report
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
-from gptjax.monitor.metrics import MetricsLogger
-from gptjax.nn import ClassifierConfig, ModelConfig
+from gptjax.monitor.metrics import MetricsLogger, WandB
+from gptjax.nn import ClassifierConfig
+from gptjax.protocols import ModelConfig, Module
 from gptjax.train.loop import train
 from gptjax.train.stage import Stage
-from gptjax.types import Params, UserError
+from gptjax.types import Params, Result, UserError
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 """How samples are drawn during training."""
@@ -66,8 +64,8 @@ class Experiment:
 
     model: ModelConfig
     """The model."""
-    tokenizer: Any
-    """How text becomes tokens: `data.TrainSentencePiece`, `data.LoadTokenizer`, ..."""
+    tokenizer: TokenizerConfig
+    """Tokenizer to build: `data.TrainSentencePiece`, `data.LoadTokenizer`, ..."""
     stages: dict[str, Stage]
     """The training runs, in order; each goes on from the parameters of the one before."""
     mesh: MeshConfig = MeshConfig()
@@ -76,8 +74,8 @@ class Experiment:
     """Which axes of the arrays lie on which axes of the mesh."""
     seed: int = 0
     """Of initialisation, data order and dropout."""
-    records: Any = None
-    """Where else metrics go, such as `WandB()`; none: metrics.jsonl and TensorBoard files alone."""
+    records: WandB | None = None
+    """Weights & Biases run to log to as well. None: metrics.jsonl and TensorBoard files alone."""
     start: str | None = None
     """The model that the first stage goes on from, as `gptjax.load` takes it, with the same shape and tokenizer: a
     classifier takes its trunk from there, and the head is drawn. None: everything is drawn."""
@@ -95,7 +93,7 @@ class Experiment:
                     "for ClassifierConfig, and for no other model"
                 )
             if isinstance(self.model, ClassifierConfig):
-                classes = getattr(stage.data.source, "classes", None)
+                classes = getattr(getattr(stage.data, "source", None), "classes", None)
                 if classes is not None and len(classes) != self.model.classes:
                     raise UserError(
                         f"model.classes: got {self.model.classes}, must be {len(classes)}, those of {name}.data.source"
@@ -182,7 +180,7 @@ class Experiment:
         return model_class(type(self.model)) is LanguageModel
 
     def _start(
-        self, folder: Path, before: str | None, model: Any, tokenizer: Tokenizer
+        self, folder: Path, before: str | None, model: Module, tokenizer: Tokenizer
     ) -> Callable[[Params], Params] | None:
         """What gives a stage its first parameters, placed as the abstract ones; None: they are drawn."""
         if before is not None:
@@ -244,7 +242,7 @@ class Experiment:
         else:
             with console.status("building the tokenizer ..."):
                 first = next(iter(self.stages.values()))
-                tokenizer = self.tokenizer.build(_texts(first.data.source))
+                tokenizer = self.tokenizer.build(first.data.texts())
             if jax.process_index() == 0:
                 partial = _partial(path)
                 shutil.rmtree(partial, ignore_errors=True)
@@ -296,21 +294,12 @@ def _with(config: Any, other: Any, fields: Sequence[str]) -> Any:
     return dataclasses.replace(config, **{field: getattr(other, field) for field in fields})
 
 
-def _sample(model: Any, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
+def _sample(model: Module, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
     """A short text after `prompt`, with parameters that are in the middle of training, where they lie."""
     ids = stage.data.prompt(tokenizer, prompt)
     length = min(64, (model.config.max_positions or sys.maxsize) - len(ids))
     done = generate(model, params, tokenizer, [ids], length, SAMPLING)
     return ("\n" if isinstance(stage.data, Chat) else "") + done[0].text
-
-
-def _texts(source: Any) -> Iterator[str]:
-    """The training text of a source, a conversation's messages one by one."""
-    for document in retry.stream(lambda: source.documents("train"), source):
-        if isinstance(document, str | Example):
-            yield document if isinstance(document, str) else document.text
-        else:
-            yield from (message.content for message in document)
 
 
 def _version(package: str) -> str | None:

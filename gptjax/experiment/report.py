@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from gptjax.evals.result import Result
 from gptjax.monitor import metrics, times
+from gptjax.types import Result
 
 Rows = list[dict[str, Any]]
 """Lines of metrics.jsonl."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from typing import Any, ClassVar, Self
 
@@ -16,49 +15,8 @@ from gptjax.nn.positions import Positions, RoPE
 from gptjax.nn.remat import POLICIES
 from gptjax.nn.residual import PreNorm, Residual
 from gptjax.nn.stack import Stack, unstack
+from gptjax.protocols import ModelConfig
 from gptjax.types import Params, UserError
-
-
-class ModelConfig(abc.ABC):
-    """What training, evaluation and generation ask of a model's configuration, a frozen dataclass."""
-
-    vocab: int
-    """V, the number of token ids."""
-
-    @abc.abstractmethod
-    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
-        """The Flax module, with the fields `config` and `rules`: (tokens, positions, segments) -> (logits, cache)."""
-
-    @abc.abstractmethod
-    def flops(self, length: int) -> int:
-        """FLOPs of training on one token, forward and backward, at this context length."""
-
-    @abc.abstractmethod
-    def with_dtype(self, dtype: str) -> Self:
-        """The same model with another compute dtype: float32 or bfloat16."""
-
-    @property
-    def max_positions(self) -> int | None:
-        """How many positions the model can tell apart; none: there is no end."""
-        return None
-
-    @property
-    def width_multiplier(self) -> float:
-        """How many times wider the model is than the one whose hyperparameters it has, in muP; else 1."""
-        return 1.0
-
-    @property
-    def axes(self) -> tuple[tuple[str, str, int], ...]:
-        """(logical axis, field, size) of what a mesh may cut."""
-        return (("vocab", "model.vocab", self.vocab),)
-
-    def slots(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
-        """What a cache of `size` slots keeps for each layer, empty."""
-        raise UserError(f"model: got {type(self).__name__}, must be a decoder to write text")
-
-    def unstack(self, params: Params) -> Params:
-        """The parameters with the layers one by one, which decoding reads without copying."""
-        return params
 
 
 @dataclasses.dataclass(frozen=True)

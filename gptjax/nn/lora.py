@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from gptjax.distributed.parameters import Matrix, by_name, matrix
-from gptjax.types import Array, Batch, Key, Metrics, Objective, Params, UserError
+from gptjax.types import Array, Batch, Key, Loss, Metrics, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LoRA:
         leaves = by_name("/".join, params)
         return jax.tree.map(lambda path, w: merged.get(path, w), leaves, params)
 
-    def objective(self, objective: Objective) -> Callable[[Params, Batch, Key | None, Params], Metrics]:
+    def objective(self, objective: Loss) -> Callable[[Params, Batch, Key | None, Params], Metrics]:
         """(adapters, batch, key, params) -> what the objective says of the merged parameters."""
 
         def adapted(adapters: Params, batch: Batch, key: Key | None, params: Params) -> Metrics:

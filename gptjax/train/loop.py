@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.checkpoint.checkpoint import Checkpoints
-from gptjax.data.pipeline import Batches
 from gptjax.distributed import sharding
 from gptjax.monitor.display import Display
 from gptjax.monitor.metrics import MetricsLogger
@@ -23,6 +22,7 @@ from gptjax.monitor.profiling import Profile
 from gptjax.monitor.stragglers import StragglerDetector
 from gptjax.monitor.times import Clock, memory
 from gptjax.monitor.watchdog import Watchdog
+from gptjax.protocols import BatchIterator, Module, Tokenizer
 from gptjax.train import preemption
 from gptjax.train.divergence import Diverged, Skip
 from gptjax.train.program import Program, program
@@ -37,8 +37,8 @@ Sampler = Callable[[Params, str], str]
 def train(
     stage: Stage,
     name: str,
-    model: Any,
-    tokenizer: Any,
+    model: Module,
+    tokenizer: Tokenizer,
     folder: Path,
     records: MetricsLogger,
     *,
@@ -66,10 +66,9 @@ def train(
     several processes any may get the signal: all end after the same step. Raises
     `Diverged` when the loss is not finite, and the stage's policy has no remedy; what is not finite is never saved.
     """
-    rank, ranks = sharding.data_shard(model.rules)
-    share: dict[str, Any] = {"cache_dir": cache, "rank": rank, "ranks": ranks}
-    batches = stage.data.batches(tokenizer, "train", seed=seed, **share)
-    validation = stage.data.evaluation(tokenizer, "validation", rows=stage.eval_sequences, **share)
+    shard, num_shards = sharding.data_shard(model.rules)
+    batches = stage.data.batches(tokenizer, "train", seed, cache, shard, num_shards)
+    validation = stage.data.evaluation(tokenizer, "validation", cache, shard, num_shards, stage.eval_sequences)
     functions, frozen = program(stage, model, seed), ()
     if stage.adapter is not None:
         assert start is not None, "an experiment's first stage has no adapters"
@@ -150,7 +149,7 @@ class _Run:
     def steps(
         self,
         state: State,
-        batches: Batches,
+        batches: BatchIterator,
         validation: Iterable[Batch],
         stopping: preemption.Stop,
         extra: dict[str, Any],
@@ -193,7 +192,7 @@ class _Run:
         return state
 
     def roll_back(
-        self, abstract: State, batches: Batches, bad: int, before: list[list[int]]
+        self, abstract: State, batches: BatchIterator, bad: int, before: list[list[int]]
     ) -> tuple[State, list[list[int]]]:
         """The state of the last checkpoint, with the batches at the place after that of the `bad` step, and the list of
         roll-backs: which step to, and how many batches were left out from there. `before` are the earlier ones."""

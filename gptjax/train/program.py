@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptjax.protocols import Module
 from gptjax.train import state as train_state
 from gptjax.train.stage import Stage
 from gptjax.train.state import State
@@ -42,7 +43,7 @@ class Program:
         return self.create(self.initial(*frozen))
 
 
-def program(stage: Stage, model: Any, seed: int = 0) -> Program:
+def program(stage: Stage, model: Module, seed: int = 0) -> Program:
     """The program of a stage for what a `ModelConfig` builds; call its functions where the mesh is current.
 
     seed: of initialisation and dropout

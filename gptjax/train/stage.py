@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from gptjax.nn import LoRA
 from gptjax.optim import Optimizer
+from gptjax.protocols import Data, Evaluation, Objective
 from gptjax.train.divergence import Stop
 from gptjax.types import UserError
 
@@ -15,18 +15,18 @@ from gptjax.types import UserError
 class Stage:
     """One training run on one kind of data: pretraining, fine-tuning."""
 
-    data: Any
-    """What it reads: `data.Pretrain` or `data.Chat`."""
-    objective: Any
-    """What it minimises, such as `objectives.NextToken`."""
+    data: Data
+    """Training data: `data.Pretrain`, `data.Chat`, ..."""
+    objective: Objective
+    """Loss to minimise: `objectives.NextToken`, ..."""
     optimizer: Optimizer
-    """How, such as `optim.AdamW`."""
+    """Optimizer: `optim.AdamW`, `optim.Muon`, ..."""
     steps: int
     """Optimizer steps, a batch each."""
     adapter: LoRA | None = None
     """Adapters to train over the parameters of the stage before, which then stay as they are; none: all is trained."""
     accumulate: int = 1
-    """Parts that a batch goes through in, one after the other, to save memory."""
+    """Gradient accumulation: microbatches per step."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, which is then what is evaluated and deployed."""
     divergence: Stop = Stop()
@@ -46,8 +46,8 @@ class Stage:
     anyway have three times the longest so far."""
     prompts: tuple[str, ...] = ("\n",)
     """What the samples shown during training begin with."""
-    evaluations: tuple[Any, ...] = ()
-    """What is measured at the end: `evals.BitsPerByte`, `evals.Answers`, ..."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """Evaluations after the last step: `evals.BitsPerByte`, `evals.Answers`, ..."""
 
     def __post_init__(self):
         for field in (

@@ -159,7 +159,7 @@ def test_the_evaluation_covers_the_split_in_batches_of_one_shape(tmp_path):
     (few,) = data.evaluation(BYTES, "validation", tmp_path, rows=3)
     np.testing.assert_array_equal(few.tokens[:3], np.concatenate([x.tokens for x in batches])[[0, 2, 4]])
     assert not few.segments[3:].any()
-    parts = [data.evaluation(BYTES, "validation", tmp_path, rank, 2) for rank in (0, 1)]
+    parts = [data.evaluation(BYTES, "validation", tmp_path, shard, 2) for shard in (0, 1)]
     assert_equal([join(pair) for pair in zip(*parts, strict=True)], list(batches))
 
 
@@ -200,10 +200,10 @@ def test_a_restored_position_goes_on_exactly_there_on_any_number_of_processes(tm
     expected = take(batches, 10)
     batches.close()
 
-    for ranks in (4, 2, 1):
+    for num_shards in (4, 2, 1):
         parts = []
-        for rank in range(ranks):
-            part = data.batches(BYTES, "train", 3, tmp_path, rank, ranks)
+        for shard in range(num_shards):
+            part = data.batches(BYTES, "train", 3, tmp_path, shard, num_shards)
             next(part)
             part.restore(state)
             parts.append(take(part, 10))
@@ -355,7 +355,7 @@ def test_bad_input_is_named(tmp_path):
             return iter(())
 
     data = Pretrain(Letters(), length=16, batch=6)
-    with pytest.raises(UserError, match="batch: got 6, must be a multiple of the number of processes, 4"):
+    with pytest.raises(UserError, match="batch: got 6, must be a multiple of the number of data shards, 4"):
         data.batches(BYTES, "train", 0, tmp_path, 0, 4)
     with pytest.raises(UserError, match=r"source: .*Empty.* has no documents for train"):
         Pretrain(Empty()).batches(BYTES, "train", 0, tmp_path)

@@ -17,7 +17,7 @@ from gptjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from gptjax.data.tokenizers.report import Report, report
 from gptjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, TrainSentencePiece
 from gptjax.data.tokenizers.tiktoken import ENCODINGS, TiktokenTokenizer
-from gptjax.data.tokenizers.tokenizer import CHAT_SPECIALS, DESCRIPTOR, Tokenizer
+from gptjax.data.tokenizers.tokenizer import CHAT_SPECIALS, DESCRIPTOR, Tokenizer, TokenizerConfig
 from gptjax.types import UserError
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "TiktokenTokenizer",
     "Tokenizer",
+    "TokenizerConfig",
     "TrainCharacters",
     "TrainSentencePiece",
     "load_tokenizer",

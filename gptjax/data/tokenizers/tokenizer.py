@@ -7,9 +7,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 CHAT_SPECIALS = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 """Start of a document, the speakers of a conversation, and the end of a message or document."""
@@ -24,6 +24,14 @@ what Hugging Face's files do, of a model that writes and of an encoder. A token 
 DESCRIPTOR = "gptjax_tokenizer.json"
 """The file of a saved tokenizer that says which kind it is."""
 REPLACEMENT = "\ufffd"
+
+
+class TokenizerConfig(Protocol):
+    """A tokenizer to build, as a frozen dataclass: `TrainSentencePiece`, `LoadTokenizer`, ..."""
+
+    def build(self, texts: Iterator[str]) -> Tokenizer:
+        """The tokenizer; one that is trained reads the texts."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +67,7 @@ class Tokenizer(abc.ABC):
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
 
-    @functools.cached_property
+    @property
     def vocab(self) -> int:
         """The number of ids: each is below this."""
         return max(len(self.pieces), 1 + max(self.specials.values(), default=-1))
@@ -113,7 +121,7 @@ class Tokenizer(abc.ABC):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "data"}
         return {"kind": self.kind} | fields | {"specials": dict(sorted(self.specials.items()))}
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of everything that decides what this tokenizer does."""
         return hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode() + b"\0" + self.data).hexdigest()

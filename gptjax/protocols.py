@@ -1,0 +1,239 @@
+"""What a run is made of, as protocols: tokenizer, sources, data, model configuration, objective, evaluations.
+
+    Source --documents--> Data --Batch [B, T]--> Objective --Metrics--> optimizer
+                                                 ModelConfig.build() -> Module: tokens [B, T] -> logits [B, T, V]
+                                                 Evaluation(model) -> Result
+
+A class with these attributes and methods fits in; only `ModelConfig` is a base class too. Shapes of `Batch`
+and `Metrics`, and the dimension letters, are in `gptjax.types`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+
+from gptjax.distributed.sharding import ShardingRules
+from gptjax.types import Batch, Key, Metrics, Params, Result, UserError
+
+Split = Literal["train", "validation"]
+Document_co = TypeVar("Document_co", covariant=True)
+Model_contra = TypeVar("Model_contra", contravariant=True)
+
+
+class Config(Protocol):
+    """A frozen dataclass, which `gptjax.config` can save, compare and override."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back; `gptjax.data.Tokenizer` is the base class of those that we have."""
+
+    @property
+    def vocab(self) -> int:
+        """V, the number of ids: each is below it."""
+        ...
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        """Name -> id of each special token."""
+        ...
+
+    @property
+    def bos(self) -> int | None:
+        """Id that starts a document. None: nothing does."""
+        ...
+
+    @property
+    def eos(self) -> int | None:
+        """Id that ends a document or message. None: nothing does."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of everything that decides what this tokenizer does."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, no special token among them."""
+        ...
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """`[encode(text) for text in texts]`, faster."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens dropped."""
+        ...
+
+
+class Source(Config, Protocol[Document_co]):
+    """Documents to make data of: texts (`Source[str]`), conversations, texts with labels, ..."""
+
+    def documents(self, split: Split) -> Iterator[Document_co]:
+        """The documents of one split, always in the same order. Raises UserError when there are none."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, that changes when the documents may have changed."""
+        ...
+
+
+class BatchIterator(Protocol):
+    """Endless batches whose position can be saved and restored."""
+
+    def __next__(self) -> Batch:
+        """The next batch, numpy arrays [B / num_shards, ...]."""
+        ...
+
+    def state(self) -> dict[str, int]:
+        """Position, as JSON; the same for any number of data shards."""
+        ...
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go to a position that `state()` gave."""
+        ...
+
+    def close(self) -> None:
+        """Free threads and buffers; `next` continues at the same position."""
+        ...
+
+
+class Data(Config, Protocol):
+    """A kind of training data: documents of a source as batches. Pretraining texts, conversations, ...
+
+    A batch is a pure function of (source, tokenizer, seed, step). Each process makes one data shard of it: rows
+    `shard * B / num_shards` up to but without `(shard + 1) * B / num_shards`.
+    """
+
+    @property
+    def length(self) -> int:
+        """T, tokens per row."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """B, rows per optimizer step, over all processes."""
+        ...
+
+    def batches(
+        self, tokenizer: Tokenizer, split: Split, seed: int, cache_dir: str | Path, shard: int = 0, num_shards: int = 1
+    ) -> BatchIterator:
+        """Endless shuffled batches to train on. Raises UserError for an empty split."""
+        ...
+
+    def evaluation(
+        self,
+        tokenizer: Tokenizer,
+        split: Split,
+        cache_dir: str | Path,
+        shard: int = 0,
+        num_shards: int = 1,
+        rows: int | None = None,
+    ) -> Iterable[Batch]:
+        """All rows of a split once, in order, or `rows` of them at equal distances; the last batch is padded."""
+        ...
+
+    def texts(self) -> Iterator[str]:
+        """The training text, to build a tokenizer from."""
+        ...
+
+    def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Ids after which the model continues, or answers, `text`. Raises UserError where it does not write."""
+        ...
+
+
+class Module(Protocol):
+    """What `ModelConfig.build` returns: a Flax module. `init` and `apply` are pure functions."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration that it was built from."""
+        ...
+
+    @property
+    def rules(self) -> ShardingRules:
+        """Sharding of parameters and activations on the current mesh."""
+        ...
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """(key, tokens int32 [B, T]) -> {"params": nested dict of arrays}."""
+        ...
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """({"params": params}, tokens, positions, segments, cache) -> (logits [B, T, V], cache), the first three int32
+        [B, T]. A classifier's logits are [B, M, C], for the M documents of each row."""
+        ...
+
+    def clone(self, **fields: Any) -> Self:
+        """The same module with other `rules`."""
+        ...
+
+
+class ModelConfig(Config, Protocol):
+    """Architecture and sizes of a model, as a frozen dataclass. Base class."""
+
+    vocab: int
+    """V, the number of token ids."""
+
+    @abc.abstractmethod
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
+        """The Flax module, a `Module`."""
+        ...
+
+    @abc.abstractmethod
+    def flops(self, length: int) -> int:
+        """FLOPs of training on one token, forward and backward, at this context length."""
+        ...
+
+    @abc.abstractmethod
+    def with_dtype(self, dtype: str) -> Self:
+        """The same model with another compute dtype: float32 or bfloat16."""
+        ...
+
+    @property
+    def max_positions(self) -> int | None:
+        """Number of positions that the model can tell apart. None: unlimited."""
+        return None
+
+    @property
+    def width_multiplier(self) -> float:
+        """Width relative to that of the model whose hyperparameters it has, in muP; else 1."""
+        return 1.0
+
+    @property
+    def axes(self) -> tuple[tuple[str, str, int], ...]:
+        """(logical axis, field, size) of the parameters' axes that a mesh may shard."""
+        return (("vocab", "model.vocab", self.vocab),)
+
+    def slots(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
+        """What a cache of `size` slots keeps for each layer, empty."""
+        raise UserError(f"model: got {type(self).__name__}, must be a decoder to write text")
+
+    def unstack(self, params: Params) -> Params:
+        """The parameters with the layers one by one, which decoding reads without copying."""
+        return params
+
+
+class Objective(Config, Protocol):
+    """A loss: a pure function of a module's `apply`, parameters and batch."""
+
+    def __call__(self, apply: Callable[..., Any], params: Params, batch: Any, key: Key | None = None) -> Metrics:
+        """Metrics whose "loss" entry is the (sum, weight) to minimise.
+
+        apply  `Module.apply`
+        batch  a `Batch`, or the subclass that `Data` of its kind makes
+        key    of dropout and other randomness; None: there is none
+        """
+        ...
+
+
+class Evaluation(Config, Protocol[Model_contra]):
+    """A measurement of a trained model (`LanguageModel`, `ClassifierModel`, ...)."""
+
+    def __call__(self, model: Model_contra) -> Result:
+        """What is found."""
+        ...
