@@ -1,6 +1,9 @@
 """The documentation is true: its snippets run as they are printed, and its links lead somewhere."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,21 +13,40 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/
 OTHERS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
 
 
-def snippets(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """(language, title, text) of the fenced blocks that say what they are."""
+    fence = re.compile(r"^```(\w+)(?: title=\"([^\"]*)\")?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return fence.findall((ROOT / page).read_text())
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
-def test_snippets_run(page, tmp_path, monkeypatch):
-    """Those of a page one after the other, in an empty folder."""
+def environment() -> dict[str, str]:
+    """For commands: this Python's programs, this checkout, and one device."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    programs, packages = f"{Path(sys.executable).parent}:{os.environ['PATH']}", os.environ.get("PYTHONPATH", "")
+    return os.environ | {"PATH": programs, "PYTHONPATH": f"{ROOT}:{packages}", "XLA_FLAGS": flags}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_blocks_run(page, tmp_path, monkeypatch):
+    """One after the other, in a folder with nothing but the checkout's `tests` and `tpu`: a block with a title is a
+    file, others are run."""
     monkeypatch.chdir(tmp_path)
+    for folder in ("tests", "tpu"):
+        Path(folder).symlink_to(ROOT / folder)
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     names: dict = {}
-    for snippet in snippets(page):
-        exec(compile(snippet, page, "exec"), names)
+    for language, title, text in blocks(page):
+        if title:
+            Path(title).write_text(text)
+        elif language == "python":
+            exec(compile(text, page, "exec"), names)
+        elif language == "bash":
+            done = subprocess.run(["bash", "-ec", text], env=environment(), capture_output=True, text=True)
+            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
 
 
 def test_the_readmes_module_runs():
-    (module,) = [snippet for snippet in snippets("README.md") if "gptjax.nn" in snippet]
+    (module,) = [text for language, _, text in blocks("README.md") if language == "python" and "gptjax.nn" in text]
     names: dict = {}
     exec(compile(module, "README.md", "exec"), names)
     assert names["y"].shape == (1, 16, 512)
