@@ -26,7 +26,7 @@ FILES = sorted([*ROOT.glob("gptjax/**/*.py"), *ROOT.glob("experiments/*.py")])
 EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiments/*.py") if not path.stem.startswith("_"))
 FLOORS = (
     {"types"},
-    {"config", "distributed", "kernels"},
+    {"config", "distributed", "io", "kernels"},
     {"protocols"},
     {"nn", "data", "objectives", "optim"},
     {"inference", "monitor", "checkpoint"},

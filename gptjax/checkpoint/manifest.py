@@ -12,6 +12,8 @@ from typing import Any
 
 from etils import epath  # pathlib that also knows gs://
 
+from gptjax.io import atomic
+
 NAME = "manifest.json"
 Files = dict[str, list[Any]]
 """File name -> [size, SHA-256]."""
@@ -56,9 +58,7 @@ def amend(folder: epath.Path, **content: Any) -> None:
 
 
 def _write(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    temporary = folder / f"{NAME}.tmp"
-    temporary.write_text(json.dumps({"sha256": _sha256_of_json(manifest), **manifest}, indent=1))
-    temporary.replace(folder / NAME)
+    atomic.write_text(folder / NAME, json.dumps({"sha256": _sha256_of_json(manifest), **manifest}, indent=1))
 
 
 def read(folder: epath.Path) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from etils import epath  # pathlib that also knows gs://
 
 from gptjax.checkpoint import manifest
 from gptjax.distributed import processes
+from gptjax.io import atomic
 from gptjax.types import UserError, one_line
 
 CHECKPOINTS = "checkpoints"
@@ -189,7 +190,7 @@ def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
     """Names of all files except checkpoints and files still being written."""
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         name = prefix + path.name
-        if name == CHECKPOINTS or path.name.endswith(".partial"):
+        if name == CHECKPOINTS or path.name.endswith(atomic.SUFFIX):
             continue
         if path.is_dir():
             yield from _names(path, f"{name}/")
@@ -208,10 +209,5 @@ def _copy_checkpoint(source: epath.Path, target: epath.Path) -> None:
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
     """Copy a file atomically, in chunks: a bucket's file appears when it is closed, a local one is renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    bucket = "://" in os.fspath(target)
-    written = target if bucket else target.with_name(f"{target.name}.partial")
-    with source.open("rb") as reading, written.open("wb") as writing:
+    with source.open("rb") as reading, atomic.new(target) as partial, partial.open("wb") as writing:
         shutil.copyfileobj(reading, writing, 1 << 22)
-    if not bucket:
-        written.replace(target)

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from gptjax.io import atomic
 from gptjax.types import UserError
 
 ATTEMPTS = 4
@@ -64,17 +64,16 @@ def download(url: str) -> Path:
 
 
 def _fetch(url: str, target: Path) -> None:
-    """One attempt, into a temporary file that takes the target's name only when it is whole."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=30) as response:
-            shutil.copyfileobj(response, file)
-            # http.client ends quietly when the connection breaks in the middle of a body.
-            if response.length:
-                raise ConnectionError(f"the connection broke {response.length} bytes before the end")
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    """One attempt."""
+    with (
+        atomic.new(target, shared=True) as partial,
+        partial.open("wb") as file,
+        urllib.request.urlopen(url, timeout=30) as response,
+    ):
+        shutil.copyfileobj(response, file)
+        # http.client ends quietly when the connection breaks in the middle of a body.
+        if response.length:
+            raise ConnectionError(f"the connection broke {response.length} bytes before the end")
 
 
 def find(path: str) -> list[Path]:

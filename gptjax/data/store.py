@@ -30,6 +30,7 @@ import numpy as np
 from gptjax.data import retry
 from gptjax.data.chat import Conversation, render
 from gptjax.data.sources import Example
+from gptjax.io import atomic
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError
 
@@ -122,20 +123,16 @@ def tokenize(source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_
         return source.store(tokenizer, split)
     made_from = {"format": FORMAT, "source": source.fingerprint(), "tokenizer": tokenizer.fingerprint, "split": split}
     name = f"{split}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
-    folder, unfinished = Path(cache_dir) / name, Path(cache_dir) / f"{name}.unfinished"
+    folder = Path(cache_dir) / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (store := _open(folder)) is not None:
             return store
-        for path in (folder, unfinished):
-            shutil.rmtree(path, ignore_errors=True)
-        unfinished.mkdir()
-        try:
-            _write(source, tokenizer, split, unfinished, made_from)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic.new(folder) as partial:
+            partial.mkdir()
+            _write(source, tokenizer, split, partial, made_from)
     store = _open(folder)
     if store is None:
         raise OSError(f"{folder}: the tokens just written are not all there")

@@ -39,6 +39,7 @@ from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.experiment import report
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
+from gptjax.io import atomic
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
 from gptjax.monitor.metrics import MetricsLogger, WandB
@@ -208,7 +209,7 @@ class Experiment:
                     f"{folder} was made with another configuration: {'; '.join(learnt)}. "
                     "Go on all the same with --accept_changes, or choose another folder with --out"
                 )
-        elif folder.exists() and any(found != _partial(path) for found in folder.iterdir()):
+        elif folder.exists() and any(found != atomic.partial_of(path) for found in folder.iterdir()):
             raise UserError(f"{folder} is not empty and not a run folder; choose another one with --out")
         processes.meet("all have read the folder")
         if jax.process_index() == 0 and (changed or not path.exists()):
@@ -221,7 +222,7 @@ class Experiment:
                 "python": sys.version.split()[0],
                 "git": _git_revision(),
             }
-            _write(path, json.dumps(content, indent=2) + "\n")
+            atomic.write_text(path, json.dumps(content, indent=2) + "\n")
         processes.meet("the folder is claimed")
         return changed
 
@@ -244,10 +245,8 @@ class Experiment:
                 first = next(iter(self.stages.values()))
                 tokenizer = self.tokenizer.build(first.data.texts())
             if jax.process_index() == 0:
-                partial = _partial(path)
-                shutil.rmtree(partial, ignore_errors=True)
-                tokenizer.save(partial)
-                partial.rename(path)
+                with atomic.new(path) as partial:
+                    tokenizer.save(partial)
             console.print(f"tokenizer: {tokenizer.vocab:,} tokens")
         if tokenizer.vocab > self.model.vocab:
             raise UserError(
@@ -285,7 +284,7 @@ class Experiment:
             values = ", ".join(f"{key} {value:.6g}" for key, value in results[-1].values.items())
             console.print(f"{name}: {results[-1].title}: {values}")
         if jax.process_index() == 0:
-            _write(path, json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
+            atomic.write_text(path, json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
         return results
 
 
@@ -319,18 +318,6 @@ def _git_revision() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _partial(path).write_text(text)
-    os.replace(_partial(path), path)
-
-
-def _partial(path: Path) -> Path:
-    """What is to become `path` once it is complete."""
-    return path.with_name(path.name + ".partial")
 
 
 def _short(path: Path) -> str:

@@ -7,7 +7,6 @@ little-endian. `gguf_model` says which keys and tensors a model has, `gguf_token
 from __future__ import annotations
 
 import dataclasses
-import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -19,6 +18,7 @@ import numpy as np
 
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.interop import gguf_model, gguf_tokenizer
+from gptjax.io import atomic
 from gptjax.types import UserError
 
 VERSION = 3
@@ -62,17 +62,12 @@ def write(
     if chat_template is not None:
         metadata["tokenizer.chat_template"] = chat_template
     encodings = [_encoding(weight, dtype) for weight in model.weights]
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(_header(metadata, model.weights, encodings))
+    with atomic.new(path) as partial, partial.open("wb") as file:
+        file.write(_header(metadata, model.weights, encodings))
+        _pad(file)
+        for weight, encoding in zip(model.weights, encodings, strict=True):
+            file.write(_encode(weight, encoding).data)
             _pad(file)
-            for weight, encoding in zip(model.weights, encodings, strict=True):
-                file.write(_encode(weight, encoding).data)
-                _pad(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ import numpy as np
 from gptjax.distributed.parameters import Matrix, declared, flat, matrix, nested
 from gptjax.interop import huggingface, safetensors
 from gptjax.interop.families import FAMILIES, Family, Row, gpt2
+from gptjax.io import atomic
 from gptjax.nn import DoRA, LoRA, TransformerConfig
 from gptjax.nn.stack import place
 from gptjax.types import Array, Params, UserError
@@ -198,11 +199,9 @@ def write(
         "fan_in_fan_out": family is gpt2.FAMILY,  # whose weights lie [in, out]
         "inference_mode": True,
     }
-    partial = folder.with_name(folder.name + ".partial")
-    safetensors.write(partial, tensors, tensors.__getitem__)
-    (partial / safetensors.SINGLE).rename(partial / TENSORS)
-    (partial / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-    partial.rename(folder)
+    with atomic.new(folder) as partial:
+        safetensors.write(partial, tensors, tensors.__getitem__, single=TENSORS)
+        (partial / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def _alike(ranks: Mapping[str, int], modules: set[str]) -> bool:

@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from gptjax.io import atomic
 from gptjax.types import Array, UserError
 
 INDEX = "model.safetensors.index.json"
@@ -175,32 +175,32 @@ def write(
     shapes: Mapping[str, Any],
     read: Callable[[str], np.ndarray],
     max_shard: int = 5_000_000_000,
+    single: str = SINGLE,
 ) -> None:
     """Writes tensors to `folder`, as `transformers` reads them: one file, or several of at most `max_shard` bytes
     (a tensor is never cut) with their index. A file has its name only once it is whole.
 
     shapes  name -> anything with a shape and a dtype
     read    the tensor of a name; each is asked for once, when its turn comes
+    single  the file's name, if there is one
 
     Raises UserError for a dtype that the format lacks, and for a folder that has a model already.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if found := sorted(path.name for path in folder.glob("model*.safetensors*") if path.suffix != ".partial"):
+    if found := sorted(path.name for path in folder.glob("model*.safetensors*") if path.suffix != atomic.SUFFIX):
         raise UserError(f"path: got {folder}, which has {_some(found)} already; choose another or delete it")
     tensors = {name: _Tensor(np.dtype(x.dtype), tuple(x.shape), 0) for name, x in shapes.items()}
     shards = _shards(tensors, max_shard)
     width = len(shards)
-    names = [SINGLE] if width == 1 else [f"model-{i + 1:05}-of-{width:05}.safetensors" for i in range(width)]
+    names = [single] if width == 1 else [f"model-{i + 1:05}-of-{width:05}.safetensors" for i in range(width)]
     for file, shard in zip(names, shards, strict=True):
         _write_file(folder / file, {name: tensors[name] for name in shard}, read)
     if width > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         size = sum(tensor.bytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        partial = folder / f"{INDEX}.partial"
-        partial.write_text(json.dumps(index, indent=2) + "\n")
-        partial.replace(folder / INDEX)
+        atomic.write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -335,14 +335,10 @@ def _write_file(path: Path, tensors: Mapping[str, _Tensor], read: Callable[[str]
         at = offsets[1]
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with atomic.new(path) as partial, partial.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, tensor in tensors.items():
             value = np.asarray(read(name))
             if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
                 raise ValueError(f"{name} is {value.dtype} {value.shape}, must be {tensor.dtype} {tensor.shape}")
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed.parameters import declared, flat
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, on_mesh_of, reshard
 from gptjax.inference.generate import round_up
+from gptjax.io import atomic
 from gptjax.nn import Embedder, Mean, ModelConfig, Pooling, TransformerConfig
 from gptjax.types import Array, Params, UserError
 
@@ -147,11 +147,9 @@ def _new(path: str | Path) -> Iterator[Path]:
     path = Path(path).expanduser()
     if path.exists():
         raise UserError(f"path: got {path}, which exists already; choose another or delete it")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(path)
+    with atomic.new(path) as partial:
+        partial.mkdir()
+        yield partial
 
 
 def _check(config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:

@@ -29,6 +29,7 @@ from typing import Any, Self, SupportsFloat
 
 import jax
 
+from gptjax.io import atomic
 from gptjax.types import UserError
 
 
@@ -169,9 +170,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite the file atomically with its complete lines that are `wanted`."""
     if path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{json.dumps(line)}\n" for line in read(path.parent) if wanted(line)))
-        os.replace(temporary, path)
+        atomic.write_text(path, "".join(f"{json.dumps(line)}\n" for line in read(path.parent) if wanted(line)))
 
 
 def _start_wandb(config: WandB, folder: Path, run_config: dict | None) -> Any:

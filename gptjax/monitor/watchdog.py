@@ -23,6 +23,8 @@ from typing import Self
 
 import jax
 
+from gptjax.io import atomic
+
 EVERY = 5.0
 """Seconds between heartbeats."""
 USUAL = 3
@@ -101,10 +103,7 @@ class Watchdog:
         }
         path = self._folder / "heartbeat" / f"{self._name}.json"
         with contextlib.suppress(OSError):  # a failed heartbeat must not end a run
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(content) + "\n")
-            os.replace(partial, path)
+            atomic.write_text(path, json.dumps(content) + "\n")
 
     def _report(self, step: int, seconds: float) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

@@ -288,16 +288,16 @@ def test_an_interrupted_tokenisation_leaves_nothing_that_counts(tmp_path):
     killed = multiprocessing.get_context("spawn").Process(target=tokenize, args=(Slow(), BYTES, "train", tmp_path))
     killed.start()
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*.unfinished/tokens.bin")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("*.partial/tokens.bin")) and time.monotonic() < deadline:
         time.sleep(0.05)
     killed.kill()
     killed.join()
-    assert len(list(tmp_path.glob("*.unfinished"))) == 1
+    assert len(list(tmp_path.glob("*.partial"))) == 1
 
     source = Letters()
     tokenize(source, BYTES, "train", tmp_path)
     assert source.reads == ["train"]
-    assert not list(tmp_path.glob("*.unfinished"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_memory_mapped_tokens_are_read_where_they_are(tmp_path):
@@ -365,4 +365,4 @@ def test_bad_input_is_named(tmp_path):
         data.batches(BYTES, "train", -1, tmp_path)
     with pytest.raises(UserError, match="weights: got"):
         Mix((Letters(),), (1.0, 2.0))
-    assert not list(Path(tmp_path).glob("*.unfinished"))
+    assert not list(Path(tmp_path).glob("*.partial"))

@@ -1,0 +1,77 @@
+"""Atomic writes: whatever happens to the writer, a reader finds a file or folder complete or not at all.
+
+    with atomic.new("model.gguf") as partial:
+        partial.write_bytes(...)
+
+The new file or folder is written beside its place, synced to disk and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+SUFFIX = ".partial"
+"""Ending of names of files and folders that are being written."""
+
+
+@contextlib.contextmanager
+def new(path: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
+    """Path at which to write the file or folder that is renamed `path` when the block ends; on an error it is deleted.
+
+    A file replaces one of the same name, a folder must not exist. What a killed process leaves, `partial_of(path)`, the
+    next write deletes. An object in a bucket (gs://) is written in place, as it appears when it is closed.
+
+    shared  several processes may write at once: each to a name of its own
+    """
+    if "://" in os.fspath(path):
+        yield cast(Path, path)
+        return
+    path, partial = Path(path), partial_of(f"{path}.{secrets.token_hex(4)}" if shared else path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _delete(partial)
+    try:
+        yield partial
+        for written in (*partial.rglob("*"), partial):
+            _sync(written)
+        partial.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        _delete(partial)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file of UTF-8 text."""
+    with new(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def partial_of(path: str | os.PathLike[str]) -> Path:
+    """Where `path` is while it is being written."""
+    path = Path(path)
+    return path.with_name(path.name + SUFFIX)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
