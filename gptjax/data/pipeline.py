@@ -21,6 +21,7 @@ from gptjax.data import chat, retry
 from gptjax.data.packing import Alone, BestFit, Concatenate, Packing, Plan, fill
 from gptjax.data.sources import Example
 from gptjax.data.store import Store, Tokens, tokenize
+from gptjax.data.tokenizers.tokenizer import frame
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import Batch, Labelled, UserError
 
@@ -132,7 +133,7 @@ class Pretrain(_Data):
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """The ids after which the model goes on with `text`."""
-        return [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode(text)]
+        return frame(tokenizer.encode(text), tokenizer, append_eos=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ import numpy as np
 from gptjax.data import retry
 from gptjax.data.chat import Conversation, render
 from gptjax.data.sources import Example
+from gptjax.data.tokenizers.tokenizer import frame
 from gptjax.io import atomic
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError
@@ -183,9 +184,7 @@ def _write(source: Source, tokenizer: Tokenizer, split: Split, folder: Path, mad
                     targets += int(sum(weights[1:]))
                     np.array(weights, np.uint8).tofile(weights_file)
             else:
-                before = [] if tokenizer.bos is None else [tokenizer.bos]
-                after = [] if tokenizer.eos is None else [tokenizer.eos]
-                ids = [before + text + after for text in tokenizer.encode_batch(list(map(_text, chunk)))]
+                ids = [frame(text, tokenizer) for text in tokenizer.encode_batch(list(map(_text, chunk)))]
                 if isinstance(chunk[0], Example):
                     written.add("labels")
                     labels = [e.label for e, document in zip(chunk, ids, strict=True) if document]

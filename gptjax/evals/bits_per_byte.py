@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.data.tokenizers.tokenizer import frame
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.nn import ModelConfig
 from gptjax.types import Array, Params, Result, UserError
@@ -72,7 +73,7 @@ def negative_log_likelihood(
     """
     limit = config.max_positions
     length = min(length, limit) if limit else length
-    windows = [w for ids in tokenizer.encode_batch(documents) for w in _windows(_framed(ids, tokenizer), length)]
+    windows = [w for ids in tokenizer.encode_batch(documents) for w in _windows(frame(ids, tokenizer), length)]
     windows.sort(key=lambda w: len(w[0]))
     model, total = config.build(), 0.0
     for rows in (windows[i : i + batch] for i in range(0, len(windows), batch)):
@@ -86,13 +87,6 @@ def negative_log_likelihood(
             weights[row, n - new : n] = 1
         total += float(_nats(model, params, tokens, targets, weights))
     return total, sum(new for _, new in windows)
-
-
-def _framed(ids: list[int], tokenizer: Any) -> list[int]:
-    """A document with the marks that training put around it."""
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    end = [] if tokenizer.eos is None else [tokenizer.eos]
-    return [*bos, *ids, *end]
 
 
 def _windows(ids: list[int], length: int) -> Iterator[tuple[list[int], int]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.data.tokenizers.tokenizer import frame
 from gptjax.models.model import TextEncoder
 from gptjax.nn import ClassifierConfig, TransformerConfig
 from gptjax.types import UserError
@@ -53,6 +54,5 @@ class ClassifierModel(TextEncoder):
     def _settings(self) -> dict[str, Any]:
         return {"labels": self.labels, "append_eos": self.append_eos}
 
-    def _closed(self, ids: Sequence[int]) -> list[int]:
-        whole = super()._closed(ids)
-        return whole if self.append_eos or self.tokenizer.eos is None else whole[:-1]
+    def _frame(self, ids: Sequence[int]) -> list[int]:
+        return frame(ids, self.tokenizer, self.append_eos)

@@ -62,7 +62,7 @@ class EncoderModel(TextEncoder):
         if len(parts) == 1:
             raise UserError(f"text: got none of {' or '.join(names)} in it, must be at least one, for what is hidden")
         first, *rest = self.tokenizer.encode_batch(parts)
-        ids = self._closed([*first, *(i for part in rest for i in (mask, *part))])
+        ids = self._frame([*first, *(i for part in rest for i in (mask, *part))])
         tokens, segments = self._rows([ids])
         logits = np.asarray(self.logits(tokens, segments), np.float32)[0, : len(ids), : self.tokenizer.vocab]
         return [self._likeliest(logits[at], top) for at, token in enumerate(ids) if token == mask]

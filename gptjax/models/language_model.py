@@ -23,6 +23,7 @@ import numpy as np
 
 from gptjax.data.chat import Message, conversation
 from gptjax.data.chat import prompt as chat_prompt
+from gptjax.data.tokenizers.tokenizer import frame
 from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
@@ -223,8 +224,7 @@ class LanguageModel(TextEncoder):
 
     def _begin(self, text: str) -> list[int]:
         """The ids of a document that begins with `text`."""
-        bos = self.tokenizer.bos
-        ids = [*([] if bos is None else [bos]), *self.tokenizer.encode(text)]
+        ids = frame(self.tokenizer.encode(text), self.tokenizer, append_eos=False)
         if not ids:
             raise UserError("prompt: got an empty text, must have at least one character for this tokenizer")
         return ids

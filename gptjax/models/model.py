@@ -18,6 +18,7 @@ import numpy as np
 
 from gptjax.config import to_json
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.tokenizers.tokenizer import frame
 from gptjax.distributed.parameters import declared, flat
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, on_mesh_of, reshard
 from gptjax.inference.generate import round_up
@@ -103,7 +104,7 @@ class TextEncoder(Model):
 
     def _of_texts(self, module: Any, texts: str | Sequence[str], batch: int, length: int | None = None) -> np.ndarray:
         """What a module of `nn.heads` makes of texts, float32 [n, ...], of their first `length` tokens."""
-        ids = [self._closed(ids) for ids in self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)]
+        ids = [self._frame(ids) for ids in self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)]
         if not all(ids):
             raise UserError("texts: got an empty one, must have at least one character for this tokenizer")
         ids = [text[:length] for text in ids]
@@ -117,10 +118,9 @@ class TextEncoder(Model):
                 found |= zip(group, np.asarray(out, np.float32)[:, 0], strict=True)
         return np.stack([found[i] for i in range(len(ids))])
 
-    def _closed(self, ids: Sequence[int]) -> list[int]:
-        """A text's ids between the first and the last token."""
-        bos, end = self.tokenizer.bos, self.tokenizer.eos
-        return [*([] if bos is None else [bos]), *ids, *([] if end is None else [end])]
+    def _frame(self, ids: Sequence[int]) -> list[int]:
+        """A text's ids between `bos` and `eos`, as the model reads them."""
+        return frame(ids, self.tokenizer)
 
     def _rows(self, texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
         """Texts as rows: tokens and segments int32 [n, T], padded to one of a few lengths."""

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from gptjax.data.tokenizers.tokenizer import frame
 from gptjax.distributed.sharding import on_mesh_of
 from gptjax.inference.generate import Completion
 from gptjax.inference.sampling import Sampling
@@ -46,12 +47,11 @@ class TextToText(Model):
         `sampling` are taken too: `t5.generate("...", temperature=0)`."""
         tokenizer = self.tokenizer
         texts = tokenizer.encode_batch([sources] if isinstance(sources, str) else sources)
-        first, last = ([] if i is None else [i] for i in (tokenizer.bos, tokenizer.eos))
         return respond(
             self._module,
             self._layers,
             tokenizer,
-            [[*first, *ids, *last] for ids in texts],
+            [frame(ids, tokenizer) for ids in texts],
             self.decoder_start_token_id,
             self._stop_token_ids,
             max_tokens,

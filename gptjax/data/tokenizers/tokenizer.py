@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+from gptjax import protocols
+
 CHAT_SPECIALS = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 """Start of a document, the speakers of a conversation, and the end of a message or document."""
 ROLES = {
@@ -32,6 +34,12 @@ class TokenizerConfig(Protocol):
     def build(self, texts: Iterator[str]) -> Tokenizer:
         """The tokenizer; one that is trained reads the texts."""
         ...
+
+
+def frame(ids: Sequence[int], tokenizer: protocols.Tokenizer, append_eos: bool = True) -> list[int]:
+    """Ids of a document: `bos`, ids, `eos`, as far as the tokenizer has them. append_eos=False: one to go on with."""
+    bos, eos = tokenizer.bos, tokenizer.eos if append_eos else None
+    return [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
