@@ -87,5 +87,5 @@ class UserError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, to be part of a line."""
-    return " ".join(str(error).split())[:300]
+    """An error's message, or its type where it has none, to be part of a line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -22,7 +22,7 @@ from etils import epath  # pathlib that also knows gs://
 
 from gptjax.checkpoint import manifest
 from gptjax.distributed import processes
-from gptjax.io import atomic
+from gptjax.io import atomic, retry
 from gptjax.types import UserError, one_line
 
 CHECKPOINTS = "checkpoints"
@@ -32,23 +32,14 @@ _log = logging.getLogger(__name__)
 class Mirror:
     """Context that copies `folder` to `address`, gs:// or a path, every `period` seconds, and once more at the end.
 
-    After an error it logs a warning and retries after 1, 2, 4, ... seconds, at most `patience`; training never waits.
-    On exit it raises UserError after `attempts` consecutive failures. Only the first process copies.
+    After an error it logs a warning and retries, with the pauses of `gptjax.io.retry`; training never waits. On exit it
+    raises UserError after `retry.ATTEMPTS` consecutive failures. Only the first process copies.
     """
 
-    def __init__(
-        self,
-        address: str | os.PathLike[str],
-        folder: str | os.PathLike[str],
-        period: float = 15.0,
-        patience: float = 60.0,
-        attempts: int = 5,
-    ):
+    def __init__(self, address: str | os.PathLike[str], folder: str | os.PathLike[str], period: float = 15.0):
         self.there = epath.Path(address)
         self.here = epath.Path(folder)
         self.period = period
-        self.patience = patience
-        self.attempts = attempts
         self._copied: dict[str, tuple[int, int]] = {}
         self._initial: set[epath.Path] = set()  # local checkpoints on entry
         self._end = threading.Event()
@@ -93,9 +84,9 @@ class Mirror:
             except Exception as error:  # every file system has its own exceptions
                 failures, self._error = failures + 1, error
                 _log.warning("mirror: %s is not up to date: %s; trying again", self.there, one_line(error))
-            if ending and (not failures or failures >= self.attempts):
+            if ending and (not failures or failures >= retry.ATTEMPTS):
                 return
-            pause = min(2.0 ** (failures - 1), self.patience) if failures else self.period
+            pause = retry.pause(failures) if failures else self.period
             if ending:
                 threading.Event().wait(pause)
             elif self._end.wait(pause):

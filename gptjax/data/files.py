@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20,12 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from gptjax.io import atomic
-from gptjax.types import UserError
-
-ATTEMPTS = 4
-PAUSE = 1.0
-"""Seconds before the second attempt; each later pause is twice the one before."""
+from gptjax.io import atomic, retry
+from gptjax.types import UserError, one_line
 
 
 def cache_dir() -> Path:
@@ -36,40 +31,31 @@ def cache_dir() -> Path:
 def download(url: str) -> Path:
     """The cached file of an http(s) `url`, downloaded if it isn't there yet.
 
-    Raises UserError when the server refuses (4xx), or when `ATTEMPTS` attempts failed.
+    Raises UserError when the server refuses (4xx), or when all attempts failed.
     """
     name = Path(urllib.parse.urlsplit(url).path).name or "index"
     target = cache_dir() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    problem = ""
-    for attempt in range(1, ATTEMPTS + 1):
-        if attempt > 1:
-            time.sleep(PAUSE * 2 ** (attempt - 2))
-        try:
-            _fetch(url, target)
-            return target
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code} {error.reason}"
-            error.close()
-            if 400 <= error.code < 500 and error.code not in (408, 429):
-                break
-        except (OSError, http.client.HTTPException) as error:
-            problem = str(getattr(error, "reason", error)) or type(error).__name__
-    raise UserError(
-        f"path: got {url}, which could not be downloaded ({problem}); "
-        f"check the address and the network, or download the file yourself and give its path"
-    )
+    try:
+        retry.call(lambda: _fetch(url, target), f"download of {url}")
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"path: got {url}, which could not be downloaded ({one_line(error)}); "
+            f"check the address and the network, or download the file yourself and give its path"
+        ) from error
+    return target
 
 
 def _fetch(url: str, target: Path) -> None:
     """One attempt."""
-    with (
-        atomic.new(target, shared=True) as partial,
-        partial.open("wb") as file,
-        urllib.request.urlopen(url, timeout=30) as response,
-    ):
+    try:
+        response = urllib.request.urlopen(url, timeout=30)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+    with response, atomic.new(target, shared=True) as partial, partial.open("wb") as file:
         shutil.copyfileobj(response, file)
         # http.client ends quietly when the connection breaks in the middle of a body.
         if response.length:

@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.data import chat, retry
+from gptjax.data import chat
 from gptjax.data.packing import Alone, BestFit, Concatenate, Packing, Plan, fill
 from gptjax.data.sources import Example
 from gptjax.data.store import Store, Tokens, tokenize
 from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.io import retry
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import Batch, Labelled, UserError
 

@@ -27,11 +27,10 @@ from typing import Literal
 
 import numpy as np
 
-from gptjax.data import retry
 from gptjax.data.chat import Conversation, render
 from gptjax.data.sources import Example
 from gptjax.data.tokenizers.tokenizer import frame
-from gptjax.io import atomic
+from gptjax.io import atomic, retry
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError
 

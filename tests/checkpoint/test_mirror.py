@@ -11,6 +11,7 @@ from etils import epath
 
 from gptjax.checkpoint import manifest, mirror
 from gptjax.checkpoint.mirror import Mirror
+from gptjax.io import retry
 from gptjax.types import UserError
 
 
@@ -122,7 +123,8 @@ def test_copies_that_fail_are_tried_again_and_then_named(tmp_path, monkeypatch, 
         copy(source, target)
 
     monkeypatch.setattr(mirror, "_copy", failing)
-    with Mirror(there, here, patience=0.01):
+    monkeypatch.setattr(retry, "PAUSE", 0.001)
+    with Mirror(there, here):
         checkpoint(here, 1)
     assert "the network is down" in caplog.text
     assert files(there) == files(here)
@@ -130,7 +132,7 @@ def test_copies_that_fail_are_tried_again_and_then_named(tmp_path, monkeypatch, 
     checkpoint(here, 2)
     failures += [OSError("the network is down")] * 100
     down = pytest.raises(UserError, match=r"mirror: .*bucket is not up to date \(the network is down\)")
-    with down, Mirror(there, here, patience=0.01):
+    with down, Mirror(there, here):
         pass
     assert not (there / "checkpoints" / "main" / "2" / manifest.NAME).exists()
 

@@ -9,9 +9,9 @@ import tracemalloc
 
 import pytest
 
-from gptjax.data import files
 from gptjax.data.chat import Message
 from gptjax.data.sources import TFDS, ChatJsonl, Jsonl, Text
+from gptjax.io import retry
 from gptjax.types import UserError
 
 
@@ -159,7 +159,7 @@ def server(tmp_path, monkeypatch):
 
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(files, "PAUSE", 0.001)
+    monkeypatch.setattr(retry, "PAUSE", 0.001)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         Handler.address = f"http://127.0.0.1:{httpd.server_port}/data/a.txt"
@@ -176,7 +176,7 @@ def test_a_download_survives_failures_and_is_kept(server, tmp_path):
     assert len(list((tmp_path / "cache" / "downloads").iterdir())) == 1
 
 
-@pytest.mark.parametrize(("failures", "requests"), [([404] * 9, 1), ([500] * 9, 4), (["cut short"] * 9, 4)])
+@pytest.mark.parametrize(("failures", "requests"), [([404] * 9, 1), ([500] * 9, 5), (["cut short"] * 9, 5)])
 def test_a_download_that_fails_says_so_and_leaves_nothing(server, tmp_path, failures, requests):
     server.failures = list(failures)
     message = refusal(Text(server.address))

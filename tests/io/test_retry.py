@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.data import TrainCharacters, retry
+from gptjax.data import TrainCharacters
 from gptjax.data.store import tokenize
+from gptjax.io import retry
 from gptjax.types import UserError
 
 TOKENIZER = TrainCharacters(specials=()).build(iter(["abcdefghij"]))
@@ -52,7 +53,7 @@ def test_goes_on_at_the_document_where_it_broke(tmp_path: Path, caplog):
     with caplog.at_level(logging.WARNING):
         broken = tokenize(source, TOKENIZER, "train", tmp_path / "broken").tokens()
     np.testing.assert_array_equal(whole, broken)
-    assert [record.message.partition(" (")[0] for record in caplog.records] == ["Failing(): failed at document 6"] * 4
+    assert [record.message.partition(" (")[0] for record in caplog.records] == ["Failing(), document 6: failed"] * 4
     assert [float(record.message.split()[-2]) for record in caplog.records] == [0.001, 0.002, 0.004, 0.008]
 
 
@@ -69,3 +70,26 @@ def test_what_lasts_is_raised_at_once(tmp_path: Path, error):
     with pytest.raises(type(error)):
         tokenize(source, TOKENIZER, "train", tmp_path)
     assert len(source.errors) == 1
+
+
+def test_pauses_double_up_to_a_minute(monkeypatch):
+    monkeypatch.undo()
+    assert [retry.pause(failures) for failures in (1, 2, 3, 6, 7, 8, 10_000)] == [1, 2, 4, 32, 60, 60, 60]
+
+
+def test_a_call_is_repeated_until_it_succeeds_or_attempts_are_spent():
+    errors = [ConnectionError("reset")] * (retry.ATTEMPTS - 1)
+
+    def function() -> int:
+        if errors:
+            raise errors.pop()
+        return 1
+
+    assert retry.call(function, "task") == 1
+    errors += [ConnectionError("reset")] * retry.ATTEMPTS
+    with pytest.raises(ConnectionError):
+        retry.call(function, "task")
+    assert not errors
+    errors.append(FileNotFoundError("x"))
+    with pytest.raises(FileNotFoundError):
+        retry.call(function, "task")
