@@ -1,1 +1,1 @@
-"""Models and tokenizers of other programs, in and out."""
+"""Import and export of other programs' models and tokenizers."""

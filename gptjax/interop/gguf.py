@@ -1,7 +1,7 @@
 """Write GGUF, the file format of llama.cpp: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-A header, metadata as key and value, a table of tensors, then their data, each at a multiple of 32 bytes; all of it
-little-endian. `gguf_model` says which keys and tensors a model has, `gguf_tokenizer` those of its tokenizer.
+A header, metadata as key and value, a table of tensors, then their data, each aligned to 32 bytes; all little-endian.
+`gguf_model` defines the keys and tensors of a model, `gguf_tokenizer` the keys of its tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gptjax.types import UserError
 VERSION = 3
 ALIGNMENT = 32
 Value = bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
-"""What metadata may be: bool, uint32, float32, text, or a list of texts, int32 or float32."""
+"""Metadata: bool, uint32, float32, text, or a list of texts, int32 or float32."""
 
 
 def write(
@@ -39,12 +39,12 @@ def write(
 
     config         a Hugging Face config.json: llama, mistral, qwen2, qwen3 or gpt2
     tensors        Hugging Face's name -> values of any float type, matrices as [out, in] (GPT-2's as [in, out])
-    dtype          of the matrices: f32, f16, bf16 or q8_0. Vectors and learned positions are always f32, and with q8_0
-                   so are matrices whose rows are no multiple of 32 long.
+    dtype          dtype of the matrices: f32, f16, bf16 or q8_0. Vectors and learned positions are always f32; with
+                   q8_0, so are matrices whose rows are not a multiple of 32 long.
     chat_template  Jinja, as in a tokenizer_config.json
 
-    Tensors are converted and written one at a time. Raises `UserError` for a model, a tensor or a tokenizer that the
-    format cannot express; then, as after any error, there is no new file at `path`.
+    Tensors are converted and written one at a time. Raises UserError for a model, a tensor or a tokenizer that the
+    format cannot express. After an error there is no new file at `path`.
     """
     if dtype not in ENCODINGS:
         raise UserError(f"dtype: got {dtype!r}, must be one of {', '.join(ENCODINGS)}")
@@ -72,18 +72,18 @@ def write(
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How numbers are stored."""
+    """Storage format of a tensor's values."""
 
     type: int
-    """Of a tensor, as ggml counts."""
+    """ggml's number of the tensor type."""
     file_type: int
-    """Of a file with most of its numbers so, as llama.cpp counts."""
+    """llama.cpp's number of the type of a file that mostly uses this encoding."""
     block: int
-    """Numbers that are stored together; a row is a multiple of them."""
+    """Values per block; the length of a row is a multiple of it."""
     size: int
-    """Bytes of a block."""
+    """Bytes per block."""
     encode: Callable[[np.ndarray], np.ndarray]
-    """float32 -> what is stored, bytes in row-major order."""
+    """float32 -> stored values, in row-major order."""
 
 
 def q8_0(x: np.ndarray) -> np.ndarray:
@@ -93,15 +93,15 @@ def q8_0(x: np.ndarray) -> np.ndarray:
     itself rounded to float16."""
     blocks = x.reshape(-1, 32)
     out = np.empty(len(blocks), [("scale", "<f2"), ("values", "i1", 32)])
-    for start in range(0, len(blocks), 4_096):  # so many fit in a cache
-        part = blocks[start : start + 4_096]
-        scale = np.abs(part).max(-1, keepdims=True) / np.float32(127)
-        # A scale too small for float16 is 0 there; one that has no inverse need not have steps.
-        steps = part * np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
-        # Adding 0.5 itself would take the number just below 0.5 to 1.
-        steps += np.copysign(np.nextafter(np.float32(0.5), np.float32(0)), steps)
+    for start in range(0, len(blocks), 4_096):  # 4,096 blocks fit in a cache
+        chunk = blocks[start : start + 4_096]
+        scale = np.abs(chunk).max(-1, keepdims=True) / np.float32(127)
+        # A scale too small for float16 becomes 0 there, so the values of a scale without an inverse do not matter.
+        values = chunk * np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
+        # Adding 0.5 itself would round the number just below 0.5 up to 1.
+        values += np.copysign(np.nextafter(np.float32(0.5), np.float32(0)), values)
         out["scale"][start : start + 4_096] = scale[:, 0]
-        out["values"][start : start + 4_096] = steps  # towards zero
+        out["values"][start : start + 4_096] = values  # truncated towards zero
     return out
 
 
@@ -111,11 +111,11 @@ ENCODINGS = {
     "bf16": Encoding(30, 32, 1, 2, lambda x: x.astype(ml_dtypes.bfloat16).view("<u2")),
     "q8_0": Encoding(8, 7, 32, 34, q8_0),
 }
-"""What `dtype` may be."""
+"""Values of `dtype`."""
 
 
 def _encoding(weight: gguf_model.Weight, dtype: str) -> Encoding:
-    """How a tensor of a file of `dtype` is stored: ggml adds vectors, and GPT-2's positions, as float32 only."""
+    """Encoding of a tensor in a file of `dtype`. Vectors and GPT-2's positions are f32: ggml adds only float32."""
     encoding = ENCODINGS[dtype]
     exact = len(weight.shape) == 1 or weight.name == "position_embd.weight" or weight.shape[-1] % encoding.block
     return ENCODINGS["f32"] if exact else encoding
@@ -132,16 +132,16 @@ def _encode(weight: gguf_model.Weight, encoding: Encoding) -> np.ndarray:
 def _header(
     metadata: Mapping[str, Value], weights: Sequence[gguf_model.Weight], encodings: Sequence[Encoding]
 ) -> bytes:
-    """All that comes before the data."""
-    parts = [b"GGUF", struct.pack("<IQQ", VERSION, len(weights), len(metadata))]
-    parts += [_text(key) + _value(value) for key, value in metadata.items()]
+    """All bytes before the data."""
+    fields = [b"GGUF", struct.pack("<IQQ", VERSION, len(weights), len(metadata))]
+    fields += [_text(key) + _value(value) for key, value in metadata.items()]
     offset = 0
     for weight, encoding in zip(weights, encodings, strict=True):
-        shape = weight.shape[::-1]  # ggml counts dimensions from the innermost
-        parts.append(_text(weight.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, encoding.type, offset))
+        shape = weight.shape[::-1]  # ggml lists dimensions from the innermost
+        fields.append(_text(weight.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, encoding.type, offset))
         size = prod(shape) // encoding.block * encoding.size
         offset += size + -size % ALIGNMENT
-    return b"".join(parts)
+    return b"".join(fields)
 
 
 def _text(text: str) -> bytes:
@@ -150,8 +150,8 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: Value) -> bytes:
-    """The number of a type, and the value."""
-    if isinstance(value, bool):  # before int, which it is too
+    """Encode the number of a value's type, and the value."""
+    if isinstance(value, bool):  # before int: a bool is an int too
         return struct.pack("<I?", 7, value)
     if isinstance(value, int):
         return struct.pack("<II", 4, value)

@@ -1,7 +1,7 @@
-"""What a GGUF file says of a model: the keys of its metadata, and which tensor of Hugging Face's is which of GGUF's.
+"""The model in a GGUF file: keys of the metadata, and the mapping of Hugging Face's tensors to GGUF's.
 
-GGUF's "llama" pairs neighbouring channels in its rotary embedding, as Meta's checkpoints did, and "qwen2" and "qwen3"
-the halves of a head, as Hugging Face does; so the rows of Llama's queries and keys change places (see `rotary`).
+GGUF's "llama" pairs neighbouring channels in its rotary embedding, like Meta's checkpoints; "qwen2" and "qwen3" pair
+the halves of a head, like Hugging Face. So the rows of Llama's queries and keys are permuted (see `rotary`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    """Its values, of `shape` and any float type; called when they are written."""
+    """Returns the values, of `shape` and any float type; called when they are written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model as GGUF knows it."""
+    """A model as described by a GGUF file."""
 
     architecture: str
     vocab: int
@@ -39,28 +39,28 @@ class Model:
 
 
 def describe(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Model:
-    """The model of a Hugging Face config.json and the tensors beside it.
+    """Describe the model of a Hugging Face config.json and its tensors.
 
-    Raises `UserError` for an architecture or a setting that llama.cpp would compute otherwise, and for a tensor that is
-    missing, of another shape, or one too many."""
+    Raises UserError for an architecture or a setting that llama.cpp would compute differently, and for a tensor that is
+    missing, of the wrong shape or unexpected."""
     kind = config.get("model_type")
     if kind not in _FAMILIES:
-        raise UserError(f"model_type: got {kind!r}, GGUF files can be written of {', '.join(_FAMILIES)}")
+        raise UserError(f"model_type: got {kind!r}, GGUF files can hold {', '.join(_FAMILIES)}")
     return _FAMILIES[kind](config, tensors)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A tensor of both."""
+    """A tensor in both formats."""
 
     source: str
     """Hugging Face's name."""
     name: str
     """GGUF's name."""
     shape: tuple[int, ...]
-    """As Hugging Face has it."""
-    turn: Callable[[np.ndarray], np.ndarray] = np.asarray
-    """From Hugging Face's layout into GGUF's."""
+    """Hugging Face's shape."""
+    convert: Callable[[np.ndarray], np.ndarray] = np.asarray
+    """Hugging Face's layout -> GGUF's."""
 
 
 def _llama(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Model:
@@ -75,7 +75,7 @@ def _llama(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Mode
     window = config.get("sliding_window") if kind == "mistral" or config.get("use_sliding_window") else None
     rope, frequencies = _rope(config, H)
     metadata = {
-        # llama.cpp has no sliding window here; within one, the model is the same without.
+        # llama.cpp has no sliding window for these models; up to the window's length it makes no difference.
         "context_length": min(T, window or T),
         "embedding_length": D,
         "block_count": L,
@@ -92,7 +92,7 @@ def _llama(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Mode
     if arch == "qwen3":
         _only(config, "attention_bias", False, False)
     biased = {"q", "k", "v"} if kind == "qwen2" else set("qkvo") if config.get("attention_bias") else set()
-    turns = {"q": lambda x: interleave(x, N), "k": lambda x: interleave(x, K)} if arch == "llama" else {}
+    converters = {"q": lambda x: interleave(x, N), "k": lambda x: interleave(x, K)} if arch == "llama" else {}
 
     def rows() -> Iterator[_Row]:
         yield _Row("model.embed_tokens.weight", "token_embd.weight", (V, D))
@@ -102,18 +102,18 @@ def _llama(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Mode
             for letter, shape in {"q": (N * H, D), "k": (K * H, D), "v": (K * H, D), "o": (D, N * H)}.items():
                 source = f"{layer}self_attn.{letter}_proj."
                 name = block + ("attn_output." if letter == "o" else f"attn_{letter}.")
-                turn = turns.get(letter, np.asarray)
-                yield _Row(source + "weight", name + "weight", shape, turn)
+                convert = converters.get(letter, np.asarray)
+                yield _Row(source + "weight", name + "weight", shape, convert)
                 if letter in biased:
-                    yield _Row(source + "bias", name + "bias", shape[:1], turn)
+                    yield _Row(source + "bias", name + "bias", shape[:1], convert)
             if arch == "qwen3":
                 yield _Row(layer + "self_attn.q_norm.weight", block + "attn_q_norm.weight", (H,))
                 yield _Row(layer + "self_attn.k_norm.weight", block + "attn_k_norm.weight", (H,))
             yield _Row(layer + "post_attention_layernorm.weight", block + "ffn_norm.weight", (D,))
-            for part, shape in {"gate": (F, D), "up": (F, D), "down": (D, F)}.items():
-                yield _Row(f"{layer}mlp.{part}_proj.weight", f"{block}ffn_{part}.weight", shape)
+            for matrix, shape in {"gate": (F, D), "up": (F, D), "down": (D, F)}.items():
+                yield _Row(f"{layer}mlp.{matrix}_proj.weight", f"{block}ffn_{matrix}.weight", shape)
                 if config.get("mlp_bias"):
-                    yield _Row(f"{layer}mlp.{part}_proj.bias", f"{block}ffn_{part}.bias", shape[:1])
+                    yield _Row(f"{layer}mlp.{matrix}_proj.bias", f"{block}ffn_{matrix}.bias", shape[:1])
         yield _Row("model.norm.weight", "output_norm.weight", (D,))
         if not config.get("tie_word_embeddings", False):
             yield _Row("lm_head.weight", "output.weight", (V, D))
@@ -140,7 +140,7 @@ def _gpt2(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Model
         "attention.layer_norm_epsilon": float(config.get("layer_norm_epsilon", 1e-5)),
         "vocab_size": V,
     }
-    # OpenAI's own checkpoint names its tensors without the prefix.
+    # The tensor names of OpenAI's own checkpoint have no prefix.
     prefix = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
 
     def rows() -> Iterator[_Row]:
@@ -167,37 +167,38 @@ def _gpt2(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Model
 
 
 _FAMILIES = {"llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama, "gpt2": _gpt2}
-"""What a config.json may say that it is."""
+"""`model_type` of a config.json -> function that describes the model."""
 _REDUNDANT = re.compile(r"lm_head\.weight|.*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
-"""What checkpoints may hold besides: a tied head again, masks and frequencies that can be computed."""
+"""Redundant tensors of checkpoints, which are ignored: a tied head, masks, frequencies."""
 
 
-_USUAL = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
-"""What llama.cpp does with YaRN where no key says otherwise; none can say that its bounds are not rounded."""
+_YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+"""llama.cpp's defaults for YaRN. There is no key for bounds that are not rounded (`truncate` False)."""
 
 
 def _weights(rows: list[_Row], tensors: Mapping[str, np.ndarray]) -> list[Weight]:
-    """The rows' tensors, or `UserError` with the names of those that do not fit."""
+    """The tensors of the rows. Raises UserError, naming the tensors that do not fit."""
     expected = {row.source for row in rows}
     if missing := sorted(expected - tensors.keys()):
-        raise UserError(f"tensors: got none named {_list(missing)}, must have each that the config asks for")
+        raise UserError(f"tensors: got none named {_list(missing)}, which the config requires")
     if extra := sorted(name for name in tensors.keys() - expected if not _REDUNDANT.fullmatch(name)):
-        raise UserError(f"tensors: got {_list(extra)}, which the config has no place for")
+        raise UserError(f"tensors: got {_list(extra)}, which do not belong to the config")
     weights = []
     for row in rows:
         if (shape := tensors[row.source].shape) != row.shape:
             raise UserError(f"tensors: got {row.source} of shape {shape}, must be {row.shape} by the config")
-        shape = shape[::-1] if row.turn is np.transpose else shape
-        weights.append(Weight(row.name, shape, lambda row=row: row.turn(tensors[row.source])))
+        shape = shape[::-1] if row.convert is np.transpose else shape
+        weights.append(Weight(row.name, shape, lambda row=row: row.convert(tensors[row.source])))
     return weights
 
 
 def _rope(config: Mapping[str, Any], H: int) -> tuple[dict[str, Any], np.ndarray | None]:
-    """The keys of the rotary embedding, and what its H/2 frequencies are divided by where no key can say it."""
+    """The keys of the rotary embedding, and divisors of its H/2 frequencies if no key can express them (Llama 3)."""
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or 10_000)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling = {key: value for key, value in scaling.items() if key != "type" and value not in (None, _USUAL.get(key))}
+    scaling.pop("type", None)
+    scaling = {key: value for key, value in scaling.items() if value not in (None, _YARN_DEFAULTS.get(key))}
     keys: dict[str, Any] = {"rope.freq_base": theta}
     needed = {
         "default": (),
@@ -226,8 +227,9 @@ def _llama3(
     low_freq_factor: float,
     high_freq_factor: float,
 ) -> np.ndarray:
-    """What Llama 3.1 divides its H/2 rotary frequencies by, float32: 1 for waves short beside the original context,
-    `factor` for long ones, between them 1 / ((1 - s) / factor + s) with s from 0 to 1 (https://arxiv.org/abs/2407.21783)."""
+    """Divisors of Llama 3.1's H/2 rotary frequencies, float32 (https://arxiv.org/abs/2407.21783): 1 for wavelengths
+    short against the original context, `factor` for long ones, between them 1 / ((1 - s) / factor + s) with s from 0 to
+    1."""
     waves = 2 * pi * theta ** (np.arange(0, H, 2) / H)  # tokens
     s = (original_max_position_embeddings / waves - low_freq_factor) / (high_freq_factor - low_freq_factor)
     s = np.clip(s, 0, 1)
@@ -235,7 +237,7 @@ def _llama3(
 
 
 def _sizes(config: Mapping[str, Any], fields: str) -> list[int]:
-    """Fields of the config that must be there."""
+    """Required integer fields of the config."""
     for field in fields.split():
         if not isinstance(config.get(field), int):
             raise UserError(f"{field}: got {config.get(field)!r} in the config, must be an integer")
@@ -243,10 +245,10 @@ def _sizes(config: Mapping[str, Any], fields: str) -> list[int]:
 
 
 def _only(config: Mapping[str, Any], field: str, default: Any, *allowed: Any) -> None:
-    """Refuse what llama.cpp would compute otherwise without a word."""
+    """Raise UserError for a value that llama.cpp would silently ignore."""
     if (got := config.get(field, default)) not in allowed:
         raise UserError(
-            f"{field}: got {got!r}, a GGUF file of this architecture can only have {' or '.join(map(repr, allowed))}"
+            f"{field}: got {got!r}, must be {' or '.join(map(repr, allowed))} for a GGUF file of this architecture"
         )
 
 

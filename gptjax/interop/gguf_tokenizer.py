@@ -1,8 +1,8 @@
-"""What a GGUF file says of a tokenizer.
+"""The tokenizer in a GGUF file.
 
-llama.cpp tokenises by itself, from one of two descriptions. "llama" is SentencePiece's BPE: pieces with scores, merged
-best score first. "gpt2" is byte-level BPE: tokens in GPT-2's alphabet for bytes, the list of merges in order, and the
-name of a regular expression that cuts text into words. Neither normalises text.
+llama.cpp has its own tokenizers, of two kinds. "llama" is SentencePiece's BPE: pieces with scores, merged in the order
+of their scores. "gpt2" is byte-level BPE: tokens in GPT-2's alphabet for bytes, the list of merges in order, and the
+name of a regular expression that splits text into words. Neither normalises text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gptjax.interop.tokenizer_json import canonical
 from gptjax.types import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""The sorts of token, numbered as SentencePiece does."""
+"""Token types, with SentencePiece's numbers."""
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -29,7 +29,7 @@ PATTERNS = {
     _CONTRACTIONS + _WORDS % "{1,3}": "llama-bpe",
     _CONTRACTIONS + _WORDS % "": "qwen2",
 }
-"""How text is cut into words -> llama.cpp's name for it."""
+"""Regular expression that splits text into words -> llama.cpp's name for it."""
 
 
 class Token(NamedTuple):
@@ -39,14 +39,15 @@ class Token(NamedTuple):
 
 
 def metadata(tokenizer: Tokenizer, vocab: int) -> dict[str, Any]:
-    """The keys of `tokenizer` for a model with `vocab` rows in its embedding; rows without a token get an unused one.
+    """The metadata keys of `tokenizer` for a model with `vocab` rows in its embedding; rows without a token get an
+    unused one.
 
-    Raises `UserError` for a tokenizer that llama.cpp has no description for, one larger than the model, or one without
-    an end."""
+    Raises UserError for a tokenizer that llama.cpp cannot express, one larger than the model, or one without an end
+    token."""
     if tokenizer.vocab > vocab:
-        raise UserError(f"tokenizer: got one of {tokenizer.vocab:,} ids, must be at most the model's {vocab:,}")
+        raise UserError(f"tokenizer: got {tokenizer.vocab:,} ids, must be at most the model's {vocab:,}")
     if tokenizer.eos is None:
-        raise UserError("tokenizer: got one without an end token, must have one; llama.cpp would take another for it")
+        raise UserError("tokenizer: got no end token, must have one; llama.cpp would use another token for it")
     if isinstance(tokenizer, SentencePieceTokenizer):
         keys, tokens = _sentencepiece(tokenizer)
     elif isinstance(tokenizer, HuggingFaceTokenizer):
@@ -55,7 +56,7 @@ def metadata(tokenizer: Tokenizer, vocab: int) -> dict[str, Any]:
         keys, tokens = _tiktoken(tokenizer)
     else:
         raise UserError(
-            f"tokenizer: got one of {tokenizer.kind}, can be a BPE of SentencePiece, Hugging Face or tiktoken"
+            f"tokenizer: got kind {tokenizer.kind}, must be a BPE of SentencePiece, Hugging Face or tiktoken"
         )
     for i, name in canonical(tokenizer).items():
         tokens.setdefault(i, Token(name, CONTROL, -1000.0))
@@ -64,7 +65,7 @@ def metadata(tokenizer: Tokenizer, vocab: int) -> dict[str, Any]:
         "tokenizer.ggml.tokens": [token.text for token in listed],
         "tokenizer.ggml.token_type": [token.type for token in listed],
         "tokenizer.ggml.eos_token_id": tokenizer.eos,
-        "tokenizer.ggml.add_bos_token": _begins_with_bos(tokenizer),
+        "tokenizer.ggml.add_bos_token": _adds_bos(tokenizer),
         "tokenizer.ggml.add_eos_token": False,
     }
     if tokenizer.bos is not None:
@@ -75,27 +76,25 @@ def metadata(tokenizer: Tokenizer, vocab: int) -> dict[str, Any]:
     return keys
 
 
-_Parts = tuple[dict[str, Any], dict[int, Token]]
-"""Keys of one sort of tokenizer, and id -> token."""
+_Description = tuple[dict[str, Any], dict[int, Token]]
+"""Metadata keys of one kind of tokenizer, and id -> token."""
 
 
-def _sentencepiece(tokenizer: SentencePieceTokenizer) -> _Parts:
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> _Description:
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.data)  # type: ignore[attr-defined]
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != trainer.BPE:
         kind = trainer.ModelType.Name(trainer.model_type).lower()
-        raise UserError(f"tokenizer: got a SentencePiece model of kind {kind}, GGUF files can have bpe")
+        raise UserError(f"tokenizer: got a SentencePiece model of kind {kind}, must be bpe for a GGUF file")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        raise UserError(
-            "tokenizer: got a SentencePiece model that normalises text, GGUF files can have one that does not"
-        )
+        raise UserError("tokenizer: got a SentencePiece model that normalises text, which a GGUF file cannot express")
     tokens = {i: Token(piece.piece, piece.type, piece.score) for i, piece in enumerate(model.pieces)}
     return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.unknown_token_id": trainer.unk_id}, tokens
 
 
-def _tiktoken(tokenizer: TiktokenTokenizer) -> _Parts:
+def _tiktoken(tokenizer: TiktokenTokenizer) -> _Description:
     letters = {byte: letter for letter, byte in byte_alphabet().items()}
     ranks = {piece: i for i, piece in enumerate(tokenizer.pieces) if piece}
     text = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
@@ -104,24 +103,24 @@ def _tiktoken(tokenizer: TiktokenTokenizer) -> _Parts:
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that each token was first merged from: what is left of it when only earlier merges are made."""
+    """The pair that each token was merged from: its two pieces after all earlier merges."""
     for token, rank in ranks.items():
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+        pieces = [token[i : i + 1] for i in range(len(token))]
+        while len(pieces) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(pieces)]
             if (best := min(pairs)) >= rank:
                 break
             i = pairs.index(best)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            yield parts[0], parts[1]
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        if len(pieces) == 2:
+            yield pieces[0], pieces[1]
 
 
-def _huggingface(tokenizer: HuggingFaceTokenizer) -> _Parts:
+def _huggingface(tokenizer: HuggingFaceTokenizer) -> _Description:
     spec = json.loads(tokenizer.data)
     model = spec["model"]
     if model.get("type", "BPE") != "BPE":
-        raise UserError(f"tokenizer: got a tokenizer.json of type {model['type']}, GGUF files can have BPE")
+        raise UserError(f"tokenizer: got a tokenizer.json of type {model['type']}, must be BPE for a GGUF file")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     added = {
         token["id"]: Token(token["content"], CONTROL if token["special"] else USER_DEFINED, -1000.0)
@@ -130,7 +129,7 @@ def _huggingface(tokenizer: HuggingFaceTokenizer) -> _Parts:
     if not model.get("byte_fallback"):
         tokens = {i: Token(text, NORMAL) for text, i in model["vocab"].items()}
         return _byte_level(_pattern(spec.get("pre_tokenizer")), merges), tokens | added
-    # Made from SentencePiece, whose score of a piece was the place of the merges that make it.
+    # Converted from SentencePiece, where a piece's score was the rank of its first merge.
     scores: dict[str, float] = {}
     for i, merge in enumerate(merges):
         scores.setdefault(merge.replace(" ", ""), -float(i))
@@ -148,7 +147,7 @@ def _huggingface(tokenizer: HuggingFaceTokenizer) -> _Parts:
 def _byte_level(pattern: str, merges: list[str]) -> dict[str, Any]:
     if pattern not in PATTERNS:
         names = ", ".join(sorted(set(PATTERNS.values())))
-        raise UserError(f"tokenizer: got one that cuts text by {pattern!r}, GGUF files can have those of {names}")
+        raise UserError(f"tokenizer: got the pattern {pattern!r}, must be that of {names} for a GGUF file")
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": PATTERNS[pattern],
@@ -157,7 +156,7 @@ def _byte_level(pattern: str, merges: list[str]) -> dict[str, Any]:
 
 
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
-    """The regular expression of a tokenizer.json with one; any other is given back as it is, to be named."""
+    """The regular expression of a tokenizer.json's pre-tokenizer; any other pre-tokenizer as JSON, for the message."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     match steps:
         case [{"type": "ByteLevel", "add_prefix_space": False} as step] if step.get("use_regex", True):
@@ -170,9 +169,9 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
     return json.dumps(pre_tokenizer)
 
 
-def _begins_with_bos(tokenizer: Tokenizer) -> bool:
-    """Whether the model was taught to read a start before all text: what a tokenizer.json says it adds; else, whether
-    there is a start that is not also the end, as GPT-2's is."""
+def _adds_bos(tokenizer: Tokenizer) -> bool:
+    """True if every text begins with the start token: as a tokenizer.json says; else if there is a start token that
+    is not also the end token, as GPT-2's is."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         import tokenizers
 

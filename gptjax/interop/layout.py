@@ -1,13 +1,13 @@
-"""How the axes of an array lie, in the letters of `types.py`, as two patterns:
+"""Layouts of a tensor in two programs, as two patterns in the dimension letters of `types.py`:
 
     "(N H) D", "D N H"               rows are heads times head size; ours has three axes
-    "D ([N]+K+K H)", "D N H"         columns are N + K + K heads, of which this is the first N
-    "(N H+[H]+H) D", "D N H"         each head has three parts, of which this is the second
-    "E D (F 1+[1])", "E D F"         columns alternate between two arrays, of which this is the second
+    "D ([N]+K+K H)", "D N H"         columns are N + K + K heads; ours is the first N
+    "(N H+[H]+H) D", "D N H"         each head has three parts; ours is the second
+    "E D (F 1+[1])", "E D F"         columns alternate between two arrays; ours is the second
 
-The left pattern says what the axes of a tensor are made of: parentheses hold what was merged into one axis, + joins
-what was concatenated along it, and brackets pick a part. The right one gives the order in which we want the axes.
-A pattern serves both directions, because what it makes is a view: `view(tensor)` is read from, or written to.
+The left pattern is their layout: parentheses merge dimensions into one axis, + concatenates along it, and brackets
+select a part. The right pattern is our order of axes. A pattern serves both directions because the result is a view:
+`view(tensor)` is read from or written to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Sizes = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """What an axis is made of: parts side by side, of which one is picked."""
+    """A dimension of an axis: concatenated parts, of which one is selected."""
 
     parts: tuple[str, ...]
     picked: int
@@ -38,7 +38,7 @@ class Factor:
         return sum(_size(part, sizes) for part in self.parts)
 
     def index(self, sizes: Sizes) -> slice | int:
-        """Where along the axis the picked part lies."""
+        """Index of the selected part along the axis."""
         start = sum(_size(part, sizes) for part in self.parts[: self.picked])
         return start if self.letter == "1" else slice(start, start + _size(self.letter, sizes))
 
@@ -50,18 +50,18 @@ def parse(pattern: str) -> list[list[Factor]]:
 
 
 def sizes(pattern: str, shape: tuple[int, ...]) -> dict[str, int]:
-    """The size of each letter in an array of this shape; the pattern is a plain one, such as "D N H"."""
+    """The size of each letter, from a plain pattern such as "D N H" and an array's shape."""
     return dict(zip(pattern.split(), shape, strict=True))
 
 
 def shape(pattern: str, sizes: Sizes) -> tuple[int, ...]:
-    """The shape of a tensor of this pattern."""
+    """The shape of a tensor with this pattern."""
     axes = parse(pattern)
     return tuple(int(np.prod([factor.size(sizes) for factor in axis])) for axis in axes)
 
 
 def view(tensor: np.ndarray, theirs: str, ours: str, sizes: Sizes) -> np.ndarray:
-    """The part of a contiguous tensor that the pattern picks, with its axes in our order. No copy."""
+    """View of the part of a contiguous tensor that `theirs` selects, with axes in the order of `ours`. No copy."""
     factors = list(itertools.chain(*parse(theirs)))
     split = tensor.reshape([factor.size(sizes) for factor in factors])
     picked = split[tuple(factor.index(sizes) for factor in factors)]

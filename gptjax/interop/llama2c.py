@@ -1,7 +1,7 @@
-"""Read the `.bin` files of llama2.c (https://github.com/karpathy/llama2.c), a Llama in one file of C.
+"""Read the `.bin` files of llama2.c (https://github.com/karpathy/llama2.c), Llama inference in one C file.
 
-Three versions, all little-endian: 0, seven int32 and then float32 tensors; 1, the same behind a header of 256 bytes,
-in another order; 2, matrices as int8 with a float32 scale for each group. Layers of one kind follow one another.
+Three versions, all little-endian: 0, seven int32 and then float32 tensors; 1, the same after a header of 256 bytes, in
+another order; 2, matrices as int8 with a float32 scale per group. A tensor's copies for all layers are consecutive.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAGIC = 0x616B3432  # "ak42"; version 0 begins with the width instead
 HEADER = 256
 """Bytes before the tensors of versions 1 and 2."""
 FREQUENCIES = "frequencies"
-"""Version 0 also keeps cosines and sines, which nothing reads any more."""
+"""Cosines and sines in version 0, which nothing reads."""
 
 _LAYER = "model.layers.{}."
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -34,19 +34,19 @@ _ORDER = {
     1: (_NORM_1, _NORM_2, _NORM, _EMBEDDING, *_ATTENTION, *_MLP, _HEAD),
     2: (_NORM_1, _NORM_2, _NORM, _EMBEDDING, *_ATTENTION, *_MLP, _HEAD),
 }
-"""What follows what in a file of each version; a name with a place for the layer stands for all layers."""
+"""Order of the tensors in each version; a name with a placeholder stands for all layers."""
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A model as Hugging Face keeps it: the configuration of a `LlamaForCausalLM`, and name -> float32 tensor, matrices
-    as [out, in].
+    """Read a model in Hugging Face's form: the configuration of a `LlamaForCausalLM`, and name -> float32 tensor,
+    matrices as [out, in].
 
-    The file is mapped into memory and its tensors are read-only views of it, but for queries and keys: llama2.c pairs
-    neighbouring channels in its rotary embedding and Hugging Face the halves of a head (see `rotary`), so their rows
-    are put into that order, in a copy. The int8 matrices of version 2 become float32 copies. The format does not say
-    the rotary base and the norms' epsilon; llama2.c computes with 10,000 and 1e-5.
+    The file is memory-mapped and the tensors are read-only views of it, with two exceptions. Rows of queries and keys
+    are permuted, in a copy: llama2.c pairs neighbouring channels in its rotary embedding, Hugging Face the halves of a
+    head (see `rotary`). The int8 matrices of version 2 become float32 copies. The rotary base and the norms' epsilon
+    are not in the format; they are llama2.c's 10,000 and 1e-5.
 
-    Raises `UserError` for a file of another kind, of sizes that cannot be, or shorter or longer than its header says.
+    Raises UserError for a file of another kind, with impossible sizes, or shorter or longer than its header says.
     """
     path = Path(path)
     head = _header(path)
@@ -56,7 +56,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if expected != found:
         raise UserError(
             f"{path}: got {found:,} bytes, must be {expected:,} for the sizes in its header ({head.sizes}); "
-            "it is damaged, cut short or not a llama2.c model"
+            "it is damaged, truncated or not a llama2.c model"
         )
     data = np.asarray(np.memmap(path, np.uint8, mode="r"))
     tensors, start = {}, head.start
@@ -82,7 +82,7 @@ class _Header(NamedTuple):
     seq_len: int
     tie_embeddings: bool
     group: int
-    """How many int8 share a scale; 0 before version 2."""
+    """int8 values per scale; 0 before version 2."""
 
     @property
     def start(self) -> int:
@@ -123,17 +123,17 @@ class _Header(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One tensor of the file, or the same one of each layer."""
+    """A tensor of the file, or the tensors of that name of all layers."""
 
     name: str
     shape: tuple[int, ...]
     count: int
     group: int
-    """As in the header; 0 for what is float32."""
+    """int8 values per scale; 0: float32."""
 
     @property
     def nbytes(self) -> int:
-        """Of one."""
+        """Bytes of one tensor."""
         size = prod(self.shape)
         return size + 4 * (size // self.group) if self.group else 4 * size
 
@@ -146,7 +146,7 @@ class _Entry:
 
 
 def _header(path: Path) -> _Header:
-    """The header of `path`, refused where no model could have it."""
+    """Read and check the header of `path`."""
     with path.open("rb") as file:
         data = file.read(HEADER)
     if len(data) < 28:
@@ -154,10 +154,10 @@ def _header(path: Path) -> _Header:
     versioned = struct.unpack_from("<I", data)[0] == MAGIC
     if not versioned:
         sizes = struct.unpack_from("<7i", data)
-        # A negative vocabulary says that the output layer is not the embedding.
+        # A negative vocabulary size means that the output layer is not tied to the embedding.
         head = _Header(0, *sizes[:5], abs(sizes[5]), sizes[6], tie_embeddings=sizes[5] > 0, group=0)
     elif len(data) < HEADER:
-        raise UserError(f"{path}: got {len(data)} bytes, must be at least the {HEADER} of its header; it is cut short")
+        raise UserError(f"{path}: got {len(data)} bytes, must be at least the {HEADER} of its header; it is truncated")
     else:
         version, *sizes, tied, group = struct.unpack_from("<8iBi", data, 4)
         if version not in (1, 2):

@@ -1,5 +1,5 @@
-"""The language model inside a published one of text and images (Gemma 3 from 4B on, Mistral Small 3.1): its fields and
-its tensors. What sees is left out, so only text can be read and written.
+"""The language model inside a published vision-language model (Gemma 3 from 4B on, Mistral Small 3.1): its fields and
+its tensors. The vision encoder is left out, so only text can be read and written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from gptjax.interop.safetensors import Renamed
 
 INNER = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
-"""What the names of its tensors begin with, in two versions; `model.` in files of text alone."""
+"""Prefix of the language model's tensors, in two versions; `model.` in files of text models."""
 HEAD = "lm_head.weight"
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
@@ -29,18 +29,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 1e4,
     }
 }
-"""What fields mean that such a config.json leaves out, as `transformers` has them."""
+"""Defaults of `transformers` for fields that such a config.json leaves out, by model type."""
 
 
 def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of config.json that say what the language model is; of a model of text alone, all."""
+    """The fields of config.json that describe the language model; all fields of a text model."""
     if not isinstance(inner := config.get("text_config"), dict):
         return dict(config)
     return {**config, **DEFAULTS.get(inner.get("model_type", ""), {}), **inner}
 
 
 def text_tensors(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Those of the language model, by the names that they have in files of text alone; of such a file, all."""
+    """The tensors of the language model, by their names in files of text models; all tensors of such a file."""
     names = {HEAD if name.endswith(HEAD) else INNER.sub("model.", name): name for name in tensors}
     inner = {ours: name for ours, name in names.items() if ours == HEAD or INNER.match(name)}
     return Renamed(tensors, inner) if any(map(INNER.match, tensors)) else tensors

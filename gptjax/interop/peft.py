@@ -1,17 +1,19 @@
-"""Adapters in the format of Hugging Face's PEFT, in and out: `adapter_config.json` and `adapter_model.safetensors`.
+"""Read and write LoRA adapters in the format of Hugging Face's PEFT: `adapter_config.json` and
+`adapter_model.safetensors`.
 
     lora, adapters = peft.read("folder", config)
     params = lora.merge(params, adapters)
     peft.write("other", lora, adapters, config)          # with the names of the family that can express the model
 
-A module of theirs, with in and out features, has three tensors, where ours has "a", "b" and "magnitude":
+A PEFT module, a linear layer with in and out features, has three tensors, which are our "a", "b" and "magnitude":
 
     base_model.model.{module}.lora_A.weight                [r, in]
     base_model.model.{module}.lora_B.weight                [out, r]
-    base_model.model.{module}.lora_magnitude_vector        [out], DoRA alone
+    base_model.model.{module}.lora_magnitude_vector        [out], DoRA only
 
-A module that holds several of our matrices, as GPT-2's `c_attn` holds q, k and v, is read as one adapter each with the
-same A. It is written with the A of all side by side and a B of blocks: the same product, at the rank of their sum.
+A module that holds several of our matrices, as GPT-2's `c_attn` holds q, k and v, is read as one adapter per matrix,
+all with the same A. It is written with the As concatenated and a block-diagonal B: the same product, at the sum of the
+ranks.
 """
 
 from __future__ import annotations
@@ -35,27 +37,27 @@ from gptjax.nn.stack import place
 from gptjax.types import Array, Params, UserError
 
 Modules = Mapping[str, tuple[Row, ...]]
-"""Their module -> our matrices in it, in the order of its outputs; {L} is the number of a layer."""
+"""PEFT module -> our matrices in it, in the order of its outputs; {L} is the index of a layer."""
 BLOCK = "blocks/{L}/"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One of our matrices in a module of theirs."""
+    """One of our matrices in a PEFT module."""
 
     path: str
-    """In its block."""
+    """Path within the block."""
     leaf: str
-    """The parameter that it is, or is in."""
+    """Name of the parameter."""
     index: int | None
-    """Which entry of that."""
+    """Index of the layer in a stacked parameter. None: not stacked."""
     shape: tuple[int, ...]
     matrix: Matrix
 
 
 def _of(*families: Family) -> Modules:
-    """The modules of families, by their tables of names. Left out are those whose outputs alternate between matrices
-    (GPT-NeoX; DeepSeek-V3's keys and values), and stacks of experts."""
+    """The modules of families, from their tables of names, without stacks of experts and modules whose outputs
+    alternate between matrices (GPT-NeoX; DeepSeek-V3's keys and values)."""
     modules: dict[str, tuple[Row, ...]] = {}
     for family in families:
         own: dict[str, tuple[Row, ...]] = {}
@@ -70,18 +72,18 @@ def _of(*families: Family) -> Modules:
 
 
 ALL = _of(*(family for family in FAMILIES if family.kind is TransformerConfig))
-"""A name says the same in every family that has it."""
+"""The modules of all families of decoders; a name means the same in every family that has it."""
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KINDS = {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
 
 def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) -> tuple[LoRA, Params]:
-    """The adapters in a folder, for this model, whichever family's names they have. Layers without one get zeros, which
-    change nothing.
+    """Read the adapters in a folder for this model, with the names of any family. Layers without an adapter get zeros,
+    which change nothing.
 
-    Raises UserError for what is not LoRA or DoRA on linear layers, for tensors that no matrix has or of a wrong shape,
-    and for files that are missing or damaged.
+    Raises UserError for anything but LoRA or DoRA on linear layers, for tensors of no matrix of the model or of the
+    wrong shape, and for missing or damaged files.
     """
     folder = Path(folder)
     fields = _fields(folder)
@@ -110,7 +112,7 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
         for name, array in arrays.items():
             if array.shape != want[name]:
                 raise UserError(f"path: got {folder}, where {names[name]} is {array.shape}, must be {want[name]}")
-        # What other modules are scaled by is in our B; the pattern for this one may say something else.
+        # `alpha_pattern` may give this module another scale than `lora`'s; the ratio goes into B.
         own = kind(r, float(_pattern(fields, "alpha_pattern", theirs, alpha)), ("q",), lora.rank_stabilised)
         arrays["b"] = arrays["b"] * (own.scale / lora.scale)
         start = 0
@@ -124,7 +126,7 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
             paths[part.leaf] = part.path
     if left or not found:
         some = ", ".join(sorted(left)[:3]) or "none"
-        raise UserError(f"path: got {folder}, whose tensors are of no matrix in this model: {some}")
+        raise UserError(f"path: got {folder}, whose tensors belong to no matrix of this model: {some}")
     match = {path if _all(path, shapes, found) else leaf for leaf, path in paths.items()}
     adapters = _stacked(found, config.stack().repeats, kind is DoRA)
     return kind(rank, alpha, tuple(sorted(match)), lora.rank_stabilised), adapters
@@ -133,13 +135,13 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
 def write(
     folder: str | Path, lora: LoRA, adapters: Params, config: TransformerConfig, model_type: str | None = None
 ) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` reads beside the model that `save_hf` wrote.
+    """Write a folder that `peft.PeftModel.from_pretrained` reads on top of the model that `save_hf` wrote.
 
-    model_type  the family whose names it has; None: the first that can express the model, as in `save_hf`
+    model_type  family whose names are used. None: the first that can express the model, as in `save_hf`
 
-    Raises UserError if the folder is there, for a model that no family can express, and for adapters of matrices that
-    are no linear layers in the family: GPT-NeoX's queries, keys and values, which take turns, DeepSeek-V3's keys and
-    values, which do too, and experts."""
+    Raises UserError if the folder exists, for a model that no family can express, and for adapters of matrices that are
+    not linear layers of the family: GPT-NeoX's queries, keys and values and DeepSeek-V3's keys and values, which are
+    interleaved, and experts."""
     folder = Path(folder)
     family = huggingface.expressing(config, model_type)
     modules = _of(family)
@@ -160,7 +162,7 @@ def write(
             continue
         if isinstance(lora, DoRA) and None in have:
             lacking = [part.path for part, adapter in zip(parts, have, strict=True) if adapter is None]
-            raise UserError(f"lora.match: got none for {', '.join(lacking)}, which {theirs} holds too; DoRA needs all")
+            raise UserError(f"lora.match: got none for {', '.join(lacking)}, which {theirs} also holds; DoRA needs all")
         a, b, magnitudes = [], [], []
         for part, adapter in zip(parts, have, strict=True):
             inputs, outputs = part.matrix.size(part.shape)
@@ -178,10 +180,10 @@ def write(
             tensors[PREFIX + theirs + KINDS[kind]] = np.ascontiguousarray(array, np.float32)
     if left:
         raise UserError(
-            f"lora.match: got adapters of {', '.join(sorted(left))}, which are no linear layers of {family.model_type}"
+            f"lora.match: got adapters of {', '.join(sorted(left))}, which are not linear layers of {family.model_type}"
         )
     others = {theirs: rank for theirs, rank in ranks.items() if rank != lora.rank}
-    power = 0.5 if lora.rank_stabilised else 1.0  # the scale is alpha / rank^power, and the same for all
+    power = 0.5 if lora.rank_stabilised else 1.0  # the scale, alpha / rank^power, is the same for all modules
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -196,7 +198,7 @@ def write(
         "use_dora": isinstance(lora, DoRA),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": family is gpt2.FAMILY,  # whose weights lie [in, out]
+        "fan_in_fan_out": family is gpt2.FAMILY,  # its weights are [in, out]
         "inference_mode": True,
     }
     with atomic.new(folder) as partial:
@@ -205,13 +207,13 @@ def write(
 
 
 def _alike(ranks: Mapping[str, int], modules: set[str]) -> bool:
-    """Whether the last name of a module says which of these have adapters."""
+    """True if the last component of a module's name determines whether it has an adapter."""
     ends = {theirs.split(".")[-1] for theirs in ranks}
     return all(theirs in ranks for theirs in modules if theirs.split(".")[-1] in ends)
 
 
 def _experts(family: Family) -> set[str]:
-    """The modules of experts, whose last names may be those of other modules."""
+    """The modules of experts; the last component of their names may be that of other modules."""
     return {row.theirs.removesuffix(".weight") for row in family.table if "{E}" in row.theirs}
 
 
@@ -229,7 +231,7 @@ def _fields(folder: Path) -> dict[str, Any]:
 
 
 def _pattern(fields: dict[str, Any], name: str, module: str, default: float) -> float:
-    """What a pattern says of a module: it names the ends of modules, as theirs does."""
+    """The value of a module in a pattern, whose keys are suffixes of module names, as in PEFT."""
     for end, value in (fields.get(name) or {}).items():
         if module == end or module.endswith("." + end):
             return value
@@ -244,7 +246,7 @@ def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 def _modules(
     config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]], modules: Modules
 ) -> Iterator[tuple[str, list[_Part]]]:
-    """The modules that this model has, layer by layer, and the matrices in each."""
+    """The modules of this model, layer by layer, with their matrices."""
     for layer in range(config.layers):
         names, index = place(config.stack(), layer)
         block = "/".join(("blocks", *names, ""))
@@ -255,41 +257,41 @@ def _modules(
 
 
 def _part(row: Row, block: str, index: int | None, shapes: Mapping[str, tuple[int, ...]]) -> _Part | None:
-    """The matrix of a row in a block, where it has that, as one and not as a stack of experts."""
+    """The matrix of a row in a block. None: the block does not have it, or has a stack of experts."""
     path, kind = row.ours.removeprefix(BLOCK), matrix(row.ours.split("/"))
-    beside, without = (name.replace(BLOCK, block) for name in (row.beside, row.without))
+    present, absent = (name.replace(BLOCK, block) for name in (row.if_present, row.if_absent))
     shape = shapes.get(block + path, ())[0 if index is None else 1 :]
     if (
         kind is None
         or len(shape) != kind.inputs + kind.outputs
-        or without in shapes
-        or (beside and beside not in shapes)
+        or absent in shapes
+        or (present and present not in shapes)
     ):
         return None
     return _Part(path, block + path, index, shape, kind)
 
 
 def _all(path: str, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> bool:
-    """Whether all parameters at this path have adapters."""
+    """True if all parameters at this path have adapters."""
     return all(name in found for name in shapes if name.endswith("/" + path))
 
 
 def _entry(adapter: Mapping[str, Any] | None, index: int | None) -> dict[str, np.ndarray] | None:
-    """One layer's part of an adapter, None where there is none."""
+    """One layer's slice of an adapter. None: there is no adapter."""
     if adapter is None:
         return None
     return {kind: np.asarray(x if index is None else x[index], np.float32) for kind, x in adapter.items()}
 
 
 def _stacked(found: dict[str, dict[int | None, dict[str, np.ndarray]]], repeats: int, dora: bool) -> Params:
-    """The tree of adapters, as the model's parameters lie. repeats: how many layers are stacked."""
+    """The tree of adapters, stacked as the model's parameters are. repeats: number of stacked layers."""
     tree: dict[str, Array] = {}
     for leaf, entries in found.items():
         adapters = list(entries.values()) if None in entries else [entries.get(i) for i in range(repeats)]
         if dora and None in adapters:
-            raise UserError(f"path: some layers have no adapter of {leaf}; DoRA must have all")
+            raise UserError(f"path: some layers have no adapter of {leaf}; DoRA needs all")
         if len({adapter["a"].shape for adapter in entries.values()}) > 1:
-            raise UserError(f"path: the adapters of {leaf} have several ranks, must be of one")
+            raise UserError(f"path: the adapters of {leaf} have different ranks, must have one")
         for kind, like in next(iter(entries.values())).items():
             arrays = [np.zeros_like(like) if adapter is None else adapter[kind] for adapter in adapters]
             tree[f"{leaf}/{kind}"] = jnp.asarray(arrays[0] if None in entries else np.stack(arrays))
@@ -297,7 +299,7 @@ def _stacked(found: dict[str, dict[int | None, dict[str, np.ndarray]]], repeats:
 
 
 def _blocks(b: list[np.ndarray]) -> np.ndarray:
-    """The matrices [out, r] as blocks along the diagonal of one."""
+    """Block-diagonal matrix of the matrices [out, r]."""
     whole = np.zeros((sum(len(x) for x in b), sum(x.shape[1] for x in b)), np.float32)
     row = column = 0
     for x in b:

@@ -1,15 +1,15 @@
-"""Published weights of four and eight bits, as the bfloat16 numbers that they stand for.
+"""Dequantisation of published 4-bit and 8-bit weights to bfloat16.
 
     tensors = dequantised(Tensors(folder), config["quantization_config"])
-    np.asarray(tensors["model.layers.0.mlp.up_proj.weight"])     # computed now, and not kept
+    np.asarray(tensors["model.layers.0.mlp.up_proj.weight"])     # computed now, not kept
 
 MXFP4 (gpt-oss; the OCP Microscaling Formats specification 1.0): x_blocks uint8 [E, O, G, 16] and x_scales uint8
-[E, O, G] are x [E, I, O], where I = 32 G. A byte holds two numbers of four bits (e2m1), the lower half first, and those
-of a group are multiplied by 2^(scale - 127). bfloat16 has all of these numbers.
+[E, O, G] are x [E, I, O] with I = 32 G. A byte holds two 4-bit numbers (e2m1), the lower half first; the numbers of a
+group are multiplied by 2^(scale - 127). bfloat16 represents all of these numbers exactly.
 
-FP8 in blocks (DeepSeek-V3, arXiv:2412.19437, section 3.3; Qwen 3): x float8 [O, I], where each block, mostly of 128 by
-128, is multiplied by one of x_scale_inv [ceil(O / 128), ceil(I / 128)]. The products are rounded, as in DeepSeek's own
-program.
+FP8 in blocks (DeepSeek-V3, arXiv:2412.19437, section 3.3; Qwen 3): x float8 [O, I], where each block, usually 128 by
+128, is multiplied by its entry of x_scale_inv [ceil(O / 128), ceil(I / 128)]. The products are rounded, as in
+DeepSeek's own program.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import numpy as np
 from gptjax.types import UserError
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""What three bits mean; the fourth and highest is the sign."""
+"""Magnitudes of the lower three bits; the fourth and highest bit is the sign."""
 STRIP = 128
-"""How many rows are computed at a time: what lies between takes several times their memory."""
+"""Rows computed at a time: intermediate results take several times their memory."""
 SIGN, REST = 0x8000_0000, 0x07F0_0000
-"""Where a float32 has the bits of an e4m3."""
+"""Bits of a float32 that take the sign and the other bits of an e4m3."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantised:
-    """A tensor whose values are computed each time it becomes an array."""
+    """A quantised tensor, dequantised each time it is converted to an array."""
 
     shape: tuple[int, ...]
     codes: np.ndarray
@@ -43,7 +43,7 @@ class Quantised:
 
 
 class MXFP4(Quantised):
-    """[E, I, O] of codes [E, O, G, 16] and scales [E, O, G]."""
+    """[E, I, O] from codes [E, O, G, 16] and scales [E, O, G]."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         experts, inputs, outputs = self.shape
@@ -57,7 +57,7 @@ class MXFP4(Quantised):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockFP8(Quantised):
-    """[O, I] of codes [O, I] and scales, one for each block."""
+    """[O, I] from codes [O, I] and one scale per block."""
 
     block: tuple[int, ...]
 
@@ -65,8 +65,8 @@ class BlockFP8(Quantised):
         values, (rows, columns) = np.empty(self.shape, self.dtype), self.block
         for i, scales in enumerate(self.scales.astype(np.float32)):
             strip = slice(i * rows, (i + 1) * rows)
-            # The bits of a number, where a float32 has them whose exponent counts from 120 lower. `astype` takes five
-            # times as long, and would differ for not-a-number alone, which no weight is.
+            # Shift an e4m3's bits into a float32, whose exponent bias is higher by 120. `astype` takes five times as
+            # long and differs only for NaN, which no weight is.
             bits = self.codes[strip].view(np.int8).astype(np.int32) << 20
             numbers = (bits & np.uint32(SIGN | REST).view(np.int32)).view(np.float32)
             values[strip] = numbers * np.float32(2.0**120) * np.repeat(scales, columns)[: self.shape[1]]
@@ -75,15 +75,15 @@ class BlockFP8(Quantised):
 
 @dataclasses.dataclass(frozen=True)
 class Dequantised(Mapping[str, Any]):
-    """All tensors under the names that they have where none is quantised."""
+    """All tensors, under the names of the model that is not quantised."""
 
     names: Mapping[str, str]
-    """Name -> the one in `whole`, of a quantised tensor's codes."""
+    """Name -> name in `whole` of the tensor, or of a quantised tensor's codes."""
     whole: Mapping[str, np.ndarray]
     scales: Mapping[str, np.ndarray]
-    """Those of the quantised tensors. They are small, and no views of a file, which keeps few of them in memory."""
+    """Scales of the quantised tensors. They are small copies, as the file keeps only its last views in memory."""
     block: tuple[int, ...] | None
-    """The shape of FP8's blocks; None: MXFP4."""
+    """Shape of FP8's blocks. None: MXFP4."""
 
     def __getitem__(self, name: str) -> Any:
         codes, scales = self.whole[self.names[name]], self.scales.get(name)
@@ -108,15 +108,15 @@ class Dequantised(Mapping[str, Any]):
 
 
 def dequantised(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The tensors of a model with this `quantization_config`, none of them quantised. Raises UserError for another
-    method than these two, and, when it is asked for, for a tensor that does not fit."""
+    """The tensors of a model with this `quantization_config`, dequantised on access. Raises UserError for another
+    method and, on access, for a tensor that does not fit."""
     if config is None:
         return tensors
     method, block = config.get("quant_method"), config.get("weight_block_size") or ()
     if method != "mxfp4" and (method, len(block)) != ("fp8", 2):
         raise UserError(
             f"config.json: quantization_config: got {method}, must be mxfp4 or fp8 with a weight_block_size; "
-            "take the model's copy in bfloat16"
+            "use the model's bfloat16 version"
         )
     codes, scales = ("_blocks", "_scales") if method == "mxfp4" else ("", "_scale_inv")
     found = [name.removesuffix(scales) for name in tensors if name.endswith(scales)]
@@ -128,14 +128,14 @@ def dequantised(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | N
 
 
 def _blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
-    """How many blocks there are along each side of a matrix; the last may be cut short."""
+    """Number of blocks along each axis of a matrix; the last block may be partial."""
     return tuple(-(-size // step) for size, step in zip(shape, block, strict=False))
 
 
 @functools.cache
 def _pairs() -> np.ndarray:
-    """Two bfloat16 numbers, as a uint32, by their scale and their byte: [256, 256]."""
+    """Table [scale 256, byte 256] of two bfloat16 numbers, as a uint32."""
     numbers, byte = np.array([*E2M1, *(-x for x in E2M1)], np.float32), np.arange(256)
-    with np.errstate(over="ignore"):  # by the last scale, which stands for no number
+    with np.errstate(over="ignore"):  # the last scale means NaN
         pairs = np.ldexp(np.stack([numbers[byte & 15], numbers[byte >> 4]], -1), byte[:, None, None] - 127)
     return pairs.astype(ml_dtypes.bfloat16).view(np.uint32)[..., 0]

@@ -1,8 +1,9 @@
-"""Two layouts of a rotary head. Rotary embeddings turn pairs of a head's H channels; files differ in which are a pair.
+"""The two channel layouts of a rotary head. Rotary embeddings rotate pairs of a head's H channels; files differ in the
+pairing.
 
 Meta's checkpoints, llama2.c and GGUF's "llama" pair neighbours: (0, 1), (2, 3), ...  Hugging Face pairs the halves:
-(0, H/2), (1, H/2 + 1), ...  The frequencies are the same, so a permutation of the rows that make queries and keys leads
-from one to the other, and attention, which sums over channels, stays what it was.
+(0, H/2), (1, H/2 + 1), ...  The frequencies are the same, so permuting the rows of the query and key projections
+converts between them; attention sums over channels and does not change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The safetensors format, and how its tensors become jax arrays without a second copy in memory.
+"""The safetensors format: read tensors straight into jax arrays, without a second copy in memory, and write them.
 
     tensors = Tensors(folder)                         # one file or shards; nothing is read yet
     tensors.shapes["lm_head.weight"]                  # ShapeDtypeStruct
@@ -6,7 +6,7 @@
     place(leaf, lambda i: tensors[f"layers.{i}.up.weight"].T)
     write(other, tensors.shapes, tensors.__getitem__)
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, place) and the
+A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, offsets) and the
 tensors, one after the other (https://huggingface.co/docs/safetensors). `safetensors`' own numpy reader copies
 what it reads; this one maps the file, so that a transposed slice of a tensor is a view too.
 """
@@ -33,7 +33,7 @@ from gptjax.io import atomic
 from gptjax.types import Array, UserError
 
 INDEX = "model.safetensors.index.json"
-"""Of a folder with several files: which tensor is in which."""
+"""Index of a sharded model: tensor -> file."""
 SINGLE = "model.safetensors"
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
@@ -49,7 +49,7 @@ DTYPES = {
 }
 """The format's name -> dtype."""
 THREADS = 2
-"""How many parts of a leaf are read at a time."""
+"""Threads that read pieces of a leaf."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -58,7 +58,7 @@ class _Tensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
-    """Its first byte in the file."""
+    """Offset of its first byte in the file."""
 
     @property
     def bytes(self) -> int:
@@ -66,11 +66,12 @@ class _Tensor:
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """Name -> tensor of a `.safetensors` file or of a model's folder: a read-only numpy view of the mapped file, always
-    valid. Asking for a tensor lets the disk begin with it, and drops the memory of the last but one (it is read again
-    where it is used again), so that going through all of them holds two, or three in two threads.
+    """Name -> tensor of a `.safetensors` file or of a model's folder, as a read-only numpy view of the mapped file.
 
-    Raises UserError for a folder without such files, a damaged file, or an index that does not agree with its files.
+    Accessing a tensor starts reading it from disk and releases the memory of the one before the previous one (which is
+    read again if used again), so that iterating over all tensors holds two in memory, or three with two threads.
+
+    Raises UserError for a folder without such files, a damaged file, or an index that does not match its files.
     """
 
     def __init__(self, path: str | Path):
@@ -80,8 +81,8 @@ class Tensors(Mapping[str, np.ndarray]):
         self._files = files or dict.fromkeys(headers[path], path)
         if lacking := [name for name, file in self._files.items() if name not in headers[file]]:
             raise UserError(
-                f"path: got {path}, whose index names {_some(lacking)} in {self._files[lacking[0]].name}, which lacks "
-                "them; download the folder again"
+                f"path: got {path}, whose index names {_some(lacking)} in {self._files[lacking[0]].name}, where they "
+                "are missing; download the folder again"
             )
         self._headers = {name: headers[file][name] for name, file in self._files.items()}
         self._maps = {file: _map(file) for file in headers}
@@ -99,7 +100,7 @@ class Tensors(Mapping[str, np.ndarray]):
         if tensor.bytes and extent not in [*self._recent][-THREADS:]:
             data.madvise(mmap.MADV_WILLNEED, *extent[1:])
             self._recent.append(extent)
-            for old, *pages in [*self._recent][:-THREADS]:  # again and again, for another thread may still read there
+            for old, *pages in [*self._recent][:-THREADS]:  # repeatedly, as another thread may still be reading there
                 old.madvise(mmap.MADV_DONTNEED, *pages)
         return np.ndarray(tensor.shape, tensor.dtype, data, tensor.start)
 
@@ -112,11 +113,11 @@ class Tensors(Mapping[str, np.ndarray]):
 
 @dataclasses.dataclass(frozen=True)
 class Renamed(Mapping[str, np.ndarray]):
-    """Some tensors of others under names of their own."""
+    """Tensors of another mapping under new names."""
 
     whole: Mapping[str, np.ndarray]
     names: Mapping[str, str]
-    """Name -> the one in `whole`."""
+    """Name -> name in `whole`."""
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.whole[self.names[name]]
@@ -129,45 +130,45 @@ class Renamed(Mapping[str, np.ndarray]):
 
 
 def place(leaf: jax.ShapeDtypeStruct, part: Callable[[int], np.ndarray]) -> Array:
-    """The array of this shape, dtype and sharding (None: one default device) whose values `part` gives.
+    """Build the array of this shape, dtype and sharding (None: one default device) from the values of `part`.
 
     leaf     [*stack, *shape]
-    part(i)  [*shape]: the i-th of the stack, row by row where the stack has several axes (layers, experts); all of the
-             leaf where it has none. Best a view of `Tensors`: then the parts of it that this process's devices hold are
-             read, once, into the memory that becomes the array's (on CPU), and the host keeps no other copy. What is
-             computed is there while it is copied.
+    part(i)  [*shape]: entry i of the stack, in row-major order if the stack has several axes (layers, experts); the
+             whole leaf if it has none. Preferably a view of `Tensors`: then only what this process's devices hold is
+             read, once, into the memory that becomes the array's (on CPU), and the host keeps no other copy. A computed
+             part exists while it is copied.
 
-    Raises ValueError where a part has another shape.
+    Raises ValueError if a part has another shape.
     """
-    part = functools.lru_cache(maxsize=1)(part)  # asked for its shape, and for each half where it is the only one
+    part = functools.lru_cache(maxsize=1)(part)  # called for its shape too, and twice if it is the only part
 
     def read(index: Any) -> np.ndarray:
-        ranges = [range(*cut.indices(size)) for cut, size in zip(index, leaf.shape, strict=True)]
+        ranges = [range(*axis.indices(size)) for axis, size in zip(index, leaf.shape, strict=True)]
         values = _aligned([len(r) for r in ranges], np.dtype(leaf.dtype))
         stack = leaf.shape[: leaf.ndim - part(0).ndim]
         numbers = np.arange(math.prod(stack)).reshape(stack)[index[: len(stack)]]
 
         rows = leaf.shape[len(stack) :][:1]
-        # A disk is faster than one processor moves the bytes: two parts at a time, or two pieces of the only one.
+        # One processor copies more slowly than a disk reads: copy two parts at a time, or two pieces of the only part.
         step = max(-(-rows[0] // THREADS), 1) if rows and numbers.size == 1 else None
-        cuts = [...] if step is None else [slice(i, i + step) for i in range(0, rows[0], step)]
+        pieces = [...] if step is None else [slice(i, i + step) for i in range(0, rows[0], step)]
 
         def fill(job: tuple[tuple[int, ...], Any]) -> None:
-            at, cut = job
-            piece = part(int(numbers[at]))
-            if piece.shape != leaf.shape[len(stack) :]:
-                raise ValueError(f"part {numbers[at]} has shape {piece.shape}, must be {leaf.shape[len(stack) :]}")
-            _copy(values[*at, ...][cut], piece[index[len(stack) :]][cut])
+            entry, piece = job
+            tensor = part(int(numbers[entry]))
+            if tensor.shape != leaf.shape[len(stack) :]:
+                raise ValueError(f"part {numbers[entry]} has shape {tensor.shape}, must be {leaf.shape[len(stack) :]}")
+            _copy(values[*entry, ...][piece], tensor[index[len(stack) :]][piece])
 
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(fill, itertools.product(np.ndindex(numbers.shape), cuts)))
+            list(pool.map(fill, itertools.product(np.ndindex(numbers.shape), pieces)))
         return values
 
     if leaf.sharding is None:
         array = jax.device_put(read((slice(None),) * leaf.ndim))
     else:
         array = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
-    return jax.block_until_ready(array)  # the host's memory is free before the next leaf is read
+    return jax.block_until_ready(array)  # frees the host's memory before the next leaf is read
 
 
 def write(
@@ -177,19 +178,19 @@ def write(
     max_shard: int = 5_000_000_000,
     single: str = SINGLE,
 ) -> None:
-    """Writes tensors to `folder`, as `transformers` reads them: one file, or several of at most `max_shard` bytes
-    (a tensor is never cut) with their index. A file has its name only once it is whole.
+    """Write tensors to `folder`, as `transformers` reads them: one file, or an index and several files of at most
+    `max_shard` bytes (a tensor is never split). Each file is written atomically.
 
     shapes  name -> anything with a shape and a dtype
-    read    the tensor of a name; each is asked for once, when its turn comes
-    single  the file's name, if there is one
+    read    returns the tensor of a name; called once per tensor, when it is written
+    single  name of the file if there is only one
 
-    Raises UserError for a dtype that the format lacks, and for a folder that has a model already.
+    Raises UserError for a dtype that the format lacks, and for a folder that already has a model.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if found := sorted(path.name for path in folder.glob("model*.safetensors*") if path.suffix != atomic.SUFFIX):
-        raise UserError(f"path: got {folder}, which has {_some(found)} already; choose another or delete it")
+        raise UserError(f"path: got {folder}, which already has {_some(found)}; choose another or delete it")
     tensors = {name: _Tensor(np.dtype(x.dtype), tuple(x.shape), 0) for name, x in shapes.items()}
     shards = _shards(tensors, max_shard)
     width = len(shards)
@@ -204,7 +205,7 @@ def write(
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """Name -> the file that has it, as a folder's index says; of one file, nothing."""
+    """Tensor -> file, from a folder's index. Empty if `path` is a file."""
     if not path.is_dir():
         return {}
     if (path / INDEX).is_file():
@@ -222,27 +223,27 @@ def _files(path: Path) -> dict[str, Path]:
         return dict.fromkeys(_header(path / SINGLE), path / SINGLE)
     if pickles := sorted(file.name for file in path.iterdir() if file.suffix in PICKLES):
         raise UserError(
-            f"path: got {path}, whose weights are pickles ({_some(pickles)}), which can run any program when read; "
-            "convert them where you trust them: AutoModel.from_pretrained(path).save_pretrained(new) of transformers"
+            f"path: got {path}, whose weights are pickles ({_some(pickles)}), which can run any code when loaded; "
+            "if you trust them, convert them with transformers: AutoModel.from_pretrained(path).save_pretrained(new)"
         )
     raise UserError(f"path: got {path}, must hold {SINGLE} or {INDEX}")
 
 
 def _header(path: Path) -> dict[str, _Tensor]:
-    """What a file holds, every byte of it accounted for."""
+    """The tensors of a file, after a check that they cover every byte of it."""
 
-    def damaged(why: str) -> UserError:
-        return UserError(f"path: got {path}, which is not a whole safetensors file: {why}; download or write it again")
+    def damaged(reason: str) -> UserError:
+        return UserError(f"path: got {path}, not a complete safetensors file: {reason}; download or write it again")
 
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
-                raise damaged(f"its {size} bytes say that the header has {length}")
+                raise damaged(f"it has {size} bytes, and says that its header has {length}")
             header = json.loads(file.read(length))
     except OSError as error:
-        raise UserError(f"path: got {path}, which can't be read ({error.strerror})") from None
+        raise UserError(f"path: got {path}, which cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise error if isinstance(error, UserError) else damaged("the header is not JSON") from None
     if not isinstance(header, dict):
@@ -255,36 +256,36 @@ def _header(path: Path) -> dict[str, _Tensor]:
             if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
                 raise TypeError
         except (KeyError, TypeError, ValueError):
-            raise damaged(f"the header's entry of {name!r} can't be understood") from None
+            raise damaged(f"the header's entry of {name!r} is malformed") from None
         if code not in DTYPES:
             raise UserError(f"path: got {path}, where {name} has dtype {code}, must be one of {', '.join(DTYPES)}")
         tensors[name] = tensor = _Tensor(DTYPES[code], shape, 8 + length + begin)
         if tensor.bytes != end - begin:
             raise damaged(f"{name} has {end - begin} bytes, {code} {list(shape)} takes {tensor.bytes}")
-    at = 8 + length
+    end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
-        if tensor.start != at:
-            raise damaged(f"{name} begins at byte {tensor.start}, the tensor before it ends at {at}")
-        at += tensor.bytes
-    if at != size:
-        raise damaged(f"it has {size} bytes instead of {at}")
+        if tensor.start != end:
+            raise damaged(f"{name} begins at byte {tensor.start}, the tensor before it ends at {end}")
+        end += tensor.bytes
+    if end != size:
+        raise damaged(f"it has {size} bytes instead of {end}")
     return tensors
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few of them."""
+    """The first few names, for a message."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _map(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    data.madvise(mmap.MADV_SEQUENTIAL)  # read ahead, far
+    data.madvise(mmap.MADV_SEQUENTIAL)  # read far ahead
     return data
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Empty memory where jax wants it on CPU: it then takes it over, where it would copy what lies otherwise."""
+    """Empty array with the alignment that lets jax on CPU adopt its memory; otherwise jax copies it."""
     size, alignment = math.prod(shape) * dtype.itemsize, 64
     memory = np.empty(size + alignment, np.uint8)
     start = -memory.ctypes.data % alignment
@@ -292,8 +293,8 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(to: np.ndarray, values: np.ndarray) -> None:
-    """`to[...] = values`. A transposed matrix goes in tiles, whose lines of memory stay in the cache: numpy alone takes
-    ten times as long."""
+    """`to[...] = values`. A transposed matrix is copied in tiles, whose cache lines stay in the cache: numpy's own copy
+    takes ten times as long."""
     for axis in range(1, to.ndim):
         rows = math.prod(to.shape[:axis])
         try:
@@ -309,7 +310,7 @@ def _copy(to: np.ndarray, values: np.ndarray) -> None:
 
 
 def _shards(tensors: Mapping[str, _Tensor], limit: int) -> list[list[str]]:
-    """The names, in order, in lists whose tensors take at most `limit` bytes together."""
+    """The names, in order, grouped so that a group's tensors take at most `limit` bytes."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -323,16 +324,16 @@ def _shards(tensors: Mapping[str, _Tensor], limit: int) -> list[list[str]]:
 
 def _write_file(path: Path, tensors: Mapping[str, _Tensor], read: Callable[[str], np.ndarray]) -> None:
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
-    at = 0
-    # Large items first: then all of them lie at multiples of their size.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
+    start = 0
+    # Large items first, so that every tensor is aligned to its item size.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     for name, tensor in tensors.items():
         if tensor.dtype not in codes:
             raise UserError(f"dtype: got {tensor.dtype} for {name}, must be one of {', '.join(map(str, codes))}")
-        offsets = [at, at + tensor.bytes]
+        offsets = [start, start + tensor.bytes]
         header[name] = {"dtype": codes[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
-        at = offsets[1]
+        start = offsets[1]
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with atomic.new(path) as partial, partial.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Chat templates: how a model of another program reads a conversation, as a Jinja template makes it text.
+"""Chat templates: Jinja templates that render a conversation as a published model's prompt.
 
     template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
     template.prompt(messages, tokenizer)    # in place of gptjax.data.chat.prompt(messages, tokenizer)
@@ -30,34 +30,34 @@ NATIVE = (
 )
 """The format of `gptjax.data.chat`, as a template."""
 JOINER = "\u2060"
-"""A character without width or meaning, that divides what would be read as a special token."""
+"""A character without width or meaning, inserted into text that spells out a special token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A model's own format of conversations. Raises UserError for a source that is not a Jinja template."""
+    """A model's own conversation format. Raises UserError for a source that is not a Jinja template."""
 
     source: str = dataclasses.field(repr=False)
     tokens: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
-    """The special tokens that the template calls by role: "bos_token", "eos_token" and others -> their text."""
+    """Special tokens that the template names by role: "bos_token", "eos_token" and others -> their text."""
 
     def __post_init__(self):
         _ = self._template
 
     def text(self, messages: Iterable[Message]) -> str:
-        """What the model reads before the assistant speaks. Raises UserError for messages that the template refuses:
-        a system's, perhaps, or two of one speaker in a row."""
+        """The prompt of the assistant's next message. Raises UserError for messages that the template refuses, such as
+        a system message or two consecutive messages of one role."""
         import jinja2
 
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(messages=turns, add_generation_prompt=True, **self.tokens)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"messages: got some that the model's chat template refuses: {error}") from None
+            raise UserError(f"messages: refused by the model's chat template: {error}") from None
 
     def prompt(self, messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
-        """The ids of `text`. What a speaker says can't end their turn: where it spells out a special token, a word
-        joiner (U+2060) divides it."""
+        """The ids of `text`. A message cannot end its own turn: a special token that its content spells out is split by
+        a word joiner (U+2060)."""
 
         def harmless(text: str) -> str:
             for name in tokenizer.specials:
@@ -77,7 +77,7 @@ class ChatTemplate:
             raise UserError("template: a chat template needs the jinja2 library; pip install 'gptjax[hf]'") from None
 
         class Generation(Extension):
-            """{% generation %} ... {% endgeneration %}: what the assistant says; here, what is in it."""
+            """{% generation %} ... {% endgeneration %}, which marks the assistant's text; replaced by its content."""
 
             tags = {"generation"}  # noqa: RUF012
 
@@ -85,7 +85,7 @@ class ChatTemplate:
                 next(parser.stream)
                 return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-        # As transformers sets it up: templates count on it.
+        # The same environment as in transformers, which templates rely on.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
         )

@@ -1,10 +1,10 @@
-"""Any tokenizer as Hugging Face's `tokenizer.json`: the same ids for the same text.
+"""Conversion of any tokenizer to Hugging Face's `tokenizer.json`: the same ids for the same text.
 
 `specification(tokenizer)` is the file's content. Five kinds of tokenizer become three models: byte-level BPE (tiktoken;
-bytes, without a merge), BPE over characters with bytes for those it lacks (SentencePiece; characters, without a merge)
-and Unigram (SentencePiece). Two more come from other files of Hugging Face's: `from_merges` and `from_pieces`.
+bytes, without merges), BPE over characters with byte fallback (SentencePiece; characters, without merges) and Unigram
+(SentencePiece). `from_merges` and `from_pieces` read other files of Hugging Face's.
 
-SentencePiece writes a space as U+2581. The file has a space instead, so that the two stay two characters.
+SentencePiece writes a space as U+2581. The file has a space instead, so that the two characters stay distinct.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 Spec = dict[str, Any]
 
 
-def specification(tokenizer: Tokenizer, closed: bool = False) -> Spec:
-    """The content of the tokenizer's tokenizer.json. closed: all text ends with the last token, as encoders read it.
-    Raises UserError for a kind that has none."""
+def specification(tokenizer: Tokenizer, append_eos: bool = False) -> Spec:
+    """The content of the tokenizer's tokenizer.json. append_eos: every text ends with the end token, as encoders
+    expect. Raises UserError for a kind of tokenizer that the format cannot express."""
     match tokenizer:
         case HuggingFaceTokenizer():
             spec = json.loads(tokenizer.data)
@@ -53,26 +53,26 @@ def specification(tokenizer: Tokenizer, closed: bool = False) -> Spec:
             vocab = {piece.decode(): i for i, piece in enumerate(tokenizer.pieces)}
             spec = _spec(_bpe(vocab, [], unk_token=REPLACEMENT), decoder=_decoder(prefix=False))
         case _:
-            raise UserError(f"tokenizer: got a {type(tokenizer).__name__}, which tokenizer.json can't hold")
+            raise UserError(f"tokenizer: got a {type(tokenizer).__name__}, which tokenizer.json cannot express")
     known = {token["content"] for token in spec["added_tokens"]}
     vocab = spec["model"]["vocab"]
     for i, name in canonical(tokenizer).items():
         if name not in known:
             spec["added_tokens"].append(_added(name, i, special=True))
         if isinstance(vocab, dict):
-            vocab.setdefault(name, i)  # for ids need not be consecutive, and the library numbers others itself
+            vocab.setdefault(name, i)  # ids need not be consecutive; the library would renumber the others
     spec["added_tokens"].sort(key=lambda token: token["id"])
-    after = spec["post_processor"] or {"type": "ByteLevel"}  # which changes offsets only
-    first, last = tokenizer.bos, tokenizer.eos if closed else None
-    open_ = closed and isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.around[1]
-    if (open_ or after["type"] == "ByteLevel") and (first, last) != (None, None):
+    current = spec["post_processor"] or {"type": "ByteLevel"}  # ByteLevel changes only offsets
+    first, last = tokenizer.bos, tokenizer.eos if append_eos else None
+    lacks_eos = append_eos and isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.around[1]
+    if (lacks_eos or current["type"] == "ByteLevel") and (first, last) != (None, None):
         spec["post_processor"] = _around(canonical(tokenizer), first, last)
     return spec
 
 
 def canonical(tokenizer: Tokenizer) -> dict[int, str]:
-    """Id -> the name of each special token in the vocabulary: not that of its role, where it has another; where it has
-    two roles, that of the first."""
+    """Id -> name of each special token in the vocabulary. A name other than the role's takes precedence; of several
+    roles, the first."""
     roles = [*reversed(ROLES)]
     ordered = sorted(tokenizer.specials.items(), key=lambda x: roles.index(x[0]) if x[0] in ROLES else len(roles))
     return dict(sorted({i: name for name, i in ordered}.items()))
@@ -80,7 +80,7 @@ def canonical(tokenizer: Tokenizer) -> dict[int, str]:
 
 @functools.lru_cache(maxsize=4)
 def reader(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The `tokenizers` library's object, which reads special tokens where the text names them."""
+    """The `tokenizers` library's tokenizer, which parses special tokens in text."""
     try:
         import tokenizers
     except ImportError:
@@ -94,7 +94,7 @@ def reader(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 def from_merges(
     vocab: Mapping[str, int], merges: Iterable[Sequence[str]], specials: Mapping[str, int], prefix: bool
 ) -> HuggingFaceTokenizer:
-    """A byte-level BPE that cuts text as GPT-2 does, after a space put before all text if `prefix` says so."""
+    """Build a byte-level BPE that splits text as GPT-2 does. prefix: put a space before every text."""
     level = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True}
     spec = _spec(_bpe(vocab, merges), decoder=level, pre_tokenizer=level)
     spec["added_tokens"] = [_added(name, i, special=True) for name, i in specials.items()]
@@ -102,9 +102,9 @@ def from_merges(
 
 
 def from_pieces(vocab: Mapping[str, int], settings: Mapping[str, Any]) -> HuggingFaceTokenizer:
-    """BERT's WordPiece: cuts text at spaces and around punctuation, and words into the longest pieces there are.
+    """Build BERT's WordPiece, which splits text at spaces and punctuation, and words into the longest pieces.
 
-    settings  of tokenizer_config.json: do_lower_case, strip_accents, tokenize_chinese_chars and the tokens' names"""
+    settings  from tokenizer_config.json: do_lower_case, strip_accents, tokenize_chinese_chars and the tokens' names"""
     tokens = {key: settings.get(f"{key}_token") or f"[{key.upper()}]" for key in ("cls", "sep", "mask", "pad", "unk")}
     lower, accents = settings.get("do_lower_case", True), settings.get("strip_accents")
     normalizer = {"type": "BertNormalizer", "clean_text": True, "lowercase": lower, "strip_accents": accents}
@@ -148,7 +148,7 @@ def _added(name: str, i: int, special: bool) -> Spec:
 
 
 def _around(names: Mapping[int, str], first: int | None, last: int | None) -> Spec:
-    """What puts a token before all text, and one after it."""
+    """Post-processor that adds a first and a last token to every text."""
 
     def token(i: int | None, kind: int) -> list[Spec]:
         return [] if i is None else [{"SpecialToken": {"id": names[i], "type_id": kind}}]
@@ -160,7 +160,7 @@ def _around(names: Mapping[int, str], first: int | None, last: int | None) -> Sp
 
 
 def _decoder(prefix: bool) -> Spec:
-    """From pieces of characters, and of bytes, to text; without the space before all text if it has that."""
+    """Decoder from pieces of characters and bytes to text. prefix: remove the space before the text."""
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, *strip]}
 
@@ -178,25 +178,25 @@ def _byte_level(ranks: Mapping[bytes, int], words: list[Spec]) -> Spec:
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two tokens that each token is made of, in the order of the ranks: those left after all earlier merges."""
+    """The pair that each token was merged from, in the order of the ranks: its two pieces after all earlier merges."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+        pieces = [token[i : i + 1] for i in range(len(token))]
+        while len(pieces) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(pieces)]
             lowest = min(pairs)
             if lowest >= rank:
                 break
             i = pairs.index(lowest)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        if len(pieces) == 2:
+            merges.append((pieces[0], pieces[1]))
     return merges
 
 
 def _oniguruma(pattern: str) -> str:
-    """tiktoken's pattern for the library that reads it here, where `{1,3}+` means several times and `$` a line's end.
-    Nothing that these patterns match depends on what their possessive marks forbid."""
+    """Translate tiktoken's pattern to Oniguruma, where `{1,3}+` means repetition and `$` the end of a line. Possessive
+    quantifiers become greedy ones, which match the same text in these patterns."""
     return re.sub(r"([+*?]|\{\d+,\d+\})\+", r"\1", pattern).replace("$", r"\z")
 
 
@@ -214,7 +214,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Spec:
         options = {"unk_token": pieces[unknown], "fuse_unk": True, "byte_fallback": trainer.byte_fallback}
         model = _bpe(vocab, _splits(scores, vocab), **options)
     elif trainer.model_type == trainer.UNIGRAM:
-        # A control symbol is never part of a text: no text is so improbable.
+        # Control symbols must never be produced from text: give them a score below that of any text.
         lowest = min(p.score for p in proto.pieces if p.type == kinds.NORMAL)
         scored = [
             [piece, p.score if p.type == kinds.NORMAL else 1000 * lowest]
@@ -222,7 +222,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Spec:
         ]
         model = {"type": "Unigram", "unk_id": unknown, "vocab": scored, "byte_fallback": trainer.byte_fallback}
     else:
-        raise UserError("tokenizer: got a SentencePiece model of words or characters, must be of kind bpe or unigram")
+        raise UserError("tokenizer: got a SentencePiece model of kind word or char, must be bpe or unigram")
     normalizers = []
     if rules.precompiled_charsmap:
         charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
@@ -238,8 +238,8 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Spec:
 
 
 def _splits(scores: Mapping[str, float], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The merges of SentencePiece's BPE, which has none: two pieces that stand side by side become one wherever the
-    vocabulary has it, the best score first."""
+    """Merges equivalent to SentencePiece's BPE, which has scores instead: two adjacent pieces are merged if the
+    vocabulary has the result, in the order of the scores."""
     merges = []
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders, in and out.
+"""Load and save the tokenizers of Hugging Face folders.
 
 tokenizer, template = load(folder), load_template(folder)
 save(tokenizer, other, context=2048, template=template)
@@ -21,13 +21,13 @@ from gptjax.types import UserError
 
 
 def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
-    """The tokenizer of a folder: its tokenizer.json, else a SentencePiece model, else GPT-2's vocab.json and
-    merges.txt, else BERT's vocab.txt. Its first and last token are those that tokenizer_config.json and
-    special_tokens_map.json name; it has no first one where `transformers` doesn't put it before all text (GPT-2).
+    """Load the tokenizer of a folder: its tokenizer.json, else a SentencePiece model, else GPT-2's vocab.json and
+    merges.txt, else BERT's vocab.txt. Its first and last token are named by tokenizer_config.json and
+    special_tokens_map.json; it has no first token if `transformers` does not put it before every text (GPT-2).
 
-    vocab  how many tokens the model has; added ones beyond are left out, for it can neither read nor write them
+    vocab  vocabulary size of the model; added tokens beyond it are dropped
 
-    Raises UserError where there is none, or a damaged one."""
+    Raises UserError if there is no tokenizer or it is damaged."""
     folder = Path(folder)
     settings = _settings(folder)
     sentencepiece = [folder / name for name in ("tokenizer.model", "spiece.model") if (folder / name).exists()]
@@ -38,7 +38,7 @@ def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
         # Fine-tuned models have more special tokens than their SentencePiece file.
         more = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
         more |= _json(folder / "added_tokens.json")
-        if sentencepiece[0].name == "spiece.model":  # T5's: its sentinels are in none of its files, the last one first
+        if sentencepiece[0].name == "spiece.model":  # T5: its sentinels are in none of its files; the last comes first
             count = settings.get("extra_ids", 100)
             more |= {f"<extra_id_{count - 1 - i}>": len(tokenizer.pieces) + i for i in range(count)}
         more = {name: i for name, i in more.items() if i >= len(tokenizer.pieces)}
@@ -65,9 +65,9 @@ def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
 
 
 def load_template(folder: str | Path) -> ChatTemplate | None:
-    """How the folder's model reads conversations; None where it doesn't say, or where that is our own format.
+    """Load the folder's chat template. None: it has none, or it is our own format.
 
-    Raises UserError for a template that is not Jinja's, and where there are several and none is the default."""
+    Raises UserError for a template that is not Jinja, and for several templates without a default."""
     folder = Path(folder)
     settings = _settings(folder)
     source = settings.get("chat_template")
@@ -76,7 +76,7 @@ def load_template(folder: str | Path) -> ChatTemplate | None:
     if isinstance(source, list):
         named_ = {template["name"]: template["template"] for template in source}
         if "default" not in named_:
-            raise UserError(f"template: got {folder} with {', '.join(named_)}, must have one named default")
+            raise UserError(f"template: got {folder} with {', '.join(named_)}, must have a template named default")
         source = named_["default"]
     if source is None or source == NATIVE:
         return None
@@ -90,15 +90,14 @@ def save(
     template: ChatTemplate | None = None,
     append_eos: bool = False,
 ) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
-    context   the most tokens that the model reads
-    template  how the model reads conversations; None: in our own format, where the tokenizer has its markers
-    append_eos    all text ends with the last token, as encoders read it
+    context     maximum number of tokens that the model reads. None: not limited
+    template    chat template. None: our own format, if the tokenizer has its special tokens
+    append_eos  end every text with the last token, as encoders expect
 
-    `transformers` then puts the first token, if there is one, before all text, unless told `add_special_tokens=False`,
-    for so begin all documents that models are trained on here.
-    Special tokens that a text spells out it reads as such, where `Tokenizer.encode` doesn't."""
+    `transformers` then puts the first token, if there is one, before every text unless `add_special_tokens=False`, as
+    documents begin in training. It parses special tokens in text, which `Tokenizer.encode` does not."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names, spec = canonical(tokenizer), specification(tokenizer, append_eos)
@@ -129,29 +128,29 @@ def save(
 
 
 def padding(tokenizer: Tokenizer, append_eos: bool = False) -> int | None:
-    """The token that fills up a row for `transformers`: the tokenizer's own, else the last one; where all text ends
-    with that, another special one, for classifiers there look for a text's last token that is no padding."""
+    """The padding token for `transformers`: the tokenizer's own, else the end token; if every text ends with that,
+    another special token, because classifiers of `transformers` look for a text's last token that is not padding."""
     if (pad := tokenizer.specials.get("<|pad|>")) is not None or not append_eos:
         return tokenizer.eos if pad is None else pad
     others = {tokenizer.bos, *tokenizer.specials.values()} - {None, tokenizer.eos}
     return tokenizer.bos if tokenizer.bos in others else min(others, default=None)
 
 
-def closes(folder: str | Path, tokenizer: Tokenizer) -> bool:
-    """Whether all text ends with the last token, as the folder's files have it."""
+def appends_eos(folder: str | Path, tokenizer: Tokenizer) -> bool:
+    """True if the folder's tokenizer ends every text with the end token."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return bool(tokenizer.around[1])
     return _settings(Path(folder)).get("add_eos_token", False)
 
 
 def _within(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
-    """Without the added tokens from `vocab` on: one for images (Gemma 3 1B, which sees none), or for padding."""
+    """Drop the added tokens from id `vocab` on: for images (in Gemma 3 1B, a text model) or padding."""
     data = tokenizer.data
     if isinstance(tokenizer, HuggingFaceTokenizer):
         spec = json.loads(data)
         beyond = {token["content"] for token in spec["added_tokens"] if token["id"] >= vocab}
         spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in beyond]
-        if isinstance(pieces := spec["model"]["vocab"], dict):  # which may have them too
+        if isinstance(pieces := spec["model"]["vocab"], dict):  # it may have them too
             spec["model"]["vocab"] = {piece: i for piece, i in pieces.items() if piece not in beyond}
         data = json.dumps(spec).encode()
     specials = {name: i for name, i in tokenizer.specials.items() if i < vocab}
@@ -159,36 +158,37 @@ def _within(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
 
 
 def _begins(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], first: int) -> bool:
-    """Whether all text begins with the first token: as tokenizer.json has it; without one, as tokenizer_config.json
-    says, else as is usual for SentencePiece's models (Llama) and not for GPT-2's."""
+    """True if every text begins with the first token: by tokenizer.json; without one, by tokenizer_config.json; else
+    True for SentencePiece models (Llama) and False for GPT-2's."""
     if isinstance(tokenizer, HuggingFaceTokenizer) and ((folder / "tokenizer.json").exists() or tokenizer.around[0]):
         return tokenizer.around[0][:1] == [first]
     return settings.get("add_bos_token", isinstance(tokenizer, SentencePieceTokenizer))
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """special_tokens_map.json and tokenizer_config.json, each token by its text."""
+    """Merge special_tokens_map.json and tokenizer_config.json, with tokens given by their text."""
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     return {k: v["content"] if k.endswith("_token") and isinstance(v, dict) else v for k, v in settings.items()}
 
 
 def _gpt2(folder: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:
-    """From vocab.json and merges.txt. How text is cut into words is in neither: not all models cut as GPT-2 does."""
+    """Build a tokenizer from vocab.json and merges.txt. They do not say how text is split into words, so only GPT-2's
+    own class is accepted."""
     kind = settings.get("tokenizer_class", "GPT2Tokenizer")
     if kind.removesuffix("Fast") != "GPT2Tokenizer":
-        raise UserError(f"tokenizer: got {folder}, a {kind} without tokenizer.json, must have it; download it too")
+        raise UserError(f"tokenizer: got {folder}, a {kind} without tokenizer.json, must have one; download it too")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     vocab: dict[str, int] = _json(folder / "vocab.json")
     names = {settings.get(key, "<|endoftext|>") for key in ("bos_token", "eos_token")}
     specials = {name: vocab[name] for name in names if name in vocab}
     if not vocab or not all(len(m) == 2 and {*m, "".join(m)} <= vocab.keys() for m in merges):
-        raise UserError(f"tokenizer: got {folder}, whose vocab.json and merges.txt don't belong together")
+        raise UserError(f"tokenizer: got {folder}, whose vocab.json and merges.txt do not match")
     return from_merges(vocab, merges, specials, settings.get("add_prefix_space", False))
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A file's object; of a file that is not there, none."""
+    """A file's JSON object, or an empty one if the file does not exist."""
     if not file.exists():
         return {}
     try:

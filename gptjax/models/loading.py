@@ -159,7 +159,7 @@ def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) 
     config, params = huggingface.load_hf(path, dtype, rules)
     tokenizer = tokenizers.load(path, config.vocab)
     if isinstance(config, ClassifierConfig):
-        about = huggingface.read_labels(path), huggingface.read_closed(path, tokenizer)
+        about = huggingface.read_labels(path), huggingface.read_append_eos(path, tokenizer)
         return ClassifierModel(config, params, tokenizer, *about, rules=rules)
     if isinstance(config, EncoderConfig):
         return EncoderModel(config, params, tokenizer, rules=rules)

@@ -233,7 +233,7 @@ def test_keeps_the_newest_and_the_best(tmp_path):
         checkpoints.save(2, state, {}, 0.5)  # going on from step 1, what came after it is a past that never was
         assert checkpoints.steps() == [1, 2]
     with pytest.raises(UserError, match="max_to_keep=0"):
-        Checkpoints(tmp_path, max_to_max_to_keep=0)
+        Checkpoints(tmp_path, max_to_keep=0)
 
 
 def test_params_alone(tmp_path):

@@ -133,7 +133,7 @@ def test_tokenizers_are_trained_and_reported_on(run, tmp_path):
     [
         (["generate", "PATH", "--prompt", "x", "--temperature", "-1"], "error: temperature: got -1.0, must be 0"),
         (["generate", "PATH", "--prompt", "x", "--max-tokens", "0"], "error: max_tokens: got 0, must be at least 1"),
-        (["chat", "/nowhere"], "error: path: got /nowhere, must be a folder or a repository of the hub"),
+        (["chat", "/nowhere"], "error: path: got /nowhere, must be a folder or a hub repository"),
         (["generate", "PATH", "--promt", "x"], "--prompt"),
         (["chatt"], "chat"),
     ],

@@ -181,7 +181,7 @@ def test_a_classifier_of_transformers_goes_in_and_out(case, tmp_path):
 def test_what_is_asked_of_a_classifier():
     trunk = TransformerConfig(vocab=16, layers=1, width=8, heads=2)
     params = jax.eval_shape(ClassifierConfig(trunk, 2, Mean()).build().init, jax.random.key(0), jnp.zeros((1, 1), int))
-    with pytest.raises(UserError, match=r"nearest, .*, is classifier.pooling: Mean\(\) → Last\(\)"):
+    with pytest.raises(UserError, match=r"nearest, .*, differs in classifier.pooling: Mean\(\) → Last\(\)"):
         to_tensors(ClassifierConfig(trunk, 2, Mean()), params["params"])
     fields = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
     with pytest.raises(UserError, match="problem_type: got 'regression', must be 'single_label_classification'"):
@@ -221,13 +221,13 @@ def tiny(**changes):
 def test_tensors_that_do_not_fit_are_refused_by_name():
     _, fields, tensors = tiny()
     name = "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(UserError, match=rf"^tensors: lacks {name}, of which a llama like this one is made"):
+    with pytest.raises(UserError, match=rf"^tensors: missing {name}, which a llama of this configuration needs"):
         from_tensors(fields, {k: v for k, v in tensors.items() if k != name})
-    with pytest.raises(UserError, match=r"^tensors: got model.layers.2.mlp.up_proj.weight too many"):
+    with pytest.raises(UserError, match=r"^tensors: unexpected model.layers.2.mlp.up_proj.weight, which"):
         from_tensors(fields, {**tensors, "model.layers.2.mlp.up_proj.weight": tensors[name]})
     with pytest.raises(UserError, match=rf"^tensors: {name}: got shape \(8, 12\), must be \(12, 8\) by config.json"):
         from_tensors(fields, {**tensors, name: tensors[name].T})
-    with pytest.raises(UserError, match=r"^tensors: lacks lm_head.weight"):
+    with pytest.raises(UserError, match=r"^tensors: missing lm_head.weight"):
         from_tensors({**fields, "tie_word_embeddings": False}, tensors)
 
 
@@ -293,12 +293,14 @@ def test_settings_that_we_do_not_have_are_refused(field, value, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         from_tensors({**fields, field: value}, tensors)
     del fields["hidden_size"]
-    with pytest.raises(UserError, match=r"^config.json: lacks hidden_size"):
+    with pytest.raises(UserError, match=r"^config.json: missing hidden_size"):
         from_tensors(fields, tensors)
 
 
 def test_a_model_that_no_family_has_is_refused_and_the_reason_named():
-    with pytest.raises(UserError, match=r"^model: no family .* llama, is model.mlp: got ReLUSquared\(\), must"):
+    with pytest.raises(
+        UserError, match=r"^model: no published family .* llama, differs in model.mlp: got ReLUSquared\(\), must"
+    ):
         tiny(mlp=ReLUSquared())
     with pytest.raises(UserError, match=r"layers.1.attention.window: 4 → None"):
         tiny(pattern=(LayerOverrides(), LayerOverrides(window=4)))

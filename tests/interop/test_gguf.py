@@ -331,7 +331,7 @@ def without(name):
     ("change", "tensors", "message"),
     [
         ({"model_type": "bert"}, None, "model_type: got 'bert', .* llama, mistral, qwen2, qwen3, gpt2"),
-        ({"hidden_act": "gelu"}, None, "hidden_act: got 'gelu', .* only have 'silu'"),
+        ({"hidden_act": "gelu"}, None, "hidden_act: got 'gelu', must be 'silu'"),
         ({"hidden_size": None}, None, "hidden_size: got None"),
         (of_rope(RoPE(scaling=YaRN(4.0, 4, truncate=False))), None, "rope_scaling: got yarn .* truncate False, GGUF"),
         ({"rope_scaling": {"rope_type": "longrope"}}, None, "rope_scaling: got longrope .* llama3"),
@@ -351,11 +351,11 @@ def test_tokenizers_that_cannot_be_written_are_refused(tmp_path, tokenizer):
     unigram = TrainSentencePiece(vocab=300, kind="unigram").build(["To be, or not to be, that is the question: " * 9])
     words = TiktokenTokenizer(b"YQ== 0\n", {"<|end|>": 1}, r"\w+")
     for refused, message in [
-        (ByteTokenizer(b"", {"<|end|>": 256}), "got one of bytes, can be a BPE"),
-        (ByteTokenizer(b"", {}), "without an end token"),
+        (ByteTokenizer(b"", {"<|end|>": 256}), "got kind bytes, must be a BPE"),
+        (ByteTokenizer(b"", {}), "got no end token"),
         (unigram, "of kind unigram"),
-        (words, r"cuts text by '\\\\w\+', .* gpt-2"),
-        (SentencePieceTokenizer(tokenizer.data, {"<|end|>": 999}), "got one of 1,000 ids"),
+        (words, r"got the pattern '\\\\w\+', .* gpt-2"),
+        (SentencePieceTokenizer(tokenizer.data, {"<|end|>": 999}), "got 1,000 ids"),
     ]:
         with pytest.raises(UserError, match=message):
             ours.write(tmp_path / "model.gguf", LLAMA, checkpoint(LLAMA), refused)

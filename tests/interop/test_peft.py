@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         peft.write(tmp_path / "x", lora, adapters, LLAMA)
     with pytest.raises(UserError, match=r"q_proj.lora_A.weight is \(2, 16\), must be \(2, 32\)"):
         peft.read(tmp_path / "x", dataclasses.replace(LLAMA, width=32))
-    with pytest.raises(UserError, match=r"tensors are of no matrix in this model: base_model.model.model.layers.1"):
+    with pytest.raises(UserError, match=r"tensors belong to no matrix of this model: base_model.model.model.layers.1"):
         peft.read(tmp_path / "x", dataclasses.replace(LLAMA, layers=1))
     (tmp_path / "x" / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config.json is missing or damaged"):
@@ -196,6 +196,6 @@ def test_what_no_family_has_as_a_linear_layer_is_refused(tmp_path, name):
     config, family = (mixtral, "mixtral") if name == "gate" else (DEEPSEEK, "deepseek_v3")
     lora = LoRA(rank=2, match=(name,))
     _, adapters = make(config, lora)
-    with pytest.raises(UserError, match=rf"lora.match: got .*/{name}, which are no linear layers of {family}"):
+    with pytest.raises(UserError, match=rf"lora.match: got .*/{name}, which are not linear layers of {family}"):
         peft.write(tmp_path / "x", lora, adapters, config)
     assert not (tmp_path / "x").exists()

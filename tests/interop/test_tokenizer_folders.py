@@ -212,7 +212,7 @@ def test_folders_of_others(tmp_path: Path):
         load(folder)
     (folder / "tokenizer_config.json").unlink()
     (folder / "merges.txt").write_text("#version: 0.2\nq \u0120\u0120\u0120q\n")
-    with pytest.raises(UserError, match="don't belong together"):
+    with pytest.raises(UserError, match="do not match"):
         load(folder)
     with pytest.raises(UserError, match=r"must hold tokenizer.json, tokenizer.model, spiece.model, vocab.txt, or"):
         load(tmp_path / "empty")
@@ -305,14 +305,14 @@ def test_our_own_format_is_a_template():
     ("make", "says"),
     [
         (lambda: ChatTemplate("{% if %}"), "template: got one that is not a Jinja template"),
-        (lambda: chatml()[1].text([TALK[1], TALK[0]]), "messages: got .* refuses: System first!"),
-        (lambda: ChatTemplate("{{ messages[9].role.x }}").text(TALK), "messages: got .* refuses"),
+        (lambda: chatml()[1].text([TALK[1], TALK[0]]), "messages: refused .*: System first!"),
+        (lambda: ChatTemplate("{{ messages[9].role.x }}").text(TALK), "messages: refused by"),
         # Out of the sandbox.
         (
             lambda: ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}").text(TALK),
-            "messages: got .* refuses",
+            "messages: refused by",
         ),
-        (lambda: ChatTemplate("{{ messages.clear() }}").text(TALK), "messages: got .* refuses"),
+        (lambda: ChatTemplate("{{ messages.clear() }}").text(TALK), "messages: refused by"),
     ],
 )
 def test_mistakes(make: Any, says: str):
@@ -330,7 +330,7 @@ def test_templates_by_name(tmp_path: Path):
     assert template is not None
     assert template.source == "default"
     configure("rag", "tools")
-    with pytest.raises(UserError, match="with rag, tools, must have one named default"):
+    with pytest.raises(UserError, match="with rag, tools, must have a template named default"):
         load_template(tmp_path)
 
 

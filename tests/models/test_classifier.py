@@ -122,7 +122,7 @@ def test_a_trained_trunk_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, cap
     with pytest.raises(UserError, match="kind: got LanguageModel, must be ClassifierModel"):
         gptjax.load(tmp_path / "after")
     if kind == "encoder":
-        with pytest.raises(UserError, match="no family of published models has it"):
+        with pytest.raises(UserError, match="no published family can express it"):
             judge.save_hf(tmp_path / "hf")
         return
     assert main(["convert", str(tmp_path / "after"), str(tmp_path / "hf")]) == 0

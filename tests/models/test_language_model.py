@@ -192,7 +192,7 @@ def test_a_run_folder_gives_its_last_trained_stage(tmp_path):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^path: got .*nowhere, must be a folder or a repository of the hub"):
+    with pytest.raises(UserError, match=r"^path: got .*nowhere, must be a folder or a hub repository"):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"^path: got .*, which has no config.json"):
         load(tmp_path)

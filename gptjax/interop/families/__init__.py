@@ -1,4 +1,4 @@
-"""The model families that are read and written. A new one is a file here, and a name in this list."""
+"""The supported model families. To add one, add a file here and its name to the list."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ from gptjax.interop.families.family import CLASSIFYING, Family, Fields, Piece, R
 _MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma2, gemma3, olmo2, phi3)
 _MIXTURES = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
 FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MIXTURES, bert, t5))
-"""Where several can express a model, the first is preferred."""
+"""All families. If several can express a model, the first is used."""
 
 __all__ = ["CLASSIFYING", "FAMILIES", "Family", "Fields", "Piece", "Row", "pieces"]

@@ -1,4 +1,4 @@
-"""BERT (arXiv:1810.04805), with its head that fills in masked tokens, or that which tells classes."""
+"""BERT (arXiv:1810.04805), with its masked-token head or a classification head."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def classifier(trunk: EncoderConfig, classes: int) -> ClassifierConfig:
 
 
 HEADLESS = ["BertModel"], ["BertForSequenceClassification"]
-"""Without the head that fills in masked tokens: most models of sentences, and those that tell classes."""
+"""Architectures without the masked-token head: most sentence encoders, and classifiers."""
 IGNORED = r"(bert\.)?(pooler\..*|embeddings\.position_ids)|cls\.(seq_relationship|predictions\.decoder)\..*"
 FORMER = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 FAMILY = Family("bert", "BertForMaskedLM", read, write, TABLE, EncoderConfig, "bert.", IGNORED, FORMER, classifier)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1 (arXiv:2412.19437): latent attention, and a mixture of experts after the first few layers."""
+"""DeepSeek-V3 and R1 (arXiv:2412.19437): latent attention, and mixtures of experts after leading dense layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from gptjax.nn import (
 from gptjax.nn.positions.scaling import mscale
 
 LATENT = "blocks/{L}/attention/q_latent"
-TABLE = (  # M = H + P, Q and R are the sizes of the latents, U of values, S of the shared experts together
+TABLE = (  # M = H + P; Q and R: latent sizes; U: value size; S: hidden size of all shared experts together
     *(*llama.ENDS, *llama.MLP, *llama.NORMS, *qwen3_moe.EXPERTS),
     Row("model.layers.{L}.self_attn.q_a_proj.weight", "Q D", "blocks/{L}/attention/q_latent", "D Q"),
     Row("model.layers.{L}.self_attn.q_a_layernorm.weight", "Q", "blocks/{L}/attention/q_norm_scale", "Q"),
-    Row("model.layers.{L}.self_attn.q_b_proj.weight", "(N M) Q", "blocks/{L}/attention/q", "Q N M", beside=LATENT),
-    Row("model.layers.{L}.self_attn.q_proj.weight", "(N M) D", "blocks/{L}/attention/q", "D N M", without=LATENT),
+    Row("model.layers.{L}.self_attn.q_b_proj.weight", "(N M) Q", "blocks/{L}/attention/q", "Q N M", if_present=LATENT),
+    Row("model.layers.{L}.self_attn.q_proj.weight", "(N M) D", "blocks/{L}/attention/q", "D N M", if_absent=LATENT),
     Row("model.layers.{L}.self_attn.kv_a_proj_with_mqa.weight", "([R]+P) D", "blocks/{L}/attention/kv_latent", "D R"),
     Row("model.layers.{L}.self_attn.kv_a_proj_with_mqa.weight", "(R+[P]) D", "blocks/{L}/attention/k_rope", "D P"),
     Row("model.layers.{L}.self_attn.kv_a_layernorm.weight", "R", "blocks/{L}/attention/kv_norm_scale", "R"),
@@ -66,7 +66,7 @@ def read(c: Fields) -> TransformerConfig:
             kv_rank=c["kv_lora_rank"],
             rope_size=c["qk_rope_head_dim"],
             value_size=c["v_head_dim"],
-            scale=size**-0.5 * flatter(positions),
+            scale=size**-0.5 * attention_factor(positions),
         ),
         mlp=MixtureOfExperts(
             c["n_routed_experts"], c["num_experts_per_tok"], dense, router, shared=c.get("n_shared_experts") or 0
@@ -105,13 +105,13 @@ def write(m: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def flatter(positions: RoPE) -> float:
-    """What scores are multiplied by for the longer context."""
+def attention_factor(positions: RoPE) -> float:
+    """YaRN's factor of the attention scores for a longer context."""
     scaling = positions.scaling
     if not isinstance(scaling, YaRN) or not scaling.mscale_all_dim:
         return 1.0
     return mscale(scaling.factor, scaling.mscale_all_dim) ** 2
 
 
-IGNORED = r"lm_head\.weight|.*\.rotary_emb\.inv_freq|model\.layers\.61\..*"  # the layer that predicts a second token
+IGNORED = r"lm_head\.weight|.*\.rotary_emb\.inv_freq|model\.layers\.61\..*"  # layer 61 predicts a second token
 FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read, write, TABLE, ignored=IGNORED)

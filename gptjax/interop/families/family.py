@@ -1,12 +1,13 @@
-"""What a model family is: how its config.json describes a model, and a table of names, both read in both directions.
+"""A model family: the mapping between config.json and our configuration, and a table of tensor names, both used in both
+directions.
 
-A row of the table has on the left a tensor's name and layout in published files, on the right ours:
+A row of the table has a tensor's name and layout in published files on the left, ours on the right:
 
     Row("model.layers.{L}.self_attn.q_proj.weight", "(N H) D", "blocks/{L}/attention/q", "D N H")
 
-{L} stands for the number of a layer, another letter for an index along that axis, as {E} for an expert. Layouts are
-explained in `interop/layout.py`. Rows of parameters that a model does not have, or has with fewer or more axes, do not
-apply to it: biases, for one, or experts.
+{L} stands for the index of a layer, any other letter for an index along that axis, such as {E} for an expert. Layouts
+are explained in `interop/layout.py`. A row applies if the model has its parameter with that number of axes, so that
+rows of biases or experts are skipped for models without them.
 """
 
 from __future__ import annotations
@@ -26,75 +27,75 @@ from gptjax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A tensor, or a part of one, and the parameter that it is."""
+    """A published tensor, or a part of one, and the parameter that it holds."""
 
     theirs: str
     their_layout: str
     ours: str
     our_layout: str
-    beside: str = ""
-    """A parameter without which the row does not apply."""
-    without: str = ""
-    """A parameter with which the row does not apply."""
+    if_present: str = ""
+    """The row applies only if the model has this parameter."""
+    if_absent: str = ""
+    """The row applies only if the model does not have this parameter."""
 
 
 class Fields(dict[str, Any]):
-    """The fields of a config.json. Reading one that is lacking raises UserError."""
+    """The fields of a config.json. Reading a missing field raises UserError."""
 
     def __missing__(self, name: str) -> Any:
-        raise UserError(f"config.json: lacks {name}")
+        raise UserError(f"config.json: missing {name}")
 
     def only(self, **values: Any) -> None:
-        """Raises UserError for a field that has another value than the one we know how to read."""
+        """Raise UserError for a field with a value other than the supported one."""
         for name, value in values.items():
             if (got := self.get(name)) is not None and got != value:
-                raise UserError(f"config.json: {name}: got {got!r}, must be {value!r}: this version knows no other")
+                raise UserError(f"config.json: {name}: got {got!r}, must be {value!r}, the only supported value")
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Models that one class of `transformers` runs."""
+    """A model family: one class of `transformers`."""
 
     model_type: str
-    """What config.json calls it."""
+    """Name in config.json."""
     architecture: str
-    """The class in `transformers`."""
+    """Class in `transformers`."""
     read: Callable[[Fields], Any]
-    """The model that a config.json describes. Raises UserError, naming the field, for what we don't have."""
+    """config.json -> configuration. Raises UserError, naming the field, for an unsupported setting."""
     write: Callable[[Any], dict[str, Any]]
-    """The fields of config.json for a model. What they leave out because the family can't express it, `read` shows."""
+    """Configuration -> config.json. Settings that the family cannot express are found by comparing with `read`."""
     table: tuple[Row, ...]
     kind: type[ModelConfig] = TransformerConfig
-    """The class of the configuration."""
+    """Class of the configuration."""
     prefix: str = "model."
-    """What names begin with; files of the model without its head lack it."""
+    """Prefix of tensor names; absent in files of a model without its head."""
     ignored: str = r"lm_head\.weight|.*\.rotary_emb\.inv_freq"
-    """Names of tensors that nobody needs: buffers that can be computed, and a head that is tied to the embedding."""
+    """Pattern of redundant tensor names: buffers that can be computed, and a head tied to the embedding."""
     former: tuple[tuple[str, str], ...] = ()
-    """How names end in older files, and how they do in the table."""
+    """(suffix of names in older files, suffix in the table)."""
     classifier: Callable[[Any, int], ClassifierConfig] = ClassifierConfig
-    """The classifier that the family makes of a model and a number of classes."""
+    """(configuration, number of classes) -> the family's classifier."""
     stem: str = ""
-    """What the class in `transformers` of that begins with, where it is not what `architecture` does."""
+    """Prefix of the classifier's class in `transformers`. "": that of `architecture`."""
 
     @property
     def classifying(self) -> str:
-        """That class."""
+        """The classifier's class in `transformers`."""
         return (self.stem or re.sub(r"(ForCausalLM|ForMaskedLM|LMHeadModel)$", "", self.architecture)) + CLASSIFYING
 
 
 CLASSIFYING = "ForSequenceClassification"
-"""What classes of `transformers` are called that tell of which class a text is."""
+"""Suffix of the classes of `transformers` that classify texts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A parameter, or an entry of a stacked one, and the tensor, or the part of one, that it is."""
+    """A parameter, or one entry of a stacked parameter, and the tensor, or part of one, that holds it."""
 
     leaf: str
     """Name of the parameter, such as "blocks/attention/q"."""
     index: tuple[int, ...]
-    """Which entry of it: numbers along its first axes."""
+    """Index of the entry along the parameter's leading axes."""
     tensor: str
     row: Row
     sizes: layout.Sizes
@@ -105,7 +106,7 @@ class Piece:
         return layout.shape(self.row.their_layout, self.sizes)
 
     def view(self, tensor: np.ndarray) -> np.ndarray:
-        """The part of the tensor, in our layout; to be read, or to be written to."""
+        """View of the part of the tensor, in our layout, to read from or write to."""
         ours = " ".join(letter for letter in self.row.our_layout.split() if f"{{{letter}}}" not in self.row.theirs)
         return layout.view(np.asarray(tensor), self.row.their_layout, ours, self.sizes)
 
@@ -113,10 +114,10 @@ class Piece:
 def pieces(family: Family, stacks: Mapping[str, Stack], shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
     """All pieces of a model.
 
-    stacks  by the name of their parameters: {"blocks": ...}
-    shapes  of all parameters, by name
+    stacks  name of a stack's parameters, such as "blocks" -> stack of layers
+    shapes  name -> shape of every parameter
     """
-    trees: list[tuple[str, str, str, tuple[int, ...]]] = [("", "", "", ())]  # what is in no layer, and then each layer
+    trees: list[tuple[str, str, str, tuple[int, ...]]] = [("", "", "", ())]  # outside the layers, then each layer
     for name, stack in stacks.items():
         for layer in range(len(stack.blocks)):
             names, number = place(stack, layer)
@@ -137,20 +138,21 @@ def pieces(family: Family, stacks: Mapping[str, Stack], shapes: Mapping[str, tup
 def _applying(
     table: tuple[Row, ...], shapes: Mapping[str, tuple[int, ...]], pattern: str, path: str, stacked: int
 ) -> Iterator[tuple[Row, str]]:
-    """The rows that apply to a tree of parameters, where their `pattern` stands for its `path`, and the parameter of
-    each. stacked: how many axes more a parameter has than the row says."""
+    """The rows that apply to a tree of parameters, each with its parameter. `pattern` in a row's names is replaced by
+    `path`. stacked: number of leading axes that the row does not list."""
     for row in table:
-        leaf, beside, without = (name.replace(pattern, path, 1) for name in (row.ours, row.beside, row.without))
+        names = (row.ours, row.if_present, row.if_absent)
+        leaf, present, absent = (name.replace(pattern, path, 1) for name in names)
         here = row.ours.startswith(pattern) and ("{L}" in row.ours) == ("{L}" in pattern)
         axes = len(row.our_layout.split()) + stacked
-        if here and len(shapes.get(leaf, ())) == axes and (not beside or beside in shapes) and without not in shapes:
+        if here and len(shapes.get(leaf, ())) == axes and (not present or present in shapes) and absent not in shapes:
             yield row, leaf
 
 
 def _expanded(row: Row, leaf: str, name: str, index: tuple[int, ...], sizes: layout.Sizes) -> Iterator[Piece]:
-    """One piece, or one for each index along the axes that the tensor's name counts."""
-    counted = re.findall(r"\{(\w)\}", name)
-    assert row.our_layout.split()[: len(counted)] == counted, f"{row}: the axes that are counted must come first"
-    for numbers in np.ndindex(*(sizes[letter] for letter in counted)):
-        tensor = name.format(**dict(zip(counted, numbers, strict=True)))
+    """The pieces of a row: one for each index along the axes in the tensor's name, such as {E}."""
+    axes = re.findall(r"\{(\w)\}", name)
+    assert row.our_layout.split()[: len(axes)] == axes, f"{row}: axes in the name must come first in the layout"
+    for numbers in np.ndindex(*(sizes[letter] for letter in axes)):
+        tensor = name.format(**dict(zip(axes, numbers, strict=True)))
         yield Piece(leaf, (*index, *numbers), tensor, row, sizes)

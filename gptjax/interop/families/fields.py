@@ -1,4 +1,4 @@
-"""What the config.json of many families says in the same words."""
+"""Conversions of config.json fields that many families share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gptjax.types import UserError
 DENSE = {"gelu_new": GELU(), "gelu": GELU(approximate=False), "relu": ReLU(), "relu2": ReLUSquared()}
 GATED = {"silu": SwiGLU(), "gelu_pytorch_tanh": GeGLU(), "gelu": GeGLU(approximate=False)}
 ALIASES = {"gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
-"""Other names of the same functions."""
+"""Other names of the same activation functions."""
 
 
 def sizes(c: Fields, tie_embeddings: bool = False) -> dict[str, Any]:
-    """Fields of `TransformerConfig`. tie_embeddings: what a lacking tie_word_embeddings means."""
+    """Sizes as fields of `TransformerConfig`. tie_embeddings: default of tie_word_embeddings."""
     heads = c["num_attention_heads"]
     return {
         "vocab": c["vocab_size"],
@@ -31,7 +31,7 @@ def sizes(c: Fields, tie_embeddings: bool = False) -> dict[str, Any]:
 
 
 def of_sizes(m: TransformerConfig) -> dict[str, Any]:
-    """`sizes` undone."""
+    """Sizes as fields of config.json: the inverse of `sizes`."""
     return {
         "vocab_size": m.vocab,
         "num_hidden_layers": m.layers,
@@ -45,7 +45,7 @@ def of_sizes(m: TransformerConfig) -> dict[str, Any]:
 
 
 def activation(c: Fields, field: str, known: Mapping[str, MLP]) -> MLP:
-    """The MLP whose activation has this name."""
+    """The MLP whose activation is named by the field."""
     name = c[field]
     if name not in known and ALIASES.get(name) in known:
         name = ALIASES[name]
@@ -55,7 +55,7 @@ def activation(c: Fields, field: str, known: Mapping[str, MLP]) -> MLP:
 
 
 def experts(m: TransformerConfig) -> MixtureOfExperts:
-    """The mixture of experts of the layers that have one. Raises UserError where there is none."""
+    """The mixture of experts of the layers that have one. Raises UserError if there is none."""
     for block in m.stack().blocks:
         if isinstance(block.mlp, MixtureOfExperts):
             return block.mlp
@@ -63,20 +63,21 @@ def experts(m: TransformerConfig) -> MixtureOfExperts:
 
 
 def of_activation(mlp: MLP | None, known: Mapping[str, MLP]) -> str:
-    """`activation` undone. Raises UserError for an MLP that is not among the known ones."""
-    for name, part in known.items():
-        if part == mlp:
+    """The name of an MLP's activation: the inverse of `activation`. Raises UserError for an unknown MLP."""
+    for name, candidate in known.items():
+        if candidate == mlp:
             return name
     raise UserError(f"model.mlp: got {mlp}, must be one of {', '.join(map(str, known.values()))}")
 
 
 def attention_bias(m: TransformerConfig) -> bool:
-    """Whether the projections of attention have biases."""
+    """True if the attention projections have biases."""
     return m.bias if m.attention.bias is None else m.attention.bias
 
 
 def repeated(variants: Sequence[LayerOverrides]) -> dict[str, Any]:
-    """Layer by layer -> the shortest `first` and `pattern` of a `TransformerConfig` that say the same."""
+    """The shortest `leading_layers` and `pattern` of a `TransformerConfig` that are equivalent to a list of all layers'
+    overrides."""
     n = len(variants)
     splits = [(first, period) for period in range(1, n + 1) for first in range(n - period + 1)]
     for first, period in sorted(splits, key=sum):
@@ -86,11 +87,11 @@ def repeated(variants: Sequence[LayerOverrides]) -> dict[str, Any]:
 
 
 def layer_types(m: TransformerConfig) -> list[str]:
-    """For each layer, whether it sees a window or everything."""
+    """Kind of attention of each layer: full or sliding window."""
     windows = [block.attention.window for block in m.stack().blocks]
     return ["full_attention" if window is None else "sliding_attention" for window in windows]
 
 
 def window(m: TransformerConfig) -> int | None:
-    """The window of the layers that have one."""
+    """The window of the layers that have one, or None."""
     return next((w for block in m.stack().blocks if (w := block.attention.window) is not None), None)

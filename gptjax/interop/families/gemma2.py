@@ -1,4 +1,4 @@
-"""Gemma 2 (arXiv:2408.00118): norms before and after a sublayer, bounded scores and logits, local layers."""
+"""Gemma 2 (arXiv:2408.00118): norms before and after each sublayer, soft-capped scores and logits, sliding windows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(m: TransformerConfig) -> dict[str, Any]:
 
 
 def plain(c: Fields) -> TransformerConfig:
-    """What Gemma 2 and 3 have in common."""
+    """The configuration that Gemma 2 and 3 share."""
     c = Fields({"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", **c})
     c.only(use_bidirectional_attention=False)
     return TransformerConfig(
@@ -61,7 +61,7 @@ def plain(c: Fields) -> TransformerConfig:
 
 
 def of_plain(m: TransformerConfig) -> dict[str, Any]:
-    """`plain` undone."""
+    """The fields of config.json that Gemma 2 and 3 share: the inverse of `plain`."""
     scale = m.attention.scale or m.H**-0.5
     return {
         **of_sizes(m),

@@ -1,4 +1,5 @@
-"""Gemma 3, the text model (arXiv:2503.19786): five local layers, then a global one with rotary positions of its own."""
+"""Gemma 3, the text model (arXiv:2503.19786): five sliding-window layers, then a global one with its own rotary
+positions."""
 
 from __future__ import annotations
 

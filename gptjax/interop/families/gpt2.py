@@ -8,7 +8,7 @@ from gptjax.interop.families.family import Family, Fields, Row
 from gptjax.interop.families.fields import DENSE, activation, of_activation
 from gptjax.nn import LayerNorm, LearnedPositions, TransformerConfig
 
-TABLE = (  # its linear layers are [in, out], unlike everyone else's
+TABLE = (  # linear layers are [in, out], unlike those of other families
     Row("transformer.wte.weight", "V D", "embedding", "V D"),
     Row("transformer.wpe.weight", "T D", "positions/table", "T D"),
     Row("transformer.h.{L}.ln_1.weight", "D", "blocks/{L}/norm_1/scale", "D"),

@@ -1,5 +1,5 @@
-"""GPT-NeoX (arXiv:2204.06745) and Pythia (arXiv:2304.01373): attention and MLP side by side, rotary positions in a
-quarter of each head."""
+"""GPT-NeoX (arXiv:2204.06745) and Pythia (arXiv:2304.01373): parallel attention and MLP, rotary positions in a quarter
+of each head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gptjax.interop.families.fields import DENSE, activation, attention_bias, of
 from gptjax.interop.families.rope import of_rope, rope
 from gptjax.nn import LayerNorm, MultiHeadAttention, Parallel, PreNorm, TransformerConfig
 
-TABLE = (  # a head's queries, keys and values lie together
+TABLE = (  # each head's queries, keys and values are contiguous
     Row("gpt_neox.embed_in.weight", "V D", "embedding", "V D"),
     Row("gpt_neox.layers.{L}.input_layernorm.weight", "D", "blocks/{L}/norm_1/scale", "D"),
     Row("gpt_neox.layers.{L}.input_layernorm.bias", "D", "blocks/{L}/norm_1/bias", "D"),

@@ -1,4 +1,4 @@
-"""gpt-oss (arXiv:2508.10925): mixture of experts, attention sinks, every other layer local."""
+"""gpt-oss (arXiv:2508.10925): mixture of experts, attention sinks, a sliding window in every other layer."""
 
 from __future__ import annotations
 

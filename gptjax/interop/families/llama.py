@@ -1,5 +1,5 @@
-"""Llama 2 and 3 (arXiv:2307.09288, arXiv:2407.21783), and every model that calls itself a Llama. Many families are this
-one with something added, and take their names from here."""
+"""Llama 2 and 3 (arXiv:2307.09288, arXiv:2407.21783), and models with the same architecture. Many families extend this
+one and reuse its tables."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def write(m: TransformerConfig) -> dict[str, Any]:
 
 
 def plain(c: Fields) -> TransformerConfig:
-    """A Llama without biases: what other families add to. These turn whole heads, whatever config.json says."""
-    m = partly_turned(c)
+    """A Llama without biases, which other families extend. Rotary positions must cover the whole head."""
+    m = partial_rotary(c)
     assert isinstance(m.positions, RoPE)
     Fields(partial_rotary_factor=m.positions.fraction).only(partial_rotary_factor=1.0)
     return m
 
 
-def partly_turned(c: Fields) -> TransformerConfig:
-    """The same, where a family can turn a part of each head alone."""
+def partial_rotary(c: Fields) -> TransformerConfig:
+    """A Llama without biases, with rotary positions in a fraction of each head."""
     return TransformerConfig(
         **sizes(c), positions=rope(c), norm=RMSNorm(c["rms_norm_eps"]), mlp=activation(c, "hidden_act", GATED)
     )
 
 
 def of_plain(m: TransformerConfig) -> dict[str, Any]:
-    """`plain` undone."""
+    """The fields of config.json: the inverse of `plain`."""
     activation = of_activation(m.mlp, GATED)
     return {**of_sizes(m), **of_rope(m.positions), "rms_norm_eps": m.norm.eps, "hidden_act": activation}
 

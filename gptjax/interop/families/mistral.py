@@ -1,4 +1,4 @@
-"""Mistral (arXiv:2310.06825): Llama, with a sliding window in every layer if it has one."""
+"""Mistral (arXiv:2310.06825): Llama with an optional sliding window in every layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLMo 2 (arXiv:2501.00656): Llama with the norms after the sublayers, and queries and keys normalised together."""
+"""OLMo 2 (arXiv:2501.00656): Llama with norms after the sublayers, and QK-norm over all heads jointly."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Phi-3 and Phi-4 (arXiv:2404.14219): Llama with its projections joined, and a sliding window in every layer if it has
-one."""
+"""Phi-3 and Phi-4 (arXiv:2404.14219): Llama with merged projections and an optional sliding window in every layer."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ JOINED = (
 
 
 def read(c: Fields) -> TransformerConfig:
-    return dataclasses.replace(llama.partly_turned(c), attention=MultiHeadAttention(window=c.get("sliding_window")))
+    return dataclasses.replace(llama.partial_rotary(c), attention=MultiHeadAttention(window=c.get("sliding_window")))
 
 
 TABLE = (*llama.ENDS, *JOINED, *llama.NORMS)

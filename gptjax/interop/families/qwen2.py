@@ -1,5 +1,5 @@
-"""Qwen 2 and 2.5 (arXiv:2407.10671, arXiv:2412.15115): Llama with biases on queries, keys and values; some layers may
-have a sliding window."""
+"""Qwen 2 and 2.5 (arXiv:2407.10671, arXiv:2412.15115): Llama with biases on queries, keys and values, and optional
+sliding windows in some layers."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def write(m: TransformerConfig) -> dict[str, Any]:
 
 
 def windows(c: Fields) -> list[LayerOverrides]:
-    """What a layer sees: older files say from which layer on there is a window, newer ones say it layer by layer."""
+    """Sliding window of each layer. Older files give the first layer with a window, newer ones list all layers."""
     size, n = c.get("sliding_window") if c.get("use_sliding_window", False) else None, c["num_hidden_layers"]
-    start = c.get("max_window_layers", n)
-    older = ["sliding_attention" if size is not None and i >= start else "full_attention" for i in range(n)]
+    first = c.get("max_window_layers", n)
+    older = ["sliding_attention" if size is not None and i >= first else "full_attention" for i in range(n)]
     types = c.get("layer_types") or older
     return [LayerOverrides(window=size) if kind == "sliding_attention" else LayerOverrides() for kind in types]
 
 
 def of_windows(m: TransformerConfig) -> dict[str, Any]:
-    """`windows` undone."""
+    """The fields of config.json for the windows: the inverse of `windows`."""
     size = window(m)
     return {"use_sliding_window": size is not None, "sliding_window": size, "layer_types": layer_types(m)}
 

@@ -1,4 +1,4 @@
-"""Qwen 3 (arXiv:2505.09388): Llama with heads of any size, and queries and keys that are normalised."""
+"""Qwen 3 (arXiv:2505.09388): Llama with QK-norm and a head size independent of the width."""
 
 from __future__ import annotations
 

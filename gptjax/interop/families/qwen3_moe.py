@@ -1,4 +1,4 @@
-"""Qwen 3 with a mixture of experts (arXiv:2505.09388) in some layers, usually in all."""
+"""Qwen 3 with mixtures of experts (arXiv:2505.09388) in some layers, usually in all."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def read(c: Fields) -> TransformerConfig:
     router = Softmax(renormalise=c.get("norm_topk_prob", False))
     count, expert = c.get("num_experts") or c["num_local_experts"], activation(c, "hidden_act", GATED)
     moe = MixtureOfExperts(count, c["num_experts_per_tok"], expert, router)
-    every, without = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers") or []
+    period, dense_layers = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers") or []
     variants = [
-        dataclasses.replace(dense, window=seen.window) if i in without or (i + 1) % every else seen
-        for i, seen in enumerate(qwen2.windows(c))
+        dataclasses.replace(dense, window=layer.window) if i in dense_layers or (i + 1) % period else layer
+        for i, layer in enumerate(qwen2.windows(c))
     ]
     return dataclasses.replace(m, mlp=moe, hidden=c["moe_intermediate_size"], **repeated(variants))
 

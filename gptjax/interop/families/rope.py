@@ -1,4 +1,4 @@
-"""Rotary positions as config.json says them: "rope_parameters", or in older files "rope_theta" and "rope_scaling"."""
+"""Rotary positions in config.json: "rope_parameters", or "rope_theta" and "rope_scaling" in older files."""
 
 from __future__ import annotations
 
@@ -45,22 +45,25 @@ SCALINGS: dict[str, tuple[type[Scaling], dict[str, str]]] = {
         },
     ),
 }
-"""Their name -> the class, and their fields -> its fields."""
+"""rope_type -> (our class, {their field: our field})."""
 ALIASES = {"su": "longrope"}
 
 
 def rope(c: Fields, given: Mapping[str, Any] | None = None, theta: float = 10_000.0, fraction: float = 1.0) -> RoPE:
-    """The encoding that the fields say; or one of several, which `given` says. theta, fraction: what lacking ones mean.
+    """The rotary encoding of a config.json.
 
-    Of long and short LongRoPE factors we take the short ones, which are those of texts within the original length:
-    `TransformerConfig.reading` says otherwise."""
-    said = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})} if given is None else given
-    kind = said.get("rope_type", said.get("type", "default"))
+    given            fields of one of several encodings. None: those of config.json
+    theta, fraction  defaults
+
+    LongRoPE uses its short factors, those of texts within the original length; `TransformerConfig.for_context_length`
+    selects the long ones."""
+    own = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})} if given is None else given
+    kind = own.get("rope_type", own.get("type", "default"))
     kind = ALIASES.get(kind, kind)
     if kind not in SCALINGS:
         raise UserError(f"config.json: rope_scaling: got {kind!r}, must be one of {', '.join(SCALINGS)}")
     cls, names = SCALINGS[kind]
-    values = {**said, **{name: c[name] for name in ("original_max_position_embeddings",) if name in c}}
+    values = {**own, **{name: c[name] for name in ("original_max_position_embeddings",) if name in c}}
     if "original_max_position_embeddings" in names:
         values.setdefault("original_max_position_embeddings", c.get("max_position_embeddings"))
         values.setdefault("factor", c.get("max_position_embeddings", 1) / values["original_max_position_embeddings"])
@@ -68,14 +71,14 @@ def rope(c: Fields, given: Mapping[str, Any] | None = None, theta: float = 10_00
     if cls is LongRoPE:
         fields["length"] = fields["original"]
     return RoPE(
-        theta=said.get("rope_theta", c.get("rope_theta", theta)),
+        theta=own.get("rope_theta", c.get("rope_theta", theta)),
         scaling=cls(**fields),
-        fraction=said.get("partial_rotary_factor", c.get("partial_rotary_factor", fraction)),
+        fraction=own.get("partial_rotary_factor", c.get("partial_rotary_factor", fraction)),
     )
 
 
 def of_rope(positions: Positions | None, fraction: float = 1.0) -> dict[str, Any]:
-    """`rope` undone, in the words of old and new versions of `transformers`."""
+    """The fields of config.json, for old and new versions of `transformers`: the inverse of `rope`."""
     if not isinstance(positions, RoPE):
         return {}
     for kind, (cls, names) in SCALINGS.items():
@@ -87,7 +90,7 @@ def of_rope(positions: Positions | None, fraction: float = 1.0) -> dict[str, Any
                 top["partial_rotary_factor"] = positions.fraction
             original = values.get("original_max_position_embeddings")
             lengths = {} if original is None else {"original_max_position_embeddings": original}
-            if isinstance(positions.scaling, LongRoPE):  # there, `transformers` takes the factor from these two
+            if isinstance(positions.scaling, LongRoPE):  # `transformers` computes its factor from these two lengths
                 lengths["max_position_embeddings"] = round(positions.scaling.original * positions.scaling.factor)
             return {
                 **top,

@@ -1,4 +1,4 @@
-"""T5 and its 1.1 (arXiv:1910.10683, arXiv:2002.05202): an encoder and a decoder with one table of embeddings."""
+"""T5 and T5 1.1 (arXiv:1910.10683, arXiv:2002.05202): an encoder and a decoder that share one embedding table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {"relu": ReLU(), "gated-gelu": GeGLU(), "gelu": GELU(approximate=False)}
 
 
 def half(name: str, feed: int) -> tuple[Row, ...]:
-    """The names in the encoder or the decoder. feed: which sublayer the MLP is, from 0."""
+    """Rows of the encoder or the decoder. feed: index of the MLP among the sublayers, from 0."""
     layer, block = f"{name}.block.{{L}}.layer", f"{name}/blocks/{{L}}"
     first = f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     return (
@@ -30,9 +30,15 @@ def half(name: str, feed: int) -> tuple[Row, ...]:
         Row(f"{layer}.0.layer_norm.weight", "D", f"{block}/norm_1/scale", "D"),
         *attention(f"{layer}.0.SelfAttention", f"{block}/attention"),
         Row(f"{layer}.{feed}.layer_norm.weight", "D", f"{block}/norm_{feed + 1}/scale", "D"),
-        Row(f"{layer}.{feed}.DenseReluDense.wi.weight", "F D", f"{block}/mlp/up", "D F", without=f"{block}/mlp/gate"),
+        Row(f"{layer}.{feed}.DenseReluDense.wi.weight", "F D", f"{block}/mlp/up", "D F", if_absent=f"{block}/mlp/gate"),
         Row(f"{layer}.{feed}.DenseReluDense.wi_0.weight", "F D", f"{block}/mlp/gate", "D F"),
-        Row(f"{layer}.{feed}.DenseReluDense.wi_1.weight", "F D", f"{block}/mlp/up", "D F", beside=f"{block}/mlp/gate"),
+        Row(
+            f"{layer}.{feed}.DenseReluDense.wi_1.weight",
+            "F D",
+            f"{block}/mlp/up",
+            "D F",
+            if_present=f"{block}/mlp/gate",
+        ),
         Row(f"{layer}.{feed}.DenseReluDense.wo.weight", "D F", f"{block}/mlp/down", "F D"),
         Row(f"{name}.final_layer_norm.weight", "D", f"{name}/norm/scale", "D"),
     )
@@ -90,7 +96,7 @@ def read(c: Fields) -> EncoderDecoderConfig:
 def write(m: EncoderDecoderConfig) -> dict[str, Any]:
     decoder = m.decoder
     bias = decoder.positions if isinstance(decoder.positions, T5Bias) else T5Bias()
-    kind = next((name for name, part in KINDS.items() if part == decoder.mlp), None)
+    kind = next((name for name, mlp in KINDS.items() if mlp == decoder.mlp), None)
     return {
         "is_encoder_decoder": True,
         "vocab_size": m.vocab,
@@ -111,7 +117,7 @@ def write(m: EncoderDecoderConfig) -> dict[str, Any]:
 
 IGNORED = (
     r"(encoder|decoder)\.embed_tokens\.weight|lm_head\.weight"
-    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # which nobody ever used
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # unused
 )
 FAMILY = Family(
     "t5", "T5ForConditionalGeneration", read, write, TABLE, kind=EncoderDecoderConfig, prefix="", ignored=IGNORED

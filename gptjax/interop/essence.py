@@ -1,0 +1,78 @@
+"""Canonical form of a model's configuration, to compare what trained models compute."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from gptjax.nn import (
+    MLP,
+    Attention,
+    ClassifierConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    LayerOverrides,
+    LongRoPE,
+    MixtureOfExperts,
+    ModelConfig,
+    MultiHeadAttention,
+    RoPE,
+    SwiGLU,
+    TransformerConfig,
+)
+
+
+def essence(m: ModelConfig) -> dict[str, Any]:
+    """Canonical form of everything that determines a trained model's output: each layer separately, with its sizes.
+    Equivalent configurations have equal forms."""
+    if isinstance(m, EncoderDecoderConfig):
+        return {"encoder": essence(m.encoder), "decoder": essence(m.decoder)}
+    if isinstance(m, ClassifierConfig):
+        headless: dict[str, Any] = {"transform": None} if isinstance(m.trunk, EncoderConfig) else {}
+        trunk = dataclasses.replace(m.trunk, tie_embeddings=True, **headless)
+        head = ("classes", "pooling", "pooler", "bias")
+        return {**essence(trunk), "classifier": {name: getattr(m, name) for name in head}}
+    assert isinstance(m, TransformerConfig)
+    layers = {
+        str(i): {
+            "attention": _attention(block.attention),
+            "cross_attention": _attention(block.cross_attention),
+            "mlp": _mlp(block.mlp),
+            "hidden": block.hidden,
+            "bias": block.bias,
+        }
+        for i, block in enumerate(m.stack().blocks)
+    }
+    of_layers = {
+        "kv_heads": None,
+        "head_size": 2,
+        "hidden": None,
+        "bias": False,
+        "leading_layers": (),
+        "pattern": (LayerOverrides(),),
+    }
+    parts = {"attention": MultiHeadAttention(), "cross_attention": None, "mlp": SwiGLU()}
+    positions = RoPE() if isinstance(m.positions, RoPE) else m.positions  # RoPE's settings are compared in the layers
+    of_training = {"dropout": 0.0, "layer_drop": 0.0, "remat": None, "dtype": "float32"}
+    rest = dataclasses.replace(m, positions=positions, **of_layers, **parts, **of_training)
+    return {"model": rest, "layers": layers}
+
+
+def _attention(part: Attention | None) -> Attention | None:
+    if isinstance(part, MultiHeadAttention):
+        if part.scale is None and part.head_size is not None:
+            part = dataclasses.replace(part, scale=part.head_size**-0.5)
+        if part.output_bias is None:
+            part = dataclasses.replace(part, output_bias=part.bias)
+    positions = None if part is None else part.positions
+    if part is not None and isinstance(positions, RoPE) and isinstance(positions.scaling, LongRoPE):
+        scaling = dataclasses.replace(positions.scaling, length=None)  # in `transformers` it is each text's length
+        part = dataclasses.replace(part, positions=dataclasses.replace(positions, scaling=scaling))
+    return part
+
+
+def _mlp(part: MLP | None) -> MLP | None:
+    if not isinstance(part, MixtureOfExperts):
+        return part
+    router = dataclasses.replace(part.router, load_balance=0.0, z_loss=0.0)
+    return dataclasses.replace(part, router=router, capacity=None, implementation=None)
