@@ -155,7 +155,7 @@ def test_damaged_folders(tmp_path: Path):
     refused("lacks 3.safetensors, two.safetensors of its index")
     index["weight_map"] = {"a": SINGLE, "b": SINGLE}
     (tmp_path / INDEX).write_text(json.dumps(index))
-    refused(f"names b in {SINGLE}, which lacks")
+    refused(f"names b in {SINGLE}, where they are missing")
     for bad in ({"a": f"../{tmp_path.name}/{SINGLE}"}, {"a": 1}, {}, []):
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": bad}))
         refused(f"{INDEX} is damaged")
