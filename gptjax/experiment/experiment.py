@@ -84,8 +84,8 @@ class Experiment:
     def __post_init__(self):
         if not self.stages:
             raise UserError("stages: got none, must be at least one")
-        if (first := next(iter(self.stages))) and self.stages[first].adapter is not None:
-            raise UserError(f"{first}.adapter: got one, must be none: the first stage has no parameters to adapt")
+        if (first := next(iter(self.stages))) and self.stages[first].adapter is not None and self.start is None:
+            raise UserError(f"{first}.adapter: got one, must be none: without a `start` there is nothing to adapt")
         limit = self.model.max_positions
         for name, stage in self.stages.items():
             if isinstance(stage.data, Classify) != isinstance(self.model, ClassifierConfig):
@@ -140,6 +140,7 @@ class Experiment:
         cache = cache_dir() / "tokens"
         mesh = self.mesh.make()
         model = self.model.build(self.rules)
+        pretrained = self._pretrained(model, tokenizer)
         results: dict[str, list[Result]] = {}
         with MetricsLogger(folder, self.records, to_json(self)) as records:
             before: str | None = None
@@ -159,13 +160,15 @@ class Experiment:
                             records,
                             cache=cache,
                             seed=self.seed,
-                            start=self._start(folder, before, model, tokenizer),
+                            start=functools.partial(self._trained, folder, before, pretrained)
+                            if before
+                            else pretrained,
                             sample=functools.partial(_sample, model, stage, tokenizer) if self._writes else None,
                             description={"configuration": to_json(self)},
                             profile=profile,
                         )
                 before = name
-                results[name] = self._evaluate(folder, name, stage, tokenizer, console)
+                results[name] = self._evaluate(folder, name, stage, tokenizer, pretrained, console)
         if jax.process_index() == 0:
             report.write(folder, results, "text" if isinstance(self.model, ClassifierConfig) else "token")
             console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}")
@@ -180,19 +183,21 @@ class Experiment:
         """Whether the model is one that writes on."""
         return model_class(type(self.model)) is LanguageModel
 
-    def _start(
-        self, folder: Path, before: str | None, model: Module, tokenizer: Tokenizer
-    ) -> Callable[[Params], Params] | None:
-        """What gives a stage its first parameters, placed as the abstract ones; None: they are drawn."""
-        if before is not None:
-            return functools.partial(self._trained, folder, before)
+    def _pretrained(self, model: Module, tokenizer: Tokenizer) -> Callable[[Params | None], Params] | None:
+        """Abstract parameters -> those of the model that the first stage starts from. None: they are drawn."""
         path = self.start
         return None if path is None else lambda _: init_from_pretrained(path, model, tokenizer, self.seed)
 
-    def _trained(self, folder: Path, name: str, abstract: Params | None = None) -> Params:
+    def _trained(
+        self,
+        folder: Path,
+        name: str,
+        pretrained: Callable[[Params | None], Params] | None,
+        abstract: Params | None = None,
+    ) -> Params:
         """What a stage has made, placed as the abstract parameters."""
         adapters = {name: stage.adapter for name, stage in self.stages.items()}
-        return restore_stage_params(folder / "checkpoints", adapters, name, abstract).state
+        return restore_stage_params(folder / "checkpoints", adapters, name, abstract, pretrained).state
 
     def _claim(self, folder: Path, accept_changes: bool) -> list[str]:
         """Make the folder this experiment's. Returns how it differs from the configuration that was there."""
@@ -268,7 +273,9 @@ class Experiment:
                         "and fewer than model.positions can tell apart"
                     )
 
-    def _evaluate(self, folder: Path, name: str, stage: Stage, tokenizer: Tokenizer, console: Console) -> list[Result]:
+    def _evaluate(
+        self, folder: Path, name: str, stage: Stage, tokenizer: Tokenizer, pretrained: Any, console: Console
+    ) -> list[Result]:
         """The results of a stage's evaluations: those in the folder, or found now."""
         path = folder / "report" / f"{name}.json"
         found = processes.gather(json.loads(path.read_text()) if path.exists() else None)[0]
@@ -276,7 +283,7 @@ class Experiment:
             return [Result(**result) for result in found]
         if not stage.evaluations:
             return []
-        model = model_class(type(self.model))(self.model, self._trained(folder, name), tokenizer)
+        model = model_class(type(self.model))(self.model, self._trained(folder, name, pretrained), tokenizer)
         results = []
         for evaluation in stage.evaluations:
             with console.status(f"{name}: evaluating {type(evaluation).__name__} ..."):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -92,18 +92,27 @@ def load(
 
 
 def restore_stage_params(
-    checkpoints: Path, adapters: Mapping[str, LoRA | None], stage: str, abstract: Params | None = None
+    checkpoints: Path,
+    adapters: Mapping[str, LoRA | None],
+    stage: str,
+    abstract: Params | None = None,
+    pretrained: Callable[[Params | None], Params] | None = None,
 ) -> Restored:
     """The newest parameters of a run's stage, the averaged ones if there are, placed as the abstract ones; its adapters
-    merged into the parameters of the stage before.
+    merged into the parameters of the stage before, or of the model that the run started from.
 
     checkpoints  the run's folder of them
     adapters     those of every stage, in order
+    pretrained   abstract parameters -> those of the model that the run started from
     """
     lora, names = adapters[stage], list(adapters)
     base = None
     if lora is not None:
-        base = restore_stage_params(checkpoints, adapters, names[names.index(stage) - 1], abstract).state
+        if (before := names.index(stage) - 1) >= 0:
+            base = restore_stage_params(checkpoints, adapters, names[before], abstract, pretrained).state
+        else:
+            assert pretrained is not None, "adapters of a first stage are of a pretrained model"
+            base = pretrained(abstract)
         abstract = None if abstract is None else jax.eval_shape(lora.init, jax.random.key(0), base)
     with Checkpoints(checkpoints / stage) as saved:
         restored = saved.restore_params(ema=True, abstract_params=abstract)
@@ -223,7 +232,13 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Shard
         with Checkpoints(path / "checkpoints" / name) as checkpoints:
             if not checkpoints.steps():
                 continue
-        restored = restore_stage_params(path / "checkpoints", adapters, name, nested(abstract))
+        tokenizer = load_tokenizer(path / "tokenizer")
+
+        def pretrained(places: Params | None, tokenizer: Tokenizer = tokenizer) -> Params:
+            params = init_from_pretrained(experiment["start"], model.build(rules), tokenizer, experiment["seed"])
+            return jax.tree.map(lambda x, place: x.astype(place.dtype), params, places)
+
+        restored = restore_stage_params(path / "checkpoints", adapters, name, nested(abstract), pretrained)
         tokenizer = _matching(path, restored.extra["tokenizer"])
         settings = {"context": stage["data"].get("length")} if found is LanguageModel else {}
         if isinstance(model, ClassifierConfig) and (classes := stage["data"]["source"].get("classes")):

@@ -24,7 +24,8 @@ class Stage:
     steps: int
     """Optimizer steps, a batch each."""
     adapter: LoRA | None = None
-    """Adapters to train over the parameters of the stage before, which then stay as they are; none: all is trained."""
+    """Adapters to train over frozen parameters: those of the stage before, or of the model that the experiment starts
+    from. None: all parameters are trained."""
     accumulate: int = 1
     """Gradient accumulation: microbatches per step."""
     ema: float | None = None

@@ -70,6 +70,18 @@ def test_a_stage_of_adapters(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, params(folder, "base"), base)
 
 
+def test_adapters_of_a_pretrained_model(tmp_path, monkeypatch):
+    """A first stage adapts the model that the run starts from, the next what it made; loaded, both are merged."""
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
+    base, folder = tmp_path / "base", tmp_path / "run"
+    adapt = EXPERIMENT.stages["adapt"]
+    dataclasses.replace(EXPERIMENT, stages={"base": BASE}).run(base)
+    started = dataclasses.replace(EXPERIMENT, tokenizer=data.LoadTokenizer(str(base)), start=str(base))
+    dataclasses.replace(started, stages={"adapt": adapt, "again": adapt}).run(folder)
+    merged = LORA.merge(LORA.merge(params(base, "base"), params(folder, "adapt")), params(folder, "again"))
+    jax.tree.map(np.testing.assert_array_equal, load(folder).params, merged)
+
+
 def test_adapters_need_something_to_adapt():
     with pytest.raises(UserError, match=r"first.adapter: got one, must be none"):
         dataclasses.replace(EXPERIMENT, stages={"first": EXPERIMENT.stages["adapt"]})
