@@ -131,30 +131,52 @@ def override(config: Config, arguments: Sequence[str], prog: str, description: s
     Values are parsed by the types of the fields; a field that holds a dataclass is narrowed to that dataclass's class.
     `--help` prints the description and every option with its field's docstring, then exits. Raises UserError for an
     unknown option or a bad value."""
-    import tyro
+    from tyro import conf
 
     names = list(_names(config, ""))
+    settings = {"prog": prog, "description": description, "registry": _as_held()}
+    settings["config"] = conf.AvoidSubcommands, conf.FlagConversionOff, conf.SuppressFixed
+    changed, unknown = _parse(config, arguments, **settings)
+    if unknown:
+        raise UserError(_unknown(unknown[0].partition("=")[0], names, prog))
+    return changed
+
+
+def parse_options(options: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:
+    """Parse a command's own options. Returns them and the arguments that are none of them, `--help` among these.
+
+    Raises UserError for a bad value."""
+    return _parse(options, arguments, add_help=False)
+
+
+def describe_options(options: Any) -> str:
+    """Help text of a command's own options."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        _parse(options, ["--help"])
+    _, _, text = printed.getvalue().partition("\n\n")  # after its usage
+    return text.strip("\n")
+
+
+def _parse(default: Config, arguments: Sequence[str], **settings: Any) -> tuple[Config, list[str]]:
+    """Replace the values of a configuration that the arguments name. Returns it and the unknown arguments."""
+    import tyro
+
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            changed, unknown = tyro.cli(
-                type(config),
-                default=config,
+            return tyro.cli(
+                type(default),
+                default=default,
                 args=arguments,
-                prog=prog,
-                description=description,
                 use_underscores=True,
                 return_unknown_args=True,
-                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
-                registry=_as_held(),
+                **settings,
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise _rejection(stop, errors.getvalue()) from None
-    if unknown:
-        raise UserError(_unknown(unknown[0].partition("=")[0], names, prog))
-    return changed
 
 
 def _as_held() -> Any:
@@ -204,7 +226,7 @@ def _rejection(stop: SystemExit, printed: str) -> UserError:
         cause = cause.__context__
     # A box has a title line, then paragraphs separated by rules; the first paragraph is the reason.
     paragraphs = re.split(r"[─-]{5,}", re.sub(r"\x1b\[[0-9;]*m", "", printed))
-    lines = (line.strip(" │|╮+") for line in paragraphs[min(1, len(paragraphs) - 1)].splitlines())
+    lines = (line.strip(" │|╭╮╰╯+") for line in paragraphs[min(1, len(paragraphs) - 1)].splitlines())
     reason, _, _ = " ".join(line for line in lines if line).partition(" Got errors:")
     return UserError(reason.removeprefix("Error parsing ").removesuffix("."))
 

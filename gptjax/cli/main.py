@@ -1,8 +1,18 @@
-"""The command line: `gptjax run | chat | generate | eval | convert | plan | tokenizer`; each has --help."""
+"""The command line. `gptjax COMMAND --help` describes a command.
+
+gptjax run          train an experiment, or resume it
+gptjax plan         memory, time and price of an experiment on chips that you need not have
+gptjax chat         talk with a model
+gptjax generate     continue a prompt
+gptjax eval         measure a model
+gptjax convert      write a model in another format: Hugging Face, GGUF or ours
+gptjax tokenizer    train a tokenizer, or report on one
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import sys
@@ -12,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gptjax.cli import plan, run
 from gptjax.cli.chat import Chat, show
 from gptjax.cli.convert import convert
 from gptjax.distributed import processes
@@ -23,7 +34,6 @@ if TYPE_CHECKING:
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
 
-app = tyro.extras.SubcommandApp()
 tokenizer = tyro.extras.SubcommandApp()
 
 
@@ -60,7 +70,6 @@ class Drawing:
         return {**fields, **said}
 
 
-@app.command
 def generate(
     path: Model,
     prompt: str | None = None,
@@ -84,7 +93,6 @@ def generate(
         print(f"--- {i + 1} ---\n{completion.text}")
 
 
-@app.command
 def chat(
     path: Model,
     system: str | None = None,
@@ -101,10 +109,6 @@ def chat(
     Chat(model, system, options).run()
 
 
-app.command(convert)
-
-
-@app.command(name="eval")
 def evaluate(path: Model, text: str | None = None) -> None:
     """Measure a model: bits per byte beside `xz -9`'s, on a text or on what its experiment names.
 
@@ -123,28 +127,6 @@ def evaluate(path: Model, text: str | None = None) -> None:
     for evaluation in evaluations:
         result = evaluation(model)
         print(f"# {result.title}\n\n{result.markdown}\n")
-
-
-@app.command
-def plan(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")], on: str) -> None:
-    """Say whether an experiment fits on chips that are elsewhere, how long it takes there and what it costs; see
-    `gptjax plan --help`.
-
-    Args:
-        name: An experiment, or the path of a .py file.
-        on: The chips, such as v5e:4x4, v5p:4x4x4 or cpu:8.
-    """
-    raise AssertionError(f"main hands plan {name} {on} on: it takes overrides, which tyro cannot list here")
-
-
-@app.command
-def run(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]) -> None:
-    """Train an experiment, or resume it; the same as `python -m experiments`. See `gptjax run --help`.
-
-    Args:
-        name: A shipped experiment, or the path of a .py file.
-    """
-    raise AssertionError(f"main hands run {name} on: it takes overrides, which tyro cannot list here")
 
 
 @tokenizer.command
@@ -181,9 +163,6 @@ def report(path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PAT
     print(measure(load_tokenizer(path), _documents(files)))
 
 
-app.command(tokenizer, name="tokenizer", help="Train a tokenizer, or say what one makes of some text.")
-
-
 def _documents(files: Sequence[str]) -> Generator[str]:
     from gptjax.data import Text
 
@@ -215,21 +194,20 @@ def _drawing(model: LanguageModel) -> LanguageModel:
     return dataclasses.replace(model, sampling=model.sampling or Sampling(temperature=0.8, top_p=0.95))
 
 
+COMMANDS: dict[str, Any] = {"chat": chat, "generate": generate, "eval": evaluate, "convert": convert}
+"""Commands whose arguments are those of a function."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 done, 1 a plan that does not fit, 2 a mistake in the input,
-    130 interrupted."""
+    """Run the command line and return the exit code: 0 done, 1 a plan that does not fit, 2 a mistake in the input,
+    130 interrupted; of `gptjax run`, also those of `gptjax.cli.run.main`."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(__doc__, end="")
+        return 0
     processes.prepare()
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        if arguments[:1] == ["plan"]:
-            from gptjax.plan import command
-
-            return command.main(arguments[1:])
-        if arguments[:1] == ["run"]:
-            from gptjax.cli import run
-
-            return run.main(arguments[1:])
-        app.cli(prog="gptjax", description=__doc__, args=arguments)
+        return _run(name, rest)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `gptjax generate ... | head` has had enough
@@ -244,6 +222,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, UserError):
             raise
         print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    if name == "run":
+        return run.main(arguments)
+    if name == "plan":
+        return plan.main(arguments)
+    if name == "tokenizer":
+        tokenizer.cli(prog="gptjax tokenizer", args=arguments)
+    elif name in COMMANDS:
+        tyro.cli(COMMANDS[name], prog=f"gptjax {name}", args=arguments)
+    else:
+        near = difflib.get_close_matches(name, ("run", "plan", "tokenizer", *COMMANDS), n=1)
+        hint = f"; the nearest: {near[0]}" if near else ""
+        print(f"error: no command {name!r}{hint}; see gptjax --help", file=sys.stderr)
         return 2
     return 0
 

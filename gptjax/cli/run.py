@@ -11,12 +11,15 @@ python -m experiments path/to/mine.py                   an experiment outside th
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from gptjax.experiment import catalogue
 
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     except Exception as error:
         if processes.process_lost(error):
             processes.leave(f"{program} {shlex.join(arguments)}", error)
-        if isinstance(error, (UserError, argparse.ArgumentError)):
+        if isinstance(error, UserError):
             return _fail(str(error))
         raise
     except KeyboardInterrupt:
@@ -55,17 +58,63 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         return 130
 
 
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the launcher; every other option overrides a value of the experiment."""
+
+    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+    """Run folder, created or resumed."""
+    mirror: Annotated[str | None, tyro.conf.arg(metavar="gs://BUCKET/NAME")] = None
+    """Copy the run folder there, behind the training, and resume from there what is newer than here."""
+    print: Flag = False
+    """Show the configuration, overrides applied, and stop."""
+    coordinates: Flag = False
+    """Show how activations grow with width, without and with muP, draw it in FOLDER-coordinates.png and stop."""
+    accept_changes: Flag = False
+    """Resume a run folder that was made with another configuration."""
+    profile: Annotated[str | None, tyro.conf.arg(metavar="FIRST:LAST")] = None
+    """Trace these steps of each stage, counted from where this run begins or resumes, into FOLDER/profile."""
+    distributed: bool = False
+    """Be one of several processes: jax.distributed.initialize(). The default is True in a TPU slice of several hosts,
+    under srun and mpirun, and where JAX_COORDINATOR_ADDRESS is set."""
+
+    @property
+    def folder(self) -> Path:
+        """`out`. Raises UserError for a bucket."""
+        from gptjax.types import UserError
+
+        if "://" in self.out:
+            raise UserError(f"out: got {self.out}, must be a folder here; docs/cloud.md says how to use a bucket")
+        return Path(self.out)
+
+    @property
+    def steps(self) -> range | None:
+        """`profile`, from FIRST to LAST. Raises UserError."""
+        from gptjax.types import UserError
+
+        if self.profile is None:
+            return None
+        first, _, last = self.profile.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise UserError(
+                f"profile: got {self.profile}, must be two steps counted from 1, the later last, such as 10:15"
+            )
+        return range(int(first), int(last) + 1)
+
+
 def _launch(name: str, arguments: list[str], program: str) -> int:
-    from gptjax.config import override
+    from gptjax.config import describe_options, override, parse_options
     from gptjax.distributed import processes
 
-    parser = _options(name)
-    options, overrides = parser.parse_known_args(arguments)
+    default = Options(str(Path("runs") / Path(name).stem), distributed=processes.several())
+    options, overrides = parse_options(default, arguments)
+    folder, steps = options.folder, options.steps
     module = catalogue.load(name)
-    description = (
-        f"{(module.__doc__ or '').strip()}\n\n{parser.format_help().strip()}\n\nEvery value of the experiment:"
-    )
-    experiment = override(module.experiment, overrides, f"{program} {name}", description)
+    about = f"{(module.__doc__ or '').strip()}\n\n{describe_options(default)}\n\nEvery value of the experiment:"
+    experiment = override(module.experiment, overrides, f"{program} {name}", about)
     if options.print:
         from rich.pretty import pretty_repr
 
@@ -75,7 +124,7 @@ def _launch(name: str, arguments: list[str], program: str) -> int:
         from gptjax.experiment.coordinates import check
 
         stage = next(iter(experiment.stages.values()))
-        print(check(experiment.model, stage.optimizer, options.out.with_name(f"{options.out.name}-coordinates.png")))
+        print(check(experiment.model, stage.optimizer, folder.with_name(f"{folder.name}-coordinates.png")))
         return 0
     if options.distributed:
         processes.join()
@@ -83,69 +132,11 @@ def _launch(name: str, arguments: list[str], program: str) -> int:
     from gptjax.train.loop import Diverged
 
     try:
-        with Mirror(options.mirror, options.out) if options.mirror else contextlib.nullcontext():
-            more = {"profile": options.profile} if options.profile else {}
-            return experiment.run(options.out, accept_changes=options.accept_changes, **more) or 0
+        with Mirror(options.mirror, folder) if options.mirror else contextlib.nullcontext():
+            more = {"profile": steps} if steps else {}
+            return experiment.run(folder, accept_changes=options.accept_changes, **more) or 0
     except Diverged as error:
         return _fail(str(error), code=3)
-
-
-def _options(name: str) -> argparse.ArgumentParser:
-    """The launcher's own options; whatever else is on the command line is an override."""
-    from gptjax.distributed import processes
-
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(
-        "--out",
-        type=_folder,
-        default=Path("runs") / Path(name).stem,
-        metavar="FOLDER",
-        help="the run folder, made new or gone on with (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--mirror",
-        metavar="gs://BUCKET/NAME",
-        help="keep a copy of the run folder there, behind the training, and go on from it where it has more",
-    )
-    parser.add_argument("--print", action="store_true", help="show the configuration, overrides applied, and stop")
-    parser.add_argument(
-        "--coordinates",
-        action="store_true",
-        help="show how activations grow with width, without and with muP, draw it in FOLDER-coordinates.png and stop",
-    )
-    parser.add_argument(
-        "--accept_changes",
-        "--accept-changes",
-        action="store_true",
-        help="go on in a run folder that was made with another configuration",
-    )
-    parser.add_argument(
-        "--profile",
-        type=_steps,
-        metavar="FIRST:LAST",
-        help="trace these steps of each stage, counted from where this run begins or goes on, into FOLDER/profile",
-    )
-    parser.add_argument(
-        "--distributed",
-        action=argparse.BooleanOptionalAction,
-        default=processes.several(),
-        help="be one of several processes: jax.distributed.initialize(); the default in a TPU slice of several hosts, "
-        "under srun and mpirun, and where JAX_COORDINATOR_ADDRESS is set",
-    )
-    return parser
-
-
-def _steps(text: str) -> range:
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"got {text}, must be two steps counted from 1, the later last, such as 10:15")
-    return range(int(first), int(last) + 1)
-
-
-def _folder(path: str) -> Path:
-    if "://" in path:
-        raise argparse.ArgumentTypeError(f"got {path}, must be a folder here; docs/cloud.md says how to use a bucket")
-    return Path(path)
 
 
 def _listing(program: str) -> str:

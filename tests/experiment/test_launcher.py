@@ -150,12 +150,12 @@ def test_help_of_an_experiment(tiny, capsys):
         (["TINY", "--steps", "-1"], "steps: got -1, must not be negative"),
         (
             ["TINY", "--out", "gs://b/c"],
-            "argument --out: got gs://b/c, must be a folder here; docs/cloud.md says how to use a bucket",
+            "out: got gs://b/c, must be a folder here; docs/cloud.md says how to use a bucket",
         ),
-        (["TINY", "--out"], "argument --out: expected one argument"),
+        (["TINY", "--out"], "Missing value for argument '--out'. Expected 1 values"),
         (
             ["TINY", "--profile", "5:3"],
-            "argument --profile: got 5:3, must be two steps counted from 1, the later last, such as 10:15",
+            "profile: got 5:3, must be two steps counted from 1, the later last, such as 10:15",
         ),
         (["empty.py"], "empty.py: defines no `experiment`; add `experiment = Experiment(...)` to the file"),
         (["pathlib.py"], "pathlib.py: there is another module named 'pathlib'; rename the file"),

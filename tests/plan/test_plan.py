@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.cli import plan as command
 from gptjax.distributed.parameters import by_name, matrix
 from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment
 from gptjax.nn import MixtureOfExperts
 from gptjax.optim import AdamW, Muon
-from gptjax.plan import changes, command, compiled, hlo
+from gptjax.plan import changes, compiled, hlo
 from gptjax.plan.arithmetic import product_flops
 from gptjax.plan.changes import LONG, Change, meshes
 from gptjax.plan.chips import CHIPS

@@ -12,12 +12,14 @@ Exits with 1 if a step does not fit, and prints the largest arrays and the small
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from gptjax.types import UserError
+import tyro
+
+# Nothing heavier up here: --help must not wait for jax.
 
 if TYPE_CHECKING:
     from gptjax.experiment.experiment import Experiment
@@ -29,24 +31,34 @@ BEST = 5
 """Number of search results printed."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the planner; every other option overrides a value of the experiment."""
+
+    on: Annotated[str, tyro.conf.arg(metavar="TARGET", help_behavior_hint="(required)")] = ""
+    """Chips: v4, v5e, v5p, v6e or tpu7x:SHAPE[*N], or cpu:N."""
+    stage: str | None = None
+    """Stage to plan. None: all; with --search the first."""
+    search: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Try meshes and remat policies, and print the best."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit code: 0 if everything fits, else 1. Raises UserError."""
-    parser = argparse.ArgumentParser("gptjax plan", usage="gptjax plan NAME --on TARGET [options] [overrides]")
-    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("name", metavar="NAME", help="name of an experiment, or path of a .py file")
-    parser.add_argument("--on", required=True, metavar="TARGET", help="v4, v5e, v5p, v6e or tpu7x:SHAPE[*N], or cpu:N")
-    parser.add_argument("--stage", help="stage to plan (default: all; with --search: the first)")
-    parser.add_argument("--search", action="store_true", help="try meshes and remat policies, and print the best")
-    options, overrides = parser.parse_known_args(arguments)
+    if not arguments or {"-h", "--help"} & {*arguments}:
+        tyro.cli(Options, prog="gptjax plan NAME", description=__doc__, args=["--help"])
+    name, *rest = arguments
 
+    from gptjax.config import override, parse_options
     from gptjax.plan.topology import Target
+    from gptjax.types import UserError
 
+    options, overrides = parse_options(Options(), rest)
     target = Target.parse(options.on)
     target.prepare()
-    from gptjax.config import override
     from gptjax.experiment.catalogue import load
 
-    experiment = override(load(options.name).experiment, overrides, f"gptjax plan {options.name}", "")
+    experiment = override(load(name).experiment, overrides, f"gptjax plan {name}", "")
     names = [options.stage] if options.stage else list(experiment.stages)
     if names[0] not in experiment.stages:
         raise UserError(f"stage: got {names[0]!r}, must be one of {', '.join(experiment.stages)}")
@@ -96,6 +108,7 @@ def _compile(change: Change, name: str, devices: Sequence[Any]) -> Step | None:
     """Compile the changed experiment. None, with a message: the model cannot be sharded so, which may only show when
     the step is traced."""
     from gptjax.plan.compiled import compile_step
+    from gptjax.types import UserError
 
     try:
         return compile_step(change.experiment, name, devices)
