@@ -31,6 +31,7 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     """One after the other, in a folder with nothing but the checkout's `tests` and `tpu`: a block with a title is a
     file, others are run."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     for folder in ("tests", "tpu"):
         Path(folder).symlink_to(ROOT / folder)
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))

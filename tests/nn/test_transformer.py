@@ -16,6 +16,7 @@ from gptjax.nn import (
     LSTM,
     MLP,
     ALiBi,
+    Attention,
     Chain,
     Encoder,
     EncoderConfig,
@@ -63,6 +64,11 @@ CONFIGS |= {
     kind.__name__: dataclasses.replace(BASE, residual=kind())
     for kind in every(Residual)
     if kind not in (Residual, Chain)
+}
+CONFIGS |= {  # of others: python -m pytest -p their_module tests/nn/test_transformer.py
+    kind.__name__: dataclasses.replace(BASE, attention=kind())
+    for kind in every(Attention)
+    if not kind.__module__.startswith("gptjax.")
 }
 CONFIGS["rope"] = dataclasses.replace(
     BASE, head_size=8, positions=RoPE(fraction=0.5, interleaved=True, scaling=YaRN(factor=4.0, original=8))
