@@ -53,6 +53,14 @@ def test_the_readmes_module_runs():
     assert names["y"].shape == (1, 16, 512)
 
 
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_pages_begin_with_whom_they_are_for_and_something_to_run(page):
+    title, _, first, *lines = (ROOT / page).read_text().splitlines()
+    assert title.startswith("# ")
+    assert first.startswith("For "), f"{page} begins: {first}"
+    assert any(line.startswith("```") for line in lines[:7]), f"{page}: nothing to run within the first ten lines"
+
+
 @pytest.mark.parametrize("page", PAGES + OTHERS)
 def test_links_lead_somewhere(page):
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", (ROOT / page).read_text()):
