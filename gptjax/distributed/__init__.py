@@ -1,1 +1,1 @@
-"""Many devices and many processes: meshes and sharding rules, the job's processes, parameter trees."""
+"""Distribution over devices and processes: meshes and sharding rules, multi-process jobs, parameter trees."""

@@ -1,4 +1,4 @@
-"""Looking up token embeddings."""
+"""Token embedding lookup."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from gptjax.types import Array
 
 
 def embed(table: Array, ids: Array, table_sharding=None, out_sharding=None) -> Array:
-    """table [V, D], ids int32 [B, T] -> [B, T, D].
+    """Look up rows of the table: table [V, D], ids int32 [B, T] -> [B, T, D].
 
-    The shardings are PartitionSpecs, None without a mesh. The table is gathered over the width first: a table sharded
-    on both axes would make the partitioner replicate the lookup.
+    The shardings are PartitionSpecs. None: no mesh. The table is all-gathered over the width first: the partitioner
+    would replicate the lookup in a table sharded over both axes.
     """
     if out_sharding is None:
         return table[ids]

@@ -1,7 +1,7 @@
-"""What a mixture of experts computes beside its router: tokens sorted by expert, rows times their expert's matrix.
+"""The experts of a mixture: dispatch of tokens to experts, and the grouped matrix product.
 
-A token that goes to k experts makes k *assignments*. An assignment has a row of what the experts compute, next to the
-other rows of its expert.
+A token that is routed to k experts has k *assignments*. The experts compute rows; each assignment has one row, next to
+the other rows of its expert.
 """
 
 from __future__ import annotations
@@ -18,62 +18,61 @@ from gptjax.kernels import target
 from gptjax.types import Array
 
 BLOCKS = (512, 64)
-"""Rows that a CPU multiplies at a time: large blocks first, small ones for the rest. Multiples of one another. A TPU
-takes tiles of the first's size."""
+"""Block sizes in rows on a CPU: large blocks first, small ones for the remainder; multiples of one another. A TPU uses
+tiles of the first size."""
 
 WIDEST = 2_048
-"""Bytes of a row, or of a column, of the part of a matrix whose gradient a TPU sums up at a time: as many as fit its
-fast memory."""
+"""Maximum bytes of a row or column of a tile of the weight gradient on TPU, so that it fits the fast memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
-    """Where the rows of A assignments are among the R rows, some of them spare, that E experts compute."""
+    """Mapping between A assignments and the R rows that E experts compute, some of which are spare."""
 
     sizes: Array
-    """int32 [E], how many rows each expert has."""
+    """int32 [E], number of rows of each expert."""
     assignment: Array
-    """int32 [R], what each row computes; A for a row that computes nothing."""
+    """int32 [R], assignment of each row; A for a spare row."""
     row: Array
-    """int32 [A], where each assignment is computed; R for one that is not."""
+    """int32 [A], row of each assignment; R for a dropped one."""
     capacity: int | None = None
-    """Each expert has this many rows, empty ones included; none: just its own, one expert's after the other's."""
+    """Rows per expert, including spare ones. None: the experts' own rows, contiguous."""
 
     def send(self, x: Array) -> Array:
-        """[A, D], an assignment each -> [R, D], a row each."""
+        """Gather assignments into rows: [A, D] -> [R, D]."""
         return _take(x, self.assignment, self.row)
 
     def back(self, y: Array) -> Array:
-        """[R, D], a row each -> [A, D], an assignment each; 0 for one that was not computed."""
+        """Gather rows into assignments: [R, D] -> [A, D]; 0 for a dropped assignment."""
         return _take(y, self.row, self.assignment)
 
     def dot(self, x: Array, w: Array, implementation: str | None = None) -> Array:
-        """x [R, D], w [E, D, F] -> [R, F], each row times the matrix of its expert."""
+        """Multiply each row by the matrix of its expert: x [R, D], w [E, D, F] -> [R, F]."""
         if self.capacity is None:
             return grouped_dot(x, w, self.sizes, implementation)
         y = jnp.einsum("ECD,EDF->ECF", x.reshape(len(w), self.capacity, -1), w)
         return y.reshape(-1, w.shape[-1])
 
     def of_expert(self, b: Array, ids: Array) -> Array:
-        """b [E, F], a vector each expert, ids int32 [A] -> [R, F], the vector of each row's expert."""
+        """The vector of each row's expert: b [E, F], expert of each assignment ids int32 [A] -> [R, F]."""
         return self.send(jax.nn.one_hot(ids, len(b), dtype=b.dtype)) @ b
 
 
 def dispatch(ids: Array, experts: int, capacity: int | None = None) -> Dispatch:
-    """ids int32 [A], the expert of each assignment; one that is no expert (>= `experts`) is computed elsewhere.
+    """Sort assignments by expert. ids int32 [A]: expert of each assignment; ids >= `experts` belong to other devices.
 
-    With a capacity, an expert computes only that many of its assignments, the first; the others are dropped (Switch
-    Transformers, arXiv:2101.03961, section 2.2).
+    capacity  maximum number of rows per expert; later assignments are dropped (Switch Transformers, arXiv:2101.03961,
+              section 2.2). None: no limit
     """
     order = jnp.argsort(ids)
-    place = jnp.argsort(order)
+    position = jnp.argsort(order)
     sizes = jnp.sum(ids[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     if capacity is None:
-        most = BLOCKS[0 if target.backend() == "tpu" else -1]  # so many, that whole tiles of a TPU stay whole
-        spare = jnp.full(min(len(ids), most), len(ids))
-        return Dispatch(sizes, jnp.concatenate([order, spare]), place)
+        count = BLOCKS[0 if target.backend() == "tpu" else -1]  # on TPU a whole tile, so that R stays a multiple of it
+        spare = jnp.full(min(len(ids), count), len(ids))
+        return Dispatch(sizes, jnp.concatenate([order, spare]), position)
     starts = jnp.cumsum(sizes) - sizes
-    rank = place - starts.at[ids].get(mode="clip")
+    rank = position - starts.at[ids].get(mode="clip")
     row = jnp.where((rank < capacity) & (ids < experts), ids * capacity + rank, experts * capacity)
     slot = jnp.arange(capacity)
     first = order.at[starts[:, None] + slot].get(mode="clip")
@@ -83,8 +82,8 @@ def dispatch(ids: Array, experts: int, capacity: int | None = None) -> Dispatch:
 
 @jax.custom_vjp
 def _take(x: Array, there: Array, back: Array) -> Array:
-    """x [M, D], there int [P] -> x[there] [P, D], zero where `there` is M. `back` is its inverse, with which the
-    gradient too is a lookup: a CPU takes long to add up what is scattered."""
+    """x [M, D], there int [P] -> x[there] [P, D], zero where `there` is M. `back` is the inverse of `there`: with it
+    the gradient is a gather too, as scatter-add is slow on a CPU."""
     return x.at[there].get(mode="fill", fill_value=0)
 
 
@@ -96,22 +95,23 @@ _take.defvjp(lambda x, there, back: (_take(x, there, back), back), _take_backwar
 
 
 def grouped_dot(x: Array, w: Array, sizes: Array, implementation: str | None = None) -> Array:
-    """x [R, D], w [E, D, F], sizes int32 [E] -> [R, F]. The first sizes[0] rows are multiplied with w[0], the next
-    sizes[1] with w[1] and so on; rows that are left over become 0. The last min(BLOCKS[-1], R / 2) must be left
-    over, for the last block to end in: `dispatch` sees to it.
+    """Grouped matrix product: x [R, D], w [E, D, F], sizes int32 [E] -> [R, F].
 
-    implementation  "ragged": `jax.lax.ragged_dot`, what a GPU gets; "tiled": the same with a kernel for the gradient
-                    of w, what a TPU gets; "blocks": a loop over blocks of rows, what a CPU gets: several times faster
-                    there, and matrices of groups without rows are not read
+    The first sizes[0] rows are multiplied by w[0], the next sizes[1] by w[1] and so on; the remaining rows become 0. At
+    least the last min(BLOCKS[-1], R / 2) rows must remain, as padding of the last block; `dispatch` adds them.
+
+    implementation  "ragged" (GPU): `jax.lax.ragged_dot`; "tiled" (TPU): the same with a kernel for the gradient of w;
+                    "blocks" (CPU): a loop over blocks of rows, several times faster there, which does not read the
+                    matrices of empty groups. None: by the platform
     """
     if implementation is None:
         implementation = {"cpu": "blocks", "tpu": "tiled"}.get(target.backend(), "ragged")
     return {"blocks": _in_blocks, "ragged": lax.ragged_dot, "tiled": _tiled}[implementation](x, w, sizes)
 
 
-# Tiled. XLA's TPU backend has kernels for x w and for the gradient of x, which skip what no group needs. It makes the
-# gradient of w one dense product, of every group with all rows: E times the work. Here that is a Pallas kernel of jax's
-# (after MegaBlocks, arXiv:2211.15841), which goes through the rows once, a tile at a time.
+# Tiled. XLA's TPU backend has kernels for x w and for the gradient of x that skip unneeded blocks, but computes the
+# gradient of w as one dense product of every group with all rows: E times the work. Here that is jax's Pallas kernel
+# (after MegaBlocks, arXiv:2211.15841), which reads the rows once, tile by tile.
 
 
 @jax.custom_vjp
@@ -120,13 +120,13 @@ def _tiled(x: Array, w: Array, sizes: Array) -> Array:
 
 
 def _tiled_backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
-    # Imported when it is needed, as it takes a while. (The package has a function of the module's name.)
+    # Imported here because it takes a while. (The package has a function of the module's name.)
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     x, w, sizes = saved
     (dx,) = jax.linear_transpose(lambda x: lax.ragged_dot(x, w, sizes), x)(g)
     rows = BLOCKS[0]
-    x, g = (jnp.pad(a, ((0, -len(a) % rows), (0, 0))) for a in (x, g))  # nothing to add to what `dispatch` made
+    x, g = (jnp.pad(a, ((0, -len(a) % rows), (0, 0))) for a in (x, g))  # no padding for rows made by `dispatch`
     tiles = rows, *(_tile(size, WIDEST // w.dtype.itemsize) for size in w.shape[1:])
     interpret = target.backend() != "tpu"
     return dx, tgmm(x.T, g, sizes, w.dtype, tiles, interpret=interpret), None
@@ -136,12 +136,12 @@ _tiled.defvjp(lambda x, w, sizes: (_tiled(x, w, sizes), (x, w, sizes)), _tiled_b
 
 
 def _tile(size: int, widest: int) -> int:
-    """The largest part of a side that the kernel takes at a time, whole lanes of 128 and no rest where that can be."""
-    return next((part for part in range(widest, 0, -128) if size % part == 0), min(size, widest))
+    """The largest tile size up to `widest` that is a multiple of 128 lanes and divides the axis, if there is one."""
+    return next((tile for tile in range(widest, 0, -128) if size % tile == 0), min(size, widest))
 
 
-# In blocks. Every group is walked through in blocks of rows, large ones first. The last may reach into the next group:
-# what it reads there counts as 0, and what it writes there is written over when that group's turn comes.
+# Blocks. Every group is processed in blocks of rows, large ones first. The last block may reach into the next group:
+# what it reads there counts as 0, and what it writes there is overwritten by that group.
 
 
 @jax.custom_vjp
@@ -195,21 +195,21 @@ _in_blocks.defvjp(_forward, _backward)
 
 
 def _each_group(sizes: Array, body: Callable[[Array, Array, Array, Any], Any], carry: Any) -> Any:
-    """carry = body(group, its first row, its end, carry) for every group that has rows."""
+    """carry = body(group, first row, end, carry) for every group with rows."""
     ends = jnp.cumsum(sizes)
     present = jnp.flatnonzero(sizes, size=len(sizes))
 
-    def one(i: Array, carry: Any) -> Any:
+    def step(i: Array, carry: Any) -> Any:
         e = present[i]
         return body(e, ends[e] - sizes[e], ends[e], carry)
 
-    return lax.fori_loop(0, jnp.count_nonzero(sizes), one, carry)
+    return lax.fori_loop(0, jnp.count_nonzero(sizes), step, carry)
 
 
 def _each_block(
     start: Array, end: Array, blocks: tuple[int, ...], body: Callable[[Array, int, Any], Any], carry: Any
 ) -> Any:
-    """carry = body(first row, how many, carry) for blocks that cover the rows from start to end."""
+    """carry = body(first row, block size, carry) for blocks that cover the rows from start to end."""
     end = start + (end - start + blocks[-1] - 1) // blocks[-1] * blocks[-1]
     for size in blocks:
         count = (end - start) // size
@@ -221,7 +221,7 @@ def _each_block(
 
 
 def _blocks(x: Array) -> tuple[int, ...]:
-    """The sizes of block that it is worth while to use for x, of which the last fits between its groups and its end."""
+    """Block sizes for x. The last one fits into the padding after its groups."""
     rows = len(x) - min(BLOCKS[-1], len(x) // 2)
     return tuple(size for size in BLOCKS if size <= rows) or (rows,)
 

@@ -1,4 +1,4 @@
-"""The dense layer: a product that contracts x's last axes with w's first ones."""
+"""The dense layer: a product that contracts the last axes of x with the first axes of w."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptjax.types import Array
 
 
 def linear(x: Array, w: Array, out_sharding=None, contract: int = 1) -> Array:
-    """x [..., *C] times w [*C, *O] -> [..., *O], contracting the `contract` axes C. `out_sharding`: a PartitionSpec."""
+    """x [..., *C] times w [*C, *O] -> [..., *O]. contract: number of axes C. out_sharding: a PartitionSpec."""
     if out_sharding is not None:
         dims = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
         return lax.dot_general(x, w, (dims, ((), ())), out_sharding=out_sharding)
@@ -20,8 +20,8 @@ def linear(x: Array, w: Array, out_sharding=None, contract: int = 1) -> Array:
     return y.reshape(*x.shape[: x.ndim - contract], *w.shape[contract:])
 
 
-# XLA's CPU backend is slow at the products that differentiation makes of a many-dimensional one: the gradient of the
-# weights alone took half of a training step. Rows times matrix, with the weight gradient as (g^T x)^T, is fast.
+# XLA's CPU backend is slow at the gradients of a product with many axes: the weight gradients alone took half of a
+# training step. A product of two matrices, with the weight gradient as (g^T x)^T, is fast.
 @jax.custom_vjp
 def _matmul(x: Array, w: Array) -> Array:
     return x @ w

@@ -1,4 +1,4 @@
-"""What a program is traced for, which is where it will run: perhaps on another machine."""
+"""The platform that a program is traced for, possibly that of another machine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from jax.sharding import get_abstract_mesh
 
 
 def backend() -> str:
-    """cpu, gpu or tpu: that of the current mesh's devices, which may be those of another machine; with no mesh, of
-    jax's default device."""
+    """Platform of the current mesh's devices: cpu, gpu or tpu. Without a mesh: that of jax's default device."""
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] (typed without its options)
     device = get_abstract_mesh().abstract_device or default
     if device is None:

@@ -1,4 +1,4 @@
-"""Attention: one function, the plain form and the kernels behind it, the reference that they are tested against."""
+"""Attention: one function, its implementations (plain jax and kernels), and the reference for tests."""
 
 from gptjax.kernels.attention.dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from gptjax.kernels.attention.dispatch import attention as attention

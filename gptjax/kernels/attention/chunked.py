@@ -1,7 +1,7 @@
-"""The plain form a chunk of queries at a time: the same numbers, in memory that grows with S and not with T times S.
+"""The plain implementation, one chunk of queries at a time: the same numbers, with memory O(S) instead of O(T S).
 
-The backward pass computes each chunk's scores again. On a CPU that costs nothing from some thousand tokens on: a
-chunk's scores stay in its caches.
+The backward pass recomputes each chunk's scores. On a CPU that costs nothing from some thousand tokens on, because a
+chunk's scores stay in the caches.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from gptjax.kernels.attention.spec import SAVED, Mask, Options
 from gptjax.types import Array
 
 CHUNK = 128
-"""Queries in a chunk."""
+"""Queries per chunk."""
 
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
-    """Why it cannot do this; None: it can."""
+    """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
     if q.shape[1] % CHUNK:
         return f"needs a multiple of {CHUNK} queries, got {q.shape[1]}"
     if options.dropout:
@@ -41,10 +41,10 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
         return plain.attention(q, k, v, shifted, dataclasses.replace(options, bias=bias))
 
     starts = jnp.arange(0, q.shape[1], CHUNK)
-    y = lax.map(attend, (starts, _cut(q), _cut(mask.query_segments), _cut(options.bias)))
+    y = lax.map(attend, (starts, _split(q), _split(mask.query_segments), _split(options.bias)))
     return checkpoint_name(y.swapaxes(0, 1).reshape(*q.shape[:3], v.shape[-1]), SAVED)
 
 
-def _cut(x: Array | None) -> Array | None:
+def _split(x: Array | None) -> Array | None:
     """[B, T, ...] -> [T / CHUNK, B, CHUNK, ...]"""
     return None if x is None else x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)

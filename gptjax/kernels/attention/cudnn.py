@@ -1,6 +1,6 @@
-"""cuDNN's flash attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`: 16-bit, scores are never written out.
+"""cuDNN's flash attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`: 16-bit, scores are not materialised.
 
-Causality and a window are the kernel's own; segments and a prefix become a bias [B, 1, T, S], as it has nothing better.
+The kernel supports causality and a window; segments and a prefix become a bias [B, 1, T, S].
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gptjax.types import Array
 
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
-    """Why cuDNN cannot do this; None: it can."""
+    """Reason cuDNN cannot handle the inputs (completes "it ..."), or None."""
     if target.backend() != "gpu":
         return f"needs a GPU, got {target.backend()}"
     T, S, H = q.shape[1], k.shape[1], q.shape[-1]
@@ -33,10 +33,10 @@ def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Option
         return "needs a causal mask without a prefix for a window"
     if options.softcap is not None or options.sinks is not None or options.dropout:
         return "has no softcap, sinks or dropout"
-    listed = mask.query_segments is not None or mask.prefix is not None
-    if listed and options.bias is not None:
-        return "needs a mask without segments and prefix beside a bias"
-    if (listed or options.bias is not None) and (T % 2 or S % 2):
+    masked = mask.query_segments is not None or mask.prefix is not None
+    if masked and options.bias is not None:
+        return "needs a mask without segments and prefix if there is a bias"
+    if (masked or options.bias is not None) and (T % 2 or S % 2):
         return f"needs even lengths for segments, a prefix or a bias, got {T} and {S}"
     return sharding.unsupported_reason(q, k, v)
 
@@ -64,7 +64,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
 
 
 def _generation() -> int:
-    """The first number of the GPUs' compute capability; with no GPU here the program is for elsewhere: 8, Ampere."""
+    """Major version of the GPUs' compute capability. Without a GPU (a program for another machine): 8, Ampere."""
     try:
         capability = jax.local_devices(backend="gpu")[0].compute_capability
     except RuntimeError:

@@ -1,8 +1,8 @@
-"""Attention over rows that a mesh cuts: every device gets all keys and values, and answers its own queries (Llama 3,
-arXiv:2407.21783, section 3.3.2).
+"""Context parallelism by all-gather: keys and values of sharded sequences are all-gathered, queries stay on their
+device (Llama 3, arXiv:2407.21783, section 3.3.2).
 
-A device receives the K and V of the others, (n - 1) / n of them all, and in the backward pass sends as much of their
-gradients. It holds the keys of whole rows then, which with few key heads are small; `ring` holds two devices' shares.
+A device receives (n - 1) / n of all K and V, and in the backward pass sends as much of their gradients. It holds the
+keys and values of whole sequences, which are small with few key heads; `ring` holds those of two devices.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from gptjax.types import Array
 
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
-    """Why it cannot do this; None: it can."""
+    """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
     if not sharding.cuts_rows(q, k, v):
-        return "needs rows that a mesh cuts into equal parts, queries and keys alike"
+        return "needs sequences sharded into equal parts, queries and keys alike"
     if options.dropout:
         return "has no dropout"
     if mask.offset is not None:
-        return "needs queries and keys of the same slots"
+        return "needs queries and keys at the same positions"
     return None
 
 

@@ -1,6 +1,6 @@
-"""Attention in plain jax.numpy: every mask and option, on any device, in memory that grows with T times S.
+"""Attention in plain jax.numpy: every mask and option, on any device, with memory O(T S).
 
-It is the fastest on a CPU up to some thousand tokens, and what the kernels that cannot do a case leave to it.
+It is the fastest on a CPU up to some thousand tokens, and the fallback for inputs that no kernel supports.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from gptjax.types import Array
 
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
-    """Why it cannot do this; None: it can."""
-    return "needs whole rows" if sharding.row_axes(q) else None
+    """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
+    return "needs sequences that are not sharded" if sharding.row_axes(q) else None
 
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
@@ -27,14 +27,14 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
     S, K = k.shape[1:3]
     groups, scale = N // K, options.scale_of(q)
     bias, sinks = options.bias, options.sinks
-    # One product for each row and key head, over the queries of its whole group.
+    # One product per sequence and key head, over all queries of the group.
     q = q.reshape(B, T, K, groups, H).transpose(0, 2, 3, 1, 4).reshape(B, K, groups * T, H)
     visible = mask.visible(T, S)
     if visible is None:
         visible = jnp.ones((1, 1, T, S), bool)
     visible = jnp.tile(visible, (1, 1, groups, 1))
     if bias is not None:
-        # In two steps, for a bias whose heads are sharded.
+        # Two reshapes, because the heads of the bias may be sharded.
         bias = bias.astype(jnp.float32).reshape(K, groups, T, S).reshape(K, groups * T, S)
     if sinks is not None:
         sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(K, groups), T, axis=1)[..., None]
@@ -47,9 +47,9 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
     return y.reshape(B, K, groups, T, v.shape[-1]).transpose(0, 3, 1, 2, 4).reshape(B, T, N, v.shape[-1])
 
 
-# The gradient is written out to keep two things from happening. Differentiation would save more than the probabilities;
-# and XLA's CPU backend would fuse the elementwise work into the products, which takes them off its fast path: that is
-# what the barriers are for. Together they take a sixth off a training step.
+# A custom gradient, for two reasons. Autodiff would save more than the probabilities; and without the barriers XLA's
+# CPU backend would fuse the elementwise operations into the products, which then leave its fast path. Together they
+# save a sixth of a training step.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -70,7 +70,7 @@ def _attend(
 
 
 def _forward(scale, softcap, q, k, v, visible, bias, sinks, keep):
-    if q.shape[2] > 1:  # not in decoding, where it would copy the cache
+    if q.shape[2] > 1:  # not in decoding: the barrier would copy the cache
         q, k, v = lax.optimization_barrier((q, k, v))
     scores = lax.optimization_barrier(_dot(q, k, 3, 3)) * scale
     tanh = None
@@ -101,7 +101,7 @@ def _backward(scale, softcap, saved, g: Array):
     g = lax.optimization_barrier(g)
     dp = lax.optimization_barrier(_dot(g, v, 3, 3))
     dp, kept = (dp, p) if keep is None else (dp * keep, p * keep)
-    # sum_s p_s dp_s = g . y, without another pass over the scores
+    # sum_s p_s dp_s = g . y saves another pass over the scores
     along = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1, keepdims=True)
     ds = p * (dp - along)
     dbias = None if has_bias is None else ds.sum(0)
@@ -117,5 +117,5 @@ _attend.defvjp(_forward, _backward)
 
 
 def _dot(a: Array, b: Array, i: int, j: int) -> Array:
-    """Contract axis i of a with axis j of b for each row and head, accumulated in float32."""
+    """Contract axis i of a with axis j of b for each sequence and head, accumulated in float32."""
     return lax.dot_general(a, b, (((i,), (j,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)

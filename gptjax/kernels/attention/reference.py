@@ -1,4 +1,4 @@
-"""Attention as its equation says it, to test the others against."""
+"""Reference attention, a direct transcription of the equation, for tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reference(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Array:
-    """As `attention`, by its equation, without dropout."""
+    """Attention by its equation, without dropout. Arguments as for `attention`."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:

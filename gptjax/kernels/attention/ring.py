@@ -1,20 +1,20 @@
-"""Attention over rows that a mesh cuts: keys and values go round the devices in a ring, queries stay (Liu et al. 2023,
-arXiv:2310.01889).
+"""Ring attention, context parallelism with point-to-point communication: keys and values are passed around a ring of
+devices, queries stay on their device (Liu et al. 2023, arXiv:2310.01889).
 
-A device has T queries and S = T keys of every row. Blocks of keys and values pass by one after the other, and a softmax
-that is kept up as they come (arXiv:1805.02867) needs only what it has seen:
+A device has T queries and S = T keys of every sequence. It receives blocks of keys and values one after the other and
+updates an online softmax (arXiv:1805.02867) with each:
 
     top' = max(top, max_s score_ts)        total' = total e^(top - top') + sum_s e^(score_ts - top')
-    y' = y e^(top - top') + sum_s e^(score_ts - top') v_s                       and at the end y / total
+    y' = y e^(top - top') + sum_s e^(score_ts - top') v_s                       and finally y / total
 
-No device ever holds more than two blocks of keys, nor more scores than those of one chunk of queries with one block.
-The backward pass sends the blocks round once more, each with its gradient, and computes the scores again. Of n devices
-each sends blocks of K and V n - 1 times forwards, and n - 1 times backwards, there with their gradients in float32,
-which go home in one more step.
+A device holds at most two blocks of keys, and the scores of one chunk of queries with one block. The backward pass
+sends the blocks around again, each with its gradient, and recomputes the scores. Each of n devices sends blocks of K
+and V n - 1 times in the forward pass and n - 1 times in the backward pass, there with their float32 gradients, which
+return to their device in one more step.
 
-Keys that the mask hides from a whole chunk of queries are passed on and not computed. Under a causal mask each device
-has two pieces of a row, as `zigzag` deals them, and so half of every block to do. Blocks that a window puts out of
-reach of all queries are not sent at all.
+A block that the mask hides from a whole chunk of queries is passed on without computation. Under a causal mask each
+device has two pieces of a sequence (`zigzag`), so half of every block to compute. Blocks outside the window of all
+queries are not sent.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from gptjax.kernels.attention.spec import SAVED, Mask, Options
 from gptjax.types import Array
 
 CHUNK = 128
-"""Queries whose scores with a block are computed at a time, where that divides T."""
+"""Queries per chunk, if it divides T. Scores are computed for one chunk and one block at a time."""
 
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
-    """Why it cannot do this; None: it can."""
+    """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
     if not sharding.cuts_rows(q, k, v):
-        return "needs rows that a mesh cuts into equal parts, queries and keys alike"
+        return "needs sequences sharded into equal parts, queries and keys alike"
     if options.bias is not None or options.dropout:
         return "has no bias or dropout"
     if mask.offset is not None:
-        return "needs queries and keys of the same slots"
+        return "needs queries and keys at the same positions"
     return None
 
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    cut = sharding.row_axes(q)
-    deals = (
-        mask.causal and mask.window is None and mask.prefix is None and q.shape[1] // sharding.num_shards(q, 1) % 2 == 0
-    )
-    form = _Form(cut, mask.causal, mask.window, options.scale_of(q), options.softcap, pieces=2 if deals else 1)
+    mesh_axes = sharding.row_axes(q)
+    length = q.shape[1] // sharding.num_shards(q, 1)
+    balanced = mask.causal and mask.window is None and mask.prefix is None and length % 2 == 0
+    pieces = 2 if balanced else 1
+    form = _Form(mesh_axes, mask.causal, mask.window, options.scale_of(q), options.softcap, pieces)
 
     def kernel(q, k, v, sinks, query_segments, key_segments, prefix) -> Any:
-        if not deals:
+        if not balanced:
             return _ring(form, q, k, v, sinks, query_segments, key_segments, prefix)
-        rows = jax.tree.map(lambda x: zigzag.zigzag_split(x, cut), (q, k, v, query_segments, key_segments))
-        return zigzag.zigzag_merge(_ring(form, *rows[:3], sinks, *rows[3:], prefix), cut)
+        rows = jax.tree.map(lambda x: zigzag.zigzag_split(x, mesh_axes), (q, k, v, query_segments, key_segments))
+        return zigzag.zigzag_merge(_ring(form, *rows[:3], sinks, *rows[3:], prefix), mesh_axes)
 
     axes = ("BTNH", "BSKH", "BSKH", "N", "BT", "BS", "BS")
     given = options.sinks, mask.query_segments, mask.key_segments, mask.prefix
@@ -68,39 +68,39 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What is known when the program is made."""
+    """Static settings of the ring."""
 
     axes: tuple[str, ...]
-    """Of the mesh, along which rows are cut."""
+    """Mesh axes over which sequences are sharded."""
     causal: bool
     window: int | None
     scale: float
     softcap: float | None
     pieces: int
-    """Of a row, that a device has: a share in one, or in two as `zigzag` deals them."""
+    """Pieces of a sequence per device: 1, or 2 in `zigzag` order."""
 
     def hops(self, keys: _Keys) -> int:
-        """How often these blocks are passed on."""
+        """Number of times a block is passed on."""
         last = lax.axis_size(self.axes) - 1
         if self.window is None or not self.causal or keys.prefix is not None:
             return last
         return min(last, -(-(self.window - 1) // keys.k.shape[1]))
 
     def starts(self, device: Any, size: int) -> list[Any]:
-        """The slots of a row at which the pieces begin that a device has; `size` is that of all of them."""
+        """Positions at which a device's pieces of a sequence start. size: total length of its pieces."""
         if self.pieces == 1:
             return [device * size]
         return [piece * (size // 2) for piece in (device, 2 * lax.axis_size(self.axes) - 1 - device)]
 
     def blocks(self, keys: _Keys, hop: Any) -> list[_Keys]:
-        """The pieces of what comes from the device `hop` places before this one."""
+        """The pieces of the block from the device `hop` places before this one."""
         size = keys.k.shape[1]
         starts = self.starts((lax.axis_index(self.axes) - hop) % lax.axis_size(self.axes), size)
         pieces = [jax.tree.map(lambda x, i=i: jnp.split(x, self.pieces, axis=1)[i], keys) for i in range(self.pieces)]
         return [dataclasses.replace(piece, start=start) for piece, start in zip(pieces, starts, strict=True)]
 
     def scores(self, chunk: _Chunk, keys: _Keys) -> tuple[Array, Array | None]:
-        """float32 [B, K, G, C, S], -1e30 where hidden; and tanh(score / softcap), if there is one."""
+        """Scores float32 [B, K, G, C, S], -1e30 if hidden; and tanh(score / softcap), or None."""
         scores = self.scale * _dot("BKGCH,BSKH->BKGCS", chunk.q, keys.k)
         tanh = None
         if self.softcap is not None:
@@ -111,23 +111,23 @@ class _Form:
         return scores if visible is None else jnp.where(visible[:, :, None], scores, -1e30), tanh
 
     def reaches(self, chunk: _Chunk, keys: _Keys) -> Array:
-        """Whether any of these queries may see any of these keys."""
+        """True if any of these keys is visible to any of these queries."""
         distance, queries, size = chunk.start - keys.start, chunk.q.shape[3], keys.k.shape[1]
-        seen = jnp.array(True)
+        visible = jnp.array(True)
         if self.causal and keys.prefix is None:
-            seen &= distance + queries > 0
+            visible &= distance + queries > 0
         if self.window is not None:
-            seen &= jnp.maximum(distance - size, -distance - queries) + 1 < self.window
-        return seen
+            visible &= jnp.maximum(distance - size, -distance - queries) + 1 < self.window
+        return visible
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Queries, or of all chunks one below the other."""
+    """A chunk of queries; with a leading axis, all chunks."""
 
     start: Array
-    """int32, the slot of the first in its row."""
+    """int32, position of the first query in its sequence."""
     q: Array
     """[B, K, G, C, H]"""
     segments: Array | None
@@ -137,7 +137,7 @@ class _Chunk:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Keys:
-    """What goes round."""
+    """A block of keys and values, which is passed around the ring."""
 
     k: Array
     """[B, S, K, H]"""
@@ -148,7 +148,7 @@ class _Keys:
     prefix: Array | None
     """bool [B, S]"""
     start: Any = None
-    """int32, the slot of the first in its row; for keys of one piece."""
+    """int32, position of the first key in its sequence. None: keys of several pieces."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -162,7 +162,7 @@ def _ring(
     key_segments: Array | None,
     prefix: Array | None,
 ) -> Array:
-    """On each device: q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv] and the rest -> [B, T, N, Hv]."""
+    """Attention on each device: q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv] and the rest -> [B, T, N, Hv]."""
     return _forward(form, q, k, v, sinks, query_segments, key_segments, prefix)[0]
 
 
@@ -243,7 +243,7 @@ def _backward(form, saved, g):
     carry = keys, jnp.zeros(chunks.q.shape, jnp.float32), zeros
     (last, dq, dkeys), _ = lax.scan(body, carry, jnp.arange(hops))
     dq, dkeys = see(hops, last, dq, dkeys)
-    dk, dv = _pass_on(form, dkeys, -hops)  # home
+    dk, dv = _pass_on(form, dkeys, -hops)  # back to their device
     dsinks = None
     if sinks is not None:
         sunk = jnp.exp(sinks.astype(jnp.float32).reshape(1, *chunks.q.shape[2:4], 1) - logsumexp)
@@ -255,7 +255,7 @@ _ring.defvjp(_forward, _backward)
 
 
 def _pass_on(form: _Form, tree: Any, hops: int = 1) -> Any:
-    """What the device so many places before this one has."""
+    """Receive the tree of the device `hops` places before this one."""
     n = lax.axis_size(form.axes)
     if hops % n == 0:
         return tree
@@ -264,7 +264,7 @@ def _pass_on(form: _Form, tree: Any, hops: int = 1) -> Any:
 
 
 def _chunks(form: _Form, q: Array, K: int, segments: Array | None) -> _Chunk:
-    """q [B, T, N, H] in chunks, each with the queries of a key head side by side: the axis of chunks is the first."""
+    """Split q [B, T, N, H] into chunks, [T / C, B, K, G, C, H]; query heads are grouped by key head."""
     B, T, N, H = q.shape
     piece = T // form.pieces
     size = CHUNK if piece % CHUNK == 0 else piece
@@ -276,7 +276,7 @@ def _chunks(form: _Form, q: Array, K: int, segments: Array | None) -> _Chunk:
 
 
 def _whole(y: Array) -> Array:
-    """The inverse: [T / C, B, K, G, C, H] -> [B, T, N, H]."""
+    """Merge chunks, the inverse of `_chunks`: [T / C, B, K, G, C, H] -> [B, T, N, H]."""
     chunks, B, K, G, size, H = y.shape
     return y.transpose(1, 0, 4, 2, 3, 5).reshape(B, chunks * size, K * G, H)
 

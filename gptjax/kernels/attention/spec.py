@@ -1,6 +1,6 @@
-"""What attention is asked for: which keys a query sees, and what is done to the scores.
+"""Specification of attention: the mask and the options of scores and probabilities.
 
-The mask is a specification, not an array, so that a kernel can use its structure.
+The mask is a specification, not an array, so that kernels can use its structure.
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ import jax.numpy as jnp
 from gptjax.types import Array, Key
 
 SAVED = "attention"
-"""What kernels call the results that their backward pass needs, for `jax.checkpoint` policies to keep."""
+"""Checkpoint name of the results that kernels' backward passes need, for `jax.checkpoint` policies to save."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which keys a query may see: the AND of what is set.
+    """Attention mask: the keys visible to each query, the AND of all conditions.
 
-    Queries are the slots start .. start + T of the S key slots. (jax.nn's `is_causal` aligns them at slot 0, which is
+    Queries are at positions start .. start + T of the S keys. (jax.nn's `is_causal` aligns them at position 0, which is
     wrong for cached decoding.)
     """
 
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
-    """Keys at later slots are hidden."""
+    """Hide keys at later positions."""
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
-    """Keys that are this many slots away or more are hidden: sliding-window attention, arXiv:2004.05150."""
+    """Hide keys at this distance or more: sliding-window attention, arXiv:2004.05150. None: no window."""
     offset: Array | int | None = None
-    """Slot of the first query among the keys, int32 scalar. None: slot 0, known when the program is made, which fused
-    kernels need; a number would be an array inside of `jax.jit`."""
+    """Position of the first query among the keys, int32 scalar. None: position 0, known at trace time, which fused
+    kernels need; a number would become an array inside `jax.jit`."""
     query_segments: Array | None = None
-    """int32 [B, T]: a query sees keys of its own segment only."""
+    """int32 [B, T]: a query sees only keys of its own segment."""
     key_segments: Array | None = None
     """int32 [B, S]; given together with `query_segments`."""
     prefix: Array | None = None
-    """bool [B, S]: keys that are seen from before them too, though `causal`: the prefix LM of arXiv:1910.10683."""
+    """bool [B, S]: keys visible to earlier queries too, despite `causal`: the prefix LM of arXiv:1910.10683."""
 
     @property
     def start(self) -> Array | int:
-        """Slot of the first query."""
+        """Position of the first query."""
         return 0 if self.offset is None else self.offset
 
     def distance(self, queries: int, keys: int) -> Array:
-        """int32 [T, S]: how many slots the key lies before the query; negative where it lies after."""
+        """int32 [T, S]: position of the query minus that of the key."""
         return (self.start + jnp.arange(queries))[:, None] - jnp.arange(keys)
 
     def visible(self, queries: int, keys: int) -> Array | None:
-        """bool [B or 1, 1, T, S], or None when everything is visible."""
+        """The mask as bool [B or 1, 1, T, S]. None: every key is visible."""
         conditions = []
         distance = self.distance(queries, keys)[None, None]
         if self.causal:
@@ -66,7 +66,7 @@ class Mask:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is done to scores and probabilities; `attention` says what each does."""
+    """Options of scores and probabilities, documented at `attention`."""
 
     bias: Array | None = None
     sinks: Array | None = None
@@ -76,5 +76,5 @@ class Options:
     key: Key | None = None
 
     def scale_of(self, q: Array) -> float:
-        """What scores are multiplied by: `scale`, or 1 / sqrt(H)."""
+        """Factor of the scores: `scale`, or 1 / sqrt(H)."""
         return q.shape[-1] ** -0.5 if self.scale is None else self.scale

@@ -1,10 +1,10 @@
-"""Splash attention: jax's Pallas kernel for TPUs, which skips blocks that the mask hides and never writes scores out.
+"""Splash attention: jax's Pallas kernel for TPUs, which skips hidden blocks and does not materialise scores.
 
-The mask becomes part of the program, so it must be known when that is made. Where there is no TPU the kernel is
-interpreted: slow, and right.
+The mask is part of the program, so it must be known at trace time. Without a TPU the kernel is interpreted: slow but
+correct.
 
-Where a mesh cuts the rows, a device gathers all keys and values and answers its share of the queries, as `gathered`
-does; under a causal mask a share of equal work, as `zigzag` deals them.
+With sharded sequences, keys and values are all-gathered and a device computes its shard of the queries, as in
+`gathered`; under a causal mask, shards of equal work in `zigzag` order.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from gptjax.kernels.attention.spec import SAVED, Mask, Options
 from gptjax.types import Array
 
 BLOCKS = 512, 256, 128
-"""Queries or keys in a block: the largest that divides the length."""
+"""Block sizes in queries or keys; the largest that divides the length is used."""
 
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
-    """Why splash cannot do this; None: it can."""
+    """Reason splash cannot handle the inputs (completes "it ..."), or None."""
     if not sharding.cuts_rows(q, k, v) and (reason := sharding.unsupported_reason(q, k, v)):
         return reason
     T, S = q.shape[1] // sharding.num_shards(q, 1), k.shape[1]
     if T % BLOCKS[-1] or S % BLOCKS[-1]:
-        return f"needs lengths on a device that are multiples of {BLOCKS[-1]}, got {T} queries and {S} keys"
+        return f"needs lengths per device that are multiples of {BLOCKS[-1]}, got {T} queries and {S} keys"
     if mask.offset is not None or mask.prefix is not None:
-        return "needs a mask that is known when the program is made: no offset, no prefix"
+        return "needs a mask that is known at trace time: no offset, no prefix"
     if mask.window is not None and q.shape[1] != S:
         return f"needs as many queries as keys for a window, got {q.shape[1]} and {S}"
     if options.bias is not None or options.dropout:
@@ -47,22 +47,22 @@ def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Option
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    scale, cut = options.scale_of(q), sharding.row_axes(q)
-    deals = bool(cut) and mask.causal and mask.window is None
-    row, specs = _kernel(q, k, mask, options.softcap, deals)
+    scale, mesh_axes = options.scale_of(q), sharding.row_axes(q)
+    balanced = bool(mesh_axes) and mask.causal and mask.window is None
+    row, specs = _kernel(q, k, mask, options.softcap, balanced)
 
     def kernel(q, k, v, row, query_segments, key_segments, sinks):
-        if cut:
-            gather = functools.partial(lax.all_gather, axis_name=cut, axis=1, tiled=True)
+        if mesh_axes:
+            gather = functools.partial(lax.all_gather, axis_name=mesh_axes, axis=1, tiled=True)
             k, v, key_segments = jax.tree.map(gather, (k, v, key_segments))
-        if deals:
-            q, query_segments = jax.tree.map(lambda x: zigzag.zigzag_split(x, cut), (q, query_segments))
-        # The kernel does not scale. In float32, as the scale itself would be rounded to q's dtype first.
+        if balanced:
+            q, query_segments = jax.tree.map(lambda x: zigzag.zigzag_split(x, mesh_axes), (q, query_segments))
+        # The kernel does not scale. Scale in float32, else the scale would be rounded to q's dtype first.
         q = (q.astype(jnp.float32) * scale).astype(q.dtype)
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         segments = None if query_segments is None else _segments(query_segments, key_segments)
         y = jax.vmap(row, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks).swapaxes(1, 2)
-        return zigzag.zigzag_merge(y, cut) if deals else y
+        return zigzag.zigzag_merge(y, mesh_axes) if balanced else y
 
     axes = "BTNH", "BSKH", "BSKH", specs, "BT", "BS", "N"
     sinks = None if options.sinks is None else options.sinks.astype(jnp.float32)
@@ -77,26 +77,26 @@ def _segments(queries: Array, keys: Array) -> Any:
 
 @functools.cache
 def _reordered_causal_mask() -> type:
-    """A causal mask of shape [T, S] whose queries are at the given positions, int32 [T]. Its class, made once: masks
-    that are equal are processed once."""
+    """Class of causal masks [T, S] with queries at given positions, int32 [T]. The class is created once, so that equal
+    masks are processed once."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     class ReorderedCausalMask(masks.CausalMask):
         def __init__(self, shape: tuple[int, int], positions: np.ndarray) -> None:
             super().__init__(shape)
-            self.q_sequence = positions  # what the mask function gets in place of 0, 1, 2, ...
+            self.q_sequence = positions  # the mask function's argument instead of 0, 1, 2, ...
 
     return ReorderedCausalMask
 
 
-def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, deals: bool) -> tuple[Any, Any]:
-    """Attention of one row, with a device's share of the heads and queries:
+def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, balanced: bool) -> tuple[Any, Any]:
+    """The kernel for one sequence, with a device's shard of the heads and queries, and the specs of its arrays:
 
         (q [N, T, H], k [K, S, H], v [K, S, Hv], segments, sinks [N]) -> [N, T, Hv]
 
-    It holds arrays that say what each block of queries sees; beside it comes how they are placed.
+    The kernel's arrays list the visible blocks of keys of each block of queries. balanced: queries in `zigzag` order.
     """
-    # Imported when it is needed, as it takes a while.
+    # Imported here because it takes a while.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -107,12 +107,12 @@ def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, deals: bool) 
         pattern = masks.LocalMask(shape, (reach, 0 if mask.causal else reach), offset=0)
     elif mask.causal:
         pattern = masks.CausalMask(shape)
-        if deals:
-            block //= 2  # so that blocks are of one piece, where they can be
+        if balanced:
+            block //= 2  # so that a block lies within one piece if possible
             pieces = np.arange(shape[0], dtype=np.int32).reshape(-1, block)
             pattern = _reordered_causal_mask()(shape, pieces[zigzag.zigzag_order(parts)].reshape(-1))
     else:
-        parts, pattern = 1, masks.FullMask((block, shape[1]))  # which is the same on all devices
+        parts, pattern = 1, masks.FullMask((block, shape[1]))  # the same on all devices
     bq, bk = (next((size for size in BLOCKS if length % size == 0), BLOCKS[-1]) for length in (block, shape[1]))
     row = splash.make_splash_mha(
         masks.MultiHeadMask([pattern] * (q.shape[2] // sharding.num_shards(q, 2))),
@@ -125,5 +125,7 @@ def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, deals: bool) 
     )
     spec = PartitionSpec(None, sharding.row_axes(q) if parts > 1 else None)
     mesh = get_abstract_mesh()
-    sizes = AbstractMesh(mesh.axis_sizes, mesh.axis_names)  # it can't read that an axis is manual, as stages are
+    sizes = AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names
+    )  # splash rejects a mesh with manual axes, such as pipeline stages
     return row, row.manual_sharding_spec(NamedSharding(sizes, spec))

@@ -1,4 +1,4 @@
-"""`jax.nn.dot_product_attention` as XLA compiles it: nothing chooses it, it is there by name, to compare with."""
+"""`jax.nn.dot_product_attention` as compiled by XLA. It is never chosen automatically; name it for comparisons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gptjax.types import Array
 
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
-    """Why it cannot do this; None: it can."""
+    """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
     if options.softcap is not None or options.sinks is not None or options.dropout:
         return "has no softcap, sinks or dropout"
     if k.shape[-1] != v.shape[-1]:
@@ -19,7 +19,7 @@ def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Option
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    # The mask as an array: its own `is_causal` knows no offset.
+    # The mask as an array, because `is_causal` supports no offset.
     return jax.nn.dot_product_attention(
         *(q, k, v),
         bias=None if options.bias is None else options.bias[None],
