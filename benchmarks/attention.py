@@ -1,11 +1,11 @@
-"""The implementations of attention beside its reference, forward and backward, as a markdown table.
+"""Attention implementations compared with the reference, forward and backward, as a markdown table.
 
-    python benchmarks/attention.py                                   # what can run here, 256 to 8,192 tokens
+    python benchmarks/attention.py                                   # what this machine can run, 256 to 8,192 tokens
     python benchmarks/attention.py --cores 1 --length 1024 --dtype bfloat16
 
-Causal attention of a batch to itself. A kernel whose hardware is not here is left out. On a CPU the time is that of the
-processor, which is fair on a busy machine when it is one core's; elsewhere it is wall time. Memory is what the compiled
-program takes beside its arguments and results. A program that takes more than `--memory` is not run.
+Causal self-attention. Kernels for other hardware are left out. On a CPU, time is CPU time, which on one core is fair
+even on a busy machine; elsewhere it is wall time. Memory is that of the compiled program without its arguments and
+results. A program that needs more than `--memory` is not run.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from collections.abc import Callable
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--length", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096, 8192], help="T = S")
-parser.add_argument("--batch", type=int, default=1, help="rows (default 1)")
+parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
 parser.add_argument("--heads", type=int, default=6, help="query heads (default 6)")
-parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many)")
+parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
 parser.add_argument("--head-size", type=int, default=64, help="(default 64)")
-parser.add_argument("--window", type=int, help="tokens that each sees (default: all before it)")
+parser.add_argument("--window", type=int, help="sliding window in tokens (default: none)")
 parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: float32 on a CPU, else bfloat16)")
-parser.add_argument("--memory", type=float, default=4.0, help="GiB that a program may take (default 4)")
+parser.add_argument("--memory", type=float, default=4.0, help="maximum GiB of a program (default 4)")
 parser.add_argument("--turns", type=int, default=5, help="turns of each (default 5)")
-parser.add_argument("--cores", type=int, help="use so many (default: all)")
+parser.add_argument("--cores", type=int, help="cores to use (default: all)")
 arguments = parser.parse_args()
 if arguments.cores:
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: arguments.cores]))
@@ -52,7 +52,7 @@ def inputs(length: int) -> list[jax.Array]:
 
 
 def compiled(function: Callable[..., jax.Array], arrays: list[jax.Array]) -> jax.stages.Compiled:
-    """Value and gradients of a loss that gives each element of the result a gradient of its own."""
+    """Compile value and gradients of a loss that gives each element of the result a distinct gradient."""
 
     def loss(*arrays: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(function(*arrays, Mask(window=arguments.window)).astype(jnp.float32)))
@@ -61,11 +61,11 @@ def compiled(function: Callable[..., jax.Array], arrays: list[jax.Array]) -> jax
 
 
 def contenders(arrays: list[jax.Array]) -> dict[str, jax.stages.Compiled]:
-    """By name, those that can do this here."""
+    """Name -> program, for the implementations that support these inputs on this machine."""
     found = {"reference": compiled(reference, arrays)}
     for name in IMPLEMENTATIONS:
         if name == "splash" and PLATFORM != "tpu":
-            continue  # interpreted: no measure of anything
+            continue  # interpreted: its time means nothing
         try:
             found[name] = compiled(functools.partial(attention, implementation=name), arrays)
         except ValueError as error:

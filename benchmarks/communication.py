@@ -1,10 +1,10 @@
-"""What a device sends in a training step, as devices are added: compiled for 8 to 512 virtual CPU devices, not run.
+"""Bytes sent per device and training step as devices are added: compiled for 8 to 512 virtual CPU devices, not run.
 
     python benchmarks/communication.py                       # a table: data parallel, FSDP, and FSDP in groups of 8
 
-Each device keeps one row of the batch. Of n devices in a ring, each sends (n - 1) / n of what is reduced or gathered,
-so that the figures come near to a constant; one that grew with n would be an accident. The CPU backend all-reduces
-gradients whole, where a TPU's scatters the sums: with FSDP it sends less than here.
+Each device has one sequence of the batch. In a ring, each of n devices sends (n - 1) / n of what is reduced or
+gathered, so the figures approach a constant; a figure that grows with n is a fault. The CPU backend all-reduces
+gradients where the TPU backend reduce-scatters them, which sends less with FSDP than shown here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COUNTS = (8, 16, 32, 64, 128, 256, 512)
 
 
 def measure(devices: int) -> dict[str, list[float]]:
-    """Bytes sent by all-gathers and by all-reduces, for each mesh; of all parameters first."""
+    """Mesh -> bytes of all parameters, bytes sent by all-gathers, bytes sent by all-reduces."""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     from gptjax import data, objectives, optim
     from gptjax.distributed.sharding import MeshConfig
@@ -54,7 +54,7 @@ def measure(devices: int) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, help="one count alone, as JSON")
+    parser.add_argument("--devices", type=int, help="measure only this number of devices, as JSON")
     devices = parser.parse_args().devices
     if devices is not None:
         print(json.dumps(measure(devices)))
@@ -66,7 +66,7 @@ def main() -> None:
         found = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else sys.exit(run.stderr)
         ratios = [size / values[0] for values in found.values() for size in values[1:]]
         print(f"| {count} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios[1:]) + " |")
-    print("\nIn times the bytes of all parameters.")
+    print("\nIn multiples of the bytes of all parameters.")
 
 
 if __name__ == "__main__":

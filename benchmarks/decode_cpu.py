@@ -1,11 +1,11 @@
-"""Greedy decoding on a CPU beside transformers' `generate`, on the same float32 weights, as a markdown table.
+"""Greedy decoding on a CPU compared with transformers' `generate`, on the same float32 weights, as a markdown table.
 
     python benchmarks/decode_cpu.py                          # 6 x 384 and GPT-2 124M, batch 1 and 8, all cores
     python benchmarks/decode_cpu.py --size 6x384 --turns 7
 
-Random GPT-2 weights; both must draw the same tokens before anything is timed. A run is one call: a prompt of 16 tokens
-is read and the given number of tokens is written. The two take turns in one process; the ratio is gptjax's tokens a
-second over transformers', turn by turn, and its median is given (above 1: gptjax is faster).
+The weights are a random GPT-2; the fraction of equal tokens is printed. A run is one call: prefill of a prompt of 16
+tokens, then decoding of the given number of tokens. The two take turns in one process. The ratio is gptjax's tokens per
+second over transformers' in the same turn; its median over the turns is given (above 1: gptjax is faster).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIZES = {
         32,
     ),
 }
-"""Name -> (shape, how many tokens to write)."""
+"""Name -> (shape, number of tokens to decode)."""
 
 
 def peer(config: TransformerConfig, length: int) -> GPT2LMHeadModel:
@@ -46,7 +46,7 @@ def peer(config: TransformerConfig, length: int) -> GPT2LMHeadModel:
     shape = {"vocab_size": config.vocab, "n_embd": config.width, "n_layer": config.layers, "n_head": config.heads}
     marks = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(**shape, **marks, n_positions=length)).eval()
-    with torch.no_grad():  # logits far enough apart for both to choose the same tokens
+    with torch.no_grad():  # logits far enough apart that both choose the same tokens
         model.transformer.wte.weight.mul_(10)
     return model
 
@@ -119,7 +119,7 @@ def measure(name: str, batch: int, turns: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), help="which models (default: all)")
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), help="models (default: all)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="batch sizes (default: 1 8)")
     parser.add_argument("--turns", type=int, default=5, help="turns of each (default 5)")
     arguments = parser.parse_args()

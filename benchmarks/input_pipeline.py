@@ -1,11 +1,11 @@
-"""Tokens a second and peak memory of the input pipeline alone, as a markdown table.
+"""Tokens per second and peak memory of the input pipeline alone, as a markdown table.
 
     python benchmarks/input_pipeline.py
 
-Each corpus is a file of random uint16 tokens, in documents of 500 on average, made in a temporary folder; each is read
-in a process of its own, so that the peak of one is not that of another. Memory is flat if the peaks do not grow with
-the corpus. What does grow, a little, is what is kept for each document: 8 bytes for where it starts, and 17 for each
-piece in the plan of BestFit (a document longer than T is several).
+Each corpus is a temporary file of random uint16 tokens, in documents of 500 tokens on average. Each is read in its own
+process, so that peaks are independent. Memory is flat if the peaks do not grow with the corpus. A little memory grows
+with the number of documents: 8 bytes for the start of each, and 17 for each piece in BestFit's plan (a document longer
+than T has several).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SHAPES = ((64, 12), (256, 16), (1024, 64))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--megabytes", type=int, nargs="+", default=[10, 1000], help="sizes of the corpora (2 B a token)"
+        "--megabytes", type=int, nargs="+", default=[10, 1000], help="sizes of the corpora (2 bytes per token)"
     )
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long to read each")
-    parser.add_argument("--folder", default=None, help="where to make the corpora (default: the temporary folder)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each measurement")
+    parser.add_argument("--folder", default=None, help="folder of the corpora (default: the temporary folder)")
     arguments = parser.parse_args()
     print("| corpus | packing | T | B | start, s | tokens/s | CPU us/batch | peak RSS, MB |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def in_process(function, *arguments):
-    """The value of the function, called in a new process."""
+    """Call the function in a new process and return its value."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 

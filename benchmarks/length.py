@@ -1,11 +1,11 @@
-"""What each position encoding is worth beyond the length it was trained at, as a markdown table and a plot.
+"""Loss of each position encoding beyond its training length, as a markdown table and a plot.
 
     python benchmarks/length.py                                     # on the documentation that comes with Python
     python benchmarks/length.py input.txt --plot length.png         # on a text file, its last tenth held out
 
-The same small model is trained once for each encoding, on bytes, at 128 tokens; then it reads held-out text in pieces
-of 128, 256, 512 and 1,024. RoPE is read with its frequencies scaled too, by the length over 128, without more training.
-About a minute for each encoding on a core of its own.
+The same small model is trained once per encoding, on bytes, at 128 tokens, and then evaluated on held-out text in
+pieces of 128, 256, 512 and 1,024. RoPE is also evaluated with its frequencies scaled by the length over 128, without
+further training. About a minute per encoding on one core.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from gptjax.types import Array, Batch, Params  # noqa: E402
 
 TRAINED, LENGTHS = 128, (128, 256, 512, 1_024)
 BIN = 64
-"""Tokens that a point of the plot stands for."""
+"""Tokens per point of the plot."""
 CONFIG = TransformerConfig(vocab=256, layers=4, width=128, heads=4, embedding_scale=128**0.5)
-"""Embeddings are scaled as in "Attention Is All You Need": sinusoids would drown them otherwise."""
+"""Embeddings are scaled as in "Attention Is All You Need"; otherwise sinusoids would dominate them."""
 ENCODINGS: dict[str, Positions] = {
     "none": Positions(),
     "Sinusoidal": Sinusoidal(),
@@ -64,7 +64,7 @@ SCALED: dict[str, Callable[[float], RoPE]] = {
     "RoPE, NTKScaling": lambda factor: RoPE(scaling=NTKScaling(factor)),
     "RoPE, YaRN": lambda factor: RoPE(scaling=YaRN(factor, TRAINED)),
 }
-"""What a trained RoPE is read with, by how many times longer the text is."""
+"""Name -> encoding with which a trained RoPE is evaluated, by the ratio of the length to the training length."""
 
 
 def read(path: Path | None, split: data.Split) -> np.ndarray:
@@ -74,7 +74,7 @@ def read(path: Path | None, split: data.Split) -> np.ndarray:
 
 
 def train(positions: Positions, text: np.ndarray, steps: int, rows: int) -> Params:
-    """Parameters after `steps` steps on `rows` random pieces of the text each; every encoding gets the same pieces."""
+    """Train for `steps` steps on `rows` random pieces of the text each. Every encoding gets the same pieces."""
     model = Transformer(dataclasses.replace(CONFIG, positions=positions))
     optimizer = Muon(learning_rate=5e-3, schedule=Linear(warmup=min(20, steps))).build(steps)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, TRAINED), np.int32))["params"]
@@ -91,7 +91,7 @@ def train(positions: Positions, text: np.ndarray, steps: int, rows: int) -> Para
 
 
 def losses(positions: Positions, params: Params, text: np.ndarray, length: int) -> np.ndarray:
-    """Nats of each token, [pieces, length], where the text is read in pieces of this length."""
+    """Loss of each token in nats, [pieces, length], with the text split into pieces of this length."""
     model = Transformer(dataclasses.replace(CONFIG, positions=positions))
 
     @jax.jit
@@ -106,7 +106,7 @@ def losses(positions: Positions, params: Params, text: np.ndarray, length: int) 
 
 
 def measure(path: Path | None, steps: int, rows: int, held_out: int) -> dict[str, dict[int, np.ndarray]]:
-    """Name of the encoding -> length -> nats of each token [pieces, length]. Prints a row of the table for each."""
+    """Encoding -> length -> loss of each token in nats [pieces, length]. Prints a row of the table for each."""
     text, unseen = read(path, "train"), read(path, "validation")[: held_out + 1]
     results: dict[str, dict[int, np.ndarray]] = {}
 
@@ -130,7 +130,7 @@ def measure(path: Path | None, steps: int, rows: int, held_out: int) -> dict[str
 
 
 def plot(results: dict[str, dict[int, np.ndarray]], path: Path) -> None:
-    """Loss by place in the longest pieces that each encoding can read, as a PNG."""
+    """Plot the loss by position in the longest pieces that each encoding supports, as a PNG."""
     from matplotlib.figure import Figure
 
     ink = "#444444"
@@ -145,19 +145,19 @@ def plot(results: dict[str, dict[int, np.ndarray]], path: Path) -> None:
         ends.append([loss[-1], loss[-1], places[-1], name, color])
     axes.axvline(TRAINED, color="#b0b0b0", linewidth=1)
     bottom, top = axes.get_ylim()
-    # Names stand at the ends of their lines, apart from one another.
+    # Label the ends of the lines without overlap.
     ends.sort(key=lambda end: end[0])
     for below, above in itertools.pairwise(ends):
         if above[2] == below[2]:
             above[1] = max(above[1], below[1] + (top - bottom) / 24)
     for loss, height, place, name, color in ends:
-        if place < max(LENGTHS) - BIN:  # a line that others pass is named above its end
+        if place < max(LENGTHS) - BIN:  # other lines go on past this end: put the label above it
             height += (top - bottom) / 24
         axes.annotate(name, (place, loss), (place + 20, height), color=color, va="center", annotation_clip=False)
     axes.text(TRAINED + 8, top, f"trained up to {TRAINED}", color=ink, va="top")
     axes.set_title("Reading further than the training length", loc="left", color=ink, fontweight="bold", pad=12)
-    axes.set_xlabel("place in the text, tokens", color=ink)
-    axes.set_ylabel("loss, nats a token", color=ink)
+    axes.set_xlabel("position in the text, tokens", color=ink)
+    axes.set_ylabel("loss, nats per token", color=ink)
     axes.set_xlim(0, max(LENGTHS))
     axes.set_ylim(bottom, top)
     axes.set_xticks(LENGTHS)
@@ -174,9 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", type=Path, help="a text file (default: the documentation of Python)")
     parser.add_argument("--steps", type=int, default=300, help="training steps (default 300)")
-    parser.add_argument("--batch", type=int, default=8, help="pieces a step (default 8)")
-    parser.add_argument("--held-out", type=int, default=32_768, help="bytes of held-out text to read (default 32,768)")
-    parser.add_argument("--plot", type=Path, help="where the plot goes (default: nowhere)")
+    parser.add_argument("--batch", type=int, default=8, help="pieces per step (default 8)")
+    parser.add_argument("--held-out", type=int, default=32_768, help="bytes of held-out text (default 32,768)")
+    parser.add_argument("--plot", type=Path, help="file of the plot (default: no plot)")
     arguments = parser.parse_args()
     results = measure(arguments.text, arguments.steps, arguments.batch, arguments.held_out)
     if arguments.plot is not None:

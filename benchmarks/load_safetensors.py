@@ -1,13 +1,13 @@
-"""Loading a safetensors folder into jax arrays, beside reading its bytes, as a markdown table.
+"""Loading a safetensors folder into jax arrays, compared with reading its bytes, as a markdown table.
 
     python benchmarks/load_safetensors.py                    # 1 GB, float32 and bfloat16
     python benchmarks/load_safetensors.py --gigabytes 4 --folder /mnt/disk --turns 5
 
 The folder has two files, with random weights under Llama's names. Reading takes the bytes in order, 4 MB at a time;
-loading makes stacked leaves, the matrices transposed. Both begin with a cold page cache as far as
-`posix_fadvise` can empty it, and take turns; loading has a process of its own; medians. Ratio: bytes a second of
-loading over those of reading. Memory: the loading process's peak, less what it had before (Python, jax),
-over the files' size. Both need a processor: where other programs have it, the ratio says little.
+loading makes stacked leaves and transposes the matrices. Both start with a cold page cache as far as `posix_fadvise`
+can empty it, and take turns; loading runs in its own process; medians. Ratio: bytes per second of loading over those of
+reading. Memory: the loading process's peak, minus its memory before (Python, jax), over the files' size. Both need a
+processor: on a busy machine the ratio says little.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MATRICES = {
     "mlp.up_proj": (HIDDEN, WIDTH),
     "mlp.down_proj": (WIDTH, HIDDEN),
 }
-"""Name -> [out, in], as PyTorch keeps them."""
+"""Name -> [out, in], PyTorch's layout."""
 
 
 def make(folder: Path, dtype: str, gigabytes: float) -> None:
@@ -53,7 +53,7 @@ def make(folder: Path, dtype: str, gigabytes: float) -> None:
 
 
 def chill(folder: Path) -> None:
-    """Empties the page cache of the folder's files."""
+    """Empty the page cache of the folder's files."""
     os.sync()
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
@@ -73,13 +73,13 @@ def read(folder: Path) -> float:
 
 
 def peak() -> int:
-    """The most memory this process had, bytes."""  # not ru_maxrss, which counts the parent's too
+    """Peak memory of this process in bytes."""  # not ru_maxrss, which includes the parent's
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def load(folder: Path) -> tuple[float, float, float]:
-    """Seconds to load, those of them that a processor worked, and the peak of memory that it took, bytes."""
+    """Seconds to load, CPU seconds of it, and the peak of the memory that it took in bytes."""
     import jax
     import jax.numpy as jnp
 
@@ -103,10 +103,10 @@ def load(folder: Path) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary one)")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: the temporary folder)")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size (default 1)")
     parser.add_argument("--turns", type=int, default=5, help="turns of each (default 5)")
-    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # what the inner process does
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # the inner process
     arguments = parser.parse_args()
     if arguments.load:
         print(*load(arguments.load))

@@ -1,10 +1,10 @@
-"""A mixture of experts beside the dense layer that multiplies as much for a token, forward and backward, on a CPU.
+"""A mixture of experts compared with a dense layer of as many FLOPs per token, forward and backward, on a CPU.
 
-    python benchmarks/moe_cpu.py                             # width 512, 8 experts of 1,024, 2 of them for a token
+    python benchmarks/moe_cpu.py                             # width 512, 8 experts of 1,024, top 2
     python benchmarks/moe_cpu.py --tokens 512 --hidden 512
 
-A step is the output and the gradient of inputs and parameters. All take turns in one process; medians. Tokens and
-router are random, so that experts get unequal numbers of tokens. CPU time tells more where others use the machine.
+A step computes the output and the gradients of inputs and parameters. All take turns in one process; medians. Tokens
+and router are random, so experts get unequal numbers of tokens. On a busy machine, CPU time is the better measure.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptjax.nn import MLP, Layer, MixtureOfExperts, SwiGLU  # noqa: E402
 
 
 def step(part: MLP, hidden: int, x: jax.Array):
-    """A function that makes one step and waits for it."""
+    """A function that runs one step and waits for it."""
     layer = Layer(part=part)
     params = jax.jit(layer.init, static_argnums=2)(jax.random.key(1), x, hidden)["params"]
 

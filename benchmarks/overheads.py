@@ -1,16 +1,16 @@
-"""What a training loop does beside its steps, and what that costs: checkpoints, metrics, starting again.
+"""Overheads of the training loop: checkpoints, metrics, restart.
 
     python benchmarks/overheads.py                       everything, as a markdown table
-    python benchmarks/overheads.py checkpoint metrics    these alone
+    python benchmarks/overheads.py checkpoint metrics    only these
 
-checkpoint  runs of the training loop with and without a save every 50 steps, in turns: the cost of one save, background
-            work included, over the time of 50 steps
-metrics     runs with the metrics recorded and shown every 10 steps (the default), and never, in turns
-report      what recording and showing metrics takes of the loop's own thread, CPU time, over that of 10 steps: what the
-            devices may have to wait for, without the noise of two runs
-clock       what the times, the heartbeat and the watch over hanging steps do at every step, alone
-restart     from `python -m experiments` to the end of the first step, going on with a checkpoint of 124M parameters,
-            1.5 GB, everything compiled before
+checkpoint  runs with and without a save every 50 steps, in turns: the cost of one save, including background work, over
+            the time of 50 steps
+metrics     runs with metrics logged and shown every 10 steps (the default) and never, in turns
+report      CPU time of logging and showing metrics in the loop's own thread, over the time of 10 steps: an upper bound
+            of the devices' wait, without the noise of two runs
+clock       time per step of clock, heartbeat and watchdog alone
+restart     from `python -m experiments` to the end of the first step, resumed from a checkpoint of 124M parameters,
+            1.5 GB, with everything compiled before
 """
 
 # ruff: noqa: E402  (jax reads what prepare() sets)
@@ -69,8 +69,8 @@ class Letters:
 
 @dataclasses.dataclass(frozen=True)
 class Timed(data.Pretrain):
-    """Batches that note when the second is asked for, when the first step has been compiled and begun, and when
-    validation begins, when the last step has ended."""
+    """Batches that note the time of the request for the second batch, when the first step is compiled and dispatched,
+    and the start of validation, when the last step has ended."""
 
     times: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -104,7 +104,7 @@ class _Iterable:
 
 
 def seconds(model: TransformerConfig, steps: int, batch: int, length: int, **options: Any) -> float:
-    """How long so many steps of the training loop take."""
+    """Seconds that the training loop takes for `steps` steps."""
     timed = Timed(Letters(), length=length, batch=batch)
     every = {"evaluate_every": NEVER, "save_every": NEVER, "log_every": NEVER} | options
     stage = Stage(
@@ -118,7 +118,7 @@ def seconds(model: TransformerConfig, steps: int, batch: int, length: int, **opt
     )
     tokenizer = data.TrainCharacters().build(iter([LETTERS]))
     with tempfile.TemporaryDirectory() as folder, MetricsLogger(folder) as records:
-        records.log(0, "warm", loss=0.0)  # what is opened once
+        records.log(0, "warm", loss=0.0)  # opens the files
         cache = Path(tempfile.gettempdir()) / "gptjax-overheads"
         train(stage, "main", model.build(), tokenizer, Path(folder) / "checkpoints", records, cache=cache)
     return timed.times["end"] - timed.times["begin"]
@@ -129,7 +129,7 @@ def model(layers: int, width: int) -> TransformerConfig:
 
 
 def in_turns(repeats: int, run: Any, *variants: dict[str, Any]) -> list[list[float]]:
-    """Seconds of each variant, one list for each repeat."""
+    """Seconds of each variant, one list per repeat."""
     return [[run(**variant) for variant in variants] for _ in range(repeats)]
 
 
@@ -170,7 +170,7 @@ def reporting(repeats: int, steps: int) -> None:
     original = loop._Run.report
 
     def timed(*arguments: Any) -> None:
-        begin = time.thread_time()  # which does not count waiting for the devices
+        begin = time.thread_time()  # excludes waiting for the devices
         original(*arguments)
         spent.append(time.thread_time() - begin)
 
@@ -179,7 +179,7 @@ def reporting(repeats: int, steps: int) -> None:
         steps,
         12,
         64,
-    )  # a report takes as long whatever the model: of this one's steps it is the most
+    )  # a report takes the same time for any model; this one's steps are the shortest
     seconds(*shape)
     found = []
     with unittest.mock.patch.object(loop._Run, "report", timed):
@@ -206,9 +206,8 @@ def clock(repeats: int, steps: int) -> None:
                 watchdog.beat(step)
             found.append((time.perf_counter() - begin) / 1000 * 1e6)
     low, high = min(found), max(found)
-    print(
-        f"| clock, heartbeat and watchdog, a step | {statistics.median(found):.0f} us | {low:.0f} to {high:.0f} us | |"
-    )
+    middle = statistics.median(found)
+    print(f"| clock, heartbeat and watchdog, per step | {middle:.0f} us | {low:.0f} to {high:.0f} us | |")
 
 
 RESTARTED = """
@@ -242,8 +241,8 @@ experiment = Experiment(
 
 
 def restart(repeats: int, steps: int) -> None:
-    """Start, wait for the first step to be recorded, stop by SIGTERM, which saves, and again. The first two times are
-    not counted: they compile."""
+    """Start, wait until the first step is logged, stop by SIGTERM, which saves, and repeat. The first two runs are not
+    counted: they compile."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         text, file, metrics = (Path(folder) / name for name in ("text.txt", "restarted.py", "run/metrics.jsonl"))
@@ -264,13 +263,11 @@ def restart(repeats: int, steps: int) -> None:
             if number > 1:
                 found.append(recorded(metrics)[len(known)] - begin)
     low, high = min(found), max(found)
-    print(
-        f"| starting again at 124M | {statistics.median(found):.1f} s | {low:.1f} to {high:.1f} s | 60 s |", flush=True
-    )
+    print(f"| restart at 124M | {statistics.median(found):.1f} s | {low:.1f} to {high:.1f} s | 60 s |", flush=True)
 
 
 def recorded(metrics: Path) -> list[float]:
-    """When each step ended."""
+    """Time at which each step ended."""
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     return [line["time"] for line in map(json.loads, lines) if "loss" in line]
 
@@ -280,11 +277,11 @@ PARTS = {"checkpoint": checkpoint, "metrics": metrics, "report": reporting, "clo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which (default: all)")
-    parser.add_argument("--repeats", type=int, default=5, help="of each (default 5)")
-    parser.add_argument("--steps", type=int, default=201, help="of each run (default 201)")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="parts to measure (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each (default 5)")
+    parser.add_argument("--steps", type=int, default=201, help="steps of each run (default 201)")
     arguments = parser.parse_args()
-    print("| what | costs, median | range | asked for: at most |")
+    print("| part | cost, median | range | limit |")
     print("|---|---:|---:|---:|")
     for part in arguments.parts or PARTS:
         PARTS[part](arguments.repeats, arguments.steps)

@@ -1,4 +1,4 @@
-"""The PyTorch peer: nanoGPT's architecture and training step, plainly written, as fast as stock PyTorch is on a CPU.
+"""The PyTorch peer: nanoGPT's architecture and training step, as fast as stock PyTorch is on a CPU.
 
 `python benchmarks/torch_gpt.py --layers 4 --width 128 --heads 4 --length 64 --batch 12` prints milliseconds per step.
 Pre-norm LayerNorm, learned positions, causal `scaled_dot_product_attention`, tanh-GELU MLP of 4x width, tied head, no
@@ -59,7 +59,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """tokens, targets int64 [B, T] -> mean cross entropy in nats, a scalar."""
+        """Mean cross entropy in nats, a scalar, from tokens and targets int64 [B, T]."""
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)
@@ -68,7 +68,7 @@ class GPT(nn.Module):
 
 
 def make_step(shape: Shape, compiled: bool, fused: bool = True) -> Callable[[], float]:
-    """A training step on one fixed random batch; each call updates the model and returns the loss before the update."""
+    """A training step on a fixed random batch; each call updates the model and returns the loss before the update."""
     torch.manual_seed(0)
     model = GPT(shape)
     decayed = [p for p in model.parameters() if p.dim() == 2]
@@ -94,8 +94,10 @@ def main() -> None:
     for name, default in vars(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model (forward and backward)")
-    parser.add_argument("--foreach", action="store_true", help="AdamW's foreach form rather than the fused kernel")
-    parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure (default 5)")
+    parser.add_argument(
+        "--foreach", action="store_true", help="AdamW's foreach implementation instead of the fused kernel"
+    )
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of the measurement (default 5)")
     given = vars(parser.parse_args())
     step = make_step(Shape(**{name: given[name] for name in vars(Shape())}), given["compile"], not given["foreach"])
     for _ in range(3):

@@ -1,12 +1,13 @@
-"""The training step on a CPU beside PyTorch's (`torch_gpt.py`, same architecture and sizes), as a markdown table.
+"""The training step on a CPU compared with PyTorch's (`torch_gpt.py`, same architecture and sizes), as a markdown
+table.
 
     python benchmarks/train_step_cpu.py                   # the three sizes, all cores
     python benchmarks/train_step_cpu.py --cores 1 --size small
 
-Each contender lives in a process of its own and they run in short turns, so that what else the machine does falls on
-all alike. The ratio is gptjax's milliseconds over the faster PyTorch's, in the same turn; its median over the turns is
-given (below 1: gptjax is faster). Measure several cores on an idle machine only: PyTorch's threads wait for each
-other by spinning, and collapse when something else takes a core. On one core, CPU time is fair on a busy one too.
+Each contender runs in its own process, in short turns, so that other load affects all alike. The ratio is gptjax's
+milliseconds over the faster PyTorch's in the same turn; its median over the turns is given (below 1: gptjax is faster).
+Measure several cores only on an idle machine: PyTorch's threads spin while they wait for each other, and collapse when
+something else takes a core. On one core, CPU time is fair on a busy machine too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CONTENDERS = ("gptjax", "torch eager", "torch.compile")
 
 
 def gptjax_step(shape: Shape) -> Callable[[], float]:
-    """gptjax's own training step on one fixed random batch; each call returns the loss before the update."""
+    """gptjax's training step on a fixed random batch; each call returns the loss before the update."""
     import jax
     import numpy as np
 
@@ -72,7 +73,7 @@ def gptjax_step(shape: Shape) -> Callable[[], float]:
 
 
 def work(pipe: Connection, contender: str, shape: Shape, cores: int) -> None:
-    """Serves turns: receives seconds, sends the medians of milliseconds a step (wall, CPU) and the last loss."""
+    """Serve turns: receive seconds, send the medians of milliseconds per step (wall, CPU) and the last loss."""
     available = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, available[:cores])
     if contender == "gptjax":
@@ -131,8 +132,8 @@ def measure(name: str, contenders: list[str], cores: int, turns: int, seconds: f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=SHAPES, default=list(SHAPES), help="which sizes (default: all)")
-    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="cores for each (default: all)")
+    parser.add_argument("--size", nargs="+", choices=SHAPES, default=list(SHAPES), help="sizes (default: all)")
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="cores of each (default: all)")
     parser.add_argument("--turns", type=int, default=5, help="turns of each contender (default 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn (default 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (slow to start)")

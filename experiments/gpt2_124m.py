@@ -1,9 +1,9 @@
 """GPT-2 small (124M) on C4, the published recipe, for 8 or more accelerators: `python -m experiments gpt2_124m`.
 
-C4 must have been prepared once with `tfds` as ArrayRecord files (`--pretrain.data.source.data_dir` says where), and
-GPT-2's tokenizer is downloaded, or read from the folder that `--tokenizer.path` names. 50,000 steps of 512 x 1,024
-tokens are 26 billion tokens. Published for this size and recipe on OpenWebText: a validation loss of about 2.85
-(nanoGPT). Not run here to its end; the step compiles for one device and for meshes. With the parameters shared out:
+Prepare C4 once with `tfds` as ArrayRecord files, in the folder `--pretrain.data.source.data_dir`. GPT-2's tokenizer is
+downloaded, or read from the folder `--tokenizer.path`. 50,000 steps of 512 x 1,024 tokens are 26 billion tokens.
+Published for this size and recipe on OpenWebText: a validation loss of about 2.85 (nanoGPT). Not yet run to the end;
+the step compiles for one device and for meshes. With parameters sharded over all devices:
 
     python -m experiments gpt2_124m --mesh.data 1 --mesh.fsdp -1
 """
@@ -13,7 +13,7 @@ from gptjax.nn import GELU, LayerNorm, LearnedPositions, TransformerConfig
 
 experiment = Experiment(
     model=TransformerConfig(
-        vocab=50_304,  # GPT-2's 50,257, and a round number for the hardware
+        vocab=50_304,  # GPT-2's 50,257, padded to a multiple of 128
         layers=12,
         width=768,
         heads=12,

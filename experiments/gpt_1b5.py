@@ -1,9 +1,18 @@
 """A GPT of 1.5 billion parameters on C4, for one v5e-16 slice: `python -m experiments gpt_1b5`.
 
-Not run; `gptjax plan gpt_1b5 --on v5e:4x4` says: 1.54 billion parameters, 1 million tokens a step, 5.6 GiB of 16 a
-chip; 1.12e16 FLOPs a step of the model, 1.47e16 of all that chips compute; 2.3 TiB to and from HBM and 74 GiB sent by a
-chip; 4.7 s a step, bound by compute, to 9.5 s were nothing to overlap, 38 to 76 % MFU, 10 to 19 billion tokens a day;
-30,000 steps in 39 to 79 hours for $750 to $1,510 ($1.20 a chip and hour, not verified). A roofline: runs take longer.
+Not run. The plan, a roofline, from best case (everything overlaps) to worst (nothing does); real runs take longer:
+
+    gptjax plan gpt_1b5 --on v5e:4x4
+
+    parameters                        1.54 billion
+    tokens per step                   1 million
+    FLOPs per step                    1.12e16 of the model, 1.47e16 executed
+    memory per chip                   5.6 of 16 GiB
+    per chip and step                 2.3 TiB to and from HBM, 74 GiB sent
+    time per step                     4.7 s (bound by compute) to 9.5 s
+    MFU                               38 to 76 %
+    tokens per day                    10 to 19 billion
+    30,000 steps                      39 to 79 hours, $750 to $1,510 ($1.20 per chip-hour, not verified)
 """
 
 from gptjax import Experiment, MeshConfig, Stage, data, objectives, optim
@@ -11,7 +20,7 @@ from gptjax.nn import TransformerConfig
 
 experiment = Experiment(
     model=TransformerConfig(
-        vocab=50_304,  # GPT-2's 50,257, rounded up to what meshes divide
+        vocab=50_304,  # GPT-2's 50,257, padded so that meshes divide it
         layers=28,
         width=2_048,
         heads=16,

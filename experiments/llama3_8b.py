@@ -1,13 +1,13 @@
 """A model of Llama 3's shape (8B) on C4, for a v5p-128 or a v6e-256 slice: `python -m experiments llama3_8b`.
 
-The chips share out the parameters. Not run. 2 million tokens a step, 1.21e17 FLOPs of the model and 1.65e17 of all that
-chips compute. `gptjax plan llama3_8b --on ...` says, at best (all overlapping) and at worst (nothing):
+Parameters are sharded over all chips. Not run. 2 million tokens per step; 1.21e17 FLOPs of the model and 1.65e17
+executed. `gptjax plan llama3_8b --on ...`, from best case (everything overlaps) to worst (nothing does):
 
                                       v5p:4x4x4                     v6e:16x16
-    memory of a chip                  29.8 of 95 GiB                9.0 of 32 GiB
-    a step                            5.6 to 6.7 s                  0.70 to 1.30 s
+    memory per chip                   29.8 of 95 GiB                9.0 of 32 GiB
+    time per step                     5.6 to 6.7 s                  0.70 to 1.30 s
     MFU                               62 to 73 %                    40 to 73 %
-    tokens a day                      27 to 32 billion              139 to 258 billion
+    tokens per day                    27 to 32 billion              139 to 258 billion
     100,000 steps                     6.5 to 7.7 days               19.5 to 36.2 hours
     price ($4.20, $2.70 an hour)      $42,000 to $50,000            $13,500 to $25,000
 """

@@ -1,13 +1,18 @@
-"""Llama 3's shape (8B) with rows of 131,072 tokens, on a v5p-128 slice: `python -m experiments long_context`.
+"""Llama 3's shape (8B) with sequences of 131,072 tokens, on a v5p-128 slice: `python -m experiments long_context`.
 
-Each row is cut over 16 chips, which gather one another's keys and share out the queries evenly (splash attention); 4
-such groups share out the parameters. Not run. 1 million tokens, 2.63e17 FLOPs a step, four fifths of them attention's;
-3.8e17 of all that chips compute. `gptjax plan long_context --on v5p:4x4x4` says, from best (all overlapping) to worst:
+Each sequence is sharded over 16 chips, which all-gather the keys and compute equal shares of the queries (splash
+attention); parameters are sharded over 4 such groups. Not run. 1 million tokens and 2.63e17 FLOPs of the model per
+step, four fifths of them in attention; 3.8e17 executed. The plan, from best case (everything overlaps) to worst:
 
-    63.2 of 95 GiB, 13.0 to 15.0 s a step, 60 to 69 % MFU, 6.1 to 7.0 billion tokens a day
-    100,000 steps in 15 to 17 days for $97,000 to $112,000 ($4.20 a chip and hour)
+    gptjax plan long_context --on v5p:4x4x4
 
-It counts scores that a causal mask hides, and splash skips half of them: a step may be faster than that.
+    memory per chip                   63.2 of 95 GiB
+    time per step                     13.0 to 15.0 s
+    MFU                               60 to 69 %
+    tokens per day                    6.1 to 7.0 billion
+    100,000 steps                     15 to 17 days, $97,000 to $112,000 ($4.20 per chip-hour)
+
+The plan counts scores that the causal mask hides. Splash skips half of them, so a step may be faster.
 """
 
 import dataclasses

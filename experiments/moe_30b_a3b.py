@@ -1,13 +1,21 @@
 """A mixture of experts of Qwen3-30B-A3B's shape on C4, for a v5p-256 slice: `python -m experiments moe_30b_a3b`.
 
-30.5 billion parameters, of which a token uses 3.3; 8 of 128 experts. All devices share out all parameters. Not run;
-`gptjax plan moe_30b_a3b --on v5p:4x4x8` says: 4.2 million tokens a step, 28 GiB of 95 a chip; 1.17e17 FLOPs a step of
-the model, 1.74e17 of all that chips compute; 4.5 TiB to and from HBM and 340 GiB sent by a chip; 3.0 s a step, bound by
-compute, to 6.8 s were nothing to overlap, 29 to 67 % MFU, 54 to 122 billion tokens a day; 100,000 steps in 3.4 to 7.8
-days for $44,000 to $101,000 ($4.20 a chip and hour, not verified).
+30.5 billion parameters, of which 3.3 billion are active per token; 8 of 128 experts. Parameters are sharded over all
+devices. Not run. The plan, from best case (everything overlaps) to worst (nothing does):
 
-With `--mesh.expert 16 --pretrain.accumulate 4` it is 16.5 to 23 s, bound by HBM: as nothing is dropped, every one of 16
-devices that share out the experts keeps room for the rows of all of them.
+    gptjax plan moe_30b_a3b --on v5p:4x4x8
+
+    tokens per step                   4.2 million
+    FLOPs per step                    1.17e17 of the model, 1.74e17 executed
+    memory per chip                   28 of 95 GiB
+    per chip and step                 4.5 TiB to and from HBM, 340 GiB sent
+    time per step                     3.0 s (bound by compute) to 6.8 s
+    MFU                               29 to 67 %
+    tokens per day                    54 to 122 billion
+    100,000 steps                     3.4 to 7.8 days, $44,000 to $101,000 ($4.20 per chip-hour, not verified)
+
+With `--mesh.expert 16 --pretrain.accumulate 4` a step takes 16.5 to 23 s, bound by HBM: as no token is dropped, each of
+the 16 devices over which the experts are sharded has room for the rows of all 16.
 """
 
 from gptjax import Experiment, MeshConfig, Stage, data, objectives, optim

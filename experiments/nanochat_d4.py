@@ -2,13 +2,13 @@
 
     python -m experiments nanochat_d4
 
-What the model has that a Llama has not: queries and keys normalised and scores sharpened by 1.2², a rotary base of
-100,000, ReLU² in the MLP, norms without parameters, one of them after the embedding, an untied head with logits capped
-at 15, three layers of four that see a quarter of the context, learned scalars that mix the embeddings back into each
-layer's input, and value embeddings in every other layer. Muon trains the matrices, Adam the rest.
+Differences from a Llama: QK-norm with scores scaled by 1.2², a rotary base of 100,000, ReLU² in the MLP, norms without
+parameters, one of them after the embedding, an untied head with logits soft-capped at 15, a window of a quarter of the
+context in three of four layers, learned scalars that add the embeddings to each layer's input, and value embeddings in
+every other layer. Muon trains the matrices, Adam the rest.
 
-Not in here: nanochat's smearing of the token before into each token, its subtraction of the middle layer from the last,
-initial scalars that differ by layer, and a learning rate for each kind of parameter.
+Not included: nanochat's smearing of the previous token into each token, its subtraction of the middle layer from the
+last, initial scalars that differ by layer, and a learning rate for each kind of parameter.
 
 400 steps: a validation loss of 3.77, and 1.56 bits per byte on held-out documentation (`xz -9`: 2.51).
 """
@@ -40,7 +40,7 @@ experiment = Experiment(
         norm=NORM,
         attention=ATTENTION,
         mlp=ReLUSquared(),
-        residual=ScaledStream(stream=1.1, start=0.125),  # the means of 1.15 .. 1.05 and 0.20 .. 0.05
+        residual=ScaledStream(stream=1.1, start=0.125),  # means of nanochat's 1.15 .. 1.05 and 0.20 .. 0.05
         pattern=(
             LayerOverrides(window=64),
             LayerOverrides(window=64, attention=VALUES),

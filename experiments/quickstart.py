@@ -1,13 +1,13 @@
-"""From raw text to a model you can talk to, on a laptop: `python -m experiments quickstart`.
+"""From raw text to a chat model on a laptop: `python -m experiments quickstart`.
 
-Reads the documentation that comes with every Python (no network), trains a tokenizer and a small GPT on it, teaches it
-to answer questions, measures it on documentation it has not seen, and leaves runs/quickstart:
+Reads the documentation that comes with every Python (no network), trains a tokenizer and a small GPT on it, fine-tunes
+it on questions and answers, evaluates it on held-out documentation, and writes runs/quickstart:
 
     python -m experiments quickstart
     gptjax chat runs/quickstart
 
-On two CPU cores: 5 to 9 minutes in all; 1.53 bits per byte on held-out documentation (`xz -9`: 2.51); answers in the
-right style, with made-up content.
+On two CPU cores: 5 to 9 minutes in total; 1.53 bits per byte on held-out documentation (`xz -9`: 2.51); answers have
+the right style but made-up content.
 """
 
 from gptjax import Experiment, Stage, data, evals, objectives, optim

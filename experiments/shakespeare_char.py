@@ -3,9 +3,9 @@
     python -m experiments shakespeare_char
     python -m experiments shakespeare_char --pretrain.data.source.path tinyshakespeare.txt     # without a network
 
-Four minutes or less on two CPU cores. The setting is that of nanoGPT's README for a computer without a GPU: context 64,
-batch 12, no dropout, 90 % of the text to train on and the rest to validate. It publishes a loss of 1.88; here it is
-1.77, as the peak learning rate is 3e-3 (with nanoGPT's own, 1e-3, it is 1.92 over the whole validation text).
+At most four minutes on two CPU cores. The setting is that of nanoGPT's README for a computer without a GPU: context 64,
+batch 12, no dropout, 90 % of the text for training and the rest for validation. nanoGPT publishes a loss of 1.88; here
+it is 1.77, with a learning rate of 3e-3 (with nanoGPT's own, 1e-3, it is 1.92 over the whole validation text).
 """
 
 from gptjax import Experiment, Stage, data, objectives, optim
@@ -13,7 +13,7 @@ from gptjax.nn import GELU, LayerNorm, LearnedPositions, TransformerConfig
 
 experiment = Experiment(
     model=TransformerConfig(
-        vocab=66,  # 65 characters, and one for all that the training text does not have
+        vocab=66,  # 65 characters, and one for all characters that are not in the training text
         layers=4,
         width=128,
         heads=4,
@@ -40,7 +40,7 @@ experiment = Experiment(
             ),
             steps=2_000,
             evaluate_every=250,
-            eval_sequences=1_740,  # all of the validation text
+            eval_sequences=1_740,  # the whole validation text
             save_every=500,
             prompts=("\n",),
         )

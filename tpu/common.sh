@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share: messages, dry runs, retries. It is sourced. Works with the bash 3.2 of macOS.
+# Shared by the launch scripts, which source it: messages, dry runs, retries. Works with bash 3.2 of macOS.
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -8,10 +8,10 @@ fail() {
   exit 2
 }
 
-# usage FILE: the comment at the top of a script.
+# usage FILE: print the comment at the top of a script.
 usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"; }
 
-# quote WORD...: one line to paste into a shell.
+# quote WORD...: print the words as a line to paste into a shell.
 quote() {
   local word line=
   for word in "$@"; do
@@ -24,12 +24,12 @@ quote() {
   printf '%s\n' "${line% }"
 }
 
-# run COMMAND...: runs it; a dry run prints it.
+# run COMMAND...: run it; a dry run prints it.
 run() {
   if [[ -n $DRY_RUN ]]; then quote "$@"; else "$@"; fi
 }
 
-# retry COMMAND...: run, up to TRIES times, with pauses that double from PAUSE seconds.
+# retry COMMAND...: run it up to TRIES times, with pauses of PAUSE seconds, doubled every time.
 retry() {
   local attempt code pause=$PAUSE
   for ((attempt = 1; ; attempt++)); do
@@ -37,7 +37,7 @@ retry() {
     run "$@" || code=$?
     ((code)) || return 0
     ((attempt < TRIES)) || break
-    say "exit code $code, attempt $attempt of $TRIES; again in $pause s"
+    say "exit code $code, attempt $attempt of $TRIES; retrying in $pause s"
     sleep "$pause"
     pause=$((2 * pause))
   done
@@ -46,20 +46,20 @@ retry() {
 }
 
 # need VARIABLE OPTION EXAMPLE
-need() { [[ -n ${!1:-} ]] || fail "$1: is not set; say $2 or set the variable $1, such as $3"; }
+need() { [[ -n ${!1:-} ]] || fail "$1: is not set; pass $2 or set the variable $1, such as $3"; }
 
-# option VARIABLE "$@": takes the value of the option that is the next argument.
+# option VARIABLE "$@": set the variable to the value of the option.
 option() {
-  [[ $# -ge 3 ]] || fail "$2: lacks its value"
+  [[ $# -ge 3 ]] || fail "$2: needs a value"
   printf -v "$1" %s "$3"
 }
 
-# check_experiment: EXPERIMENT is the name and the overrides; RUN, the folder of the run, comes from its name.
+# check_experiment: check EXPERIMENT, the name and the overrides; RUN, the run folder, defaults to the name.
 check_experiment() {
-  ((${#EXPERIMENT[@]})) || fail "no experiment; say it after --, such as -- gpt2_124m"
+  ((${#EXPERIMENT[@]})) || fail "no experiment; give it after --, such as -- gpt2_124m"
   local word
   for word in "${EXPERIMENT[@]}"; do
-    case $word in --out | --out=*) fail "$word: the folder is runs/RUN; say --run before the --" ;; esac
+    case $word in --out | --out=*) fail "$word: the folder is runs/RUN; pass --run before the --" ;; esac
   done
   if [[ -z $RUN ]]; then
     RUN=$(basename "${EXPERIMENT[0]}" .py)

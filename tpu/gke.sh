@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains an experiment on TPUs of a GKE cluster, as a JobSet: it is started again after a preemption, and goes on.
+# Train an experiment on TPUs of a GKE cluster, as a JobSet that is restarted after a preemption and resumes.
 #
 #   tpu/gke.sh run --name pod --accelerator tpu-v5-lite-podslice --topology 4x4 --image REPOSITORY/gptjax \
 #       --bucket gs://mine -- gpt2_124m
 #
 #   render    print the manifest
-#   run       start the experiment, or go on with it; what still runs is stopped first, and saves
-#   log       follow the log of the first host, of the first slice
+#   run       start or resume the experiment; a running one is stopped first, and saves
+#   log       follow the log of the first host of the first slice
 #   status    the JobSet and its pods
 #   delete    stop the experiment (it saves) and free the TPUs
 #
@@ -15,12 +15,12 @@
 #   --topology SHAPE     TOPOLOGY     such as 4x4, 4x4x8
 #   --image IMAGE        IMAGE        container with gptjax, see docs/cloud.md
 #   --bucket URL         BUCKET       gs://NAME, mounted as /runs: holds the run folder RUN
-#   --run NAME           RUN          by default the name of the experiment
-#   --spot               SPOT=1       nodes that may be preempted
-#   --env NAME=VALUE                  set a variable for the trainer (more than once)
-#   --dry-run            DRY_RUN=1    print the commands and run none
-#   CHIPS=4 SLICES=1 RESTARTS=100     chips of a host, slices, how often it is started again
-#   SERVICE_ACCOUNT=default           of Kubernetes, with access to the bucket
+#   --run NAME           RUN          default: the name of the experiment
+#   --spot               SPOT=1       preemptible nodes
+#   --env NAME=VALUE                  set a variable for the trainer (repeatable)
+#   --dry-run            DRY_RUN=1    print the commands without running them
+#   CHIPS=4 SLICES=1 RESTARTS=100     chips per host, slices, maximum number of restarts
+#   SERVICE_ACCOUNT=default           Kubernetes service account with access to the bucket
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -44,21 +44,21 @@ main() {
       --spot) SPOT=1 ;;
       --dry-run) DRY_RUN=1 ;;
       --) shift && EXPERIMENT=("$@") && break ;;
-      *) fail "$1: no such option; see tpu/gke.sh --help, and say the experiment after --" ;;
+      *) fail "$1: no such option; see tpu/gke.sh --help, and give the experiment after --" ;;
     esac
     shift
   done
   case $command in
     -h | --help) usage "$0" && return ;;
     render | run | log | status | delete) need JOB_NAME --name pod ;;
-    *) fail "$command: no such command; it can be render, run, log, status or delete" ;;
+    *) fail "$command: no such command; must be render, run, log, status or delete" ;;
   esac
   case $command in
     render) manifest ;;
     run)
       file=${TMPDIR:-/tmp}/gptjax-$JOB_NAME.yaml
       manifest >"$file"
-      # One that has ended would stay as it is, and one that runs cannot be changed.
+      # Applying does not restart a JobSet that has ended, and cannot change one that runs.
       delete
       retry kubectl apply "--filename=$file"
       ;;
@@ -71,10 +71,10 @@ main() {
   esac
 }
 
-# In the foreground: until the pods, which save, are gone too.
+# Foreground deletion waits until the pods, which save, are gone too.
 delete() { retry kubectl delete jobset "$JOB_NAME" --ignore-not-found --cascade=foreground --wait; }
 
-# The trainer's exit codes 2 (a mistake in the input) and 3 (diverged) end the JobSet; all else starts it again.
+# The trainer's exit codes 2 (user error) and 3 (diverged) end the JobSet; after any other it is restarted.
 manifest() {
   need ACCELERATOR --accelerator tpu-v5-lite-podslice
   need TOPOLOGY --topology 4x4
@@ -159,7 +159,7 @@ items() {
   done
 }
 
-# variables NAME=VALUE...: a YAML list of what a container's variables are.
+# variables NAME=VALUE...: a YAML list of a container's environment variables.
 variables() {
   local variable
   (($#)) || printf '                    []\n'

@@ -4,21 +4,21 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@180
 #SBATCH --requeue
-# Trains an experiment under SLURM, a task for each GPU; after a preemption, or at the end of the time, it goes on.
+# Train an experiment under SLURM, one task per GPU; it resumes after a preemption or the time limit.
 #
 #   tpu/slurm.sh --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=12 --time=24:00:00 -- gpt2_124m
 #
-# What stands before -- goes to sbatch, which gives the job this same file. The run folder is runs/RUN on the file system
-# that the nodes share; RUN is the name of the experiment if it is not set. jax finds the other tasks by itself.
+# Options before -- are passed to sbatch, which runs this file as the job. The run folder is runs/RUN on the nodes' shared
+# file system; RUN defaults to the name of the experiment. jax finds the other tasks by itself.
 #
-#   --dry-run   DRY_RUN=1   print the command and run none
-#   VENV=.venv              the virtual environment; '' for the Python that is there
+#   --dry-run   DRY_RUN=1   print the command without running it
+#   VENV=.venv              virtual environment; '': the current Python
 #   RUN                     name of the run folder
-#   RESTARTS=100            how often it goes on
-#   FAILURES=3              after exit code 1, of a disk or chip perhaps, a job goes on if it was begun anew fewer times
+#   RESTARTS=100            maximum number of restarts
+#   FAILURES=3              after exit code 1 (maybe a disk or chip), requeue a job restarted fewer times than this
 set -euo pipefail
 if [[ ${1:-} == job ]]; then
-  cd "$SLURM_SUBMIT_DIR" # as this file is a copy elsewhere
+  cd "$SLURM_SUBMIT_DIR" # SLURM runs a copy of this file elsewhere
 else
   cd "$(dirname "$0")/.."
 fi
@@ -44,18 +44,18 @@ submit() {
     tpu/slurm.sh job "${EXPERIMENT[@]}"
 }
 
-# In the job. The time limit and a preemption send SIGTERM to the tasks, which save and exit with 130. This script must
-# wait for them where it gets the signal too; ignored altogether, it would be so in them.
+# The job. The time limit and a preemption send SIGTERM to the tasks, which save and exit with 130. If this script gets the
+# signal too, it must wait for them. It cannot ignore the signal, because the tasks would inherit that.
 job() {
   local code=0
   trap : TERM
-  # srun does not take this over from sbatch.
+  # srun does not inherit this from sbatch.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   # shellcheck disable=SC1091
   [[ -z $VENV ]] || . "$VENV/bin/activate"
   srun --kill-on-bad-exit=1 python -m experiments "$@" --out "runs/$RUN" || code=$?
   if (((code >= 128 && ${SLURM_RESTART_COUNT:-0} < RESTARTS) || (code == 1 && ${SLURM_RESTART_COUNT:-0} < ${FAILURES:-3}))); then
-    say "interrupted (exit code $code): back to the queue"
+    say "interrupted (exit code $code): requeued"
     scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What tpu/launch does on each host of a TPU, in the checkout that it has put there.
+# Commands of tpu/launch on each host of a TPU, in the checkout that it installed there.
 #
-#   worker.sh setup                            Python and gptjax
+#   worker.sh setup                            install Python and gptjax
 #   worker.sh start RUN BUCKET EXPERIMENT...   train in the background, in runs/RUN; BUCKET: gs://... or ''
-#   worker.sh follow                           show the log until the run ends; exit code: that of the run
-#   worker.sh stop                             let the run save and end
+#   worker.sh follow                           follow the log until the run ends; exits with the run's exit code
+#   worker.sh stop                             stop the run, which saves first
 #
-# Where the run folder is: a TPU with one host writes to its own disk and copies the folder to the bucket every minute
-# and at the end. The hosts of a larger one write one checkpoint together, so they need one folder: the bucket, mounted.
+# Location of the run folder: a TPU with one host writes to its own disk and copies the folder to the bucket every minute
+# and at the end. The hosts of a larger one save each checkpoint together, so they mount the bucket as one shared folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +25,7 @@ start() {
   echo $! >run.pid
 }
 
-# train RUN BUCKET EXPERIMENT...: the background process. SIGTERM, which a preemption sends too, goes to the trainer.
+# train RUN BUCKET EXPERIMENT...: the background process. SIGTERM, also that of a preemption, is passed to the trainer.
 train() {
   local run=$1 bucket=$2 trainer copier='' code
   .venv/bin/python -m experiments "${@:3}" --out "runs/$run" &
@@ -33,12 +33,12 @@ train() {
   trap 'kill -TERM $trainer 2>/dev/null || true' TERM INT
   if [[ -n $bucket ]] && ! several; then
     {
-      trap 'exit 0' TERM # but not in the middle of a copy
+      trap 'exit 0' TERM # takes effect after a copy, not during one
       while sleep "${SYNC:-60}" & wait $!; do upload "$run" "$bucket" || true; done
     } &
     copier=$!
   fi
-  while true; do # a signal ends the wait, not the trainer, which is saving
+  while true; do # a signal interrupts the wait while the trainer is still saving
     code=0
     wait $trainer || code=$?
     kill -0 $trainer 2>/dev/null || break
@@ -55,9 +55,9 @@ train() {
 }
 
 follow() {
-  [[ -f run.pid ]] || { echo "error: nothing was started here" >&2 && exit 2; }
+  [[ -f run.pid ]] || { echo "error: no run was started on this host" >&2 && exit 2; }
   tail -n 100 -f --pid="$(cat run.pid)" run.log
-  exit "$(cat run.exit 2>/dev/null || echo 137)" # none: it was killed
+  exit "$(cat run.exit 2>/dev/null || echo 137)" # no file: the run was killed
 }
 
 stop() {
@@ -70,7 +70,7 @@ stop() {
   kill -KILL -- "-$pid"
 }
 
-# prepare RUN BUCKET: makes runs/RUN what the bucket has.
+# prepare RUN BUCKET: make runs/RUN a copy of the bucket's folder.
 prepare() {
   mkdir -p "runs/$1"
   if several; then
@@ -82,7 +82,7 @@ prepare() {
   fi
 }
 
-# Only what is known to be absent is begun anew: the next upload would delete a run that just could not be read.
+# A run is started anew only if it is known to be absent: the next upload would delete one that could not be read.
 download() {
   local answer
   if answer=$(gcloud storage ls "$2/$1/" 2>&1); then
@@ -108,7 +108,7 @@ mount_bucket() {
   gcsfuse "$@" "${path%%/*}" runs
 }
 
-# Whether the TPU has several hosts.
+# several: true if the TPU has several hosts.
 several() {
   local address=http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints
   [[ $(curl -fsS --retry 5 -H 'Metadata-Flavor: Google' $address) == *,* ]]

@@ -108,7 +108,7 @@ ROUND = ["list", "create", "list", "scp", "setup", "start", "follow"]
 
 def test_up_creates_installs_runs_and_follows(world):
     done = world.run(UP)
-    assert (done.returncode, done.stderr) == (0, "done; the TPU is still there and costs: tpu/launch delete\n")
+    assert (done.returncode, done.stderr) == (0, "done; the TPU still exists and is billed: tpu/launch delete\n")
     git, *calls = world.calls()
     assert git[-1] == "HEAD"
     assert world.verbs()[1:] == ROUND
@@ -152,7 +152,7 @@ def test_what_goes_on_failing_ends_with_its_exit_code_and_the_command(world):
     failed = world.run(UP, TRIES="3", PAUSE="1")
     assert failed.returncode == 7
     *attempts, last = failed.stderr.splitlines()
-    assert attempts == [f"exit code 7, attempt {i} of 3; again in {i} s" for i in (1, 2)]
+    assert attempts == [f"exit code 7, attempt {i} of 3; retrying in {i} s" for i in (1, 2)]
     assert last.startswith("error: exit code 7 after 3 attempts: gcloud compute tpus tpu-vm create pod --zone=z1")
     assert world.verbs()[1:] == ["list", "create", "sleep", "create", "sleep", "create", "list"]
 
@@ -205,7 +205,7 @@ def test_a_tpu_that_is_preempted_before_it_is_ready_is_made_anew_and_a_mistake_i
     world.expect(("list", 0, "", None), ("create pod", 0, "", "CREATING"), ("list", 0, "CREATING", state))
     done = world.run(UP)
     assert done.returncode == code, done.stderr
-    assert f"error: the TPU did not come: {state}" in done.stderr
+    assert f"error: the TPU was not created: {state}" in done.stderr
     assert world.verbs().count("create") == (1 if code else 2)
 
 
@@ -237,7 +237,7 @@ def test_a_run_that_fails_is_started_again_a_few_times_if_it_may_be_the_machine(
     failed = world.run(UP, FAILURES="2")
     assert failed.returncode == code
     last = failed.stderr.splitlines()[-1]
-    assert last.startswith(f"error: the run failed with exit code {code}; the TPU is still there and costs")
+    assert last.startswith(f"error: the run failed with exit code {code}; the TPU still exists and is billed")
     assert world.verbs().count("start") == starts
 
 
@@ -245,7 +245,7 @@ def test_interruptions_have_a_limit(world):
     world.expect(*[(" follow", 137, "", None)] * 2)
     failed = world.run(UP, ROUNDS="2")
     assert failed.returncode == 1
-    assert failed.stderr.endswith("error: interrupted 2 times; the same command goes on, or set ROUNDS higher\n")
+    assert failed.stderr.endswith("error: interrupted 2 times; run the same command again to resume, or increase ROUNDS\n")
 
 
 def test_a_queued_resource_is_waited_for(world):
@@ -257,24 +257,24 @@ def test_a_queued_resource_is_waited_for(world):
     assert "--runtime-version=v2-alpha-tpuv6e" in world.calls()[1]
     world.expect(("list", 0, "", None), ("create", 0, "", None), ("list", 0, "FAILED", None))
     failed = world.run(create)
-    assert (failed.returncode, failed.stderr) == (1, "error: the TPU did not come: FAILED\n")
+    assert (failed.returncode, failed.stderr) == (1, "error: the TPU was not created: FAILED\n")
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("tpu/launch up --zone z", "TPU_NAME: is not set; say --name or set the variable TPU_NAME, such as pod"),
-        ("tpu/launch up --name p --zone z", "TPU_TYPE: is not set; say --type or set the variable TPU_TYPE"),
-        ("tpu/launch log --name p", "ZONE: is not set; say --zone or set the variable ZONE, such as us-west4-a"),
-        ("tpu/launch run --name p --zone z", "no experiment; say it after --, such as -- gpt2_124m"),
-        ("tpu/launch run --name p --zone", "--zone: lacks its value"),
+        ("tpu/launch up --zone z", "TPU_NAME: is not set; pass --name or set the variable TPU_NAME, such as pod"),
+        ("tpu/launch up --name p --zone z", "TPU_TYPE: is not set; pass --type or set the variable TPU_TYPE"),
+        ("tpu/launch log --name p", "ZONE: is not set; pass --zone or set the variable ZONE, such as us-west4-a"),
+        ("tpu/launch run --name p --zone z", "no experiment; give it after --, such as -- gpt2_124m"),
+        ("tpu/launch run --name p --zone", "--zone: needs a value"),
         ("tpu/launch run --name p --zone z --bucket b -- a", "BUCKET: got b, must begin with gs://"),
-        ("tpu/launch run --name p --zone z -- a --out b", "--out: the folder is runs/RUN; say --run before the --"),
-        ("tpu/launch rum", "rum: no such command; it can be up, create, install, run, log, stop, status or delete"),
+        ("tpu/launch run --name p --zone z -- a --out b", "--out: the folder is runs/RUN; pass --run before the --"),
+        ("tpu/launch rum", "rum: no such command; must be up, create, install, run, log, stop, status or delete"),
         ("tpu/launch run gpt2_124m", "gpt2_124m: no such option; see tpu/launch --help"),
-        ("tpu/gke.sh run", "JOB_NAME: is not set; say --name or set the variable JOB_NAME, such as pod"),
-        ("tpu/gke.sh render --name a -- b", "ACCELERATOR: is not set; say --accelerator or set the variable"),
-        ("tpu/slurm.sh --nodes=2", "no experiment; say it after --, such as -- gpt2_124m"),
+        ("tpu/gke.sh run", "JOB_NAME: is not set; pass --name or set the variable JOB_NAME, such as pod"),
+        ("tpu/gke.sh render --name a -- b", "ACCELERATOR: is not set; pass --accelerator or set the variable"),
+        ("tpu/slurm.sh --nodes=2", "no experiment; give it after --, such as -- gpt2_124m"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(world, command, message):
