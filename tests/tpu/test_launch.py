@@ -245,7 +245,9 @@ def test_interruptions_have_a_limit(world):
     world.expect(*[(" follow", 137, "", None)] * 2)
     failed = world.run(UP, ROUNDS="2")
     assert failed.returncode == 1
-    assert failed.stderr.endswith("error: interrupted 2 times; run the same command again to resume, or increase ROUNDS\n")
+    assert failed.stderr.endswith(
+        "error: interrupted 2 times; run the same command again to resume, or increase ROUNDS\n"
+    )
 
 
 def test_a_queued_resource_is_waited_for(world):
