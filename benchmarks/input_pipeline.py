@@ -60,8 +60,8 @@ def write(file: Path, megabytes: int) -> None:
 
 
 def measure(file: Path, packing: str, length: int, batch: int, seconds: float) -> str:
+    from gptjax.data import Mix, Pretrain
     from gptjax.data import packing as packings
-    from gptjax.data.pipeline import Mix, Pretrain
     from gptjax.data.store import Tokens
     from gptjax.data.tokenizers import Bytes
 

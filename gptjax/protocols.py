@@ -4,8 +4,8 @@
                                                  ModelConfig.build() -> Module: tokens [B, T] -> logits [B, T, V]
                                                  Evaluation(model) -> Result
 
-A class with these attributes and methods fits in; only `ModelConfig` is a base class too. Shapes of `Batch`
-and `Metrics`, and the dimension letters, are in `gptjax.types`.
+A class with these attributes and methods fits in; a base class has defaults for some. Shapes of `Batch` and `Metrics`,
+and the dimension letters, are in `gptjax.types`.
 """
 
 from __future__ import annotations
@@ -106,8 +106,14 @@ class Data(Config, Protocol):
     """A kind of training data: documents of a source as batches. Pretraining texts, conversations, ...
 
     A batch is a pure function of (source, tokenizer, seed, step). Each process makes one data shard of it: rows
-    `shard * B / num_shards` up to but without `(shard + 1) * B / num_shards`.
+    `shard * B / num_shards` up to but without `(shard + 1) * B / num_shards`. `gptjax.data.Dataset` is the base class
+    of those that we have.
     """
+
+    batch_type: ClassVar[type[Batch]]
+    """Class of its batches: `Batch` or a subclass with more arrays, which the objective reads."""
+    separator: ClassVar[str]
+    """Shown between a prompt and what the model writes after it."""
 
     @property
     def length(self) -> int:
@@ -137,12 +143,20 @@ class Data(Config, Protocol):
         """All rows of a split once, in order, or `rows` of them at equal distances; the last batch is padded."""
         ...
 
+    def abstract_batch(self) -> Batch:
+        """Shapes and dtypes of the batch of a step, over all processes, as `jax.ShapeDtypeStruct`s."""
+        ...
+
     def texts(self) -> Iterator[str]:
         """The training text, to build a tokenizer from."""
         ...
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Ids after which the model continues, or answers, `text`. Raises UserError where it does not write."""
+        ...
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError, naming the field, where the rows do not fit the model: they are too long, say."""
         ...
 
 
@@ -176,6 +190,9 @@ class Module(Protocol):
 class ModelConfig(Config, Protocol):
     """Architecture and sizes of a model, as a frozen dataclass. Base class."""
 
+    architecture: ClassVar[str] = "decoder"
+    """What `build().apply` computes: "decoder" and "encoder" give logits [B, T, V] of the tokens that follow or are
+    hidden, "encoder-decoder" those of a target with its source in view, "classifier" logits [B, M, C] of documents."""
     vocab: int
     """V, the number of token ids."""
 
@@ -219,13 +236,20 @@ class ModelConfig(Config, Protocol):
 
 
 class Objective(Config, Protocol):
-    """A loss: a pure function of a module's `apply`, parameters and batch."""
+    """A loss: a pure function of a module's `apply`, parameters and batch. Base class."""
+
+    architectures: ClassVar[tuple[str, ...]] = ("decoder",)
+    """Architectures of the models that it trains."""
+    batch_type: ClassVar[type[Batch]] = Batch
+    """Class of the batches that it reads."""
+    unit: ClassVar[str] = "token"
+    """What the loss is a mean over: "token", "text"."""
 
     def __call__(self, apply: Callable[..., Any], params: Params, batch: Any, key: Key | None = None) -> Metrics:
         """Metrics whose "loss" entry is the (sum, weight) to minimise.
 
         apply  `Module.apply`
-        batch  a `Batch`, or the subclass that `Data` of its kind makes
+        batch  of `batch_type`
         key    of dropout and other randomness; None: there is none
         """
         ...

@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType
 
-from gptjax.distributed.sharding import MeshConfig
+from gptjax.distributed.sharding import MeshConfig, abstract_array
 from gptjax.experiment.experiment import Experiment
 from gptjax.train.program import program
-from gptjax.types import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*ROOT.glob("gptjax/**/*.py"), *ROOT.glob("experiments/*.py")])
@@ -107,9 +105,7 @@ def test_the_steps_of_an_experiment_lower_without_devices_or_data(name):
     for stage in experiment.stages.values():
         with jax.sharding.use_abstract_mesh(mesh):
             functions = program(stage, model)
-            rows = NamedSharding(mesh, model.rules("batch", "sequence"))
-            shape = stage.data.batch, stage.data.length
-            ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
-            traced = functions.step.trace(jax.eval_shape(functions.new), Batch(ids, ids, weights, ids, ids))
+            batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
+            traced = functions.step.trace(jax.eval_shape(functions.new), batch)
             text = traced.lower(lowering_platforms=("tpu",)).as_text()
         assert '"data"=2, "fsdp"=2, "tensor"=2' in text

@@ -1,4 +1,5 @@
-"""Data: where text comes from (sources), how it becomes tokens (tokenizers) and batches (pipeline, packing).
+"""Data: where text comes from (sources), how it becomes tokens (tokenizers) and batches
+(a file for each kind of data: pretrain, chat, classify).
 
 from gptjax import data
 
@@ -8,9 +9,13 @@ data.Chat(data.ChatJsonl("conversations.jsonl"), length=512, batch=32)
 data.Classify(data.LabelledJsonl("reviews.jsonl", classes=("good", "bad")), length=256, batch=32)
 """
 
-from gptjax.data.chat import Conversation, Message
+from gptjax.data.batches import Batches, ValidationBatches
+from gptjax.data.chat import Chat, Conversation, Message
+from gptjax.data.classify import Classify
+from gptjax.data.dataset import Dataset
+from gptjax.data.mix import Mix
 from gptjax.data.packing import BestFit, Concatenate
-from gptjax.data.pipeline import Batches, Chat, Classify, Mix, Pretrain, ValidationBatches
+from gptjax.data.pretrain import Pretrain
 from gptjax.data.pydocs import PyDocs, PyDocsChat
 from gptjax.data.sources import TFDS, ChatJsonl, Example, Jsonl, LabelledJsonl, Text
 from gptjax.data.store import Tokens
@@ -35,6 +40,7 @@ __all__ = [
     "Classify",
     "Concatenate",
     "Conversation",
+    "Dataset",
     "Example",
     "Jsonl",
     "LabelledJsonl",

@@ -1,4 +1,4 @@
-"""Conversations, and the one format in which a model reads them:
+"""Chat data: conversations, and the one format in which a model reads them:
 
     <|bos|> <|system|> text <|end|> <|user|> text <|end|> <|assistant|> text <|end|> ...
 
@@ -8,11 +8,16 @@ The markers are ids that no text encodes to, so what a speaker says cannot end t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
+from gptjax.data.dataset import Dataset, PackedRows
+from gptjax.data.packing import BestFit, Packing
+from gptjax.data.store import Encoded, Tokens, tokenize
 from gptjax.data.tokenizers import CHAT_SPECIALS
-from gptjax.protocols import Tokenizer
+from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -65,6 +70,39 @@ def prompt(messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
     """The ids after which the assistant speaks: for every conversation that ends with an assistant's message,
     `prompt(conversation[:-1])` begins `render(conversation)`."""
     return [*render(messages, tokenizer)[0], _markers(tokenizer)["<|assistant|>"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat(Dataset):
+    """Conversations to learn to answer in. Targets are what the assistant says; all else is context. A text beside
+    them is a target from its first token to its last."""
+
+    document_type: ClassVar[type | tuple[type, ...]] = (tuple, str)
+    separator: ClassVar[str] = "\n"
+
+    packing: Packing = BestFit()
+    """How conversations are laid out in rows."""
+
+    def rows(self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> PackedRows:
+        store = tokenize(source, tokenizer, split, cache_dir, encode_conversations, self.document_type)
+        return PackedRows(store, self.packing.plan(store.offsets, self.length))
+
+    def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Ids after which the model answers `text`."""
+        return prompt((Message("user", text),), tokenizer)
+
+    def texts_of(self, document: Conversation | str) -> Iterable[str]:
+        return (document,) if isinstance(document, str) else (message.content for message in document)
+
+
+def encode_conversations(documents: Iterator[Conversation | str], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Conversations with the weights of their targets; texts, every token of which counts."""
+    for document in documents:
+        if isinstance(document, str):
+            ids = frame(tokenizer.encode(document), tokenizer)
+            yield Encoded(ids, [1.0] * len(ids))
+        else:
+            yield Encoded(*render(document, tokenizer))
 
 
 def _markers(tokenizer: Tokenizer) -> dict[str, int]:

@@ -21,23 +21,22 @@ import logging
 import mmap
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from gptjax.data.chat import Conversation, render
-from gptjax.data.sources import Example
 from gptjax.data.tokenizers.tokenizer import frame
 from gptjax.io import atomic, retry
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Part of the name of every store: raise it when what is stored changes."""
 
 log = logging.getLogger(__name__)
+Document = TypeVar("Document")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +49,6 @@ class Store:
     """Their type, "uint16" or "uint32"."""
     offsets: np.ndarray
     """int64 [D + 1], where each of the D documents starts, and the end; no document is empty."""
-    targets: int
-    """How many tokens have weight 1 as a target: all but the first of each document, or what the assistant says."""
-    text_bytes: int | None
-    """UTF-8 bytes of the text that these targets spell; None where only the tokens are known."""
     weights_path: Path | None = None
     """The file of weights, where not all are 1."""
     labels: np.ndarray | None = None
@@ -110,18 +105,71 @@ class Tokens:
         offsets = np.concatenate(ends)
         if offsets[-1] != count:
             offsets = np.append(offsets, count)
-        return Store(path, self.dtype, offsets, count - len(offsets) + 1, text_bytes=None)
+        return Store(path, self.dtype, offsets)
 
 
-def tokenize(source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> Store:
+class Encoded(NamedTuple):
+    """A document as it is stored."""
+
+    ids: Sequence[int]
+    """Its tokens. A document without any is left out."""
+    weights: Sequence[float] | None = None
+    """0 or 1 for each token: whether it counts as a target. None: all do; for all documents of a source alike."""
+    label: int | None = None
+    """Its class, where it has one."""
+
+
+Encode = Callable[[Iterator[Any], Tokenizer], Iterator[Encoded]]
+"""How the documents of a kind of data are stored. A function of a module: stores are named by it."""
+
+
+def encoded(
+    documents: Iterator[Document], text: Callable[[Document], str], tokenizer: Tokenizer
+) -> Iterator[tuple[Document, list[int]]]:
+    """Each document with the ids of its text; many are encoded at a time."""
+    for chunk in _chunks(documents, lambda document: len(text(document))):
+        yield from zip(chunk, tokenizer.encode_batch(map(text, chunk)), strict=True)
+
+
+def encode_texts(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Texts, every token of which counts."""
+    return (Encoded(frame(ids, tokenizer)) for _, ids in encoded(documents, str, tokenizer))
+
+
+def expect(kinds: type | tuple[type, ...], documents: Iterator[Any], source: Any) -> Iterator[Any]:
+    """The documents. Raises UserError for one that is of another class than the data can read."""
+    for document in documents:
+        if not isinstance(document, kinds):
+            names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            raise UserError(f"source: got {source}, whose documents are {type(document).__name__}, must be {names}")
+        yield document
+
+
+def tokenize(
+    source: Source | Tokens,
+    tokenizer: Tokenizer,
+    split: Split,
+    cache_dir: str | Path,
+    encode: Encode = encode_texts,
+    kinds: type | tuple[type, ...] = str,
+) -> Store:
     """The stored tokens of `split`, made now unless they are there. Memory is flat in the size of the corpus.
 
+    encode  how documents are stored
+    kinds   class of the documents that it takes
+
     Several processes may ask for the same at once: one makes it, the others wait for it.
-    Raises UserError when the split has no documents.
+    Raises UserError when the split has no documents, or others than these.
     """
     if isinstance(source, Tokens):
         return source.store(tokenizer, split)
-    made_from = {"format": FORMAT, "source": source.fingerprint(), "tokenizer": tokenizer.fingerprint, "split": split}
+    made_from = {
+        "format": FORMAT,
+        "source": source.fingerprint(),
+        "tokenizer": tokenizer.fingerprint,
+        "split": split,
+        "encoding": f"{encode.__module__}.{encode.__qualname__}",
+    }
     name = f"{split}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
     folder = Path(cache_dir) / name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +180,9 @@ def tokenize(source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_
         shutil.rmtree(folder, ignore_errors=True)
         with atomic.new(folder) as partial:
             partial.mkdir()
-            _write(source, tokenizer, split, partial, made_from)
+            documents = expect(kinds, retry.stream(lambda: source.documents(split), source), source)
+            if not _write(encode(documents, tokenizer), f"{source}, {split}", tokenizer.vocab, partial, made_from):
+                raise UserError(f"source: {source} has no documents for {split}; must have at least one")
     store = _open(folder)
     if store is None:
         raise OSError(f"{folder}: the tokens just written are not all there")
@@ -151,8 +201,6 @@ def _open(folder: Path) -> Store | None:
                 path=folder / "tokens.bin",
                 dtype=header["dtype"],
                 offsets=_map(folder / "offsets.bin", "int64"),
-                targets=header["targets"],
-                text_bytes=header["text_bytes"],
                 weights_path=folder / "weights.bin" if "weights.bin" in sizes else None,
                 labels=_map(folder / "labels.bin", "int32") if "labels.bin" in sizes else None,
             )
@@ -162,78 +210,54 @@ def _open(folder: Path) -> Store | None:
     return None
 
 
-def _write(source: Source, tokenizer: Tokenizer, split: Split, folder: Path, made_from: dict) -> None:
-    """Tokenise all documents of the split into `folder`, the header last."""
-    dtype = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
-    documents = tokens = targets = text_bytes = 0
-    written = {"tokens", "offsets"}
+def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, made_from: dict[str, Any]) -> int:
+    """Store all documents in `folder`, the header last. Returns the number of tokens."""
+    dtype = "uint16" if vocab <= 1 << 16 else "uint32"
+    count = tokens = 0
+    written = {"tokens": dtype, "offsets": "int64"}
     told = time.monotonic()
-    with contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as stack:
         names = "tokens", "offsets", "weights", "labels"
-        tokens_file, offsets_file, weights_file, labels_file = (
-            files.enter_context(open(folder / f"{name}.bin", "wb")) for name in names
-        )
-        np.zeros(1, np.int64).tofile(offsets_file)
-        for chunk in _chunks(retry.stream(lambda: source.documents(split), source)):
-            if not isinstance(chunk[0], str | Example):
-                written.add("weights")
-                rendered = [render(conversation, tokenizer) for conversation in chunk]
-                ids = [ids for ids, _ in rendered]
-                for _, weights in rendered:
-                    targets += int(sum(weights[1:]))
-                    np.array(weights, np.uint8).tofile(weights_file)
-            else:
-                ids = [frame(text, tokenizer) for text in tokenizer.encode_batch(list(map(_text, chunk)))]
-                if isinstance(chunk[0], Example):
-                    written.add("labels")
-                    labels = [e.label for e, document in zip(chunk, ids, strict=True) if document]
-                    np.array(labels, np.int32).tofile(labels_file)
-                ids = [document for document in ids if document]
-                targets += sum(map(len, ids)) - len(ids)
-            lengths = np.array([len(document) for document in ids], np.int64)
-            for document in ids:
-                np.array(document, dtype).tofile(tokens_file)
-            (tokens + np.cumsum(lengths)).tofile(offsets_file)
-            documents, tokens = documents + len(ids), tokens + int(lengths.sum())
-            text_bytes += sum(map(_learned_bytes, chunk))
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
+
+        def write(name: str, values: Any, dtype: str) -> None:
+            written[name] = dtype
+            files[name].write(np.asarray(values, dtype).tobytes())
+
+        write("offsets", 0, "int64")
+        for document in documents:
+            if not document.ids:
+                continue
+            count, tokens = count + 1, tokens + len(document.ids)
+            write("tokens", document.ids, dtype)
+            write("offsets", tokens, "int64")
+            if document.weights is not None:
+                write("weights", document.weights, "uint8")
+            if document.label is not None:
+                write("labels", document.label, "int32")
             if time.monotonic() - told > 10:
                 told = time.monotonic()
-                log.info("tokenizing %s, %s: %d documents, %d tokens so far", source, split, documents, tokens)
-    if not tokens:
-        raise UserError(f"source: {source} has no documents for {split}; must have at least one")
+                log.info("tokenizing %s: %d documents, %d tokens so far", what, count, tokens)
     for path in folder.iterdir():
         if path.stem not in written:
             path.unlink()
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    counts = {"documents": documents, "tokens": tokens, "targets": targets, "text_bytes": text_bytes}
-    (folder / "header.json").write_text(json.dumps({**made_from, "dtype": dtype, **counts, "sizes": sizes}, indent=1))
+    header = {**made_from, "dtype": dtype, "documents": count, "tokens": tokens, "sizes": sizes}
+    (folder / "header.json").write_text(json.dumps(header, indent=1))
+    return tokens
 
 
-def _chunks(documents: Iterator) -> Iterator[list]:
+def _chunks(documents: Iterator[Document], size: Callable[[Document], int]) -> Iterator[list[Document]]:
     """Lists of documents: enough to encode together, little enough to hold."""
-    chunk, size = [], 0
+    chunk, total = [], 0
     for document in documents:
         chunk.append(document)
-        size += len(_text(document))
-        if size > 1 << 20 or len(chunk) == 1024:
+        total += size(document)
+        if total > 1 << 20 or len(chunk) == 1024:
             yield chunk
-            chunk, size = [], 0
+            chunk, total = [], 0
     if chunk:
         yield chunk
-
-
-def _text(document: str | Example | Conversation) -> str:
-    """All that there is to read in a document."""
-    if isinstance(document, str | Example):
-        return document if isinstance(document, str) else document.text
-    return "".join(message.content for message in document)
-
-
-def _learned_bytes(document: str | Example | Conversation) -> int:
-    """UTF-8 bytes of the text that a model learns to write from this document."""
-    if isinstance(document, str | Example):
-        return len(_text(document).encode(errors="surrogatepass"))
-    return sum(_learned_bytes(message.content) for message in document if message.role == "assistant")
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:

@@ -18,16 +18,17 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from gptjax.types import UserError
 
 Axis = str | tuple[str, ...] | None
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +240,26 @@ def global_array(local, rules: ShardingRules):
     _, num_shards = data_shard(rules)
 
     def globalise(x):
-        spec = cast(PartitionSpec, rules("batch", "sequence", *[None] * (x.ndim - 2)))
         shape = (num_shards * x.shape[0], *x.shape[1:])
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, shape)
+        return jax.make_array_from_process_local_data(_batch_sharding(shape, rules, mesh), x, shape)
 
     return jax.tree.map(globalise, local)
+
+
+def abstract_array(batch: Tree, rules: ShardingRules, mesh: jax.sharding.Mesh | AbstractMesh) -> Tree:
+    """Add the shardings that `global_array` would give to a tree of `jax.ShapeDtypeStruct`s [B, ...]. `mesh` is the
+    current one."""
+
+    def shard(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_batch_sharding(x.shape, rules, mesh))
+
+    return jax.tree.map(shard, batch)
+
+
+def _batch_sharding(
+    shape: tuple[int, ...], rules: ShardingRules, mesh: jax.sharding.Mesh | AbstractMesh
+) -> NamedSharding:
+    """Sharding of an array [B, T, ...] of a batch. The second axis is not sharded where it is not divisible, as that of
+    labels [B, 1]."""
+    sequence = rules.axis_if_divisible("sequence", shape[1])
+    return NamedSharding(mesh, rules("batch", sequence, *[None] * (len(shape) - 2)) or PartitionSpec())

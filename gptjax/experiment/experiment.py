@@ -32,7 +32,6 @@ from rich.console import Console
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import differences, from_json, to_json
 from gptjax.data.files import cache_dir
-from gptjax.data.pipeline import Chat, Classify
 from gptjax.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
 from gptjax.distributed import processes, sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
@@ -43,7 +42,6 @@ from gptjax.io import atomic
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
 from gptjax.monitor.metrics import MetricsLogger, WandB
-from gptjax.nn import ClassifierConfig
 from gptjax.protocols import ModelConfig, Module
 from gptjax.train.loop import train
 from gptjax.train.stage import Stage
@@ -86,24 +84,11 @@ class Experiment:
             raise UserError("stages: got none, must be at least one")
         if (first := next(iter(self.stages))) and self.stages[first].adapter is not None and self.start is None:
             raise UserError(f"{first}.adapter: got one, must be none: without a `start` there is nothing to adapt")
-        limit = self.model.max_positions
         for name, stage in self.stages.items():
-            if isinstance(stage.data, Classify) != isinstance(self.model, ClassifierConfig):
-                raise UserError(
-                    f"{name}.data: got {type(stage.data).__name__} for {type(self.model).__name__}, must be Classify "
-                    "for ClassifierConfig, and for no other model"
-                )
-            if isinstance(self.model, ClassifierConfig):
-                classes = getattr(getattr(stage.data, "source", None), "classes", None)
-                if classes is not None and len(classes) != self.model.classes:
-                    raise UserError(
-                        f"model.classes: got {self.model.classes}, must be {len(classes)}, those of {name}.data.source"
-                    )
-            if limit is not None and stage.data.length > limit:
-                raise UserError(
-                    f"{name}.data.length: got {stage.data.length}, must be at most {limit}, "
-                    "which is all that model.positions can tell apart"
-                )
+            try:
+                stage.check(self.model)
+            except UserError as error:
+                raise UserError(f"{name}.{error}") from None
 
     def check(self, devices: int) -> None:
         """Raises UserError, naming the field, where the experiment does not fit that many devices."""
@@ -170,7 +155,7 @@ class Experiment:
                 before = name
                 results[name] = self._evaluate(folder, name, stage, tokenizer, pretrained, console)
         if jax.process_index() == 0:
-            report.write(folder, results, "text" if isinstance(self.model, ClassifierConfig) else "token")
+            report.write(folder, results, {name: stage.objective.unit for name, stage in self.stages.items()})
             console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}")
             if self._writes:
                 console.print(f"\nNow try:\n  gptjax chat {_short(folder)}")
@@ -305,7 +290,7 @@ def _sample(model: Module, stage: Stage, tokenizer: Tokenizer, params: Params, p
     ids = stage.data.prompt(tokenizer, prompt)
     length = min(64, (model.config.max_positions or sys.maxsize) - len(ids))
     done = generate(model, params, tokenizer, [ids], length, SAMPLING)
-    return ("\n" if isinstance(stage.data, Chat) else "") + done[0].text
+    return stage.data.separator + done[0].text
 
 
 def _version(package: str) -> str | None:

@@ -4,6 +4,7 @@ folder; it links to what lies beside it, so that the folder can be moved."""
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,26 +19,27 @@ Rows = list[dict[str, Any]]
 TRAINING, VALIDATION, INK = "#4878a8", "#d1581b", "#444444"
 
 
-def write(folder: Path, results: dict[str, list[Result]], each: str = "token") -> None:
+def write(folder: Path, results: dict[str, list[Result]], units: Mapping[str, str]) -> None:
     """Write `folder/report/report.md` and a PNG for each stage, from the run's metrics.jsonl and these results.
 
-    each: what losses are means over, tokens or texts"""
+    units  what the loss of each stage is a mean over: "token" (default), "text"
+    """
     target = folder / "report"
     target.mkdir(exist_ok=True)
     lines = [f"# {folder.name}\n"]
     records = metrics.read(folder)
     for stage, found in results.items():
         rows = [row for row in records if row["stage"] == stage]
-        curve(rows, f"{folder.name}: {stage}", target / f"{stage}.png", each)
+        curve(rows, f"{folder.name}: {stage}", target / f"{stage}.png", units.get(stage, "token"))
         picture = f"\n![loss curves of {stage}]({quote(stage)}.png)\n"
-        lines += [f"## {stage}\n", _summary(rows, each), *_speed(rows), picture]
+        lines += [f"## {stage}\n", _summary(rows, units.get(stage, "token")), *_speed(rows), picture]
         for result in found:
             lines += [f"### {result.title}\n", result.markdown, ""]
         lines += _samples(rows)
     (target / "report.md").write_text("\n".join(lines))
 
 
-def curve(rows: Rows, title: str, path: Path, each: str = "token") -> None:
+def curve(rows: Rows, title: str, path: Path, unit: str = "token") -> None:
     """Training and validation loss by step, as a PNG."""
     from matplotlib.figure import Figure
 
@@ -55,7 +57,7 @@ def curve(rows: Rows, title: str, path: Path, each: str = "token") -> None:
         axes.annotate(text, end, (8, 0), textcoords="offset points", color=color, va=place, annotation_clip=False)
     axes.set_title(title, loc="left", color=INK, fontweight="bold", pad=12)
     axes.set_xlabel("step", color=INK)
-    axes.set_ylabel(f"loss, nats a {each}", color=INK)
+    axes.set_ylabel(f"loss, nats a {unit}", color=INK)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.tick_params(colors=INK, length=0)
@@ -80,13 +82,13 @@ def _column(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
-def _summary(rows: Rows, each: str) -> str:
+def _summary(rows: Rows, unit: str) -> str:
     steps, loss = _column(rows, "validation_loss")
     if not len(steps):
         return "No validation loss yet."
     best = int(np.argmin(loss))
     return (
-        f"{int(steps[-1]):,} steps. Validation loss **{loss[-1]:.4f}** nats a {each} at the end; "
+        f"{int(steps[-1]):,} steps. Validation loss **{loss[-1]:.4f}** nats a {unit} at the end; "
         f"the lowest was {loss[best]:.4f}, at step {int(steps[best]):,}."
     )
 

@@ -48,6 +48,7 @@ class EncoderConfig(TransformerConfig):
     )
     """
 
+    architecture = "encoder"
     causal = False
 
     transform: Transform | None = None

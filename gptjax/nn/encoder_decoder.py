@@ -51,6 +51,8 @@ from gptjax.types import Array, Params, UserError
 class EncoderDecoderConfig(ModelConfig):
     """An encoder and a decoder with one table of embeddings."""
 
+    architecture = "encoder-decoder"
+
     encoder: EncoderConfig
     """What reads the source."""
     decoder: TransformerConfig

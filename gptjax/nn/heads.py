@@ -79,6 +79,8 @@ class Pooler:
 class ClassifierConfig(ModelConfig):
     """A decoder or an encoder that tells of which class a text is."""
 
+    architecture = "classifier"
+
     trunk: TransformerConfig
     """What reads the text."""
     classes: int

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.objectives.parts import with_parts
+from gptjax.protocols import Objective
 from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedTokens:
+class MaskedTokens(Objective):
     """The masked language model of BERT (arXiv:1810.04805, section 3.1): each token is chosen with probability `share`.
     Of the chosen, 80 % become `mask_token`, 10 % a random one, and 10 % stay as they are; the loss is the mean of
 
@@ -22,6 +24,8 @@ class MaskedTokens:
 
     They are chosen anew at every step. Without a key, as in evaluation, the choice is the same each time.
     """
+
+    architectures: ClassVar[tuple[str, ...]] = ("encoder",)
 
     mask_token: int
     """The id that stands for a hidden token."""

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.objectives.parts import with_parts
+from gptjax.protocols import Objective
 from gptjax.types import Batch, Key, Metrics, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class NextToken:
+class NextToken(Objective):
     """Cross entropy of the targets, weighted by `batch.weights`:
 
         loss = sum_bt w_bt (nll_bt + z_loss * logsumexp_bt²) / sum_bt w_bt + what the model's own parts add

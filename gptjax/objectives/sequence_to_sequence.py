@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 from gptjax.objectives.next_token import NextToken
-from gptjax.types import Batch, Key, Metrics, Params
+from gptjax.types import Batch, Key, Metrics, Pair, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceToSequence(NextToken):
     """`NextToken` of the targets of a `Pair`, given its source: -log p(target | target so far, source)."""
 
-    def __call__(self, apply: Callable, params: Params, batch: Batch, key: Key | None = None) -> Metrics:
+    architectures: ClassVar[tuple[str, ...]] = ("encoder-decoder",)
+    batch_type: ClassVar[type[Batch]] = Pair
+
+    def __call__(self, apply: Callable, params: Params, batch: Any, key: Key | None = None) -> Metrics:
         """`batch` is a `Pair`; `apply` is an encoder-decoder's, which takes source, source_positions and
         source_segments too. Metrics are those of `NextToken`."""
         names = ("source", "source_positions", "source_segments")

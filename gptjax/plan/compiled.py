@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.data import Classify
+from gptjax.distributed.sharding import abstract_array
 from gptjax.experiment.experiment import Experiment
 from gptjax.plan import hlo
 from gptjax.plan.arithmetic import product_flops, silent_kernels
@@ -22,7 +22,6 @@ from gptjax.plan.collectives import Collective, collectives
 from gptjax.plan.traffic import moved
 from gptjax.train.program import program
 from gptjax.train.state import State
-from gptjax.types import Batch, Labelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +80,7 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
         if stage.adapter is not None:
             frozen = (_on_mesh(jax.eval_shape(functions.parameters), mesh),)
         state = _on_mesh(jax.eval_shape(functions.new, *frozen), mesh)
-        sharding = NamedSharding(mesh, model.rules("batch", "sequence") or PartitionSpec())
-        shape = stage.data.batch, stage.data.length
-        ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32))
-        batch: Any = Batch(ids, ids, weights, ids, ids)  # pyright: ignore[reportArgumentType]
-        if isinstance(stage.data, Classify):
-            labels = jax.ShapeDtypeStruct((stage.data.batch, 1), jnp.int32, sharding=sharding)
-            batch = Labelled(**vars(batch), labels=labels)  # pyright: ignore[reportArgumentType]
+        batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
         traced = functions.step.trace(state, batch, *frozen)
         arrays = _sizes(state)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))

@@ -6,7 +6,7 @@ import dataclasses
 
 from gptjax.nn import LoRA
 from gptjax.optim import Optimizer
-from gptjax.protocols import Data, Evaluation, Objective
+from gptjax.protocols import Data, Evaluation, ModelConfig, Objective
 from gptjax.train.divergence import Stop
 from gptjax.types import UserError
 
@@ -68,6 +68,19 @@ class Stage:
             raise UserError(f"accumulate: got {self.accumulate}, must divide data.batch {self.data.batch}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema: got {self.ema}, must be between 0 and 1, or none")
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError, naming the field, where data, objective and model do not fit together."""
+        data, objective = type(self.data).__name__, type(self.objective).__name__
+        if model.architecture not in self.objective.architectures:
+            raise UserError(
+                f"objective: got {objective}, which trains {' and '.join(self.objective.architectures)} models, must "
+                f"train {model.architecture} models, as {type(model).__name__} is one"
+            )
+        if self.data.batch_type is not self.objective.batch_type:
+            made, read = self.data.batch_type.__name__, self.objective.batch_type.__name__
+            raise UserError(f"data: got {data}, which makes {made} batches, must make {read} for {objective}")
+        self.data.check(model)
 
     def evaluates(self, step: int) -> bool:
         """Whether there is a validation loss after this step."""

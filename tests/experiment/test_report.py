@@ -28,7 +28,9 @@ def run(tmp_path):
 
 
 def test_the_report_says_what_the_records_say(run):
-    report.write(run, {"pre train": [Result("Held-out text", {}, "**1.234 bits per byte**")], "chat": [], "more": []})
+    report.write(
+        run, {"pre train": [Result("Held-out text", {}, "**1.234 bits per byte**")], "chat": [], "more": []}, {}
+    )
     text = (run / "report" / "report.md").read_text()
     titles = re.findall(r"^#+ .*", text, re.MULTILINE)
     expected = ["# my run", "## pre train", "### Held-out text", "### What it writes", "## chat", "### What it writes"]
@@ -53,7 +55,7 @@ def test_the_report_says_how_fast_it_went(tmp_path):
         for step, seconds, wait in ((10, 1.3, 1.0), (40, 0.1, 0.0)):
             parts = {"time_step": seconds, "time_input": wait, "time_device": seconds - wait, "time_host": 0.0}
             records.log(step, "main", loss=1.0, tokens_per_second=200 / seconds, memory_process=2**30, **parts)
-    report.write(tmp_path, {"main": []})
+    report.write(tmp_path, {"main": []}, {})
     text = (tmp_path / "report" / "report.md").read_text()
     assert "Speed: 500 tokens a second; time: input 62.5%, device 37.5%; at most 1.00 GiB in the process." in text
 

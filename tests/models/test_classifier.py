@@ -67,7 +67,7 @@ def test_a_text_longer_than_a_row_is_cut(tmp_path):
     batch = next(read.batches(BYTES, "train", 0, tmp_path))
     assert batch.labels.tolist() == [[1], [0]]
     assert batch.segments[0].tolist() == [1] * 4
-    with pytest.raises(UserError, match=r"source: got Jsonl\(.*must have labels"):
+    with pytest.raises(UserError, match=r"source: got Jsonl\(.*whose documents are str, must be Example"):
         data.Classify(data.Jsonl(str(path), validation=0.0), length=4, batch=2).batches(BYTES, "train", 0, tmp_path)
     with pytest.raises(UserError, match=r"long.jsonl:1: got the label 1, must be one of 0, 'a'"):
         list(data.LabelledJsonl(str(path), classes=(0, "a")).documents("train"))
@@ -89,7 +89,9 @@ def stage(data, objective, **changes) -> Stage:
 def test_a_trained_trunk_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     trunk, objective, pooling = KINDS[kind]
-    before = Experiment(trunk, data.Bytes(), {"pretrain": stage(data.Pretrain(reviews, LENGTH, 8), objective)})
+    before = Experiment(
+        trunk, data.Bytes(), {"pretrain": stage(data.Pretrain(data.Jsonl(reviews.path), LENGTH, 8), objective)}
+    )
     before.run(tmp_path / "before")
     read = data.Classify(reviews, LENGTH, 32)
     accuracy = evals.Accuracy(reviews, length=LENGTH)
@@ -141,10 +143,12 @@ def test_a_trained_trunk_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, cap
 def test_what_does_not_go_together_is_refused(reviews):
     trunk, objective, _ = KINDS["decoder"]
     texts, labelled = stage(data.Pretrain(reviews), objective), stage(data.Classify(reviews), Classification())
+    mixed = stage(data.Pretrain(reviews), Classification())
     for model, read, line in (
-        (trunk, labelled, "x.data: got Classify for TransformerConfig, must be Classify for ClassifierConfig"),
-        (ClassifierConfig(trunk, 2), texts, "x.data: got Pretrain for ClassifierConfig, must be Classify"),
-        (ClassifierConfig(trunk, 3), labelled, "model.classes: got 3, must be 2, those of x.data.source"),
+        (trunk, labelled, "x.objective: got Classification, which trains classifier models, must train decoder"),
+        (ClassifierConfig(trunk, 2), texts, "x.objective: got NextToken, which trains decoder .* train classifier"),
+        (ClassifierConfig(trunk, 2), mixed, "x.data: got Pretrain, which makes Batch batches, must make Labelled"),
+        (ClassifierConfig(trunk, 3), labelled, "x.data.source.classes: got 2, must be 3, as many as model.classes"),
     ):
         with pytest.raises(UserError, match=line):
             Experiment(model, data.Bytes(), {"x": read})

@@ -1,0 +1,78 @@
+"""Classification data: texts with labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from gptjax.data.dataset import Dataset, PackedRows
+from gptjax.data.packing import Alone, Packing
+from gptjax.data.sources import Example
+from gptjax.data.store import Encoded, Tokens, encoded, tokenize
+from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
+from gptjax.types import Batch, Labelled, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Classify(Dataset):
+    """Texts with labels, a text per row: `LabelledJsonl` has such."""
+
+    batch_type: ClassVar[type[Batch]] = Labelled
+    document_type: ClassVar[type | tuple[type, ...]] = Example
+
+    packing: Packing = Alone()
+    """How documents are laid out in rows: each has its own, and what is beyond its end is not read."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.packing != Alone():
+            raise UserError(f"packing: got {self.packing}, must be Alone(): a row has one label")
+
+    def rows(self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> LabelledRows:
+        store = tokenize(source, tokenizer, split, cache_dir, encode_examples, self.document_type)
+        if store.labels is None:
+            raise UserError(f"source: got {source}, must have labels, as LabelledJsonl")
+        return LabelledRows(PackedRows(store, self.packing.plan(store.offsets, self.length)), store.labels)
+
+    def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Raises UserError: a classifier does not write."""
+        raise UserError(f"prompts: got {text!r}, must be none: a classifier does not write")
+
+    def texts_of(self, document: Example) -> Iterable[str]:
+        return (document.text,)
+
+    def empty(self, size: int) -> Labelled:
+        return Labelled(**vars(super().empty(size)), labels=np.full((size, 1), -1, np.int32))
+
+    def check(self, model: ModelConfig) -> None:
+        super().check(model)
+        for source in self._mix.sources:
+            classes, known = getattr(source, "classes", None), getattr(model, "classes", None)
+            if classes is not None and len(classes) != known:
+                raise UserError(f"data.source.classes: got {len(classes)}, must be {known}, as many as model.classes")
+
+
+def encode_examples(documents: Iterator[Example], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Texts as in pretraining, with their labels."""
+    for example, ids in encoded(documents, lambda example: example.text, tokenizer):
+        yield Encoded(frame(ids, tokenizer), label=example.label)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledRows:
+    """Row d is document d, with its label."""
+
+    packed: PackedRows
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def fill(self, batch: Labelled, at: np.ndarray, index: np.ndarray) -> None:
+        self.packed.fill(batch, at, index)
+        np.asarray(batch.labels)[at, 0] = self.labels[index % len(self)]

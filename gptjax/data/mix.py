@@ -1,0 +1,69 @@
+"""Several sources as one, and the order in which the rows of one or several are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from gptjax.data.shuffle import permute
+from gptjax.data.store import Tokens
+from gptjax.protocols import Source, Split
+from gptjax.types import UserError
+
+Order = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Positions in the global order, int64 [R] -> (index of the source, index of its row), int64 [R] each. Row `r` of epoch
+`e` of a source with n rows has the index `e * n + r`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """Weighted mixture of sources. Rows alternate in a fixed pattern that keeps to the weights as closely as whole rows
+    can, at any point; a source that is used up starts again, in another order."""
+
+    sources: tuple[Source | Tokens, ...]
+    """Sources to mix."""
+    weights: tuple[float, ...]
+    """Share of the rows from each source, in proportion: (3, 1) is three rows to one."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UserError("sources: got none, must be at least one")
+        if len(self.weights) != len(self.sources) or min(self.weights) <= 0:
+            raise UserError(f"weights: got {self.weights}, must be a positive number for each of {len(self.sources)}")
+
+    def documents(self, split: Split) -> Iterator:
+        """The documents of one source after the other, whatever the weights: what a tokenizer is trained on."""
+        return itertools.chain.from_iterable(source.documents(split) for source in self.sources)
+
+
+def order(sizes: Sequence[int], weights: Sequence[float], seed: int | None) -> Order:
+    """The order of sources with `sizes` rows each. Seed None: not shuffled."""
+
+    def rows(which: int, position: np.ndarray) -> np.ndarray:
+        epoch, row = np.divmod(position, sizes[which])
+        if seed is not None:
+            for e in np.unique(epoch):
+                row[epoch == e] = permute(row[epoch == e], sizes[which], (seed, which, int(e)))
+        return epoch * sizes[which] + row
+
+    if len(sizes) == 1:
+        return lambda position: (np.zeros_like(position), rows(0, position))
+
+    import grain
+
+    endless = grain.MapDataset.range(1).repeat()
+    mixed = grain.MapDataset.mix(
+        [endless.map_with_index(lambda position, _, which=which: (which, position)) for which in range(len(sizes))],
+        weights,
+    )
+
+    def of_mixture(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        which, row = np.array([mixed[int(p)] for p in position]).reshape(-1, 2).T
+        for number in range(len(sizes)):
+            row[which == number] = rows(number, row[which == number])
+        return which, row
+
+    return of_mixture
