@@ -26,6 +26,7 @@ processes.prepare()
 
 import jax  # noqa: E402
 
+from gptjax.distributed.parameters import parameter_info  # noqa: E402
 from gptjax.kernels.cross_entropy import cross_entropy  # noqa: E402
 from gptjax.nn import (  # noqa: E402
     ALiBi,
@@ -76,7 +77,7 @@ def read(path: Path | None, split: data.Split) -> np.ndarray:
 def train(positions: Positions, text: np.ndarray, steps: int, rows: int) -> Params:
     """Train for `steps` steps on `rows` random pieces of the text each. Every encoding gets the same pieces."""
     model = Transformer(dataclasses.replace(CONFIG, positions=positions))
-    optimizer = Muon(learning_rate=5e-3, schedule=Linear(warmup=min(20, steps))).build(steps)
+    optimizer = Muon(learning_rate=5e-3, schedule=Linear(warmup=min(20, steps))).build(steps, parameter_info(model))
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, TRAINED), np.int32))["params"]
     state = create(params, optimizer, jax.random.key(1))
     step = make_step(functools.partial(NextToken(), model.apply), optimizer)

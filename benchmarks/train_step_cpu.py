@@ -36,6 +36,7 @@ def gptjax_step(shape: Shape) -> Callable[[], float]:
     import jax
     import numpy as np
 
+    from gptjax.distributed.parameters import parameter_info
     from gptjax.nn import GELU, LayerNorm, LearnedPositions, Transformer, TransformerConfig
     from gptjax.objectives.next_token import NextToken
     from gptjax.optim.optimizers import AdamW
@@ -58,7 +59,7 @@ def gptjax_step(shape: Shape) -> Callable[[], float]:
     ones = np.ones_like(tokens)
     positions = np.broadcast_to(np.arange(shape.length, dtype=np.int32), tokens.shape)
     batch = jax.device_put(Batch(tokens, text[:, 1:], ones.astype(np.float32), ones, positions))
-    optimizer = AdamW(learning_rate=1e-3).build(steps=100_000)
+    optimizer = AdamW(learning_rate=1e-3).build(100_000, parameter_info(model))
     state = create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
     objective = NextToken()
     step = make_step(lambda params, batch, key: objective(model.apply, params, batch, None), optimizer)

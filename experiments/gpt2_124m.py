@@ -33,7 +33,7 @@ experiment = Experiment(
                 learning_rate=6e-4,
                 schedule=optim.Cosine(warmup=2_000, final_fraction=0.1),
                 weight_decay=0.1,
-                no_decay=("scale", "bias"),
+                decay_embeddings=True,
                 b2=0.95,
                 clip=1.0,
             ),

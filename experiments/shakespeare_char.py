@@ -34,7 +34,7 @@ experiment = Experiment(
                 learning_rate=3e-3,
                 schedule=optim.Cosine(warmup=100, final_fraction=0.1),
                 weight_decay=0.1,
-                no_decay=("scale", "bias"),
+                decay_embeddings=True,
                 b2=0.99,
                 clip=1.0,
             ),

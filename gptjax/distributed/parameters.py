@@ -1,13 +1,14 @@
 """Information on the parameters of a model, and their trees by name.
 
-info = parameter_info(model)                         # a `ParamInfo` in the place of each parameter
-transform = Muon(learning_rate=5e-3).build(steps, info)
+    info = parameter_info(model)                            # the tree of the parameters, a `ParamInfo` for each
+    transform = Muon(learning_rate=5e-3).build(steps, info)
+
+Optimizers, muP, LoRA and exports read it: nothing is told from the name of a parameter.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -91,56 +92,17 @@ def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
     if not inputs:
         inputs = (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
         model = model.clone(rules=model.rules.for_batch_size(1))  # a batch of 1 cannot be sharded
-    init = functools.partial(model.init, mutable=["params", "info"])
-    variables = jax.eval_shape(init, jax.random.key(0), *inputs, **named)
+
+    def init(*inputs: Any, **named: Any) -> Any:
+        return model.init(jax.random.key(0), *inputs, **named, mutable=["params", "info"])
+
+    variables = jax.eval_shape(init, *inputs, **named)
     infos = jax.tree.map(lambda x: x.info, variables.get("info", {}), is_leaf=lambda x: isinstance(x, Declared))
     if lacking := flat(variables["params"]).keys() - flat(infos).keys():
         raise UserError(
             f"parameters: got {', '.join(sorted(lacking))} by `self.param`, must be declared by ParamFactory"
         )
     return infos
-
-
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-    """[..., *inputs, *outputs]: the numbers of axes that a weight contracts and brings."""
-
-    inputs: int = 1
-    outputs: int = 1
-    by_fan_in: bool = False
-    """Whether its initial deviation falls with the root of its inputs in every parametrisation."""
-
-    def split(self, shape: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-        """A shape, or anything else with an entry for each axis, cut into batch, inputs and outputs."""
-        start, middle = len(shape) - self.inputs - self.outputs, len(shape) - self.outputs
-        return shape[:start], shape[start:middle], shape[middle:]
-
-    def size(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """[I, O] once the axes of either side are merged."""
-        _, inputs, outputs = self.split(shape)
-        return math.prod(inputs), math.prod(outputs)
-
-
-MATRICES = {
-    "q": Matrix(1, 2),
-    "k": Matrix(1, 2),
-    "v": Matrix(1, 2),
-    "o": Matrix(2, 1),
-    "up": Matrix(),
-    "gate": Matrix(),
-    "down": Matrix(),
-    "latent": Matrix(),
-    "rope": Matrix(),
-    "dense": Matrix(),
-    "input": Matrix(1, 2, by_fan_in=True),
-    "recurrent": Matrix(1, 2, by_fan_in=True),
-}
-"""The hidden matrices, which read and write what is as wide as the model, by the last word of their name."""
-
-
-def matrix(names: list[str]) -> Matrix | None:
-    """The kind of matrix that the parameter with these names on its path is ("shared_up" is an "up"), if it is one."""
-    return MATRICES.get(names[-1].rpartition("_")[2])
 
 
 def by_name(of: Callable[[list[str]], Any], params: Params) -> Params:

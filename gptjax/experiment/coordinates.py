@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.distributed.parameters import parameter_info
 from gptjax.nn import MultiHeadLatentAttention, MuP, Parametrisation, Transformer, TransformerConfig, activations
 from gptjax.objectives import NextToken
-from gptjax.optim import Constant, Optimizer
+from gptjax.optim import Constant, Groups, Optimizer
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError
@@ -57,7 +58,7 @@ def resized(config: TransformerConfig, width: int) -> TransformerConfig:
 
 def coordinates(
     config: TransformerConfig,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Groups,
     widths: Sequence[int],
     steps: int = 5,
     rows: int = 4,
@@ -70,13 +71,13 @@ def coordinates(
 
 
 def _one(
-    config: TransformerConfig, optimizer: Optimizer, steps: int, rows: int, length: int, seed: int
+    config: TransformerConfig, optimizer: Optimizer | Groups, steps: int, rows: int, length: int, seed: int
 ) -> dict[str, list[float]]:
     model = Transformer(config)
     tokens = np.random.default_rng(seed).integers(0, config.vocab, (rows, length + 1), np.int32)
     ones, positions = np.ones((rows, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
-    update = dataclasses.replace(optimizer, schedule=Constant()).build(steps, config.width_multiplier)
+    update = optimizer.with_schedule(Constant()).build(steps, parameter_info(model), config.width_multiplier)
     params = jax.jit(model.init)(jax.random.key(seed), batch.tokens)["params"]
     state = train_state.create(params, update, jax.random.key(seed))
     step = make_step(functools.partial(NextToken(), model.apply), update)
@@ -97,7 +98,11 @@ def growth(widths: Sequence[int], sizes: np.ndarray) -> np.ndarray:
 
 
 def check(
-    config: TransformerConfig, optimizer: Optimizer, path: Path, widths: Sequence[int] | None = None, steps: int = 5
+    config: TransformerConfig,
+    optimizer: Optimizer | Groups,
+    path: Path,
+    widths: Sequence[int] | None = None,
+    steps: int = 5,
 ) -> str:
     """Compare the standard parametrisation with muP. Writes a picture, and returns a table of the powers of the width
     that activations grow with: before the first step, and how far they have moved after the last."""

@@ -182,7 +182,8 @@ class Experiment:
     ) -> Params:
         """What a stage has made, placed as the abstract parameters."""
         adapters = {name: stage.adapter for name, stage in self.stages.items()}
-        return restore_stage_params(folder / "checkpoints", adapters, name, abstract, pretrained).state
+        model = self.model.build(self.rules)
+        return restore_stage_params(folder / "checkpoints", adapters, name, model, abstract, pretrained).state
 
     def _claim(self, folder: Path, accept_changes: bool) -> list[str]:
         """Make the folder this experiment's. Returns how it differs from the configuration that was there."""

@@ -28,7 +28,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.distributed.parameters import Matrix, declared, flat, matrix, nested
+from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
 from gptjax.interop import huggingface, safetensors
 from gptjax.interop.families import FAMILIES, Family, Row, gpt2
 from gptjax.io import atomic
@@ -51,8 +51,7 @@ class _Part:
     """Name of the parameter."""
     index: int | None
     """Index of the layer in a stacked parameter. None: not stacked."""
-    shape: tuple[int, ...]
-    matrix: Matrix
+    info: ParamInfo
 
 
 def _of(*families: Family) -> Modules:
@@ -65,7 +64,7 @@ def _of(*families: Family) -> Modules:
             name = row.theirs.removesuffix(".weight")
             one = row.theirs != name and row.ours.startswith(BLOCK) and "{E}" not in name
             blocks = "+" not in row.their_layout or re.search(r"\(\S*\+", row.their_layout)  # of outputs, side by side
-            if one and blocks and matrix(row.ours.split("/")):
+            if one and blocks:
                 own[name] = (*own.get(name, ()), row)
         modules = own | modules
     return modules
@@ -92,12 +91,12 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
     if not (folder / TENSORS).is_file():
         raise UserError(f"path: got {folder}, which lacks {TENSORS}")
     tensors = safetensors.Tensors(folder / TENSORS)
-    shapes = _shapes(config)
+    info = flat(parameter_info(config.build()))
     left = set(tensors)
     found: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}  # parameter -> entry -> adapter
     paths: dict[str, str] = {}
     lora = kind(rank, alpha, ("q",), bool(fields.get("use_rslora")))
-    for theirs, parts in _modules(config, shapes, modules):
+    for theirs, parts in _modules(config, info, modules):
         names = {part: PREFIX + theirs + ending for part, ending in KINDS.items()}
         if names["a"] not in tensors:
             continue
@@ -106,7 +105,7 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
             raise UserError(f"path: got {folder}, which lacks {', '.join(lacking)}")
         arrays = {part: np.asarray(tensors[names[part]], np.float32) for part in needed}
         left -= {names[part] for part in needed}
-        sizes = [part.matrix.size(part.shape) for part in parts]
+        sizes = [part.info.fan for part in parts]
         r, inputs, outputs = len(arrays["a"]), sizes[0][0], sum(size[1] for size in sizes)
         want = {"a": (r, inputs), "b": (outputs, r), "magnitude": (outputs,)}
         for name, array in arrays.items():
@@ -117,7 +116,7 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
         arrays["b"] = arrays["b"] * (own.scale / lora.scale)
         start = 0
         for part, (_, size) in zip(parts, sizes, strict=True):
-            _, before, after = part.matrix.split(part.shape)
+            _, before, after = part.info.split(part.info.shape)
             rows = slice(start, start := start + size)
             adapter = {"a": arrays["a"].T.reshape(*before, r), "b": arrays["b"][rows].T.reshape(r, *after)}
             if kind is DoRA:
@@ -127,7 +126,7 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
     if left or not found:
         some = ", ".join(sorted(left)[:3]) or "none"
         raise UserError(f"path: got {folder}, whose tensors belong to no matrix of this model: {some}")
-    match = {path if _all(path, shapes, found) else leaf for leaf, path in paths.items()}
+    match = {path if _all(path, info, found) else leaf for leaf, path in paths.items()}
     adapters = _stacked(found, config.stack().repeats, kind is DoRA)
     return kind(rank, alpha, tuple(sorted(match)), lora.rank_stabilised), adapters
 
@@ -147,7 +146,7 @@ def write(
     modules = _of(family)
     if folder.exists():
         raise UserError(f"path: got {folder}, which exists already; choose another or delete it")
-    shapes = _shapes(config)
+    info = flat(parameter_info(config.build()))
     given: dict[str, dict[str, Any]] = {}  # parameter -> adapter
     for name, array in flat(adapters).items():
         leaf, _, kind = name.rpartition("/")
@@ -155,7 +154,7 @@ def write(
     left = set(given)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for theirs, parts in _modules(config, shapes, modules):
+    for theirs, parts in _modules(config, info, modules):
         have = [_entry(given.get(part.leaf), part.index) for part in parts]
         left -= {part.leaf for part in parts}
         if all(adapter is None for adapter in have):
@@ -165,7 +164,7 @@ def write(
             raise UserError(f"lora.match: got none for {', '.join(lacking)}, which {theirs} also holds; DoRA needs all")
         a, b, magnitudes = [], [], []
         for part, adapter in zip(parts, have, strict=True):
-            inputs, outputs = part.matrix.size(part.shape)
+            inputs, outputs = part.info.fan
             if adapter is None:
                 adapter = {"a": np.zeros((inputs, 0)), "b": np.zeros((0, outputs))}
             rank = adapter["a"].shape[-1]
@@ -190,7 +189,7 @@ def write(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": sorted({theirs.split(".")[-1] for theirs in ranks})
-        if _alike(ranks, {theirs for theirs, _ in _modules(config, shapes, modules)} | _experts(family))
+        if _alike(ranks, {theirs for theirs, _ in _modules(config, info, modules)} | _experts(family))
         else sorted(ranks),
         "rank_pattern": others,
         "alpha_pattern": {theirs: lora.alpha * (rank / lora.rank) ** power for theirs, rank in others.items()},
@@ -238,42 +237,32 @@ def _pattern(fields: dict[str, Any], name: str, module: str, default: float) -> 
     return default
 
 
-def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each parameter."""
-    return {name: leaf.shape for name, leaf in declared(config.build()).items()}
-
-
 def _modules(
-    config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]], modules: Modules
+    config: TransformerConfig, info: Mapping[str, ParamInfo], modules: Modules
 ) -> Iterator[tuple[str, list[_Part]]]:
     """The modules of this model, layer by layer, with their matrices."""
     for layer in range(config.layers):
         names, index = place(config.stack(), layer)
         block = "/".join(("blocks", *names, ""))
         for theirs, rows in modules.items():
-            parts = [part for row in rows if (part := _part(row, block, index, shapes)) is not None]
+            parts = [part for row in rows if (part := _part(row, block, index, info)) is not None]
             if len(parts) == len(rows):
                 yield theirs.replace("{L}", str(layer)), parts
 
 
-def _part(row: Row, block: str, index: int | None, shapes: Mapping[str, tuple[int, ...]]) -> _Part | None:
+def _part(row: Row, block: str, index: int | None, info: Mapping[str, ParamInfo]) -> _Part | None:
     """The matrix of a row in a block. None: the block does not have it, or has a stack of experts."""
-    path, kind = row.ours.removeprefix(BLOCK), matrix(row.ours.split("/"))
+    path = row.ours.removeprefix(BLOCK)
     present, absent = (name.replace(BLOCK, block) for name in (row.if_present, row.if_absent))
-    shape = shapes.get(block + path, ())[0 if index is None else 1 :]
-    if (
-        kind is None
-        or len(shape) != kind.inputs + kind.outputs
-        or absent in shapes
-        or (present and present not in shapes)
-    ):
+    found = info.get(block + path)
+    if found is None or not found.is_matrix or found.batch > found.stacked:
         return None
-    return _Part(path, block + path, index, shape, kind)
+    return None if absent in info or (present and present not in info) else _Part(path, block + path, index, found)
 
 
-def _all(path: str, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> bool:
+def _all(path: str, info: Mapping[str, ParamInfo], found: Mapping[str, Any]) -> bool:
     """True if all parameters at this path have adapters."""
-    return all(name in found for name in shapes if name.endswith("/" + path))
+    return all(name in found for name in info if name.endswith("/" + path))
 
 
 def _entry(adapter: Mapping[str, Any] | None, index: int | None) -> dict[str, np.ndarray] | None:

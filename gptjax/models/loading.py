@@ -13,6 +13,7 @@ with jax.set_mesh(MeshConfig(tensor=8).make()):                # straight into t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zipfile
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ import numpy as np
 from gptjax.checkpoint.checkpoint import Checkpoints, Restored
 from gptjax.config import differences, from_json
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
-from gptjax.distributed.parameters import declared, flat, nested
+from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
 from gptjax.interop import hub, huggingface, llama2c, safetensors, tokenizers
@@ -95,6 +96,7 @@ def restore_stage_params(
     checkpoints: Path,
     adapters: Mapping[str, LoRA | None],
     stage: str,
+    model: Any,
     abstract: Params | None = None,
     pretrained: Callable[[Params | None], Params] | None = None,
 ) -> Restored:
@@ -103,17 +105,19 @@ def restore_stage_params(
 
     checkpoints  the run's folder of them
     adapters     those of every stage, in order
+    model        module that the run's configuration builds
     pretrained   abstract parameters -> those of the model that the run started from
     """
     lora, names = adapters[stage], list(adapters)
     base = None
     if lora is not None:
         if (before := names.index(stage) - 1) >= 0:
-            base = restore_stage_params(checkpoints, adapters, names[before], abstract, pretrained).state
+            base = restore_stage_params(checkpoints, adapters, names[before], model, abstract, pretrained).state
         else:
             assert pretrained is not None, "adapters of a first stage are of a pretrained model"
             base = pretrained(abstract)
-        abstract = None if abstract is None else jax.eval_shape(lora.init, jax.random.key(0), base)
+        init = functools.partial(lora.init, info=parameter_info(model))
+        abstract = None if abstract is None else jax.eval_shape(init, jax.random.key(0), base)
     with Checkpoints(checkpoints / stage) as saved:
         restored = saved.restore_params(ema=True, abstract_params=abstract)
     return restored if lora is None else dataclasses.replace(restored, state=lora.merge(base, restored.state))
@@ -224,7 +228,8 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Shard
     model, stages = _model(experiment["model"], dtype), experiment["stages"]
     found = _asked(kind, type(model), path)
     adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
-    places = declared(model.build(rules))
+    built = model.build(rules)
+    places = declared(built)
     abstract = {
         name: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding) for name, x in places.items()
     }
@@ -235,10 +240,10 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Shard
         tokenizer = load_tokenizer(path / "tokenizer")
 
         def pretrained(places: Params | None, tokenizer: Tokenizer = tokenizer) -> Params:
-            params = init_from_pretrained(experiment["start"], model.build(rules), tokenizer, experiment["seed"])
+            params = init_from_pretrained(experiment["start"], built, tokenizer, experiment["seed"])
             return jax.tree.map(lambda x, place: x.astype(place.dtype), params, places)
 
-        restored = restore_stage_params(path / "checkpoints", adapters, name, nested(abstract), pretrained)
+        restored = restore_stage_params(path / "checkpoints", adapters, name, built, nested(abstract), pretrained)
         tokenizer = _matching(path, restored.extra["tokenizer"])
         settings = {"context": stage["data"].get("length")} if found is LanguageModel else {}
         if isinstance(model, ClassifierConfig) and (classes := stage["data"]["source"].get("classes")):

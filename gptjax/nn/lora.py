@@ -1,7 +1,8 @@
 """Low-rank adapters, as pure functions over a tree of parameters: LoRA and DoRA.
 
     lora = LoRA(rank=8, alpha=16, match=("attention/q", "attention/v"))
-    adapters = lora.init(key, params)                         # {"blocks": {"attention": {"q": {"a": ..., "b": ...}, ...
+    info = parameter_info(model)
+    adapters = lora.init(key, params, info)                   # {"blocks": {"attention": {"q": {"a": ..., "b": ...}, ...
     logits, _ = model.apply({"params": lora.merge(params, adapters)}, tokens)
 
 Training them is training any parameters, under an objective that merges first. What is frozen has no gradient and no
@@ -16,16 +17,16 @@ Adapters lie where their matrix lies in the tree, sharded as it is. A layer stac
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from gptjax.distributed.parameters import Matrix, by_name, matrix
+from gptjax.distributed.parameters import ParamInfo, flat, nested
 from gptjax.types import Array, Batch, Key, Loss, Metrics, Params, UserError
 
 
@@ -57,19 +58,28 @@ class LoRA:
         """What A B is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
-    def init(self, key: Key, params: Params) -> Params:
+    def init(self, key: Key, params: Params, info: Params) -> Params:
         """The adapters of these parameters, float32. A is uniform in +-1/sqrt(I), as in the authors' code, and B is 0:
-        nothing changes yet. Raises UserError where `match` names what is not there or not a matrix."""
-        found = list(self._matched(params))
+        the model computes what it did. Raises UserError where `match` names no matrix.
+
+        info  `parameter_info` of the model
+        """
+        found = self._matched(info)
         keys = jax.random.split(key, max(len(found), 1))
-        return _nested((names, self._adapter(k, w, m)) for k, (names, w, m) in zip(keys, found, strict=True))
+        leaves = flat(params)
+        return nested({n: self._adapter(k, leaves[n], i) for k, (n, i) in zip(keys, found.items(), strict=True)})
+
+    def info(self, info: Params) -> Params:
+        """The information on the adapters, in their tree, from that on the model's parameters."""
+        return nested({name: self._adapter_info(i) for name, i in self._matched(info).items()})
 
     def merge(self, params: Params, adapters: Params) -> Params:
-        """The parameters of the adapted model, in the dtypes and the places of those given."""
-        matrices = {"/".join(names): (w, matrix) for names, w, matrix in self._matched(params)}
-        merged = {path: self._merged(w, _at(adapters, path), matrix) for path, (w, matrix) in matrices.items()}
-        leaves = by_name("/".join, params)
-        return jax.tree.map(lambda path, w: merged.get(path, w), leaves, params)
+        """The parameters of the adapted model, in the dtypes and shardings of those given."""
+        if not isinstance(params, Mapping):
+            return self._merged(params, adapters)
+        if unknown := adapters.keys() - params.keys():
+            raise UserError(f"adapters: got {', '.join(sorted(unknown))}, must be of {', '.join(sorted(params))}")
+        return {name: self.merge(w, adapters[name]) if name in adapters else w for name, w in params.items()}
 
     def objective(self, objective: Loss) -> Callable[[Params, Batch, Key | None, Params], Metrics]:
         """(adapters, batch, key, params) -> what the objective says of the merged parameters."""
@@ -79,61 +89,83 @@ class LoRA:
 
         return adapted
 
-    def _matched(self, params: Params) -> Iterator[tuple[list[str], Array, Matrix]]:
-        """Path, weight and sides of each matrix that gets an adapter."""
-        paths = jax.tree.leaves(by_name("/".join, params))
-        leaves = [(path.split("/"), w) for path, w in zip(paths, jax.tree.leaves(params), strict=True)]
+    def _matched(self, info: Params) -> dict[str, ParamInfo]:
+        """Name -> information of each matrix that gets an adapter."""
+        matrices = {name: i for name, i in flat(info).items() if i.is_matrix}
         for wanted in self.match:
-            end = wanted.split("/")
-            if not any(names[-len(end) :] == end and matrix(names) for names, _ in leaves):
-                there = sorted({"/".join(names[-2:]) for names, _ in leaves if matrix(names)})
+            if not any(_ends(name, wanted) for name in matrices):
+                there = sorted({"/".join(name.split("/")[-2:]) for name in matrices})
                 raise UserError(f"lora.match: got {wanted!r}, which is no matrix here; must be of {', '.join(there)}")
-        for names, w in leaves:
-            kind = matrix(names)
-            if kind and any(names[-len(end) :] == end for end in (wanted.split("/") for wanted in self.match)):
-                yield names, w, kind
+        return {name: i for name, i in matrices.items() if any(_ends(name, wanted) for wanted in self.match)}
 
-    def _adapter(self, key: Key, w: Array, matrix: Matrix) -> dict[str, Array]:
-        batch, inputs, outputs = matrix.split(w.shape)
-        bound = matrix.size(w.shape)[0] ** -0.5
-        spec = _spec(w)
-        a_spec, b_spec = None, None
+    def _adapter_info(self, info: ParamInfo) -> dict[str, ParamInfo]:
+        """Neither factor is a hidden matrix: its rank does not grow with the width."""
+        (layers, inputs, outputs), (layer_axes, input_axes, output_axes) = map(info.split, (info.shape, info.axes))
+        factor = functools.partial(dataclasses.replace, info, kind="other", decays=True)
+        return {
+            "a": factor(shape=(*layers, *inputs, self.rank), axes=(*layer_axes, *input_axes, None)),
+            "b": factor(shape=(*layers, self.rank, *outputs), axes=(*layer_axes, None, *output_axes)),
+        }
+
+    def _adapter(self, key: Key, w: Array, info: ParamInfo) -> dict[str, Array]:
+        shapes = self._adapter_info(info)
+        spec, a_spec, b_spec = _spec(w), None, None
         if spec is not None:
-            layers, before, after = matrix.split(tuple(spec))
-            a_spec, b_spec = PartitionSpec(*layers, *before, None), PartitionSpec(*layers, None, *after)
-        a = jax.random.uniform(key, (*batch, *inputs, self.rank), jnp.float32, -bound, bound, out_sharding=a_spec)
-        return {"a": a, "b": jnp.zeros((*batch, self.rank, *outputs), jnp.float32, out_sharding=b_spec)}
+            layers, inputs, outputs = info.split(tuple(spec))
+            a_spec, b_spec = PartitionSpec(*layers, *inputs, None), PartitionSpec(*layers, None, *outputs)
+        bound = info.fan[0] ** -0.5
+        return {
+            "a": jax.random.uniform(key, shapes["a"].shape, jnp.float32, -bound, bound, out_sharding=a_spec),
+            "b": jnp.zeros(shapes["b"].shape, jnp.float32, out_sharding=b_spec),
+        }
 
-    def _merged(self, w: Array, adapter: dict[str, Array], matrix: Matrix) -> Array:
-        batch = tuple(range(w.ndim - matrix.inputs - matrix.outputs))
-        dims = (((w.ndim - matrix.outputs,), (len(batch),)), (batch, batch))
-        update = lax.dot_general(adapter["a"], adapter["b"], dims, out_sharding=_spec(w))
+    def _merged(self, w: Array, adapter: dict[str, Array]) -> Array:
+        a, b = adapter["a"], adapter["b"]
+        inputs = _input_axes(w, adapter)
+        batch = tuple(range(inputs[0]))
+        dims = (((a.ndim - 1,), (len(batch),)), (batch, batch))
+        update = lax.dot_general(a, b, dims, out_sharding=_spec(w))
         return (w + self.scale * update).astype(w.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class DoRA(LoRA):
-    """m (W + scale A B) / |W + scale A B|, with a norm and a learned magnitude m for each output, which begins as the
+    """m (W + scale A B) / |W + scale A B|, with a norm and a learned magnitude m for each output, which is at first the
     norm of W (Liu et al. 2024, arXiv:2402.09353, equation 5). The norm is a constant to the gradient, as in section
     4.3."""
 
-    def _adapter(self, key: Key, w: Array, matrix: Matrix) -> dict[str, Array]:
-        magnitude = _norm(w.astype(jnp.float32), matrix)
-        return super()._adapter(key, w, matrix) | {"magnitude": magnitude.squeeze(_input_axes(w, matrix))}
+    def _adapter_info(self, info: ParamInfo) -> dict[str, ParamInfo]:
+        (layers, _, outputs), (layer_axes, _, output_axes) = map(info.split, (info.shape, info.axes))
+        shape, axes = (*layers, *outputs), (*layer_axes, *output_axes)
+        magnitude = dataclasses.replace(info, shape=shape, axes=axes, kind="other", decays=False)
+        return super()._adapter_info(info) | {"magnitude": magnitude}
 
-    def _merged(self, w: Array, adapter: dict[str, Array], matrix: Matrix) -> Array:
-        direction = super()._merged(w.astype(jnp.float32), adapter, matrix)
-        magnitude = jnp.expand_dims(adapter["magnitude"], _input_axes(w, matrix))
-        return (direction * (magnitude / lax.stop_gradient(_norm(direction, matrix)))).astype(w.dtype)
+    def _adapter(self, key: Key, w: Array, info: ParamInfo) -> dict[str, Array]:
+        adapter = super()._adapter(key, w, info)
+        inputs = _input_axes(w, adapter)
+        return adapter | {"magnitude": _norm(w.astype(jnp.float32), inputs).squeeze(inputs)}
+
+    def _merged(self, w: Array, adapter: dict[str, Array]) -> Array:
+        inputs = _input_axes(w, adapter)
+        direction = super()._merged(w.astype(jnp.float32), adapter)
+        magnitude = jnp.expand_dims(adapter["magnitude"], inputs)
+        return (direction * (magnitude / lax.stop_gradient(_norm(direction, inputs)))).astype(w.dtype)
 
 
-def _input_axes(w: Array, matrix: Matrix) -> tuple[int, ...]:
-    return matrix.split(tuple(range(w.ndim)))[1]
+def _ends(name: str, end: str) -> bool:
+    """Whether the last names on a path are these: "attention/q" of "blocks/attention/q"."""
+    return f"/{name}".endswith(f"/{end}")
 
 
-def _norm(w: Array, matrix: Matrix) -> Array:
-    """The length of what leads to each output, [..., 1, *outputs]."""
-    return jnp.sqrt(jnp.sum(jnp.square(w), _input_axes(w, matrix), keepdims=True))
+def _input_axes(w: Array, adapter: dict[str, Array]) -> tuple[int, ...]:
+    """The axes I of w [*B, *I, *O], from its factors a [*B, *I, r] and b [*B, r, *O]."""
+    a, b = adapter["a"], adapter["b"]
+    return tuple(range(a.ndim + b.ndim - w.ndim - 2, a.ndim - 1))
+
+
+def _norm(w: Array, inputs: tuple[int, ...]) -> Array:
+    """The norm of the weights of each output, [..., 1, *outputs]."""
+    return jnp.sqrt(jnp.sum(jnp.square(w), inputs, keepdims=True))
 
 
 def _spec(w: Array) -> PartitionSpec | None:
@@ -142,19 +174,3 @@ def _spec(w: Array) -> PartitionSpec | None:
         return None
     spec = jax.typeof(w).sharding.spec
     return PartitionSpec(*spec, *[None] * (w.ndim - len(spec)))
-
-
-def _at(tree: Params, path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
-
-
-def _nested(items: Iterable[tuple[list[str], Any]]) -> Params:
-    tree: dict[str, Any] = {}
-    for names, value in items:
-        branch = tree
-        for name in names[:-1]:
-            branch = branch.setdefault(name, {})
-        branch[names[-1]] = value
-    return tree

@@ -1,6 +1,7 @@
-"""How parameters are changed: learning-rate schedules, optimizers and what weight decay leaves alone, over optax."""
+"""Learning-rate schedules, optimizers and parameter groups, over optax."""
 
 from gptjax.optim.adafactor import Adafactor
+from gptjax.optim.groups import Group, Groups, HasAxis, HasKind, MaxAxes, Predicate
 from gptjax.optim.muon import Muon
 from gptjax.optim.optimizers import AdamW, Lion, Optimizer
 from gptjax.optim.schedules import Constant, Cosine, Linear, Schedule, WarmupStableDecay
@@ -10,10 +11,16 @@ __all__ = [
     "AdamW",
     "Constant",
     "Cosine",
+    "Group",
+    "Groups",
+    "HasAxis",
+    "HasKind",
     "Linear",
     "Lion",
+    "MaxAxes",
     "Muon",
     "Optimizer",
+    "Predicate",
     "Schedule",
     "WarmupStableDecay",
 ]

@@ -7,48 +7,36 @@ import dataclasses
 import jax
 import optax
 
-from gptjax.distributed.parameters import by_name
-from gptjax.optim.optimizers import Optimizer
+from gptjax.distributed.parameters import ParamInfo
+from gptjax.optim.optimizers import Optimizer, partition
+from gptjax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(Optimizer):
-    """Divides by a mean square kept only as its rows and columns, clips the direction's root mean square to 1, and
-    multiplies by the parameter's own (arXiv:1804.04235): hardly any state, and a learning rate relative to the size of
-    the parameter. Each of the stacked layers is on its own."""
+    """Adafactor (arXiv:1804.04235): the gradient divided by the root of a second moment that is kept as rows and
+    columns, its root mean square clipped to 1, times the root mean square of the parameter. Hardly any state, and a
+    learning rate relative to the size of the parameter. Each layer of a stack is a parameter of its own."""
 
     learning_rate: float = 1e-2
-    """The highest learning rate, relative to the root mean square of each parameter."""
+    """Peak learning rate, relative to the root mean square of each parameter."""
     weight_decay: float = 0.0
-    """How much of a parameter is taken away a step, times the learning rate."""
+    """Decoupled weight decay, multiplied by the learning rate."""
     factor_from: int = 32
-    """Arrays with two axes at least this long keep rows and columns only."""
+    """Minimum length of the two longest axes for the second moment to be factored."""
 
     width_power = 0.5
     """A step is relative to the matrix, whose elements are smaller in a wider model already."""
 
-    def update_transform(self) -> optax.GradientTransformation:
-        return _per_layer(
-            optax.chain(
-                optax.scale_by_factored_rms(min_dim_size_to_factor=self.factor_from),
-                optax.clip_by_block_rms(1.0),
-                optax.scale_by_param_block_rms(),
-            )
+    def update_transform(self, info: Params) -> optax.GradientTransformation:
+        one = optax.chain(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=self.factor_from),
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_param_block_rms(),
         )
+        each = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
 
+        def depth(i: ParamInfo) -> str:
+            return f"{i.shape[0]} layers" if i.stacked else "single"
 
-def _per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The transformation, with each of the layers stacked in params["blocks"] as if it were a parameter of its own."""
-
-    def init(params):
-        return jax.vmap(transformation.init)(params) if jax.tree.leaves(params) else transformation.init(params)
-
-    def update(updates, state, params=None):
-        one = transformation.update
-        return jax.vmap(one)(updates, state, params) if jax.tree.leaves(updates) else one(updates, state, params)
-
-    stacked = optax.GradientTransformation(init, update)
-    return optax.partition(
-        {"stacked": stacked, "single": transformation},
-        lambda params: by_name(lambda names: "stacked" if names[0] == "blocks" else "single", params),
-    )
+        return partition(info, depth, lambda label, _: one if label == "single" else each)

@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates for the hidden matrices."""
+"""Muon: orthogonalised momentum for the hidden matrices."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ import optax.contrib
 from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
-from gptjax.distributed.parameters import Matrix, by_name, matrix
-from gptjax.optim.optimizers import Optimizer
+from gptjax.distributed.parameters import ParamInfo
+from gptjax.optim.optimizers import Optimizer, partition
 from gptjax.optim.schedules import check
 from gptjax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Optimizer):
-    """Momentum made orthogonal by Newton-Schulz iteration (kellerjordan.github.io/posts/muon) for the hidden matrices,
-    the heads of one layer merged; Adam for everything else. A matrix [I, O] is scaled by `0.2 sqrt(max(I, O))`, so
-    that peak and weight decay mean what they mean for AdamW (Moonlight, arXiv:2502.16982)."""
+    """Momentum orthogonalised by Newton-Schulz iteration (kellerjordan.github.io/posts/muon) for the hidden matrices,
+    Adam for everything else. The heads of a layer are one matrix; layers and experts are matrices of their own. A
+    matrix [I, O] is scaled by `0.2 sqrt(max(I, O))`, so that learning rate and weight decay mean what they mean for
+    AdamW (Moonlight, arXiv:2502.16982)."""
 
     momentum: float = 0.95
-    """How much of the mean of the gradient is kept a step, for matrices (Nesterov's kind)."""
+    """Exponential decay rate of the momentum of matrices (Nesterov)."""
     iterations: int = 5
     """Newton-Schulz iterations: more come closer to orthogonal."""
     b1: float = 0.9
-    """How much of the mean of the gradient Adam keeps a step."""
+    """Exponential decay rate of Adam's first moment."""
     b2: float = 0.95
-    """How much of the mean of its square Adam keeps a step."""
+    """Exponential decay rate of Adam's second moment."""
     eps: float = 1e-8
-    """Added to the root of Adam's mean square."""
+    """Added to the root of Adam's second moment."""
 
     width_power = 0.5
     """An orthogonal matrix times sqrt(max(I, O)) has a spectral norm that grows with the root of the width."""
@@ -41,61 +42,55 @@ class Muon(Optimizer):
         super().__post_init__()
         check(self.iterations >= 1, "optimizer.iterations", self.iterations, "1 or more")
 
-    def update_transform(self) -> optax.GradientTransformation:
-        def axes(params: Params) -> Params:
-            def numbers(names: list[str]) -> MuonDimensionNumbers | None:
-                kind = matrix(names)
-                return None if kind is None else MuonDimensionNumbers(*kind.split(tuple(range(-4, 0)))[1:])
+    def update_transform(self, info: Params) -> optax.GradientTransformation:
+        def transform(kind: str, info: Params) -> optax.GradientTransformation:
+            return self._orthogonal(info) if kind == "matrix" else optax.scale_by_adam(self.b1, self.b2, self.eps)
 
-            return by_name(numbers, params)
+        return partition(info, lambda i: "matrix" if i.is_matrix else "other", transform)
+
+    def _orthogonal(self, info: Params) -> optax.GradientTransformation:
+        """The transformation of matrices."""
+
+        def dimensions(i: ParamInfo) -> MuonDimensionNumbers:
+            return MuonDimensionNumbers(*i.split(tuple(range(-len(i.shape), 0)))[1:])
 
         def same_rms(updates, _):
-            def scaled(x, kind):
-                return 0.2 * math.sqrt(max(kind.size(x.shape))) * x
-
-            return jax.tree.map(scaled, updates, by_name(matrix, updates))
+            return jax.tree.map(lambda x, i: 0.2 * math.sqrt(max(i.fan)) * x, updates, info)
 
         orthogonal = optax.contrib.scale_by_muon(
-            beta=self.momentum, ns_steps=self.iterations, weight_dimension_numbers=axes
+            beta=self.momentum, ns_steps=self.iterations, weight_dimension_numbers=jax.tree.map(dimensions, info)
         )
-        return optax.partition(
-            {
-                "matrix": optax.chain(_of_whole_matrices(orthogonal), optax.stateless(same_rms)),
-                "other": optax.scale_by_adam(self.b1, self.b2, self.eps),
-            },
-            lambda params: by_name(lambda names: "other" if matrix(names) is None else "matrix", params),
-        )
+        return optax.chain(_on_whole_matrices(orthogonal, info), optax.stateless(same_rms))
 
 
-def _of_whole_matrices(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Muon's transformation where a mesh cuts matrices into parts: each device gets some of the layers whole, or all of
-    them where the devices can't share out the layers evenly, and sends the parts of the result back. To multiply parts
-    instead would send them in every iteration."""
+def _on_whole_matrices(transform: optax.GradientTransformation, info: Params) -> optax.GradientTransformation:
+    """Muon's transformation where a mesh shards matrices: each device gets whole matrices of some of the layers, or of
+    all where the layers cannot be divided evenly, and sends the shards of the result back. Products of sharded matrices
+    would communicate in every iteration."""
 
-    def place(kind: Matrix, x: jax.Array) -> PartitionSpec:
-        layers, *_ = kind.split(x.shape)
+    def place(x: jax.Array, i: ParamInfo) -> PartitionSpec:
         sizes, axes = jax.sharding.get_abstract_mesh().shape, ()
         for axis in jax.tree.leaves(tuple(jax.typeof(x).sharding.spec)):
-            if layers and layers[0] % math.prod(sizes[name] for name in (*axes, axis)) == 0:
+            if i.batch and i.shape[0] % math.prod(sizes[name] for name in (*axes, axis)) == 0:
                 axes = (*axes, axis)
         return PartitionSpec(axes or None)
 
     def update(updates, state, params=None):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return transformation.update(updates, state, params)
+            return transform.update(updates, state, params)
 
         def move(tree, places):
             return jax.tree.map(lambda x, spec: jax.reshard(x, NamedSharding(mesh, spec)), tree, places)
 
         own = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, updates)
-        whole = jax.tree.map(place, by_name(matrix, updates), updates)
+        whole = jax.tree.map(place, updates, info)
         gradients, before = move(updates, whole), state._replace(mu=move(state.mu, whole))
         # Inside, the compiler chooses: products of a matrix with its own transpose are ambiguous under explicit axes.
         # A count that was made outside the mesh has a spec, but not its mesh.
         shardings = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), (gradients, before))
-        automatic = jax.sharding.auto_axes(transformation.update, out_sharding=shardings)
+        automatic = jax.sharding.auto_axes(transform.update, out_sharding=shardings)
         directions, after = automatic(gradients, before, params)  # pyright: ignore[reportCallIssue] (as a decorator)
         return move(directions, own), after._replace(mu=move(after.mu, own))
 
-    return optax.GradientTransformation(transformation.init, update)
+    return optax.GradientTransformation(transform.init, update)

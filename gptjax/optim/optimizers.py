@@ -1,42 +1,46 @@
-"""Optimizers over optax. An optimizer is a direction; clipping, weight decay and learning rate are common to all:
+"""Optimizers over optax. Clipping, weight decay and learning rate are common to all; a subclass gives the direction:
 
-    AdamW(learning_rate=6e-4, schedule=Cosine(warmup=2_000), weight_decay=0.1, clip=1.0).build(steps=50_000)
+    info = parameter_info(model)
+    transform = AdamW(learning_rate=6e-4, schedule=Cosine(warmup=2_000)).build(50_000, info)  # an optax transformation
 
-A new one is a subclass with its own `update_transform`.
+A new optimizer is a subclass with its own `update_transform`.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.distributed.parameters import by_name, matrix
+from gptjax.distributed.parameters import ParamInfo
 from gptjax.optim.schedules import Cosine, Schedule, check
 from gptjax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(abc.ABC):
-    """What all optimizers share. With d the direction of the clipped gradient and m the decay mask, a step is
+    """Base class. With d the direction that the subclass makes of the clipped gradient, a step is
 
-    parameter -= learning_rate (d + weight_decay m parameter)
+        parameter -= learning_rate (d + weight_decay parameter)
+
+    where weight decay applies to matrices and heads (`ParamInfo.decays`), not to scales and biases.
     """
 
     learning_rate: float = 3e-4
-    """The highest learning rate."""
+    """Peak learning rate."""
     schedule: Schedule = Cosine()
-    """The learning rate over the run."""
+    """Learning-rate schedule."""
     weight_decay: float = 0.1
-    """How much of a parameter is taken away a step, times the learning rate."""
-    no_decay: tuple[str, ...] = ("scale", "bias", "embedding", "positions", "magnitude")
-    """Parameters that do not decay: these names anywhere on their path ("bias" is also q_bias)."""
+    """Decoupled weight decay, multiplied by the learning rate."""
+    decay_embeddings: bool = False
+    """Whether weight decay applies to embeddings too, as in GPT-2."""
     clip: float | None = 1.0
-    """Longer gradients are shortened to this global norm; None leaves them alone."""
+    """Maximum global gradient norm. None: no clipping."""
     balance_rate: float = 1e-3
     """How far the balance bias of a router (`gptjax.nn.Router`) goes a step."""
 
@@ -46,53 +50,68 @@ class Optimizer(abc.ABC):
         check(self.balance_rate >= 0, "optimizer.balance_rate", self.balance_rate, "0 or more")
         check(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "positive, or None for no clipping")
         for field in ("b1", "b2", "momentum"):
-            share = getattr(self, field, 0.0)
-            check(0 <= share < 1, f"optimizer.{field}", share, "0 or more and less than 1")
+            rate = getattr(self, field, 0.0)
+            check(0 <= rate < 1, f"optimizer.{field}", rate, "0 or more and less than 1")
 
     width_power: ClassVar[float] = 1.0
-    """Exponent p of the muP learning rate of a hidden matrix, learning_rate / width_multiplier^p: how fast the spectral
-    norm of a step grows with width (arXiv:2310.17813); linearly where elements have a size of their own, as in Adam."""
+    """Exponent p of the muP learning rate of hidden matrices, learning_rate / width_multiplier^p: the power of the
+    width that the spectral norm of an update grows with (arXiv:2310.17813). 1 where the size of each element is fixed,
+    as in Adam."""
 
     @abc.abstractmethod
-    def update_transform(self) -> optax.GradientTransformation:
-        """Gradient -> the direction to go against, before weight decay and learning rate."""
+    def update_transform(self, info: Params) -> optax.GradientTransformation:
+        """Gradient -> direction d, before weight decay and learning rate. `info`: `parameter_info` of the model."""
 
     def learning_rate_schedule(self, steps: int) -> optax.Schedule:
         """Step, from 0 -> learning rate, for a run of `steps`."""
         return self.schedule.build(self.learning_rate, steps)
 
-    def decays(self, params: Params) -> Params:
-        """The decay mask: True for each parameter that decays. By name and not by rank, because a norm's scale [D] is
-        [L, D] once the layers are stacked."""
+    def with_schedule(self, schedule: Schedule) -> Self:
+        """This optimizer with another schedule."""
+        return dataclasses.replace(self, schedule=schedule)
 
-        endings = tuple("_" + name for name in self.no_decay)
+    def decays(self, info: Params) -> Params:
+        """Weight-decay mask: True for each parameter that decays."""
+        return jax.tree.map(lambda i: i.decays or (self.decay_embeddings and i.kind == "embedding"), info)
 
-        def decays(names: list[str]) -> bool:
-            return not any(name in self.no_decay or name.endswith(endings) for name in names)
+    def build(self, steps: int, info: Params, width_multiplier: float = 1.0) -> optax.GradientTransformation:
+        """The optax transformation for a run of `steps`. Raises UserError when the schedule does not fit.
 
-        return by_name(decays, params)
-
-    def build(self, steps: int, width_multiplier: float = 1.0) -> optax.GradientTransformation:
-        """The optimizer for a run of `steps`. Raises UserError when the schedule does not fit.
-
-        width_multiplier  width relative to the model whose learning rate this is (muP): the updates of hidden matrices
-                          are divided by `width_multiplier**width_power`, their decay is not, as in `mup.MuAdamW`
+        info              `parameter_info` of the model
+        width_multiplier  width divided by the width that the learning rate was tuned at (muP): the updates of hidden
+                          matrices are divided by `width_multiplier**width_power`, their decay is not, as in
+                          `mup.MuAdamW`
         """
-        direction = self.update_transform()
+        direction = self.update_transform(info)
         if width_multiplier != 1:
-            direction = optax.chain(direction, _scale_matrices(width_multiplier**-self.width_power))
+            direction = optax.chain(direction, _scale_matrices(width_multiplier**-self.width_power, info))
         descent = optax.chain(
             optax.identity() if self.clip is None else _clip(self.clip),
             direction,
-            optax.add_decayed_weights(self.weight_decay, mask=self.decays),
+            optax.add_decayed_weights(self.weight_decay, mask=self.decays(info)),
             optax.scale_by_learning_rate(self.learning_rate_schedule(steps)),
         )
         return _balance(self.balance_rate, descent)
 
 
+def partition(
+    info: Params,
+    label: Callable[[ParamInfo], str],
+    transform: Callable[[str, Params], optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """`optax.partition` by what parameters are: `transform(label, info of those with this label)` for each label."""
+    labels = jax.tree.map(label, info)
+
+    def masked(name: str) -> Params:
+        return jax.tree.map(lambda i, own: i if own == name else optax.MaskedNode(), info, labels)
+
+    return optax.partition({name: transform(name, masked(name)) for name in sorted({*jax.tree.leaves(labels)})}, labels)
+
+
 def _balance(rate: float, descent: optax.GradientTransformation) -> optax.GradientTransformation:
     """`descent` for everything but the balance biases of routers. Their gradient is by how much the load of an expert
     is above the mean, of which only the sign counts: arXiv:2408.15664, algorithm 1."""
+    from gptjax.distributed.parameters import by_name
 
     def update(updates, state, params=None):
         descended, state = descent.update(updates, state, params)
@@ -107,7 +126,8 @@ def _balance(rate: float, descent: optax.GradientTransformation) -> optax.Gradie
 
 
 def _clip(norm: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm as one product: its division keeps XLA from fusing, a pass over all gradients more."""
+    """`optax.clip_by_global_norm` with one product per element: optax's division keeps XLA from fusing, which costs one
+    more pass over all gradients."""
 
     def clip(updates, _):
         scale = jnp.minimum(1.0, norm / optax.tree.norm(updates))
@@ -116,10 +136,9 @@ def _clip(norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def _scale_matrices(scale: float) -> optax.GradientTransformation:
+def _scale_matrices(scale: float, info: Params) -> optax.GradientTransformation:
     def scaled(updates, _):
-        hidden = by_name(lambda names: matrix(names) is not None, updates)
-        return jax.tree.map(lambda x, hidden: scale * x if hidden else x, updates, hidden)
+        return jax.tree.map(lambda x, i: scale * x if i.is_matrix else x, updates, info)
 
     return optax.stateless(scaled)
 
@@ -130,29 +149,29 @@ class AdamW(Optimizer):
     averages of the gradient and its square."""
 
     b1: float = 0.9
-    """How much of the mean of the gradient is kept a step."""
+    """Exponential decay rate of the first moment."""
     b2: float = 0.95
-    """How much of the mean of its square is kept a step."""
+    """Exponential decay rate of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the mean square."""
+    """Added to the root of the second moment."""
 
-    def update_transform(self) -> optax.GradientTransformation:
+    def update_transform(self, info: Params) -> optax.GradientTransformation:
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Lion(Optimizer):
-    """The sign of a moving average of the gradient (arXiv:2302.06675); wants a peak 3 to 10 times lower and a weight
-    decay as many times higher than AdamW's. One number of state a parameter."""
+    """Sign of a moving average of the gradient (arXiv:2302.06675). Needs a learning rate 3 to 10 times lower and a
+    weight decay as many times higher than AdamW. One number of state per parameter."""
 
     learning_rate: float = 1e-4
-    """The highest learning rate: how far every parameter goes a step."""
+    """Peak learning rate: how far every parameter moves per step."""
     weight_decay: float = 0.3
-    """How much of a parameter is taken away a step, times the learning rate."""
+    """Decoupled weight decay, multiplied by the learning rate."""
     b1: float = 0.9
-    """How much of the average there is in the direction, beside the gradient."""
+    """Weight of the moving average in the direction; the gradient has the rest."""
     b2: float = 0.99
-    """How much of the average is kept a step."""
+    """Exponential decay rate of the moving average."""
 
-    def update_transform(self) -> optax.GradientTransformation:
+    def update_transform(self, info: Params) -> optax.GradientTransformation:
         return optax.scale_by_lion(self.b1, self.b2)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptjax.distributed.parameters import parameter_info
 from gptjax.protocols import Module
 from gptjax.train import state as train_state
 from gptjax.train.stage import Stage
@@ -48,7 +49,9 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
 
     seed: of initialisation and dropout
     """
-    optimizer = stage.optimizer.build(stage.steps, model.config.width_multiplier)
+    info = parameter_info(model)
+    trained = info if stage.adapter is None else stage.adapter.info(info)
+    optimizer = stage.optimizer.build(stage.steps, trained, model.config.width_multiplier)
     objective = functools.partial(stage.objective, model.apply)
 
     def parameters() -> Params:
@@ -63,7 +66,7 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
     initial, merge = parameters, _itself
     if (adapter := stage.adapter) is not None:
         objective = adapter.objective(objective)
-        initial = lambda params: adapter.init(jax.random.key(seed), params)  # noqa: E731
+        initial = lambda params: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
         merge = jax.jit(lambda adapters, params: adapter.merge(params, adapters))
     return Program(
         parameters,

@@ -9,7 +9,7 @@ import pytest
 import gptjax
 from gptjax.cli.main import main
 from gptjax.data import TrainSentencePiece
-from gptjax.distributed.parameters import flat
+from gptjax.distributed.parameters import flat, parameter_info
 from gptjax.interop import peft
 from gptjax.models.language_model import LanguageModel
 from gptjax.nn import GELU, LayerNorm, LearnedPositions, LoRA, TransformerConfig
@@ -75,7 +75,9 @@ def test_from_transformers_to_llama_cpp(config, dtype, code, tokenizer, tmp_path
 
 def test_an_adapter_is_merged_on_the_way(tokenizer, tmp_path):
     lm, lora = make(LLAMA, tokenizer), LoRA(rank=2, match=("q", "down"))
-    adapters = jax.tree.map(lambda x: x + 0.1, lora.init(jax.random.key(0), lm.params))
+    adapters = jax.tree.map(
+        lambda x: x + 0.1, lora.init(jax.random.key(0), lm.params, parameter_info(lm.config.build()))
+    )
     peft.write(tmp_path / "adapter", lora, adapters, LLAMA)
     lm.save_hf(tmp_path / "base")
     convert(tmp_path / "base", tmp_path / "merged", "--to", "gptjax", "--adapter", tmp_path / "adapter")

@@ -18,7 +18,7 @@ import pytest
 from optax.tree_utils import tree_get
 
 from gptjax.distributed import sharding
-from gptjax.distributed.parameters import flat
+from gptjax.distributed.parameters import flat, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import MixtureOfExperts, Softmax, TransformerConfig
 from gptjax.objectives import NextToken
@@ -48,7 +48,8 @@ class Program:
     """The first state, the step, and what one sees of both, on the current mesh."""
 
     def __init__(self, config: TransformerConfig, optimizer: Any = AdamW(learning_rate=1e-2, clip=1.0)):
-        model, optimizer = config.build(DEFAULT_RULES), optimizer.build(10)
+        model = config.build(DEFAULT_RULES)
+        optimizer = optimizer.build(10, parameter_info(model))
         self.batch = sharding.global_array(batch(), DEFAULT_RULES)
 
         def create() -> train_state.State:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import __main__ as launcher
-from gptjax.distributed.parameters import flat, nested
+from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
 from gptjax.experiment.coordinates import check, coordinates, growth, resized
 from gptjax.nn import (
     GRU,
@@ -100,7 +100,7 @@ def test_every_hidden_matrix_is_scaled(name):
     wide = dataclasses.replace(plain, parametrisation=MuP(base_width=8))
     params, standard = (flat(config.build().init(jax.random.key(0), TOKENS)["params"]) for config in (wide, plain))
     optimizer = Lion(learning_rate=1.0, schedule=Constant(), weight_decay=0.0, clip=None).build(
-        1, wide.width_multiplier
+        1, parameter_info(wide.build()), wide.width_multiplier
     )
     params = nested(params)
     moves, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
@@ -127,14 +127,19 @@ def test_at_its_base_every_model_is_the_standard_one(name):
 @pytest.mark.parametrize(("kind", "scale"), [(AdamW, 1 / 4), (Lion, 1 / 4), (Muon, 1 / 2), (Adafactor, 1 / 2)])
 def test_learning_rates_of_hidden_matrices_fall_with_width(kind, scale):
     """And those of the rest do not, nor does weight decay."""
-    params = {
-        "blocks": {"mlp": {"up": jnp.ones((2, 8, 8))}, "norm_1": {"scale": jnp.ones((2, 8))}},
-        "head": jnp.ones((8, 4)),
+    info = {
+        "blocks": {
+            "mlp": {"up": ParamInfo((8, 8), ("embed", "ffn"), "matrix", decays=True).stack(2)},
+            "norm_1": {"scale": ParamInfo((8,), (None,)).stack(2)},
+        },
+        "head": ParamInfo((8, 4), ("embed", "vocab"), "head"),
     }
+    params = jax.tree.map(lambda i: jnp.ones(i.shape), info)
     gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
 
     def update(growth: float, weight_decay: float = 0.0):
-        optimizer = kind(learning_rate=1.0, schedule=Constant(), weight_decay=weight_decay, clip=None).build(1, growth)
+        optimizer = kind(learning_rate=1.0, schedule=Constant(), weight_decay=weight_decay, clip=None)
+        optimizer = optimizer.build(1, info, growth)
         return optimizer.update(gradients, optimizer.init(params), params)[0]
 
     base, wide, decayed = update(1), update(4), update(4, 0.5)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from gptjax.distributed.parameters import parameter_info
 from gptjax.interop import peft
 from gptjax.interop.huggingface import load_hf, save_hf
 from gptjax.interop.safetensors import Tensors
@@ -39,7 +40,7 @@ ALL = ("q", "k", "v", "o", "up", "down")
 def make(config, lora):
     tokens = np.arange(8, dtype=np.int32)[None]
     params = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)["params"]
-    return params, far(lora.init(jax.random.key(1), params))
+    return params, far(lora.init(jax.random.key(1), params, parameter_info(config.build())))
 
 
 def far(adapters):
@@ -139,7 +140,8 @@ def test_peft_itself_agrees(tmp_path, family, kind):
     lora = kind(rank=2, alpha=4, match=MATCH.get(family, (*ALL, "gate")))
     rng = np.random.default_rng(1)
     adapters = jax.tree.map(
-        lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), lora.init(jax.random.key(1), params)
+        lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)),
+        lora.init(jax.random.key(1), params, parameter_info(config.build())),
     )
     peft.write(tmp_path / "ours", lora, adapters, config, family)
 

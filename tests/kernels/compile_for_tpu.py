@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.distributed.parameters import parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.kernels.attention import Mask, attention
 from gptjax.kernels.experts import grouped_dot
@@ -75,7 +76,8 @@ def training_step(topology: str, shape: MeshConfig, layers: int = 2) -> list[str
         dtype="bfloat16",
         remat="nothing_saveable",
     )
-    model, optimizer = Transformer(config, DEFAULT_RULES), AdamW(learning_rate=1e-3).build(10)
+    model = Transformer(config, DEFAULT_RULES)
+    optimizer = AdamW(learning_rate=1e-3).build(10, parameter_info(model))
     mesh = mesh_of(topology, shape)
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, DEFAULT_RULES("batch") or PartitionSpec())

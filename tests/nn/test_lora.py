@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from gptjax import optim
 from gptjax.distributed import sharding
+from gptjax.distributed.parameters import parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.nn import DoRA, LayerOverrides, LoRA, Transformer, TransformerConfig, count
 from gptjax.objectives import NextToken
@@ -28,7 +29,7 @@ EPS = float(np.finfo(np.float32).eps)
 def make(lora: LoRA, config: TransformerConfig = CONFIG, b: float = 0.0):
     """Parameters and adapters to them, the adapters' B normal with this deviation."""
     params = jax.jit(Transformer(config).init)(jax.random.key(0), TOKENS[:1])["params"]
-    adapters = lora.init(jax.random.key(1), params)
+    adapters = lora.init(jax.random.key(1), params, parameter_info(Transformer(config)))
     rng = np.random.default_rng(2)
 
     def draw(path, x):
@@ -117,8 +118,11 @@ def train(lora: LoRA, rules: ShardingRules = ShardingRules(), steps: int = 3):
         return jax.device_put(x, None if mesh.empty else NamedSharding(mesh, shape.sharding.spec))
 
     params = jax.tree.map(place, start, shapes)
-    adapters = jax.tree.map(place, new, jax.eval_shape(lora.init, jax.random.key(1), params))
-    optimizer = OPTIMIZER.build(steps)
+    info = parameter_info(model)
+    adapters = jax.tree.map(
+        place, new, jax.eval_shape(functools.partial(lora.init, info=info), jax.random.key(1), params)
+    )
+    optimizer = OPTIMIZER.build(steps, lora.info(info))
     state = jax.jit(lambda adapters: train_state.create(adapters, optimizer, jax.random.key(2)))(adapters)
     step = make_step(lora.objective(functools.partial(NextToken(), model.apply)), optimizer, accumulate=2)
     ones = np.ones_like(TOKENS)
@@ -161,10 +165,13 @@ def test_a_base_in_half_precision_is_rounded_once(kind):
 
 
 def test_what_is_not_there_is_refused():
-    params, _ = make(LoRA())
+    info = parameter_info(Transformer(CONFIG))
     with pytest.raises(UserError, match=r"lora.match: got 'attention/z', .*must be of attention/k, attention/o"):
-        LoRA(match=("q", "attention/z")).init(jax.random.key(0), params)
+        LoRA(match=("q", "attention/z")).info(info)
     with pytest.raises(UserError, match=r"lora.match: got 'embedding'"):
-        LoRA(match=("embedding",)).init(jax.random.key(0), params)
+        LoRA(match=("embedding",)).info(info)
+    params, adapters = make(LoRA())
+    with pytest.raises(UserError, match=r"adapters: got layers, must be of blocks, embedding, norm"):
+        LoRA().merge(params, {"layers": adapters["blocks"]})
     with pytest.raises(UserError, match=r"lora.rank: got 0"):
         LoRA(rank=0)

@@ -10,6 +10,7 @@ import pytest
 
 from gptjax import optim
 from gptjax.distributed import sharding
+from gptjax.distributed.parameters import parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.kernels import experts as kernel
 from gptjax.nn import GELU, ClampedSwiGLU, Layer, MixtureOfExperts, Router, Sigmoid, Softmax, SwiGLU
@@ -227,7 +228,8 @@ def test_the_balance_bias_evens_out_the_loads():
     np.testing.assert_array_equal(whole, (loads(params) - 16) * 2.0**-30)
     np.testing.assert_array_equal(whole, parts)
 
-    optimizer = optim.AdamW(learning_rate=1e-9, weight_decay=0.0, balance_rate=0.01).build(200)
+    info = parameter_info(Layer(part=part), X, F)
+    optimizer = optim.AdamW(learning_rate=1e-9, weight_decay=0.0, balance_rate=0.01).build(200, info)
 
     @jax.jit
     def step(params, state):

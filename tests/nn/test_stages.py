@@ -11,6 +11,7 @@ import pytest
 
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.distributed import sharding
+from gptjax.distributed.parameters import parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
@@ -54,7 +55,7 @@ def program(config: TransformerConfig, rules=DEFAULT_RULES, optimizer=AdamW(lear
     """The first state and the step."""
     model = config.build(rules)
     objective = functools.partial(NextToken(), model.apply)
-    update = optimizer.build(10)
+    update = optimizer.build(10, parameter_info(model))
 
     def create(tokens) -> train_state.State:
         params = model.init(jax.random.key(0), tokens)["params"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.distributed import sharding
-from gptjax.distributed.parameters import flat, matrix
+from gptjax.distributed.parameters import flat, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.nn import (
     GELU,
@@ -217,9 +217,10 @@ def test_what_writes_to_the_stream_begins_the_smaller_the_deeper_the_model():
     config = dataclasses.replace(BASE, layers=8, pattern=(LayerOverrides(), moe), cross_attention=MultiHeadAttention())
     params = jax.jit(Transformer(config).init)(jax.random.key(0), TOKENS, source=jnp.ones((4, 3, 16)))["params"]
     outputs = set()
+    info = flat(parameter_info(Transformer(config), TOKENS, source=jnp.ones((4, 3, 16)))["blocks"])
     for path, leaf in flat(params["blocks"]).items():
-        if kind := matrix(path.split("/")):
-            writes = kind.split(leaf.shape)[2] == (16,) and path.endswith(("/o", "down"))
+        if info[path].is_matrix:
+            writes = info[path].split(leaf.shape)[2] == (16,) and path.endswith(("/o", "down"))
             outputs |= {path} if writes else set()
             np.testing.assert_allclose(leaf.std(), 0.02 / 4 if writes else 0.02, rtol=0.15, err_msg=path)
     names = {f"{i}/{name}" for i in (0, 1) for name in ("attention/o", "cross_attention/o", "mlp/down")}

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.cli import plan as command
-from gptjax.distributed.parameters import by_name, matrix
+from gptjax.distributed.parameters import parameter_info
 from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment
 from gptjax.nn import MixtureOfExperts
@@ -166,13 +166,10 @@ def test_what_every_device_does_alike_counts_on_each(tiny):
     )
     one = compile_step(muon, "pretrain", jax.devices()[:1]).flops
     eight = compile_step(dataclasses.replace(muon, mesh=MeshConfig(data=8)), "pretrain", jax.devices()).flops
-    params = jax.eval_shape(lambda: tiny.model.build().init(jax.random.key(0), jnp.zeros((1, 32), jnp.int32)))["params"]
-    iterations, pair = 0.0, lambda x: isinstance(x, tuple)
-    for x, kind in jax.tree.leaves(
-        jax.tree.map(lambda x, kind: (x, kind), params, by_name(matrix, params)), is_leaf=pair
-    ):
-        if kind is not None:
-            short, long = sorted(kind.size(x.shape))
+    iterations = 0.0
+    for info in jax.tree.leaves(parameter_info(tiny.model.build())):
+        if info.is_matrix:
+            short, long = sorted(info.fan)
             iterations += tiny.model.layers * 5 * (4 * short**2 * long + 2 * short**3)
     assert (8 * eight - one) / 7 == pytest.approx(iterations, rel=0.01)
 

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from gptjax import data, optim
 from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.distributed.parameters import parameter_info
 from gptjax.monitor import metrics as train_records
 from gptjax.monitor.metrics import MetricsLogger
 from gptjax.nn import Transformer, TransformerConfig
@@ -82,7 +83,9 @@ def outcome(folder: Path) -> tuple[dict[str, bytes], dict[str, Any], list[dict[s
 
     def create() -> train_state.State:
         params = MODEL.init(jax.random.key(0), jnp.zeros((8, 16), jnp.int32))["params"]
-        return train_state.create(params, STAGE.optimizer.build(STAGE.steps), jax.random.key(0), average=True)
+        return train_state.create(
+            params, STAGE.optimizer.build(STAGE.steps, parameter_info(MODEL)), jax.random.key(0), average=True
+        )
 
     with Checkpoints(folder / "checkpoints") as checkpoints:
         restored = checkpoints.restore(jax.eval_shape(create))

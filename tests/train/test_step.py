@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import optim
 from gptjax.distributed import sharding
+from gptjax.distributed.parameters import parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.objectives import NextToken
@@ -27,7 +28,9 @@ from gptjax.types import Batch
 CONFIG = TransformerConfig(vocab=64, layers=2, width=16, heads=4, kv_heads=2)
 B, T = 8, 16
 RATE, EPS, DECAY = 1e-2, 1e-3, 0.75
-OPTIMIZER = optim.AdamW(learning_rate=RATE, schedule=optim.Constant(), weight_decay=0.0, eps=EPS, clip=1.0).build(1)
+OPTIMIZER = optim.AdamW(learning_rate=RATE, schedule=optim.Constant(), weight_decay=0.0, eps=EPS, clip=1.0).build(
+    1, parameter_info(Transformer(CONFIG))
+)
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 SUM_ERROR = (B * T) ** 0.5 * float(np.finfo(np.float32).eps)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules, use
 from gptjax.nn import LayerNorm, LearnedPositions, Transformer, TransformerConfig
 from gptjax.optim import Adafactor, AdamW, Constant, Cosine, Linear, Lion, Muon, Optimizer, Schedule, WarmupStableDecay
@@ -25,6 +26,14 @@ def shapes(rules: ShardingRules = ShardingRules(), **changes):
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((4, 8), jnp.int32)))["params"]
 
 
+def declared(tree):
+    """Information on a tree of no model: vectors do not decay, all else does."""
+    return jax.tree.map(lambda x: ParamInfo(x.shape, (None,) * x.ndim, decays=x.ndim > 1), tree)
+
+
+INFO = parameter_info(Transformer(MODEL))
+
+
 def fill(shapes, seed: int, scale: float = 0.1):
     """The same numbers for the same seed, wherever they lie."""
     leaves, tree = jax.tree.flatten(shapes)
@@ -36,9 +45,9 @@ def fill(shapes, seed: int, scale: float = 0.1):
     return tree.unflatten(jax.device_put(values, shardings))
 
 
-def run(optimizer: Optimizer, params, gradients, steps: int = 10):
+def run(optimizer: Optimizer, info, params, gradients, steps: int = 10):
     """The parameters after one step for each of the gradients."""
-    transformation = optimizer.build(steps)
+    transformation = optimizer.build(steps, info)
     state = jax.jit(transformation.init)(params)
 
     @jax.jit
@@ -80,7 +89,7 @@ def test_schedule_is_its_formula(schedule, after):
         (lambda: Cosine(-1), "optimizer.schedule.warmup: got -1"),
         (lambda: Linear(final_fraction=1.5), "optimizer.schedule.final_fraction: got 1.5"),
         (lambda: WarmupStableDecay(decay=0.0), "optimizer.schedule.decay: got 0.0"),
-        (lambda: AdamW(schedule=Cosine(101)).build(100), "optimizer.schedule.warmup: got 101, .*100 steps"),
+        (lambda: AdamW(schedule=Cosine(101)).build(100, INFO), "optimizer.schedule.warmup: got 101, .*100 steps"),
         (lambda: AdamW(learning_rate=0.0), "optimizer.learning_rate: got 0.0"),
         (lambda: Lion(weight_decay=-0.1), "optimizer.weight_decay: got -0.1"),
         (lambda: Adafactor(clip=0.0), "optimizer.clip: got 0.0"),
@@ -95,16 +104,15 @@ def test_bad_settings_are_named(make, field):
 
 
 def test_only_matrices_decay():
-    tree = shapes(bias=True, norm=LayerNorm())
+    info = parameter_info(Transformer(dataclasses.replace(MODEL, bias=True, norm=LayerNorm())))
 
     def decayed(optimizer: Optimizer) -> set[str]:
-        mask = jax.tree.leaves_with_path(optimizer.decays(tree))
-        return {jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays}
+        return {name for name, decays in flat(optimizer.decays(info)).items() if decays}
 
     attention = {f"blocks/attention/{name}" for name in "qkvo"}
     mlp = {f"blocks/mlp/{name}" for name in ("up", "gate", "down")}
     assert decayed(AdamW()) == attention | mlp | {"head"}
-    assert decayed(AdamW(no_decay=("scale", "bias"))) == attention | mlp | {"head", "embedding", "positions/table"}
+    assert decayed(AdamW(decay_embeddings=True)) == attention | mlp | {"head", "embedding", "positions/table"}
 
 
 def test_adamw_is_its_equation():
@@ -113,7 +121,7 @@ def test_adamw_is_its_equation():
     )
     tree = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32), "bias": jax.ShapeDtypeStruct((3,), jnp.float32)}
     start, gradients = fill(tree, 0), [fill(tree, 1, scale=3.0), fill(tree, 2, scale=0.01)]
-    got = run(optimizer, start, gradients, steps=5)
+    got = run(optimizer, declared(tree), start, gradients, steps=5)
 
     norms = [math.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(g))) for g in gradients]
     assert norms[0] > 1 > norms[1], "one gradient is clipped, one is not"
@@ -130,7 +138,7 @@ def test_adamw_is_its_equation():
 class Descent(Optimizer):
     """What it takes to add an optimizer."""
 
-    def update_transform(self) -> optax.GradientTransformation:
+    def update_transform(self, info) -> optax.GradientTransformation:
         return optax.identity()
 
 
@@ -138,7 +146,8 @@ class Descent(Optimizer):
 def test_gradients_are_clipped_by_global_norm(norm, clip, expected):
     gradient = {"a": jnp.array([0.6, 0.0]) * norm, "b": jnp.array([[0.8]]) * norm}
     zeros = jax.tree.map(jnp.zeros_like, gradient)
-    params = run(Descent(learning_rate=1.0, schedule=Constant(), weight_decay=0.0, clip=clip), zeros, [gradient])
+    descent = Descent(learning_rate=1.0, schedule=Constant(), weight_decay=0.0, clip=clip)
+    params = run(descent, declared(zeros), zeros, [gradient])
     np.testing.assert_allclose(params["a"], [-0.6 * expected, 0], rtol=1e-6)
     np.testing.assert_allclose(params["b"], [[-0.8 * expected]], rtol=1e-6)
 
@@ -149,7 +158,7 @@ def test_muon_orthogonalises_the_matrices_of_each_layer():
     optimizer = Muon(learning_rate=1.0, schedule=Constant(), weight_decay=0.0)
     gradient = fill(shapes(), 0)
     zeros = jax.tree.map(jnp.zeros_like, gradient)
-    update = jax.tree.map(np.asarray, run(optimizer, zeros, [gradient]))
+    update = jax.tree.map(np.asarray, run(optimizer, INFO, zeros, [gradient]))
 
     D, F = MODEL.width, 16
     sides = {"q": (D, 8), "k": (D, 4), "v": (D, 4), "o": (8, D), "up": (D, F), "gate": (D, F), "down": (F, D)}
@@ -164,20 +173,26 @@ def test_muon_orthogonalises_the_matrices_of_each_layer():
             expected = -0.2 * math.sqrt(max(inputs, outputs)) * (u * s) @ v
             got = update["blocks"][part][name][layer].reshape(inputs, outputs)
             np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
-    adam = run(AdamW(learning_rate=1.0, schedule=Constant(), weight_decay=0.0), zeros, [gradient])
+    adam = run(AdamW(learning_rate=1.0, schedule=Constant(), weight_decay=0.0), INFO, zeros, [gradient])
     for name in ("embedding", "head", "norm", "positions"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), update[name], adam[name])
 
 
 def test_adafactor_treats_stacked_layers_as_parameters_of_their_own():
-    tree = {"blocks": {"up": jax.ShapeDtypeStruct((3, 4, 5), jnp.float32), "scale": jax.ShapeDtypeStruct((3, 4), "f4")}}
+    """As deep a stack as there is, and two of different depths."""
+    single = {"up": ParamInfo((4, 5), ("embed", "ffn"), "matrix"), "scale": ParamInfo((4,), (None,))}
+    stacks = {"encoder": 2, "decoder": 3}
+    info = {name: jax.tree.map(lambda i: i.stack(depth), single) for name, depth in stacks.items()}  # noqa: B023
+    tree = jax.tree.map(lambda i: jax.ShapeDtypeStruct(i.shape, jnp.float32), info)
     optimizer = Adafactor(schedule=Constant(), factor_from=4, clip=None)
     start, gradients = fill(tree, 0), [fill(tree, 1), fill(tree, 2)]
-    got = run(optimizer, start, gradients)
-    for layer in range(3):
-        own, own_gradients, expected = jax.tree.map(lambda x: x[layer], (start, gradients, got))  # noqa: B023
-        alone = run(optimizer, own["blocks"], [gradient["blocks"] for gradient in own_gradients])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), alone, expected["blocks"])
+    got = run(optimizer, info, start, gradients)
+    for name, depth in stacks.items():
+        for layer in range(depth):
+            trees = start[name], [gradient[name] for gradient in gradients], got[name]
+            own, own_gradients, expected = jax.tree.map(lambda x: x[layer], trees)  # noqa: B023
+            alone = run(optimizer, single, own, own_gradients)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), alone, expected)
 
 
 @pytest.mark.parametrize(
@@ -194,12 +209,10 @@ def test_sharded_is_unsharded(optimizer):
     """Two steps, the second with a gradient short enough not to be clipped, on data 2 x fsdp 2 x tensor 2."""
 
     def two_steps(rules):
-        tree = shapes(rules)
-        attention, mlp = tree["blocks"]["attention"], tree["blocks"]["mlp"]
         # one of each kind of parameter: to compile less
-        blocks = {"q": attention["q"], "o": attention["o"], "up": mlp["up"], "norm_1": tree["blocks"]["norm_1"]}
-        tree = {"embedding": tree["embedding"], "blocks": blocks}
-        return jax.device_get(run(optimizer, fill(tree, 0), [fill(tree, 1), fill(tree, 2, scale=1e-3)]))
+        names = ("embedding", "blocks/attention/q", "blocks/attention/o", "blocks/mlp/up", "blocks/norm_1/scale")
+        tree, info = (nested({name: flat(tree)[name] for name in names}) for tree in (shapes(rules), INFO))
+        return jax.device_get(run(optimizer, info, fill(tree, 0), [fill(tree, 1), fill(tree, 2, scale=1e-3)]))
 
     alone = two_steps(ShardingRules())
     with use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
