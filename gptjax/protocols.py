@@ -1,4 +1,4 @@
-"""What a run is made of, as protocols: tokenizer, sources, data, model configuration, objective, evaluations.
+"""Protocols of a run's components: tokenizer, sources, data, model configuration, objective, evaluations.
 
     Source --documents--> Data --Batch [B, T]--> Objective --Metrics--> optimizer
                                                  ModelConfig.build() -> Module: tokens [B, T] -> logits [B, T, V]
@@ -156,12 +156,12 @@ class Data(Config, Protocol):
         ...
 
     def check(self, model: ModelConfig) -> None:
-        """Raises UserError, naming the field, where the rows do not fit the model: they are too long, say."""
+        """Raise UserError, naming the field, if the sequences do not fit the model, such as too long ones."""
         ...
 
 
 class Module(Protocol):
-    """What `ModelConfig.build` returns: a Flax module. `init` and `apply` are pure functions."""
+    """A Flax module, as `ModelConfig.build` returns it. `init` and `apply` are pure functions."""
 
     @property
     def config(self) -> ModelConfig:
@@ -191,8 +191,8 @@ class ModelConfig(Config, Protocol):
     """Architecture and sizes of a model, as a frozen dataclass. Base class."""
 
     architecture: ClassVar[str] = "decoder"
-    """What `build().apply` computes: "decoder" and "encoder" give logits [B, T, V] of the tokens that follow or are
-    hidden, "encoder-decoder" those of a target with its source in view, "classifier" logits [B, M, C] of documents."""
+    """Output of `build().apply`: logits [B, T, V] of the next tokens ("decoder"), of masked tokens ("encoder") or of a
+    target given its source ("encoder-decoder"), or logits [B, M, C] of documents ("classifier")."""
     vocab: int
     """V, the number of token ids."""
 
@@ -227,7 +227,7 @@ class ModelConfig(Config, Protocol):
         return (("vocab", "model.vocab", self.vocab),)
 
     def slots(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
-        """What a cache of `size` slots keeps for each layer, empty."""
+        """Empty cache entries of each layer, for `size` positions."""
         raise UserError(f"model: got {type(self).__name__}, must be a decoder to write text")
 
     def unstack(self, params: Params) -> Params:
@@ -243,14 +243,14 @@ class Objective(Config, Protocol):
     batch_type: ClassVar[type[Batch]] = Batch
     """Class of the batches that it reads."""
     unit: ClassVar[str] = "token"
-    """What the loss is a mean over: "token", "text"."""
+    """Unit of the mean loss: "token" or "text"."""
 
     def __call__(self, apply: Callable[..., Any], params: Params, batch: Any, key: Key | None = None) -> Metrics:
         """Metrics whose "loss" entry is the (sum, weight) to minimise.
 
         apply  `Module.apply`
         batch  of `batch_type`
-        key    of dropout and other randomness; None: there is none
+        key    random key of dropout and the like. None: no randomness
         """
         ...
 
@@ -259,5 +259,5 @@ class Evaluation(Config, Protocol[Model_contra]):
     """A measurement of a trained model (`LanguageModel`, `ClassifierModel`, ...)."""
 
     def __call__(self, model: Model_contra) -> Result:
-        """What is found."""
+        """Evaluate the model."""
         ...

@@ -1,4 +1,4 @@
-"""The few types that every room shares. Dimension letters: B batch, T query length, S key length, D width,
+"""Types that all packages share. Dimension letters: B batch, T query length, S key length, D width,
 N heads, K key/value heads, H head size, F hidden, V vocabulary, L layers.
 """
 
@@ -25,11 +25,11 @@ Metrics = dict[str, tuple[Array, Array]]
 class Batch:
     """Packed token rows, all `[B, T]`. numpy on the host, `jax.Array` once on the devices.
 
-    tokens     int32    what the model reads
-    targets    int32    what it should say next: `targets[b, t]` follows `tokens[b, t]` in the same document
-    weights    float32  how much each target counts; 0 on padding and on text that is only context
-    segments   int32    which document of the row a token is of, from 1; 0 is padding
-    positions  int32    place within the document, from 0
+    tokens     int32    input tokens
+    targets    int32    next tokens: `targets[b, t]` follows `tokens[b, t]` in the same document
+    weights    float32  weight of each target in the loss; 0 on padding and on text that is only context
+    segments   int32    number of the token's document in its sequence, from 1; 0: padding
+    positions  int32    position within the document, from 0
     """
 
     tokens: Array | np.ndarray
@@ -42,11 +42,11 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pair(Batch):
-    """A batch whose rows are each written with a source in view, `[B, S]`: translation, T5.
+    """A batch of sequence-to-sequence pairs with sources `[B, S]`: translation, T5.
 
-    source            int32    what the encoder reads
-    source_segments   int32    a target sees what is of its own segment in the source; 0 is padding
-    source_positions  int32    place within the document, from 0
+    source            int32    tokens of the encoder
+    source_segments   int32    a target attends to the source of its own segment; 0: padding
+    source_positions  int32    position within the document, from 0
     """
 
     source: Array | np.ndarray
@@ -57,9 +57,9 @@ class Pair(Batch):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Labelled(Batch):
-    """A batch whose documents each have a label. What the row's segment m is of has the label `labels[b, m - 1]`.
+    """A batch whose documents have labels: segment m of sequence b has the label `labels[b, m - 1]`.
 
-    labels  int32, [B, M]: a class, from 0; -1 where there is no document, or none that counts
+    labels  int32, [B, M]: class, from 0; -1: no document, or one without a weight
     """
 
     labels: Array | np.ndarray
@@ -71,7 +71,7 @@ Loss = Callable[[Params, Batch, Key | None], Metrics]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What an evaluation finds: numbers for programs, a few lines of Markdown for people."""
+    """Result of an evaluation: numbers for programs, a few lines of Markdown for people."""
 
     title: str
     """Heading in the report."""
@@ -82,10 +82,10 @@ class Result:
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. Its text is one line that names the field, what it got and what it can be;
-    the command line prints it alone and leaves with exit code 2."""
+    """A user's mistake. The message is one line that names the field, its value and the legal values; the command line
+    prints only that line and exits with code 2."""
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message, or its type where it has none, to be part of a line."""
+    """An error's message on one line, or the name of its type if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -33,12 +33,12 @@ class Learned(Positions):
 @dataclass(frozen=True)
 class Model:
     layers: int = 4
-    """How many blocks there are."""
+    """Number of blocks."""
     width: int = 8
     heads: int = 2
     kv_heads: int | None = None
     positions: Positions = RoPE()
-    """Where a token is."""
+    """Position encoding."""
     remat: Literal["full", "dots"] | None = None
     tie_embeddings: bool = True
 
@@ -85,7 +85,7 @@ class Run:
     model: Model
     stages: dict[str, Stage]
     seed: int = 0
-    """Where all randomness comes from."""
+    """Seed of all randomness."""
     axis: str | tuple[str, ...] | None = ("data", "fsdp")
     extra: Any = None
 

@@ -83,7 +83,7 @@ SLOW = {"grain", "matplotlib", "orbax", "sentencepiece", "tensorboardX", "tensor
 
 @pytest.mark.parametrize(("module", "slow"), [("gptjax", SLOW | {"jax"}), (f"experiments.{EXPERIMENTS[0]}", SLOW)])
 def test_start_up_is_light(module, slow):
-    """What takes long to import is imported when it is used."""
+    """Slow modules are imported inside the functions that use them."""
     program = f"import sys, {module}; sys.exit(', '.join({slow} & set(sys.modules)) or 0)"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.stderr == "", f"import {module} also imports {run.stderr}"

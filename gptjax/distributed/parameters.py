@@ -45,9 +45,9 @@ class ParamInfo:
     batch: int = 0
     """Number of leading axes over independent arrays: layers, experts."""
     stacked: bool = False
-    """Whether the first axis is over the layers of a stack."""
+    """True: the first axis is over the layers of a stack."""
     decays: bool = False
-    """Whether weight decay applies."""
+    """True: weight decay applies."""
 
     @property
     def is_matrix(self) -> bool:

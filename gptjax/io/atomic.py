@@ -53,7 +53,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def partial_of(path: str | os.PathLike[str]) -> Path:
-    """Where `path` is while it is being written."""
+    """Temporary path of `path` while it is being written."""
     path = Path(path)
     return path.with_name(path.name + SUFFIX)
 

@@ -1,4 +1,4 @@
-"""What the model reads of a conversation, and what it is taught to say."""
+"""The tokens of a conversation, and the targets with weight."""
 
 import random
 

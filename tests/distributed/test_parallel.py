@@ -75,7 +75,7 @@ class Program:
         )
 
     def bytes(self, axis: str | None) -> int:
-        """Of the parameters that lie cut on this mesh axis, or on none."""
+        """Bytes of the parameters sharded over this mesh axis. None: of the replicated ones."""
         leaves = jax.tree.leaves(jax.eval_shape(self.create).params)
         names = lambda leaf: {name for names in leaf.sharding.spec if names for name in np.atleast_1d(names)}  # noqa: E731
         return sum(4 * leaf.size for leaf in leaves if (axis in names(leaf) if axis else not names(leaf)))
@@ -240,7 +240,7 @@ def test_stages_beside_others_gather_what_fsdp_does_and_no_activations(mesh):
 
 
 def test_fsdp_with_tensor_parallel_sends_what_both_do():
-    """Of the parts of parameters and activations that the other leaves a device."""
+    """Each sends its own collectives, for the shards of parameters and activations that the other leaves a device."""
     with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         program = Program(DENSE)
         found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
@@ -333,7 +333,7 @@ class Chip:
 
 
 def slices(chips: list[Chip], mesh: MeshConfig, monkeypatch) -> np.ndarray:
-    """Which slice each place of the mesh is in, its axes in the order of the configuration."""
+    """Slice index of each position of the mesh, with axes in the order of the configuration."""
     monkeypatch.setattr(jax.sharding, "Mesh", lambda devices, names, axis_types: (devices, names))
     devices, names = mesh.make(chips)
     order = [names.index(field.name) for field in dataclasses.fields(mesh)]

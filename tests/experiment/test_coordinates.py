@@ -94,8 +94,8 @@ FIXED = ("values_opening", "router_logits")
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_hidden_matrix_is_scaled(name):
-    """Where the model is 4 times as wide as the base each matrix that it has in its blocks begins with half of what it
-    would, or with the deviation of its fan-in, and learns a quarter as fast; nothing else does either."""
+    """In a model 4 times as wide as the base, each hidden matrix of the blocks is initialised with half the deviation,
+    or with that of its fan-in, and has a quarter of the learning rate; no other parameter does."""
     plain = EVERY[name]
     wide = dataclasses.replace(plain, parametrisation=MuP(base_width=8))
     params, standard = (flat(config.build().init(jax.random.key(0), TOKENS)["params"]) for config in (wide, plain))

@@ -103,7 +103,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def specs() -> dict[str, PartitionSpec]:
-    """How an MLP's weights [L, D, F] lie on the mesh at the end of each stage of the run that `finished` does."""
+    """Sharding of an MLP's weights [L, D, F] at the end of each stage of the run `finished`."""
     return {}
 
 

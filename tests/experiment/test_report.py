@@ -50,7 +50,7 @@ def test_the_report_says_what_the_records_say(run):
 
 
 def test_the_report_says_how_fast_it_went(tmp_path):
-    """Of 40 steps, the first ten of 0.3 s with 1 s of input wait each, the others of 0.1 s; all of 200 tokens."""
+    """40 steps of 200 tokens: the first ten take 0.3 s after 1 s of input wait each, the others 0.1 s."""
     with MetricsLogger(tmp_path) as records:
         for step, seconds, wait in ((10, 1.3, 1.0), (40, 0.1, 0.0)):
             parts = {"time_step": seconds, "time_input": wait, "time_device": seconds - wait, "time_host": 0.0}

@@ -41,7 +41,7 @@ def params_of(config: TransformerConfig):
 
 
 def on_mesh(config: TransformerConfig, mesh: MeshConfig = MeshConfig(data=2, fsdp=2, tensor=2), rules=DEFAULT_RULES):
-    """The same parameters, shared out over 8 devices."""
+    """The same parameters, sharded over 8 devices."""
     with jax.set_mesh(mesh.make()):
         tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
         init = config.build(dataclasses.replace(rules, batch=None)).init
@@ -61,7 +61,7 @@ def on_mesh(config: TransformerConfig, mesh: MeshConfig = MeshConfig(data=2, fsd
     ],
 )
 def test_a_mesh_changes_no_token(name, count, samples, sampling, mesh):
-    """Whether it divides the rows or not: 4 and 20 are shared out, 5 are not."""
+    """A batch of 4 or 20 sequences is sharded; one of 5, which the mesh does not divide, is replicated."""
     config = CONFIGS[name]
     write = functools.partial(
         generate, tokenizer=TOKENIZER, prompts=PROMPTS[:count], max_tokens=8, sampling=sampling, samples=samples, seed=3

@@ -40,7 +40,7 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: Counter[str] = Counter()
         self.fault: Callable[[str], tuple[int, str] | None] = lambda path: None
-        """Of a request's path, the status and hub error code to answer with instead."""
+        """Path of a request -> (status, hub error code) of the error to answer with. None: no error."""
 
     @property
     def url(self) -> str:

@@ -29,7 +29,7 @@ def model(sizes, tied):
 
 
 def quantize(w, group):
-    """What a matrix is in version 2, and what it stands for."""
+    """The bytes of a matrix in version 2, and its dequantised values."""
     blocks = w.reshape(-1, group)
     scales = np.abs(blocks).max(1) / np.float32(127)
     values = np.rint(blocks / scales[:, None]).astype(np.int8)

@@ -117,7 +117,7 @@ MAKE = {
 
 
 def laws(tokenizer: Tokenizer, folder: Path) -> None:
-    """What holds of every tokenizer with the chat markers."""
+    """Laws of every tokenizer with the special tokens of conversations."""
     save(tokenizer, folder, context=64)
     spelt = set(tokenizer.specials)
     texts = [text for text in TEXTS if not any(name in text for name in spelt)]

@@ -1,4 +1,4 @@
-"""What lies in files comes to lie where and as it is asked for, whoever wrote them."""
+"""Parameters are loaded with the requested sharding and dtype, from files of any format."""
 
 import json
 

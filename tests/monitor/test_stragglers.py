@@ -1,4 +1,4 @@
-"""Which host keeps the others waiting: found from what each needs for itself, and named."""
+"""The slow host of a job is found from each host's own time, and named."""
 
 from __future__ import annotations
 

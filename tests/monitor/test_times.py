@@ -1,4 +1,4 @@
-"""Where the time goes: nothing is lost, and the host's work counts where it keeps the devices waiting."""
+"""The parts of a loop's time add up, and host time counts only while the devices wait."""
 
 from __future__ import annotations
 

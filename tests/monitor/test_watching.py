@@ -1,4 +1,4 @@
-"""What a real run lets one see: times beside the loss, a profile that can be opened, a report of a step that hangs."""
+"""Monitoring of a real run: times next to the loss, a profile that can be opened, a report of a hanging step."""
 
 from __future__ import annotations
 

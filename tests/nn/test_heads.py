@@ -87,7 +87,7 @@ def test_a_mesh_changes_nothing():
 
 
 def test_classes_are_learned():
-    """Whether a text has a 1 in it; two texts a row, a few without a label."""
+    """Classify texts by the presence of a 1, with two texts per sequence and a few without a label."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, 32, (32, 12), dtype=np.int32)
     labels = rng.integers(0, 2, (32, 2), dtype=np.int32)

@@ -136,7 +136,7 @@ def test_a_mesh_changes_nothing(rules, how):
 @pytest.mark.parametrize("implementation", ["blocks", "ragged", "tiled"])
 @pytest.mark.parametrize("sizes", [[5, 0, 19, 8], [0, 0, 36, 0], [3, 2, 1, 0], [0, 0, 0, 0]])
 def test_grouped_products(sizes, implementation):
-    """Of groups with no rows, some rows and many, and with rows of no group."""
+    """Groups with no rows, some rows and many rows, and rows outside all groups."""
     keys = jax.random.split(jax.random.key(0), 2)
     x, w = jax.random.normal(keys[0], (40, 6)), jax.random.normal(keys[1], (4, 6, 7))
 

@@ -1,4 +1,4 @@
-"""How sublayers are joined to the residual stream, each way against its equation."""
+"""Each kind of residual connection against its equation."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ def g(x):
 
 
 def then(x, of):
-    """What two sublayers in turn make of x, `of(i, sublayer, x)` each."""
+    """Two sublayers in sequence, each applied as `of(i, sublayer, x)`."""
     return of(2, g, of(1, f, x))
 
 

@@ -116,7 +116,7 @@ def test_steps_change_nothing(optimizer):
 
 
 def test_a_balance_is_that_of_parts_as_in_accumulation():
-    """What is not a sum over tokens is taken over a part at a time."""
+    """A loss that is not a sum over tokens is computed per microbatch."""
     config = dataclasses.replace(BASE, hidden=32, mlp=MixtureOfExperts(experts=4, router=Softmax(load_balance=0.5)))
     config = dataclasses.replace(config, microbatches=4)
     create, step = program(config, accumulate=4)

@@ -282,7 +282,7 @@ def test_layer_drop_leaves_out_whole_blocks(pattern):
     np.testing.assert_array_equal(apply(model, params, tokens)[0], expected)
 
     def only(kept: tuple[int, ...]):
-        """What the model says without the others: a block that writes nothing is as good as none."""
+        """Output without the other blocks: a block whose output is zero equals a dropped one."""
         blocks = jax.tree.map(jnp.copy, unstack(config, params)["blocks"])
         for block, keep in zip(blocks.values(), kept, strict=True):
             block["attention"]["o"] *= keep

@@ -136,7 +136,7 @@ def test_adamw_is_its_equation():
 
 @dataclasses.dataclass(frozen=True)
 class Descent(Optimizer):
-    """What it takes to add an optimizer."""
+    """A new optimizer: all that is needed to add one."""
 
     def update_transform(self, info) -> optax.GradientTransformation:
         return optax.identity()

@@ -393,7 +393,7 @@ def test_a_slurm_job_goes_back_to_the_queue_when_it_was_interrupted(world, code,
 
 
 def test_a_slurm_job_waits_for_its_tasks_after_sigterm(world):
-    """Which they get too, unless it is ignored in them; and they have the processors that the job was given."""
+    """The tasks get the signal too, unless they inherit that it is ignored; and they have the job's processors."""
     (world.folder / "bin" / "srun").write_text(
         "#!/usr/bin/env bash\n"
         "[[ $SRUN_CPUS_PER_TASK == 12 ]] || exit 1\n"

@@ -140,12 +140,12 @@ def test_roll_back_is_a_run_without_that_window(tmp_path, folder):
 
 
 def learnt(line: dict[str, Any]) -> dict[str, Any]:
-    """What does not depend on the machine."""
+    """The metrics that do not depend on the machine."""
     return {name: value for name, value in line.items() if not re.match("time|tokens_per_second|memory", name)}
 
 
 class Killed(BaseException):
-    """What a kill looks like from inside: nothing more is saved."""
+    """Stand-in for a kill: nothing more is saved."""
 
 
 def broken_off(step: int, error: type[BaseException]) -> Any:

@@ -36,8 +36,8 @@ MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 SUM_ERROR = (B * T) ** 0.5 * float(np.finfo(np.float32).eps)
 """Adding up n numbers in another order changes the sum by about sqrt(n) rounding errors (Higham and Mary 2019)."""
 STEP_ERROR = RATE / EPS * SUM_ERROR
-"""Where a gradient is nothing but rounding error, Adam's m / sqrt(v) may have either sign. A large eps bounds the slope
-of that quotient by 1 / eps, and so what a step makes of an error in a gradient of (clipped) length 1."""
+"""Error of a step. If a gradient is pure rounding error, Adam's m / sqrt(v) may have either sign. A large eps bounds
+the slope of that quotient by 1 / eps, and with it the effect of an error in a gradient of (clipped) length 1."""
 
 
 def random_batch(seed: int = 0) -> Batch:
