@@ -1,4 +1,4 @@
-"""Using a model: drawing tokens (`sampling`), writing and streaming text (`generate`)."""
+"""Inference: sampling of tokens (`sampling`), generation and streaming of text (`generate`)."""
 
 from gptjax.inference.generate import Completion
 from gptjax.inference.sampling import Sampling, sample

@@ -1,12 +1,12 @@
-"""Text from a model: one pass over the prompts fills a cache, then one jitted loop reads and draws a token at a time.
+"""Text generation: a prefill pass over the prompts fills a cache, then one jitted loop decodes a token at a time.
 
     completions = generate(model, params, tokenizer, [tokenizer.encode("Once upon")], max_tokens=100, seed=1)
     for piece in stream(model, params, tokenizer, prompt): print(piece, end="")
 
-What a row says depends on its own prompt and seed, not on the rows beside it, nor on how the work is cut into chunks.
+A sequence depends on its own prompt and seed, not on the other sequences of the batch or on the size of chunks.
 
-With parameters on a mesh, and a model with the rules by which they lie there, the model runs on that mesh. Tokens are
-drawn on every device alike: all but the model and its cache is small, and whole everywhere.
+Generation runs on the parameters' mesh, with a model that has their sharding rules. Sampling is replicated on all
+devices: everything except the model and its cache is small.
 """
 
 from __future__ import annotations
@@ -30,50 +30,54 @@ from gptjax.nn import Cache, make_cache, unstack
 from gptjax.types import Array, Key, Params, UserError
 
 DEFAULT_TOKENS = 256
-"""The longest text when nothing is said."""
+"""Default maximum number of tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What the model wrote after a prompt."""
+    """A model's continuation of a prompt."""
 
     text: str
-    """Without special tokens, and without the stop string."""
+    """The text without special tokens and without the stop string."""
     ids: tuple[int, ...]
-    """The tokens drawn, down to the token or the end of the stop string that ended the text."""
+    """The sampled tokens, including the token or the stop string that ended the text."""
     logprobs: tuple[float, ...]
-    """Of each of `ids`, in nats, under the model itself: before temperature, filters and penalty."""
+    """Log-probability of each of `ids` in nats, under the model itself: before temperature, filters and penalty."""
     finish: Finish
-    """Why it ended: "stop" or "length"."""
+    """Reason for the end: "stop" or "length"."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """B rows being written. They fill the same slots: shorter prompts are padded on the left."""
+    """B sequences during generation, all of one length: shorter prompts are padded on the left."""
 
     tokens: Array
-    """int32 [B, S+1]: the prompt, then what was drawn. The token to read next is in slot `cache.length`."""
+    """int32 [B, S+1]: prompt and sampled tokens. The next input token is at index `cache.length`."""
     logprobs: Array
-    """float32 [B, S+1]: of the tokens that were drawn."""
+    """float32 [B, S+1]: log-probabilities of the sampled tokens."""
     positions: Array
-    """int32 [B]: the place in its own text of the token to read next."""
+    """int32 [B]: position of the next input token in its own text."""
     keys: Key
-    """[B]: each row's own."""
+    """[B]: one random key per sequence."""
     seen: Array | None
-    """bool [B, V]: the tokens that are in the row; None when nobody asks."""
+    """bool [B, V]: tokens that occur in the sequence. None: not tracked."""
     cache: Cache
-    """S slots."""
+    """Cache of size S."""
 
 
 @functools.partial(jax.jit, static_argnames=("model", "samples", "size", "seen"))
 def prefill(
     model: Any, params: Params, tokens: Array, lengths: Array, seeds: Array, samples: int, size: int, seen: int
 ) -> State:
-    """Reads all but the last token of P prompts into a cache of `size` slots, and repeats each for its samples.
+    """Read all but the last token of P prompts into a cache of `size`, and repeat each for its samples.
 
-    tokens int32 [P, T], of which the last `lengths` int32 [P] are the prompts; seeds uint32 [P]; `seen` is the
-    vocabulary when seen tokens are to be kept, else 0. Returns P * samples rows.
+    tokens   int32 [P, T], left-padded prompts
+    lengths  int32 [P], lengths of the prompts
+    seeds    uint32 [P]
+    seen     vocabulary size, to track seen tokens; 0: do not track them
+
+    Returns the state of P * samples sequences.
     """
     P, T = tokens.shape
     rules, rows = model.rules.for_batch_size(P), model.rules.for_batch_size(P * samples)
@@ -82,7 +86,7 @@ def prefill(
     inputs = [
         reshard(x[:, :-1], rules("batch", None)) for x in (tokens, jnp.maximum(positions, 0), real.astype(jnp.int32))
     ]
-    # Nobody uses these logits, so the compiler drops the head, the largest product of all.
+    # These logits are unused, so the compiler drops the head, the largest matrix product.
     reader = model.clone(rules=rules)
     _, cache = reader.apply({"params": params}, *inputs, make_cache(model.config, P, size, rules))
     state = State(
@@ -93,14 +97,14 @@ def prefill(
         seen=jnp.zeros((P, seen), bool).at[jnp.arange(P)[:, None], tokens].max(real) if seen else None,
         cache=cast(Cache, cache),
     )
-    # Prompts may be too few for the mesh to share out, and their samples not.
-    placed = dataclasses.replace(state, cache=make_cache(model.config, P * samples, size, rows))
+    # There may be too few prompts to shard over the mesh, but enough samples.
+    target = dataclasses.replace(state, cache=make_cache(model.config, P * samples, size, rows))
 
-    def repeat(x: Array, placed: Array) -> Array:
-        sharding = None if jax.sharding.get_abstract_mesh().empty else jax.typeof(placed).sharding.spec
+    def repeat(x: Array, target: Array) -> Array:
+        sharding = None if jax.sharding.get_abstract_mesh().empty else jax.typeof(target).sharding.spec
         return jnp.repeat(x, samples, axis=0, out_sharding=sharding) if x.ndim else x
 
-    state = jax.tree.map(repeat, state, placed)
+    state = jax.tree.map(repeat, state, target)
     keys = jax.vmap(jax.random.fold_in)(state.keys, jnp.arange(P * samples) % samples)
     return dataclasses.replace(state, keys=keys)
 
@@ -116,8 +120,8 @@ def decode(
     sampling: Sampling,
     vocab: int,
 ) -> State:
-    """Reads and draws until `until` slots are read, or all rows are done: `done` bool [B], and those that drew one of
-    `stop_token_ids` int32 [n]. Tokens from `vocab` on are never drawn: models pad their vocabulary."""
+    """Decode until the cache has `until` tokens or all sequences are done: those in `done` bool [B], and those that
+    sampled one of `stop_token_ids` int32 [n]. Tokens from `vocab` on, padding of the vocabulary, are never sampled."""
     B = state.tokens.shape[0]
     rules = model.rules.for_batch_size(B)
     reader = model.clone(rules=rules)
@@ -170,24 +174,27 @@ def generate(
     batch: int = 32,
     stop_token_ids: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """`samples` completions of each prompt (token ids), those of one prompt side by side.
+    """Generate `samples` completions of each prompt (token ids); completions of one prompt are adjacent.
 
-    A text ends at one of `stop_token_ids` (None: at any special token), before the first of the `stop` strings, or
-    after `max_tokens` (None: 256, or what the model's positions leave). Prompt i is written with the seed `seed + i`.
-    `batch` is how many rows are written at a time: it changes speed and memory only. Raises UserError for a prompt that
-    is empty, has tokens that the model doesn't know, or doesn't fit its positions.
+    max_tokens      None: 256, or fewer if the model's positions end before
+    seed            prompt i has the seed `seed + i`
+    stop            strings that end a text and are not part of it
+    batch           number of sequences at a time; affects only speed and memory
+    stop_token_ids  tokens that end a text. None: all special tokens
+
+    Raises UserError for a prompt that is empty, has unknown tokens, or does not fit the model's positions.
     """
     if samples < 1:
         raise UserError(f"samples: got {samples}, must be at least 1")
     rooms = [_room(model, prompt, max_tokens) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the least padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # minimises padding
     rows: list[list[TextStream]] = [[] for _ in prompts]
     step = max(batch // samples, 1)
     for start in range(0, len(order), step):
         group = order[start : start + step]
         for i in group:
             rows[i] = _rows(tokenizer, rooms[i], stop, samples, stop_token_ids)
-        steps = (lambda: 16) if stop else (lambda: 1 << 30)  # the device can't see stop strings
+        steps = (lambda: 16) if stop else (lambda: 1 << 30)  # stop strings are checked on the host
         run = _run(
             model,
             params,
@@ -214,10 +221,10 @@ def stream(
     stop: Sequence[str] = (),
     stop_token_ids: Sequence[int] | None = None,
 ) -> Generator[str, None, Completion]:
-    """The text that `generate` gives for this prompt, in pieces as it is written; returns its Completion.
+    """Stream the text that `generate` returns for this prompt, in pieces; returns the Completion.
 
-    A piece never cuts a character in two, and what may be the beginning of a stop string waits until it is not. For one
-    process: its pace is by the clock, so several would not keep step.
+    A piece never splits a character, and a possible beginning of a stop string is withheld until it is decided. For one
+    process only: the size of pieces depends on the clock, so several processes would diverge.
     """
     rows = _rows(tokenizer, _room(model, prompt, max_tokens), stop, 1, stop_token_ids)
     shown = 0
@@ -239,7 +246,7 @@ def _run(
     sampling: Sampling,
     steps: Callable[[], int],
 ) -> Iterator[None]:
-    """Writes the rows, equally many for each prompt, until all are finished, stopping every `steps()` tokens."""
+    """Generate the sequences, equally many per prompt, until all are finished; yields every `steps()` tokens."""
     longest = max(row.max_tokens for row in rows)
     T = round_up(max(map(len, prompts)))
     size = round_up(T + longest)
@@ -250,16 +257,16 @@ def _run(
     vocab = min(tokenizer.vocab, model.config.vocab)
     stop_token_ids = np.asarray(sorted(rows[0].stop_token_ids), np.int32)
     seeded = np.asarray(seeds, np.int64).astype(np.uint32)
-    seen = vocab if sampling.penalizes else 0
+    seen = vocab if sampling.penalises else 0
     with on_mesh_of(params):
-        # Layer by layer: slices of stacked parameters would be copied again at every token.
+        # Unstacked layers: slices of stacked parameters would be copied at every token.
         params = unstack(model.config, params)
         state = prefill(model, params, tokens, lengths, seeded, len(rows) // len(prompts), size, seen)
     written = 0
     while not all(row.finish for row in rows):
         done = np.asarray([row.finish is not None for row in rows])
         until = T - 1 + min(written + steps(), longest)
-        with on_mesh_of(params):  # not around the yield: what else the caller does is not of this mesh
+        with on_mesh_of(params):  # not around the yield, so that the caller's code does not run on this mesh
             state = decode(model, params, state, until, done, stop_token_ids, sampling, vocab)
         drawn, logprobs, end = jax.device_get((state.tokens, state.logprobs, state.cache.length))
         new = slice(T + written, int(end) + 1)
@@ -270,8 +277,8 @@ def _run(
 
 
 class _Pace:
-    """How many tokens to write before showing them: as many as take about 30 ms, so that text flows and the device
-    seldom waits for the host."""
+    """Number of tokens between updates: as many as take about 30 ms, so that text flows and the device seldom waits for
+    the host."""
 
     def __init__(self):
         self.steps, self.last = 1, time.perf_counter()
@@ -284,7 +291,7 @@ class _Pace:
 
 
 def round_up(n: int) -> int:
-    """The next of 32, 48, 64, 96, 128, 192, 256, ...: few sizes to compile for, and at most half too large."""
+    """Round up to 32, 48, 64, 96, 128, 192, 256, ...: few sizes to compile, each at most half too large."""
     step = 2 ** max((n - 1).bit_length() - 2, 4)
     return max(math.ceil(n / step) * step, 32)
 
@@ -298,7 +305,7 @@ def _rows(
 
 
 def _room(model: Any, prompt: Sequence[int], max_tokens: int | None) -> int:
-    """How many tokens to write after this prompt."""
+    """Maximum number of tokens after this prompt. Raises UserError if it does not fit the model."""
     vocab, limit = model.config.vocab, model.config.max_positions
     if not len(prompt):
         raise UserError("prompt: got no tokens, must have at least one")

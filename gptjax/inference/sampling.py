@@ -1,4 +1,4 @@
-"""Choosing the next token from logits: greedy, or drawn after the usual filters."""
+"""Sampling of the next token from logits: greedy, or random after the usual filters."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from gptjax.types import Array, Key, UserError
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Filters apply in this order: repetition penalty, temperature, top-k, top-p, min-p.
+    """Sampling settings, applied in this order: repetition penalty, temperature, top-k, top-p, min-p.
 
-    A pytree whose structure says which fields are in use (and top-k, which is a shape), and whose leaves are their
-    values: a compiled program serves every temperature, and pays only for what is in use.
+    A pytree: the fields in use, and top-k, which is a shape, are part of its structure; their values are leaves. So one
+    compiled program serves every temperature, and contains only the filters in use.
     """
 
     temperature: float = 1.0
-    """Above 1 bolder, below 1 safer; 0 always takes the likeliest token."""
+    """Divisor of the logits. 0: greedy, the most likely token."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
+    """Sample from the k most likely tokens. None: no limit."""
     top_p: float | None = None
-    """Draw from the fewest likeliest tokens that hold this much of the probability."""
+    """Sample from the smallest set of most likely tokens with this total probability (nucleus). None: no limit."""
     min_p: float | None = None
-    """Draw from tokens at least this fraction as likely as the likeliest."""
+    """Sample from tokens with at least this fraction of the highest probability. None: no limit."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the prompt and of the text so far less likely (Keskar et al. 2019, section 4.1)."""
+    """Above 1: tokens of the prompt and of the text so far become less likely (Keskar et al. 2019, section 4.1)."""
 
     def __post_init__(self):
         def check(name: str, ok: bool, rule: str):
@@ -45,12 +45,12 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken, and nothing is drawn."""
+        """True: the most likely token is taken."""
         return _off(self.temperature, 0)
 
     @property
-    def penalizes(self) -> bool:
-        """Whether `sample` needs to know the tokens seen."""
+    def penalises(self) -> bool:
+        """True: `sample` needs the tokens seen so far."""
         return not _off(self.repetition_penalty, 1)
 
     def tree_flatten(self):
@@ -70,14 +70,16 @@ class Sampling:
 
 
 def sample(logits: Array, keys: Key, settings: Sampling, seen: Array | None = None) -> Array:
-    """The next token of each row, int32 [B].
+    """Sample the next token of each sequence, int32 [B].
 
-    logits [B,V] of any float type; keys [B], one a row, so that a row does not depend on its neighbours; seen bool
-    [B,V], the tokens that the repetition penalty applies to (needed only with one). Exactly `top_k` tokens survive
-    top-k whatever the ties; all tokens tied at the edge survive top-p.
+    logits  [B, V] of any float type
+    keys    [B], one per sequence, so that sequences are independent
+    seen    bool [B, V], tokens that the repetition penalty applies to; needed only with a penalty
+
+    Exactly `top_k` tokens pass top-k even with ties; all tokens tied at the threshold pass top-p.
     """
     logits = logits.astype(jnp.float32)
-    if settings.penalizes:
+    if settings.penalises:
         if seen is None:
             raise ValueError("a repetition penalty needs `seen`")
         penalty = settings.repetition_penalty
@@ -99,25 +101,25 @@ def sample(logits: Array, keys: Key, settings: Sampling, seen: Array | None = No
 
 
 def argmax(x: Array) -> Array:
-    """The first largest index of each row [B,V] -> int32 [B]; two plain reductions, which CPUs do faster than one
-    over pairs."""
+    """Index of the first maximum of each row, [B, V] -> int32 [B]: two plain reductions, which are faster on CPUs than
+    one over pairs."""
     index = jnp.arange(x.shape[-1], dtype=jnp.int32)
     first = jnp.where(x == x.max(-1, keepdims=True), index, x.shape[-1]).min(-1)
-    return jnp.minimum(first, x.shape[-1] - 1)  # in range even when all is NaN
+    return jnp.minimum(first, x.shape[-1] - 1)  # in range even if all logits are NaN
 
 
 def _nucleus(weights: Array, top_p: Array | float) -> Array:
-    """Zeroes all but the fewest largest weights [B,V] that hold `top_p` of the sum (Holtzman et al. 2020).
+    """Zero all but the smallest set of largest weights [B, V] with `top_p` of the sum (Holtzman et al. 2020).
 
-    The smallest weight to keep is the largest t with sum(weights >= t) >= top_p * sum(weights). It is found by
-    bisection over the bits of t, since float32 that are not negative order as their bits do: exact, and on CPU 15
-    times faster than sorting a vocabulary of 50,000.
+    The threshold is the largest t with sum(weights >= t) >= top_p * sum(weights). It is found by bisection over the
+    bits of t, as non-negative float32 are ordered like their bits: exact, and on CPU 15 times faster than sorting a
+    vocabulary of 50,000.
     """
     bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
     enough = top_p * weights.sum(-1)
 
     def narrow(i, threshold):
-        higher = threshold | (1 << (29 - i))  # bit 30 is never set in numbers of at most 1
+        higher = threshold | (1 << (29 - i))  # bit 30 is not set in numbers up to 1
         mass = jnp.where(bits >= higher[:, None], weights, 0).sum(-1)
         return jnp.where(mass >= enough, higher, threshold)
 
@@ -126,9 +128,9 @@ def _nucleus(weights: Array, top_p: Array | float) -> Array:
 
 
 def _draw(weights: Array, uniform: Array, block: int = 128) -> Array:
-    """An index of each row drawn in proportion to weights [B,V], given uniform [B] in [0,1): int32 [B].
+    """Sample an index of each row in proportion to weights [B, V], given uniform [B] in [0, 1): int32 [B].
 
-    Inverts the cumulative sum, first over blocks, then within one: 40 times faster on CPU than a Gumbel per token.
+    Inverts the cumulative sum, first over blocks, then within one: 40 times faster on CPU than one Gumbel per token.
     """
     rows, size = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -size % block))).reshape(rows, -1, block)
@@ -139,9 +141,9 @@ def _draw(weights: Array, uniform: Array, block: int = 128) -> Array:
 
 
 def _invert(weights: Array, x: Array) -> tuple[Array, Array]:
-    """The index [B] that x [B] falls on when weights [B,n] are laid end to end, and how far into it x lies."""
+    """Invert the cumulative sum of weights [B, n] at x [B]: the index [B], and the remainder of x within it."""
     ends = jnp.cumsum(weights, -1)
-    # Rounding must not push x off either end, where an index of no weight could lie.
+    # Rounding must not push x beyond either end, where an index may have no weight.
     x = jnp.clip(x, 0, jnp.nextafter(ends[:, -1], 0.0))
     index = jnp.sum(ends <= x[:, None], -1, dtype=jnp.int32)
     start = jnp.take_along_axis(ends - weights, index[:, None], 1)[:, 0]
@@ -149,5 +151,5 @@ def _invert(weights: Array, x: Array) -> tuple[Array, Array]:
 
 
 def _off(value, *constants: float) -> bool:
-    """Whether a field is known to be unused: None, or a Python number that changes nothing."""
+    """True if a field is known to be unused: None, or a Python number without an effect."""
     return value is None or (isinstance(value, int | float) and value in constants)

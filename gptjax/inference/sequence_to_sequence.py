@@ -1,4 +1,4 @@
-"""Text from an encoder-decoder: sources are read once, then targets are written as `generate` writes texts."""
+"""Generation with an encoder-decoder: sources are encoded once, then targets are decoded as in `generate`."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def respond(
     seed: int = 0,
     batch: int = 32,
 ) -> list[Completion]:
-    """The target of each source (token ids), without the `decoder_start_token_id` that it begins with, up to the first
-    of `stop_token_ids` (in T5 they are 0, the padding, and 1) or after `max_tokens` (None: 256, or what the model's
-    positions leave).
+    """Generate the target of each source (token ids), on the parameters' mesh.
 
-    Source i is answered with the seed `seed + i`. `batch` is how many are at a time: it changes speed and memory only.
-    With parameters on a mesh, the model runs there.
+    decoder_start_token_id  first token of every target; not part of the completion
+    stop_token_ids          tokens that end a target (T5: 0, the padding, and 1)
+    max_tokens              None: 256, or fewer if the model's positions end before
+    seed                    source i has the seed `seed + i`
+    batch                   number of sequences at a time; affects only speed and memory
 
-    Raises UserError for an empty source, one with tokens that the model doesn't know, and one or a `max_tokens` beyond
-    the model's positions."""
+    Raises UserError for an empty source, unknown tokens, and a source or `max_tokens` beyond the model's positions."""
     vocab, limits = model.config.vocab, (model.config.encoder.max_positions, model.config.max_positions)
     for source in sources:
         if not 0 < len(source) <= (limits[0] or len(source)):
-            raise UserError(f"sources: got one of {len(source)} tokens, must be of 1 to {limits[0] or 'any number'}")
+            raise UserError(f"sources: got one of {len(source)} tokens, must have 1 to {limits[0] or 'any number'}")
         if not 0 <= min(source) <= max(source) < vocab:
             raise UserError(f"sources: got tokens {min(source)} to {max(source)}, must be 0 to {vocab - 1}")
     longest = min(DEFAULT_TOKENS, limits[1] or DEFAULT_TOKENS) if max_tokens is None else max_tokens
     if not 1 <= longest <= (limits[1] or longest):
         raise UserError(f"max_tokens: got {longest}, must be 1 to {limits[1] or 'any number'}, the model's positions")
     vocab = min(tokenizer.vocab, vocab)
-    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))  # the least padding
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))  # minimises padding
     completions: dict[int, Completion] = {}
     with on_mesh_of(params):
         params = unstack(model.config, params)
@@ -61,7 +61,7 @@ def respond(
             for row, i in enumerate(group):
                 tokens[row, : len(sources[i])], segments[row, : len(sources[i])] = sources[i], 1
             seeds = np.asarray([seed + i for i in group], np.int64).astype(np.uint32)
-            seen = vocab if sampling.penalizes else 0
+            seen = vocab if sampling.penalises else 0
             state = _begin(
                 model, params, tokens, segments, np.int32(decoder_start_token_id), seeds, round_up(longest), seen
             )

@@ -1,4 +1,4 @@
-"""From token ids, as they are drawn, to text that is safe to show, and to the place where it ends."""
+"""Incremental decoding of sampled token ids to text, with stop tokens and stop strings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal
 from gptjax.data.tokenizers import Tokenizer
 
 Finish = Literal["stop", "length"]
-"""Why a text ended: at a special token or a stop string, or at its maximum length."""
+"""Reason for the end of a text: a stop token or stop string, or the maximum length."""
 
 
 class TextStream:
-    """One text being written. Its state depends on the ids alone, not on how many came at a time."""
+    """A text during generation. Its state depends only on the ids, not on how many are added at a time."""
 
     def __init__(
         self, tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], stop_token_ids: Iterable[int] | None = None
@@ -26,10 +26,10 @@ class TextStream:
         self._tokenizer = tokenizer
         self.stop_token_ids = frozenset(tokenizer.specials.values() if stop_token_ids is None else stop_token_ids)
         self._stop = stop
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character until it is whole
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # buffers an incomplete character
 
     def extend(self, ids: Iterable[int], logprobs: Iterable[float]) -> None:
-        """Takes the ids drawn next, up to the one that ends the text."""
+        """Append sampled ids, up to the one that ends the text."""
         for token, logprob in zip(ids, logprobs, strict=True):
             if self.finish is not None:
                 return
@@ -41,7 +41,7 @@ class TextStream:
             self.text += self._decoder.decode(self._tokenizer.decode_bytes([token]))
             found = [(at + len(s), at) for s in self._stop if (at := self.text.find(s)) >= 0]
             if found:
-                # The first to be complete, as if the text had come a character at a time.
+                # The first string to be complete, as if the text had arrived a character at a time.
                 self.text = self.text[: min(found)[1]]
                 self.finish = "stop"
             elif len(self.ids) == self.max_tokens:
@@ -49,8 +49,8 @@ class TextStream:
 
     @property
     def safe(self) -> str:
-        """The part of the text that no later id can take back: without what may be the beginning of a stop string."""
+        """The part of the text that no later id can change: without a possible beginning of a stop string."""
         if self.finish is not None:
             return self.text
-        held = max((n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
-        return self.text[: len(self.text) - held]
+        withheld = max((n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        return self.text[: len(self.text) - withheld]
