@@ -217,6 +217,11 @@ class ModelConfig(Config, Protocol):
         return None
 
     @property
+    def max_source_positions(self) -> int | None:
+        """The same of the source that an encoder-decoder reads."""
+        return None
+
+    @property
     def width_multiplier(self) -> float:
         """Width relative to that of the model whose hyperparameters it has, in muP; else 1."""
         return 1.0

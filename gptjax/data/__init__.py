@@ -1,5 +1,5 @@
 """Data: where text comes from (sources), how it becomes tokens (tokenizers) and batches
-(a file for each kind of data: pretrain, chat, classify).
+(a file for each kind of data: pretrain, chat, classify, pairs).
 
 from gptjax import data
 
@@ -15,9 +15,10 @@ from gptjax.data.classify import Classify
 from gptjax.data.dataset import Dataset
 from gptjax.data.mix import Mix
 from gptjax.data.packing import BestFit, Concatenate
+from gptjax.data.pairs import Pairs
 from gptjax.data.pretrain import Pretrain
 from gptjax.data.pydocs import PyDocs, PyDocsChat
-from gptjax.data.sources import TFDS, ChatJsonl, Example, Jsonl, LabelledJsonl, Text
+from gptjax.data.sources import TFDS, ChatJsonl, Example, Jsonl, LabelledJsonl, PairsJsonl, Text, TextPair
 from gptjax.data.store import Tokens
 from gptjax.data.tokenizers import (
     CHAT_SPECIALS,
@@ -47,10 +48,13 @@ __all__ = [
     "LoadTokenizer",
     "Message",
     "Mix",
+    "Pairs",
+    "PairsJsonl",
     "Pretrain",
     "PyDocs",
     "PyDocsChat",
     "Text",
+    "TextPair",
     "Tokenizer",
     "Tokens",
     "TrainCharacters",

@@ -35,8 +35,7 @@ class Classify(Dataset):
 
     def rows(self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> LabelledRows:
         store = tokenize(source, tokenizer, split, cache_dir, encode_examples, self.document_type)
-        if store.labels is None:
-            raise UserError(f"source: got {source}, must have labels, as LabelledJsonl")
+        assert store.labels is not None
         return LabelledRows(PackedRows(store, self.packing.plan(store.offsets, self.length)), store.labels)
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:

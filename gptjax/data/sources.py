@@ -196,6 +196,49 @@ class LabelledJsonl:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextPair:
+    """A text to read and the text to write for it."""
+
+    source: str
+    target: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsJsonl:
+    """Pairs of texts, one per line: `{"source": "The house is small.", "target": "Das Haus ist klein."}`."""
+
+    path: str
+    """A file, a glob, or an http(s) address; files may be gzipped (.gz)."""
+    source: str = "source"
+    """Field that holds the text to read."""
+    target: str = "target"
+    """Field that holds the text to write."""
+    validation: float = 0.1
+    """Fraction of the pairs held out for validation, chosen by a hash of the source."""
+    invalid: Literal["error", "skip"] = "error"
+    """What to do with a line that is not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation)
+
+    def documents(self, split: Split) -> Iterator[TextPair]:
+        pairs = (self._pair(*line) for path in find(self.path) for line in read_json(path, self.invalid))
+        yield from _side(((p.source, p) for p in pairs), split, self.path, self.validation)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self, *facts(self.path))
+
+    def _pair(self, where: str, value: Any) -> TextPair:
+        source, target = (value.get(name) if isinstance(value, dict) else None for name in (self.source, self.target))
+        if not (isinstance(source, str) and source and isinstance(target, str) and target):
+            found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+            raise UserError(
+                f'path: {where}: got {found}, must be an object with texts in "{self.source}" and "{self.target}"'
+            )
+        return TextPair(source, target)
+
+
+@dataclasses.dataclass(frozen=True)
 class ChatJsonl:
     """Conversations, one a line: `{"messages": [{"role": "user", "content": "Hi"}, ...]}`, or the list alone. Roles are
     "system", "user" and "assistant"."""

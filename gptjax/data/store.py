@@ -140,9 +140,13 @@ def expect(kinds: type | tuple[type, ...], documents: Iterator[Any], source: Any
     """The documents. Raises UserError for one that is of another class than the data can read."""
     for document in documents:
         if not isinstance(document, kinds):
-            names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-            raise UserError(f"source: got {source}, whose documents are {type(document).__name__}, must be {names}")
+            raise _unexpected(type(document), kinds, source)
         yield document
+
+
+def _unexpected(kind: type, kinds: type | tuple[type, ...], source: Any) -> UserError:
+    names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    return UserError(f"source: got {source}, whose documents are {kind.__name__}, must be {names}")
 
 
 def tokenize(
@@ -162,6 +166,8 @@ def tokenize(
     Raises UserError when the split has no documents, or others than these.
     """
     if isinstance(source, Tokens):
+        if not issubclass(str, kinds):
+            raise _unexpected(str, kinds, source)
         return source.store(tokenizer, split)
     made_from = {
         "format": FORMAT,

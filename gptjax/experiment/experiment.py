@@ -33,13 +33,14 @@ from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import differences, from_json, to_json
 from gptjax.data.files import cache_dir
 from gptjax.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
+from gptjax.data.tokenizers.tokenizer import decoder_start
 from gptjax.distributed import processes, sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.experiment import report
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
+from gptjax.inference.sequence_to_sequence import respond
 from gptjax.io import atomic
-from gptjax.models.language_model import LanguageModel
 from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
 from gptjax.monitor.metrics import MetricsLogger, WandB
 from gptjax.protocols import ModelConfig, Module
@@ -157,7 +158,7 @@ class Experiment:
         if jax.process_index() == 0:
             report.write(folder, results, {name: stage.objective.unit for name, stage in self.stages.items()})
             console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}")
-            if self._writes:
+            if self.model.architecture == "decoder":
                 console.print(f"\nNow try:\n  gptjax chat {_short(folder)}")
                 console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
         processes.meet("the report is written")
@@ -165,8 +166,8 @@ class Experiment:
 
     @property
     def _writes(self) -> bool:
-        """Whether the model is one that writes on."""
-        return model_class(type(self.model)) is LanguageModel
+        """Whether the model writes text."""
+        return self.model.architecture in ("decoder", "encoder-decoder")
 
     def _pretrained(self, model: Module, tokenizer: Tokenizer) -> Callable[[Params | None], Params] | None:
         """Abstract parameters -> those of the model that the first stage starts from. None: they are drawn."""
@@ -249,7 +250,8 @@ class Experiment:
     def _check_prompts(self, tokenizer: Tokenizer) -> None:
         if not self._writes:
             return
-        limit = self.model.max_positions or sys.maxsize
+        read = "max_source_positions" if self.model.architecture == "encoder-decoder" else "max_positions"
+        limit = getattr(self.model, read) or sys.maxsize
         for name, stage in self.stages.items():
             for prompt in stage.prompts:
                 size = len(stage.data.prompt(tokenizer, prompt))
@@ -289,8 +291,12 @@ def _with(config: Any, other: Any, fields: Sequence[str]) -> Any:
 def _sample(model: Module, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
     """A short text after `prompt`, with parameters that are in the middle of training, where they lie."""
     ids = stage.data.prompt(tokenizer, prompt)
-    length = min(64, (model.config.max_positions or sys.maxsize) - len(ids))
-    done = generate(model, params, tokenizer, [ids], length, SAMPLING)
+    if model.config.architecture == "encoder-decoder":
+        ends = [] if tokenizer.eos is None else [tokenizer.eos]
+        done = respond(model, params, tokenizer, [ids], decoder_start(tokenizer), ends, 64, SAMPLING)
+    else:
+        length = min(64, (model.config.max_positions or sys.maxsize) - len(ids))
+        done = generate(model, params, tokenizer, [ids], length, SAMPLING)
     return stage.data.separator + done[0].text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from gptjax.types import Array, Params, UserError
 
 
 def respond(
-    model: EncoderDecoder,
+    model: Any,
     params: Params,
     tokenizer: Tokenizer,
     sources: Sequence[Sequence[int]],

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.data.tokenizers.tokenizer import decoder_start, frame
 from gptjax.distributed.sharding import on_mesh_of
 from gptjax.inference.generate import Completion
 from gptjax.inference.sampling import Sampling
@@ -30,8 +30,8 @@ class TextToText(Model):
     """
 
     config: EncoderDecoderConfig
-    decoder_start_token_id: int = 0
-    """The token that every target begins with; in T5 it is the padding."""
+    decoder_start_token_id: int | None = None
+    """First token of every target. None: the tokenizer's `bos`, or else its padding, as in T5."""
     stop_token_ids: tuple[int, ...] | None = None
     """The tokens at which a target ends, if not at the tokenizer's end alone."""
 
@@ -52,12 +52,17 @@ class TextToText(Model):
             self._layers,
             tokenizer,
             [frame(ids, tokenizer) for ids in texts],
-            self.decoder_start_token_id,
+            self._decoder_start_token_id,
             self._stop_token_ids,
             max_tokens,
             dataclasses.replace(sampling, **fields),
             seed,
         )
+
+    @property
+    def _decoder_start_token_id(self) -> int:
+        given = self.decoder_start_token_id
+        return decoder_start(self.tokenizer) if given is None else given
 
     @property
     def _stop_token_ids(self) -> tuple[int, ...]:
@@ -66,7 +71,7 @@ class TextToText(Model):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {"decoder_start_token_id": self.decoder_start_token_id, "stop_token_ids": self._stop_token_ids}
+        return {"decoder_start_token_id": self._decoder_start_token_id, "stop_token_ids": self._stop_token_ids}
 
     @functools.cached_property
     def _layers(self) -> Params:

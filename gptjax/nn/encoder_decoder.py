@@ -77,6 +77,10 @@ class EncoderDecoderConfig(ModelConfig):
         return self.decoder.max_positions
 
     @property
+    def max_source_positions(self) -> int | None:
+        return self.encoder.max_positions
+
+    @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
         return tuple(
             (axis, field.replace("model.", f"model.{name}.", 1), size)

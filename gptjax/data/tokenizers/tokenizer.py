@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 from gptjax import protocols
+from gptjax.types import UserError
 
 CHAT_SPECIALS = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 """Start of a document, the speakers of a conversation, and the end of a message or document."""
@@ -40,6 +41,14 @@ def frame(ids: Sequence[int], tokenizer: protocols.Tokenizer, append_eos: bool =
     """Ids of a document: `bos`, ids, `eos`, as far as the tokenizer has them. append_eos=False: one to go on with."""
     bos, eos = tokenizer.bos, tokenizer.eos if append_eos else None
     return [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
+
+
+def decoder_start(tokenizer: protocols.Tokenizer) -> int:
+    """Token behind which an encoder-decoder writes, if its files do not name one: `bos`, or padding as in T5."""
+    start = tokenizer.specials.get("<|pad|>") if tokenizer.bos is None else tokenizer.bos
+    if start is None:
+        raise UserError("tokenizer: got one without bos and padding, must have one: a target is written behind it")
+    return start
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,129 @@
+"""Sequence-to-sequence data: texts to read, each with the text to write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from gptjax.data.dataset import Dataset
+from gptjax.data.packing import BestFit, Concatenate, Packing, Pieces, Plan, fill
+from gptjax.data.sources import TextPair
+from gptjax.data.store import Encoded, Store, Tokens, encoded, tokenize
+from gptjax.data.tokenizers.tokenizer import decoder_start, frame
+from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
+from gptjax.types import Batch, Pair, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(Dataset):
+    """Texts to read (sources), each with the text to write (its target), for encoder-decoders: `PairsJsonl` has such.
+
+    The encoder reads `bos? source eos`. The decoder reads a target behind a start token and writes it up to `eos`, as
+    T5 (arXiv:1910.10683): the start token is the tokenizer's `bos`, or else its padding.
+
+        tokens   start t_1 .. t_n
+        targets  t_1   t_2 .. eos
+    """
+
+    batch_type: ClassVar[type[Batch]] = Pair
+    document_type: ClassVar[type | tuple[type, ...]] = TextPair
+    separator: ClassVar[str] = "\n"
+
+    packing: Packing = BestFit()
+    """How pairs are laid out in rows: whole, each a segment of its own in the source and in the target."""
+    source_length: int | None = None
+    """S, source tokens per row. None: as many as target tokens. Longer sources and targets are truncated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source_length is not None and self.source_length < 1:
+            raise UserError(f"source_length: got {self.source_length}, must be at least 1")
+        if self.packing == Concatenate():
+            raise UserError(f"packing: got {self.packing}, must be BestFit() or Alone(), which keep pairs whole")
+
+    @property
+    def S(self) -> int:
+        """Source tokens per row."""
+        return self.source_length or self.length
+
+    def rows(self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> PairedRows:
+        if tokenizer.eos is None:
+            raise UserError("tokenizer: got one without an eos token, must have one: it ends a target")
+        sources, targets = (
+            tokenize(source, tokenizer, split, cache_dir, encode, self.document_type)
+            for encode in (encode_sources, encode_targets)
+        )
+        # A pair takes as large a part of a row as the longer of its sides does: what fits so, fits on both.
+        longest = np.maximum(
+            np.minimum(np.diff(targets.offsets), self.length),
+            -(-np.minimum(np.diff(sources.offsets), self.S) * self.length // self.S),
+        )
+        offsets = np.concatenate([[0], np.cumsum(longest)])
+        plan = self.packing.plan(offsets, self.length)
+        return PairedRows(sources, targets, offsets, plan, self.length, self.S, decoder_start(tokenizer))
+
+    def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Ids that the encoder reads."""
+        return frame(tokenizer.encode(text), tokenizer)
+
+    def texts_of(self, document: TextPair) -> Iterable[str]:
+        return (document.source, document.target)
+
+    def empty(self, size: int) -> Pair:
+        names = "source", "source_segments", "source_positions"
+        sources = {name: np.zeros((size, self.S), np.int32) for name in names}
+        return Pair(**vars(super().empty(size)), **sources)
+
+    def check(self, model: ModelConfig) -> None:
+        super().check(model)
+        limit = model.max_source_positions
+        if limit is not None and limit < self.S:
+            raise UserError(f"data.source_length: got {self.S}, must be at most {limit}, the encoder's positions")
+
+
+def encode_sources(documents: Iterator[TextPair], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Sources as the encoder reads them."""
+    for _, ids in encoded(documents, lambda pair: pair.source, tokenizer):
+        yield Encoded(frame(ids, tokenizer))
+
+
+def encode_targets(documents: Iterator[TextPair], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Targets as the decoder writes them."""
+    eos = [] if tokenizer.eos is None else [tokenizer.eos]
+    for _, ids in encoded(documents, lambda pair: pair.target, tokenizer):
+        yield Encoded([*ids, *eos])
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedRows:
+    """Rows of packed pairs."""
+
+    sources: Store
+    targets: Store
+    offsets: np.ndarray
+    """int64 [D + 1]: the stream that was packed has pair d in offsets[d]:offsets[d + 1]."""
+    plan: Plan
+    length: int
+    source_length: int
+    start: int
+    """Token behind which the decoder writes."""
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def fill(self, batch: Pair, at: np.ndarray, index: np.ndarray) -> None:
+        pieces = self.plan.pieces(index)
+        pair = np.searchsorted(self.offsets, pieces.start, "right") - 1
+        unused = np.zeros((len(batch.source), self.source_length), np.int32)
+        source = Batch(batch.source, unused, unused, batch.source_segments, batch.source_positions)
+        for side, store, length in ((batch, self.targets, self.length), (source, self.sources, self.source_length)):
+            size = np.diff(store.offsets)[pair]
+            fill(side, at, store, Pieces(pieces.row, store.offsets[pair], np.minimum(size, length), size > length))
+        targets, inside = np.array(batch.tokens)[at], np.asarray(batch.segments)[at] > 0
+        read = np.where(np.asarray(batch.positions)[at] == 0, self.start, np.roll(targets, 1, axis=1))
+        for field, values in ((batch.tokens, read * inside), (batch.targets, targets), (batch.weights, inside)):
+            np.asarray(field)[at] = values
