@@ -5,13 +5,14 @@
     adapters = lora.init(key, params, info)                   # {"blocks": {"attention": {"q": {"a": ..., "b": ...}, ...
     logits, _ = model.apply({"params": lora.merge(params, adapters)}, tokens)
 
-Training them is training any parameters, under an objective that merges first. What is frozen has no gradient and no
-optimizer state; it is an argument of the step, not a part of what the step changes:
+Adapters train like any parameters, with an objective that merges first. The frozen parameters are an argument of the
+step, and have neither gradient nor optimizer state:
 
+    optimizer = AdamW(learning_rate=1e-4).build(steps, lora.info(info))
     step = make_step(lora.objective(functools.partial(objectives.NextToken(), model.apply)), optimizer)
     state, metrics = step(create(adapters, optimizer, key), batch, params)
 
-Adapters lie where their matrix lies in the tree, sharded as it is. A layer stacked with others has its own.
+An adapter has the place of its matrix in the tree, and its sharding. Each layer of a stack has its own.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from gptjax.types import Array, Batch, Key, Loss, Metrics, Params, UserError
 class LoRA:
     """W + scale A B, with A [I, r] and B [r, O] for a matrix W [I, O] (Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-    The product is made once for all tokens, not once for each: a step costs what it costs to train the matrices
-    themselves, and a copy of them, but only the adapters have optimizer state, averages and checkpoints.
+    A and B are multiplied once per step, not applied token by token: a step costs as much as training the matrices
+    themselves, plus a copy of them, but only the adapters have optimizer state, averages and checkpoints.
     """
 
     rank: int = 8
-    """r, the inner size."""
+    """r, the rank of the update."""
     alpha: float = 16.0
     """The update is multiplied by alpha / rank."""
     match: tuple[str, ...] = ("attention/q", "attention/v")
-    """The matrices that get adapters: the last names on their paths, such as "q", "mlp/up" or "blocks/0/mlp/up"."""
+    """Matrices to adapt, by the last names on their paths: "q", "mlp/up", "blocks/0/mlp/up"."""
     rank_stabilised: bool = False
     """Whether the update is multiplied by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
 
@@ -55,7 +56,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What A B is multiplied by."""
+        """Factor of A B."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
     def init(self, key: Key, params: Params, info: Params) -> Params:
@@ -82,7 +83,7 @@ class LoRA:
         return {name: self.merge(w, adapters[name]) if name in adapters else w for name, w in params.items()}
 
     def objective(self, objective: Loss) -> Callable[[Params, Batch, Key | None, Params], Metrics]:
-        """(adapters, batch, key, params) -> what the objective says of the merged parameters."""
+        """(adapters, batch, key, params) -> metrics of the objective for the merged parameters."""
 
         def adapted(adapters: Params, batch: Batch, key: Key | None, params: Params) -> Metrics:
             return objective(self.merge(params, adapters), batch, key)
@@ -169,7 +170,7 @@ def _norm(w: Array, inputs: tuple[int, ...]) -> Array:
 
 
 def _spec(w: Array) -> PartitionSpec | None:
-    """Where the axes of an array lie, with an entry for each; None where there is no mesh."""
+    """PartitionSpec of an array, with an entry for each axis. None: no mesh is current."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
     spec = jax.typeof(w).sharding.spec

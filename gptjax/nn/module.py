@@ -99,7 +99,7 @@ class ParamFactory:
 
 
 def wants(module: nn.Module, collection: str) -> bool:
-    """Whether `mutable` names this collection. Flax's default for `init`, every collection, does not count."""
+    """True if `mutable` names this collection. Flax's default for `init`, every collection, does not count."""
     mutable = None if module.scope is None else module.scope.mutable
     return isinstance(mutable, Collection) and collection in mutable
 

@@ -1,4 +1,4 @@
-"""Learning rates over a run: a linear warmup to the learning_rate, then constant or falling to a floor. Over optax."""
+"""Learning-rate schedules over optax: linear warmup, then constant or decaying."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ def check(ok: bool, field: str, got: object, must: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(abc.ABC):
-    """A learning rate over a run. With w warmup steps, step i <= w has `peak (i + 1) / (w + 1)`: never 0, and the peak
-    at step w. What follows is up to the subclass."""
+    """Base class: linear warmup to the peak learning rate. With w warmup steps, step i <= w has
+    `learning_rate (i + 1) / (w + 1)`: never 0, and the peak at step w. The subclass gives the steps after the warmup.
+    """
 
     warmup: int = 0
-    """Steps over which the learning rate rises to its peak."""
+    """Warmup steps."""
 
     def __post_init__(self):
         check(self.warmup >= 0, "optimizer.schedule.warmup", self.warmup, "0 or more steps")
 
     @abc.abstractmethod
     def after_warmup(self, learning_rate: float, steps: int, total: int) -> optax.Schedule:
-        """The learning rate of the `steps` steps that are left of `total`, counted from the end of the warmup."""
+        """Step, from 0 at the end of the warmup -> learning rate, for the `steps` steps after it of `total`."""
 
     def build(self, learning_rate: float, steps: int) -> optax.Schedule:
         """Step, from 0 -> learning rate, for a run of `steps`. Raises UserError when the warmup is longer."""
@@ -40,7 +41,7 @@ class Schedule(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Schedule):
-    """Stays at the peak."""
+    """Constant after the warmup."""
 
     def after_warmup(self, learning_rate: float, steps: int, total: int) -> optax.Schedule:
         return optax.constant_schedule(learning_rate)
@@ -49,7 +50,7 @@ class Constant(Schedule):
 @dataclasses.dataclass(frozen=True)
 class _Decaying(Schedule):
     final_fraction: float = 0.0
-    """Where the learning rate ends, as a share of its peak."""
+    """Final learning rate as a fraction of the peak."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,13 +58,13 @@ class _Decaying(Schedule):
             0 <= self.final_fraction <= 1,
             "optimizer.schedule.final_fraction",
             self.final_fraction,
-            "a share of the learning_rate, 0 to 1",
+            "a fraction of the learning rate, 0 to 1",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear(_Decaying):
-    """Falls in a straight line from the peak to the floor at the end of the run."""
+    """Linear decay to `final_fraction` at the end of the run."""
 
     def after_warmup(self, learning_rate: float, steps: int, total: int) -> optax.Schedule:
         return optax.linear_schedule(learning_rate, self.final_fraction * learning_rate, steps)
@@ -71,11 +72,11 @@ class Linear(_Decaying):
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(_Decaying):
-    """Falls from the peak to the floor along half a cosine (SGDR, arXiv:1608.03983):
-    `peak (floor + (1 - floor) (1 + cos(pi x)) / 2)` with x the share of the steps after the warmup that is over."""
+    """Cosine decay (SGDR, arXiv:1608.03983): `learning_rate (f + (1 - f) (1 + cos(pi x)) / 2)`, f the `final_fraction`
+    and x the fraction of the steps after the warmup that are done."""
 
     final_fraction: float = 0.1
-    """Where the learning rate ends, as a share of its peak."""
+    """Final learning rate as a fraction of the peak."""
 
     def after_warmup(self, learning_rate: float, steps: int, total: int) -> optax.Schedule:
         return optax.cosine_decay_schedule(learning_rate, steps, alpha=self.final_fraction)
@@ -83,11 +84,11 @@ class Cosine(_Decaying):
 
 @dataclasses.dataclass(frozen=True)
 class WarmupStableDecay(_Decaying):
-    """Stays at the learning_rate, then falls in a straight line to the floor over the last part of the run (MiniCPM,
-    arXiv:2404.06395): what was trained up to the fall can be trained further."""
+    """Constant, then linear decay over the last part of the run (MiniCPM, arXiv:2404.06395). A checkpoint from before
+    the decay can be trained further."""
 
     decay: float = 0.2
-    """The last part of the run, as a share of all its steps, over which the learning rate falls."""
+    """Fraction of all steps, at the end of the run, over which the learning rate decays."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,7 +96,7 @@ class WarmupStableDecay(_Decaying):
             0 < self.decay <= 1,
             "optimizer.schedule.decay",
             self.decay,
-            "a share of the steps, more than 0 and at most 1",
+            "a fraction of the steps, more than 0 and at most 1",
         )
 
     def after_warmup(self, learning_rate: float, steps: int, total: int) -> optax.Schedule:

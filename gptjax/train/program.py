@@ -1,6 +1,6 @@
-"""What a stage runs on the devices: its first state, its step, its evaluation, as functions to trace, compile or call.
+"""The device program of a stage: first state, training step and evaluation, as functions to trace, compile or call.
 
-Nothing here knows data, disks or screens: training, and planning for devices that are elsewhere, take the same program.
+It knows no data, disks or screens: training, and planning for other devices, use the same program.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from gptjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Functions over arrays. `frozen` is what is not trained: the model's parameters under adapters, else nothing."""
+    """Functions over arrays. `frozen`: the model's parameters if adapters are trained, else nothing."""
 
     parameters: Callable[[], Params]
-    """() -> the model's parameters, drawn anew."""
+    """() -> new parameters of the model."""
     initial: Callable[..., Params]
-    """(*frozen) -> the parameters to train, drawn anew: the model's, or adapters of `frozen`."""
+    """(*frozen) -> new parameters to train: the model's, or adapters of `frozen`."""
     create: Callable[[Params], State]
     """Parameters to train -> the state before the first step."""
     step: Any
@@ -40,14 +40,14 @@ class Program:
     """(params, *frozen) -> the model's parameters."""
 
     def new(self, *frozen: Params) -> State:
-        """The state before the first step, drawn anew. Call it under jit: nothing is made in the wrong place then."""
+        """A new state before the first step. Call it under jit: no array is then made with another sharding."""
         return self.create(self.initial(*frozen))
 
 
 def program(stage: Stage, model: Module, seed: int = 0) -> Program:
-    """The program of a stage for what a `ModelConfig` builds; call its functions where the mesh is current.
+    """The program of a stage for a model that a `ModelConfig` built. Call its functions where the mesh is current.
 
-    seed: of initialisation and dropout
+    seed  of initialisation and dropout
     """
     info = parameter_info(model)
     trained = info if stage.adapter is None else stage.adapter.info(info)

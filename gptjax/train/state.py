@@ -1,4 +1,4 @@
-"""What training changes: parameters, optimizer state, step. Everything a run needs to go on to the same bits."""
+"""The training state: parameters, optimizer state, step. A run resumes from it to the same bits."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class State:
     params: Params
     """float32 masters, sharded as the model declares."""
     opt_state: Any
-    """What the optimizer keeps; its moments are sharded like the parameters."""
+    """State of the optimizer; its moments are sharded like the parameters."""
     key: Key
     """The run's key. Step n draws from fold_in(key, n): randomness does not depend on how often a run was stopped."""
     ema: Params | None = None
     """Exponential moving average of the parameters, if asked for."""
     watch: Watch | None = None
-    """What steps are judged by, where the stage has a policy that does."""
+    """Losses and gradient norms of the last good steps, if the stage judges steps by them."""
 
     @property
     def best(self) -> Params:
@@ -42,6 +42,6 @@ def create(
     average: bool = False,
     watch: Watch | None = None,
 ) -> State:
-    """The state before the first step. Call it under jit, so that nothing is made twice or in the wrong place."""
+    """The state before the first step. Call it under jit: no array is then made twice or with another sharding."""
     ema = jax.tree.map(jnp.copy, params) if average else None
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, ema, watch)

@@ -1,5 +1,5 @@
-"""The training step: gradient of the objective, accumulated, averaged, applied. One jitted function with donated state,
-the same on one CPU, a GPU box and a TPU pod."""
+"""The training step: gradient, accumulation over microbatches, optimizer, parameter average. One jitted function with
+donated state, for one CPU, a GPU box and a TPU pod alike."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ def make_step(
     ema: float | None = None,
     divergence: Stop = Stop(),
 ) -> Callable[..., tuple[State, Metrics]]:
-    """A function (state, batch, *frozen) -> (state, metrics); the state passed in is donated.
+    """Make the jitted function (state, batch, *frozen) -> (state, metrics). It donates the state.
 
-    objective   an `Objective`; what follows the batch goes to it after the key, and is not trained
-    accumulate  the batch goes through in this many parts, one after the other; the gradient is that of the whole
-    ema         decay of the parameter average, which must then be in the state
-    divergence  judges the step where it is a `Skip`, whose watch must then be in the state: a bad one changes nothing
+    objective   loss of the model, (params, batch, key, *frozen) -> metrics; `frozen` is not trained
+    accumulate  microbatches per step; the gradient is that of the whole batch
+    ema         decay of the parameter average, which the state must have. None: no average
+    divergence  a `Skip` judges each step, and a bad one leaves parameters, optimizer state and average as they were
 
-    The loss is a weighted sum, and sums add up: the gradient is divided by the total weight once, at the end, so parts
-    with different numbers of counted tokens need no care.
+    The loss is a weighted sum: microbatches add up, and the gradient is divided by the total weight once.
     """
 
     def gradient(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, Metrics]:
@@ -61,6 +60,7 @@ def make_step(
         average = state.ema
         if ema is not None:
             change = 1 - ema
+            # `optax.incremental_update` rounds twice, (1 - change) a + change p, and moves an average of equals.
             average = jax.tree.map(lambda a, p: a + change * (p - a), average, params)
         norm = optax.tree.norm(grads)
         metrics = metrics | {"gradient_norm": (norm, jnp.ones(()))}
