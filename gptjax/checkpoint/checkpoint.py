@@ -174,11 +174,6 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def best_step(self) -> int | None:
-        """The step of lowest validation loss among those kept."""
-        self.wait()
-        return processes.gather(next(iter(self._ranked()), None))[0]
-
     def _committed(self) -> list[int]:
         """Steps of all committed checkpoints, with a manifest or without, oldest first."""
         if not self.folder.exists():
