@@ -89,6 +89,29 @@ def test_start_up_is_light(module, slow):
     assert run.stderr == "", f"import {module} also imports {run.stderr}"
 
 
+RUN = """
+import sys, tempfile
+from pathlib import Path
+from gptjax.cli.run import main
+
+tiny = ["--model.layers=1", "--model.width=16", "--model.heads=2", "--tokenizer.vocab=400", "--model.vocab=400"]
+for stage in ("pretrain", "chat"):
+    values = ("steps=1", "evaluate_every=1", "eval_sequences=1", "optimizer.schedule.warmup=1", "data.length=16")
+    tiny += [f"--{stage}.{value}" for value in values]
+assert main(["quickstart", "--out", str(Path(tempfile.mkdtemp()) / "run"), *tiny]) == 0
+print(*(name for name in sys.modules if name.split(".")[0] in ("gptjax", "experiments")), file=sys.stderr)
+"""
+
+
+def test_a_run_loads_what_it_uses():
+    """Of the whole quickstart: other programs' files, other architectures and other kernels are not imported."""
+    run = subprocess.run([sys.executable, "-c", RUN], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    loaded = run.stderr.splitlines()[-1].split()
+    assert "gptjax.interop" not in loaded
+    assert len(loaded) <= 110, sorted(loaded)
+
+
 def test_files_can_be_read_in_one_go():
     assert {path.name: lines for path in FILES if (lines := len(path.read_text().splitlines())) > 400} == {}
 

@@ -128,11 +128,15 @@ def _launch(name: str, arguments: list[str], program: str) -> int:
         return 0
     if options.distributed:
         processes.join()
-    from gptjax.checkpoint.mirror import Mirror
     from gptjax.train.loop import Diverged
 
+    mirror = contextlib.nullcontext()
+    if options.mirror:
+        from gptjax.checkpoint.mirror import Mirror
+
+        mirror = Mirror(options.mirror, folder)
     try:
-        with Mirror(options.mirror, folder) if options.mirror else contextlib.nullcontext():
+        with mirror:
             more = {"profile": steps} if steps else {}
             return experiment.run(folder, accept_changes=options.accept_changes, **more) or 0
     except Diverged as error:

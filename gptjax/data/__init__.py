@@ -7,28 +7,36 @@ data.Pretrain(data.TFDS("c4/en"), length=1_024, batch=512)
 data.Pretrain(data.Mix((data.PyDocs(), data.Text("books/*.txt")), weights=(3, 1)))
 data.Chat(data.ChatJsonl("conversations.jsonl"), length=512, batch=32)
 data.Classify(data.LabelledJsonl("reviews.jsonl", classes=("good", "bad")), length=256, batch=32)
+
+A name is imported when it is first used.
 """
 
-from gptjax.data.batches import Batches, ValidationBatches
-from gptjax.data.chat import Chat, Conversation, Message
-from gptjax.data.classify import Classify
-from gptjax.data.dataset import Dataset
-from gptjax.data.mix import Mix
-from gptjax.data.packing import BestFit, Concatenate
-from gptjax.data.pairs import Pairs
-from gptjax.data.pretrain import Pretrain
-from gptjax.data.pydocs import PyDocs, PyDocsChat
-from gptjax.data.sources import TFDS, ChatJsonl, Example, Jsonl, LabelledJsonl, PairsJsonl, Text, TextPair
-from gptjax.data.store import Tokens
-from gptjax.data.tokenizers import (
-    CHAT_SPECIALS,
-    Bytes,
-    LoadTokenizer,
-    Tokenizer,
-    TrainCharacters,
-    TrainSentencePiece,
-    load_tokenizer,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptjax.data.batches import Batches, ValidationBatches
+    from gptjax.data.chat import Chat, Conversation, Message
+    from gptjax.data.classify import Classify
+    from gptjax.data.dataset import Dataset
+    from gptjax.data.mix import Mix
+    from gptjax.data.packing import BestFit, Concatenate
+    from gptjax.data.pairs import Pairs
+    from gptjax.data.pretrain import Pretrain
+    from gptjax.data.pydocs import PyDocs, PyDocsChat
+    from gptjax.data.sources import TFDS, ChatJsonl, Example, Jsonl, LabelledJsonl, PairsJsonl, Text, TextPair
+    from gptjax.data.store import Tokens
+    from gptjax.data.tokenizers import (
+        CHAT_SPECIALS,
+        Bytes,
+        LoadTokenizer,
+        Tokenizer,
+        TrainCharacters,
+        TrainSentencePiece,
+        load_tokenizer,
+    )
 
 __all__ = [
     "CHAT_SPECIALS",
@@ -62,3 +70,27 @@ __all__ = [
     "ValidationBatches",
     "load_tokenizer",
 ]
+
+_NAMES = {
+    "gptjax.data.batches": "Batches ValidationBatches",
+    "gptjax.data.chat": "Chat Conversation Message",
+    "gptjax.data.classify": "Classify",
+    "gptjax.data.dataset": "Dataset",
+    "gptjax.data.mix": "Mix",
+    "gptjax.data.packing": "BestFit Concatenate",
+    "gptjax.data.pairs": "Pairs",
+    "gptjax.data.pretrain": "Pretrain",
+    "gptjax.data.pydocs": "PyDocs PyDocsChat",
+    "gptjax.data.sources": "TFDS ChatJsonl Example Jsonl LabelledJsonl PairsJsonl Text TextPair",
+    "gptjax.data.store": "Tokens",
+    "gptjax.data.tokenizers": (
+        "CHAT_SPECIALS Bytes LoadTokenizer Tokenizer TrainCharacters TrainSentencePiece load_tokenizer"
+    ),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'gptjax.data' has no attribute {name!r}")

@@ -1,9 +1,33 @@
-"""Evaluations: objects that take a model and return a `Result`."""
+"""Evaluations: objects that take a model and return a `Result`.
 
-from gptjax.evals.accuracy import Accuracy
-from gptjax.evals.answers import Answers
-from gptjax.evals.bits_per_byte import BitsPerByte
-from gptjax.evals.exact_match import ExactMatch
-from gptjax.types import Result
+A name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptjax.evals.accuracy import Accuracy
+    from gptjax.evals.answers import Answers
+    from gptjax.evals.bits_per_byte import BitsPerByte
+    from gptjax.evals.exact_match import ExactMatch
+    from gptjax.types import Result
 
 __all__ = ["Accuracy", "Answers", "BitsPerByte", "ExactMatch", "Result"]
+
+_NAMES = {
+    "gptjax.evals.accuracy": "Accuracy",
+    "gptjax.evals.answers": "Answers",
+    "gptjax.evals.bits_per_byte": "BitsPerByte",
+    "gptjax.evals.exact_match": "ExactMatch",
+    "gptjax.types": "Result",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'gptjax.evals' has no attribute {name!r}")

@@ -39,7 +39,6 @@ from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.experiment import report
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.sequence_to_sequence import respond
 from gptjax.io import atomic
 from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
 from gptjax.monitor.metrics import MetricsLogger, WandB
@@ -293,6 +292,8 @@ def _sample(model: Module, stage: Stage, tokenizer: Tokenizer, params: Params, p
     ids = stage.data.prompt(tokenizer, prompt)
     if model.config.architecture == "encoder-decoder":
         ends = [] if tokenizer.eos is None else [tokenizer.eos]
+        from gptjax.inference.sequence_to_sequence import respond
+
         done = respond(model, params, tokenizer, [ids], decoder_start(tokenizer), ends, 64, SAMPLING)
     else:
         length = min(64, (model.config.max_positions or sys.maxsize) - len(ids))

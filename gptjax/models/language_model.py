@@ -15,7 +15,7 @@ import functools
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,12 @@ from gptjax.data.tokenizers.tokenizer import frame
 from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
-from gptjax.interop.templates import ChatTemplate
 from gptjax.models.model import TextEncoder, run
 from gptjax.nn import TransformerConfig, unstack
 from gptjax.types import Array, Params, UserError
+
+if TYPE_CHECKING:
+    from gptjax.interop.templates import ChatTemplate
 
 Messages = Iterable[Message | Mapping[str, Any]]
 """Of `Message`s, or dicts with a "role" and a "content"."""

@@ -30,23 +30,9 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
-from gptjax.interop import hub, huggingface, llama2c, safetensors, tokenizers
-from gptjax.interop.templates import ChatTemplate
-from gptjax.models.classifier_model import ClassifierModel
-from gptjax.models.encoder_model import EncoderModel
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.model import Model
-from gptjax.models.text_to_text import TextToText
-from gptjax.nn import (
-    ClassifierConfig,
-    EncoderConfig,
-    EncoderDecoderConfig,
-    LongRoPE,
-    LoRA,
-    ModelConfig,
-    RoPE,
-    TransformerConfig,
-)
+from gptjax.nn import LoRA, ModelConfig, TransformerConfig
 from gptjax.types import Params, UserError
 
 M = TypeVar("M", bound=Model)
@@ -75,6 +61,8 @@ def load(
         raise UserError(f"dtype: got {dtype!r}, must be {' or '.join(DTYPES)}, or none for the files' own")
     if Path(path).expanduser().is_file():
         return _llama2c(Path(path).expanduser(), dtype, rules, kind)
+    from gptjax.interop import hub
+
     path = hub.folder(path)
     file = path / "config.json"
     if not file.is_file():
@@ -152,6 +140,13 @@ def init_from_pretrained(path: str | Path, model: Any, tokenizer: Tokenizer, see
 
 def model_class(config: type[ModelConfig]) -> type[Model]:
     """What a model of this configuration is behind."""
+    if config is TransformerConfig:
+        return LanguageModel  # without importing the others
+    from gptjax.models.classifier_model import ClassifierModel
+    from gptjax.models.encoder_model import EncoderModel
+    from gptjax.models.text_to_text import TextToText
+    from gptjax.nn import ClassifierConfig, EncoderConfig, EncoderDecoderConfig
+
     kinds = {ClassifierConfig: ClassifierModel, EncoderConfig: EncoderModel, EncoderDecoderConfig: TextToText}
     return next((found for of, found in kinds.items() if issubclass(config, of)), LanguageModel)
 
@@ -168,6 +163,12 @@ def _asked(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Mod
 
 
 def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
+    from gptjax.interop import huggingface, tokenizers
+    from gptjax.models.classifier_model import ClassifierModel
+    from gptjax.models.encoder_model import EncoderModel
+    from gptjax.models.text_to_text import TextToText
+    from gptjax.nn import ClassifierConfig, EncoderConfig, EncoderDecoderConfig, LongRoPE, RoPE
+
     _asked(kind, huggingface.read_kind(path), path)
     config, params = huggingface.load_hf(path, dtype, rules)
     tokenizer = tokenizers.load(path, config.vocab)
@@ -190,6 +191,8 @@ def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) 
 
 
 def _llama2c(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
+    from gptjax.interop import huggingface, llama2c
+
     _asked(kind, TransformerConfig, file)
     fields, tensors = llama2c.read(file)
     config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
@@ -198,6 +201,9 @@ def _llama2c(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Mod
 
 
 def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
+    from gptjax.interop import safetensors
+    from gptjax.interop.templates import ChatTemplate
+
     model = _model(config["model"], dtype)
     found = _asked(kind, type(model), path)
     tokenizer = _matching(path, config["tokenizer"])
@@ -246,7 +252,7 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Shard
         restored = restore_stage_params(path / "checkpoints", adapters, name, built, nested(abstract), pretrained)
         tokenizer = _matching(path, restored.extra["tokenizer"])
         settings = {"context": stage["data"].get("length")} if found is LanguageModel else {}
-        if isinstance(model, ClassifierConfig) and (classes := stage["data"]["source"].get("classes")):
+        if found is not LanguageModel and (classes := stage["data"]["source"].get("classes")):
             settings["labels"] = tuple(map(str, classes))
         return found(model, restored.state, tokenizer, rules=rules, **settings)
     raise UserError(f"path: got {path}, a run without a checkpoint yet; train it first")

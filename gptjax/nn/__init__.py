@@ -1,43 +1,52 @@
-"""The reusable core: Flax modules and the parts they are built from. Each works alone, in any JAX program."""
+"""The reusable core: Flax modules and the parts they are built from. Each works alone, in any JAX program.
 
-from gptjax.kernels.attention import Mask
-from gptjax.nn.activations import activations
-from gptjax.nn.attention import Attention, MultiHeadAttention
-from gptjax.nn.block import Block, Context
-from gptjax.nn.cache import Cache
-from gptjax.nn.config import LayerOverrides, ModelConfig, TransformerConfig
-from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
-from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, Pooler, Pooling
-from gptjax.nn.latent_attention import MultiHeadLatentAttention
-from gptjax.nn.lora import DoRA, LoRA
-from gptjax.nn.mlp import GELU, MLP, ClampedSwiGLU, GeGLU, ReLU, ReLUSquared, SwiGLU
-from gptjax.nn.module import Layer, ParamFactory
-from gptjax.nn.moe import MixtureOfExperts
-from gptjax.nn.multi_token import MultiTokenConfig, MultiTokenTransformer
-from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
-from gptjax.nn.parametrisation import MuP, Parametrisation
-from gptjax.nn.positions import (
-    ALiBi,
-    LearnedPositions,
-    LinearScaling,
-    Llama3Scaling,
-    LongRoPE,
-    NTKScaling,
-    Positions,
-    RoPE,
-    Scaling,
-    Sinusoidal,
-    T5Bias,
-    YaRN,
-)
-from gptjax.nn.recurrent import GRU, LSTM, Recurrent, RecurrentConfig
-from gptjax.nn.residual import Chain, OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
-from gptjax.nn.router import Router, Sigmoid, Softmax
-from gptjax.nn.stack import Stack
-from gptjax.nn.transformer import Features, Transformer, Trunk, count, make_cache, unstack
-from gptjax.nn.value_embedding import ValueEmbedding
-from gptjax.nn.value_residual import ValueResidual
+A name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptjax.kernels.attention import Mask
+    from gptjax.nn.activations import activations
+    from gptjax.nn.attention import Attention, MultiHeadAttention
+    from gptjax.nn.block import Block, Context
+    from gptjax.nn.cache import Cache
+    from gptjax.nn.config import LayerOverrides, ModelConfig, TransformerConfig
+    from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
+    from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+    from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, Pooler, Pooling
+    from gptjax.nn.latent_attention import MultiHeadLatentAttention
+    from gptjax.nn.lora import DoRA, LoRA
+    from gptjax.nn.mlp import GELU, MLP, ClampedSwiGLU, GeGLU, ReLU, ReLUSquared, SwiGLU
+    from gptjax.nn.module import Layer, ParamFactory
+    from gptjax.nn.moe import MixtureOfExperts
+    from gptjax.nn.multi_token import MultiTokenConfig, MultiTokenTransformer
+    from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
+    from gptjax.nn.parametrisation import MuP, Parametrisation
+    from gptjax.nn.positions import (
+        ALiBi,
+        LearnedPositions,
+        LinearScaling,
+        Llama3Scaling,
+        LongRoPE,
+        NTKScaling,
+        Positions,
+        RoPE,
+        Scaling,
+        Sinusoidal,
+        T5Bias,
+        YaRN,
+    )
+    from gptjax.nn.recurrent import GRU, LSTM, Recurrent, RecurrentConfig
+    from gptjax.nn.residual import Chain, OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
+    from gptjax.nn.router import Router, Sigmoid, Softmax
+    from gptjax.nn.stack import Stack
+    from gptjax.nn.transformer import Features, Transformer, Trunk, count, make_cache, unstack
+    from gptjax.nn.value_embedding import ValueEmbedding
+    from gptjax.nn.value_residual import ValueResidual
 
 __all__ = [
     "GELU",
@@ -120,3 +129,41 @@ __all__ = [
     "make_cache",
     "unstack",
 ]
+
+_NAMES = {
+    "gptjax.kernels.attention": "Mask",
+    "gptjax.nn.activations": "activations",
+    "gptjax.nn.attention": "Attention MultiHeadAttention",
+    "gptjax.nn.block": "Block Context",
+    "gptjax.nn.cache": "Cache",
+    "gptjax.nn.config": "LayerOverrides ModelConfig TransformerConfig",
+    "gptjax.nn.encoder": "Encoder EncoderConfig Transform",
+    "gptjax.nn.encoder_decoder": "EncoderDecoder EncoderDecoderConfig",
+    "gptjax.nn.heads": "Classifier ClassifierConfig Embedder First Last Mean Pooler Pooling",
+    "gptjax.nn.latent_attention": "MultiHeadLatentAttention",
+    "gptjax.nn.lora": "DoRA LoRA",
+    "gptjax.nn.mlp": "GELU MLP ClampedSwiGLU GeGLU ReLU ReLUSquared SwiGLU",
+    "gptjax.nn.module": "Layer ParamFactory",
+    "gptjax.nn.moe": "MixtureOfExperts",
+    "gptjax.nn.multi_token": "MultiTokenConfig MultiTokenTransformer",
+    "gptjax.nn.norms": "LayerNorm Norm RMSNorm",
+    "gptjax.nn.parametrisation": "MuP Parametrisation",
+    "gptjax.nn.positions": (
+        "ALiBi LearnedPositions LinearScaling Llama3Scaling LongRoPE NTKScaling Positions RoPE Scaling "
+        "Sinusoidal T5Bias YaRN"
+    ),
+    "gptjax.nn.recurrent": "GRU LSTM Recurrent RecurrentConfig",
+    "gptjax.nn.residual": "Chain OutputNorm Parallel PostNorm PreNorm Residual SandwichNorm ScaledStream",
+    "gptjax.nn.router": "Router Sigmoid Softmax",
+    "gptjax.nn.stack": "Stack",
+    "gptjax.nn.transformer": "Features Transformer Trunk count make_cache unstack",
+    "gptjax.nn.value_embedding": "ValueEmbedding",
+    "gptjax.nn.value_residual": "ValueResidual",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'gptjax.nn' has no attribute {name!r}")

@@ -1,9 +1,32 @@
-"""Objectives: pure losses. An objective receives the model as an argument and returns weighted sums."""
+"""Objectives: pure losses. An objective receives the model as an argument and returns weighted sums.
 
-from gptjax.objectives.classification import Classification
-from gptjax.objectives.masked_tokens import MaskedTokens
-from gptjax.objectives.multi_token import MultiToken
-from gptjax.objectives.next_token import NextToken
-from gptjax.objectives.sequence_to_sequence import SequenceToSequence
+A name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptjax.objectives.classification import Classification
+    from gptjax.objectives.masked_tokens import MaskedTokens
+    from gptjax.objectives.multi_token import MultiToken
+    from gptjax.objectives.next_token import NextToken
+    from gptjax.objectives.sequence_to_sequence import SequenceToSequence
 
 __all__ = ["Classification", "MaskedTokens", "MultiToken", "NextToken", "SequenceToSequence"]
+
+_HOME = {
+    "Classification": "gptjax.objectives.classification",
+    "MaskedTokens": "gptjax.objectives.masked_tokens",
+    "MultiToken": "gptjax.objectives.multi_token",
+    "NextToken": "gptjax.objectives.next_token",
+    "SequenceToSequence": "gptjax.objectives.sequence_to_sequence",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'gptjax.objectives' has no attribute {name!r}")

@@ -167,7 +167,7 @@ def test_long_sequences_go_by_chunks():
 
 def test_cudnn_is_called_with_its_mask(cudnn, monkeypatch):
     """Lowered for CUDA, forward and backward, without a GPU."""
-    monkeypatch.setattr(target, "platform", lambda: "gpu")
+    monkeypatch.setattr(target, "backend", lambda: "gpu")
     calls = {"": ("causal", "both ways", "window"), "ScaleBias": ("segments", "prefix", "bias")}
     masks = {"both ways": "NO_MASK", "prefix": "NO_MASK"}
     for kind, cases in calls.items():

@@ -7,18 +7,22 @@ gives the tokenizer. `save(folder)` and `load_tokenizer(folder)` keep any of the
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from gptjax.data.tokenizers.bytes import Bytes, ByteTokenizer
-from gptjax.data.tokenizers.characters import CharacterTokenizer, TrainCharacters
-from gptjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from gptjax.data.tokenizers.report import Report, report
-from gptjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, TrainSentencePiece
-from gptjax.data.tokenizers.tiktoken import ENCODINGS, TiktokenTokenizer
 from gptjax.data.tokenizers.tokenizer import CHAT_SPECIALS, DESCRIPTOR, Tokenizer, TokenizerConfig
 from gptjax.types import UserError
+
+if TYPE_CHECKING:
+    from gptjax.data.tokenizers.bytes import Bytes, ByteTokenizer
+    from gptjax.data.tokenizers.characters import CharacterTokenizer, TrainCharacters
+    from gptjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+    from gptjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, TrainSentencePiece
+    from gptjax.data.tokenizers.tiktoken import TiktokenTokenizer
 
 __all__ = [
     "CHAT_SPECIALS",
@@ -39,10 +43,21 @@ __all__ = [
 ]
 
 KINDS = {
-    cls.kind: cls
-    for cls in (ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer)
+    "bytes": "ByteTokenizer",
+    "characters": "CharacterTokenizer",
+    "huggingface": "HuggingFaceTokenizer",
+    "sentencepiece": "SentencePieceTokenizer",
+    "tiktoken": "TiktokenTokenizer",
 }
-"""What a descriptor may name: a file has only strings."""
+"""Module of this package, which is the `kind` in a saved descriptor -> its class. Imported when it is first used."""
+_HOME = {name: module for module, name in KINDS.items()}
+_HOME |= {"Bytes": "bytes", "TrainCharacters": "characters", "TrainSentencePiece": "sentencepiece"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +83,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _from_folder(file)
     if file.is_file():
         return _from_file(file)
+    from gptjax.data.tokenizers.tiktoken import ENCODINGS, TiktokenTokenizer
+
     if str(path) in ENCODINGS:
         return TiktokenTokenizer.download(str(path))
     raise UserError(
@@ -80,6 +97,8 @@ def _from_folder(folder: Path) -> Tokenizer:
         if (saved / DESCRIPTOR).exists():
             return _saved(saved)
     if (folder / "encoder.json").exists() and (folder / "vocab.bpe").exists():
+        from gptjax.data.tokenizers.tiktoken import TiktokenTokenizer
+
         return TiktokenTokenizer.from_gpt2_folder(folder)
     for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).exists():
@@ -94,10 +113,16 @@ def _from_file(file: Path) -> Tokenizer:
     if file.name == DESCRIPTOR:
         return _saved(file.parent)
     if file.suffix == ".json":
+        from gptjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+
         return HuggingFaceTokenizer.from_file(file)
     if file.suffix == ".model":
+        from gptjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+
         return SentencePieceTokenizer.from_file(file)
     if file.suffix == ".tiktoken":
+        from gptjax.data.tokenizers.tiktoken import TiktokenTokenizer
+
         return TiktokenTokenizer.from_file(file)
     raise UserError(f"tokenizer: got {file}, must be a .json (Hugging Face), .model (SentencePiece) or .tiktoken file")
 
@@ -106,7 +131,7 @@ def _saved(folder: Path) -> Tokenizer:
     """What `Tokenizer.save` wrote, checked against the fingerprint it had then."""
     try:
         settings = json.loads((folder / DESCRIPTOR).read_text(encoding="utf-8"))
-        fingerprint, cls = settings.pop("fingerprint"), KINDS[settings.pop("kind")]
+        fingerprint, cls = settings.pop("fingerprint"), __getattr__(KINDS[settings.pop("kind")])
         tokenizer = cls((folder / cls.file).read_bytes() if cls.file else b"", **settings)
         if tokenizer.fingerprint == fingerprint:
             return tokenizer

@@ -6,34 +6,20 @@ named.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import importlib
 from typing import Any
 
 from gptjax.kernels import target
-from gptjax.kernels.attention import chunked, cudnn, gathered, plain, ring, sharding, splash, xla
+from gptjax.kernels.attention import sharding
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array, Key, UserError
 
+IMPLEMENTATIONS = "plain", "chunked", "xla", "cudnn", "splash", "ring", "gathered"
+"""Modules of this package, imported when they are first used. Each has
 
-@dataclasses.dataclass(frozen=True)
-class Implementation:
-    """An implementation of attention and the inputs that it does not support."""
-
-    attention: Callable[[Array, Array, Array, Mask, Options], Array]
-    unsupported_reason: Callable[[Array, Array, Array, Mask, Options], str | None] = lambda *case: None
-    """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
-
-
-IMPLEMENTATIONS = {
-    "plain": Implementation(plain.attention, plain.unsupported_reason),
-    "chunked": Implementation(chunked.attention, chunked.unsupported_reason),
-    "xla": Implementation(xla.attention, xla.unsupported_reason),
-    "cudnn": Implementation(cudnn.attention, cudnn.unsupported_reason),
-    "splash": Implementation(splash.attention, splash.unsupported_reason),
-    "ring": Implementation(ring.attention, ring.unsupported_reason),
-    "gathered": Implementation(gathered.attention, gathered.unsupported_reason),
-}
+attention(q, k, v, mask, options) -> Array
+unsupported_reason(q, k, v, mask, options) -> str | None    reason it cannot handle the inputs (completes "it ...")
+"""
 CHOICE = {"cpu": (), "gpu": ("cudnn",), "tpu": ("splash",)}
 """Platform -> implementations tried first; then "chunked" for long sequences, then "plain"."""
 CONTEXT_PARALLEL = ("ring", "gathered")
@@ -84,15 +70,19 @@ def attention(
     elif implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
         raise UserError(f"attention.implementation: got {implementation!r}, must be None or one of {names}")
-    elif (reason := IMPLEMENTATIONS[implementation].unsupported_reason(*case)) is not None:
+    elif (reason := _module(implementation).unsupported_reason(*case)) is not None:
         raise UserError(f"attention.implementation: got {implementation!r}, which cannot do this: it {reason}")
-    return IMPLEMENTATIONS[implementation].attention(*case)
+    return _module(implementation).attention(*case)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"gptjax.kernels.attention.{name}")
 
 
 def _choose(q: Array, *case: Any) -> str:
     rest = CONTEXT_PARALLEL if sharding.row_axes(q) else ("chunked", "plain") if q.shape[1] >= LONG else ("plain",)
     names = *CHOICE.get(target.backend(), ()), *rest
-    reasons = {name: IMPLEMENTATIONS[name].unsupported_reason(q, *case) for name in names}
+    reasons = {name: _module(name).unsupported_reason(q, *case) for name in names}
     for name, reason in reasons.items():
         if reason is None:
             return name
