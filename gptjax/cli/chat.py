@@ -1,4 +1,4 @@
-"""A conversation with a model in a terminal: what `gptjax chat` runs."""
+"""`gptjax chat`: a conversation with a model in a terminal."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from gptjax.models.language_model import LanguageModel
 
 COMMANDS = """\
-/reset          begin a new conversation
-/system TEXT    begin a new one with this system prompt; without a text, with none
-/save FILE      add the conversation to a .jsonl file, to look at or to train on
-/help           this list
-/quit           leave, as Ctrl-D does"""
+/reset          start a new conversation
+/system TEXT    start a new conversation with this system prompt; without TEXT: no system prompt
+/save FILE      append the conversation to a .jsonl file
+/help           show this list
+/quit           leave, like Ctrl-D"""
 
 
 class Chat:
-    """A conversation in a terminal; or over a pipe, where each line is a message and only the answers are printed."""
+    """A conversation in a terminal, or over a pipe: each line is a message, and only the answers are printed."""
 
     def __init__(self, model: LanguageModel, system: str | None, options: dict[str, Any]):
         self.model, self.options = model, options
@@ -39,7 +39,7 @@ class Chat:
         self.left_out = 0
 
     def run(self) -> None:
-        """Until the end of the input."""
+        """Read messages and commands until the end of the input."""
         if self.terminal:
             with contextlib.suppress(ImportError):  # absent on Windows
                 import readline  # noqa: F401  (gives input() editing and history)
@@ -64,7 +64,7 @@ class Chat:
                 self.say(line)
 
     def say(self, text: str) -> None:
-        """Sends a message and shows the answer."""
+        """Send a message and show the answer."""
         from gptjax.data.chat import Message
         from gptjax.types import UserError
 
@@ -84,7 +84,7 @@ class Chat:
             print()
 
     def command(self, line: str) -> None:
-        """Obeys a line that begins with a slash."""
+        """Execute a line that starts with a slash."""
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         if name == "/help":
@@ -98,10 +98,10 @@ class Chat:
         elif name == "/save" and argument:
             self.save(Path(argument).expanduser())
         else:
-            note(f"no command {line!r}; there are:\n{COMMANDS}")
+            note(f"unknown command {line!r}; commands:\n{COMMANDS}")
 
     def save(self, path: Path) -> None:
-        """Adds a line that `data.ChatJsonl` reads."""
+        """Append the conversation as a line that `data.ChatJsonl` reads."""
         content = {"messages": [dataclasses.asdict(message) for message in self.messages]}
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -113,7 +113,7 @@ class Chat:
 
 
 def show(pieces: Generator[str, None, Any]) -> str:
-    """Prints the pieces as they come, until they end or Ctrl-C. Returns what was printed."""
+    """Print the pieces as they come, until the end or Ctrl-C. Returns the printed text."""
     shown = []
     try:
         for piece in pieces:
@@ -126,5 +126,5 @@ def show(pieces: Generator[str, None, Any]) -> str:
 
 
 def note(text: str) -> None:
-    """Says something that is not the model's."""
+    """Print a message that is not the model's."""
     print(f"({text})", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""From one program's files to another's: what `gptjax convert` runs."""
+"""`gptjax convert`: write a model in another format."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ def convert(
     dtype: str | None = None,
     adapter: Path | None = None,
 ) -> None:
-    """Write a model in another form: a folder for transformers, a GGUF file for llama.cpp, or a folder of ours.
+    """Write a model in another format: a folder for transformers, a GGUF file for llama.cpp, or a folder of ours.
 
     Args:
-        source: What gptjax.load takes: a folder, a name on the Hugging Face hub, a llama2.c file.
-        destination: What to write; it must not exist.
-        to: The form.
-        dtype: Of the weights: for hf float32 (unless told), bfloat16 or float16; for gguf f32, f16 (unless told), bf16
-            or q8_0.
-        adapter: A folder of PEFT's, to be merged into the model.
+        source: Model to load: a folder, a name on the Hugging Face hub, or a llama2.c file.
+        destination: Folder or file to write; it must not exist.
+        to: Format.
+        dtype: Dtype of the weights. hf: float32 (default), bfloat16 or float16. gguf: f32, f16 (default), bf16 or q8_0.
+        adapter: Folder of a PEFT adapter to merge into the model.
     """
     from gptjax.models.language_model import LanguageModel
     from gptjax.models.loading import load
@@ -36,17 +35,21 @@ def convert(
     if destination.exists():
         raise UserError(f"destination: got {destination}, which exists already; choose another or delete it")
     if to == "gptjax" and dtype is not None:
-        raise UserError(f"dtype: got {dtype}, must be none: our folders hold float32")
+        raise UserError(f"dtype: got {dtype}, must not be given: our folders hold float32")
     model = load(source, kind=Model)
     if adapter is not None:
         if not isinstance(model, LanguageModel):
-            raise UserError(f"adapter: got one for a {type(model).__name__}, must be none: only decoders take them")
+            raise UserError(
+                f"adapter: got one for a {type(model).__name__}, must not be given: only decoders take them"
+            )
         model = model.with_adapter(adapter)
     if to == "hf":
         model.save_hf(destination, dtype or "float32")
     elif to == "gguf":
         if not isinstance(model, LanguageModel):
-            raise UserError(f"to: got gguf for a {type(model).__name__}, must be hf or gptjax: only decoders go there")
+            raise UserError(
+                f"to: got gguf for a {type(model).__name__}, must be hf or gptjax: GGUF files hold only decoders"
+            )
         model.save_gguf(destination, dtype or "f16")
     else:
         model.save(destination)

@@ -39,35 +39,35 @@ tokenizer = tyro.extras.SubcommandApp()
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How the next token is drawn; filters apply in this order, after the repetition penalty. What is none is as the
-    model's authors recommend, or, where they don't, at temperature 0.8 and top-p 0.95."""
+    """Sampling options. Filters apply in this order, after the repetition penalty. None: as recommended by the model's
+    authors; without a recommendation, temperature 0.8 and top-p 0.95."""
 
     temperature: float | None = None
-    """Above 1 bolder, below 1 safer; 0 always takes the likeliest token."""
+    """Divisor of the logits. 0: greedy, the most likely token."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
+    """Sample from the k most likely tokens."""
     top_p: float | None = None
-    """Draw from the fewest likeliest tokens that hold this much of the probability."""
+    """Sample from the smallest set of most likely tokens with this total probability (nucleus)."""
     min_p: float | None = None
-    """Draw from tokens at least this fraction as likely as the likeliest."""
+    """Sample from tokens with at least this fraction of the highest probability."""
     repetition_penalty: float | None = None
-    """Above 1 makes tokens of the prompt and of the text so far less likely."""
+    """Above 1: tokens of the prompt and of the text so far become less likely."""
     seed: int = 0
-    """The same seed gives the same text."""
+    """Random seed; the same seed gives the same text."""
     stop: tuple[str, ...] = ()
-    """Texts to stop before."""
+    """Strings that end the text; they are not part of it."""
     max_tokens: int | None = None
-    """Longest text; none: 256, or what the model's context leaves."""
+    """Maximum number of tokens. None: 256, or fewer if the model's context ends before."""
 
     def options(self) -> dict[str, Any]:
-        """For `LanguageModel.stream` and its like."""
+        """Keyword arguments of `LanguageModel.stream` and similar methods."""
         from gptjax.inference import Sampling
 
         fields = dataclasses.asdict(self)
         sampling = {field.name: fields.pop(field.name) for field in dataclasses.fields(Sampling)}
-        said = {name: value for name, value in sampling.items() if value is not None}
-        Sampling(**said)  # a mistake is found before the model is read
-        return {**fields, **said}
+        given = {name: value for name, value in sampling.items() if value is not None}
+        Sampling(**given)  # raises UserError before the model is loaded
+        return {**fields, **given}
 
 
 def generate(
@@ -76,12 +76,12 @@ def generate(
     samples: int = 1,
     drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing(),
 ) -> None:
-    """Write on after a prompt, showing the text as it comes.
+    """Continue a prompt, showing the text as it is generated.
 
     Args:
-        path: A run folder, or one written by LanguageModel.save.
-        prompt: What to go on from; none: standard input.
-        samples: How many texts to write.
+        path: Run folder, or a folder written by LanguageModel.save.
+        prompt: Text to continue. None: standard input.
+        samples: Number of continuations.
     """
     options = drawing.options()
     text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
@@ -98,11 +98,11 @@ def chat(
     system: str | None = None,
     drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing(),
 ) -> None:
-    """Talk with a model, a line at a time. Ctrl-C stops an answer, Ctrl-D leaves; /help lists what else there is.
+    """Chat with a model, line by line. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands.
 
     Args:
-        path: A run folder, or one written by LanguageModel.save.
-        system: A text that says how the model should behave.
+        path: Run folder, or a folder written by LanguageModel.save.
+        system: System prompt.
     """
     options = drawing.options()
     model = _drawing(_load(path))
@@ -110,11 +110,11 @@ def chat(
 
 
 def evaluate(path: Model, text: str | None = None) -> None:
-    """Measure a model: bits per byte beside `xz -9`'s, on a text or on what its experiment names.
+    """Evaluate a model: bits per byte, compared with `xz -9`, on a text file; or the evaluations of its experiment.
 
     Args:
-        path: A run folder, or one written by LanguageModel.save.
-        text: A text file to measure on; none: the evaluations of the run's stages.
+        path: Run folder, or a folder written by LanguageModel.save.
+        text: Text file to evaluate on. None: the evaluations of the run's stages.
     """
     from gptjax.data import Text
     from gptjax.evals import BitsPerByte
@@ -131,13 +131,13 @@ def evaluate(path: Model, text: str | None = None) -> None:
 
 @tokenizer.command
 def train(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "unigram"] = "bpe") -> None:
-    """Train a SentencePiece tokenizer that gives every text back exactly.
+    """Train a lossless SentencePiece tokenizer.
 
     Args:
-        files: Text files, or globs; each file is a document.
-        out: The folder to write; it must not exist.
-        vocab: Ids in all: special tokens, 256 bytes and learned pieces.
-        kind: How the pieces are chosen; bpe trains much faster.
+        files: Text files or globs; each file is a document.
+        out: Folder to write; it must not exist.
+        vocab: Vocabulary size: special tokens, 256 bytes and learned pieces.
+        kind: Algorithm; bpe trains much faster.
     """
     from gptjax.data import TrainSentencePiece
     from gptjax.types import UserError
@@ -151,11 +151,11 @@ def train(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "uni
 
 @tokenizer.command
 def report(path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")], files: Files) -> None:
-    """Say what a tokenizer makes of some text: bytes per token, fallback to bytes, speed.
+    """Report a tokenizer's bytes per token, byte fallback and speed on some text.
 
     Args:
-        path: What load_tokenizer takes: a folder, a file, or a published name such as gpt2.
-        files: Text files, or globs; each file is a document.
+        path: Tokenizer to load: a folder, a file, or a published name such as gpt2.
+        files: Text files or globs; each file is a document.
     """
     from gptjax.data.tokenizers import load_tokenizer
     from gptjax.data.tokenizers import report as measure
@@ -188,7 +188,7 @@ def _load(path: Path) -> LanguageModel:
 
 
 def _drawing(model: LanguageModel) -> LanguageModel:
-    """The model, with a way to draw the next token if its authors name none."""
+    """The model, with default sampling settings if its authors recommend none."""
     from gptjax.inference import Sampling
 
     return dataclasses.replace(model, sampling=model.sampling or Sampling(temperature=0.8, top_p=0.95))
@@ -199,8 +199,8 @@ COMMANDS: dict[str, Any] = {"chat": chat, "generate": generate, "eval": evaluate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0 done, 1 a plan that does not fit, 2 a mistake in the input,
-    130 interrupted; of `gptjax run`, also those of `gptjax.cli.run.main`."""
+    """Run the command line and return the exit code: 0 done, 1 a plan that does not fit, 2 user error, 130 interrupted;
+    for `gptjax run`, also those of `gptjax.cli.run.main`."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__, end="")
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(name, rest)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `gptjax generate ... | head` has had enough
+    except BrokenPipeError:  # the reader has closed the pipe, as in `gptjax generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Objectives: pure losses. An objective receives the model as an argument and returns weighted sums.
+"""Objectives: losses as pure functions. An objective takes the model as an argument and returns weighted sums.
 
 A name is imported when it is first used.
 """

@@ -23,9 +23,13 @@ class Classification(Objective):
     unit: ClassVar[str] = "text"
 
     def __call__(self, apply: Callable, params: Params, batch: Labelled, key: Key | None = None) -> Metrics:
-        """`apply` is a classifier's: `apply({"params": params}, tokens, positions, segments, documents=M) -> (logits
-        [B, M, C], None)`. Without a key there is no dropout. Metrics: "loss", nats a document; "cross_entropy", that
-        without what parts of the model add (`Weight.loss`); "accuracy"; and what those parts add."""
+        """Metrics: "loss" in nats per document, "cross_entropy" (the loss without the auxiliary losses of the model's
+        parts), "accuracy", and each auxiliary loss.
+
+        apply  a classifier's: `apply({"params": params}, tokens, positions, segments, documents=M) -> (logits
+               [B, M, C], None)`
+        key    None: no dropout
+        """
         labels = jnp.asarray(batch.labels)
         rngs = {} if key is None else {"rngs": {"dropout": key}}
         inputs = ({"params": params}, batch.tokens, batch.positions, batch.segments)

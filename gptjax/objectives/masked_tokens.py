@@ -1,4 +1,4 @@
-"""The loss of encoders: fill in tokens that were hidden."""
+"""The loss of encoders: predict masked tokens."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 
 @dataclasses.dataclass(frozen=True)
 class MaskedTokens(Objective):
-    """The masked language model of BERT (arXiv:1810.04805, section 3.1): each token is chosen with probability `share`.
-    Of the chosen, 80 % become `mask_token`, 10 % a random one, and 10 % stay as they are; the loss is the mean of
+    """Masked language modelling as in BERT (arXiv:1810.04805, section 3.1): each token is selected with probability
+    `share`. Of the selected tokens, 80 % become `mask_token`, 10 % a random token, and 10 % stay; the loss is the mean
+    of
 
-        -log p(token | text with the chosen ones hidden)        over the chosen tokens
+        -log p(token | masked text)        over the selected tokens
 
-    They are chosen anew at every step. Without a key, as in evaluation, the choice is the same each time.
+    Tokens are selected anew at every step. Without a key, as in evaluation, the selection is always the same.
     """
 
     architectures: ClassVar[tuple[str, ...]] = ("encoder",)
 
     mask_token: int
-    """The id that stands for a hidden token."""
+    """Id of the mask token."""
     vocab: int
-    """Random tokens are of the ids 0 to vocab - 1."""
+    """Random tokens have the ids 0 to vocab - 1."""
     share: float = 0.15
-    """How likely a token is to be chosen."""
+    """Probability that a token is selected."""
     never: tuple[int, ...] = ()
-    """Ids that are never chosen: special tokens."""
+    """Ids that are never selected: special tokens."""
 
     def __post_init__(self):
         if not 0 < self.share <= 1:
@@ -45,9 +46,13 @@ class MaskedTokens(Objective):
             raise UserError(f"objective.mask_token: got {self.mask_token}, must be a token id")
 
     def __call__(self, apply: Callable, params: Params, batch: Batch, key: Key | None = None) -> Metrics:
-        """`apply` is an encoder's: `apply({"params": params}, tokens, positions, segments) -> (logits [B,T,V], None)`.
-        Reads the batch's tokens, segments and positions. Metrics: "loss", nats a chosen token; "accuracy", the share of
-        them that the model finds likeliest; and what parts of the model add to the loss (`Weight.loss`)."""
+        """Metrics: "loss" in nats per selected token, "cross_entropy" (the loss without the auxiliary losses of the
+        model's parts), "accuracy" over the selected tokens, and each auxiliary loss.
+
+        apply  an encoder's: `apply({"params": params}, tokens, positions, segments) -> (logits [B, T, V], None)`
+        batch  tokens, segments and positions are read
+        key    None: no dropout
+        """
         choice, dropout = jax.random.split(jax.random.key(0) if key is None else key)
         rngs = {} if key is None else {"rngs": {"dropout": dropout}}
         tokens = jnp.asarray(batch.tokens)
@@ -62,11 +67,12 @@ class MaskedTokens(Objective):
         return with_parts(loss, total, sown, {"cross_entropy": (loss, total), "accuracy": (found, total)})
 
     def hide(self, tokens: Array, real: Array, key: Key) -> tuple[Array, Array]:
-        """tokens int32 [B, T], real bool [B, T] -> the tokens with the chosen ones hidden, and bool [B, T], which."""
+        """Mask tokens int32 [B, T], of which `real` bool [B, T] are not padding: (masked tokens, selected bool [B,
+        T])."""
         chosen, how, other = jax.random.split(key, 3)
-        may = real
+        eligible = real
         for token in self.never:
-            may = may & (tokens != token)
+            eligible = eligible & (tokens != token)
         draws = (
             jax.random.bernoulli(chosen, self.share, tokens.shape),
             jax.random.uniform(how, tokens.shape),
@@ -75,6 +81,6 @@ class MaskedTokens(Objective):
         if not jax.sharding.get_abstract_mesh().empty:
             draws = jax.reshard(draws, jax.typeof(tokens).sharding.spec)
         chosen, how, other = draws
-        chosen = may & chosen
+        chosen = eligible & chosen
         new = jnp.where(how < 0.8, self.mask_token, jnp.where(how < 0.9, other, tokens))
         return jnp.where(chosen, new, tokens), chosen

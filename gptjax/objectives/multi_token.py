@@ -1,4 +1,4 @@
-"""The loss of a model with heads for tokens further ahead."""
+"""The loss of multi-token prediction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MultiToken(NextToken):
 
         loss = NextToken + ahead / n sum_k sum_bt w_b(t+k) nll_k(token_(t+1+k) | token_0 .. token_t) / sum_bt w_bt
 
-    over the t whose document goes on for as long.
+    over the t whose document has that many further tokens.
     """
 
     ahead: float = 0.3
@@ -31,8 +31,8 @@ class MultiToken(NextToken):
             raise UserError(f"objective.ahead: got {self.ahead}, must be 0 or more; 0.3 is usual")
 
     def __call__(self, apply: Callable, params: Params, batch: Batch, key: Key | None = None) -> Metrics:
-        """`apply` is a `MultiTokenTransformer`'s. Metrics are those of `NextToken`, and "ahead_1", ...: the cross
-        entropy of each extra head, in nats a token."""
+        """Metrics of `NextToken`, and "ahead_1", ...: the cross entropy of each extra head, in nats per token. `apply`
+        is a `MultiTokenTransformer`'s."""
         heads = {}
 
         def first(*args: Any, mutable: list[str], **kwargs: Any) -> Any:

@@ -17,22 +17,25 @@ from gptjax.types import Batch, Key, Metrics, Params, UserError
 class NextToken(Objective):
     """Cross entropy of the targets, weighted by `batch.weights`:
 
-        loss = sum_bt w_bt (nll_bt + z_loss * logsumexp_bt²) / sum_bt w_bt + what the model's own parts add
+        loss = sum_bt w_bt (nll_bt + z_loss * logsumexp_bt²) / sum_bt w_bt + auxiliary losses of the model's parts
 
     The z-loss keeps the softmax's denominator near 1, so that logits do not drift (PaLM, arXiv:2204.02311, section 5).
     """
 
     z_loss: float = 0.0
-    """Weight of the squared log of the softmax's denominator; 1e-4 is usual, 0 leaves it out."""
+    """Weight of the squared log of the softmax's denominator; 1e-4 is usual. 0: no z-loss."""
 
     def __post_init__(self):
         if not self.z_loss >= 0:
             raise UserError(f"objective.z_loss: got {self.z_loss}, must be 0 or more; 1e-4 is usual")
 
     def __call__(self, apply: Callable, params: Params, batch: Batch, key: Key | None = None) -> Metrics:
-        """`apply` is a model's: `apply({"params": params}, tokens, positions, segments) -> (logits [B,T,V], cache)`.
-        Without a key there is no dropout. Metrics, in nats a token: "loss"; "cross_entropy", which is the loss without
-        its z-loss; and what parts of the model add to the loss (`Weight.loss`), such as a router's balance."""
+        """Metrics in nats per token: "loss", "cross_entropy" (the loss without z-loss and auxiliary losses), and each
+        auxiliary loss of the model's parts, such as a router's load balance.
+
+        apply  a decoder's: `apply({"params": params}, tokens, positions, segments) -> (logits [B, T, V], cache)`
+        key    None: no dropout
+        """
         rngs = {} if key is None else {"rngs": {"dropout": key}}
         inputs = ({"params": params}, batch.tokens, batch.positions, batch.segments)
         (logits, _), sown = apply(*inputs, mutable=["losses"], **rngs)

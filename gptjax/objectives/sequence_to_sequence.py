@@ -1,4 +1,4 @@
-"""The loss of encoder-decoders: predict the next token of a target whose source is in view."""
+"""The loss of encoder-decoders: predict the next token of a target given its source."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SequenceToSequence(NextToken):
     batch_type: ClassVar[type[Batch]] = Pair
 
     def __call__(self, apply: Callable, params: Params, batch: Any, key: Key | None = None) -> Metrics:
-        """`batch` is a `Pair`; `apply` is an encoder-decoder's, which takes source, source_positions and
-        source_segments too. Metrics are those of `NextToken`."""
+        """Metrics of `NextToken`. `batch` is a `Pair`; `apply` is an encoder-decoder's, which also takes source,
+        source_positions and source_segments."""
         names = ("source", "source_positions", "source_segments")
         given = functools.partial(apply, **{name: getattr(batch, name) for name in names})
         return super().__call__(given, params, batch, key)

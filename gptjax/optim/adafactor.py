@@ -1,4 +1,4 @@
-"""Adafactor: second moments kept as rows and columns."""
+"""Adafactor: factored second moments."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gptjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(Optimizer):
-    """Adafactor (arXiv:1804.04235): the gradient divided by the root of a second moment that is kept as rows and
-    columns, its root mean square clipped to 1, times the root mean square of the parameter. Hardly any state, and a
-    learning rate relative to the size of the parameter. Each layer of a stack is a parameter of its own."""
+    """Adafactor (arXiv:1804.04235): the gradient divided by the root of a factored second moment (rows and columns),
+    its root mean square clipped to 1, times the root mean square of the parameter. The state is small, and the learning
+    rate is relative to the size of the parameter. Each layer of a stack is treated as a separate parameter."""
 
     learning_rate: float = 1e-2
     """Peak learning rate, relative to the root mean square of each parameter."""

@@ -29,11 +29,11 @@ from gptjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Predicate(abc.ABC):
-    """A choice of parameters by what they are."""
+    """A selection of parameters by their declaration."""
 
     @abc.abstractmethod
     def __call__(self, info: ParamInfo) -> bool:
-        """Whether this parameter is chosen."""
+        """True if the parameter is selected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class HasAxis(Predicate):
 
 @dataclasses.dataclass(frozen=True)
 class MaxAxes(Predicate):
-    """Parameters with at most this many axes, those of layers and experts aside: 0 for scalars, 1 for vectors too."""
+    """Parameters with at most this many axes, not counting layers and experts: 0 for scalars, 1 for vectors too."""
 
     axes: int
 
@@ -72,23 +72,23 @@ class MaxAxes(Predicate):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Some of the parameters, and their optimizer."""
+    """A group of parameters and its optimizer."""
 
     when: Predicate
-    """Parameters of this group."""
+    """Predicate of the group's parameters."""
     optimizer: Optimizer
-    """Their optimizer."""
+    """Optimizer of the group."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """An optimizer for each group of parameters. A parameter is of the first group whose predicate chooses it.
+    """One optimizer per group of parameters. A parameter belongs to the first group whose predicate selects it.
 
-    Each optimizer sees its own parameters alone: `clip` bounds the norm of their gradient.
+    Each optimizer sees only its own parameters: `clip` bounds the norm of their gradient.
     """
 
     default: Optimizer
-    """Optimizer of the parameters in no group."""
+    """Optimizer of the remaining parameters."""
     groups: dict[str, Group]
     """Name -> group."""
 

@@ -20,14 +20,14 @@ from gptjax.types import Params
 @dataclasses.dataclass(frozen=True)
 class Muon(Optimizer):
     """Momentum orthogonalised by Newton-Schulz iteration (kellerjordan.github.io/posts/muon) for the hidden matrices,
-    Adam for everything else. The heads of a layer are one matrix; layers and experts are matrices of their own. A
-    matrix [I, O] is scaled by `0.2 sqrt(max(I, O))`, so that learning rate and weight decay mean what they mean for
-    AdamW (Moonlight, arXiv:2502.16982)."""
+    Adam for everything else. All heads of a layer form one matrix; layers and experts are separate matrices. The update
+    of a matrix [I, O] is scaled by `0.2 sqrt(max(I, O))`, so that learning rate and weight decay have the scale of
+    AdamW's (Moonlight, arXiv:2502.16982)."""
 
     momentum: float = 0.95
     """Exponential decay rate of the momentum of matrices (Nesterov)."""
     iterations: int = 5
-    """Newton-Schulz iterations: more come closer to orthogonal."""
+    """Newton-Schulz iterations; more are closer to orthogonal."""
     b1: float = 0.9
     """Exponential decay rate of Adam's first moment."""
     b2: float = 0.95
@@ -64,8 +64,8 @@ class Muon(Optimizer):
 
 
 def _on_whole_matrices(transform: optax.GradientTransformation, info: Params) -> optax.GradientTransformation:
-    """Muon's transformation where a mesh shards matrices: each device gets whole matrices of some of the layers, or of
-    all where the layers cannot be divided evenly, and sends the shards of the result back. Products of sharded matrices
+    """Apply Muon's transformation to sharded matrices: each device receives whole matrices of some of the layers, or of
+    all layers if they cannot be divided evenly, and sends back the shards of the result. Products of sharded matrices
     would communicate in every iteration."""
 
     def place(x: jax.Array, i: ParamInfo) -> PartitionSpec:
@@ -86,8 +86,8 @@ def _on_whole_matrices(transform: optax.GradientTransformation, info: Params) ->
         own = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, updates)
         whole = jax.tree.map(place, updates, info)
         gradients, before = move(updates, whole), state._replace(mu=move(state.mu, whole))
-        # Inside, the compiler chooses: products of a matrix with its own transpose are ambiguous under explicit axes.
-        # A count that was made outside the mesh has a spec, but not its mesh.
+        # Inside, axes are automatic: the product of a matrix with its own transpose is ambiguous with explicit axes.
+        # A count created outside the mesh has a spec without the mesh.
         shardings = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), (gradients, before))
         automatic = jax.sharding.auto_axes(transform.update, out_sharding=shardings)
         directions, after = automatic(gradients, before, params)  # pyright: ignore[reportCallIssue] (as a decorator)

@@ -1,4 +1,4 @@
-"""Optimizers over optax. Clipping, weight decay and learning rate are common to all; a subclass gives the direction:
+"""Optimizers over optax. Clipping, weight decay and learning rate are shared; a subclass defines the direction:
 
     info = parameter_info(model)
     transform = AdamW(learning_rate=6e-4, schedule=Cosine(warmup=2_000)).build(50_000, info)  # an optax transformation
@@ -24,7 +24,7 @@ from gptjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(abc.ABC):
-    """Base class. With d the direction that the subclass makes of the clipped gradient, a step is
+    """Base class. With the subclass's direction d, computed from the clipped gradient, a step is
 
         parameter -= learning_rate (d + weight_decay parameter)
 
@@ -38,11 +38,11 @@ class Optimizer(abc.ABC):
     weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
     decay_embeddings: bool = False
-    """Whether weight decay applies to embeddings too, as in GPT-2."""
+    """Apply weight decay to embeddings too, as in GPT-2."""
     clip: float | None = 1.0
     """Maximum global gradient norm. None: no clipping."""
     balance_rate: float = 1e-3
-    """How far the balance bias of a router (`gptjax.nn.Router`) goes a step."""
+    """Step size of a router's balance bias (`gptjax.nn.Router`)."""
 
     def __post_init__(self):
         check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
@@ -75,7 +75,7 @@ class Optimizer(abc.ABC):
         return jax.tree.map(lambda i: i.decays or (self.decay_embeddings and i.kind == "embedding"), info)
 
     def build(self, steps: int, info: Params, width_multiplier: float = 1.0) -> optax.GradientTransformation:
-        """The optax transformation for a run of `steps`. Raises UserError when the schedule does not fit.
+        """The optax transformation for a run of `steps`. Raises UserError if the schedule does not fit.
 
         info              `parameter_info` of the model
         width_multiplier  width divided by the width that the learning rate was tuned at (muP): the updates of hidden
@@ -99,7 +99,7 @@ def partition(
     label: Callable[[ParamInfo], str],
     transform: Callable[[str, Params], optax.GradientTransformation],
 ) -> optax.GradientTransformation:
-    """`optax.partition` by what parameters are: `transform(label, info of those with this label)` for each label."""
+    """`optax.partition` by parameter information: `transform(label, info of the parameters with it)` per label."""
     labels = jax.tree.map(label, info)
 
     def masked(name: str) -> Params:
@@ -109,8 +109,8 @@ def partition(
 
 
 def _balance(rate: float, descent: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`descent` for everything but the balance biases of routers. Their gradient is by how much the load of an expert
-    is above the mean, of which only the sign counts: arXiv:2408.15664, algorithm 1."""
+    """`descent` for everything but routers' balance biases. The gradient of those is the load of an expert minus the
+    mean, of which only the sign is used: arXiv:2408.15664, algorithm 1."""
     from gptjax.distributed.parameters import by_name
 
     def update(updates, state, params=None):
@@ -126,8 +126,8 @@ def _balance(rate: float, descent: optax.GradientTransformation) -> optax.Gradie
 
 
 def _clip(norm: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` with one product per element: optax's division keeps XLA from fusing, which costs one
-    more pass over all gradients."""
+    """`optax.clip_by_global_norm` with one product per element. optax's division prevents fusion in XLA and costs
+    another pass over all gradients."""
 
     def clip(updates, _):
         scale = jnp.minimum(1.0, norm / optax.tree.norm(updates))
@@ -145,8 +145,8 @@ def _scale_matrices(scale: float, info: Params) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (arXiv:1711.05101): `d = m / (sqrt(v) + eps)`, m and v the bias-corrected moving
-    averages of the gradient and its square."""
+    """Adam with decoupled weight decay (arXiv:1711.05101): `d = m / (sqrt(v) + eps)` with the bias-corrected moving
+    averages m and v of the gradient and its square."""
 
     b1: float = 0.9
     """Exponential decay rate of the first moment."""
@@ -161,15 +161,15 @@ class AdamW(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Lion(Optimizer):
-    """Sign of a moving average of the gradient (arXiv:2302.06675). Needs a learning rate 3 to 10 times lower and a
-    weight decay as many times higher than AdamW. One number of state per parameter."""
+    """Lion (arXiv:2302.06675): the sign of a moving average of the gradient. Needs a learning rate 3 to 10 times lower
+    and a weight decay as many times higher than AdamW. One number of state per parameter."""
 
     learning_rate: float = 1e-4
-    """Peak learning rate: how far every parameter moves per step."""
+    """Peak learning rate: the change of every parameter per step."""
     weight_decay: float = 0.3
     """Decoupled weight decay, multiplied by the learning rate."""
     b1: float = 0.9
-    """Weight of the moving average in the direction; the gradient has the rest."""
+    """Weight of the moving average in the direction; the gradient has 1 - b1."""
     b2: float = 0.99
     """Exponential decay rate of the moving average."""
 

@@ -87,7 +87,7 @@ def test_chat_keeps_a_history_and_obeys_its_commands(run, path, model, tmp_path)
     assert (code, out) == (0, "".join(f"{text}\n" for text in want))
     assert json.loads(saved.read_text().partition("\n")[0])["messages"] == conversation
     assert len(list(ChatJsonl(str(saved), validation=0.0).documents("train"))) == 2
-    assert "no command '/huh'" in err
+    assert "unknown command '/huh'" in err
 
 
 def test_a_long_chat_is_trimmed_with_a_notice(run, path):
