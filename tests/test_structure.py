@@ -104,7 +104,7 @@ print(*(name for name in sys.modules if name.split(".")[0] in ("gptjax", "experi
 
 
 def test_a_run_loads_what_it_uses():
-    """Of the whole quickstart: other programs' files, other architectures and other kernels are not imported."""
+    """The whole quickstart: other programs' files, other architectures and other kernels are not imported."""
     run = subprocess.run([sys.executable, "-c", RUN], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     loaded = run.stderr.splitlines()[-1].split()
