@@ -20,7 +20,6 @@ from gptjax.types import Batch, Key, Metrics, Params, Result, UserError
 
 Split = Literal["train", "validation"]
 Document_co = TypeVar("Document_co", covariant=True)
-Model_contra = TypeVar("Model_contra", contravariant=True)
 
 
 class Config(Protocol):
@@ -260,9 +259,20 @@ class Objective(Config, Protocol):
         ...
 
 
-class Evaluation(Config, Protocol[Model_contra]):
-    """A measurement of a trained model (`LanguageModel`, `ClassifierModel`, ...)."""
+class Evaluation(Config, Protocol):
+    """A measurement of a trained model (`LanguageModel`, `ClassifierModel`, ...). Base class.
 
-    def __call__(self, model: Model_contra) -> Result:
-        """Evaluate the model."""
+    It runs on the mesh that the model's parameters are sharded over, on all processes of a job alike.
+    """
+
+    architectures: ClassVar[tuple[str, ...]] = ("decoder",)
+    """Architectures of the models that it measures."""
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raise UserError, naming the field, if it cannot be run: its source has other documents, for example. Called
+        before the first training step."""
+
+    @abc.abstractmethod
+    def __call__(self, model: Any) -> Result:
+        """Evaluate a `LanguageModel`, or what else holds a model of this architecture."""
         ...

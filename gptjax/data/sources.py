@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -256,6 +257,12 @@ class ChatJsonl:
     def documents(self, split: Split) -> Iterator[Conversation]:
         conversations = (_conversation(*line) for path in find(self.path) for line in read_json(path, self.invalid))
         yield from _side(((repr(c), c) for c in conversations), split, self.path, self.validation)
+
+    def questions(self, n: int) -> list[tuple[str, str]]:
+        """At most `n` validation questions of a user, each with the assistant's answer."""
+        pairs = (pair for c in self.documents("validation") for pair in itertools.pairwise(c))
+        asked = ((a.content, b.content) for a, b in pairs if (a.role, b.role) == ("user", "assistant"))
+        return list(itertools.islice(asked, n))
 
     def fingerprint(self) -> str:
         return fingerprint(self, *facts(self.path))

@@ -1,33 +1,38 @@
-"""How many texts a classifier puts into the right class."""
+"""Accuracy of a classifier."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from gptjax.types import Result, UserError
+from gptjax.data.sources import Example
+from gptjax.evals.documents import held_out
+from gptjax.protocols import Evaluation, Source, Split, Tokenizer
+from gptjax.types import Result
 
 
 @dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """An evaluation: `evaluate(classifier_model) -> Result`."""
+class Accuracy(Evaluation):
+    """Share of held-out texts whose likeliest class is their label: `Accuracy(source)(classifier_model) -> Result`."""
 
-    source: Any
-    """Where texts with labels come from: `data.LabelledJsonl`."""
-    split: str = "validation"
-    """Which part of it."""
+    architectures: ClassVar[tuple[str, ...]] = ("classifier",)
+
+    source: Source[Example]
+    """Source of texts with labels: `data.LabelledJsonl`."""
+    split: Split = "validation"
+    """Split to evaluate on."""
     documents: int | None = None
-    """How many texts; none: all."""
+    """Number of texts, the first of the split. None: all."""
     length: int = 256
-    """How many tokens of a text are read, its first: as many as in training."""
+    """Number of tokens read of each text, its first: that of training."""
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        held_out(self.source, self.split, 1, Example)
 
     def __call__(self, model: Any) -> Result:
-        examples = list(itertools.islice(self.source.documents(self.split), self.documents))
-        if not examples:
-            raise UserError(f"source: {self.source} has no text in its {self.split} split to evaluate on")
+        examples = held_out(self.source, self.split, self.documents, Example)
         found = model.classify([example.text for example in examples], length=self.length).argmax(-1)
         labels = np.array([example.label for example in examples])
         right, usual = float(np.mean(found == labels)), float(np.bincount(labels).max() / len(labels))

@@ -1,25 +1,42 @@
-"""What the model answers to questions that it was not trained on, beside the reference. To read, not to score."""
+"""Answers of a chat model to held-out questions, beside the references. To read, not to score."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
-from gptjax.types import Result
+from gptjax.data import chat
+from gptjax.protocols import Evaluation, Tokenizer
+from gptjax.types import Result, UserError
+
+
+class Questions(Protocol):
+    """A source of questions."""
+
+    def questions(self, n: int) -> list[tuple[str, str]]:
+        """At most n held-out questions, each with a reference answer."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """An evaluation: `evaluate(language_model) -> Result`."""
+class Answers(Evaluation):
+    """Answers to held-out questions: `Answers(source)(language_model) -> Result`."""
 
-    source: Any
-    """Has `questions(count)`: pairs of held-out question and reference answer."""
+    source: Questions
+    """Source of the questions: `data.PyDocsChat`, `data.ChatJsonl`."""
     count: int = 8
-    """How many questions."""
+    """Number of questions."""
     max_tokens: int = 96
-    """Longest answer, tokens."""
+    """Maximum length of an answer, in tokens."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time."""
+    """Sampling temperature. 0: greedy."""
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        if not hasattr(self.source, "questions"):
+            raise UserError(f"source: got {self.source}, must have questions, as PyDocsChat and ChatJsonl")
+        if not (found := self.source.questions(1)):
+            raise UserError(f"source: {self.source} has no question in its validation split to evaluate on")
+        chat.prompt([chat.Message("user", found[0][0])], tokenizer)
 
     def __call__(self, model: Any) -> Result:
         lines = []
@@ -27,7 +44,7 @@ class Answers:
         for question, reference in pairs:
             messages = [{"role": "user", "content": question}]
             reply = model.chat(messages, max_tokens=self.max_tokens, temperature=self.temperature)
-            lines += [f"**{question}**\n", _quote(reply.content), f"\nThe documentation says: {reference}\n"]
+            lines += [f"**{question}**\n", _quote(reply.content), f"\nThe reference says: {reference}\n"]
         return Result("Held-out questions", {"questions": len(pairs)}, "\n".join(lines))
 
 

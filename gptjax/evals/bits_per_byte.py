@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import lzma
 import math
 from collections.abc import Iterable, Iterator
@@ -19,26 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.evals.documents import held_out
 from gptjax.kernels.cross_entropy import cross_entropy
-from gptjax.nn import ModelConfig
+from gptjax.protocols import Evaluation, ModelConfig, Source, Split, Tokenizer
 from gptjax.types import Array, Params, Result, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class BitsPerByte:
-    """An evaluation: `evaluate(language_model) -> Result`."""
+class BitsPerByte(Evaluation):
+    """Bits per byte of held-out text: `BitsPerByte(source)(language_model) -> Result`."""
 
-    source: Any
-    """Where the text comes from: any source of `gptjax.data`."""
-    split: str = "validation"
-    """Which part of it."""
+    source: Source[str]
+    """Source of the texts."""
+    split: Split = "validation"
+    """Split to evaluate on."""
     documents: int | None = None
-    """How many documents; none: all."""
+    """Number of documents, the first of the split. None: all."""
     length: int = 256
-    """Context length, tokens."""
+    """Context length, in tokens."""
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        held_out(self.source, self.split, 1, str)
 
     def __call__(self, model: Any) -> Result:
-        documents = list(itertools.islice(self.source.documents(self.split), self.documents))
+        documents = held_out(self.source, self.split, self.documents, str)
         nats, tokens = negative_log_likelihood(model.config, model.params, model.tokenizer, documents, self.length)
         text = [document.encode() for document in documents]
         size = sum(map(len, text))
@@ -64,7 +67,7 @@ class BitsPerByte:
 
 
 def negative_log_likelihood(
-    config: ModelConfig, params: Params, tokenizer: Any, documents: Iterable[str], length: int, batch: int = 16
+    config: ModelConfig, params: Params, tokenizer: Tokenizer, documents: Iterable[str], length: int, batch: int = 16
 ) -> tuple[float, int]:
     """Total nats that the model spends on the documents, and the number of tokens counted.
 

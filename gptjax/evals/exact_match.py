@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 from gptjax.data.sources import TextPair
-from gptjax.protocols import Source, Split
-from gptjax.types import Result, UserError
+from gptjax.evals.documents import held_out
+from gptjax.protocols import Evaluation, Source, Split, Tokenizer
+from gptjax.types import Result
 
 
 @dataclasses.dataclass(frozen=True)
-class ExactMatch:
-    """Share of held-out sources whose greedy target equals the reference: `evaluate(text_to_text) -> Result`."""
+class ExactMatch(Evaluation):
+    """Share of held-out sources whose greedy target equals the reference: `ExactMatch(source)(text_to_text)`."""
+
+    architectures: ClassVar[tuple[str, ...]] = ("encoder-decoder",)
 
     source: Source[TextPair]
     """Source of pairs: `data.PairsJsonl`."""
@@ -26,10 +28,11 @@ class ExactMatch:
     shown: int = 5
     """Number of pairs that the report shows."""
 
+    def check(self, tokenizer: Tokenizer) -> None:
+        held_out(self.source, self.split, 1, TextPair)
+
     def __call__(self, model: Any) -> Result:
-        pairs = list(itertools.islice(self.source.documents(self.split), self.documents))
-        if not pairs:
-            raise UserError(f"source: {self.source} has no pair in its {self.split} split to evaluate on")
+        pairs = held_out(self.source, self.split, self.documents, TextPair)
         completions = model.generate([pair.source for pair in pairs], self.max_tokens, temperature=0)
         written = [completion.text for completion in completions]
         right = sum(text == pair.target for text, pair in zip(written, pairs, strict=True))

@@ -14,6 +14,7 @@ An experiment is a Python file with `experiment = Experiment(...)`; `python -m e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -22,7 +23,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,8 @@ class Experiment:
         if (first := next(iter(self.stages))) and self.stages[first].adapter is not None and self.start is None:
             raise UserError(f"{first}.adapter: got one, must be none: without a `start` there is nothing to adapt")
         for name, stage in self.stages.items():
-            try:
+            with _naming(name):
                 stage.check(self.model)
-            except UserError as error:
-                raise UserError(f"{name}.{error}") from None
 
     def check(self, devices: int) -> None:
         """Raises UserError, naming the field, where the experiment does not fit that many devices."""
@@ -122,6 +121,7 @@ class Experiment:
             console.print(f"changed: {line}")
         tokenizer = self._tokenizer(folder, console)
         self._check_prompts(tokenizer)
+        self._check_evaluations(folder, tokenizer)
         cache = cache_dir() / "tokens"
         mesh = self.mesh.make()
         model = self.model.build(self.rules)
@@ -260,6 +260,15 @@ class Experiment:
                         "and fewer than model.positions can tell apart"
                     )
 
+    def _check_evaluations(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """Raise UserError for an evaluation that could not be run, before anything is trained."""
+        for name, stage in self.stages.items():
+            if (folder / "report" / f"{name}.json").exists():
+                continue
+            for number, evaluation in enumerate(stage.evaluations):
+                with _naming(f"{name}.evaluations.{number}"):
+                    evaluation.check(tokenizer)
+
     def _evaluate(
         self, folder: Path, name: str, stage: Stage, tokenizer: Tokenizer, pretrained: Any, console: Console
     ) -> list[Result]:
@@ -280,6 +289,15 @@ class Experiment:
         if jax.process_index() == 0:
             atomic.write_text(path, json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
         return results
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Context in which a UserError names its field by this path."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
 
 
 def _with(config: Any, other: Any, fields: Sequence[str]) -> Any:

@@ -70,7 +70,7 @@ class Stage:
             raise UserError(f"ema: got {self.ema}, must be between 0 and 1, or none")
 
     def check(self, model: ModelConfig) -> None:
-        """Raises UserError, naming the field, where data, objective and model do not fit together."""
+        """Raises UserError, naming the field, where data, objective, evaluations and model do not fit together."""
         data, objective = type(self.data).__name__, type(self.objective).__name__
         if model.architecture not in self.objective.architectures:
             raise UserError(
@@ -81,6 +81,12 @@ class Stage:
             made, read = self.data.batch_type.__name__, self.objective.batch_type.__name__
             raise UserError(f"data: got {data}, which makes {made} batches, must make {read} for {objective}")
         self.data.check(model)
+        for number, evaluation in enumerate(self.evaluations):
+            if model.architecture not in evaluation.architectures:
+                raise UserError(
+                    f"evaluations.{number}: got {type(evaluation).__name__}, which measures "
+                    f"{' and '.join(evaluation.architectures)} models, must measure {model.architecture} models"
+                )
 
     def evaluates(self, step: int) -> bool:
         """Whether there is a validation loss after this step."""

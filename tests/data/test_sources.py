@@ -211,3 +211,13 @@ def test_c4_as_array_records_beside_an_info_that_says_tfrecord(shared):
     assert named.fingerprint() != folder.fingerprint()
     assert "train: got trian" in refusal(TFDS("c4/en", str(root), train="trian"))
     assert "text: got body" in refusal(TFDS("c4/en", str(root), text="body"))
+
+
+def test_a_file_of_conversations_has_questions(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    talks = [[("system", "Be brief."), ("user", f"{i}?"), ("assistant", f"{i}!"), ("user", "Why?")] for i in range(60)]
+    lines = [json.dumps([{"role": role, "content": content} for role, content in talk]) for talk in talks]
+    path.write_text("\n".join(lines))
+    source = ChatJsonl(str(path), validation=0.5)
+    held_out = [talk[1].content for talk in source.documents("validation")]
+    assert source.questions(3) == [(question, question.replace("?", "!")) for question in held_out[:3]]

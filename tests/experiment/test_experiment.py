@@ -165,7 +165,7 @@ def test_every_stage_shares_out_the_parameters_as_declared(finished, specs):
 
 
 def test_what_is_done_is_not_done_again(finished, monkeypatch):
-    for name in ("train", "LanguageModel"):
+    for name in ("train", "model_class"):
         monkeypatch.setattr(f"gptjax.experiment.experiment.{name}", None)
     monkeypatch.setattr(Words, "documents", None)  # the text is not needed any more
     before = left(finished)
@@ -261,6 +261,27 @@ def test_what_does_not_fit_is_refused_before_it_is_trained(change, message, tmp_
     with pytest.raises(UserError, match=f"^{message}"):
         dataclasses.replace(EXPERIMENT, **change).run(tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        (evals.Answers(Words()), r"source: got Words\(.*must have questions"),
+        (evals.BitsPerByte(Sums()), r"source: got Sums\(.*whose documents are tuple, must be str"),
+        (evals.BitsPerByte(data.Jsonl("nowhere.jsonl")), "path: .*nowhere"),
+    ],
+)
+def test_an_evaluation_that_does_not_fit_its_source_is_refused_before_it_is_trained(evaluation, message, tmp_path):
+    stage = dataclasses.replace(PRETRAIN, evaluations=(*PRETRAIN.evaluations, evaluation))
+    with pytest.raises(UserError, match=rf"^x\.evaluations\.1\.{message}"):
+        dataclasses.replace(EXPERIMENT, stages={"x": stage}).run(tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_evaluation_of_another_kind_of_model_is_refused():
+    stage = dataclasses.replace(PRETRAIN, evaluations=(evals.Accuracy(Words()),))
+    with pytest.raises(UserError, match=r"^x\.evaluations\.0: got Accuracy, which measures classifier models, must"):
+        dataclasses.replace(EXPERIMENT, stages={"x": stage})
 
 
 @pytest.mark.parametrize(("field", "value"), [("accumulate", 3), ("ema", 1.0), ("steps", 0), ("save_every", 0)])
