@@ -1,12 +1,16 @@
 """Every parameter says what it is where it is declared, whatever the model."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from architectures import ARCHITECTURES
 
+from gptjax.distributed import sharding
 from gptjax.distributed.parameters import flat, parameter_info
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.kernels.linear import linear
 from gptjax.nn import ParamFactory
 from gptjax.types import UserError
@@ -43,6 +47,13 @@ def test_kinds_and_sides():
     assert sides["start_0/mlp/down"] == (0, (8, 16))
     assert flat(parameter_info(ARCHITECTURES["gpt2"].build()))["positions/table"].kind == "embedding"
     assert flat(parameter_info(ARCHITECTURES["classifier"].build()))["classifier"].kind == "head"
+
+
+def test_initialisation_needs_no_rows_for_a_pipelines_microbatches():
+    config = dataclasses.replace(ARCHITECTURES["plain"], layers=2, microbatches=4)
+    with sharding.use(MeshConfig(pipeline=2, data=4).make()):
+        info = parameter_info(config.build(DEFAULT_RULES))
+    assert info["blocks"]["mlp"]["up"].shape == (2, 16, 48)
 
 
 class Own(nn.Module):

@@ -188,5 +188,7 @@ def test_parts_that_do_not_fit_are_refused():
     config = dataclasses.replace(BASE, microbatches=3)
     with sharding.use(MeshConfig(pipeline=4, data=2).make()):
         rows = sharding.global_array(batch(), DEFAULT_RULES)
+        create, step = program(config)
+        state = create(rows.tokens)
         with pytest.raises(UserError, match="microbatches: got 3, must divide the 4 rows"):
-            program(config)[0](rows.tokens)
+            step(state, rows)
