@@ -269,7 +269,7 @@ def test_help_shows_every_option_with_its_docstring(capsys):
     for part in (
         "A description.",
         "--model.layers INT",
-        "How many blocks there are. (default: 4)",
+        "Number of blocks. (default: 4)",
         "--model.positions.theta",
         "--pretrain.optimizer.learning_rate",
         "--chat.steps",
