@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptjax.data.tokenizers.report import Report, report
 from gptjax.data.tokenizers.tokenizer import CHAT_SPECIALS, DESCRIPTOR, Tokenizer, TokenizerConfig
 from gptjax.types import UserError
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from gptjax.data.tokenizers.bytes import Bytes, ByteTokenizer
     from gptjax.data.tokenizers.characters import CharacterTokenizer, TrainCharacters
     from gptjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+    from gptjax.data.tokenizers.measure import Report, report
     from gptjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, TrainSentencePiece
     from gptjax.data.tokenizers.tiktoken import TiktokenTokenizer
 
@@ -52,6 +52,7 @@ KINDS = {
 """Module of this package, which is the `kind` in a saved descriptor -> its class. Imported when it is first used."""
 _HOME = {name: module for module, name in KINDS.items()}
 _HOME |= {"Bytes": "bytes", "TrainCharacters": "characters", "TrainSentencePiece": "sentencepiece"}
+_HOME |= {"Report": "measure", "report": "measure"}
 
 
 def __getattr__(name: str) -> Any:
