@@ -35,7 +35,8 @@ if arguments.cores:
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from gptjax.kernels.attention import IMPLEMENTATIONS, Mask, attention, reference  # noqa: E402
+from gptjax.kernels.attention import IMPLEMENTATIONS, Mask, attention  # noqa: E402
+from gptjax.kernels.attention.reference import reference  # noqa: E402
 
 PLATFORM = jax.default_backend()
 DTYPE = arguments.dtype or ("float32" if PLATFORM == "cpu" else "bfloat16")

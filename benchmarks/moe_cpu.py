@@ -19,17 +19,16 @@ processes.prepare()
 
 import jax  # noqa: E402
 
-from gptjax.nn import MLP, Layer, MixtureOfExperts, SwiGLU  # noqa: E402
+from gptjax.nn import MLP, MixtureOfExperts, SwiGLU  # noqa: E402
 
 
 def step(part: MLP, hidden: int, x: jax.Array):
     """A function that runs one step and waits for it."""
-    layer = Layer(part=part)
-    params = jax.jit(layer.init, static_argnums=2)(jax.random.key(1), x, hidden)["params"]
+    params = jax.jit(part.init, static_argnums=2)(jax.random.key(1), x, hidden)["params"]
 
     @jax.jit
     def compute(params, x, g):
-        y, back = jax.vjp(lambda params, x: layer.apply({"params": params}, x, hidden), params, x)
+        y, back = jax.vjp(lambda params, x: part.apply({"params": params}, x, hidden), params, x)
         return y, back(g)
 
     return lambda: jax.block_until_ready(compute(params, x, x))

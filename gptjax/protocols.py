@@ -230,7 +230,7 @@ class ModelConfig(Config, Protocol):
         """(logical axis, field, size) of the parameters' axes that a mesh may shard."""
         return (("vocab", "model.vocab", self.vocab),)
 
-    def slots(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
+    def init_cache(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
         """Empty cache entries of each layer, for `size` positions."""
         raise UserError(f"model: got {type(self).__name__}, must be a decoder to write text")
 

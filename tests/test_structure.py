@@ -109,7 +109,7 @@ def test_a_run_loads_what_it_uses():
     assert run.returncode == 0, run.stderr
     loaded = run.stderr.splitlines()[-1].split()
     assert "gptjax.interop" not in loaded
-    assert len(loaded) <= 110, sorted(loaded)
+    assert len(loaded) <= 110, "\n".join(sorted(loaded))
 
 
 def test_files_can_be_read_in_one_go():

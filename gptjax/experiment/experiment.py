@@ -78,7 +78,7 @@ class Experiment:
     """Weights & Biases run to log to as well. None: metrics.jsonl and TensorBoard files alone."""
     start: str | None = None
     """The model that the first stage goes on from, as `gptjax.load` takes it, with the same shape and tokenizer: a
-    classifier takes its trunk from there, and the head is drawn. None: everything is drawn."""
+    classifier takes its backbone from there, and the head is drawn. None: everything is drawn."""
 
     def __post_init__(self):
         if not self.stages:

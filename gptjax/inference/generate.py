@@ -126,12 +126,18 @@ def decode(
     rules = model.rules.for_batch_size(B)
     reader = model.clone(rules=rules)
 
+    # XLA's CPU backend copies arrays with an axis of size 1 at every token: the loop carries a single row's cache
+    # without the axis of rows.
+    one_row = B == 1 and jax.sharding.get_abstract_mesh().empty
+    squeeze = functools.partial(_map_cache, lambda x: x[0] if one_row else x)
+    expand = functools.partial(_map_cache, lambda x: x[None] if one_row else x)
+
     def going(carry: tuple[State, Array]) -> Array:
         state, done = carry
         return (state.cache.length < until) & ~done.all()
 
     def step(carry: tuple[State, Array]) -> tuple[State, Array]:
-        state, done = carry
+        state, done = expand(carry[0]), carry[1]
         slot = state.cache.length
         token = jax.lax.dynamic_slice_in_dim(state.tokens, slot, 1, axis=1)
         inputs = [reshard(x, rules("batch", None)) for x in (token, state.positions[:, None], jnp.ones_like(token))]
@@ -147,17 +153,14 @@ def decode(
             seen=None if state.seen is None else state.seen.at[jnp.arange(B), drawn].set(True),
             cache=cast(Cache, cache),
         )
-        return state, done | (drawn[:, None] == stop_token_ids).any(-1)
+        return squeeze(state), done | (drawn[:, None] == stop_token_ids).any(-1)
 
-    # XLA's CPU backend copies a cache that has an axis of size 1 at every token.
-    one_row = B == 1 and jax.sharding.get_abstract_mesh().empty
-    if one_row:
-        state = _with_layers(state, jax.tree.map(lambda x: x[0], state.cache.layers))
-    state = jax.lax.while_loop(going, step, (state, jnp.asarray(done)))[0]
-    return _with_layers(state, jax.tree.map(lambda x: x[None], state.cache.layers)) if one_row else state
+    return expand(jax.lax.while_loop(going, step, (squeeze(state), jnp.asarray(done)))[0])
 
 
-def _with_layers(state: State, layers: Any) -> State:
+def _map_cache(function: Callable[[Array], Array], state: State) -> State:
+    """`function` applied to every array of the cache entries."""
+    layers = jax.tree.map(function, state.cache.layers)
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
 

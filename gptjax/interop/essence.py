@@ -8,6 +8,7 @@ from typing import Any
 from gptjax.nn import (
     MLP,
     Attention,
+    BackboneConfig,
     ClassifierConfig,
     EncoderConfig,
     EncoderDecoderConfig,
@@ -17,8 +18,8 @@ from gptjax.nn import (
     ModelConfig,
     MultiHeadAttention,
     RoPE,
+    SequenceMixer,
     SwiGLU,
-    TransformerConfig,
 )
 
 
@@ -28,11 +29,11 @@ def essence(m: ModelConfig) -> dict[str, Any]:
     if isinstance(m, EncoderDecoderConfig):
         return {"encoder": essence(m.encoder), "decoder": essence(m.decoder)}
     if isinstance(m, ClassifierConfig):
-        headless: dict[str, Any] = {"transform": None} if isinstance(m.trunk, EncoderConfig) else {}
-        trunk = dataclasses.replace(m.trunk, tie_embeddings=True, **headless)
+        headless: dict[str, Any] = {"transform": None} if isinstance(m.backbone, EncoderConfig) else {}
+        backbone = dataclasses.replace(m.backbone, tie_embeddings=True, **headless)
         head = ("classes", "pooling", "pooler", "bias")
-        return {**essence(trunk), "classifier": {name: getattr(m, name) for name in head}}
-    assert isinstance(m, TransformerConfig)
+        return {**essence(backbone), "classifier": {name: getattr(m, name) for name in head}}
+    assert isinstance(m, BackboneConfig)
     layers = {
         str(i): {
             "attention": _attention(block.attention),
@@ -58,14 +59,14 @@ def essence(m: ModelConfig) -> dict[str, Any]:
     return {"model": rest, "layers": layers}
 
 
-def _attention(part: Attention | None) -> Attention | None:
+def _attention(part: SequenceMixer | None) -> SequenceMixer | None:
     if isinstance(part, MultiHeadAttention):
         if part.scale is None and part.head_size is not None:
             part = dataclasses.replace(part, scale=part.head_size**-0.5)
         if part.output_bias is None:
             part = dataclasses.replace(part, output_bias=part.bias)
-    positions = None if part is None else part.positions
-    if part is not None and isinstance(positions, RoPE) and isinstance(positions.scaling, LongRoPE):
+    positions = part.positions if isinstance(part, Attention) else None
+    if isinstance(part, Attention) and isinstance(positions, RoPE) and isinstance(positions.scaling, LongRoPE):
         scaling = dataclasses.replace(positions.scaling, length=None)  # in `transformers` it is each text's length
         part = dataclasses.replace(part, positions=dataclasses.replace(positions, scaling=scaling))
     return part

@@ -31,6 +31,7 @@ from gptjax.interop.essence import essence
 from gptjax.interop.families import CLASSIFYING, FAMILIES, Family, Fields, Piece, pieces
 from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import (
+    BackboneConfig,
     ClassifierConfig,
     EncoderConfig,
     EncoderDecoderConfig,
@@ -89,7 +90,7 @@ def save_hf(
     specials = {} if tokenizer is None else tokenizer.specials
     bos, end = (specials.get(role) for role in ("<|bos|>", "<|end|>"))
     if append_eos is None:
-        append_eos = isinstance(config, EncoderConfig) or not isinstance(config, TransformerConfig)
+        append_eos = not isinstance(config, TransformerConfig)
     pad = None if tokenizer is None else tokenizers.padding(tokenizer, append_eos)
     ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": pad}
     if decoder_start_token_id is not None:
@@ -277,7 +278,7 @@ def _read(family: Family, fields: Fields) -> ModelConfig:
     """The configuration that a config.json describes: a model of the family, or a classifier on top of it."""
     if not _classifies(fields):
         return family.read(fields)
-    if not issubclass(family.kind, TransformerConfig):
+    if not issubclass(family.kind, BackboneConfig):
         raise UserError(f"config.json: architectures: got {fields['architectures']}, must be {family.architecture}")
     fields.only(problem_type="single_label_classification")
     return family.classifier(family.read(fields), len(fields.get("id2label") or (0, 0)))
@@ -289,7 +290,7 @@ def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
     if not isinstance(config, ClassifierConfig):
         return fields | family.write(config)
     labels = [f"LABEL_{number}" for number in range(config.classes)]
-    return fields | _named(labels) | family.write(config.trunk) | {"architectures": [family.classifying]}
+    return fields | _named(labels) | family.write(config.backbone) | {"architectures": [family.classifying]}
 
 
 def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dict[str, Any]]:
@@ -297,7 +298,7 @@ def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dic
     families = FAMILIES if model_type is None else (_family(model_type),)
     reasons: dict[str, list[str]] = {}
     for family in families:
-        if type(config.trunk if isinstance(config, ClassifierConfig) else config) is not family.kind:
+        if type(config.backbone if isinstance(config, ClassifierConfig) else config) is not family.kind:
             continue
         fields: dict[str, Any] = {}
         try:
@@ -322,8 +323,8 @@ def _stacks(config: ModelConfig) -> dict[str, Stack]:
     """The stacks of layers of a model, by the name of their parameters."""
     if isinstance(config, EncoderDecoderConfig):
         return {"encoder/blocks": config.encoder.stack(), "decoder/blocks": config.decoder.stack()}
-    trunk = config.trunk if isinstance(config, ClassifierConfig) else config
-    return {"blocks": trunk.stack()} if isinstance(trunk, TransformerConfig) else {}
+    backbone = config.backbone if isinstance(config, ClassifierConfig) else config
+    return {"blocks": backbone.stack()} if isinstance(backbone, BackboneConfig) else {}
 
 
 def _current(name: str, former: Iterable[tuple[str, str]]) -> str:

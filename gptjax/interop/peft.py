@@ -33,7 +33,6 @@ from gptjax.interop import huggingface, safetensors
 from gptjax.interop.families import FAMILIES, Family, Row, gpt2
 from gptjax.io import atomic
 from gptjax.nn import DoRA, LoRA, TransformerConfig
-from gptjax.nn.stack import place
 from gptjax.types import Array, Params, UserError
 
 Modules = Mapping[str, tuple[Row, ...]]
@@ -242,7 +241,7 @@ def _modules(
 ) -> Iterator[tuple[str, list[_Part]]]:
     """The modules of this model, layer by layer, with their matrices."""
     for layer in range(config.layers):
-        names, index = place(config.stack(), layer)
+        names, index = config.stack().location(layer)
         block = "/".join(("blocks", *names, ""))
         for theirs, rows in modules.items():
             parts = [part for row in rows if (part := _part(row, block, index, info)) is not None]

@@ -17,7 +17,7 @@ import numpy as np
 
 from gptjax.data.tokenizers.tokenizer import frame
 from gptjax.models.model import TextEncoder
-from gptjax.nn import ClassifierConfig, TransformerConfig
+from gptjax.nn import BackboneConfig, ClassifierConfig
 from gptjax.types import UserError
 
 
@@ -47,8 +47,8 @@ class ClassifierModel(TextEncoder):
         return likely / likely.sum(-1, keepdims=True)
 
     @property
-    def _trunk(self) -> TransformerConfig:
-        return self.config.trunk
+    def _backbone(self) -> BackboneConfig:
+        return self.config.backbone
 
     @property
     def _settings(self) -> dict[str, Any]:

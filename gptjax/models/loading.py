@@ -113,16 +113,16 @@ def restore_stage_params(
 
 def init_from_pretrained(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> Params:
     """Parameters for what a `ModelConfig` builds, placed by its rules: those of the model in `path` where it has them,
-    as a classifier's trunk, and others drawn from the seed. Raises UserError where the two or their tokenizers are not
-    alike."""
+    such as a classifier's backbone, and others drawn from the seed. Raises UserError where the two or their tokenizers
+    differ."""
     found = load(path, "float32", model.rules, kind=Model)
     if found.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"tokenizer: got another than that of {path}, must be the same: `load` that, `save` it, "
             "and take both from the folder"
         )
-    ours: Any = getattr(model.config, "trunk", model.config)
-    theirs: Any = getattr(found.config, "trunk", found.config)
+    ours: Any = getattr(model.config, "backbone", model.config)
+    theirs: Any = getattr(found.config, "backbone", found.config)
     of_training = ("dropout", "layer_drop", "remat", "microbatches", "dtype")
     if type(ours) is type(theirs) and hasattr(ours, "dropout"):
         theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in of_training})

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,11 @@ from gptjax.distributed.parameters import declared, flat
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, on_mesh_of, reshard
 from gptjax.inference.generate import round_up
 from gptjax.io import atomic
-from gptjax.nn import Embedder, Mean, ModelConfig, Pooling, TransformerConfig
+from gptjax.nn import BackboneConfig, ModelConfig
 from gptjax.types import Array, Params, UserError
+
+if TYPE_CHECKING:
+    from gptjax.nn import Pooling
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,22 +87,23 @@ class TextEncoder(Model):
     """
 
     def embed(
-        self, texts: str | Sequence[str], pooling: Pooling = Mean(), normalise: bool = True, batch: int = 32
+        self, texts: str | Sequence[str], pooling: Pooling | None = None, normalise: bool = True, batch: int = 32
     ) -> np.ndarray:
-        """One vector a text, float32 [n, D], from the last layer's states: of all its tokens, the first and the last
-        included.
+        """One vector per text, float32 [n, D], pooled from the last layer's hidden states, `bos` and `eos` included.
 
-        pooling    how they become one: `Mean()`, `First()` ([CLS]), `Last()`, which in a decoder has seen all
-        normalise  whether vectors are divided by their length, so that their products are cosines
-        batch      how many texts are read at a time: it changes speed and memory only"""
-        embedder = Embedder(self._trunk, self.rules, pooling=pooling, normalise=normalise)
+        pooling    `Mean()`, `First()` ([CLS]) or `Last()`, which in a decoder has seen all. None: `Mean()`
+        normalise  divide vectors by their length, so that their products are cosines
+        batch      texts per forward pass: changes speed and memory only"""
+        from gptjax.nn import Embedder, Mean
+
+        embedder = Embedder(self._backbone, self.rules, pooling=pooling or Mean(), normalise=normalise)
         return self._of_texts(embedder, texts, batch)
 
     @property
-    def _trunk(self) -> TransformerConfig:
+    def _backbone(self) -> BackboneConfig:
         """The configuration of the stack."""
-        if not isinstance(self.config, TransformerConfig):
-            raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to make vectors")
+        if not isinstance(self.config, BackboneConfig):
+            raise UserError(f"model: got {type(self.config).__name__}, must be a decoder or an encoder to make vectors")
         return self.config
 
     def _of_texts(self, module: Any, texts: str | Sequence[str], batch: int, length: int | None = None) -> np.ndarray:

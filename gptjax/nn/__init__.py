@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptjax.kernels.attention import Mask
-    from gptjax.nn.activations import activations
     from gptjax.nn.attention import Attention, MultiHeadAttention
+    from gptjax.nn.backbone import Backbone
     from gptjax.nn.block import Block, Context
     from gptjax.nn.cache import Cache
-    from gptjax.nn.config import LayerOverrides, ModelConfig, TransformerConfig
+    from gptjax.nn.config import BackboneConfig, LayerOverrides, ModelConfig
     from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
     from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
     from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, Pooler, Pooling
+    from gptjax.nn.intermediates import activations
     from gptjax.nn.latent_attention import MultiHeadLatentAttention
     from gptjax.nn.lora import DoRA, LoRA
+    from gptjax.nn.mixer import SequenceMixer
     from gptjax.nn.mlp import GELU, MLP, ClampedSwiGLU, GeGLU, ReLU, ReLUSquared, SwiGLU
-    from gptjax.nn.module import Layer, ParamFactory
+    from gptjax.nn.module import ParamFactory, Part
     from gptjax.nn.moe import MixtureOfExperts
     from gptjax.nn.multi_token import MultiTokenConfig, MultiTokenTransformer
     from gptjax.nn.norms import LayerNorm, Norm, RMSNorm
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from gptjax.nn.residual import Chain, OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
     from gptjax.nn.router import Router, Sigmoid, Softmax
     from gptjax.nn.stack import Stack
-    from gptjax.nn.transformer import Features, Transformer, Trunk, count, make_cache, unstack
+    from gptjax.nn.transformer import Transformer, TransformerConfig, count, make_cache, unstack
     from gptjax.nn.value_embedding import ValueEmbedding
     from gptjax.nn.value_residual import ValueResidual
 
@@ -55,6 +57,8 @@ __all__ = [
     "MLP",
     "ALiBi",
     "Attention",
+    "Backbone",
+    "BackboneConfig",
     "Block",
     "Cache",
     "Chain",
@@ -68,11 +72,9 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
-    "Features",
     "First",
     "GeGLU",
     "Last",
-    "Layer",
     "LayerNorm",
     "LayerOverrides",
     "LearnedPositions",
@@ -95,6 +97,7 @@ __all__ = [
     "Parallel",
     "ParamFactory",
     "Parametrisation",
+    "Part",
     "Pooler",
     "Pooling",
     "Positions",
@@ -111,6 +114,7 @@ __all__ = [
     "SandwichNorm",
     "ScaledStream",
     "Scaling",
+    "SequenceMixer",
     "Sigmoid",
     "Sinusoidal",
     "Softmax",
@@ -120,7 +124,6 @@ __all__ = [
     "Transform",
     "Transformer",
     "TransformerConfig",
-    "Trunk",
     "ValueEmbedding",
     "ValueResidual",
     "YaRN",
@@ -132,18 +135,20 @@ __all__ = [
 
 _NAMES = {
     "gptjax.kernels.attention": "Mask",
-    "gptjax.nn.activations": "activations",
+    "gptjax.nn.intermediates": "activations",
     "gptjax.nn.attention": "Attention MultiHeadAttention",
+    "gptjax.nn.backbone": "Backbone",
     "gptjax.nn.block": "Block Context",
     "gptjax.nn.cache": "Cache",
-    "gptjax.nn.config": "LayerOverrides ModelConfig TransformerConfig",
+    "gptjax.nn.config": "BackboneConfig LayerOverrides ModelConfig",
     "gptjax.nn.encoder": "Encoder EncoderConfig Transform",
     "gptjax.nn.encoder_decoder": "EncoderDecoder EncoderDecoderConfig",
     "gptjax.nn.heads": "Classifier ClassifierConfig Embedder First Last Mean Pooler Pooling",
     "gptjax.nn.latent_attention": "MultiHeadLatentAttention",
     "gptjax.nn.lora": "DoRA LoRA",
+    "gptjax.nn.mixer": "SequenceMixer",
     "gptjax.nn.mlp": "GELU MLP ClampedSwiGLU GeGLU ReLU ReLUSquared SwiGLU",
-    "gptjax.nn.module": "Layer ParamFactory",
+    "gptjax.nn.module": "ParamFactory Part",
     "gptjax.nn.moe": "MixtureOfExperts",
     "gptjax.nn.multi_token": "MultiTokenConfig MultiTokenTransformer",
     "gptjax.nn.norms": "LayerNorm Norm RMSNorm",
@@ -156,7 +161,7 @@ _NAMES = {
     "gptjax.nn.residual": "Chain OutputNorm Parallel PostNorm PreNorm Residual SandwichNorm ScaledStream",
     "gptjax.nn.router": "Router Sigmoid Softmax",
     "gptjax.nn.stack": "Stack",
-    "gptjax.nn.transformer": "Features Transformer Trunk count make_cache unstack",
+    "gptjax.nn.transformer": "Transformer TransformerConfig count make_cache unstack",
     "gptjax.nn.value_embedding": "ValueEmbedding",
     "gptjax.nn.value_residual": "ValueResidual",
 }

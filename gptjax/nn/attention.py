@@ -1,8 +1,9 @@
-"""Multi-head attention with grouped queries, any position encoding and the usual additions, as a part (`module.py`)."""
+"""Multi-head attention with grouped queries, any position encoding and the usual additions."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask, attention
 from gptjax.kernels.linear import linear
 from gptjax.nn import cache as kv
+from gptjax.nn.mixer import SequenceMixer
 from gptjax.nn.module import ParamFactory, normal, zeros
 from gptjax.nn.norms import Norm
 from gptjax.nn.positions import Positions
@@ -21,80 +23,35 @@ from gptjax.types import Array, Key, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
-    """A part `attention(param, x [B, T, D], positions, mask, ...) -> (y [B, T, D], slots)`.
-
-    Sizes that are None are the model's: `TransformerConfig` fills them in.
-    """
+class Attention(SequenceMixer):
+    """Base class of attention parts. Fields that are None are the model's: `TransformerConfig` fills them in."""
 
     heads: int | None = None
-    """N, the number of query heads; none: the model's."""
+    """N, number of query heads. None: the model's."""
     head_size: int | None = None
-    """H, the size of a head; none: the model's."""
+    """H, size of a head. None: the model's."""
     kv_heads: int | None = None
-    """K, the number of key/value heads that queries share in groups (1: multi-query); none: the model's or N."""
+    """K, number of key/value heads, shared by groups of queries (1: multi-query). None: the model's, or N."""
     positions: Positions | None = None
-    """Position encoding that turns queries and keys; none: the model's."""
+    """Position encoding that rotates queries and keys. None: the model's."""
     bias: bool | None = None
-    """Whether the projections have biases; none: as the model's linear layers."""
+    """Whether the projections have biases. None: as the model's linear layers."""
     window: int | None = None
-    """Each token sees this many tokens, itself included; none: all before it."""
+    """Sliding window: each token sees this many tokens, itself included. None: all before it."""
     scale: float | None = None
-    """What scores are multiplied by, at the base's head size in muP; none: 1 / sqrt(head size)."""
+    """Multiplies scores; in muP, at the base's head size. None: 1 / sqrt(head size)."""
 
     def __post_init__(self):
         for field in ("heads", "head_size", "kv_heads", "window"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise UserError(f"model.attention.{field}: got {value}, must be at least 1")
 
-    def __call__(
-        self,
-        param: ParamFactory,
-        x: Array,
-        positions: Array,
-        mask: Mask = Mask(),
-        slots: Any = None,
-        *,
-        bias: Array | None = None,
-        source: Any = None,
-        tokens: Array | None = None,
-        first: Array | None = None,
-        output_scale: float = 1.0,
-        dropout: float = 0.0,
-        key: Key | None = None,
-    ) -> tuple[Array, Any]:
-        """x [B, T, D], positions int32 [B, T] -> y [B, T, D].
-
-        slots         for incremental decoding, those of a `Cache`, which may lack the axis of rows where B is 1; they
-                      come back with the T new entries written at `mask.start`
-        bias          float [N, T, S], added to the scores
-        source        [B, S, D], what keys and values are of, or what `memory` made of it: cross-attention; None: x
-        tokens        int32 [B, T], what x is of, for parts that embed it once more
-        first         [B, T, K, H], values of the stack's first layer, for parts that mix them in; None: this is it
-        output_scale  multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small
-        dropout       share of the probabilities to drop, when there is a key
-        """
+    def init_cross_cache(self, param: ParamFactory, encoder_output: Array) -> Any:
+        """Cache entry of cross-attention to encoder_output [B, S, D], computed once per decoded text."""
         raise NotImplementedError
-
-    def memory(self, param: ParamFactory, source: Array) -> Any:
-        """What cross-attention keeps of a source [B, S, D], so that decoding projects it once."""
-        raise NotImplementedError
-
-    def slots(self, batch: int, size: int, dtype: str, rules: ShardingRules = ShardingRules()) -> Any:
-        """What a cache of `size` slots keeps for this layer, empty."""
-        raise NotImplementedError
-
-    def matmul_params(self, width: int, length: int) -> int:
-        """Multiplications for a token that sees `length` others: weights of matrix products, scores and sums."""
-        raise NotImplementedError
-
-    @property
-    def mixes(self) -> bool:
-        """Whether it wants the values of the first layer."""
-        return False
 
     def multiplier(self, head_size: int) -> float:
-        """What scores are multiplied by, with heads of this size."""
+        """Multiplies scores, with heads of this size."""
         return head_size**-0.5 if self.scale is None else self.scale
 
 
@@ -102,24 +59,27 @@ class Attention:
 class MultiHeadAttention(Attention):
     """o(concat_n softmax(q_n k_n^T / sqrt(H)) v_n), "Attention Is All You Need", arXiv:1706.03762, section 3.2.2.
 
-    layer = Layer(part=MultiHeadAttention(heads=8, head_size=64))
-    y, _ = layer.apply(params, x, positions)                     # x [B, T, D], positions int32 [B, T] -> y [B, T, D]
+    attention = MultiHeadAttention(heads=8, head_size=64)
+    params = attention.init(key, x, positions)                   # x [B, T, D], positions int32 [B, T]
+    y, _ = attention.apply(params, x, positions)                 # y [B, T, D]
     """
 
+    reads_encoder = True
+
     output_bias: bool | None = None
-    """Whether the output projection has a bias; none: as the others."""
+    """Whether the output projection has a bias. None: as the others."""
     qk_norm: Norm | None = None
-    """Normalises queries and keys before they are turned (arXiv:2302.05442); none: leaves them."""
+    """Normalisation of queries and keys before they are rotated (arXiv:2302.05442). None: no normalisation."""
     joint_qk_norm: bool = False
     """Whether `qk_norm` is over all heads at once, as in OLMo 2, or over each alone."""
     softcap: float | None = None
-    """Scores are bounded by this: softcap * tanh(score / softcap), as in Gemma 2; none: they are not."""
+    """Bounds scores: softcap * tanh(score / softcap), as in Gemma 2. None: no bound."""
     values: ValueEmbedding | ValueResidual | None = None
-    """Adds a learned value for each token to what x gives, or the first layer's values; none: nothing is added."""
+    """Adds a learned value for each token, or the first layer's values, to the values. None: adds nothing."""
     sinks: bool = False
     """Whether each head has a learned score for attending to nothing, as in gpt-oss."""
     implementation: str | None = None
-    """Which form of `kernels.attention` to use, by name; none: what suits the device, the mask and the options."""
+    """A key of `kernels.attention.IMPLEMENTATIONS`. None: what suits the device, the mask and the options."""
 
     def __call__(
         self,
@@ -127,38 +87,44 @@ class MultiHeadAttention(Attention):
         x: Array,
         positions: Array,
         mask: Mask = Mask(),
-        slots: tuple[Array, Array] | None = None,
+        cache: tuple[Array, Array] | None = None,
         *,
         bias: Array | None = None,
-        source: Array | tuple[Array, Array] | None = None,
+        encoder_output: Array | tuple[Array, Array] | None = None,
         tokens: Array | None = None,
-        first: Array | None = None,
+        first_values: Array | None = None,
         output_scale: float = 1.0,
         dropout: float = 0.0,
         key: Key | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
+        """x [B, T, D], positions int32 [B, T] -> y [B, T, D] and the new cache entry.
+
+        mask            tokens that each token sees
+        cache           (keys, values), [B, K, S, H] each, see `SequenceMixer`
+        bias            float [N, T, S], added to the scores
+        encoder_output  cross-attention: the source [B, S, D] of keys and values, or its `init_cross_cache`. None: x
+        tokens          int32 [B, T], for parts that embed tokens once more
+        first_values    [B, T, K, H], values of the first layer, for parts that mix them in. None: this is the first
+        output_scale    multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small
+        dropout         dropout rate of the probabilities, with a `key`
+        """
         rules, width = param.rules, x.shape[-1]
-        N, K, H = self._sizes()
-        has_output_bias = self.bias if self.output_bias is None else self.output_bias
+        N, _, H = self._sizes()
+        encoding = Positions() if self.positions is None else self.positions
 
-        def turned(x: Array) -> Array:
-            return self.positions.rotate(x, positions) if self.positions is not None else x
-
-        q = self._project(param, "q", x)
-        if source is None:
-            q, k, v = turned(q), turned(self._project(param, "k", x)), self._project(param, "v", x)
+        q, rotate = self._project(param, "q", x), functools.partial(encoding.rotate, positions=positions)
+        if encoder_output is None:
+            q, k, v = rotate(q), rotate(self._project(param, "k", x)), self._project(param, "v", x)
             param.capture("values", v)
-            v = v if self.values is None else self.values(param.scope("values"), v, x, tokens, first)
+            if self.values is not None:
+                v = self.values(param.scope("values"), v, x, tokens, first_values)
         else:
-            memory = source if isinstance(source, tuple) else self.memory(param, source)
-            k, v = (kept.reshape(x.shape[0], K, -1, H).swapaxes(1, 2) for kept in memory)
-        if slots is not None:
-            keys, values = (
-                kv.write(filled, new.swapaxes(1, 2), mask.start, axis=-2)
-                for filled, new in zip(slots, (k, v), strict=True)
-            )
-            slots = keys, values
-            k, v = (filled.reshape(x.shape[0], K, -1, H).swapaxes(1, 2) for filled in slots)
+            if not isinstance(encoder_output, tuple):
+                encoder_output = self.init_cross_cache(param, encoder_output)
+            k, v = (x.swapaxes(1, 2) for x in encoder_output)
+        if cache is not None:
+            k, v = (kv.write(old, x.swapaxes(1, 2), mask.start) for old, x in zip(cache, (k, v), strict=True))
+            cache, k, v = (k, v), k.swapaxes(1, 2), v.swapaxes(1, 2)
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)
         sinks = param("sinks", (N,), ("heads",), normal, decays=True) if self.sinks else None
@@ -172,25 +138,29 @@ class MultiHeadAttention(Attention):
             key=key,
             implementation=self.implementation,
         )
+        has_output_bias = self.bias if self.output_bias is None else self.output_bias
         init = jax.nn.initializers.normal(0.02 * output_scale)
         o = param("o", (N, H, width), ("heads", None, "embed"), init, inputs=2)
         y = linear(y, o, rules("batch", "sequence", None), contract=2)
-        return y + param("o_bias", (width,), (None,), zeros) if has_output_bias else y, slots
+        return y + param("o_bias", (width,), (None,), zeros) if has_output_bias else y, cache
 
     @property
-    def mixes(self) -> bool:
+    def uses_first_values(self) -> bool:
         return isinstance(self.values, ValueResidual)
 
-    def memory(self, param: ParamFactory, source: Array) -> tuple[Array, Array]:
-        """Keys and values, [B, K, S, H] each."""
-        return self._project(param, "k", source).swapaxes(1, 2), self._project(param, "v", source).swapaxes(1, 2)
-
-    def slots(self, batch: int, size: int, dtype: str, rules: ShardingRules = ShardingRules()) -> tuple[Array, Array]:
+    def init_cache(
+        self, batch: int, size: int, width: int, dtype: str = "float32", rules: ShardingRules = ShardingRules()
+    ) -> tuple[Array, Array]:
         """Keys and values, [B, K, S, H] each: the order in which attention reads them."""
         _, K, H = self._sizes()
         sharding = rules("batch", rules.axis_if_divisible("kv_heads", K), None, None)
         keys, values = (jnp.zeros((batch, K, size, H), dtype, out_sharding=sharding) for _ in range(2))
         return keys, values
+
+    def init_cross_cache(self, param: ParamFactory, encoder_output: Array) -> tuple[Array, Array]:
+        """Keys and values, [B, K, S, H] each."""
+        k, v = (self._project(param, name, encoder_output).swapaxes(1, 2) for name in ("k", "v"))
+        return k, v
 
     def matmul_params(self, width: int, length: int) -> int:
         N, K, H = self._sizes()

@@ -1,4 +1,4 @@
-"""The block of a transformer: attention and MLP, joined to the residual stream."""
+"""The block of a transformer: attention and MLP around the residual stream."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask
 from gptjax.nn.attention import Attention, MultiHeadAttention
+from gptjax.nn.mixer import SequenceMixer
 from gptjax.nn.mlp import MLP, SwiGLU
-from gptjax.nn.module import Layer, ParamFactory
+from gptjax.nn.module import ParamFactory
 from gptjax.nn.norms import Norm, RMSNorm
 from gptjax.nn.residual import PreNorm, Residual
 from gptjax.types import Array, Key, UserError
@@ -24,123 +25,136 @@ from gptjax.types import Array, Key, UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every block of a stack sees beside its input."""
+    """Inputs that all blocks of a stack share."""
 
     positions: Array
-    """int32 [B, T], places within the document."""
+    """int32 [B, T], positions within the document."""
     mask: Mask
-    """Which tokens see which."""
+    """Attention mask."""
     bias: Array | None = None
     """float32 [N, T, S], added to attention scores."""
-    start: Array | None = None
-    """[B, T, D], what the first block got."""
+    x0: Array | None = None
+    """[B, T, D], the input of the first block. None: this is the first block."""
     tokens: Array | None = None
     """int32 [B, T]."""
-    first: Array | None = None
-    """[B, T, K, H], the values of the first block's attention, for attention that mixes them in."""
-    source: Array | None = None
-    """[B, S, D], what cross-attention reads."""
-    source_mask: Mask = Mask(causal=False)
-    """Which tokens of the source cross-attention sees."""
+    first_values: Array | None = None
+    """[B, T, K, H], the values of the first block's attention, see `ValueResidual`."""
+    encoder_output: Array | None = None
+    """[B, S, D], for cross-attention."""
+    encoder_mask: Mask = Mask(causal=False)
+    """Mask of cross-attention."""
 
     def over_rows(self, function: Callable[[Array], Array]) -> Context:
-        """With the function of every array whose first axis is B."""
+        """With `function` applied to every array whose first axis is B."""
 
         def mask(mask: Mask) -> Mask:
             names = ("query_segments", "key_segments", "prefix")
             return dataclasses.replace(mask, **{name: jax.tree.map(function, getattr(mask, name)) for name in names})
 
-        rows = {
-            n: jax.tree.map(function, getattr(self, n)) for n in ("positions", "start", "tokens", "first", "source")
-        }
-        return dataclasses.replace(self, mask=mask(self.mask), source_mask=mask(self.source_mask), **rows)
+        names = ("positions", "x0", "tokens", "first_values", "encoder_output")
+        rows = {name: jax.tree.map(function, getattr(self, name)) for name in names}
+        return dataclasses.replace(self, mask=mask(self.mask), encoder_mask=mask(self.encoder_mask), **rows)
 
 
 def dropout(x: Array, rate: float, key: Key | None) -> Array:
-    """x with a share `rate` of its elements zeroed and the rest scaled up to keep the mean; x itself without a key."""
+    """x with elements zeroed with probability `rate` and the rest divided by 1 - rate. No key: x."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 class Block(nn.Module):
-    """x [B, T, D] -> [B, T, D]. Alone:
+    """A layer of a transformer, x [B, T, D] -> [B, T, D]. With the residual arrangement `PreNorm`, whose `read` is the
+    norm and whose `add` is a sum, it is
+
+        x = x + attention(norm_1(x))
+        x = x + cross_attention(norm_2(x))           where there is one
+        x = x + mlp(norm_3(x))                       norm_2 without cross-attention
+
+    Alone:
 
         block = Block(attention=MultiHeadAttention(heads=8, head_size=64), hidden=2_048)
         y, _ = block.apply(params, x, Context(positions, Mask()))
 
-    With slots, those of a `Cache`'s layer, for incremental decoding: what `attention.slots` makes, and in a block that
-    has cross-attention the pair of that and of what `cross.memory` makes of the source. Dropout is on when the rng
-    "dropout" is given.
+    The cache entry for incremental decoding is what `attention.init_cache` returns; with cross-attention, it and what
+    `cross_attention.init_cross_cache` returns. The rng "dropout" turns dropout on.
     """
 
-    attention: Attention = MultiHeadAttention()
+    attention: SequenceMixer = MultiHeadAttention()
+    """The sequence mixer."""
     mlp: MLP | None = SwiGLU()
-    """None: there is none."""
+    """None: no MLP."""
     hidden: int = 0
     """F, the hidden size of the MLP."""
     norm: Norm = RMSNorm()
+    """Normalisation."""
     residual: Residual = PreNorm()
+    """Arrangement of the sublayers around the residual stream."""
     cross_attention: Attention | None = None
-    """Attention to `context.source`, between the other two; none: there is none."""
+    """Attention to `context.encoder_output`, between the other two. None: no cross-attention."""
     bias: bool = False
     """Whether the MLP's linear layers have biases."""
     dropout: float = 0.0
-    """Share of attention probabilities and residual updates that training drops."""
+    """Dropout rate of attention probabilities and residual updates."""
     drop: float = 0.0
-    """Share of the times that training leaves this block out (LayerDrop, arXiv:1909.11556)."""
+    """Probability of leaving this block out in training (LayerDrop, arXiv:1909.11556)."""
     output_scale: float = 1.0
     """Multiplies the initial weights of what is added to the stream."""
     matrix_scale: float = 1.0
     """Multiplies the initial hidden matrices."""
     rules: ShardingRules = ShardingRules()
+    """Mesh axes of the parameters' logical axes."""
     dtype: str = "float32"
+    """Compute dtype."""
 
     @nn.compact
-    def __call__(self, x: Array, context: Context, slots: Any = None) -> tuple[Array, Any]:
-        layer = functools.partial(Layer, rules=self.rules, dtype=self.dtype, matrix_scale=self.matrix_scale)
-        scales = {"output_scale": self.output_scale}
+    def __call__(self, x: Array, context: Context, cache: Any = None) -> tuple[Array, Any]:
+        """The output and the new cache entry; None without one."""
+        param = ParamFactory.for_module(self, self.rules, self.dtype, self.matrix_scale)
+        norm = functools.partial(self._norm, param)
+        read, add = functools.partial(self.residual.read, norm), functools.partial(self.residual.add, norm)
+        c, options = context, {"output_scale": self.output_scale, "dropout": self.dropout}
+        encoder_output, before = c.encoder_output, x
+        if self.cross_attention is not None and cache is not None:
+            cache, encoder_output = cache
 
-        def key() -> Key | None:
-            return self.make_rng("dropout") if self.has_rng("dropout") else None
+        x = self.residual.begin(param, norm, x, x if c.x0 is None else c.x0)
 
-        def draw() -> dict[str, Any]:
-            return {"dropout": self.dropout, "key": key() if self.dropout else None}
+        shared = {"bias": c.bias, "tokens": c.tokens, "first_values": c.first_values}
+        attention, key = param.child("attention"), self._key() if self.dropout else None
+        y, cache = self.attention(attention, read(1, x), c.positions, c.mask, cache, **shared, **options, key=key)
+        x = add(1, x, self._dropout(param, "attention", y))
 
-        source = context.source
-        if self.cross_attention is not None and slots is not None:
-            slots, source = slots
-
-        def attend(h: Array) -> Array:
-            nonlocal slots
-            module = layer(part=self.attention, name="attention")
-            args = (h, context.positions, context.mask, slots)
-            seen = {"bias": context.bias, "tokens": context.tokens, "first": context.first}
-            y, slots = module(*args, **seen, **scales, **draw())
-            return dropout(y, self.dropout, key())
-
-        def cross(part: Attention, h: Array) -> Array:
-            module = layer(part=part, name="cross_attention")
-            y, _ = module(h, context.positions, context.source_mask, source=source, **scales, **draw())
-            return dropout(y, self.dropout, key())
-
-        def feed(part: MLP, h: Array) -> Array:
-            y = layer(part=part, name="mlp")(h, self.hidden, self.bias, self.output_scale)
-            return dropout(y, self.dropout, key())
-
-        def norm(name: str, h: Array) -> Array:
-            return layer(part=self.norm, name=name)(h)
-
-        sublayers: list[Callable[[Array], Array]] = [attend]
         if self.cross_attention is not None:
-            if source is None:
-                raise UserError("source: got none, must be given to a model that has cross-attention")
-            sublayers.append(functools.partial(cross, self.cross_attention))
+            if encoder_output is None:
+                raise UserError("encoder_output: got None, must be given to a model that has cross-attention")
+            attention, key = param.child("cross_attention"), self._key() if self.dropout else None
+            shared = {"encoder_output": encoder_output}
+            y, _ = self.cross_attention(
+                attention, read(2, x), c.positions, c.encoder_mask, **shared, **options, key=key
+            )
+            x = add(2, x, self._dropout(param, "cross_attention", y))
+
         if self.mlp is not None:
-            sublayers.append(functools.partial(feed, self.mlp))
-        start = x if context.start is None else context.start
-        y = self.residual(ParamFactory(self, self.rules, self.dtype), x, start, norm, sublayers)
-        skip = key() if self.drop else None
-        if skip is not None:
-            y = jnp.where(jax.random.bernoulli(skip, self.drop), x, y)
-        return y, slots if self.cross_attention is None or slots is None else (slots, source)
+            i = 2 if self.cross_attention is None else 3
+            y = self.mlp(param.child("mlp"), read(i, x), self.hidden, self.bias, self.output_scale)
+            x = add(i, x, self._dropout(param, "mlp", y))
+
+        x = self.residual.end(x)
+        if self.drop and (key := self._key()) is not None:
+            x = jnp.where(jax.random.bernoulli(key, self.drop), before, x)
+        return x, cache if self.cross_attention is None or cache is None else (cache, encoder_output)
+
+    def _norm(self, param: ParamFactory, name: str, x: Array) -> Array:
+        y = self.norm(param.child(name), x)
+        param.capture(f"{name}_output", y)
+        return y
+
+    def _dropout(self, param: ParamFactory, name: str, y: Array) -> Array:
+        """Dropout on the output of a sublayer."""
+        param.capture(f"{name}_output", y)
+        return dropout(y, self.dropout, self._key())
+
+    def _key(self) -> Key | None:
+        """A new dropout key. None: no dropout."""
+        return self.make_rng("dropout") if self.has_rng("dropout") else None

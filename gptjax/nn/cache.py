@@ -15,14 +15,14 @@ from gptjax.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What attention keeps of the tokens read so far, in S slots of which the first `length` are filled.
+    """Keys and values of the tokens read so far, in S slots of which the first `length` are filled.
 
     Every row of the batch fills the same slots: shorter prompts are padded on the left, and padding has segment 0.
     """
 
     layers: tuple[Any, ...]
-    """What each layer's `attention.slots` made: (keys, values) [B, K, S, H] for multi-head attention. Not stacked, so
-    that nothing is copied at every token."""
+    """One entry per layer, as `SequenceMixer.init_cache` returns it: (keys, values) [B, K, S, H] for multi-head
+    attention. Not stacked, so that nothing is copied at every token."""
     segments: Array
     """int32 [B, S]: the segment of the token in each slot; 0 is empty or padding, which no real token sees."""
     length: Array
@@ -36,15 +36,12 @@ class Cache:
         return self.segments.shape[1]
 
 
-def write(slots: Array, new: Array, start: Array | int, axis: int) -> Array:
-    """`slots` with the T entries of `new` along `axis` (from the end: -2) at start .. start + T. Slots may lack the
-    first axis of `new` where its size is 1."""
-    if slots.ndim < new.ndim:
-        new = new[0]
-    return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis)
+def write(entry: Array, new: Array, start: Array | int, axis: int = -2) -> Array:
+    """`entry` with the T tokens of `new` along `axis` at start .. start + T."""
+    return lax.dynamic_update_slice_in_dim(entry, new.astype(entry.dtype), start, axis)
 
 
 def empty(layers: tuple[Any, ...], batch: int, size: int, sharding=None) -> Cache:
-    """A cache with nothing in it, of these empty layers. `sharding`: the PartitionSpec of a [B, S] array."""
+    """An empty cache of these empty entries. `sharding`: the PartitionSpec of a [B, S] array."""
     segments = jnp.zeros((batch, size), jnp.int32, out_sharding=sharding)
     return Cache(layers, segments, jnp.zeros((), jnp.int32))

@@ -1,4 +1,4 @@
-"""The shape and the parts of a transformer, as data."""
+"""The shape and the parts of a model, as data."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any, ClassVar, Self
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn.attention import Attention, MultiHeadAttention
 from gptjax.nn.block import Block
+from gptjax.nn.mixer import SequenceMixer
 from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.norms import Norm, RMSNorm
 from gptjax.nn.parametrisation import Parametrisation
 from gptjax.nn.positions import Positions, RoPE
 from gptjax.nn.remat import POLICIES
 from gptjax.nn.residual import PreNorm, Residual
-from gptjax.nn.stack import Stack, unstack
+from gptjax.nn.stack import Stack
 from gptjax.protocols import ModelConfig
 from gptjax.types import Params, UserError
 
@@ -23,8 +24,8 @@ from gptjax.types import Params, UserError
 class LayerOverrides:
     """How some layers differ from what the model says. None: they do not."""
 
-    attention: Attention | None = None
-    """Attention part."""
+    attention: SequenceMixer | None = None
+    """Attention, or a recurrent layer in its place."""
     positions: Positions | None = None
     """Position encoding that turns queries and keys."""
     window: int | None = None
@@ -36,8 +37,8 @@ class LayerOverrides:
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig(ModelConfig):
-    """The shape and the parts of a decoder."""
+class BackboneConfig(ModelConfig):
+    """The shape and the parts of a `Backbone`: embedding, blocks, final norm, head."""
 
     causal: ClassVar[bool] = True
     """Whether tokens see those before them alone."""
@@ -60,8 +61,8 @@ class TransformerConfig(ModelConfig):
     """Position encoding."""
     norm: Norm = RMSNorm()
     """Normalisation of the residual stream."""
-    attention: Attention = MultiHeadAttention()
-    """Attention part."""
+    attention: SequenceMixer = MultiHeadAttention()
+    """Attention, or a recurrent layer in its place."""
     mlp: MLP | None = SwiGLU()
     """Feed-forward part; none: the blocks have attention alone."""
     residual: Residual = PreNorm()
@@ -118,13 +119,15 @@ class TransformerConfig(ModelConfig):
             raise UserError(
                 f"model.leading_layers: got {len(self.leading_layers)}, must be at most model.layers {self.layers}"
             )
-        if self.cross_attention is not None and type(self.cross_attention).memory is Attention.memory:
+        if self.cross_attention is not None and not self.cross_attention.reads_encoder:
             raise UserError(
                 f"model.cross_attention: got {type(self.cross_attention).__name__}, must be one that can read "
-                "a source, such as MultiHeadAttention()"
+                "an encoder's output, such as MultiHeadAttention()"
             )
         for variant in (*self.leading_layers, *self.pattern):
             attention = variant.attention or self.attention
+            if not isinstance(attention, Attention):
+                continue
             positions = variant.positions or attention.positions or self.positions
             positions.check(attention.head_size or self.H)
             if positions.shared and positions != self.positions:
@@ -174,16 +177,8 @@ class TransformerConfig(ModelConfig):
             *dict.fromkeys(axis for block in self.stack().blocks if block.mlp is not None for axis in block.mlp.axes),
         )
 
-    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
-        from gptjax.nn.transformer import Transformer  # which is made of this
-
-        return Transformer(self, rules)
-
-    def slots(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
-        return tuple(block.attention.slots(batch, size, self.dtype, rules) for block in self.stack(rules).blocks)
-
     def unstack(self, params: Params) -> Params:
-        return {**params, "blocks": unstack(self.stack(), params["blocks"])}
+        return {**params, "blocks": self.stack().unstack(params["blocks"])}
 
     @property
     def width_multiplier(self) -> float:
@@ -193,7 +188,9 @@ class TransformerConfig(ModelConfig):
     def block(self, variant: LayerOverrides = LayerOverrides(), rules: ShardingRules = ShardingRules()) -> Block:
         """A layer of the model."""
 
-        def sized(attention: Attention, variant: LayerOverrides) -> Attention:
+        def sized(attention: SequenceMixer, variant: LayerOverrides) -> Any:
+            if not isinstance(attention, Attention):
+                return attention
             own, size = attention.heads is not None, attention.head_size or self.H
             return dataclasses.replace(
                 attention,
@@ -225,18 +222,9 @@ class TransformerConfig(ModelConfig):
 
     def stack(self, rules: ShardingRules = ShardingRules()) -> Stack:
         """The layers of the model."""
-        first, pattern = (tuple(self.block(v, rules) for v in side) for side in (self.leading_layers, self.pattern))
-        repeats, rest = divmod(self.layers - len(first), len(pattern))
-        return Stack(
-            pattern,
-            repeats,
-            first,
-            pattern[:rest],
-            remat=self.remat,
-            microbatches=self.microbatches,
-            rules=rules,
-            parent=None,
-        )
+        leading, pattern = (tuple(self.block(v, rules) for v in side) for side in (self.leading_layers, self.pattern))
+        repeats, rest = divmod(self.layers - len(leading), len(pattern))
+        return Stack(pattern, repeats, leading, pattern[:rest], self.remat, self.microbatches, rules)
 
     def with_dtype(self, dtype: str) -> Self:
         return dataclasses.replace(self, dtype=dtype)

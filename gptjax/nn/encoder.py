@@ -8,20 +8,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
-
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.linear import linear
-from gptjax.nn.config import ModelConfig, TransformerConfig
+from gptjax.nn.backbone import Backbone
+from gptjax.nn.block import Context
+from gptjax.nn.config import BackboneConfig
 from gptjax.nn.mlp import GELU, MLP
-from gptjax.nn.module import Layer, ParamFactory, zeros
+from gptjax.nn.module import ParamFactory, Part, zeros
 from gptjax.nn.norms import Norm
-from gptjax.nn.transformer import Trunk
 from gptjax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Transform:
+class Transform(Part):
     """What BERT does to hidden states before they meet the embeddings: norm(act(x W + b)) (arXiv:1810.04805).
 
     A part `transform(param, x [B, T, D], norm) -> [B, T, D]`.
@@ -38,7 +37,7 @@ class Transform:
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig(TransformerConfig):
+class EncoderConfig(BackboneConfig):
     """The shape and the parts of an encoder. BERT is
 
     EncoderConfig(
@@ -54,13 +53,11 @@ class EncoderConfig(TransformerConfig):
     transform: Transform | None = None
     """What is between the hidden states and the head, which then has a bias too; none: nothing."""
 
-    slots = ModelConfig.slots  # there are none: an encoder sees all of the text at once
-
     def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return Encoder(self, rules)
 
 
-class Encoder(Trunk):
+class Encoder(Backbone):
     """Tokens, some of them hidden behind a mask token, to logits of what they are: BERT (Devlin et al. 2018,
     arXiv:1810.04805). With h the hidden states of blocks in which every token sees every other, E the embeddings:
 
@@ -69,28 +66,17 @@ class Encoder(Trunk):
     model = Encoder(EncoderConfig(vocab=256, layers=4, width=128, heads=4))
     params = model.init(jax.random.key(0), tokens)["params"]
     logits, _ = model.apply({"params": params}, tokens)                     # [B, T] -> [B, T, V]
+
+    The arguments are those of `Backbone`, without those of decoding.
     """
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        token_types: Array | None = None,
-    ) -> tuple[Array, None]:
-        """tokens int32 [B, T] -> logits [B, T, V] in the compute dtype, and None in the place of a decoder's cache.
+    config: EncoderConfig
 
-        positions  int32 [B, T], places within the document; None: 0 .. T-1
-        segments   int32 [B, T]; tokens see their own segment only, so padding has one of its own, 0; None: all one
-        token_types  int32 [B, T], from 0, where the model has types; None: all 0
-        """
+    def head(self, x: Array, table: Array, context: Context) -> Array:
         c = self.config
-        assert isinstance(c, EncoderConfig)
-        x, table, _, _ = self.hidden(tokens, positions, segments, token_types=token_types)
         if c.transform is None:
-            return self.logits(x, self.head(table)), None
-        scale = c.parametrisation.hidden_init_scale(c.width)
-        x = Layer(c.transform, self.rules, c.dtype, scale, name="transform")(x, c.norm)
-        bias = ParamFactory(self, self.rules, c.dtype)("head_bias", (c.vocab,), ("vocab",), zeros)
-        return self.logits(x, self.head(table)) + bias, None
+            return self.logits(x, self.unembedding(table))
+        param = ParamFactory.for_module(self, self.rules, c.dtype, c.parametrisation.hidden_init_scale(c.width))
+        x = c.transform(param.child("transform"), x, c.norm)
+        bias = param("head_bias", (c.vocab,), ("vocab",), zeros)
+        return self.logits(x, self.unembedding(table)) + bias

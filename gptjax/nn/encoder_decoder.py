@@ -38,12 +38,12 @@ import jax.numpy as jnp
 
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn import cache as kv
+from gptjax.nn.backbone import Backbone
 from gptjax.nn.cache import Cache
-from gptjax.nn.config import ModelConfig, TransformerConfig
+from gptjax.nn.config import ModelConfig
 from gptjax.nn.encoder import EncoderConfig
-from gptjax.nn.module import Layer, ParamFactory
-from gptjax.nn.stack import unstack
-from gptjax.nn.transformer import Features, Transformer
+from gptjax.nn.module import ParamFactory
+from gptjax.nn.transformer import Transformer, TransformerConfig
 from gptjax.types import Array, Params, UserError
 
 
@@ -132,17 +132,19 @@ class EncoderDecoder(nn.Module):
         The others are those of `Transformer`.
         """
         c, rules = self.config, self.rules
-        param = ParamFactory(self, rules, c.decoder.dtype)
+        param = ParamFactory.for_module(self, rules, c.decoder.dtype)
         table = param("embedding", (c.vocab, c.decoder.width), ("vocab", "embed"), kind="embedding")
         if source is None and self.is_initializing():
             source = tokens  # no parameter depends on it
-        states = None
+        if source is None and cache is None:
+            raise UserError("source: got none, must be given where there is no cache that holds it")
+        encoded = None
         if source is not None:
-            encoder = Features(c.encoder, rules, name="encoder")
-            states, _ = encoder(source, source_positions, source_segments, table=table)
+            encoder = Backbone(c.encoder, rules, name="encoder")
+            encoded, _ = encoder(source, source_positions, source_segments, table=table)
         decoder = Transformer(c.decoder, rules, name="decoder")
-        seen = {"source": states, "source_segments": source_segments}
-        return decoder(tokens, positions, segments, cache, table=table, **seen)
+        read = {"encoder_output": encoded, "source_segments": source_segments}
+        return decoder(tokens, positions, segments, cache, table=table, **read)
 
 
 def read(
@@ -158,17 +160,15 @@ def read(
     c, rules = model.config, model.rules
     decoder = c.decoder
     reader = {**params["encoder"], "embedding": params["embedding"]}
-    states, _ = Features(c.encoder, rules).apply({"params": reader}, source, positions, segments)
-    stack = decoder.stack(rules)
-    layers = unstack(stack, params["decoder"]["blocks"])
+    encoded, _ = Backbone(c.encoder, rules).apply({"params": reader}, source, positions, segments)
+    stack, own = decoder.stack(rules), decoder.init_cache(source.shape[0], size, rules)
 
-    def memory(layer: int) -> Any:
-        cross = stack.blocks[layer].cross_attention
-        assert cross is not None
-        module = Layer(part=cross.memory, rules=rules, dtype=decoder.dtype)
-        return module.apply({"params": layers[f"layer_{layer}"]["cross_attention"]}, states)
+    def cross_cache(layer: int) -> Any:
+        attention = stack.blocks[layer].cross_attention
+        assert attention is not None
+        module = attention.module(rules, decoder.dtype, method="init_cross_cache")
+        return module.apply({"params": stack.layer(params["decoder"]["blocks"], layer)["cross_attention"]}, encoded)
 
-    own = decoder.slots(source.shape[0], size, rules)
-    pairs = tuple((slots, memory(layer)) for layer, slots in enumerate(own))
-    cache = kv.empty(pairs, source.shape[0], size, rules("batch", None))
+    entries = tuple((entry, cross_cache(layer)) for layer, entry in enumerate(own))
+    cache = kv.empty(entries, source.shape[0], size, rules("batch", None))
     return dataclasses.replace(cache, source_segments=jnp.ones_like(source) if segments is None else segments)

@@ -4,8 +4,8 @@
     params = model.init(jax.random.key(0), tokens)["params"] | pretrained
     logits, _ = model.apply({"params": params}, tokens, positions, segments, documents=1)            # [B, 1, 3]
 
-The trunk's parameters have the names that they have in a language model, so one can be put in as above. A row may hold
-several texts, one after the other, told apart by their segments 1 .. M; padding has segment 0.
+The backbone's parameters have the same names as in a language model, so one can be put in as above. A row may hold
+several texts, one after the other, with segments 1 .. M; padding has segment 0.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Self
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.linear import linear
-from gptjax.nn.config import ModelConfig, TransformerConfig
-from gptjax.nn.module import Layer, ParamFactory, zeros
-from gptjax.nn.transformer import Trunk
+from gptjax.nn.backbone import Backbone
+from gptjax.nn.block import Context
+from gptjax.nn.config import BackboneConfig, ModelConfig
+from gptjax.nn.module import ParamFactory, Part, zeros
 from gptjax.types import Array, UserError
 
 
@@ -63,7 +63,7 @@ class Last(Pooling):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pooler:
+class Pooler(Part):
     """What BERT does to a text's state before it meets the classes: tanh(x W + b) (arXiv:1810.04805).
 
     A part `pooler(param, x [B, M, D]) -> [B, M, D]`.
@@ -81,7 +81,7 @@ class ClassifierConfig(ModelConfig):
 
     architecture = "classifier"
 
-    trunk: TransformerConfig
+    backbone: BackboneConfig
     """What reads the text."""
     classes: int
     """C, how many there are."""
@@ -98,84 +98,66 @@ class ClassifierConfig(ModelConfig):
 
     @property
     def vocab(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (nobody sets it)
-        return self.trunk.vocab
+        return self.backbone.vocab
 
     @property
     def max_positions(self) -> int | None:
-        return self.trunk.max_positions
+        return self.backbone.max_positions
 
     @property
     def width_multiplier(self) -> float:
-        return self.trunk.width_multiplier
+        return self.backbone.width_multiplier
 
     @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
-        return tuple((axis, field.replace("model.", "model.trunk.", 1), size) for axis, field, size in self.trunk.axes)
+        return tuple(
+            (axis, field.replace("model.", "model.backbone.", 1), size) for axis, field, size in self.backbone.axes
+        )
 
     def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return Classifier(self, rules)
 
     def flops(self, length: int) -> int:
         """Without those of a text's classes, which are few."""
-        return self.trunk.flops(length) - 6 * self.vocab * self.trunk.width
+        return self.backbone.flops(length) - 6 * self.vocab * self.backbone.width
 
     def with_dtype(self, dtype: str) -> Self:
-        return dataclasses.replace(self, trunk=self.trunk.with_dtype(dtype))
+        return dataclasses.replace(self, backbone=self.backbone.with_dtype(dtype))
 
 
-class Classifier(Trunk):
+class Classifier(Backbone):
     """Tokens to logits of classes, pool(h) W, with h the hidden states of a text after the final norm: GPT with
     `Last()` (Radford et al. 2018, section 3.2). BERT has tanh(pool(h) P + p) W + b (arXiv:1810.04805, section 4.1),
     which is `First()`, a `Pooler()` and a bias."""
 
-    config: ClassifierConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config: ClassifierConfig
 
     @property
-    def trunk(self) -> TransformerConfig:
-        return self.config.trunk
+    def backbone(self) -> BackboneConfig:
+        return self.config.backbone
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        *,
-        token_types: Array | None = None,
-        documents: int = 1,
-    ) -> tuple[Array, None]:
-        """tokens int32 [B, T] -> logits [B, M, C] of the texts of each row, M = `documents`, and None in the place of a
-        decoder's cache. The other arguments are those of `Transformer`."""
+    def head(self, x: Array, table: Array, context: Context, documents: int = 1) -> Array:
+        """Logits [B, M, C] of the texts of each row, M = `documents`."""
         c = self.config
-        x, *_ = self.hidden(tokens, positions, segments, token_types=token_types)
-        x, param = c.pooling(x, segments, documents), ParamFactory(self, self.rules, c.trunk.dtype)
+        scale = c.backbone.parametrisation.hidden_init_scale(c.backbone.width)
+        param = ParamFactory.for_module(self, self.rules, c.backbone.dtype, scale)
+        x = c.pooling(x, context.mask.query_segments, documents)
         if c.pooler is not None:
-            scale = c.trunk.parametrisation.hidden_init_scale(c.trunk.width)
-            x = Layer(c.pooler, self.rules, c.trunk.dtype, scale, name="pooler")(x)
-        w = param("classifier", (c.trunk.width, c.classes), ("embed", None), kind="head")
+            x = c.pooler(param.child("pooler"), x)
+        w = param("classifier", (c.backbone.width, c.classes), ("embed", None), kind="head")
         logits = linear(x, w, self.rules("batch", None, None)) / c.width_multiplier
-        return logits + param("classifier_bias", (c.classes,), (None,), zeros) if c.bias else logits, None
+        return logits + param("classifier_bias", (c.classes,), (None,), zeros) if c.bias else logits
 
 
-class Embedder(Trunk):
+class Embedder(Backbone):
     """Tokens to one vector a text, v / |v| with v = pool(h), h the hidden states of a text after the final norm:
-    Sentence-BERT (Reimers and Gurevych 2019, arXiv:1908.10084). It has no parameters but the trunk's."""
+    Sentence-BERT (Reimers and Gurevych 2019, arXiv:1908.10084). It has no parameters but the backbone's."""
 
     pooling: Pooling = Mean()
     normalise: bool = True
     """Whether vectors are divided by their length, so that their products are cosines."""
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        *,
-        token_types: Array | None = None,
-        documents: int = 1,
-    ) -> Array:
-        """tokens int32 [B, T] -> float32 [B, M, D], arguments as for `Classifier`."""
-        x, *_ = self.hidden(tokens, positions, segments, token_types=token_types)
-        x = self.pooling(x, segments, documents).astype(jnp.float32)
+    def head(self, x: Array, table: Array, context: Context, documents: int = 1) -> Array:
+        """float32 [B, M, D], one vector for each of the M = `documents` texts of a row."""
+        x = self.pooling(x, context.mask.query_segments, documents).astype(jnp.float32)
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if self.normalise else x

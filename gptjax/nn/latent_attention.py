@@ -57,12 +57,12 @@ class MultiHeadLatentAttention(Attention):
         x: Array,
         positions: Array,
         mask: Mask = Mask(),
-        slots: Array | None = None,
+        cache: Array | None = None,
         *,
         bias: Array | None = None,
-        source: Array | None = None,
+        encoder_output: Array | None = None,
         tokens: Array | None = None,
-        first: Array | None = None,
+        first_values: Array | None = None,
         output_scale: float = 1.0,
         dropout: float = 0.0,
         key: Key | None = None,
@@ -77,9 +77,9 @@ class MultiHeadLatentAttention(Attention):
             return y + param(f"{name}_bias", (size,), (None,), zeros) if self.bias else y
 
         def turn(x: Array) -> Array:
-            return self.positions.rotate(x, positions) if self.positions is not None and source is None else x
+            return self.positions.rotate(x, positions) if self.positions is not None and encoder_output is None else x
 
-        read = x if source is None else source
+        read = x if encoder_output is None else encoder_output
         latent = self.norm(param.scope("kv_norm"), compress("kv_latent", read, R))
         shared = turn(compress("k_rope", read, P)[:, :, None])[:, :, 0]
         if self.q_rank is not None:
@@ -89,14 +89,14 @@ class MultiHeadLatentAttention(Attention):
         to_key = param("k", (R, N, H), ("embed", "heads", None))
         to_value = param("v", (R, N, V), ("embed", "heads", None))
 
-        if slots is None:
+        if cache is None:
             shared = jnp.broadcast_to(shared[:, :, None], (*shared.shape[:2], N, P), out_sharding=heads)
             k = jnp.concatenate([linear(latent, to_key, heads), shared], -1)
             v = linear(latent, to_value, heads)
         else:
             q = jnp.einsum("BTNH,RNH->BTNR", q, to_key, out_sharding=heads)
-            slots = kv.write(slots, jnp.concatenate([latent, shared], -1), mask.start, axis=-2)
-            k = v = slots.reshape(x.shape[0], -1, 1, R + P)
+            cache = kv.write(cache, jnp.concatenate([latent, shared], -1), mask.start)
+            k = v = cache[:, :, None]
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)
         y = attention(
@@ -106,14 +106,16 @@ class MultiHeadLatentAttention(Attention):
             dropout=dropout,
             key=key,
         )
-        if slots is not None:  # the sum over the shared keys, which nothing needs, cost less than cutting them off
+        if cache is not None:  # the sum over the shared keys, which nothing needs, cost less than cutting them off
             y = jnp.einsum("BTNR,RNV->BTNV", y[..., :R], to_value, out_sharding=heads)
         init = jax.nn.initializers.normal(0.02 * output_scale)
         o = param("o", (N, V, width), ("heads", None, "embed"), init, inputs=2)
         y = linear(y, o, whole, contract=2)
-        return y + param("o_bias", (width,), (None,), zeros) if self.bias else y, slots
+        return y + param("o_bias", (width,), (None,), zeros) if self.bias else y, cache
 
-    def slots(self, batch: int, size: int, dtype: str, rules: ShardingRules = ShardingRules()) -> Array:
+    def init_cache(
+        self, batch: int, size: int, width: int, dtype: str = "float32", rules: ShardingRules = ShardingRules()
+    ) -> Array:
         """[B, S, R + P]: the latents and the shared keys beside them, as attention reads them."""
         shape = batch, size, self.kv_rank + self.rope_size
         return jnp.zeros(shape, dtype, out_sharding=rules("batch", None, None))

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.kernels.linear import linear
-from gptjax.nn.module import ParamFactory, zeros
+from gptjax.nn.module import ParamFactory, Part, zeros
 from gptjax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class MLP:
+class MLP(Part):
     """A part `mlp(param, x [B, T, D], hidden F) -> [B, T, D]`. A subclass says which activation, and if gated."""
 
     gated: ClassVar[bool] = False

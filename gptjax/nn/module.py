@@ -1,30 +1,33 @@
-"""How parameters are declared: once, with their shape and their logical axes side by side.
+"""Parts of a model: data that declares its parameters where it uses them.
 
-What goes into a configuration (`RMSNorm()`, `SwiGLU()`, `MultiHeadAttention(window=128)`) is a *part*: a plain frozen
-dataclass, called as a pure function `part(param, x, ...)`, that asks `param` for the parameters it needs. `Layer`
-makes a Flax module of a part, to use it alone:
+A part (`RMSNorm()`, `SwiGLU()`, `MultiHeadAttention(window=128)`) is a frozen dataclass and a pure function
+`part(param, x, ...)`, where `param(name, shape, axes, init)` declares a parameter and returns its value. Alone it is
+used like a Flax module:
 
-    layer = Layer(part=RMSNorm())
-    params = layer.init(key, x)
-    y = layer.apply(params, x)
+    norm = RMSNorm()
+    params = norm.init(key, x)
+    y = norm.apply(params, x)
 
-The modules that put parts together (`Block`, `Stack`, `Transformer`) make their own `ParamFactory` in the same way.
+`module` makes a Linen module of a part, to use inside other modules:
+
+    y = RMSNorm().module(name="norm")(x)                                          # in a Linen module
+    norm = nnx.bridge.ToNNX(RMSNorm().module(), rngs=nnx.Rngs(0)).lazy_init(x)    # in an NNX module
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import Scope
 
 from gptjax.distributed.parameters import Declared, Kind, ParamInfo
 from gptjax.distributed.sharding import ShardingRules
-from gptjax.types import Array
+from gptjax.types import Array, Key, Params
 
 normal = jax.nn.initializers.normal(0.02)
 zeros = jax.nn.initializers.zeros
@@ -33,9 +36,10 @@ ones = jax.nn.initializers.ones
 
 @dataclasses.dataclass(frozen=True)
 class ParamFactory:
-    """Declares the parameters of a Flax module: `param("up", (D, F), ("embed", "ffn"))`."""
+    """Declares parameters: `param("up", (D, F), ("embed", "ffn"))`."""
 
-    module: nn.Module
+    tree: Scope
+    """Flax scope: a node of the tree of parameters."""
     rules: ShardingRules = ShardingRules()
     """Mesh axes of the logical axes; parts shard their activations by the same rules."""
     dtype: str = "float32"
@@ -43,6 +47,19 @@ class ParamFactory:
     matrix_scale: float = 1.0
     """Multiplies the initial hidden matrices; see `parametrisation`."""
     prefix: str = ""
+    """Start of the names, see `scope`."""
+
+    @classmethod
+    def for_module(
+        cls,
+        module: nn.Module,
+        rules: ShardingRules = ShardingRules(),
+        dtype: str = "float32",
+        matrix_scale: float = 1.0,
+    ) -> ParamFactory:
+        """The factory of a Linen module, for use in its `@nn.compact` method."""
+        assert module.scope is not None, "called outside of init and apply"
+        return cls(module.scope, rules, dtype, matrix_scale)
 
     def __call__(
         self,
@@ -76,42 +93,87 @@ class ParamFactory:
             initial = init(key, shape, jnp.float32, out_sharding=self.rules(*axes))
             return initial * self.matrix_scale if info.is_matrix and scale_init else initial
 
-        if wants(self.module, "info"):
-            self.module.put_variable("info", self.prefix + name, Declared(info))
-        return jnp.asarray(self.module.param(self.prefix + name, draw), self.dtype)  # numpy parameters are welcome
+        if self._wanted("info"):
+            self.tree.put_variable("info", self.prefix + name, Declared(info))
+        return jnp.asarray(self.tree.param(self.prefix + name, draw), self.dtype)  # accepts numpy parameters
 
     def scope(self, name: str) -> ParamFactory:
-        """For a part inside a part: its "scale" becomes "{name}_scale"."""
+        """The factory of a part inside a part: its "scale" becomes "{name}_scale"."""
         return dataclasses.replace(self, prefix=f"{self.prefix}{name}_")
 
-    def capture(self, name: str, value: Array) -> None:
-        """Show a value to whoever asks for it by `apply(..., mutable=["kept"])`; it is nowhere when nobody does."""
-        if not self.module.is_initializing():
-            zero = functools.partial(jnp.zeros, ())
-            self.module.sow("kept", self.prefix + name, value, reduce_fn=lambda _, new: new, init_fn=zero)
+    def child(self, name: str) -> ParamFactory:
+        """The factory of a node below, with parameters `{name: {...}}`."""
+        return dataclasses.replace(self, tree=self.tree.push(self.prefix + name), prefix="")
+
+    def declare(self, init: Callable[[Key], Mapping[str, Mapping[str, Any]]]) -> Mapping[str, Params]:
+        """All parameters of this node together: `init(key)` returns them as "params", their `Declared` as "info"."""
+        if self.tree.get_flag("initializing", False):
+            variables = init(self.tree.make_rng("params"))
+            for name, tree in variables["params"].items():
+                self.tree.param(name, lambda _, tree=tree: tree)
+            if self._wanted("info"):
+                for name, tree in variables["info"].items():
+                    self.tree.put_variable("info", name, tree)
+        return self.tree.variables()["params"]
+
+    def capture(self, name: str, value: Any) -> None:
+        """Show a value to callers of `apply(..., mutable=["intermediates"])`; does nothing for others."""
+        if self._wanted("intermediates"):
+            self.tree.put_variable("intermediates", self.prefix + name, value)
 
     def add_loss(self, name: str, value: Array) -> None:
-        """Add a scalar to the training loss, as a router's balance: it is in what `apply(..., mutable=["losses"])`
-        returns beside the output, and nowhere when nobody asks."""
-        if not self.module.is_initializing():
-            zero = functools.partial(jnp.zeros, ())
-            self.module.sow("losses", self.prefix + name, value, reduce_fn=jnp.add, init_fn=zero)
+        """Add a scalar to the training loss, such as a router's balance: `apply(..., mutable=["losses"])` returns it
+        beside the output; does nothing for others."""
+        if self._wanted("losses"):
+            before = self.tree.get_variable("losses", self.prefix + name, 0.0)
+            self.tree.put_variable("losses", self.prefix + name, before + value)
+
+    def _wanted(self, collection: str) -> bool:
+        """True if `mutable` names this collection. Flax's default for `init`, every collection, does not count."""
+        return isinstance(self.tree.mutable, Collection) and collection in self.tree.mutable
 
 
-def wants(module: nn.Module, collection: str) -> bool:
-    """True if `mutable` names this collection. Flax's default for `init`, every collection, does not count."""
-    mutable = None if module.scope is None else module.scope.mutable
-    return isinstance(mutable, Collection) and collection in mutable
+class Part:
+    """Base class of parts. A subclass is a frozen dataclass and defines `__call__(self, param, ...)`."""
+
+    def __call__(self, param: ParamFactory, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def init(self, key: Key, *args: Any, method: str = "__call__", **kwargs: Any) -> Params:
+        """Initial parameters, `{"params": {...}}`. The arguments are those of a call without `param`."""
+        return PartModule(self, method=method, parent=None).init(key, *args, **kwargs)
+
+    def apply(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        """The output for these parameters. Accepts options of Flax's `apply`, such as `rngs` and `mutable`."""
+        return PartModule(self, method=method, parent=None).apply(params, *args, **kwargs)
+
+    def module(
+        self,
+        rules: ShardingRules = ShardingRules(),
+        dtype: str = "float32",
+        *,
+        method: str = "__call__",
+        name: str | None = None,
+    ) -> PartModule:
+        """This part as a Linen module.
+
+        rules   mesh axes of the parameters' logical axes
+        dtype   compute dtype; parameters are float32
+        method  name of the method to call
+        name    name among the submodules of the module in whose `@nn.compact` method this is called
+        """
+        return PartModule(self, rules, dtype, method, name=name)
 
 
-class Layer(nn.Module):
-    """A part with parameters of its own. `init` and `apply` take what the part takes after `param`."""
+class PartModule(nn.Module):
+    """Linen module of a part, made by `Part.module`."""
 
-    part: Callable[..., Any]
+    part: Part
     rules: ShardingRules = ShardingRules()
     dtype: str = "float32"
-    matrix_scale: float = 1.0
+    method: str = "__call__"
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(ParamFactory(self, self.rules, self.dtype, self.matrix_scale), *args, **kwargs)
+        param = ParamFactory.for_module(self, self.rules, self.dtype)
+        return getattr(self.part, self.method)(param, *args, **kwargs)

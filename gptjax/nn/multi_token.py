@@ -1,6 +1,6 @@
-"""A decoder that is also asked for tokens further ahead (Gloeckle et al. 2024, arXiv:2404.19737): extra heads, each a
-block on the trunk's hidden states, with the same embeddings as the first head. They are for training, by the objective
-`MultiToken`; else they are not computed, and the model is the `Transformer` that it contains.
+"""A decoder with extra heads for tokens further ahead (Gloeckle et al. 2024, arXiv:2404.19737), each a block on the
+backbone's hidden states, with the embeddings of the first head. They are for training, by the objective `MultiToken`;
+otherwise they are not computed, and the model is the `Transformer` that it contains.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from gptjax.distributed.sharding import ShardingRules
-from gptjax.nn.cache import Cache
-from gptjax.nn.config import TransformerConfig
-from gptjax.nn.module import Layer
-from gptjax.nn.transformer import Trunk
+from gptjax.nn.backbone import Backbone
+from gptjax.nn.block import Context
+from gptjax.nn.module import ParamFactory
+from gptjax.nn.transformer import TransformerConfig
 from gptjax.types import Array, UserError
 
 
@@ -31,7 +30,7 @@ class MultiTokenConfig(TransformerConfig):
         super().__post_init__()
         if self.ahead < 1:
             raise UserError(f"model.ahead: got {self.ahead}, must be at least 1; without heads it is TransformerConfig")
-        if self.block(self.pattern[0]).attention.mixes:
+        if self.block(self.pattern[0]).attention.uses_first_values:
             raise UserError(
                 "model.attention.values: got ValueResidual, must be another, or none, with heads for tokens further "
                 "ahead: they are no layers of the stack"
@@ -46,33 +45,25 @@ class MultiTokenConfig(TransformerConfig):
         return super().flops(length) + self.ahead * TransformerConfig.flops(block, length)
 
 
-class MultiTokenTransformer(Trunk):
+class MultiTokenTransformer(Backbone):
     """`Transformer`, and in the collection "ahead", where that is mutable, logits [B, T, V] named "0", "1", ...: of the
     token after the next one, the one after that, ...
 
     (logits, cache), sown = model.apply({"params": params}, tokens, mutable=["ahead"])
     """
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        cache: Cache | None = None,
-        prefix: Array | None = None,
-    ) -> tuple[Array, Cache | None]:
-        """As `Transformer`; the heads read no cache."""
-        c = self.config
-        assert isinstance(c, MultiTokenConfig)
-        x, table, cache, context = self.hidden(tokens, positions, segments, cache, prefix)
-        head = self.head(table)
-        if self.is_initializing() or (cache is None and self.is_mutable_collection("ahead")):
+    config: MultiTokenConfig
+
+    def head(self, x: Array, table: Array, context: Context) -> Array:
+        c, unembedding = self.config, self.unembedding(table)
+        decodes = context.mask.offset is not None
+        if self.is_initializing() or (self.is_mutable_collection("ahead") and not decodes):
+            param = ParamFactory.for_module(self, self.rules, c.dtype)
             for i in range(c.ahead):
                 block = c.block(c.pattern[0], self.rules).clone(name=f"ahead_{i}", parent=self)
                 y, _ = block(x, context)
-                y = Layer(part=c.norm, rules=self.rules, dtype=c.dtype, name=f"ahead_norm_{i}")(y)
+                y = c.norm(param.child(f"ahead_norm_{i}"), y)
                 if not self.is_initializing():
                     nothing = functools.partial(jnp.zeros, ())
-                    self.sow("ahead", str(i), self.logits(y, head), reduce_fn=jnp.add, init_fn=nothing)
-        return self.logits(x, head), cache
+                    self.sow("ahead", str(i), self.logits(y, unembedding), reduce_fn=jnp.add, init_fn=nothing)
+        return self.logits(x, unembedding)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax.nn.module import ParamFactory, ones, zeros
+from gptjax.nn.module import ParamFactory, Part, ones, zeros
 from gptjax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Norm:
+class Norm(Part):
     """A part `norm(param, x [..., D]) -> [..., D]`."""
 
     eps: float = 1e-5

@@ -63,9 +63,9 @@ def pipeline(
             "(in a part of it, where the stage accumulates)"
         )
 
-    start_is_x = context.start is x  # as one array it has one gradient, and that is sent once
-    if start_is_x:
-        context = dataclasses.replace(context, start=None)
+    x0_is_x = context.x0 is x  # as one array it has one gradient, and that is sent once
+    if x0_is_x:
+        context = dataclasses.replace(context, x0=None)
     context = context.over_rows(lambda x: _over(others, x))
     by_stage = copies, stages, rows // stages, *x.shape[1:]
     shares = rows % stages == 0  # else too few rows: every stage has them all
@@ -89,8 +89,8 @@ def pipeline(
             split_microbatches(x, parts),
             context.over_rows(functools.partial(split_microbatches, count=parts)),
         )
-        if start_is_x:
-            contexts = dataclasses.replace(contexts, start=xs)
+        if x0_is_x:
+            contexts = dataclasses.replace(contexts, x0=xs)
 
         def work(arrived: Array, number: Array) -> tuple[Array, Any]:
             """What this stage makes of a part."""

@@ -20,12 +20,12 @@ from jax import lax
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask
 from gptjax.kernels.linear import linear
-from gptjax.nn.attention import Attention
-from gptjax.nn.config import TransformerConfig
+from gptjax.nn.mixer import SequenceMixer
 from gptjax.nn.mlp import MLP
 from gptjax.nn.module import ParamFactory, zeros
 from gptjax.nn.positions import Positions
 from gptjax.nn.residual import Chain, Residual
+from gptjax.nn.transformer import TransformerConfig
 from gptjax.types import Array, UserError
 
 State = tuple[Array, ...]
@@ -33,13 +33,13 @@ State = tuple[Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recurrent(Attention):
-    """A part `cell(param, x [B, T, D], positions, mask, slots) -> (y [B, T, D], slots)`: y_t is of x_0 .. x_t.
+class Recurrent(SequenceMixer):
+    """A part `cell(param, x [B, T, D], positions, mask, cache) -> (y [B, T, D], cache)`: y_t depends on x_0 .. x_t.
 
-    The state begins at zero, and again where a new segment does. The slots are the state after the last token read. All
-    else that attention has (heads, window, bias of scores, ...) means nothing here.
+    The state begins at zero, and again at the start of each segment. The cache entry is the state after the last token.
 
-    layer = Layer(part=LSTM())
+    layer = LSTM()
+    params = layer.init(key, x, positions)
     y, _ = layer.apply(params, x, positions)
     """
 
@@ -53,15 +53,21 @@ class Recurrent(Attention):
         """The next state, from the products of the input and of the last output, [B, G, D] each, biases included."""
 
     def __call__(
-        self, param: ParamFactory, x: Array, positions: Array, mask: Mask = Mask(), slots: Any = None, **_: Any
-    ):
+        self,
+        param: ParamFactory,
+        x: Array,
+        positions: Array | None = None,
+        mask: Mask = Mask(),
+        cache: State | None = None,
+        **options: Any,
+    ) -> tuple[Array, State | None]:
         (B, T, D), G, rules = x.shape, self.gates, param.rules
         if not mask.causal or mask.prefix is not None:
             raise UserError(
                 f"model.attention: got {type(self).__name__}, which reads from left to right, must be one that sees "
                 "both ways in an encoder, as `cross_attention` and with a prefix"
             )
-        if slots is None and (cut := rules.mesh_axes("sequence")):
+        if cache is None and (cut := rules.mesh_axes("sequence")):
             raise UserError(f"mesh.{cut[0]}: cuts rows, must be 1: recurrent layers read a row token by token")
         # PyTorch's deviation: uniform to 1 / sqrt(D).
         spread = jax.nn.initializers.normal((3 * D) ** -0.5)
@@ -83,28 +89,22 @@ class Recurrent(Attention):
             new = self.step(state, read, linear(state[0], again, rules("batch", None, None)) + bias)
             return new, new[0]
 
-        before = self._empty(B, D, x.dtype, rules)
-        before = before if slots is None else tuple(kept.reshape(B, D) for kept in slots)
+        before = self.init_cache(B, T, D, x.dtype, rules) if cache is None else cache
         state, y = lax.scan(step, before, (read.swapaxes(0, 1), begins.T))
-        if slots is not None:
-            slots = tuple(new.reshape(kept.shape) for new, kept in zip(state, slots, strict=True))
-        return y.swapaxes(0, 1), slots
+        return y.swapaxes(0, 1), None if cache is None else state
 
     def first_bias(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
         """What the biases [G, D] of the input's products begin at."""
         return zeros(key, shape, dtype, out_sharding=out_sharding)
 
-    def slots(self, batch: int, size: int, dtype: str, rules: ShardingRules = ShardingRules()) -> State:
-        """The state before anything is read, [B, D] each, D being heads x head size."""
-        if self.heads is None or self.head_size is None:
-            raise UserError("attention: got no heads or head_size; outside a model both must be given")
-        return self._empty(batch, self.heads * self.head_size, dtype, rules)
+    def init_cache(
+        self, batch: int, size: int, width: int, dtype: Any = "float32", rules: ShardingRules = ShardingRules()
+    ) -> State:
+        """The state before the first token, [B, D] each."""
+        return tuple(jnp.zeros((batch, width), dtype, out_sharding=rules("batch", None)) for _ in range(self.states))
 
     def matmul_params(self, width: int, length: int) -> int:
         return 2 * self.gates * width**2
-
-    def _empty(self, batch: int, width: int, dtype: Any, rules: ShardingRules) -> State:
-        return tuple(jnp.zeros((batch, width), dtype, out_sharding=rules("batch", None)) for _ in range(self.states))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +153,10 @@ class RecurrentConfig(TransformerConfig):
     not in time, as in Zaremba et al. 2014 (arXiv:1409.2329)."""
 
     heads: int = 1
-    """Means nothing here."""
+    """N, number of query heads of attention layers, where a pattern has any."""
     positions: Positions = Positions()
     """Position encoding: the order of reading is one already."""
-    attention: Attention = LSTM()
+    attention: SequenceMixer = LSTM()
     """The cell."""
     mlp: MLP | None = None
     """Feed-forward part after each cell; none: there is none."""

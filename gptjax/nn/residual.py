@@ -1,116 +1,121 @@
-"""How the sublayers of a block (attention, MLP) are joined to the residual stream. A new way is one more subclass."""
+"""Arrangements of a block's sublayers (attention, MLP) around the residual stream. A new one is one more subclass."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 
 from gptjax.nn.module import ParamFactory
 from gptjax.types import Array
 
-Sublayer = Callable[[Array], Array]
+Norm = Callable[[str, Array], Array]
+"""`norm("norm_1", x)`: the model's normalisation, with parameters of that name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """A part `residual(param, x, start, norm, sublayers) -> x`, everything [B, T, D].
+    """Three steps, each one line in a subclass. With i the number of a sublayer f, from 1, a `Block` computes
 
-    start      the stream as the first block got it
-    norm       `norm(name, x)`: the model's normalisation, with parameters under that name
-    sublayers  attention, cross-attention where there is one, MLP
+        x = begin(x, x0)
+        x = add(i, x, f(read(i, x)))            for attention, cross-attention and MLP, those that it has
+        x = end(x)
+
+    x and x0, the stream as the first block got it, are [B, T, D]. Between `begin` and `end`, x may be of any type.
     """
 
     final_norm: ClassVar[bool] = True
     """Whether the stream still needs a norm after the last block."""
 
-    def __call__(
-        self,
-        param: ParamFactory,
-        x: Array,
-        start: Array,
-        norm: Callable[[str, Array], Array],
-        sublayers: Sequence[Sublayer],
-    ) -> Array:
-        raise NotImplementedError
+    def begin(self, param: ParamFactory, norm: Norm, x: Array, x0: Array) -> Any:
+        """The stream at the start of a block."""
+        return x
+
+    def read(self, norm: Norm, i: int, x: Any) -> Array:
+        """The input of sublayer i, [B, T, D]."""
+        return x
+
+    def add(self, norm: Norm, i: int, x: Any, y: Array) -> Any:
+        """The stream after sublayer i, whose output is y [B, T, D]."""
+        return x + y
+
+    def end(self, x: Any) -> Array:
+        """The output of the block."""
+        return x
 
 
 class PreNorm(Residual):
-    """x + f(norm(x)) for each sublayer f in turn: GPT-2, Llama. Xiong et al. 2020, arXiv:2002.04745."""
+    """x = x + f(norm(x)): GPT-2, Llama. Xiong et al. 2020, arXiv:2002.04745."""
 
-    def __call__(self, param, x, start, norm, sublayers):
-        for i, f in enumerate(sublayers, 1):
-            x = x + f(norm(f"norm_{i}", x))
-        return x
-
-
-@dataclasses.dataclass(frozen=True)
-class ScaledStream(PreNorm):
-    """`PreNorm` of a x + b start, with a learned a and b for each layer, which so chooses how much of the embeddings it
-    still reads: nanochat, after modded-nanogpt (github.com/KellerJordan/modded-nanogpt)."""
-
-    stream: float = 1.0
-    """a at the beginning."""
-    start: float = 0.1
-    """b at the beginning."""
-
-    def __call__(self, param, x, start, norm, sublayers):
-        a = param("stream_scale", (), (), jax.nn.initializers.constant(self.stream))
-        b = param("input_scale", (), (), jax.nn.initializers.constant(self.start))
-        return super().__call__(param, a * x + b * start, start, norm, sublayers)
+    def read(self, norm, i, x):
+        return norm(f"norm_{i}", x)
 
 
 class PostNorm(Residual):
-    """norm(x + f(x)): "Attention Is All You Need" (arXiv:1706.03762) and BERT."""
+    """x = norm(x + f(x)): "Attention Is All You Need" (arXiv:1706.03762) and BERT."""
 
     final_norm = False
 
-    def __call__(self, param, x, start, norm, sublayers):
-        for i, f in enumerate(sublayers, 1):
-            x = norm(f"norm_{i}", x + f(x))
-        return x
+    def add(self, norm, i, x, y):
+        return norm(f"norm_{i}", x + y)
 
 
-class SandwichNorm(Residual):
-    """x + norm(f(norm(x))): Gemma 2 and 3. Ding et al. 2021, arXiv:2105.13290."""
+class SandwichNorm(PreNorm):
+    """x = x + norm(f(norm(x))): Gemma 2 and 3. Ding et al. 2021, arXiv:2105.13290."""
 
-    def __call__(self, param, x, start, norm, sublayers):
-        for i, f in enumerate(sublayers, 1):
-            x = x + norm(f"post_norm_{i}", f(norm(f"norm_{i}", x)))
-        return x
+    def add(self, norm, i, x, y):
+        return x + norm(f"post_norm_{i}", y)
 
 
 class OutputNorm(Residual):
-    """x + norm(f(x)): OLMo 2 (arXiv:2501.00656)."""
+    """x = x + norm(f(x)): OLMo 2 (arXiv:2501.00656)."""
 
-    def __call__(self, param, x, start, norm, sublayers):
-        for i, f in enumerate(sublayers, 1):
-            x = x + norm(f"norm_{i}", f(x))
-        return x
+    def add(self, norm, i, x, y):
+        return x + norm(f"norm_{i}", y)
 
 
 class Chain(Residual):
-    """f(x): no stream, each sublayer reads what the one before says. For layers of a recurrent network."""
+    """x = f(x): no stream. For layers of a recurrent network."""
 
     final_norm = False
 
-    def __call__(self, param, x, start, norm, sublayers):
-        for f in sublayers:
-            x = f(x)
-        return x
+    def add(self, norm, i, x, y):
+        return y
 
 
 @dataclasses.dataclass(frozen=True)
 class Parallel(Residual):
-    """x + f_1(norm(x)) + f_2(norm(x)): attention and MLP side by side, as in GPT-J, GPT-NeoX and PaLM."""
+    """x = x + f_1(norm(x)) + f_2(norm(x)): attention and MLP side by side, as in GPT-J, GPT-NeoX and PaLM."""
 
     shared: bool = False
     """Whether the sublayers read the same norm, as in GPT-J, or one each, as in GPT-NeoX."""
 
-    def __call__(self, param, x, start, norm, sublayers):
-        if self.shared:
-            h = norm("norm_1", x)
-            return x + sum(f(h) for f in sublayers)
-        return x + sum(f(norm(f"norm_{i}", x)) for i, f in enumerate(sublayers, 1))
+    def begin(self, param, norm, x, x0):
+        return x, norm("norm_1", x) if self.shared else x, 0.0  # what is added to, what is read, the sum of updates
+
+    def read(self, norm, i, x):
+        return x[1] if self.shared else norm(f"norm_{i}", x[1])
+
+    def add(self, norm, i, x, y):
+        return x[0], x[1], x[2] + y
+
+    def end(self, x):
+        return x[0] + x[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledStream(PreNorm):
+    """`PreNorm` of a x + b x0, with a learned a and b for each layer, which so chooses how much of the embeddings it
+    still reads: nanochat, after modded-nanogpt (github.com/KellerJordan/modded-nanogpt)."""
+
+    stream: float = 1.0
+    """Initial a."""
+    start: float = 0.1
+    """Initial b."""
+
+    def begin(self, param, norm, x, x0):
+        a = param("stream_scale", (), (), jax.nn.initializers.constant(self.stream))
+        b = param("input_scale", (), (), jax.nn.initializers.constant(self.start))
+        return a * x + b * x0

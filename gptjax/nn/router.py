@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.kernels.linear import linear
-from gptjax.nn.module import ParamFactory, zeros
+from gptjax.nn.module import ParamFactory, Part, zeros
 from gptjax.types import Array, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Router:
+class Router(Part):
     """A part `router(param, x [B, T, D], experts E, top_k k) -> (ids int32 [B, T, k], gates float32 [B, T, k])`.
 
         logits = W x + bias                                score = softmax or sigmoid of the logits

@@ -8,12 +8,12 @@ import jax
 
 from gptjax.kernels.embedding import embed
 from gptjax.kernels.linear import linear
-from gptjax.nn.module import ParamFactory
+from gptjax.nn.module import ParamFactory, Part
 from gptjax.types import Array, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class ValueEmbedding:
+class ValueEmbedding(Part):
     """v_k + top sigmoid(x[:channels] G)_k table[token]_k for each key/value head k: a learned value for each token, and
     a gate that lets it in. After value residual learning (ResFormer, arXiv:2410.17897), in the form of nanochat
     (github.com/karpathy/nanochat, nanochat/gpt.py).
@@ -30,7 +30,7 @@ class ValueEmbedding:
     """How far the gate opens; it begins half open."""
 
     def __call__(
-        self, param: ParamFactory, v: Array, x: Array, tokens: Array | None, first: Array | None = None
+        self, param: ParamFactory, v: Array, x: Array, tokens: Array | None, first_values: Array | None = None
     ) -> Array:
         if tokens is None:
             raise UserError("tokens: got none, must be given to attention that has value embeddings")

@@ -44,7 +44,7 @@ def test_kinds_and_sides():
     assert sides["attention/o"] == (1, (4 * 6, 16))
     assert sides["attention/q"] == (1, (12, 4 * (4 + 4)))
     assert sides["mlp/up"] == (2, (16, 40 + 8))
-    assert sides["start_0/mlp/down"] == (0, (8, 16))
+    assert sides["leading_0/mlp/down"] == (0, (8, 16))
     assert flat(parameter_info(ARCHITECTURES["gpt2"].build()))["positions/table"].kind == "embedding"
     assert flat(parameter_info(ARCHITECTURES["classifier"].build()))["classifier"].kind == "head"
 
@@ -63,7 +63,7 @@ class Own(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = linear(x, ParamFactory(self)("anything", (x.shape[-1], 3), ("embed", None)))
+        y = linear(x, ParamFactory.for_module(self)("anything", (x.shape[-1], 3), ("embed", None)))
         return y + self.param("ours", nn.initializers.zeros, (3,)) if self.undeclared else y
 
 

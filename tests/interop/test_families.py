@@ -179,10 +179,11 @@ def test_a_classifier_of_transformers_goes_in_and_out(case, tmp_path):
 
 
 def test_what_is_asked_of_a_classifier():
-    trunk = TransformerConfig(vocab=16, layers=1, width=8, heads=2)
-    params = jax.eval_shape(ClassifierConfig(trunk, 2, Mean()).build().init, jax.random.key(0), jnp.zeros((1, 1), int))
+    backbone = TransformerConfig(vocab=16, layers=1, width=8, heads=2)
+    model = ClassifierConfig(backbone, 2, Mean()).build()
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))
     with pytest.raises(UserError, match=r"nearest, .*, differs in classifier.pooling: Mean\(\) → Last\(\)"):
-        to_tensors(ClassifierConfig(trunk, 2, Mean()), params["params"])
+        to_tensors(ClassifierConfig(backbone, 2, Mean()), params["params"])
     fields = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
     with pytest.raises(UserError, match="problem_type: got 'regression', must be 'single_label_classification'"):
         from_tensors({**fields, "problem_type": "regression"}, {})

@@ -178,7 +178,9 @@ DEEPSEEK = TransformerConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("match", [("kv_latent",), ("q", "o"), ("start_0/mlp/up",), ("shared_up", "start_0/mlp/up")])
+@pytest.mark.parametrize(
+    "match", [("kv_latent",), ("q", "o"), ("leading_0/mlp/up",), ("shared_up", "leading_0/mlp/up")]
+)
 def test_latent_attention_and_shared_experts(tmp_path, match):
     """Names that are of one layer's matrix and of another's experts are said in full."""
     lora = LoRA(rank=2, match=match)

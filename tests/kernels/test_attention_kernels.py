@@ -15,8 +15,9 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from gptjax.kernels import target
-from gptjax.kernels.attention import Mask, attention, reference
-from gptjax.nn import Layer, MultiHeadAttention
+from gptjax.kernels.attention import Mask, attention
+from gptjax.kernels.attention.reference import reference
+from gptjax.nn import MultiHeadAttention
 from gptjax.types import UserError
 
 B, T, N, K, H = 2, 384, 4, 2, 8
@@ -198,10 +199,10 @@ def test_cudnn_is_the_reference(case):
 def test_a_name_goes_through_the_module():
     x, positions = jnp.ones((1, 128, 8)), jnp.arange(128)[None]
     part = MultiHeadAttention(heads=2, head_size=4)
-    params = Layer(part=part).init(jax.random.key(0), x, positions)
+    params = part.init(jax.random.key(0), x, positions)
 
     def program(name):
-        layer = Layer(part=dataclasses.replace(part, implementation=name))
+        layer = dataclasses.replace(part, implementation=name)
         return str(jax.make_jaxpr(layer.apply)(params, x, positions))
 
     assert "pallas_call" in program("splash")

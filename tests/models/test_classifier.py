@@ -1,5 +1,4 @@
-"""Classifiers as experiments: from a file of texts with labels, over a trunk that was trained before, to a model behind
-its model_class."""
+"""Classifiers as experiments: from a file of labelled texts, over a pretrained backbone, to a `ClassifierModel`."""
 
 from __future__ import annotations
 
@@ -86,19 +85,19 @@ def stage(data, objective, **changes) -> Stage:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_trunk_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, capsys):
+def test_a_trained_backbone_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
-    trunk, objective, pooling = KINDS[kind]
+    backbone, objective, pooling = KINDS[kind]
     before = Experiment(
-        trunk, data.Bytes(), {"pretrain": stage(data.Pretrain(data.Jsonl(reviews.path), LENGTH, 8), objective)}
+        backbone, data.Bytes(), {"pretrain": stage(data.Pretrain(data.Jsonl(reviews.path), LENGTH, 8), objective)}
     )
     before.run(tmp_path / "before")
     read = data.Classify(reviews, LENGTH, 32)
     accuracy = evals.Accuracy(reviews, length=LENGTH)
     steps = {"classify": stage(read, Classification(), steps=60, evaluations=(accuracy,))}
-    config = ClassifierConfig(dataclasses.replace(trunk, dropout=0.0), classes=2, pooling=pooling)
+    config = ClassifierConfig(dataclasses.replace(backbone, dropout=0.0), classes=2, pooling=pooling)
     after = Experiment(config, data.Bytes(), steps, start=str(tmp_path / "before"))
-    other = dataclasses.replace(config, trunk=dataclasses.replace(trunk, layers=2))
+    other = dataclasses.replace(config, backbone=dataclasses.replace(backbone, layers=2))
     with pytest.raises(UserError, match=r"model: differs from that of .*before.*: layers: 1 → 2"):
         dataclasses.replace(after, model=other).run(tmp_path / "other")
     capsys.readouterr()
@@ -141,16 +140,16 @@ def test_a_trained_trunk_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, cap
 
 
 def test_what_does_not_go_together_is_refused(reviews):
-    trunk, objective, _ = KINDS["decoder"]
+    backbone, objective, _ = KINDS["decoder"]
     texts, labelled = stage(data.Pretrain(reviews), objective), stage(data.Classify(reviews), Classification())
     mixed = stage(data.Pretrain(reviews), Classification())
     for model, read, line in (
-        (trunk, labelled, "x.objective: got Classification, which trains classifier models, must train decoder"),
-        (ClassifierConfig(trunk, 2), texts, "x.objective: got NextToken, which trains decoder .* train classifier"),
-        (ClassifierConfig(trunk, 2), mixed, "x.data: got Pretrain, which makes Batch batches, must make Labelled"),
-        (ClassifierConfig(trunk, 3), labelled, "x.data.source.classes: got 2, must be 3, as many as model.classes"),
+        (backbone, labelled, "x.objective: got Classification, which trains classifier models, must train decoder"),
+        (ClassifierConfig(backbone, 2), texts, "x.objective: got NextToken, which trains decoder .* train classifier"),
+        (ClassifierConfig(backbone, 2), mixed, "x.data: got Pretrain, which makes Batch batches, must make Labelled"),
+        (ClassifierConfig(backbone, 3), labelled, "x.data.source.classes: got 2, must be 3, as many as model.classes"),
     ):
         with pytest.raises(UserError, match=line):
             Experiment(model, data.Bytes(), {"x": read})
     with pytest.raises(UserError, match=r"model\.classes: got 1, must be at least 2"):
-        ClassifierConfig(trunk, 1)
+        ClassifierConfig(backbone, 1)

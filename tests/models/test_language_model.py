@@ -16,7 +16,7 @@ from gptjax.inference import Sampling
 from gptjax.interop import tokenizers
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.loading import load
-from gptjax.nn import Features, Last, LearnedPositions, Mean, Positions, RoPE, Transformer, TransformerConfig
+from gptjax.nn import Backbone, Last, LearnedPositions, Mean, Positions, RoPE, Transformer, TransformerConfig
 from gptjax.types import UserError
 
 TOKENIZER = Bytes().build(iter(()))
@@ -54,7 +54,7 @@ def test_vectors_are_of_the_texts_own_states(pooling):
     vectors = LM.embed(texts, pooling=pooling, batch=2)
     for text, vector in zip(texts, vectors, strict=True):
         ids = [i for i in (TOKENIZER.bos, *TOKENIZER.encode(text), TOKENIZER.eos) if i is not None]
-        x, _ = Features(LM.config).apply({"params": LM.params}, jnp.asarray([ids]))
+        x, _ = Backbone(LM.config).apply({"params": LM.params}, jnp.asarray([ids]))
         pooled = x[0, -1] if pooling == Last() else x[0].mean(0)
         # float32 sums of 16 products in 2 layers, in another order.
         np.testing.assert_allclose(vector, pooled / jnp.linalg.norm(pooled), rtol=1e-4, atol=1e-5)

@@ -6,8 +6,9 @@ import jax.test_util
 import numpy as np
 import pytest
 
-from gptjax.kernels.attention import attention, reference
-from gptjax.nn import Layer, Mask, MultiHeadAttention
+from gptjax.kernels.attention import attention
+from gptjax.kernels.attention.reference import reference
+from gptjax.nn import Mask, MultiHeadAttention
 
 # float32 sums of some tens of products
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -26,7 +27,7 @@ def paper_attention(q, k, v, visible):
 
 def test_multi_head_attention_is_the_papers():
     """MultiHead(Q, K, V) = Concat(head_1, ..., head_h) W^O, causal as in its decoder."""
-    layer = Layer(part=MultiHeadAttention(heads=3, head_size=4))
+    layer = MultiHeadAttention(heads=3, head_size=4)
     x = jax.random.normal(jax.random.key(0), (2, 7, 10))
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
     params = layer.init(jax.random.key(1), x, positions, Mask())["params"]

@@ -11,11 +11,11 @@ import pytest
 from gptjax.distributed import sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import (
+    Backbone,
     Classifier,
     ClassifierConfig,
     Embedder,
     EncoderConfig,
-    Features,
     First,
     Last,
     Mean,
@@ -61,14 +61,14 @@ def test_packed_texts_are_classified_as_each_alone(config, pooling):
 
 
 def test_a_language_models_parameters_fit():
-    """Features are what the language model's head reads; an embedder pools them."""
+    """The backbone's hidden states are what the language model's head reads; an embedder pools them."""
     params = Transformer(DECODER).init(jax.random.key(0), TOKENS)["params"]
-    x, _ = Features(DECODER).apply({"params": params}, TOKENS)
+    x, _ = Backbone(DECODER).apply({"params": params}, TOKENS)
     logits, _ = Transformer(DECODER).apply({"params": params}, TOKENS)
     np.testing.assert_allclose(x @ params["head"], logits, **CLOSE)
     fresh = Classifier(ClassifierConfig(DECODER, 3)).init(jax.random.key(1), TOKENS)["params"]
     assert fresh.keys() - params.keys() == {"classifier"}
-    vectors = Embedder(DECODER, pooling=Last()).apply({"params": params}, TOKENS)[:, 0]
+    vectors = Embedder(DECODER, pooling=Last()).apply({"params": params}, TOKENS)[0][:, 0]
     expected = x[:, -1] / jnp.linalg.norm(x[:, -1], axis=-1, keepdims=True)
     np.testing.assert_allclose(vectors, expected, **CLOSE)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.nn import Layer, Mask, MultiHeadLatentAttention, RMSNorm, RoPE
+from gptjax.nn import Mask, MultiHeadLatentAttention, RMSNorm, RoPE
 from gptjax.types import UserError
 
 B, T, D = 2, 7, 10
@@ -24,13 +24,13 @@ PARTS = {
 CLOSE = {"rtol": 3e-5, "atol": 3e-5}
 
 
-def apply(layer: Layer, params, *args, **kwargs):
+def apply(layer: MultiHeadLatentAttention, params, *args, **kwargs):
     return jax.jit(lambda *args: layer.apply({"params": params}, *args, **kwargs))(*args)
 
 
 @pytest.fixture(params=PARTS, scope="module")
 def layer(request):
-    layer = Layer(part=PARTS[request.param])
+    layer = PARTS[request.param]
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), X, POSITIONS))["params"]
     keys = dict(zip(shapes, jax.random.split(jax.random.key(1), len(shapes)), strict=True))
     return layer, {name: jax.random.normal(keys[name], leaf.shape) * 0.5 for name, leaf in shapes.items()}
@@ -72,19 +72,19 @@ def test_it_is_the_papers(layer):
     layer, params = layer
     y, _ = apply(layer, params, X, POSITIONS)
     for b in range(B):
-        np.testing.assert_allclose(y[b], equation(layer.part, params, X[b]), **CLOSE)
+        np.testing.assert_allclose(y[b], equation(layer, params, X[b]), **CLOSE)
 
 
 def test_decoding_over_latents_is_the_same(layer):
     """In pieces, from a cache of nothing but latents and one key for all heads."""
     layer, params = layer
     expected, _ = apply(layer, params, X, POSITIONS)
-    slots = layer.part.slots(B, T + 2, "float32")
-    assert slots.size == B * (T + 2) * (R + P)
+    cache = layer.init_cache(B, T + 2, D)
+    assert cache.size == B * (T + 2) * (R + P)
     pieces, start = [], 0
     for size in (3, 1, 1, 2):
         part = slice(start, start + size)
-        y, slots = apply(layer, params, X[:, part], POSITIONS[:, part], Mask(offset=start), slots)
+        y, cache = apply(layer, params, X[:, part], POSITIONS[:, part], Mask(offset=start), cache)
         pieces.append(y)
         start += size
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), expected, **CLOSE)
@@ -92,12 +92,12 @@ def test_decoding_over_latents_is_the_same(layer):
 
 def test_it_can_read_another_sequence():
     """Cross-attention: keys and values of the source, which has no positions to turn."""
-    layer = Layer(part=PART)
+    layer = PART
     source = jax.random.normal(jax.random.key(3), (B, 4, D))
-    params = layer.init(jax.random.key(0), X, POSITIONS, source=source)["params"]
+    params = layer.init(jax.random.key(0), X, POSITIONS, encoder_output=source)["params"]
     params = jax.tree.map(lambda p: p * 30, params)
-    y, _ = apply(layer, params, X, POSITIONS, Mask(causal=False), source=source)
-    turned, _ = apply(layer, params, X, POSITIONS[:, ::-1], Mask(causal=False), source=source[:, ::-1])
+    y, _ = apply(layer, params, X, POSITIONS, Mask(causal=False), encoder_output=source)
+    turned, _ = apply(layer, params, X, POSITIONS[:, ::-1], Mask(causal=False), encoder_output=source[:, ::-1])
     assert y.shape == X.shape
     np.testing.assert_allclose(y, turned, rtol=1e-4, atol=1e-4)
 
@@ -105,9 +105,9 @@ def test_it_can_read_another_sequence():
 def test_products_count_the_matrices(layer):
     layer, params = layer
     matrices = sum(p.size for name, p in params.items() if not name.endswith(("bias", "scale")))
-    assert layer.part.matmul_params(D, 0) == matrices
-    seen = min(5, layer.part.window or 5)
-    assert layer.part.matmul_params(D, 5) - layer.part.matmul_params(D, 0) == seen * N * (H + P + V)
+    assert layer.matmul_params(D, 0) == matrices
+    seen = min(5, layer.window or 5)
+    assert layer.matmul_params(D, 5) - layer.matmul_params(D, 0) == seen * N * (H + P + V)
 
 
 def test_a_bad_field_is_named():
@@ -156,5 +156,5 @@ def test_it_is_what_transformers_computes(q_rank):
     part = MultiHeadLatentAttention(
         heads=N, head_size=H, q_rank=q_rank, kv_rank=R, rope_size=P, value_size=V, positions=RoPE(interleaved=True)
     )
-    y, _ = Layer(part=part).apply({"params": params}, x, POSITIONS)
+    y, _ = part.apply({"params": params}, x, POSITIONS)
     np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5 * np.abs(expected.numpy()).max())

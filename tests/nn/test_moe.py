@@ -13,7 +13,7 @@ from gptjax.distributed import sharding
 from gptjax.distributed.parameters import parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.kernels import experts as kernel
-from gptjax.nn import GELU, ClampedSwiGLU, Layer, MixtureOfExperts, Router, Sigmoid, Softmax, SwiGLU
+from gptjax.nn import GELU, ClampedSwiGLU, MixtureOfExperts, Router, Sigmoid, Softmax, SwiGLU
 from gptjax.types import UserError
 
 D, F = 16, 24
@@ -30,7 +30,7 @@ def small_blocks(monkeypatch):
 
 def parameters(part: MixtureOfExperts, bias: bool = False):
     """Everything of size 1 or so: the router too, so that experts are used unequally and gates differ."""
-    shapes = jax.eval_shape(lambda: Layer(part=part).init(jax.random.key(1), X, F, bias))["params"]
+    shapes = jax.eval_shape(lambda: part.init(jax.random.key(1), X, F, bias))["params"]
     keys = dict(zip(shapes, jax.random.split(jax.random.key(2), len(shapes)), strict=True))
     return {
         name: 0.3 * jax.random.normal(keys[name], leaf.shape) if name != "router_balance" else jnp.zeros(leaf.shape)
@@ -41,7 +41,7 @@ def parameters(part: MixtureOfExperts, bias: bool = False):
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def run(part: MixtureOfExperts, params, x=X, rules: ShardingRules = ShardingRules()):
     bias = any(name.endswith("down_bias") for name in params)
-    return Layer(part=part, rules=rules).apply({"params": params}, x, F, bias)
+    return part.module(rules).apply({"params": params}, x, F, bias)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -122,7 +122,7 @@ def test_a_mesh_changes_nothing(rules, how):
     rules = RULES[rules]
     with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         x = sharding.global_array(X, rules)
-        layer = Layer(part=part, rules=rules)
+        layer = part.module(rules)
         shapes = jax.eval_shape(lambda: layer.init(jax.random.key(1), x, F, True))["params"]
         mesh = jax.sharding.get_mesh()
         place = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
@@ -177,7 +177,7 @@ def test_losses_are_the_papers():
     """alpha E sum_e f_e P_e, 1 x alpha for equal use, and beta mean(logsumexp^2), in float64."""
     part = MixtureOfExperts(top_k=1, router=Softmax(load_balance=0.1, z_loss=0.01))
     params = parameters(part)
-    _, sown = Layer(part=part).apply({"params": params}, X, F, mutable=["losses"])
+    _, sown = part.apply({"params": params}, X, F, mutable=["losses"])
     logits = np.asarray(X, np.float64).reshape(-1, D) @ np.asarray(params["router_logits"], np.float64)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     f = np.bincount(logits.argmax(-1), minlength=8) / len(logits)
@@ -185,15 +185,14 @@ def test_losses_are_the_papers():
     z = np.log(np.exp(logits).sum(-1))
     np.testing.assert_allclose(sown["losses"]["router_z_loss"], 0.01 * (z**2).mean(), rtol=1e-5)
     params["router_logits"] *= 0
-    _, sown = Layer(part=part).apply({"params": params}, X, F, mutable=["losses"])
+    _, sown = part.apply({"params": params}, X, F, mutable=["losses"])
     np.testing.assert_allclose(sown["losses"]["router_load_balance"], 0.1, rtol=1e-6)
 
 
 def test_tokens_go_to_the_best_groups_only():
     router = Sigmoid(groups=4, top_groups=2, scale=2.5)
-    layer = Layer(part=router)
     params = {"logits": jax.random.normal(jax.random.key(3), (D, 16)), "balance": jnp.zeros(16)}
-    ids, gates = layer.apply({"params": params}, X, 16, 6)
+    ids, gates = router.apply({"params": params}, X, 16, 6)
     np.testing.assert_allclose(gates.sum(-1), 2.5, rtol=1e-6)
     scores = np.asarray(jax.nn.sigmoid(X @ params["logits"])).reshape(*X.shape[:2], 4, 4)
     best = np.argsort(np.sort(scores, -1)[..., -2:].sum(-1), -1)[..., -2:]
@@ -212,7 +211,7 @@ def test_the_balance_bias_evens_out_the_loads():
 
     @jax.jit
     def loads(params):
-        ids, _ = Layer(part=part.router).apply({"params": router(params)}, x, 8, 2)
+        ids, _ = part.router.apply({"params": router(params)}, x, 8, 2)
         return jnp.bincount(ids.reshape(-1), length=8)
 
     def router(params):
@@ -228,7 +227,7 @@ def test_the_balance_bias_evens_out_the_loads():
     np.testing.assert_array_equal(whole, (loads(params) - 16) * 2.0**-30)
     np.testing.assert_array_equal(whole, parts)
 
-    info = parameter_info(Layer(part=part), X, F)
+    info = parameter_info(part, X, F)
     optimizer = optim.AdamW(learning_rate=1e-9, weight_decay=0.0, balance_rate=0.01).build(200, info)
 
     @jax.jit
@@ -244,8 +243,8 @@ def test_the_balance_bias_evens_out_the_loads():
             np.testing.assert_allclose(after["router_balance"], -0.01 * np.sign(whole), rtol=1e-6)
     assert loads(after).max() <= 16 + 4
     biased = {"logits": params["router_logits"], "balance": jnp.full(8, 5.0)}
-    _, gates = Layer(part=Sigmoid()).apply({"params": biased}, x, 8, 2)
-    _, plain = Layer(part=Sigmoid()).apply({"params": router(params)}, x, 8, 2)
+    _, gates = Sigmoid().apply({"params": biased}, x, 8, 2)
+    _, plain = Sigmoid().apply({"params": router(params)}, x, 8, 2)
     np.testing.assert_array_equal(gates, plain)
 
 

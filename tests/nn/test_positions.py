@@ -11,7 +11,6 @@ from gptjax.distributed import sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import (
     ALiBi,
-    Layer,
     LayerOverrides,
     LearnedPositions,
     LinearScaling,
@@ -54,9 +53,8 @@ ROPES = {
 
 def bias(positions: Positions, distance, heads: int = 4, causal: bool = True):
     """The biases [N, T, S] and the parameters behind them."""
-    layer = Layer(part=positions.bias)
-    params = layer.init(jax.random.key(0), distance, heads, causal)
-    return layer.apply(params, distance, heads, causal), params.get("params")
+    params = positions.init(jax.random.key(0), distance, heads, causal, method="bias")
+    return positions.apply(params, distance, heads, causal, method="bias"), params.get("params")
 
 
 def test_sinusoidal_is_the_papers():
@@ -73,9 +71,9 @@ def test_sinusoidal_is_the_papers():
 
 def test_learned_positions_are_a_table():
     x = jnp.ones((1, 3, 4))
-    layer = Layer(part=LearnedPositions(8))
-    params = layer.init(jax.random.key(0), x, jnp.array([[5, 0, 7]]))
-    y = layer.apply(params, x, jnp.array([[5, 0, 7]]))
+    table = LearnedPositions(8)
+    params = table.init(jax.random.key(0), x, jnp.array([[5, 0, 7]]))
+    y = table.apply(params, x, jnp.array([[5, 0, 7]]))
     np.testing.assert_allclose(y, 1 + params["params"]["table"][jnp.array([[5, 0, 7]])])
 
 
@@ -295,11 +293,11 @@ def test_t5_bias_is_that_of_transformers(causal, buckets, furthest):
 @pytest.mark.parametrize("encoding", [ALiBi(), T5Bias()])
 def test_biases_and_their_gradient_are_sharded_by_heads(encoding):
     distance = Mask().distance(6, 6)
-    layer = Layer(part=encoding.bias, rules=DEFAULT_RULES)
+    layer = encoding.module(DEFAULT_RULES, method="bias")
     expected, params = bias(encoding, distance)
     weights = jax.random.normal(jax.random.key(1), (4, 6, 6))
     loss = lambda layer, p: jnp.sum(layer.apply({"params": p} if p else {}, distance, 4) * weights)  # noqa: E731
-    gradient = jax.grad(lambda p: loss(Layer(part=encoding.bias), p))(params) if params else None
+    gradient = jax.grad(lambda p: loss(encoding.module(method="bias"), p))(params) if params else None
     with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         place = jax.NamedSharding(jax.sharding.get_mesh(), DEFAULT_RULES(None, "heads"))
         params = jax.device_put(params, place) if params else None

@@ -16,7 +16,6 @@ from gptjax.nn import (
     LSTM,
     Encoder,
     EncoderConfig,
-    Layer,
     LayerOverrides,
     Mask,
     Recurrent,
@@ -150,29 +149,15 @@ def test_a_cell_is_that_of_torch(cell: Recurrent):
         "recurrent": found["weight_hh_l0"].reshape(gates, 10, 10).transpose(2, 0, 1),
         "recurrent_bias": found["bias_hh_l0"].reshape(gates, 10),
     }
-    y, _ = Layer(part=cell).apply({"params": params}, x, None)
+    y, _ = cell.apply({"params": params}, x, None)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_state_of_one_row_may_lack_its_axis():
-    """As the loop of generation keeps it."""
-    config = CONFIGS["lstm"]
-    model = Transformer(config)
-    params = config.unstack(model.init(jax.random.key(0), TOKENS)["params"])
-    expected, _ = apply(model, params, TOKENS[:1])
-    cache = make_cache(config, 1, 12)
-    cache = dataclasses.replace(cache, layers=jax.tree.map(lambda x: x[0], cache.layers))
-    first, cache = apply(model, params, TOKENS[:1, :5], cache=cache)
-    second, cache = apply(model, params, TOKENS[:1, 5:], cache=cache)
-    assert all(part.shape == (16,) for part in jax.tree.leaves(cache.layers))
-    np.testing.assert_allclose(jnp.concatenate([first, second], 1), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("mask", [Mask(causal=False), Mask(prefix=jnp.ones((4, 12), bool))], ids=["both", "prefix"])
 def test_what_comes_later_is_not_seen_and_so_refused(mask):
     x, positions = jnp.ones((4, 12, 16)), jnp.zeros((4, 12), jnp.int32)
     with pytest.raises(UserError, match=r"model\.attention: got LSTM, which reads from left to right"):
-        Layer(part=LSTM()).init(jax.random.key(0), x, positions, mask)
+        LSTM().init(jax.random.key(0), x, positions, mask)
 
 
 def test_an_encoder_is_refused():

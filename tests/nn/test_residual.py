@@ -1,10 +1,12 @@
 """Each kind of residual connection against its equation."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from gptjax.nn import Chain, Layer, OutputNorm, Parallel, PostNorm, PreNorm, SandwichNorm, ScaledStream
+from gptjax.nn import Chain, OutputNorm, Parallel, Part, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
 
 X, START = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float32)
 NORMS = {"norm_1": 2.0, "norm_2": 3.0, "post_norm_1": 5.0, "post_norm_2": 7.0}
@@ -36,16 +38,28 @@ EQUATIONS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Sublayers(Part):
+    """f and g in turn, as a `Block` runs its sublayers."""
+
+    residual: Residual
+
+    def __call__(self, param, x, x0):
+        def norm(name, x):
+            return NORMS[name] * x
+
+        x = self.residual.begin(param, norm, x, x0)
+        for i, sublayer in enumerate((f, g), 1):
+            x = self.residual.add(norm, i, x, sublayer(self.residual.read(norm, i, x)))
+        return self.residual.end(x)
+
+
 @pytest.mark.parametrize("residual", EQUATIONS, ids=str)
 def test_the_equation(residual):
-    def norm(name, x):
-        return NORMS[name] * x
-
-    layer = Layer(part=residual)
+    part = Sublayers(residual)
     params = {"params": {"stream_scale": np.float32(0.7), "input_scale": np.float32(0.2)}}
-    assert jax.tree.leaves(layer.init(jax.random.key(0), X, START, norm, [f, g])) == (
+    assert jax.tree.leaves(part.init(jax.random.key(0), X, START)) == (
         [np.float32(0.1), 1] if isinstance(residual, ScaledStream) else []
     )
-    y = layer.apply(params, X, START, norm, [f, g])
     # Some ten products and sums in float32.
-    np.testing.assert_allclose(y, EQUATIONS[residual](X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(part.apply(params, X, START), EQUATIONS[residual](X), rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ import gptjax
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.interop.huggingface import from_tensors
-from gptjax.nn import Context, Layer, Mask
+from gptjax.nn import Context, Mask
 
 pytestmark = pytest.mark.real
 
@@ -100,17 +100,17 @@ def test_first_block_of_the_sorter_is_pytorchs(sorter):
         return np.frombuffer(base64.b64decode(entry["data"]), kind).reshape(entry["shape"])
 
     ids = jnp.asarray(point("idx").astype(np.int32))
-    _, seen = config.build().apply({"params": params}, ids, capture_intermediates=True)
+    _, seen = config.build().apply({"params": params}, ids, mutable=["intermediates"])
     first = jax.tree.map(lambda p: p[0], params["blocks"])
-    x = Layer(part=config.positions).apply({"params": params["positions"]}, point("tok_emb"), jnp.arange(11)[None])
+    x = config.positions.apply({"params": params["positions"]}, point("tok_emb"), jnp.arange(11)[None])
     np.testing.assert_allclose(x, point("x"), atol=1e-5)
     block = config.stack().blocks[0]
     context = Context(jnp.arange(11)[None], Mask())
-    (y, _), inner = block.apply({"params": first}, x, context, capture_intermediates=True)
+    (y, _), inner = block.apply({"params": first}, x, context, mutable=["intermediates"])
     inner = inner["intermediates"]
-    np.testing.assert_allclose(inner["norm_1"]["__call__"][0], point("ln1"), atol=1e-5)
-    np.testing.assert_allclose(inner["attention"]["__call__"][0][0], point("yProj"), atol=1e-5)
-    np.testing.assert_allclose(inner["norm_2"]["__call__"][0], point("ln2"), atol=1e-5)
-    np.testing.assert_allclose(inner["mlp"]["__call__"][0], point("mlp"), atol=1e-5)
+    np.testing.assert_allclose(inner["norm_1_output"], point("ln1"), atol=1e-5)
+    np.testing.assert_allclose(inner["attention_output"], point("yProj"), atol=1e-5)
+    np.testing.assert_allclose(inner["norm_2_output"], point("ln2"), atol=1e-5)
+    np.testing.assert_allclose(inner["mlp_output"], point("mlp"), atol=1e-5)
     np.testing.assert_allclose(y, point("mlpResid"), atol=1e-5)
-    np.testing.assert_allclose(seen["intermediates"]["norm"]["__call__"][0], point("ln_f"), atol=1e-4)
+    np.testing.assert_allclose(seen["intermediates"]["norm_output"], point("ln_f"), atol=1e-4)

@@ -215,7 +215,7 @@ def test_what_writes_to_the_stream_begins_the_smaller_the_deeper_the_model():
     latent = MultiHeadLatentAttention(kv_rank=16, rope_size=8, value_size=16)
     moe = LayerOverrides(attention=latent, mlp=MixtureOfExperts(experts=2, shared=1))
     config = dataclasses.replace(BASE, layers=8, pattern=(LayerOverrides(), moe), cross_attention=MultiHeadAttention())
-    params = jax.jit(Transformer(config).init)(jax.random.key(0), TOKENS, source=jnp.ones((4, 3, 16)))["params"]
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), TOKENS, encoder_output=jnp.ones((4, 3, 16)))["params"]
     outputs = set()
     info = flat(parameter_info(Transformer(config), TOKENS, source=jnp.ones((4, 3, 16)))["blocks"])
     for path, leaf in flat(params["blocks"]).items():

@@ -86,8 +86,8 @@ def write(m: EncoderConfig) -> dict[str, Any]:
     }
 
 
-def classifier(trunk: EncoderConfig, classes: int) -> ClassifierConfig:
-    return ClassifierConfig(trunk, classes, First(), Pooler(), bias=True)
+def classifier(backbone: EncoderConfig, classes: int) -> ClassifierConfig:
+    return ClassifierConfig(backbone, classes, First(), Pooler(), bias=True)
 
 
 HEADLESS = ["BertModel"], ["BertForSequenceClassification"]

@@ -21,7 +21,6 @@ import numpy as np
 
 from gptjax.interop import layout
 from gptjax.nn import ClassifierConfig, ModelConfig, Stack, TransformerConfig
-from gptjax.nn.stack import place
 from gptjax.types import UserError
 
 
@@ -120,7 +119,7 @@ def pieces(family: Family, stacks: Mapping[str, Stack], shapes: Mapping[str, tup
     trees: list[tuple[str, str, str, tuple[int, ...]]] = [("", "", "", ())]  # outside the layers, then each layer
     for name, stack in stacks.items():
         for layer in range(len(stack.blocks)):
-            names, number = place(stack, layer)
+            names, number = stack.location(layer)
             index = () if number is None else (number,)
             trees.append((str(layer), f"{name}/{{L}}/", "/".join((name, *names, "")), index))
     found: list[Piece] = []

@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.interop.families.family import Fields
-from gptjax.nn import GELU, MLP, GeGLU, LayerOverrides, MixtureOfExperts, ReLU, ReLUSquared, SwiGLU, TransformerConfig
+from gptjax.nn import (
+    GELU,
+    MLP,
+    Attention,
+    GeGLU,
+    LayerOverrides,
+    MixtureOfExperts,
+    ReLU,
+    ReLUSquared,
+    SwiGLU,
+    TransformerConfig,
+)
 from gptjax.types import UserError
 
 DENSE = {"gelu_new": GELU(), "gelu": GELU(approximate=False), "relu": ReLU(), "relu2": ReLUSquared()}
@@ -70,9 +81,19 @@ def of_activation(mlp: MLP | None, known: Mapping[str, MLP]) -> str:
     raise UserError(f"model.mlp: got {mlp}, must be one of {', '.join(map(str, known.values()))}")
 
 
+def attentions(m: TransformerConfig) -> list[Attention]:
+    """The attention part of each layer. Raises UserError where it is another sequence mixer."""
+    mixers = [block.attention for block in m.stack().blocks]
+    found = [mixer for mixer in mixers if isinstance(mixer, Attention)]
+    if len(found) < len(mixers):
+        raise UserError("model.attention: got other sequence mixers, must be attention in a family of published models")
+    return found
+
+
 def attention_bias(m: TransformerConfig) -> bool:
     """True if the attention projections have biases."""
-    return m.bias if m.attention.bias is None else m.attention.bias
+    own = m.attention.bias if isinstance(m.attention, Attention) else None
+    return m.bias if own is None else own
 
 
 def repeated(variants: Sequence[LayerOverrides]) -> dict[str, Any]:
@@ -88,10 +109,10 @@ def repeated(variants: Sequence[LayerOverrides]) -> dict[str, Any]:
 
 def layer_types(m: TransformerConfig) -> list[str]:
     """Kind of attention of each layer: full or sliding window."""
-    windows = [block.attention.window for block in m.stack().blocks]
+    windows = [attention.window for attention in attentions(m)]
     return ["full_attention" if window is None else "sliding_attention" for window in windows]
 
 
 def window(m: TransformerConfig) -> int | None:
     """The window of the layers that have one, or None."""
-    return next((w for block in m.stack().blocks if (w := block.attention.window) is not None), None)
+    return next((w for attention in attentions(m) if (w := attention.window) is not None), None)

@@ -19,7 +19,7 @@ from gptjax.interop.families.fields import (
     window,
 )
 from gptjax.interop.families.rope import of_rope, rope
-from gptjax.nn import Attention, LayerOverrides, MultiHeadAttention, RMSNorm, SandwichNorm, TransformerConfig
+from gptjax.nn import LayerOverrides, MultiHeadAttention, RMSNorm, SandwichNorm, TransformerConfig
 
 NORMS = (
     Row("model.layers.{L}.input_layernorm.weight", "D", "blocks/{L}/norm_1/scale", "D"),
@@ -62,22 +62,19 @@ def plain(c: Fields) -> TransformerConfig:
 
 def of_plain(m: TransformerConfig) -> dict[str, Any]:
     """The fields of config.json that Gemma 2 and 3 share: the inverse of `plain`."""
-    scale = m.attention.scale or m.H**-0.5
+    attention = m.attention if isinstance(m.attention, MultiHeadAttention) else MultiHeadAttention()
+    scale = attention.scale or m.H**-0.5
     return {
         **of_sizes(m),
         "rms_norm_eps": m.norm.eps,
         "attention_bias": attention_bias(m),
         "query_pre_attn_scalar": round(scale**-2) if round(scale**-2) ** -0.5 == scale else scale**-2,
-        "attn_logit_softcapping": softcap(m.attention),
+        "attn_logit_softcapping": attention.softcap,
         "hidden_activation": of_activation(m.mlp, GATED),
         "final_logit_softcapping": m.logit_softcap,
         "layer_types": layer_types(m),
         "sliding_window": window(m) or 4_096,
     }
-
-
-def softcap(attention: Attention) -> float | None:
-    return attention.softcap if isinstance(attention, MultiHeadAttention) else None
 
 
 TABLE = (*llama.ENDS, *llama.ATTENTION, *llama.MLP, *NORMS)

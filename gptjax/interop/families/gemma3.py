@@ -8,7 +8,7 @@ from typing import Any
 
 from gptjax.interop.families import gemma2, qwen3
 from gptjax.interop.families.family import Family, Fields
-from gptjax.interop.families.fields import layer_types, repeated
+from gptjax.interop.families.fields import attentions, layer_types, repeated
 from gptjax.interop.families.rope import of_rope, rope
 from gptjax.nn import LayerOverrides, TransformerConfig
 
@@ -32,7 +32,7 @@ def read(c: Fields) -> TransformerConfig:
 
 
 def write(m: TransformerConfig) -> dict[str, Any]:
-    seen = dict(zip(layer_types(m), (block.attention.positions for block in m.stack().blocks), strict=True))
+    seen = dict(zip(layer_types(m), (attention.positions for attention in attentions(m)), strict=True))
     ropes = {kind: of_rope(seen.get(kind) or m.positions).get("rope_parameters") for kind in (GLOBAL, LOCAL)}
     return {**gemma2.of_plain(m), "rope_parameters": ropes}
 

@@ -6,6 +6,7 @@ It is the fastest on a CPU up to some thousand tokens, and the fallback for inpu
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,8 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
 # save a sixth of a training step.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(
+def _forward(
+    save: bool,
     scale: float,
     softcap: float | None,
     q: Array,
@@ -63,13 +64,9 @@ def _attend(
     bias: Array | None,
     sinks: Array | None,
     keep: Array | None,
-) -> Array:
+) -> Any:
     """q [B, K, T, H], k [B, K, S, H], v [B, K, S, Hv], visible bool [1 or B, 1, T, S], bias [K, T, S], sinks [K, T, 1],
-    keep [B, K, T, S] -> [B, K, T, Hv]."""
-    return _forward(scale, softcap, q, k, v, visible, bias, sinks, keep)[0]
-
-
-def _forward(scale, softcap, q, k, v, visible, bias, sinks, keep):
+    keep [B, K, T, S] -> y [B, K, T, Hv]; with `save`, y and what `_backward` needs."""
     if q.shape[2] > 1:  # not in decoding: the barrier would copy the cache
         q, k, v = lax.optimization_barrier((q, k, v))
     scores = lax.optimization_barrier(_dot(q, k, 3, 3)) * scale
@@ -93,7 +90,7 @@ def _forward(scale, softcap, q, k, v, visible, bias, sinks, keep):
     p = lax.optimization_barrier(p * (1 / total))
     y = _dot((p if keep is None else p * keep).astype(v.dtype), v, 3, 2).astype(q.dtype)
     has_bias = None if bias is None else jnp.zeros(())
-    return y, (q, k, v, keep, p, y, tanh, sunk, has_bias)
+    return (y, (q, k, v, keep, p, y, tanh, sunk, has_bias)) if save else y
 
 
 def _backward(scale, softcap, saved, g: Array):
@@ -113,7 +110,8 @@ def _backward(scale, softcap, saved, g: Array):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dbias, dsinks, None
 
 
-_attend.defvjp(_forward, _backward)
+_attend = jax.custom_vjp(functools.partial(_forward, False), nondiff_argnums=(0, 1))
+_attend.defvjp(functools.partial(_forward, True), _backward)
 
 
 def _dot(a: Array, b: Array, i: int, j: int) -> Array:

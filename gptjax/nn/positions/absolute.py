@@ -17,9 +17,9 @@ from gptjax.types import Array, UserError
 class LearnedPositions(Positions):
     """A learned vector for each position, x_t + P[pos_t] (Gehring et al. 2017, arXiv:1705.03122): GPT-2, BERT.
 
-    layer = Layer(part=LearnedPositions(1_024))
-    params = layer.init(key, x, positions)                                  # {"params": {"table": [length, D]}}
-    y = layer.apply(params, x, positions)                                   # x [B, T, D], positions int32 [B, T]
+    encoding = LearnedPositions(1_024)
+    params = encoding.init(key, x, positions)                               # {"params": {"table": [length, D]}}
+    y = encoding.apply(params, x, positions)                                # x [B, T, D], positions int32 [B, T]
     """
 
     length: int

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
-from gptjax.nn.module import ParamFactory
+from gptjax.nn.module import ParamFactory, Part
 from gptjax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Positions:
+class Positions(Part):
     """No encoding at all: a causal decoder can still tell positions apart by how much it sees (arXiv:2203.16634).
 
     A subclass changes one of the three: `__call__`, `rotate`, `bias`. Positions are int32 [B, T], from 0.

@@ -17,8 +17,7 @@ from gptjax.types import Array, UserError
 class ALiBi(Positions):
     """Attention with linear biases (Press et al. 2021, arXiv:2108.12409): score_nts - slope_n |t - s|.
 
-    layer = Layer(part=ALiBi().bias)
-    bias = layer.apply({}, Mask().distance(T, S), heads)                     # float32 [N, T, S]
+    bias = ALiBi().apply({}, Mask().distance(T, S), heads, method="bias")    # float32 [N, T, S]
     """
 
     def bias(self, param: ParamFactory, distance: Array, heads: int, causal: bool = True) -> Array:
@@ -43,9 +42,9 @@ class T5Bias(Positions):
     A learned number for each head and bucket of distances; all layers share the table. (T5 also leaves out the scale:
     `MultiHeadAttention(scale=1.0)`.)
 
-    layer = Layer(part=T5Bias().bias)
-    params = layer.init(key, Mask().distance(T, S), heads)                  # {"params": {"table": [buckets, N]}}
-    bias = layer.apply(params, Mask().distance(T, S), heads)                # float32 [N, T, S]
+    encoding, distance = T5Bias(), Mask().distance(T, S)
+    params = encoding.init(key, distance, heads, method="bias")             # {"params": {"table": [buckets, N]}}
+    bias = encoding.apply(params, distance, heads, method="bias")           # float32 [N, T, S]
     """
 
     buckets: int = 32

@@ -1,0 +1,160 @@
+"""The backbone of every model over tokens: embedding, blocks, final norm."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gptjax.distributed.sharding import ShardingRules
+from gptjax.kernels.attention import Mask
+from gptjax.kernels.embedding import embed
+from gptjax.kernels.linear import linear
+from gptjax.nn import cache as kv
+from gptjax.nn.block import Context, dropout
+from gptjax.nn.cache import Cache
+from gptjax.nn.config import BackboneConfig
+from gptjax.nn.decode import decode
+from gptjax.nn.module import ParamFactory
+from gptjax.nn.scan import scan
+from gptjax.types import Array, UserError
+
+
+class Backbone(nn.Module):
+    """Tokens to hidden states. A model is a subclass whose `head` computes more from them, so the parameters that all
+    have in common have the same names.
+
+        model = Backbone(TransformerConfig(vocab=256, layers=4, width=128, heads=4))
+        params = model.init(jax.random.key(0), tokens)["params"]
+        x, _ = model.apply({"params": params}, tokens)                      # [B, T] -> [B, T, D]
+
+    The parameters of the blocks are stacked, see `stack.py`. With a cache the layers run one by one: `unstack` the
+    parameters once before a loop of decoding steps. The rng "dropout" turns dropout on.
+    """
+
+    config: Any
+    """A `BackboneConfig`, or a configuration that has one; see `backbone`."""
+    rules: ShardingRules = ShardingRules()
+    """Mesh axes of the logical axes."""
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The configuration of embedding, blocks and final norm."""
+        return self.config
+
+    def head(self, x: Array, table: Array, context: Context) -> Array:
+        """The output, from hidden states x [B, T, D] after the final norm and the embeddings [V, D]."""
+        return x
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        cache: Cache | None = None,
+        prefix: Array | None = None,
+        *,
+        token_types: Array | None = None,
+        table: Array | None = None,
+        encoder_output: Array | None = None,
+        source_segments: Array | None = None,
+        **options: Any,
+    ) -> tuple[Array, Cache | None]:
+        """tokens int32 [B, T] -> what `head` returns, in the compute dtype, and the cache with T more slots filled.
+
+        positions    int32 [B, T], positions within the document. None: 0 .. T-1, after what the cache holds
+        segments     int32 [B, T]; tokens attend within their own segment; padding is segment 0. None: one segment
+        cache        see `make_cache`. None: whole sequences
+        prefix       bool [B, T]: tokens that those before them see too, as in a prefix LM; all of it in one call
+        token_types  int32 [B, T], where the config has `token_types`. None: all 0
+        table        [V, D], embeddings shared with another model. None: this model's own
+        options      passed to `head`
+
+        For a model with cross-attention; None with a cache, which holds both:
+
+        encoder_output   [B, S, D], what cross-attention reads
+        source_segments  int32 [B, S]; tokens attend to their own segment of the source. None: to all of it
+        """
+        c, rules = self.backbone, self.rules
+        param = ParamFactory.for_module(self, rules, c.dtype)
+        key = self.make_rng("dropout") if (c.dropout or c.layer_drop) and self.has_rng("dropout") else None
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+
+        if table is None:
+            table = param("embedding", (c.vocab, c.width), ("vocab", "embed"), kind="embedding")
+        x = embed(table, tokens, rules("vocab", None), rules("batch", "sequence", None))
+        x = x * c.embedding_scale if c.embedding_scale != 1 else x
+        if c.token_types:
+            kinds = param("type_embedding", (c.token_types, c.width), (None, "embed"), kind="embedding")
+            token_types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x = x + embed(kinds, token_types, rules(None, None), rules("batch", "sequence", None))
+        x = c.positions(param.child("positions"), x, positions)
+        param.capture("positions_output", x)
+        if c.embedding_norm is not None:
+            x = c.embedding_norm(param.child("embedding_norm"), x)
+            param.capture("embedding_norm_output", x)
+        x = dropout(x, c.dropout, None if key is None else jax.random.fold_in(key, 0))
+
+        if cache is None:
+            mask = Mask(causal=c.causal, query_segments=segments, key_segments=segments, prefix=prefix)
+        else:
+            segments = jnp.ones_like(tokens) if segments is None else segments
+            filled = kv.write(cache.segments, segments, cache.length, axis=1)
+            if prefix is not None:
+                prefix = kv.write(jnp.zeros_like(filled, bool), prefix, cache.length, axis=1)
+            cache = dataclasses.replace(cache, segments=filled)
+            source_segments = cache.source_segments
+            mask = Mask(offset=cache.length, query_segments=segments, key_segments=filled, prefix=prefix)
+        if source_segments is not None and segments is None:
+            segments = jnp.ones_like(tokens)
+        encoder_mask = Mask(causal=False, query_segments=segments, key_segments=source_segments)
+        distance = mask.distance(tokens.shape[1], tokens.shape[1] if cache is None else cache.size)
+        bias = c.positions.bias(param.child("relative"), distance, c.heads, c.causal)
+        context = Context(
+            positions, mask, bias, x0=x, tokens=tokens, encoder_output=encoder_output, encoder_mask=encoder_mask
+        )
+
+        stack, blocks = c.stack(rules), param.child("blocks")
+        params = blocks.declare(functools.partial(stack.init, x=x, context=context))
+        if self.is_initializing() and rules.mesh_axes("layers"):
+            pass  # a pipeline needs more sequences than `parameter_info` initialises with; x has the right shape
+        elif cache is None and "layer_0" not in params:
+            x, losses = scan(stack, params, x, context, None if key is None else jax.random.fold_in(key, 1))
+            for name, loss in losses.items():
+                blocks.add_loss(name, loss)
+        elif key is None:
+            x, cache = decode(stack, blocks, params, x, context, cache)
+        else:
+            raise UserError(
+                'rngs: got a key "dropout", must be none with a cache or after `unstack`, which are for decoding; '
+                "train the stacked parameters"
+            )
+        if c.residual.final_norm:
+            x = c.norm(param.child("norm"), x)
+            param.capture("norm_output", x)
+        return self.head(x, table, context, **options), cache
+
+    def unembedding(self, table: Array) -> Array:
+        """[D, V], the matrix from hidden states to logits: the embeddings [V, D] or a matrix of its own."""
+        c = self.backbone
+        if c.tie_embeddings:
+            return table.T
+        param = ParamFactory.for_module(self, self.rules, c.dtype)
+        return param("head", (c.width, c.vocab), ("embed", "vocab"), kind="head")
+
+    def logits(self, x: Array, unembedding: Array) -> Array:
+        """Hidden states [B, T, D] and `unembedding` [D, V] -> logits [B, T, V] in the compute dtype."""
+        c = self.backbone
+        logits = linear(x, unembedding, self.rules("batch", "sequence", "vocab"))
+        scale = c.logit_scale / c.width_multiplier
+        logits = logits * scale if scale != 1 else logits
+        if c.logit_softcap is not None:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        return logits

@@ -1,0 +1,33 @@
+"""A stack layer by layer: incremental decoding with a cache, and looking at activations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from gptjax.nn.block import Context
+from gptjax.nn.cache import Cache
+from gptjax.nn.module import ParamFactory
+from gptjax.nn.stack import Stack
+from gptjax.types import Array, Params
+
+
+def decode(
+    stack: Stack, param: ParamFactory, params: Mapping[str, Params], x: Array, context: Context, cache: Cache | None
+) -> tuple[Array, Cache | None]:
+    """x [B, T, D] through the stack -> [B, T, D], and the cache with T more slots filled.
+
+    param   where values that blocks capture are captured, and their outputs: "layer_0" and so on
+    params  after `stack.unstack`; of stacked ones a slice is copied in every call
+    cache   None: whole sequences
+    """
+    entries: list[Any] = [None] * len(stack.blocks) if cache is None else list(cache.layers)
+    context = stack.with_first_values(params, x, context, entries[0])
+    for i, block in enumerate(stack.blocks):
+        variables = {"params": stack.layer(params, i)}
+        (x, entries[i]), found = block.apply(variables, x, context, entries[i], mutable=["intermediates"])
+        param.capture(f"layer_{i}", dict(found["intermediates"]) | {"output": x})
+    if cache is not None:
+        cache = dataclasses.replace(cache, layers=tuple(entries), length=cache.length + x.shape[1])
+    return x, cache
