@@ -273,7 +273,7 @@ def test_help_shows_every_option_with_its_docstring(capsys):
         "--model.positions.theta",
         "--pretrain.optimizer.learning_rate",
         "--chat.steps",
-        "Where all randomness comes from.",
+        "Seed of all randomness.",
     ):
         assert part in text
     assert "stages." not in text

@@ -93,10 +93,13 @@ def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
         inputs = (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
         model = model.clone(rules=model.rules.for_batch_size(1))  # a batch of 1 cannot be sharded
 
-    def init(*inputs: Any, **named: Any) -> Any:
-        return model.init(jax.random.key(0), *inputs, **named, mutable=["params", "info"])
+    arrays = {i: x for i, x in enumerate(inputs) if hasattr(x, "shape")}  # sizes among the inputs stay numbers
 
-    variables = jax.eval_shape(init, *inputs, **named)
+    def init(arrays: dict[int, Any], named: dict[str, Any]) -> Any:
+        given = (arrays.get(i, x) for i, x in enumerate(inputs))
+        return model.init(jax.random.key(0), *given, **named, mutable=["params", "info"])
+
+    variables = jax.eval_shape(init, arrays, named)
     infos = jax.tree.map(lambda x: x.info, variables.get("info", {}), is_leaf=lambda x: isinstance(x, Declared))
     if lacking := flat(variables["params"]).keys() - flat(infos).keys():
         raise UserError(

@@ -114,7 +114,9 @@ def test_key_heads_need_not_be_cut():
         (CONFIGS["one key head"], 4, None),
         (dataclasses.replace(CONFIGS["grouped"], vocab=273), 4, "model.vocab"),
     ):
-        stages: Any = {"pretrain": types.SimpleNamespace(adapter=None, data=data, accumulate=1)}
+        stages: Any = {
+            "pretrain": types.SimpleNamespace(adapter=None, data=data, accumulate=1, check=lambda model: None)
+        }
         experiment = Experiment(config, None, stages, MeshConfig(tensor=tensor))
         with contextlib.nullcontext() if field is None else pytest.raises(UserError, match=f"^{field}: got 273"):
             experiment.check(8)

@@ -217,7 +217,7 @@ def test_what_writes_to_the_stream_begins_the_smaller_the_deeper_the_model():
     config = dataclasses.replace(BASE, layers=8, pattern=(LayerOverrides(), moe), cross_attention=MultiHeadAttention())
     params = jax.jit(Transformer(config).init)(jax.random.key(0), TOKENS, encoder_output=jnp.ones((4, 3, 16)))["params"]
     outputs = set()
-    info = flat(parameter_info(Transformer(config), TOKENS, source=jnp.ones((4, 3, 16)))["blocks"])
+    info = flat(parameter_info(Transformer(config), TOKENS, encoder_output=jnp.ones((4, 3, 16)))["blocks"])
     for path, leaf in flat(params["blocks"]).items():
         if info[path].is_matrix:
             writes = info[path].split(leaf.shape)[2] == (16,) and path.endswith(("/o", "down"))

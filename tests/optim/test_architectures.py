@@ -82,7 +82,7 @@ def test_a_step_is_the_equation_layer_by_layer(name):
             if path.endswith("router_balance"):
                 continue  # which follows the load of the experts
             p, g = np.float64(p), np.float64(g) / norm  # which is longer than 1
-            stacked = "blocks/" in path and not any(end in path for end in ("start_", "end_"))
+            stacked = "blocks/" in path and not any(end in path for end in ("leading_", "trailing_"))
             layers = zip(p, g, strict=True) if stacked else [(p, g)]
             d = np.stack([direction(optimizer, path, *layer) for layer in layers]).reshape(p.shape)
             expected = -0.1 * (d + 0.5 * decays(path) * p)
