@@ -1,4 +1,4 @@
-"""A run folder's copy in a bucket: what it holds at any moment can be gone on with."""
+"""A run folder's copy in a bucket: a run can be resumed from what it holds at any moment."""
 
 from __future__ import annotations
 

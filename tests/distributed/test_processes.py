@@ -1,4 +1,4 @@
-"""Several processes of one job: stopped by a signal to one, brought down by the death of one, gone on with by fewer."""
+"""Several processes of one job: stopped by a signal to one, brought down by the death of one, resumed by fewer."""
 
 from __future__ import annotations
 
