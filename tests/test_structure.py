@@ -112,6 +112,15 @@ def test_a_run_loads_what_it_uses():
     assert len(loaded) <= 110, "\n".join(sorted(loaded))
 
 
+def test_a_name_that_is_imported_late_is_not_a_modules():
+    """Importing the module would put it in the place of the name, from the second use on."""
+    packages = [path.parent for path in FILES if path.name == "__init__.py" and "def __getattr__" in path.read_text()]
+    assert len(packages) >= 7
+    for folder in packages:
+        package = importlib.import_module(".".join(folder.relative_to(ROOT).parts))
+        assert package._HOME.keys().isdisjoint(path.stem for path in folder.iterdir()), folder
+
+
 def test_files_can_be_read_in_one_go():
     assert {path.name: lines for path in FILES if (lines := len(path.read_text().splitlines())) > 400} == {}
 
