@@ -90,9 +90,7 @@ def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
     inputs  arguments of its `init` after the key. None: those of a model over tokens
     """
     if not inputs:
-        inputs = (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
-        model = model.clone(rules=model.rules.for_batch_size(1))  # a batch of 1 cannot be sharded
-
+        model, inputs = _for_one_token(model)
     arrays = {i: x for i, x in enumerate(inputs) if hasattr(x, "shape")}  # sizes among the inputs stay numbers
 
     def init(arrays: dict[int, Any], named: dict[str, Any]) -> Any:
@@ -106,6 +104,11 @@ def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
             f"parameters: got {', '.join(sorted(lacking))} by `self.param`, must be declared by ParamFactory"
         )
     return infos
+
+
+def _for_one_token(model: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct]]:
+    """A model over tokens and abstract tokens [1, 1] to initialise it with; a batch of 1 cannot be sharded."""
+    return model.clone(rules=model.rules.for_batch_size(1)), (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
 
 
 def by_name(of: Callable[[list[str]], Any], params: Params) -> Params:
@@ -137,9 +140,8 @@ def nested(flat: Mapping[str, Any]) -> Params:
 
 def declared(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Name -> shape, dtype and sharding (None without a mesh) of each parameter of a Flax model over tokens."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    model = model.clone(rules=model.rules.for_batch_size(1))  # which a mesh need not cut
-    params = flat(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+    model, inputs = _for_one_token(model)
+    params = flat(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return params
