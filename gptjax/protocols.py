@@ -29,11 +29,11 @@ class Config(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back; `gptjax.data.Tokenizer` is the base class of those that we have."""
+    """Text to token ids and back; `gptjax.data.Tokenizer` is the base class."""
 
     @property
     def vocab(self) -> int:
-        """V, the number of ids: each is below it."""
+        """V, the number of ids. Every id is below it."""
         ...
 
     @property
@@ -43,21 +43,21 @@ class Tokenizer(Protocol):
 
     @property
     def bos(self) -> int | None:
-        """Id that starts a document. None: nothing does."""
+        """Id that starts a document, or None."""
         ...
 
     @property
     def eos(self) -> int | None:
-        """Id that ends a document or message. None: nothing does."""
+        """Id that ends a document or message, or None."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of everything that decides what this tokenizer does."""
+        """SHA-256, in hex, of everything that determines the tokenizer's behaviour."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, no special token among them."""
+        """Ids of a text, without special tokens."""
         ...
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
@@ -65,7 +65,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens dropped."""
+        """Text of ids, without special tokens."""
         ...
 
 
@@ -93,7 +93,7 @@ class BatchIterator(Protocol):
         ...
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go to a position that `state()` gave."""
+        """Go to a position that `state()` returned."""
         ...
 
     def close(self) -> None:
@@ -104,24 +104,23 @@ class BatchIterator(Protocol):
 class Data(Config, Protocol):
     """A kind of training data: documents of a source as batches. Pretraining texts, conversations, ...
 
-    A batch is a pure function of (source, tokenizer, seed, step). Each process makes one data shard of it: rows
-    `shard * B / num_shards` up to but without `(shard + 1) * B / num_shards`. `gptjax.data.Dataset` is the base class
-    of those that we have.
+    A batch is a pure function of (source, tokenizer, seed, step). Each process makes one data shard of it: sequences
+    `shard * B / num_shards` to `(shard + 1) * B / num_shards - 1`. `gptjax.data.Dataset` is the base class.
     """
 
     batch_type: ClassVar[type[Batch]]
     """Class of its batches: `Batch` or a subclass with more arrays, which the objective reads."""
     separator: ClassVar[str]
-    """Shown between a prompt and what the model writes after it."""
+    """Shown between a prompt and the model's output."""
 
     @property
     def length(self) -> int:
-        """T, tokens per row."""
+        """T, tokens per sequence."""
         ...
 
     @property
     def batch(self) -> int:
-        """B, rows per optimizer step, over all processes."""
+        """B, sequences per optimizer step, over all processes."""
         ...
 
     def batches(
@@ -137,9 +136,9 @@ class Data(Config, Protocol):
         cache_dir: str | Path,
         shard: int = 0,
         num_shards: int = 1,
-        rows: int | None = None,
+        sequences: int | None = None,
     ) -> Iterable[Batch]:
-        """All rows of a split once, in order, or `rows` of them at equal distances; the last batch is padded."""
+        """All sequences of a split in order, or `sequences` of them at equal distances. The last batch is padded."""
         ...
 
     def abstract_batch(self) -> Batch:
@@ -147,15 +146,15 @@ class Data(Config, Protocol):
         ...
 
     def texts(self) -> Iterator[str]:
-        """The training text, to build a tokenizer from."""
+        """Training text, for a tokenizer to be trained on."""
         ...
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Ids after which the model continues, or answers, `text`. Raises UserError where it does not write."""
+        """Token ids of a prompt with `text`. Raises UserError if the model does not generate text."""
         ...
 
     def check(self, model: ModelConfig) -> None:
-        """Raise UserError, naming the field, if the sequences do not fit the model, such as too long ones."""
+        """Raise UserError, naming the field, if the sequences do not fit the model: too long, for example."""
         ...
 
 
@@ -178,7 +177,7 @@ class Module(Protocol):
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """({"params": params}, tokens, positions, segments, cache) -> (logits [B, T, V], cache), the first three int32
-        [B, T]. A classifier's logits are [B, M, C], for the M documents of each row."""
+        [B, T]. A classifier's logits are [B, M, C], for the M documents of each sequence."""
         ...
 
     def clone(self, **fields: Any) -> Self:
@@ -217,12 +216,12 @@ class ModelConfig(Config, Protocol):
 
     @property
     def max_source_positions(self) -> int | None:
-        """The same of the source that an encoder-decoder reads."""
+        """Number of source positions of an encoder-decoder. None: unlimited."""
         return None
 
     @property
     def width_multiplier(self) -> float:
-        """Width relative to that of the model whose hyperparameters it has, in muP; else 1."""
+        """Width divided by the width that the hyperparameters were tuned at, in muP. Else 1."""
         return 1.0
 
     @property
@@ -232,10 +231,10 @@ class ModelConfig(Config, Protocol):
 
     def init_cache(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
         """Empty cache entries of each layer, for `size` positions."""
-        raise UserError(f"model: got {type(self).__name__}, must be a decoder to write text")
+        raise UserError(f"model: got {type(self).__name__}, must be a decoder to generate text")
 
     def unstack(self, params: Params) -> Params:
-        """The parameters with the layers one by one, which decoding reads without copying."""
+        """Split stacked layers, for decoding without copies."""
         return params
 
 
@@ -274,5 +273,5 @@ class Evaluation(Config, Protocol):
 
     @abc.abstractmethod
     def __call__(self, model: Any) -> Result:
-        """Evaluate a `LanguageModel`, or what else holds a model of this architecture."""
+        """Evaluate a `LanguageModel`, or another class with a model of this architecture."""
         ...

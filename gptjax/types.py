@@ -23,11 +23,11 @@ Metrics = dict[str, tuple[Array, Array]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed token rows, all `[B, T]`. numpy on the host, `jax.Array` once on the devices.
+    """Packed sequences of tokens, all `[B, T]`: numpy on the host, `jax.Array` on devices.
 
     tokens     int32    input tokens
     targets    int32    next tokens: `targets[b, t]` follows `tokens[b, t]` in the same document
-    weights    float32  weight of each target in the loss; 0 on padding and on text that is only context
+    weights    float32  weight of each target in the loss; 0 on padding and context
     segments   int32    number of the token's document in its sequence, from 1; 0: padding
     positions  int32    position within the document, from 0
     """
@@ -46,7 +46,7 @@ class Pair(Batch):
 
     source            int32    tokens of the encoder
     source_segments   int32    a target attends to the source of its own segment; 0: padding
-    source_positions  int32    position within the document, from 0
+    source_positions  int32    position within the source, from 0
     """
 
     source: Array | np.ndarray

@@ -1,4 +1,4 @@
-"""Endless batches to train on, made ahead of time, and the list of batches of a validation split."""
+"""Endless prefetched batches for training, and the batches of a validation split."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from gptjax.types import Batch
 
 
 class Batches(Iterator[Batch]):
-    """Endless batches, prefetched by a thread of Grain's.
+    """Endless batches, prefetched by a Grain thread.
 
-    `state()` is the position as JSON: the next step, whatever the number of processes. After an exception in the middle
-    of a `next`, such as Ctrl-C, the position is still the batch that was not returned.
+    `state()` is the position as JSON: the next step, for any number of processes. After an exception inside `next`,
+    such as Ctrl-C, the position is still that of the batch that was not returned.
     """
 
     def __init__(self, make: Callable[[np.ndarray], Batch], size: int, steps: int):
-        """
+        """Batches that `make` returns.
+
         make   (steps int64 [n]) -> the batches of these steps, concatenated
-        size   rows per batch
-        steps  n, the steps that `make` is called for at a time: with small batches many, to save calls
+        size   sequences per batch
+        steps  n, steps per call of `make`: many for small batches, to save calls
         """
         self._make, self._size, self._steps = make, size, steps
         self._step = 0
@@ -54,24 +55,24 @@ class Batches(Iterator[Batch]):
                 skip = 0
 
     def state(self) -> dict[str, int]:
-        """The position."""
+        """Position, as JSON."""
         return {"step": self._step}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go to a position that `state()` gave."""
+        """Go to a position that `state()` returned."""
         self.close()
         self._step = int(state["step"])
 
     def close(self) -> None:
-        """Stop the thread and drop what was prefetched; `next` continues at the same position."""
+        """Stop the thread and drop prefetched batches. `next` continues at the same position."""
         if self._made is not None:
             self._made.close()
             self._made = None
 
 
 class ValidationBatches(Sequence[Batch]):
-    """All rows of a split, or some at equal distances, as batches of one shape, made when they are asked for. The last
-    one is padded with rows of weight and segment 0."""
+    """All sequences of a split, or a number of them at equal distances, as batches of one shape. Batches are made on
+    access; the last one is padded with sequences of weight and segment 0."""
 
     def __init__(
         self,
@@ -82,11 +83,12 @@ class ValidationBatches(Sequence[Batch]):
         shard: int,
         limit: int | None = None,
     ):
-        """
-        make   (which source int64 [n], which of its rows int64 [n], size) -> a batch of these rows, padded to `size`
-        sizes  rows of each source
-        batch  rows per batch, over all data shards; `local` of them are those of the data shard `shard`
-        limit  rows to take. None: all
+        """Batches that `make` returns.
+
+        make   (source index int64 [n], sequence index int64 [n], size) -> batch of these sequences, padded to `size`
+        sizes  sequences per source
+        batch  sequences per batch, over all data shards; the data shard `shard` has `local` of them
+        limit  maximum number of sequences. None: all
         """
         self._total = sum(sizes)
         self._count = self._total if limit is None else min(limit, self._total)

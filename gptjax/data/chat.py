@@ -2,7 +2,7 @@
 
     <|bos|> <|system|> text <|end|> <|user|> text <|end|> <|assistant|> text <|end|> ...
 
-The markers are ids that no text encodes to, so what a speaker says cannot end their turn or begin another's.
+The markers are ids that no text encodes to, so a message cannot end its own turn or begin another.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gptjax.data.dataset import Dataset, PackedRows
+from gptjax.data.dataset import Dataset, PackedSequences
 from gptjax.data.packing import BestFit, Packing
 from gptjax.data.store import Encoded, Tokens, tokenize
 from gptjax.data.tokenizers import CHAT_SPECIALS
-from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError
 
@@ -25,7 +25,7 @@ ROLES = ("system", "user", "assistant")
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """What one speaker says. Raises `UserError` for a role that there is not, or content that is not text."""
+    """One message of a conversation. Raises `UserError` for an unknown role or for content that is not text."""
 
     role: str
     content: str
@@ -41,8 +41,8 @@ Conversation = tuple[Message, ...]
 
 
 def conversation(messages: Iterable[Message | Mapping[str, Any]]) -> Conversation:
-    """Messages, or objects with a "role" and a "content" as in JSON files and APIs, as a `Conversation`.
-    Raises `UserError` for one that lacks either."""
+    """Convert messages, or objects with "role" and "content" as in JSON files and APIs, to a `Conversation`. Raises
+    `UserError` if either is missing."""
     return tuple(_message(message) for message in messages)
 
 
@@ -55,8 +55,8 @@ def _message(message: Message | Mapping[str, Any]) -> Message:
 
 
 def render(conversation: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-    """Ids and, for each, how much the loss counts it: 1 for what the assistant has to produce, its content and the
-    "<|end|>" after it, and 0 for all else. Raises `UserError` for a tokenizer without the markers."""
+    """Token ids and their loss weights: 1 for the assistant's content and the "<|end|>" after it, 0 for everything
+    else. Raises `UserError` for a tokenizer without the markers."""
     markers = _markers(tokenizer)
     ids, weights = [markers["<|bos|>"]], [0.0]
     for message in conversation:
@@ -67,28 +67,30 @@ def render(conversation: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[
 
 
 def prompt(messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
-    """The ids after which the assistant speaks: for every conversation that ends with an assistant's message,
-    `prompt(conversation[:-1])` begins `render(conversation)`."""
+    """Token ids up to the assistant's turn. `prompt(conversation[:-1])` is a prefix of `render(conversation)` for every
+    conversation that ends with an assistant's message."""
     return [*render(messages, tokenizer)[0], _markers(tokenizer)["<|assistant|>"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat(Dataset):
-    """Conversations to learn to answer in. Targets are what the assistant says; all else is context. A text beside
-    them is a target from its first token to its last."""
+    """Conversations. The assistant's messages are targets, all else is context. In plain text documents every token is
+    a target."""
 
     document_type: ClassVar[type | tuple[type, ...]] = (tuple, str)
     separator: ClassVar[str] = "\n"
 
     packing: Packing = BestFit()
-    """How conversations are laid out in rows."""
+    """Packing of conversations into sequences."""
 
-    def rows(self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> PackedRows:
+    def sequences(
+        self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path
+    ) -> PackedSequences:
         store = tokenize(source, tokenizer, split, cache_dir, encode_conversations, self.document_type)
-        return PackedRows(store, self.packing.plan(store.offsets, self.length))
+        return PackedSequences(store, self.packing.plan(store.offsets, self.length))
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Ids after which the model answers `text`."""
+        """Token ids of a conversation in which the user says `text`, up to the assistant's turn."""
         return prompt((Message("user", text),), tokenizer)
 
     def texts_of(self, document: Conversation | str) -> Iterable[str]:
@@ -96,10 +98,10 @@ class Chat(Dataset):
 
 
 def encode_conversations(documents: Iterator[Conversation | str], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Conversations with the weights of their targets; texts, every token of which counts."""
+    """Encode conversations with the weights of their targets, and texts with weight 1 everywhere."""
     for document in documents:
         if isinstance(document, str):
-            ids = frame(tokenizer.encode(document), tokenizer)
+            ids = add_bos_eos(tokenizer.encode(document), tokenizer)
             yield Encoded(ids, [1.0] * len(ids))
         else:
             yield Encoded(*render(document, tokenizer))

@@ -1,4 +1,4 @@
-"""Classification data: texts with labels."""
+"""Classification data: labelled texts."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from typing import ClassVar
 
 import numpy as np
 
-from gptjax.data.dataset import Dataset, PackedRows
-from gptjax.data.packing import Alone, Packing
+from gptjax.data.dataset import Dataset, PackedSequences
+from gptjax.data.packing import NoPacking, Packing
 from gptjax.data.sources import Example
 from gptjax.data.store import Encoded, Tokens, encoded, tokenize
-from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
 from gptjax.types import Batch, Labelled, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Classify(Dataset):
-    """Texts with labels, a text per row: `LabelledJsonl` has such."""
+    """Labelled texts, one per sequence. A source is `LabelledJsonl`."""
 
     batch_type: ClassVar[type[Batch]] = Labelled
     document_type: ClassVar[type | tuple[type, ...]] = Example
 
-    packing: Packing = Alone()
-    """How documents are laid out in rows: each has its own, and what is beyond its end is not read."""
+    packing: Packing = NoPacking()
+    """Packing of documents into sequences: one per sequence, truncated to its length."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.packing != Alone():
-            raise UserError(f"packing: got {self.packing}, must be Alone(): a row has one label")
+        if self.packing != NoPacking():
+            raise UserError(f"packing: got {self.packing}, must be NoPacking(): a sequence has one label")
 
-    def rows(self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> LabelledRows:
+    def sequences(
+        self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path
+    ) -> LabelledSequences:
         store = tokenize(source, tokenizer, split, cache_dir, encode_examples, self.document_type)
         assert store.labels is not None
-        return LabelledRows(PackedRows(store, self.packing.plan(store.offsets, self.length)), store.labels)
+        return LabelledSequences(PackedSequences(store, self.packing.plan(store.offsets, self.length)), store.labels)
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Raises UserError: a classifier does not write."""
-        raise UserError(f"prompts: got {text!r}, must be none: a classifier does not write")
+        """Raises UserError: a classifier does not generate text."""
+        raise UserError(f"prompts: got {text!r}, must be none: a classifier does not generate text")
 
     def texts_of(self, document: Example) -> Iterable[str]:
         return (document.text,)
@@ -57,16 +59,16 @@ class Classify(Dataset):
 
 
 def encode_examples(documents: Iterator[Example], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Texts as in pretraining, with their labels."""
+    """Encode texts as in pretraining, with their labels."""
     for example, ids in encoded(documents, lambda example: example.text, tokenizer):
-        yield Encoded(frame(ids, tokenizer), label=example.label)
+        yield Encoded(add_bos_eos(ids, tokenizer), label=example.label)
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledRows:
-    """Row d is document d, with its label."""
+class LabelledSequences:
+    """Sequences of one document each, with its label: sequence d is document d."""
 
-    packed: PackedRows
+    packed: PackedSequences
     labels: np.ndarray
 
     def __len__(self) -> int:

@@ -1,10 +1,10 @@
-"""Base class of the kinds of data: documents of a source, tokenised once, packed into rows, shuffled, mixed.
+"""Base class of data: documents of a source are tokenised once, packed into sequences, shuffled and mixed.
 
-A kind of data is one file with one subclass: how its documents are stored (`rows`), what its batches hold (`empty`),
-how the model is prompted. `pretrain.py` is the simplest.
+A kind of data is a file with a subclass that defines its stored documents (`sequences`), its batches (`empty`) and its
+prompt. `pretrain.py` is the simplest.
 
-The batch of a step is a pure function of the data, the seed and the step. So the position in the data is one number,
-the same for any number of processes, and each process makes just its own rows of the global batch.
+The batch of a step is a pure function of data, seed and step. So the position in the data is one number, the same for
+any number of processes, and each process makes only its own part of the global batch.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
 from gptjax.types import Batch, UserError
 
 
-class Rows(Protocol):
-    """Random access to the rows of one source. Row `r` of epoch `e` has index `e * len(rows) + r`."""
+class Sequences(Protocol):
+    """Random access to the sequences of one source. Sequence `r` of epoch `e` has index `e * len(sequences) + r`."""
 
     def __len__(self) -> int:
-        """Rows per epoch."""
+        """Sequences per epoch."""
         ...
 
     def fill(self, batch: Any, at: np.ndarray, index: np.ndarray) -> None:
-        """Write rows `index` int64 [R] into rows `at` int64 [R] of a batch that `Dataset.empty` made."""
+        """Write sequences `index` int64 [R] into rows `at` int64 [R] of a batch that `Dataset.empty` made."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedRows:
-    """Rows of one store: its documents, packed."""
+class PackedSequences:
+    """Packed documents of one store."""
 
     store: Store
     plan: Plan
@@ -60,20 +60,20 @@ class Dataset(abc.ABC):
     batch_type: ClassVar[type[Batch]] = Batch
     """Class of the batches."""
     separator: ClassVar[str] = ""
-    """Shown between a prompt and what the model writes after it."""
+    """Shown between a prompt and the model's output."""
     document_type: ClassVar[type | tuple[type, ...]] = str
-    """Class of the documents that a source must have."""
+    """Class of the source's documents."""
 
     source: Source | Tokens | Mix
     """Source of the documents."""
     length: int = 1024
-    """T, tokens per row."""
+    """T, tokens per sequence."""
     batch: int = 8
-    """B, rows per step, over all processes."""
+    """B, sequences per step, over all processes."""
     packing: Packing = Concatenate()
-    """How documents are laid out in rows."""
+    """Packing of documents into sequences."""
     shuffle: bool = True
-    """Read the rows in a random order, another one each epoch; else in their order."""
+    """Random order of the sequences, different in each epoch. False: their own order."""
 
     def __post_init__(self) -> None:
         for field in ("length", "batch"):
@@ -81,39 +81,38 @@ class Dataset(abc.ABC):
                 raise UserError(f"{field}: got {getattr(self, field)}, must be at least 1")
 
     @abc.abstractmethod
-    def rows(self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> Rows:
-        """The rows of one source, which is tokenised now unless it has been."""
+    def sequences(
+        self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path
+    ) -> Sequences:
+        """Sequences of one source, tokenised now unless stored."""
 
     @abc.abstractmethod
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Ids after which the model continues, or answers, `text`. Raises UserError where it does not write."""
+        """Token ids of a prompt with `text`. Raises UserError if the model does not generate text."""
 
     def texts_of(self, document: Any) -> Iterable[str]:
-        """The texts in a document."""
+        """Texts in a document."""
         return (document,)
 
     def empty(self, size: int) -> Batch:
-        """A batch of `size` rows of padding, in numpy."""
+        """A numpy batch of `size` sequences of padding."""
         fields = dataclasses.fields(Batch)
         dtypes = {"weights": np.float32}
         zeros = {f.name: np.zeros((size, self.length), dtypes.get(f.name, np.int32)) for f in fields}
         return Batch(**zeros)
 
     def check(self, model: ModelConfig) -> None:
-        """Raises UserError, naming the field, where the rows do not fit the model."""
+        """Raise UserError, naming the field, if the sequences do not fit the model."""
         limit = model.max_positions
         if limit is not None and self.length > limit:
-            raise UserError(
-                f"data.length: got {self.length}, must be at most {limit}, which is all that model.positions can tell "
-                "apart"
-            )
+            raise UserError(f"data.length: got {self.length}, must be at most {limit}, the maximum of model.positions")
 
     def abstract_batch(self) -> Batch:
         """Shapes and dtypes of the batch of a step, over all processes."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.empty(self.batch))
 
     def texts(self) -> Iterator[str]:
-        """The training text, to build a tokenizer from."""
+        """Training text, for a tokenizer to be trained on."""
         documents: Iterator[Any] = retry.stream(lambda: self.source.documents("train"), self.source)
         for document in expect(self.document_type, documents, self.source):
             yield from self.texts_of(document)
@@ -127,15 +126,15 @@ class Dataset(abc.ABC):
         shard: int = 0,
         num_shards: int = 1,
     ) -> Batches:
-        """Endless batches to train on: of each, rows [B / num_shards, T], the data shard `shard` of `num_shards`.
+        """Endless training batches: sequences [B / num_shards, T] of the data shard `shard`.
 
-        Raises UserError for an empty split, and for a batch that is not a multiple of `num_shards`.
+        Raises UserError for an empty split, or for a batch that is not a multiple of `num_shards`.
         """
         if seed < 0:
             raise UserError(f"seed: got {seed}, must not be negative")
-        local = self._shard_rows(shard, num_shards)
+        local = self._shard_size(shard, num_shards)
         mix = self._mix
-        rows = [self.rows(source, tokenizer, split, cache_dir) for source in mix.sources]
+        rows = [self.sequences(source, tokenizer, split, cache_dir) for source in mix.sources]
         ordered = order(list(map(len, rows)), mix.weights, seed if self.shuffle else None)
 
         def make(steps: np.ndarray) -> Batch:
@@ -151,19 +150,19 @@ class Dataset(abc.ABC):
         cache_dir: str | Path,
         shard: int = 0,
         num_shards: int = 1,
-        rows: int | None = None,
+        sequences: int | None = None,
     ) -> ValidationBatches:
-        """All rows of a split once, in order, or `rows` of them at equal distances; errors as for `batches`."""
-        local = self._shard_rows(shard, num_shards)
-        of_sources = [self.rows(source, tokenizer, split, cache_dir) for source in self._mix.sources]
+        """All sequences of a split once, in order, or `sequences` of them at equal distances. Raises as `batches`."""
+        local = self._shard_size(shard, num_shards)
+        of_sources = [self.sequences(source, tokenizer, split, cache_dir) for source in self._mix.sources]
 
         def make(which: np.ndarray, index: np.ndarray, size: int) -> Batch:
             return self._make(of_sources, which, index, size)
 
-        return ValidationBatches(make, list(map(len, of_sources)), self.batch, local, shard, rows)
+        return ValidationBatches(make, list(map(len, of_sources)), self.batch, local, shard, sequences)
 
-    def _make(self, rows: list[Rows], which: np.ndarray, index: np.ndarray, size: int) -> Batch:
-        """Row `index[i]` of source `which[i]` for each i, then padding: `size` rows."""
+    def _make(self, rows: list[Sequences], which: np.ndarray, index: np.ndarray, size: int) -> Batch:
+        """Sequence `index[i]` of source `which[i]` for each i, then padding, `size` in all."""
         batch = self.empty(size)
         for number, of_source in enumerate(rows):
             at = np.flatnonzero(which == number)
@@ -175,8 +174,8 @@ class Dataset(abc.ABC):
     def _mix(self) -> Mix:
         return self.source if isinstance(self.source, Mix) else Mix((self.source,), (1.0,))
 
-    def _shard_rows(self, shard: int, num_shards: int) -> int:
-        """Rows of a batch that one data shard has."""
+    def _shard_size(self, shard: int, num_shards: int) -> int:
+        """Sequences of a batch per data shard."""
         if self.batch % num_shards:
             raise UserError(f"batch: got {self.batch}, must be a multiple of the number of data shards, {num_shards}")
         if not 0 <= shard < num_shards:

@@ -1,4 +1,4 @@
-"""Files of text: found by path, glob or web address (downloaded once into the cache folder), read line by line."""
+"""Text files by path, glob or URL (downloaded once into the cache folder), read line by line."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from gptjax.types import UserError, one_line
 
 
 def cache_dir() -> Path:
-    """Where downloads and built data sets are kept: `$GPTJAX_CACHE`, or `~/.cache/gptjax`."""
+    """Folder of downloads and built data sets: `$GPTJAX_CACHE`, else `~/.cache/gptjax`."""
     return Path(os.environ.get("GPTJAX_CACHE") or "~/.cache/gptjax").expanduser()
 
 
 def download(url: str) -> Path:
-    """The cached file of an http(s) `url`, downloaded if it isn't there yet.
+    """The cached file of an http(s) `url`, downloaded on first use.
 
-    Raises UserError when the server refuses (4xx), or when all attempts failed.
+    Raises UserError if the server refuses (4xx) or all attempts fail.
     """
     name = Path(urllib.parse.urlsplit(url).path).name or "index"
     target = cache_dir() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
@@ -57,13 +57,13 @@ def _fetch(url: str, target: Path) -> None:
         raise
     with response, atomic.new(target, shared=True) as partial, partial.open("wb") as file:
         shutil.copyfileobj(response, file)
-        # http.client ends quietly when the connection breaks in the middle of a body.
+        # http.client does not raise when the connection breaks in the middle of a body.
         if response.length:
             raise ConnectionError(f"the connection broke {response.length} bytes before the end")
 
 
-def find(path: str) -> list[Path]:
-    """The files that `path` (file, glob or address) names, sorted; none of them empty."""
+def find_files(path: str) -> list[Path]:
+    """Files of `path` (file, glob or URL), sorted. Raises UserError if there are none, or an empty one."""
     if path.startswith(("http://", "https://")):
         return [download(path)]
     plain = Path(path).expanduser()
@@ -72,17 +72,17 @@ def find(path: str) -> list[Path]:
     found = [plain] if plain.exists() else sorted(Path(p) for p in glob.glob(str(plain), recursive=True))
     found = [file for file in found if file.is_file()]
     if not found:
-        raise UserError(f"path: got {path}, where there is no file (looked from {Path.cwd()})")
+        raise UserError(f"path: got {path}, which does not exist (seen from {Path.cwd()})")
     for file in found:
         if not file.stat().st_size:
             raise UserError(f"path: got {file}, which is empty; must hold text")
     return found
 
 
-def facts(path: str) -> list[Any]:
-    """What tells that the files behind `path` have not changed."""
-    stats = [(file, file.stat()) for file in find(path)]
-    if path.startswith(("http://", "https://")):  # when and where it was downloaded makes no difference
+def file_state(path: str) -> list[Any]:
+    """Facts that change when the files of `path` change: paths, sizes and times of modification."""
+    stats = [(file, file.stat()) for file in find_files(path)]
+    if path.startswith(("http://", "https://")):  # time and place of a download do not matter
         return [stat.st_size for _, stat in stats]
     return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
@@ -90,8 +90,8 @@ def facts(path: str) -> list[Any]:
 def read_lines(path: Path, invalid: Literal["error", "skip"] = "error") -> Iterator[tuple[int, str]]:
     """(line number from 1, line with its end) of a UTF-8 file, gzipped if it ends in .gz. Line ends become "\\n".
 
-    Raises UserError, naming file and line, where a line is not UTF-8, unless `invalid` is "skip": then such lines are
-    left out, and their count is logged at the end.
+    Raises UserError, naming file and line, for a line that is not UTF-8. With `invalid` "skip" such lines are left out,
+    and their number is logged at the end.
     """
     skipped = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
@@ -116,11 +116,11 @@ def read_lines(path: Path, invalid: Literal["error", "skip"] = "error") -> Itera
 
 
 def read_json(path: Path, invalid: Literal["error", "skip"] = "error") -> Iterator[tuple[str, Any]]:
-    """("file:line", value) of a file with a JSON value a line; empty lines are left out. Raises UserError."""
+    """("file:line", value) of a file with one JSON value per line. Empty lines are left out. Raises UserError."""
     for number, line in read_lines(path, invalid):
         if line.strip():
             try:
                 value = json.loads(line)
             except ValueError as error:
-                raise UserError(f"path: {path}:{number}: not JSON ({error}); must be one JSON value a line") from None
+                raise UserError(f"path: {path}:{number}: not JSON ({error}); must be one JSON value per line") from None
             yield f"{path}:{number}", value

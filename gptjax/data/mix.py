@@ -1,4 +1,4 @@
-"""Several sources as one, and the order in which the rows of one or several are read."""
+"""Mixtures of sources, and the order of their sequences."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from gptjax.protocols import Source, Split
 from gptjax.types import UserError
 
 Order = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Positions in the global order, int64 [R] -> (index of the source, index of its row), int64 [R] each. Row `r` of epoch
-`e` of a source with n rows has the index `e * n + r`."""
+"""Positions in the global order, int64 [R] -> (index of the source, index of its sequence), int64 [R] each. Sequence
+`r` of epoch `e` of a source with n sequences has index `e * n + r`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """Weighted mixture of sources. Rows alternate in a fixed pattern that keeps to the weights as closely as whole rows
-    can, at any point; a source that is used up starts again, in another order."""
+    """Weighted mixture of sources. Sequences alternate in a fixed pattern that is as close to the weights as whole
+    sequences can be, at any point. An exhausted source starts again, in another order."""
 
     sources: tuple[Source | Tokens, ...]
     """Sources to mix."""
     weights: tuple[float, ...]
-    """Share of the rows from each source, in proportion: (3, 1) is three rows to one."""
+    """Share of the sequences from each source, in proportion: (3, 1) is three to one."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -35,12 +35,12 @@ class Mix:
             raise UserError(f"weights: got {self.weights}, must be a positive number for each of {len(self.sources)}")
 
     def documents(self, split: Split) -> Iterator:
-        """The documents of one source after the other, whatever the weights: what a tokenizer is trained on."""
+        """All documents of each source in turn, regardless of the weights, for a tokenizer to be trained on."""
         return itertools.chain.from_iterable(source.documents(split) for source in self.sources)
 
 
 def order(sizes: Sequence[int], weights: Sequence[float], seed: int | None) -> Order:
-    """The order of sources with `sizes` rows each. Seed None: not shuffled."""
+    """Order of sources with `sizes` sequences each. seed=None: not shuffled."""
 
     def rows(which: int, position: np.ndarray) -> np.ndarray:
         epoch, row = np.divmod(position, sizes[which])

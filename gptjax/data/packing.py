@@ -1,11 +1,11 @@
-"""How documents become rows of a fixed length: cut from one long stream, or packed whole.
+"""Packing of documents into sequences of a fixed length: windows of one long stream, or whole documents.
 
-A packing makes a plan from where the documents start; the plan says, for any rows, which pieces of the token stream
-stand in them; `fill` copies those pieces into a batch. All of it is vectorised over the rows of a batch, and no row is
-made before it is asked for.
+A packing makes a plan from the documents' offsets. For given sequences, the plan lists the pieces of the token stream
+that they contain; `fill` copies these pieces into a batch. Everything is vectorised over the sequences of a batch, and
+no sequence is made before it is requested.
 
-Whatever the packing: a piece is all or part of one document and a segment of its own, its positions count from 0, its
-targets are the tokens that follow in the same document. No target crosses from one document into the next.
+In every packing, a piece is all or part of one document, and a segment of its own. Its positions count from 0, its
+targets are the next tokens of the same document. No target crosses into another document.
 """
 
 from __future__ import annotations
@@ -21,44 +21,47 @@ from gptjax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """What stands in some rows: P pieces, sorted by row, each row filled from the left. All fields are [P]."""
+    """Contents of some sequences: P pieces, sorted by sequence; each sequence is filled from the left. All fields are
+    [P]."""
 
     row: np.ndarray
-    """int64, which of the rows."""
+    """int64, index of the sequence."""
     start: np.ndarray
-    """int64, where in the token stream the piece starts."""
+    """int64, offset of the piece in the token stream."""
     size: np.ndarray
-    """int64, how many tokens it has, at least 1."""
+    """int64, number of tokens, at least 1."""
     more: np.ndarray
-    """bool, whether its document goes on after it."""
+    """bool, True if the document continues after the piece."""
 
 
 class Plan(Protocol):
-    """Random access to the rows of a store. Row `r` of epoch `e` has index `e * len(plan) + r`."""
+    """Random access to the sequences of a store. Sequence `r` of epoch `e` has index `e * len(plan) + r`."""
 
     def __len__(self) -> int:
-        """Rows an epoch: each token stands in exactly one of them."""
+        """Sequences per epoch. Each token is in exactly one of them."""
         ...
 
     def pieces(self, index: np.ndarray) -> Pieces:
-        """What stands in the rows with these indices, int64 [R]."""
+        """Pieces in the sequences with these indices, int64 [R]."""
         ...
 
 
 class Packing(Protocol):
-    """A way to lay documents out in rows."""
+    """A way to pack documents into sequences."""
 
     def plan(self, offsets: np.ndarray, length: int) -> Plan:
-        """The rows of `length` tokens for documents `offsets[d]:offsets[d + 1]`, int64 [D + 1], none of them empty."""
+        """Plan sequences of `length` tokens for documents `offsets[d]:offsets[d + 1]`, int64 [D + 1], none of them
+        empty."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Concatenate:
-    """Rows are windows on the concatenated documents, with no padding but at the end of an epoch.
+    """Sequences are windows of the concatenated documents. Only the end of an epoch is padded.
 
-    A document that goes on in another row is a new segment there, with positions from 0: it has lost its context. So
-    that the cuts are not always at the same places, the windows of each epoch are shifted by another part of a row.
+    A document that continues in the next sequence is a new segment there, with positions from 0 and without its earlier
+    context. The windows of each epoch are shifted by another fraction of a sequence, so that documents are not always
+    split at the same places.
     """
 
     def plan(self, offsets: np.ndarray, length: int) -> Plan:
@@ -67,11 +70,10 @@ class Concatenate:
 
 @dataclasses.dataclass(frozen=True)
 class BestFit:
-    """Rows hold whole documents, the rest is padding; only a document longer than a row is cut, into full rows and a
-    rest. Largest first, each piece goes into the row with the least space that takes it (best-fit decreasing; Ding et
-    al. 2024, https://arxiv.org/abs/2404.10830). The plan takes 17 bytes of memory a piece, some 100
-    while it is made.
-    """
+    """Sequences hold whole documents, and padding. Only documents longer than a sequence are split, into full sequences
+    and a remainder. Pieces are placed in order of decreasing size, each into the sequence with the least sufficient
+    space (best-fit decreasing; Ding et al. 2024, https://arxiv.org/abs/2404.10830). The plan takes 17 bytes of memory
+    per piece, and about 100 while it is made."""
 
     def plan(self, offsets: np.ndarray, length: int) -> Plan:
         counts = -(-np.diff(offsets) // length)
@@ -85,8 +87,8 @@ class BestFit:
 
 
 @dataclasses.dataclass(frozen=True)
-class Alone:
-    """Row d holds document d and nothing else; what is beyond the end of the row is left out."""
+class NoPacking:
+    """Sequence d holds document d alone, truncated to the sequence length."""
 
     def plan(self, offsets: np.ndarray, length: int) -> Plan:
         start, size = offsets[:-1], np.diff(offsets)
@@ -105,11 +107,11 @@ class _Windows:
     def pieces(self, index: np.ndarray) -> Pieces:
         total = int(self.offsets[-1])
         epoch, row = np.divmod(index, len(self))
-        # The stream is read as a ring. Multiples of the golden ratio are spread evenly however many are taken.
+        # The stream is read as a ring. Multiples of the golden ratio are evenly spread for any number of epochs.
         shift = np.floor(epoch * 0.6180339887498949 % 1 * self.length).astype(np.int64)
         start = (shift + row * self.length) % total
         size = np.minimum(self.length, total - row * self.length)
-        # A window over the end of the ring goes on at its beginning.
+        # A window past the end of the ring continues at its start.
         over = np.maximum(start + size - total, 0)
         wraps = np.flatnonzero(over)
         rows = np.concatenate([np.arange(len(index)), wraps])
@@ -117,7 +119,7 @@ class _Windows:
         rows = rows[order]
         start = np.concatenate([start, np.zeros_like(wraps)])[order]
         end = start + np.concatenate([size - over, over[wraps]])[order]
-        # Cut the windows where documents start.
+        # Split the windows where documents start.
         first = np.searchsorted(self.offsets, start, "right") - 1
         counts = np.searchsorted(self.offsets, end, "left") - first
         document = _ranges(first, counts)
@@ -130,7 +132,7 @@ class _Windows:
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Packed:
     all: Pieces
-    offsets: np.ndarray  # row r holds the pieces offsets[r]:offsets[r + 1]
+    offsets: np.ndarray  # sequence r has the pieces offsets[r]:offsets[r + 1]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -144,12 +146,13 @@ class _Packed:
 
 
 def fill(batch: Batch, rows: np.ndarray, store: Store, pieces: Pieces) -> None:
-    """Write `pieces` into the rows `rows` (int64 [R], indexed by `pieces.row`) of a numpy batch that is all zeros."""
+    """Write `pieces` into rows `rows` (int64 [R], indexed by `pieces.row`) of a zero-filled numpy batch."""
     length = batch.tokens.shape[1]
     stop = np.cumsum(pieces.size)
     begin = stop - pieces.size
     number = np.arange(len(begin))
-    first = np.maximum.accumulate(np.where(np.diff(pieces.row, prepend=-1) > 0, number, 0))  # of the same row
+    # First piece of the same sequence, [P].
+    first = np.maximum.accumulate(np.where(np.diff(pieces.row, prepend=-1) > 0, number, 0))
 
     def spread(x):
         return np.repeat(x, pieces.size)
@@ -173,18 +176,18 @@ def fill(batch: Batch, rows: np.ndarray, store: Store, pieces: Pieces) -> None:
 
 
 def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The numbers first[i], first[i] + 1, ... (counts[i] of them), for one i after the other."""
+    """Concatenated ranges first[i], first[i] + 1, ..., first[i] + counts[i] - 1."""
     stop = np.cumsum(counts)
     return np.arange(stop[-1]) + np.repeat(first - stop + counts, counts)
 
 
 def _best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
-    """The row of each piece, int64 [P]. The pieces of one size are placed together, in all rows with the same space at
-    once, so that the loop turns about as often as there are sizes and not as there are pieces."""
+    """Sequence of each piece, int64 [P]. Pieces of one size are placed together, into all sequences with the same space
+    at once: the number of iterations depends on the number of sizes, not of pieces."""
     row = np.empty(len(sizes), np.int64)
     rows = 0
-    open_rows: dict[int, list[np.ndarray]] = {}  # free space -> the rows that have it
-    spaces = 0  # the keys of open_rows as bits
+    open_rows: dict[int, list[np.ndarray]] = {}  # free space -> sequences that have it
+    spaces = 0  # keys of open_rows, as bits
     order = np.argsort(-sizes, kind="stable")
     for pieces in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
         size = int(sizes[pieces[0]])

@@ -1,4 +1,4 @@
-"""Sequence-to-sequence data: texts to read, each with the text to write."""
+"""Sequence-to-sequence data: source texts, each with its target text."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from gptjax.data.dataset import Dataset
 from gptjax.data.packing import BestFit, Concatenate, Packing, Pieces, Plan, fill
 from gptjax.data.sources import TextPair
 from gptjax.data.store import Encoded, Store, Tokens, encoded, tokenize
-from gptjax.data.tokenizers.tokenizer import decoder_start, frame
+from gptjax.data.tokenizers.tokenizer import add_bos_eos, decoder_start
 from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
 from gptjax.types import Batch, Pair, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs(Dataset):
-    """Texts to read (sources), each with the text to write (its target), for encoder-decoders: `PairsJsonl` has such.
+    """Source texts, each with its target text, for encoder-decoders. A data source is `PairsJsonl`.
 
-    The encoder reads `bos? source eos`. The decoder reads a target behind a start token and writes it up to `eos`, as
-    T5 (arXiv:1910.10683): the start token is the tokenizer's `bos`, or else its padding.
+    The encoder reads `bos? source eos`. The decoder is trained as in T5 (arXiv:1910.10683): its input is the target
+    shifted right behind a start token, the tokenizer's `bos` or else its padding token.
 
         tokens   start t_1 .. t_n
         targets  t_1   t_2 .. eos
@@ -34,41 +34,43 @@ class Pairs(Dataset):
     separator: ClassVar[str] = "\n"
 
     packing: Packing = BestFit()
-    """How pairs are laid out in rows: whole, each a segment of its own in the source and in the target."""
+    """Packing of pairs into sequences: always whole pairs, each a segment in the source and in the target."""
     source_length: int | None = None
-    """S, source tokens per row. None: as many as target tokens. Longer sources and targets are truncated."""
+    """S, source tokens per sequence. None: `length`. Longer sources and targets are truncated."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.source_length is not None and self.source_length < 1:
             raise UserError(f"source_length: got {self.source_length}, must be at least 1")
         if self.packing == Concatenate():
-            raise UserError(f"packing: got {self.packing}, must be BestFit() or Alone(), which keep pairs whole")
+            raise UserError(f"packing: got {self.packing}, must be BestFit() or NoPacking(), which keep pairs whole")
 
     @property
     def S(self) -> int:
-        """Source tokens per row."""
+        """Source tokens per sequence."""
         return self.source_length or self.length
 
-    def rows(self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> PairedRows:
+    def sequences(
+        self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path
+    ) -> PairedSequences:
         if tokenizer.eos is None:
             raise UserError("tokenizer: got one without an eos token, must have one: it ends a target")
         sources, targets = (
             tokenize(source, tokenizer, split, cache_dir, encode, self.document_type)
             for encode in (encode_sources, encode_targets)
         )
-        # A pair takes as large a part of a row as the longer of its sides does: what fits so, fits on both.
+        # Pack by the longer side, as a fraction of its sequence: then both sides fit.
         longest = np.maximum(
             np.minimum(np.diff(targets.offsets), self.length),
             -(-np.minimum(np.diff(sources.offsets), self.S) * self.length // self.S),
         )
         offsets = np.concatenate([[0], np.cumsum(longest)])
         plan = self.packing.plan(offsets, self.length)
-        return PairedRows(sources, targets, offsets, plan, self.length, self.S, decoder_start(tokenizer))
+        return PairedSequences(sources, targets, offsets, plan, self.length, self.S, decoder_start(tokenizer))
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Ids that the encoder reads."""
-        return frame(tokenizer.encode(text), tokenizer)
+        """Token ids of the encoder's input."""
+        return add_bos_eos(tokenizer.encode(text), tokenizer)
 
     def texts_of(self, document: TextPair) -> Iterable[str]:
         return (document.source, document.target)
@@ -86,31 +88,31 @@ class Pairs(Dataset):
 
 
 def encode_sources(documents: Iterator[TextPair], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Sources as the encoder reads them."""
+    """Encode sources as the encoder reads them."""
     for _, ids in encoded(documents, lambda pair: pair.source, tokenizer):
-        yield Encoded(frame(ids, tokenizer))
+        yield Encoded(add_bos_eos(ids, tokenizer))
 
 
 def encode_targets(documents: Iterator[TextPair], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Targets as the decoder writes them."""
+    """Encode targets as the decoder predicts them."""
     eos = [] if tokenizer.eos is None else [tokenizer.eos]
     for _, ids in encoded(documents, lambda pair: pair.target, tokenizer):
         yield Encoded([*ids, *eos])
 
 
 @dataclasses.dataclass(frozen=True)
-class PairedRows:
-    """Rows of packed pairs."""
+class PairedSequences:
+    """Sequences of packed pairs."""
 
     sources: Store
     targets: Store
     offsets: np.ndarray
-    """int64 [D + 1]: the stream that was packed has pair d in offsets[d]:offsets[d + 1]."""
+    """int64 [D + 1]: offsets of the pairs in the stream that was packed."""
     plan: Plan
     length: int
     source_length: int
     start: int
-    """Token behind which the decoder writes."""
+    """Start token of the decoder."""
 
     def __len__(self) -> int:
         return len(self.plan)

@@ -1,6 +1,6 @@
-"""The embedded corpus as two sources: Python's own documentation to pretrain on, and conversations about it.
+"""Built-in corpus as two sources: Python's own documentation for pretraining, and conversations about it.
 
-The data set behind them is built from the running Python by `pydocs_builder` on first use, in a few seconds.
+Its data set is built from the running Python by `pydocs_builder` on first use, in a few seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gptjax.data.pydocs_builder import Doc
 
 LIMIT = 300
-"""Characters that an answer may have."""
+"""Maximum length of an answer, in characters."""
 QUESTIONS = {
     "function": ("What does {} do?", "Explain {}.", "How do I use {}?", "What is {} for?"),
     "class": ("What is {}?", "Explain the class {}.", "What does the class {} do?", "What is {} for?"),
@@ -39,13 +39,14 @@ LISTED = re.compile(r"\s|[-*+|:@#$>]|\d+[.)] |[\w, ]+ -- ")
 
 @dataclasses.dataclass(frozen=True)
 class PyDocs:
-    """The documentation that every CPython carries: the language reference by topic, and the docstrings of the standard
-    library, each under its signature. About 2 million characters, no network."""
+    """Documentation in every CPython: the language reference by topic, and the standard library's docstrings, each
+    under its signature. About 2 million characters, no network needed."""
 
     data_dir: str | None = None
-    """Where the built data set is kept; none: datasets/ in the cache folder ($GPTJAX_CACHE, else ~/.cache/gptjax)."""
+    """Folder of the built data set. None: datasets/ in the cache folder ($GPTJAX_CACHE, else ~/.cache/gptjax)."""
     root: str | None = None
-    """A folder of Python files, such as your own project, to read instead of the standard library and the topics."""
+    """Folder of Python files, such as your own project, to read instead of the standard library and the topics. None:
+    those."""
 
     def documents(self, split: Split) -> Iterator[str]:
         for doc in _docs(self, split):
@@ -58,20 +59,21 @@ class PyDocs:
 
 @dataclasses.dataclass(frozen=True)
 class PyDocsChat:
-    """Questions about the same documentation, with answers taken from it: what a thing does and how it is called. What
-    `PyDocs` holds out for validation, no training conversation is about."""
+    """Questions about the same documentation, with answers quoted from it: what a function does and how it is called.
+    No training conversation is about a name that `PyDocs` holds out for validation."""
 
     data_dir: str | None = None
-    """Where the built data set is kept; none: datasets/ in the cache folder ($GPTJAX_CACHE, else ~/.cache/gptjax)."""
+    """Folder of the built data set. None: datasets/ in the cache folder ($GPTJAX_CACHE, else ~/.cache/gptjax)."""
     root: str | None = None
-    """A folder of Python files, such as your own project, to read instead of the standard library and the topics."""
+    """Folder of Python files, such as your own project, to read instead of the standard library and the topics. None:
+    those."""
 
     def documents(self, split: Split) -> Iterator[Conversation]:
         for doc in _docs(self, split):
             yield from conversations(doc)
 
     def questions(self, n: int) -> list[tuple[str, str]]:
-        """At most `n` validation questions, each with the answer that the documentation gives."""
+        """Up to `n` validation questions, each with the documentation's answer."""
         first = (chat for doc in _docs(self, "validation") for chat in conversations(doc)[:1])
         return [(chat[0].content, chat[1].content) for chat in itertools.islice(first, n)]
 
@@ -80,8 +82,8 @@ class PyDocsChat:
 
 
 def conversations(doc: Doc) -> list[Conversation]:
-    """What may be asked of a public name: two phrasings of "what is it", the first of them sometimes followed by a
-    question about the arguments, and sometimes that question alone. Which, a hash of the name decides."""
+    """Conversations about a public name: two phrasings of "what is it", the first sometimes followed by a question
+    about the arguments, and sometimes that question alone. A hash of the name decides."""
     from gptjax.data.chat import Message
 
     explanation = answer(doc.text)
@@ -101,7 +103,8 @@ def conversations(doc: Doc) -> list[Conversation]:
 
 
 def answer(text: str) -> str:
-    """The first sentences of a docstring as running prose of at most `LIMIT` characters; "" if it begins with none."""
+    """First sentences of a docstring as one paragraph of at most `LIMIT` characters, or "" if it does not begin with
+    prose."""
     sentences, room = [], LIMIT
     for paragraph in re.split(r"\n[ \t]*\n", text.strip("\n")):
         prose = _prose(paragraph)
@@ -111,7 +114,7 @@ def answer(text: str) -> str:
             room -= len(sentence) + 1
             if room >= 0 and sentence:
                 sentences.append(sentence)
-    # What announces a list or an example that is left out here ("For instance:") is no end.
+    # A sentence that announces an omitted list or example ("For instance:") cannot be the last one.
     while sentences and not ENDED.search(sentences[-1]) and (len(sentences) > 1 or sentences[0].endswith(":")):
         sentences.pop()
     said = " ".join(sentences)
@@ -122,7 +125,7 @@ def answer(text: str) -> str:
 
 
 def _prose(paragraph: str) -> str:
-    """A paragraph as one line up to a list or example within it; "" for headings, signatures, tables and grammar."""
+    """A paragraph as one line, up to a list or example in it, or "" for headings, signatures, tables and grammar."""
     if NOT_PROSE.search(paragraph):
         return ""
     lines = itertools.takewhile(lambda line: not LISTED.match(line), paragraph.split("\n"))
@@ -134,7 +137,7 @@ def _choose(options: Sequence[str], dice: int) -> str:
 
 
 def _title(doc: Doc) -> str:
-    """A topic's heading, as it stands within a sentence: 'the "assert" statement'."""
+    """A topic's heading, as used within a sentence: 'the "assert" statement'."""
     return doc.text.split("\n", 1)[0].strip().lower()
 
 
@@ -150,7 +153,7 @@ def _docs(source: PyDocs | PyDocsChat, split: Split) -> Iterator[Doc]:
 
 
 def _content(source: PyDocs | PyDocsChat) -> str:
-    """sha256 over all documents: it holds what the Python version and the code made of them, wherever they lie."""
+    """SHA-256, in hex, of all documents: independent of their location, different for each Python version."""
     content = hashlib.sha256()
     for split in ("train", "validation"):
         for document in source.documents(split):

@@ -1,8 +1,8 @@
-"""The embedded corpus as a TFDS data set: the documentation that every CPython carries. ArrayRecord, no TensorFlow.
+"""Built-in corpus as a TFDS data set: the documentation in every CPython, as ArrayRecord, without TensorFlow.
 
-`pydoc_data.topics` is the language reference by topic; the docstrings of the standard library are read from its source
-by `ast`, so nothing is imported or run. A paragraph that stands in several places is kept in one, and the split is by a
-hash of the last part of the name (so a method and those that override it are together): no text is on both sides.
+`pydoc_data.topics` is the language reference by topic. The standard library's docstrings are read from its source with
+`ast`, so nothing is imported or run. Repeated paragraphs are kept once, and the split is by a hash of the last part of
+the name, so that a method and its overrides are together: no text is in both splits.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ KINDS: dict[type[ast.AST], Kind] = {
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "pydoc_data", "site-packages", "dist-packages"}
 COMMON = 60
-"""Paragraphs shorter than this many characters may stand in several documents ("Returns None.")."""
+"""Paragraphs shorter than this, in characters, may be repeated ("Returns None.")."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Doc:
-    """What the documentation says of one `name`, such as "textwrap.dedent"; topics and modules have no signature."""
+    """Documentation of one `name`, such as "textwrap.dedent". Topics and modules have no signature."""
 
     name: str
     kind: Kind
@@ -63,7 +63,7 @@ class Doc:
 @dataclasses.dataclass(eq=False, kw_only=True)
 class PydocsConfig(tfds.core.BuilderConfig):
     root: str | None = None
-    """A folder of Python files to read instead of the standard library and the topics."""
+    """Folder of Python files to read instead of the standard library and the topics. None: those."""
 
 
 class Pydocs(tfds.core.GeneratorBasedBuilder):
@@ -71,7 +71,7 @@ class Pydocs(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [PydocsConfig(name=f"{sys.implementation.name}-{platform.python_version()}")]  # noqa: RUF012
-    # TFDS finds this file by importlib_resources, which it does not install.
+    # TFDS would find this file with importlib_resources, which it does not install.
     code_path = tfds.core.Path(__file__)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -100,8 +100,8 @@ class Pydocs(tfds.core.GeneratorBasedBuilder):
 
 @functools.cache
 def load(data_dir: str | None = None, root: str | None = None) -> tuple[Doc, ...]:
-    """All documents, in the data set's own (shuffled, fixed) order, from the data set in `data_dir` (default: the cache
-    folder). It is built if it isn't there or is damaged, in a few seconds. Raises UserError."""
+    """All documents, in the fixed shuffled order of the data set in `data_dir` (None: the cache folder). A missing or
+    damaged data set is built, in a few seconds. Raises UserError."""
     root = root and str(Path(root).expanduser().resolve())
     config = Pydocs.BUILDER_CONFIGS[0] if root is None else PydocsConfig(name=_stamp(Path(root)), root=root)
     parent = Path(data_dir).expanduser() if data_dir else cache_dir() / "datasets"
@@ -109,7 +109,7 @@ def load(data_dir: str | None = None, root: str | None = None) -> tuple[Doc, ...
     if folder.exists():
         try:
             return _read(folder)
-        except Exception as damage:  # every library on the way has its own; whatever it is, building anew mends it
+        except Exception as damage:  # libraries raise various exceptions for damaged files
             logging.getLogger(__name__).warning("%s is damaged (%s), so it is built anew", folder, damage)
             shutil.rmtree(folder)
     tfds.disable_progress_bar()
@@ -118,8 +118,8 @@ def load(data_dir: str | None = None, root: str | None = None) -> tuple[Doc, ...
         with contextlib.redirect_stdout(None):
             builder(config=config, data_dir=parent, file_format="array_record").download_and_prepare()
     except OSError as error:
-        if not folder.exists():  # otherwise another process was faster, and its folder is as good
-            raise UserError(f"data_dir: got {parent}, where nothing can be written ({error}); give another") from None
+        if not folder.exists():  # otherwise another process built it first
+            raise UserError(f"data_dir: got {parent}, which cannot be written ({error}); give another folder") from None
     return _read(folder)
 
 
@@ -136,19 +136,19 @@ def _read(folder: Path) -> tuple[Doc, ...]:
 
 
 def digest(docs: Iterable[Doc]) -> str:
-    """sha256 in hex of the documents, whatever their order."""
+    """SHA-256, in hex, of the documents in any order."""
     return hashlib.sha256(json.dumps(sorted(map(dataclasses.astuple, docs))).encode()).hexdigest()
 
 
 def collect(root: str | None = None) -> list[Doc]:
-    """The documentation of this Python, or of the Python files under `root`: every text once."""
+    """Documentation of this Python, or of the Python files under `root`, without repetitions."""
     if root is None:
         return unique([*_topics(), *_docstrings(Path(sysconfig.get_path("stdlib")))])
     return unique(_docstrings(Path(root)))
 
 
 def unique(docs: Iterable[Doc]) -> list[Doc]:
-    """Every text once: a paragraph that several documents have stays in the shortest, mostly the most specific one."""
+    """Remove repetitions: a paragraph of several documents stays in the shortest, usually the most specific one."""
     kept, seen = [], set()
     for doc in sorted(docs, key=lambda doc: (len(doc.text), doc.name)):
         paragraphs = re.split(r"\n[ \t]*\n", doc.text)
@@ -181,7 +181,7 @@ def _docstrings(root: Path) -> Iterator[Doc]:
     top = root.parent if (root / "__init__.py").exists() else root
     for path in _files(root):
         try:
-            with warnings.catch_warnings(action="ignore"):  # of invalid escapes in other people's code
+            with warnings.catch_warnings(action="ignore"):  # invalid escapes in other people's code
                 module = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             logging.getLogger(__name__).info("%s is not Python %s", path, platform.python_version())
@@ -193,7 +193,7 @@ def _docstrings(root: Path) -> Iterator[Doc]:
 
 
 def _files(root: Path) -> list[Path]:
-    """Python files under `root`, in an order that is the same everywhere."""
+    """Python files under `root`, in a platform-independent order."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name.isidentifier() and name not in SKIPPED]
@@ -204,7 +204,8 @@ def _files(root: Path) -> list[Path]:
 
 
 def _definitions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Definition]]:
-    """Functions and classes with their qualified names, also those under `if` and `try`, not those inside functions."""
+    """Functions and classes with their qualified names, including those under `if` and `try`, excluding those in
+    functions."""
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield f"{prefix}.{node.name}", node
@@ -216,7 +217,7 @@ def _definitions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Defin
 
 
 def _signature(name: str, node: ast.AST) -> str:
-    """How a function, or a class that has an `__init__`, is called: "textwrap.dedent(text)"; else ""."""
+    """Signature of a function, or of a class with an `__init__`: "textwrap.dedent(text)". Otherwise ""."""
     if isinstance(node, ast.ClassDef):
         node = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), node)
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -226,6 +227,6 @@ def _signature(name: str, node: ast.AST) -> str:
 
 
 def _stamp(root: Path) -> str:
-    """A name for the state that the Python files under `root` are in."""
+    """Identifier of the state of the Python files under `root`."""
     state = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(root)]
     return f"root-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Random permutations of any size without a table."""
+"""Pseudorandom permutations of any size, without a table."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 
 
 def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-    """Image of each index, int64 [R], under a random permutation of range(size) that is chosen by `key`.
+    """Image of each index, int64 [R], under a pseudorandom permutation of range(size) with key `key`.
 
-    A Feistel network on pairs of digits, walked until it is back below `size` (Black and Rogaway 2002, "Ciphers with
-    arbitrary finite domains"). Grain's `index_shuffle` does the same one index a call, on a domain of at least 2**16,
-    which takes 0.4 ms an index where there are 100 rows.
+    A Feistel network on pairs of digits, iterated until the result is below `size` (Black and Rogaway 2002, "Ciphers
+    with arbitrary finite domains"). Grain's `index_shuffle` does the same for one index per call, on a domain of at
+    least 2**16, which takes 0.4 ms per index for 100 sequences.
     """
     base = int(np.ceil(np.sqrt(size)))
     index = index.copy()
@@ -32,7 +32,7 @@ def _round_keys(key: tuple[int, ...]) -> np.ndarray:
 
 
 def _hash(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    """The finaliser of splitmix64 on x + key, as non-negative int64."""
+    """splitmix64 finaliser of x + key, as non-negative int64."""
     x = x.astype(np.uint64) + key
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

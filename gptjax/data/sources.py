@@ -1,8 +1,8 @@
-"""Where text comes from: TFDS data sets, text files, jsonl files, chat files.
+"""Sources of documents: TFDS data sets, text files, JSON lines, conversations.
 
 A source is a frozen dataclass with two methods. `documents(split)` streams the documents of "train" or "validation",
-one at a time, so memory does not grow with the corpus; `fingerprint()` names the content, so that tokens made from it
-can be kept and found again. Write your own with these two methods and it works wherever these do.
+one at a time, so memory does not grow with the corpus. `fingerprint()` identifies the content, so that its tokens can
+be cached. Any class with these two methods is a source.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from gptjax.data.files import facts, find, read_json, read_lines
+from gptjax.data.files import file_state, find_files, read_json, read_lines
 from gptjax.protocols import Split
 from gptjax.types import UserError
 
@@ -27,19 +27,19 @@ Document = TypeVar("Document")
 
 @dataclasses.dataclass(frozen=True)
 class TFDS:
-    """A prepared TensorFlow Datasets data set, read without TensorFlow: ArrayRecord files, or any other format with
-    random access. https://www.tensorflow.org/datasets"""
+    """A prepared TensorFlow Datasets data set, read without TensorFlow, in ArrayRecord or another format with random
+    access. https://www.tensorflow.org/datasets"""
 
     name: str
-    """Name in the catalogue, such as "lm1b" or "c4/en:3.0.1", or a folder that holds a dataset_info.json."""
+    """Name in the catalogue, such as "lm1b" or "c4/en:3.0.1", or a folder with a dataset_info.json."""
     data_dir: str | None = None
-    """Folder of data sets, local or gs://; none: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Folder of data sets, local or gs://. None: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     text: str = "text"
-    """The feature that holds the document."""
+    """Feature with the document."""
     train: str = "train"
-    """The split to train on; slices such as "train[:90%]" work."""
+    """Training split. Slices such as "train[:90%]" work."""
     validation: str = "validation"
-    """The split to evaluate on."""
+    """Validation split."""
 
     def documents(self, split: Split) -> Iterator[str]:
         builder, part = _builder(self), getattr(self, split)
@@ -69,17 +69,17 @@ class TFDS:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Plain text files. One file without a separator is one text, and its END is the validation split (nanoGPT's
-    90/10); otherwise there are many documents, and a hash of each says on which side it is."""
+    """Plain text files. A single file without a separator is split by position, its end being the validation split
+    (nanoGPT's 90/10). Otherwise each document is assigned to a split by its hash."""
 
     path: str
-    """A file, a glob such as "books/*.txt", or an http(s) address; files may be gzipped (.gz)."""
+    """A file, a glob such as "books/*.txt", or an http(s) URL. Files may be gzipped (.gz)."""
     separator: str | None = None
-    """What stands between two documents of a file, such as "\\n" or "<|endoftext|>"; none: a file is a document."""
+    """Separator of the documents in a file, such as "\\n" or "<|endoftext|>". None: one document per file."""
     validation: float = 0.1
-    """Fraction held out for validation, from 0 up to but without 1."""
+    """Fraction held out for validation, at least 0 and below 1."""
     invalid: Literal["error", "skip"] = "error"
-    """What to do with a line that is not UTF-8: stop, or leave the line out and say how many were."""
+    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation)
@@ -87,7 +87,7 @@ class Text:
             raise UserError('separator: got "", must be a text such as "\\n", or none for a whole file a document')
 
     def documents(self, split: Split) -> Iterator[str]:
-        paths = find(self.path)
+        paths = find_files(self.path)
         if self.separator is None and len(paths) == 1:
             text = "".join(line for _, line in read_lines(paths[0], self.invalid))
             cut = int(len(text) * (1 - self.validation))
@@ -100,7 +100,7 @@ class Text:
             yield from _side(((document, document) for document in documents), split, self.path, self.validation)
 
     def fingerprint(self) -> str:
-        return fingerprint(self, *facts(self.path))
+        return fingerprint(self, *file_state(self.path))
 
     def _divide(self, path: Path) -> Iterator[str]:
         pending, searched = "", 0
@@ -119,26 +119,26 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Jsonl:
-    """JSON objects, one a line, with the document in one of their fields."""
+    """JSON lines: one object per line, with the document in one of its fields."""
 
     path: str
-    """A file, a glob such as "c4/*.jsonl.gz", or an http(s) address; files may be gzipped (.gz)."""
+    """A file, a glob such as "c4/*.jsonl.gz", or an http(s) URL. Files may be gzipped (.gz)."""
     text: str = "text"
-    """The field that holds the document."""
+    """Field with the document."""
     validation: float = 0.1
     """Fraction of the documents held out for validation, chosen by a hash of the document."""
     invalid: Literal["error", "skip"] = "error"
-    """What to do with a line that is not UTF-8: stop, or leave the line out and say how many were."""
+    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation)
 
     def documents(self, split: Split) -> Iterator[str]:
-        documents = (self._text(*line) for path in find(self.path) for line in read_json(path, self.invalid))
+        documents = (self._text(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
         yield from _side(((text, text) for text in documents if text.strip()), split, self.path, self.validation)
 
     def fingerprint(self) -> str:
-        return fingerprint(self, *facts(self.path))
+        return fingerprint(self, *file_state(self.path))
 
     def _text(self, where: str, value: Any) -> str:
         if not isinstance(value, dict) or not isinstance(value.get(self.text), str):
@@ -157,20 +157,20 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledJsonl:
-    """Texts and their classes, one a line: `{"text": "What a film!", "label": "good"}`."""
+    """Labelled texts, one per line: `{"text": "What a film!", "label": "good"}`."""
 
     path: str
-    """A file, a glob, or an http(s) address; files may be gzipped (.gz)."""
+    """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
     classes: tuple[str | int, ...]
-    """The labels that there are: the first is class 0."""
+    """Labels of the classes, in order from class 0."""
     text: str = "text"
-    """The field that holds the text."""
+    """Field with the text."""
     label: str = "label"
-    """The field that holds the label."""
+    """Field with the label."""
     validation: float = 0.1
     """Fraction of the texts held out for validation, chosen by a hash of the text."""
     invalid: Literal["error", "skip"] = "error"
-    """What to do with a line that is not UTF-8: stop, or leave the line out and say how many were."""
+    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation)
@@ -178,11 +178,11 @@ class LabelledJsonl:
             raise UserError(f"classes: got {self.classes}, must be at least two labels, no two alike")
 
     def documents(self, split: Split) -> Iterator[Example]:
-        examples = (self._example(*line) for path in find(self.path) for line in read_json(path, self.invalid))
+        examples = (self._example(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
         yield from _side(((e.text, e) for e in examples if e.text.strip()), split, self.path, self.validation)
 
     def fingerprint(self) -> str:
-        return fingerprint(self, *facts(self.path))
+        return fingerprint(self, *file_state(self.path))
 
     def _example(self, where: str, value: Any) -> Example:
         if not isinstance(value, dict) or not isinstance(value.get(self.text), str) or self.label not in value:
@@ -198,7 +198,7 @@ class LabelledJsonl:
 
 @dataclasses.dataclass(frozen=True)
 class TextPair:
-    """A text to read and the text to write for it."""
+    """A source text and its target text."""
 
     source: str
     target: str
@@ -206,28 +206,29 @@ class TextPair:
 
 @dataclasses.dataclass(frozen=True)
 class PairsJsonl:
-    """Pairs of texts, one per line: `{"source": "The house is small.", "target": "Das Haus ist klein."}`."""
+    """Source and target texts, one pair per line: `{"source": "The house is small.", "target": "Das Haus ist
+    klein."}`."""
 
     path: str
-    """A file, a glob, or an http(s) address; files may be gzipped (.gz)."""
+    """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
     source: str = "source"
-    """Field that holds the text to read."""
+    """Field with the source text."""
     target: str = "target"
-    """Field that holds the text to write."""
+    """Field with the target text."""
     validation: float = 0.1
     """Fraction of the pairs held out for validation, chosen by a hash of the source."""
     invalid: Literal["error", "skip"] = "error"
-    """What to do with a line that is not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
+    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation)
 
     def documents(self, split: Split) -> Iterator[TextPair]:
-        pairs = (self._pair(*line) for path in find(self.path) for line in read_json(path, self.invalid))
+        pairs = (self._pair(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
         yield from _side(((p.source, p) for p in pairs), split, self.path, self.validation)
 
     def fingerprint(self) -> str:
-        return fingerprint(self, *facts(self.path))
+        return fingerprint(self, *file_state(self.path))
 
     def _pair(self, where: str, value: Any) -> TextPair:
         source, target = (value.get(name) if isinstance(value, dict) else None for name in (self.source, self.target))
@@ -241,41 +242,43 @@ class PairsJsonl:
 
 @dataclasses.dataclass(frozen=True)
 class ChatJsonl:
-    """Conversations, one a line: `{"messages": [{"role": "user", "content": "Hi"}, ...]}`, or the list alone. Roles are
-    "system", "user" and "assistant"."""
+    """Conversations, one per line: `{"messages": [{"role": "user", "content": "Hi"}, ...]}`, or the list alone. Roles
+    are "system", "user" and "assistant"."""
 
     path: str
-    """A file, a glob, or an http(s) address; files may be gzipped (.gz)."""
+    """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
     validation: float = 0.1
     """Fraction of the conversations held out for validation, chosen by a hash of the conversation."""
     invalid: Literal["error", "skip"] = "error"
-    """What to do with a line that is not UTF-8: stop, or leave the line out and say how many were."""
+    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation)
 
     def documents(self, split: Split) -> Iterator[Conversation]:
-        conversations = (_conversation(*line) for path in find(self.path) for line in read_json(path, self.invalid))
+        conversations = (
+            _conversation(*line) for path in find_files(self.path) for line in read_json(path, self.invalid)
+        )
         yield from _side(((repr(c), c) for c in conversations), split, self.path, self.validation)
 
     def questions(self, n: int) -> list[tuple[str, str]]:
-        """At most `n` validation questions of a user, each with the assistant's answer."""
+        """Up to `n` questions of users in the validation split, each with the assistant's answer."""
         pairs = (pair for c in self.documents("validation") for pair in itertools.pairwise(c))
         asked = ((a.content, b.content) for a, b in pairs if (a.role, b.role) == ("user", "assistant"))
         return list(itertools.islice(asked, n))
 
     def fingerprint(self) -> str:
-        return fingerprint(self, *facts(self.path))
+        return fingerprint(self, *file_state(self.path))
 
 
-def fingerprint(source: Any, *facts: Any) -> str:
-    """sha256 in hex over a source's class, its fields and the facts it found in the world."""
-    content = [type(source).__name__, dataclasses.asdict(source), *facts]
+def fingerprint(source: Any, *state: Any) -> str:
+    """SHA-256, in hex, of a source's class, its fields and the state of its files."""
+    content = [type(source).__name__, dataclasses.asdict(source), *state]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def held_out(key: str, fraction: float) -> bool:
-    """Whether `key` is among the `fraction` of all keys kept for validation: a pure function of the key."""
+    """True if `key` is held out for validation, as this `fraction` of all keys is. A pure function of the key."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") < fraction * 2**64
 
 
@@ -285,7 +288,7 @@ def _check_fraction(validation: float) -> None:
 
 
 def _side(keyed: Iterable[tuple[str, Document]], split: Split, path: str, validation: float) -> Iterator[Document]:
-    """The documents whose key falls on the side of `split`."""
+    """Documents whose key belongs to `split`."""
     empty = True
     for key, document in keyed:
         if held_out(key, validation) == (split == "validation"):
@@ -317,7 +320,7 @@ def _conversation(where: str, value: Any) -> Conversation:
 
 
 def _builder(source: TFDS) -> Any:
-    """The builder of a prepared data set. Raises UserError when there is none."""
+    """Builder of a prepared data set. Raises UserError if it does not exist."""
     import tensorflow_datasets as tfds
     from etils import epath
 
@@ -326,7 +329,7 @@ def _builder(source: TFDS) -> Any:
         return tfds.builder_from_directory(folder)
     try:
         builder = tfds.builder(source.name, data_dir=source.data_dir)
-    except (ValueError, AssertionError):  # what TFDS raises for an unknown name, configuration or version
+    except (ValueError, AssertionError):  # raised for an unknown name, configuration or version
         builder = None
     if builder is None or not builder.info.splits:
         raise UserError(
@@ -339,7 +342,7 @@ def _builder(source: TFDS) -> Any:
 
 
 def _records(builder: Any, split: str) -> tuple[int, Callable[[range], list[dict[str, Any]]]]:
-    """How many examples `split` has, and a function that reads those of a range."""
+    """Number of examples in `split`, and a function that reads a range of them."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -347,7 +350,7 @@ def _records(builder: Any, split: str) -> tuple[int, Callable[[range], list[dict
     if info.available_file_formats() & tfds.core.FileFormat.with_random_access():
         source = builder.as_data_source(split)
         return len(source), source.__getitems__
-    # Data sets are often converted in place, and their dataset_info.json does not tell of the ArrayRecord files.
+    # Data sets are often converted in place, without an entry for ArrayRecord in dataset_info.json.
     beside = sorted(builder.data_path.glob("*.array_record-*-of-*"))
     if not beside:
         raise UserError(

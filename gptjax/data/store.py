@@ -1,13 +1,13 @@
-"""Tokens on disk: each source is tokenised once for each tokenizer and split, and read through a memory map after that.
+"""Token stores: each source is tokenised once per tokenizer and split, and memory-mapped afterwards.
 
-    cache_dir/train-1f0c.../tokens.bin      uint16 or uint32 [N]   every document after the other: bos? text end?
+    cache_dir/train-1f0c.../tokens.bin      uint16 or uint32 [N]   concatenated documents: bos? text eos?
                             offsets.bin     int64 [D + 1]          document d is tokens[offsets[d]:offsets[d + 1]]
-                            weights.bin     uint8 [N]              only for conversations: 1 on what the assistant says
-                            labels.bin      int32 [D]              only for texts with labels
+                            weights.bin     uint8 [N]              conversations only: 1 for the assistant's tokens
+                            labels.bin      int32 [D]              labelled texts only
                             header.json                            what it was made from, and the counts
 
-The folder takes its name when it is complete, so that a kill leaves none half-made; one whose files are not as long as
-its header says is made again.
+The folder is renamed into place when it is complete, so that a killed process leaves no partial store. A store whose
+files do not have the lengths in its header is made again.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.io import atomic, retry
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError
 
 FORMAT = 2
-"""Part of the name of every store: raise it when what is stored changes."""
+"""Format version, part of the name of every store."""
 
 log = logging.getLogger(__name__)
 Document = TypeVar("Document")
@@ -41,53 +41,53 @@ Document = TypeVar("Document")
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """The tokens of one split of one source."""
+    """Tokens of one split of one source."""
 
     path: Path
-    """The file of tokens."""
+    """File of tokens."""
     dtype: str
-    """Their type, "uint16" or "uint32"."""
+    """Type of the tokens, "uint16" or "uint32"."""
     offsets: np.ndarray
-    """int64 [D + 1], where each of the D documents starts, and the end; no document is empty."""
+    """int64 [D + 1], start of each of the D documents, and the end. No document is empty."""
     weights_path: Path | None = None
-    """The file of weights, where not all are 1."""
+    """File of weights. None: all are 1."""
     labels: np.ndarray | None = None
-    """int32 [D], the class of each document, where they have one."""
+    """int32 [D], class of each document, if they have one."""
 
-    # A map keeps every page that was read through it in the resident memory. These live for one batch, so that reading
-    # a corpus of any size takes the memory of a batch; mapping a file again costs some 10 microseconds.
+    # A memory map keeps the pages read through it resident. These live for one batch, so that reading takes the memory
+    # of one batch for any size of corpus. Mapping a file again takes about 10 microseconds.
 
     def tokens(self) -> np.ndarray:
         """[N], memory-mapped."""
         return _map(self.path, self.dtype)
 
     def weights(self) -> np.ndarray | None:
-        """uint8 [N], memory-mapped: how much each token counts as a target; None where all count 1."""
+        """uint8 [N], memory-mapped: weight of each token as a target. None: all are 1."""
         return None if self.weights_path is None else _map(self.weights_path, "uint8")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """A source that is tokens already: flat little-endian binary files, such as nanoGPT's train.bin and val.bin."""
+    """Tokens instead of text: flat little-endian binary files, such as nanoGPT's train.bin and val.bin."""
 
     train: str
-    """File of the tokens to train on."""
+    """File of training tokens."""
     validation: str
-    """File of the tokens to evaluate on."""
+    """File of validation tokens."""
     dtype: Literal["uint16", "uint32"] = "uint16"
     """Type of the numbers in the files."""
     separator: int | None = None
-    """Token that ends each document, 50256 for GPT-2's; none: a file is one document, and context runs through."""
+    """Token that ends each document, such as 50256 in GPT-2. None: each file is one document."""
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Raises UserError: there are no texts."""
+        """Raise UserError: there are no texts."""
         raise UserError(f"tokenizer: cannot be trained on {self}, which has tokens only; load the one that made them")
 
     def store(self, tokenizer: Tokenizer, split: Split) -> Store:
-        """The store that reads the file of `split` where it is. Raises UserError."""
+        """The store of a split's file, which is read in place. Raises UserError."""
         path = Path(getattr(self, split)).expanduser()
         if not path.is_file():
-            raise UserError(f"{split}: got {path}, where there is no file; must be a file of {self.dtype} tokens")
+            raise UserError(f"{split}: got {path}, which does not exist, must be a file of {self.dtype} tokens")
         itemsize = np.dtype(self.dtype).itemsize
         if path.stat().st_size == 0 or path.stat().st_size % itemsize:
             raise UserError(f"{split}: got {path} of {path.stat().st_size} bytes, must be {self.dtype} tokens")
@@ -112,32 +112,33 @@ class Encoded(NamedTuple):
     """A document as it is stored."""
 
     ids: Sequence[int]
-    """Its tokens. A document without any is left out."""
+    """Its tokens. A document without tokens is left out."""
     weights: Sequence[float] | None = None
-    """0 or 1 for each token: whether it counts as a target. None: all do; for all documents of a source alike."""
+    """0 or 1 for each token: its weight as a target. None: all 1. A source has weights for all documents or for
+    none."""
     label: int | None = None
-    """Its class, where it has one."""
+    """Its class, if it has one."""
 
 
 Encode = Callable[[Iterator[Any], Tokenizer], Iterator[Encoded]]
-"""How the documents of a kind of data are stored. A function of a module: stores are named by it."""
+"""Encoding of a kind of data, as a module-level function: its name is part of the store's name."""
 
 
 def encoded(
     documents: Iterator[Document], text: Callable[[Document], str], tokenizer: Tokenizer
 ) -> Iterator[tuple[Document, list[int]]]:
-    """Each document with the ids of its text; many are encoded at a time."""
+    """Each document with the ids of its text, encoded in chunks."""
     for chunk in _chunks(documents, lambda document: len(text(document))):
         yield from zip(chunk, tokenizer.encode_batch(map(text, chunk)), strict=True)
 
 
 def encode_texts(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Texts, every token of which counts."""
-    return (Encoded(frame(ids, tokenizer)) for _, ids in encoded(documents, str, tokenizer))
+    """Encode texts with weight 1 everywhere."""
+    return (Encoded(add_bos_eos(ids, tokenizer)) for _, ids in encoded(documents, str, tokenizer))
 
 
 def expect(kinds: type | tuple[type, ...], documents: Iterator[Any], source: Any) -> Iterator[Any]:
-    """The documents. Raises UserError for one that is of another class than the data can read."""
+    """Yield the documents. Raises UserError for one of another class."""
     for document in documents:
         if not isinstance(document, kinds):
             raise _unexpected(type(document), kinds, source)
@@ -157,13 +158,13 @@ def tokenize(
     encode: Encode = encode_texts,
     kinds: type | tuple[type, ...] = str,
 ) -> Store:
-    """The stored tokens of `split`, made now unless they are there. Memory is flat in the size of the corpus.
+    """Tokens of `split`, stored now unless they are already. Memory does not grow with the corpus.
 
-    encode  how documents are stored
-    kinds   class of the documents that it takes
+    encode  encoding of the documents
+    kinds   classes of documents that `encode` accepts
 
-    Several processes may ask for the same at once: one makes it, the others wait for it.
-    Raises UserError when the split has no documents, or others than these.
+    If several processes ask for the same store at once, one makes it and the others wait. Raises UserError if the split
+    has no documents, or documents of another class.
     """
     if isinstance(source, Tokens):
         if not issubclass(str, kinds):
@@ -196,7 +197,7 @@ def tokenize(
 
 
 def _open(folder: Path) -> Store | None:
-    """The store of this folder; None where there is none, or a damaged one."""
+    """The store in this folder. None: missing or damaged."""
     if not folder.exists():
         return None
     try:
@@ -212,12 +213,12 @@ def _open(folder: Path) -> Store | None:
             )
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    log.warning("%s: damaged; its tokens are made again", folder)
+    log.warning("%s: damaged; tokenizing again", folder)
     return None
 
 
 def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, made_from: dict[str, Any]) -> int:
-    """Store all documents in `folder`, the header last. Returns the number of tokens."""
+    """Store all documents in `folder`, header last. Returns the number of tokens."""
     dtype = "uint16" if vocab <= 1 << 16 else "uint32"
     count = tokens = 0
     written = {"tokens": dtype, "offsets": "int64"}
@@ -254,7 +255,7 @@ def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, ma
 
 
 def _chunks(documents: Iterator[Document], size: Callable[[Document], int]) -> Iterator[list[Document]]:
-    """Lists of documents: enough to encode together, little enough to hold."""
+    """Chunks of documents, large enough for efficient encoding, small enough for memory."""
     chunk, total = [], 0
     for document in documents:
         chunk.append(document)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.evals.documents import held_out
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.protocols import Evaluation, ModelConfig, Source, Split, Tokenizer
@@ -76,7 +76,7 @@ def negative_log_likelihood(
     """
     limit = config.max_positions
     length = min(length, limit) if limit else length
-    windows = [w for ids in tokenizer.encode_batch(documents) for w in _windows(frame(ids, tokenizer), length)]
+    windows = [w for ids in tokenizer.encode_batch(documents) for w in _windows(add_bos_eos(ids, tokenizer), length)]
     windows.sort(key=lambda w: len(w[0]))
     model, total = config.build(), 0.0
     for rows in (windows[i : i + batch] for i in range(0, len(windows), batch)):

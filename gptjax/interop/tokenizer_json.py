@@ -27,7 +27,7 @@ from gptjax.data.tokenizers import (
 )
 from gptjax.data.tokenizers.sentencepiece import SPACE
 from gptjax.data.tokenizers.tiktoken import byte_alphabet
-from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, named
+from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, add_roles
 from gptjax.types import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def specification(tokenizer: Tokenizer, append_eos: bool = False) -> Spec:
     spec["added_tokens"].sort(key=lambda token: token["id"])
     current = spec["post_processor"] or {"type": "ByteLevel"}  # ByteLevel changes only offsets
     first, last = tokenizer.bos, tokenizer.eos if append_eos else None
-    lacks_eos = append_eos and isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.around[1]
+    lacks_eos = append_eos and isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.post_processor_ids[1]
     if (lacks_eos or current["type"] == "ByteLevel") and (first, last) != (None, None):
         spec["post_processor"] = _around(canonical(tokenizer), first, last)
     return spec
@@ -119,7 +119,7 @@ def from_pieces(vocab: Mapping[str, int], settings: Mapping[str, Any]) -> Huggin
     spec["post_processor"] = _around(names, first, last)
     specials = {name: i for i, name in names.items() if name != tokens["unk"]}
     roles = {role: tokens[key.removesuffix("_token")] for role, (*_, key) in ROLES.items()}
-    return HuggingFaceTokenizer(json.dumps(spec).encode(), named(specials, roles))
+    return HuggingFaceTokenizer(json.dumps(spec).encode(), add_roles(specials, roles))
 
 
 def _spec(model: Spec, decoder: Spec, normalizer: Spec | None = None, pre_tokenizer: Spec | None = None) -> Spec:

@@ -14,7 +14,7 @@ from typing import Any
 
 from gptjax.data.tokenizers import CHAT_SPECIALS, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.data.tokenizers.huggingface import unknown_piece
-from gptjax.data.tokenizers.tokenizer import ROLES, named
+from gptjax.data.tokenizers.tokenizer import ROLES, add_roles
 from gptjax.interop.templates import NATIVE, ChatTemplate
 from gptjax.interop.tokenizer_json import canonical, from_merges, from_pieces, specification
 from gptjax.types import UserError
@@ -61,7 +61,7 @@ def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
     roles |= {role: settings[key] for role, keys in ROLES.items() for key in reversed(keys) if settings.get(key)}
     if not _begins(folder, tokenizer, settings, specials.get(roles["<|bos|>"] or "", -1)):
         roles["<|bos|>"] = None
-    return dataclasses.replace(tokenizer, specials=named(specials, roles))
+    return dataclasses.replace(tokenizer, specials=add_roles(specials, roles))
 
 
 def load_template(folder: str | Path) -> ChatTemplate | None:
@@ -139,7 +139,7 @@ def padding(tokenizer: Tokenizer, append_eos: bool = False) -> int | None:
 def appends_eos(folder: str | Path, tokenizer: Tokenizer) -> bool:
     """True if the folder's tokenizer ends every text with the end token."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        return bool(tokenizer.around[1])
+        return bool(tokenizer.post_processor_ids[1])
     return _settings(Path(folder)).get("add_eos_token", False)
 
 
@@ -160,8 +160,10 @@ def _within(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
 def _begins(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], first: int) -> bool:
     """True if every text begins with the first token: by tokenizer.json; without one, by tokenizer_config.json; else
     True for SentencePiece models (Llama) and False for GPT-2's."""
-    if isinstance(tokenizer, HuggingFaceTokenizer) and ((folder / "tokenizer.json").exists() or tokenizer.around[0]):
-        return tokenizer.around[0][:1] == [first]
+    if isinstance(tokenizer, HuggingFaceTokenizer) and (
+        (folder / "tokenizer.json").exists() or tokenizer.post_processor_ids[0]
+    ):
+        return tokenizer.post_processor_ids[0][:1] == [first]
     return settings.get("add_bos_token", isinstance(tokenizer, SentencePieceTokenizer))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.models.model import TextEncoder
 from gptjax.nn import BackboneConfig, ClassifierConfig
 from gptjax.types import UserError
@@ -55,4 +55,4 @@ class ClassifierModel(TextEncoder):
         return {"labels": self.labels, "append_eos": self.append_eos}
 
     def _frame(self, ids: Sequence[int]) -> list[int]:
-        return frame(ids, self.tokenizer, self.append_eos)
+        return add_bos_eos(ids, self.tokenizer, self.append_eos)

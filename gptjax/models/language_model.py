@@ -23,7 +23,7 @@ import numpy as np
 
 from gptjax.data.chat import Message, conversation
 from gptjax.data.chat import prompt as chat_prompt
-from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
@@ -226,7 +226,7 @@ class LanguageModel(TextEncoder):
 
     def _begin(self, text: str) -> list[int]:
         """The ids of a document that begins with `text`."""
-        ids = frame(self.tokenizer.encode(text), self.tokenizer, append_eos=False)
+        ids = add_bos_eos(self.tokenizer.encode(text), self.tokenizer, append_eos=False)
         if not ids:
             raise UserError("prompt: got an empty text, must have at least one character for this tokenizer")
         return ids

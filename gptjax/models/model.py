@@ -18,7 +18,7 @@ import numpy as np
 
 from gptjax.config import to_json
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.data.tokenizers.tokenizer import frame
+from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.distributed.parameters import declared, flat
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, on_mesh_of, reshard
 from gptjax.inference.generate import round_up
@@ -124,7 +124,7 @@ class TextEncoder(Model):
 
     def _frame(self, ids: Sequence[int]) -> list[int]:
         """A text's ids between `bos` and `eos`, as the model reads them."""
-        return frame(ids, self.tokenizer)
+        return add_bos_eos(ids, self.tokenizer)
 
     def _rows(self, texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
         """Texts as rows: tokens and segments int32 [n, T], padded to one of a few lengths."""

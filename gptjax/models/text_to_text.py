@@ -12,7 +12,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from gptjax.data.tokenizers.tokenizer import decoder_start, frame
+from gptjax.data.tokenizers.tokenizer import add_bos_eos, decoder_start
 from gptjax.distributed.sharding import on_mesh_of
 from gptjax.inference.generate import Completion
 from gptjax.inference.sampling import Sampling
@@ -51,7 +51,7 @@ class TextToText(Model):
             self._module,
             self._layers,
             tokenizer,
-            [frame(ids, tokenizer) for ids in texts],
+            [add_bos_eos(ids, tokenizer) for ids in texts],
             self._decoder_start_token_id,
             self._stop_token_ids,
             max_tokens,

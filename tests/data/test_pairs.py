@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax import data
-from gptjax.data.packing import Alone
+from gptjax.data.packing import NoPacking
 from gptjax.types import Pair, UserError
 
 BYTES = data.Bytes().build(iter(()))
@@ -29,7 +29,7 @@ class Reversed:
         return "reversed"
 
 
-@pytest.mark.parametrize("packing", [data.BestFit(), Alone()])
+@pytest.mark.parametrize("packing", [data.BestFit(), NoPacking()])
 def test_each_target_stands_beside_its_own_source(packing, tmp_path):
     read = data.Pairs(Reversed(), length=48, batch=4, packing=packing, source_length=16)
     found = []
@@ -51,7 +51,7 @@ def test_each_target_stands_beside_its_own_source(packing, tmp_path):
         assert not any(np.asarray(x)[padding].any() for x in (batch.tokens, batch.targets, batch.weights))
         assert not np.asarray(batch.source)[batch.source_segments == 0].any()
     assert sorted(found) == sorted((pair.source, pair.target) for pair in Reversed().documents("validation"))
-    assert (batch.segments.max() > 1) == (packing != Alone())
+    assert (batch.segments.max() > 1) == (packing != NoPacking())
 
 
 def test_what_is_longer_than_a_row_is_truncated(tmp_path):

@@ -154,7 +154,7 @@ def test_the_evaluation_covers_the_split_in_batches_of_one_shape(tmp_path):
     assert not batches[1].segments[2:].any()
     assert not batches[1].weights[2:].any()
     assert_equal(list(batches), list(data.evaluation(BYTES, "validation", tmp_path)))
-    (few,) = data.evaluation(BYTES, "validation", tmp_path, rows=3)
+    (few,) = data.evaluation(BYTES, "validation", tmp_path, sequences=3)
     np.testing.assert_array_equal(few.tokens[:3], np.concatenate([x.tokens for x in batches])[[0, 2, 4]])
     assert not few.segments[3:].any()
     parts = [data.evaluation(BYTES, "validation", tmp_path, shard, 2) for shard in (0, 1)]
@@ -309,7 +309,7 @@ def test_memory_mapped_tokens_are_read_where_they_are(tmp_path):
     np.testing.assert_array_equal(batch.weights.reshape(-1), [1] * 99 + [0])
     divided = dataclasses.replace(source, separator=7)
     assert tokenize(divided, BYTES, "train", tmp_path).offsets.tolist() == [0, 8, 10, 40, 100]
-    with pytest.raises(UserError, match=r"validation: got .*none.bin, where there is no file"):
+    with pytest.raises(UserError, match=r"validation: got .*none.bin, which does not exist"):
         tokenize(source, BYTES, "validation", tmp_path)
     np.full(9, 60_000, np.uint16).tofile(tmp_path / "none.bin")
     with pytest.raises(UserError, match="token 60000, but the tokenizer's are below"):

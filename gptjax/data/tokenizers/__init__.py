@@ -1,7 +1,7 @@
-"""Tokenizers: text to ids and back, behind one small interface (`Tokenizer`).
+"""Tokenizers: text to ids and back, through one small interface (`Tokenizer`).
 
-An experiment names one of `TrainSentencePiece`, `TrainCharacters`, `Bytes` and `LoadTokenizer`; its `build(texts)`
-gives the tokenizer. `save(folder)` and `load_tokenizer(folder)` keep any of them.
+An experiment uses one of `TrainSentencePiece`, `TrainCharacters`, `Bytes` and `LoadTokenizer`; `build(texts)` returns
+the tokenizer. `save(folder)` and `load_tokenizer(folder)` write and read any of them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ KINDS = {
     "sentencepiece": "SentencePieceTokenizer",
     "tiktoken": "TiktokenTokenizer",
 }
-"""Module of this package, which is the `kind` in a saved descriptor -> its class. Imported when it is first used."""
+"""Module of this package, which is the `kind` in a saved descriptor -> its class. Imported on first use."""
 _HOME = {name: module for module, name in KINDS.items()}
 _HOME |= {"Bytes": "bytes", "TrainCharacters": "characters", "TrainSentencePiece": "sentencepiece"}
 _HOME |= {"Report": "measure", "report": "measure"}
@@ -63,22 +63,22 @@ def __getattr__(name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class LoadTokenizer:
-    """Use a tokenizer that exists."""
+    """Use an existing tokenizer."""
 
     path: str
-    """What `load_tokenizer` takes: a folder, a file, or a published name such as gpt2."""
+    """Argument of `load_tokenizer`: a folder, a file, or a published name such as gpt2."""
     specials: tuple[str, ...] = ()
-    """Special tokens to add after the vocabulary where it lacks them; for chat, `CHAT_SPECIALS`."""
+    """Special tokens to add after the vocabulary if it lacks them. Chat needs `CHAT_SPECIALS`."""
 
     def build(self, texts: Iterator[str]) -> Tokenizer:
-        """The tokenizer. `texts` are not read."""
+        """The tokenizer. `texts` is not read."""
         return load_tokenizer(self.path).with_specials(self.specials)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A saved tokenizer (its folder, or a run's), a SentencePiece `.model`, a Hugging Face `tokenizer.json`, a
-    `.tiktoken` file of ranks, a folder that holds one of these or GPT-2's `encoder.json` and `vocab.bpe`, or the name
-    of an encoding that `tiktoken` downloads. Raises `UserError` where there is none, or a damaged one."""
+    """Load a saved tokenizer (its folder, or a run's), a SentencePiece `.model`, a Hugging Face `tokenizer.json`, a
+    `.tiktoken` file of ranks, a folder with one of these or with GPT-2's `encoder.json` and `vocab.bpe`, or an encoding
+    that `tiktoken` downloads, by name. Raises `UserError` if it is missing or damaged."""
     file = Path(path).expanduser()
     if file.is_dir():
         return _from_folder(file)
@@ -129,7 +129,7 @@ def _from_file(file: Path) -> Tokenizer:
 
 
 def _saved(folder: Path) -> Tokenizer:
-    """What `Tokenizer.save` wrote, checked against the fingerprint it had then."""
+    """Load the output of `Tokenizer.save`, and check its fingerprint."""
     try:
         settings = json.loads((folder / DESCRIPTOR).read_text(encoding="utf-8"))
         fingerprint, cls = settings.pop("fingerprint"), __getattr__(KINDS[settings.pop("kind")])
@@ -138,6 +138,4 @@ def _saved(folder: Path) -> Tokenizer:
             return tokenizer
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UserError(
-        f"tokenizer: got {folder}, must hold what was saved there; a file is missing or changed, restore it"
-    )
+    raise UserError(f"tokenizer: got {folder}, must hold the saved files; one is missing or changed, restore it")

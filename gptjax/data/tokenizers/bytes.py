@@ -1,4 +1,4 @@
-"""A tokenizer without a vocabulary to learn: the 256 bytes of UTF-8."""
+"""Byte tokenizer: the 256 bytes of UTF-8, without a learned vocabulary."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from gptjax.data.tokenizers.tokenizer import CHAT_SPECIALS, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """Read text as its bytes: 256 ids, then the special tokens."""
+    """Bytes as ids: 256 ids, then the special tokens."""
 
     specials: tuple[str, ...] = CHAT_SPECIALS
-    """Special tokens, with the ids from 256 on."""
+    """Special tokens, with ids from 256."""
 
     def build(self, texts: Iterator[str]) -> ByteTokenizer:
-        """The tokenizer. `texts` are not read."""
+        """The tokenizer. `texts` is not read."""
         return ByteTokenizer(b"", {}).with_specials(self.specials)
 
 
 class ByteTokenizer(Tokenizer):
-    """Id i is byte i."""
+    """Byte i has id i."""
 
     kind = "bytes"
     file = ""

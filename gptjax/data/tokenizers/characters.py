@@ -1,4 +1,4 @@
-"""A tokenizer whose vocabulary is the characters of its training text."""
+"""Character tokenizer: the vocabulary is the characters of its training text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TrainCharacters:
     """Special tokens, with the ids after the characters."""
 
     def build(self, texts: Iterator[str]) -> CharacterTokenizer:
-        """Read all of `texts`. Raises `UserError` when they are empty."""
+        """Read all of `texts`. Raises `UserError` if they are empty."""
         characters: set[str] = set()
         for text in texts:
             characters.update(well_formed(text))
@@ -31,7 +31,7 @@ class TrainCharacters:
 
 
 class CharacterTokenizer(Tokenizer):
-    """Id i is the i-th character of `data` (UTF-8). The next id is U+FFFD and stands for every other character."""
+    """Id i is the i-th character of `data` (UTF-8). The next id is U+FFFD, for every other character."""
 
     kind = "characters"
     file = "characters.txt"

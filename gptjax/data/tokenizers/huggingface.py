@@ -9,32 +9,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from gptjax.data.tokenizers.tiktoken import byte_alphabet
-from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, Tokenizer, named
+from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, Tokenizer, add_roles
 from gptjax.types import UserError
 
 if TYPE_CHECKING:
     import tokenizers
 
 JOINED = (".", ",", "!", "?")
-"""Pieces of a WordPiece that follow a word without a space, as the library writes them too."""
+"""Word pieces that follow a word without a space, as the library decodes them too."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A byte-level BPE (GPT-2, Llama 3, Qwen), one made from SentencePiece (Llama 2, T5), or a WordPiece (BERT).
+    """A byte-level BPE (GPT-2, Llama 3, Qwen), a BPE or unigram model converted from SentencePiece (Llama 2, T5), or a
+    WordPiece (BERT).
 
-    It normalises text where its file says so, and the second sort reads U+2581 as a space: then `decode(encode(text))`
-    is the normalised text. A WordPiece's begins a word after a space, whatever was there: `it's (so)` comes back as
-    `it ' s ( so )`."""
+    It normalises text if its file says so, and a converted SentencePiece reads U+2581 as a space: then
+    `decode(encode(text))` is the normalised text. A WordPiece decodes every word with a space before it: `it's (so)`
+    becomes `it ' s ( so )`.
+    """
 
     kind = "huggingface"
     file = "tokenizer.json"
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """A `tokenizer.json`, with the names of its first and last token from the `tokenizer_config.json` beside it.
+        """Read a `tokenizer.json`, with `bos` and `eos` from the `tokenizer_config.json` beside it.
 
-        Where it doesn't name them, they are those that the tokenizer puts before and after all text. Raises `UserError`
-        for another kind of file, and for one that would read its special tokens from plain text."""
+        If that does not name them, they are the tokens that the post-processor adds before and after all text. Raises
+        `UserError` for other kinds of files, and for a file that encodes plain text to special tokens.
+        """
         path = Path(path)
         data = path.read_bytes()
         config_file = path.with_name("tokenizer_config.json")
@@ -54,7 +57,7 @@ class HuggingFaceTokenizer(Tokenizer):
         roles = _roles(cls(data, {}), added, config)
         if (unknown := unknown_piece(spec)) not in roles.values():
             added.pop(unknown, None)
-        tokenizer = cls(data, named(added, roles))
+        tokenizer = cls(data, add_roles(added, roles))
         for name in tokenizer.specials:
             if set(tokenizer.encode(name)) & set(tokenizer.specials.values()):
                 raise UserError(
@@ -67,8 +70,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return _library(self.data)
 
     @functools.cached_property
-    def around(self) -> tuple[list[int], list[int]]:
-        """The ids that the file puts before and after all text, where it is told to."""
+    def post_processor_ids(self) -> tuple[list[int], list[int]]:
+        """Ids that the file's post-processor adds before and after all text."""
         encoding = self._tokenizer.encode("a")
         text = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
         return (encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]) if text else (encoding.ids, [])
@@ -105,7 +108,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-@functools.lru_cache(maxsize=2)  # which reads large files slowly
+@functools.lru_cache(maxsize=2)  # large files are slow to read
 def _library(data: bytes) -> tokenizers.Tokenizer:
     try:
         import tokenizers
@@ -114,10 +117,11 @@ def _library(data: bytes) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_str(data.decode())
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # as the text they are
+    tokenizer.encode_special_tokens = True  # encode them as plain text
     names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     if isinstance(tokenizer.model, tokenizers.models.Unigram) and names:
-        # Whose pieces they are too, the likeliest of all: cut after their first character they are pieces no more.
+        # Special tokens are also pieces of a Unigram model, the likeliest ones. Split after their first character, they
+        # cannot match.
         inside = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
         cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(inside), "merged_with_previous")
         before = [] if tokenizer.pre_tokenizer is None else [tokenizer.pre_tokenizer]
@@ -126,13 +130,13 @@ def _library(data: bytes) -> tokenizers.Tokenizer:
 
 
 def _decoders(spec: dict[str, Any]) -> set[str]:
-    """The types of a tokenizer's decoder, or of each in the sequence."""
+    """Types of a tokenizer's decoder, or of each decoder in the sequence."""
     decoder = spec.get("decoder") or {}
     return {part["type"] for part in decoder.get("decoders", [decoder]) if part}
 
 
 def unknown_piece(spec: dict[str, Any]) -> str | None:
-    """The piece that stands for text which a tokenizer.json does not cover; none where bytes cover all of it."""
+    """Piece for text that a tokenizer.json does not cover. None: bytes cover all text."""
     model = spec["model"]
     if "ByteLevel" in _decoders(spec) or model.get("byte_fallback"):
         return None
@@ -142,11 +146,11 @@ def unknown_piece(spec: dict[str, Any]) -> str | None:
 
 
 def _roles(tokenizer: HuggingFaceTokenizer, added: dict[str, int], config: dict[str, Any]) -> dict[str, str | None]:
-    """The name of the token that has each of `ROLES`. A config may leave them unsaid: then the first and the last are
-    those around all text, a model with one special token has it for both, and others go by BERT's names, and T5's."""
+    """Token of each of `ROLES`. Those missing from the config are found otherwise: `bos` and `eos` are the tokens
+    around all text; the only special token of a model is both; the rest have BERT's or T5's names."""
     names = {i: name for name, i in added.items()}
     sole = next(iter(added)) if len(added) == 1 else None
-    first, last = tokenizer.around
+    first, last = tokenizer.post_processor_ids
     unsaid = {
         "<|bos|>": names.get(first[0]) if first else sole,
         "<|end|>": names.get(last[-1]) if last else sole,
@@ -158,5 +162,5 @@ def _roles(tokenizer: HuggingFaceTokenizer, added: dict[str, int], config: dict[
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:
-    """A token as `tokenizer_config.json` names it: its text, or an object that has it."""
+    """Token in `tokenizer_config.json`: a text, or an object with it."""
     return token["content"] if isinstance(token, dict) else token

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of text: how many bytes a token carries, how much falls back to bytes, how fast."""
+"""Statistics of a tokenizer: bytes per token, share of fallback tokens, speed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gptjax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Counts over some texts; print it."""
+    """Counts over some texts. `print` shows a table."""
 
     bytes: int
     """UTF-8 bytes read."""
     characters: int
     tokens: int
     fallback: int
-    """Tokens that stand for less than a character, or for one the vocabulary lacks."""
+    """Tokens for less than a character, or for characters outside the vocabulary."""
     used: int
     """Ids that occur at least once."""
     vocab: int
@@ -29,7 +29,7 @@ class Report:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bits per byte is the loss in bits per token over this."""
+        """Bits per byte is the loss in bits per token divided by this."""
         return self.bytes / self.tokens
 
     @property
@@ -42,7 +42,7 @@ class Report:
 
     @property
     def megabytes_per_second(self) -> float:
-        """10^6 bytes of text encoded a second."""
+        """10^6 bytes of text encoded per second."""
         return self.bytes / 1e6 / self.seconds
 
     def __str__(self) -> str:
@@ -60,11 +60,11 @@ class Report:
 
 
 def report(tokenizer: Tokenizer, texts: Iterable[str]) -> Report:
-    """Encode `texts`, a few at a time. Raises `UserError` when they give no token."""
+    """Encode `texts` in small batches. Raises `UserError` if there are no tokens."""
     characters = size = tokens = fallback = 0
     seconds = 0.0
     seen: set[int] = set()
-    _ = tokenizer.encode("a"), tokenizer.fallback  # built now, so that it is not timed
+    _ = tokenizer.encode("a"), tokenizer.fallback  # lazy properties, so that they are not timed
     iterator = iter(texts)
     while batch := list(itertools.islice(iterator, 256)):
         start = time.perf_counter()

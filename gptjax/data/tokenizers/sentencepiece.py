@@ -1,4 +1,4 @@
-"""SentencePiece: train a vocabulary, BPE or unigram, on the text at hand, or load a `.model` file.
+"""SentencePiece: train a vocabulary, BPE or unigram, on given text, or load a `.model` file.
 
 Kudo and Richardson, "SentencePiece", 2018 (https://arxiv.org/abs/1808.06226).
 """
@@ -13,40 +13,40 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from gptjax.data.tokenizers.tokenizer import REPLACEMENT, Tokenizer, named, well_formed
+from gptjax.data.tokenizers.tokenizer import REPLACEMENT, Tokenizer, add_roles, well_formed
 from gptjax.types import UserError
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 SPACE = "\u2581"
-"""How SentencePiece writes a space, and so the one character it would not give back."""
+"""SentencePiece's symbol for a space, and so the one character that it would not decode."""
 PRIVATE = range(0x100000, 0x10FFFE)
-"""Code points that mean nothing: one of them stands in for a literal U+2581."""
+"""Private-use code points: one of them replaces a literal U+2581."""
 CHUNK = 1_000
-"""Longer text is encoded in parts of about so many characters: BPE slows down with length."""
+"""Maximum length, in characters, of a text encoded at once, approximately: BPE slows down with length."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSentencePiece:
-    """Train a tokenizer that gives every text back exactly: no normalisation, bytes for what the vocabulary lacks."""
+    """Train a lossless tokenizer: no normalisation, bytes for characters outside the vocabulary."""
 
     vocab: int = 4_096
-    """Ids in all: special tokens, 256 bytes and learned pieces. A little text may give fewer."""
+    """Number of ids: special tokens, 256 bytes and learned pieces. Short texts may give fewer."""
     kind: Literal["bpe", "unigram"] = "bpe"
-    """How the pieces are chosen; bpe trains much faster."""
+    """Training algorithm: "bpe" (much faster) or "unigram"."""
     characters: int = 10_000_000
-    """Train on at most so many characters: every n-th document of those read."""
+    """Maximum number of characters to train on: every n-th document of those read."""
     read: int = 1_000_000_000
-    """Read at most so many characters to choose from."""
+    """Maximum number of characters to read and sample from."""
 
     def build(self, texts: Iterable[str]) -> SentencePieceTokenizer:
-        """Train; the same texts give the same bytes. Raises `UserError` for no text or a vocabulary too small."""
+        """Train. The result is deterministic. Raises `UserError` for no text or a vocabulary too small."""
         import sentencepiece
 
         if self.kind not in ("bpe", "unigram"):
             raise UserError(f"kind: got {self.kind!r}, must be 'bpe' or 'unigram'")
-        # U+2585 is SentencePiece's own mark; it would skip documents that have it.
+        # SentencePiece's internal marker: it would skip documents that contain U+2585.
         chosen = [well_formed(text).replace("\u2585", "?") for text in self.sample(texts)]
         if not any(text.strip("\0") for text in chosen):
             raise UserError("texts: got no text, must have some to train a tokenizer on; check the source")
@@ -71,7 +71,7 @@ class TrainSentencePiece:
                 pad_id=-1,
                 bos_piece="<|bos|>",
                 eos_piece="<|end|>",
-                # Not user_defined_symbols: those are found in plain text, so that a user could type them.
+                # Not user_defined_symbols: those are matched in plain text, so a user could type them.
                 control_symbols=["<|system|>", "<|user|>", "<|assistant|>"],
                 minloglevel=2,
             )
@@ -85,7 +85,7 @@ class TrainSentencePiece:
         return SentencePieceTokenizer.from_model(model.getvalue())
 
     def sample(self, texts: Iterable[str]) -> list[str]:
-        """Evenly spread over what was read, in flat memory: when there is too much, every second text goes."""
+        """Evenly spaced documents, in bounded memory: every second one is dropped when there are too many."""
         kept: list[str] = []
         size = seen = 0
         stride = 1
@@ -110,7 +110,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Raises `UserError` where the file is not a SentencePiece model."""
+        """Read a `.model` file. Raises `UserError` if it is not a SentencePiece model."""
         try:
             return cls.from_model(Path(path).read_bytes())
         except RuntimeError:
@@ -120,12 +120,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def from_model(cls, data: bytes) -> Self:
-        """From the bytes of a `.model` file, with the special tokens that it declares."""
+        """Read the bytes of a `.model` file, with the special tokens that it declares."""
         processor = cls(data, {})._processor
         size = processor.get_piece_size()
         specials = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
         ids = {"<|bos|>": processor.bos_id(), "<|end|>": processor.eos_id(), "<|pad|>": processor.pad_id()}
-        return cls(data, named(specials, {role: processor.id_to_piece(i) for role, i in ids.items() if i >= 0}))
+        return cls(data, add_roles(specials, {role: processor.id_to_piece(i) for role, i in ids.items() if i >= 0}))
 
     @functools.cached_property
     def _processor(self) -> SentencePieceProcessor:
@@ -161,10 +161,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _divisible(self) -> bool:
-        """Whether text cut before a space is encoded as if whole: a BPE with no space inside a piece,
-        nor added or taken away at the ends.
+        """True if text split before a space has the same encoding as the whole: a BPE model without spaces inside
+        pieces, which neither adds nor removes spaces at the ends.
 
-        The scores of BPE are ranks. Unigram's are logarithms, whose sums break ties by where the text starts."""
+        BPE's scores are ranks. Unigram's are logarithms, whose sums break ties by the starting point of the text.
+        """
         ranked = all(self._processor.get_score(i).is_integer() for i in range(len(self.pieces)))
         inside = any(b" " in piece.lstrip(b" ") for piece in self.pieces)
         return ranked and not inside and self.decode_bytes(self._processor.encode(" a ")) == b" a "
@@ -184,7 +185,7 @@ class SentencePieceTokenizer(Tokenizer):
         ]
 
     def _encode_literal(self, text: str) -> list[int]:
-        """Encode with a character in place of U+2581 that neither text nor vocabulary has, then correct its bytes."""
+        """Encode with a stand-in for U+2581 that neither text nor vocabulary has, then replace its bytes."""
         taken = self._alphabet.union(text)
         stand_in = next(character for character in map(chr, PRIVATE) if character not in taken)
         wrong, right = ([self._byte_ids[byte] for byte in c.encode()] for c in (stand_in, SPACE))
@@ -199,7 +200,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Cut before the first space of a run, every `CHUNK` characters or later."""
+    """Split before the first space of a run, every `CHUNK` characters or more."""
     cut = re.compile("[^ ](?= )")
     start = 0
     while match := cut.search(text, start + CHUNK):

@@ -1,4 +1,4 @@
-"""Byte-level BPE from published ranks, by the `tiktoken` library: GPT-2, GPT-4 and later.
+"""Byte-level BPE from published ranks, with the `tiktoken` library: GPT-2, GPT-4 and later.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2.
 """
@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from gptjax.data.tokenizers.tokenizer import Tokenizer, named
+from gptjax.data.tokenizers.tokenizer import Tokenizer, add_roles
 from gptjax.types import UserError
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ ENCODINGS = {
     ),
     "o200k_base": (O200K_PATTERN, {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018}),
 }
-"""Name -> the pattern that cuts text before merging, and the special tokens. From `tiktoken_ext` (MIT)."""
+"""Name -> pre-tokenization pattern, and special tokens. From `tiktoken_ext` (MIT)."""
 
 SOLE = {"<|bos|>": "<|endoftext|>", "<|end|>": "<|endoftext|>"}
-"""One token is the first of a document and the last."""
+"""One token starts and ends documents."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,19 +60,19 @@ class TiktokenTokenizer(Tokenizer):
     file = "ranks.tiktoken"
 
     pattern: str = GPT2_PATTERN
-    """The regular expression that cuts text into the words within which bytes are merged."""
+    """Pre-tokenization pattern: a regular expression for the words within which bytes are merged."""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """A file of ranks named as in `ENCODINGS`. Raises `UserError` for another name or content."""
+        """Read a file of ranks with a name in `ENCODINGS`. Raises `UserError` for another name or content."""
         path = Path(path)
         if path.stem not in ENCODINGS:
             raise UserError(
                 f"tokenizer: got {path}, must be named after its encoding, one of {', '.join(ENCODINGS)}; "
-                "that decides how text is cut"
+                "that decides how text is split"
             )
         pattern, specials = ENCODINGS[path.stem]
-        tokenizer = cls(path.read_bytes(), named(specials, SOLE), pattern)
+        tokenizer = cls(path.read_bytes(), add_roles(specials, SOLE), pattern)
         try:
             complete = all(bytes([byte]) in tokenizer._ranks for byte in range(256))
         except (ValueError, binascii.Error):
@@ -85,7 +85,7 @@ class TiktokenTokenizer(Tokenizer):
 
     @classmethod
     def from_gpt2_folder(cls, folder: str | Path) -> Self:
-        """OpenAI's `encoder.json` and `vocab.bpe`. Raises `UserError` where the two do not belong together."""
+        """Read OpenAI's `encoder.json` and `vocab.bpe`. Raises `UserError` if they do not match."""
         folder = Path(folder)
         alphabet = byte_alphabet()
         try:
@@ -100,20 +100,20 @@ class TiktokenTokenizer(Tokenizer):
             raise UserError(
                 f"tokenizer: got {folder}, must hold an encoder.json and a vocab.bpe of one vocabulary; one is damaged"
             )
-        return cls(_lines(ranks), named(specials, SOLE), GPT2_PATTERN)
+        return cls(_lines(ranks), add_roles(specials, SOLE), GPT2_PATTERN)
 
     @classmethod
     def download(cls, name: str) -> Self:
-        """A published encoding, by `tiktoken`, which keeps a copy. Raises `UserError` without a network."""
+        """Download a published encoding with `tiktoken`, which caches it. Raises `UserError` without a network."""
         try:
             encoding = _tiktoken().get_encoding(name)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"tokenizer: got {name!r}, which cannot be downloaded ({type(error).__name__}), must be reachable; "
-                "give the path of a file or folder that has it"
+                f"tokenizer: got {name!r}, which cannot be downloaded ({type(error).__name__}); "
+                "give the path of a file or folder with it"
             ) from None
         pattern, specials = ENCODINGS[name]
-        return cls(_lines(encoding._mergeable_ranks), named(specials, SOLE), pattern)
+        return cls(_lines(encoding._mergeable_ranks), add_roles(specials, SOLE), pattern)
 
     @functools.cached_property
     def _ranks(self) -> dict[bytes, int]:
@@ -122,7 +122,7 @@ class TiktokenTokenizer(Tokenizer):
 
     @functools.cached_property
     def _encoding(self) -> Encoding:
-        # It is told of no special tokens, so it can produce none.
+        # Without special tokens it cannot produce any.
         return _tiktoken().Encoding("gptjax", pat_str=self.pattern, mergeable_ranks=self._ranks, special_tokens={})
 
     @functools.cached_property
@@ -140,7 +140,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The character that GPT-2's files write for each byte -> that byte: itself where it prints, else U+0100 and on."""
+    """Character in GPT-2's files -> the byte that it stands for: itself if printable, else U+0100 and on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
