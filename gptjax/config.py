@@ -16,19 +16,46 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, TypeVar
 
 from gptjax.types import UserError
 
 Config = TypeVar("Config")
 
-OWN_PACKAGES = ("gptjax",)
-"""Packages that `from_json` may import. Classes of other packages must already be imported by the program."""
+EXPORTS: dict[str, tuple[str, ...] | None] = {
+    "gptjax": ("Experiment", "MeshConfig", "ShardingRules", "Stage"),
+    "gptjax.data": None,
+    "gptjax.evals": None,
+    "gptjax.monitor.metrics": ("WandB",),
+    "gptjax.nn": None,
+    "gptjax.objectives": None,
+    "gptjax.optim": None,
+    "gptjax.train.divergence": ("RollBack", "Skip", "Stop"),
+}
+"""Package -> classes of ours that a saved configuration may name. None: every frozen dataclass that it exports."""
+_allowed: set[str] = set()
+
+
+def allow(*modules: ModuleType) -> None:
+    """Let saved configurations name the dataclasses of these modules, which the program has chosen to import."""
+    _allowed.update(module.__name__ for module in modules)
+
+
+def modules(config: Any) -> set[ModuleType]:
+    """Modules outside gptjax that define the classes of a configuration."""
+    inside = config.values() if isinstance(config, dict) else config if isinstance(config, tuple) else ()
+    if _is_dataclass(config):
+        inside = [getattr(config, field.name) for field in _fields(config)]
+    found = set().union(*map(modules, inside))
+    if _is_dataclass(config) and _public_name(type(config)) is None:
+        found.add(sys.modules[type(config).__module__])
+    return found
 
 
 def to_json(config: Any) -> Any:
-    """Convert a configuration to JSON types: a dataclass becomes `{"class": "gptjax.nn.positions.RoPE", "theta": 1e4}`
-    and a tuple a list. Raises UserError, naming the value, for what `from_json` could not restore."""
+    """Convert a configuration to JSON types: a dataclass becomes `{"class": "gptjax.nn.RoPE", "theta": 1e4}` and a
+    tuple a list. Raises UserError, naming the value, for what `from_json` could not restore."""
     return _to_json(config, "configuration")
 
 
@@ -43,7 +70,7 @@ def _to_json(value: Any, name: str) -> Any:
         if "." in type(value).__qualname__:
             raise UserError(f"{name}: class {type(value).__qualname__} must be defined at the top level of a module")
         fields = {f.name: _to_json(getattr(value, f.name), f"{name}.{f.name}") for f in _fields(value)}
-        return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+        return {"class": _public_name(type(value)) or f"{type(value).__module__}.{type(value).__qualname__}", **fields}
     if isinstance(value, dict) and all(isinstance(key, str) and key != "class" for key in value):
         return {key: _to_json(item, f"{name}.{key}") for key, item in value.items()}
     raise UserError(
@@ -55,9 +82,9 @@ def _to_json(value: Any, name: str) -> Any:
 def from_json(data: Any) -> Any:
     """Restore a configuration from `to_json`'s output: `from_json(json.loads(json.dumps(to_json(c)))) == c`.
 
-    A missing field gets its default. Only dataclasses are called, and only those of this package or of a module that is
-    already imported. Raises UserError for a class or field that does not exist, and for a missing field without a
-    default."""
+    A missing field gets its default. Nothing that the data names is imported: it may name only the classes in `EXPORTS`
+    and the dataclasses of modules that the program has passed to `allow`. Raises UserError for another class, for a
+    field that does not exist, and for a missing field without a default."""
     return _from_json(data, "configuration")
 
 
@@ -91,18 +118,32 @@ def _from_json(data: Any, name: str) -> Any:
 
 def _find_class(path: Any, name: str) -> Any:
     module_name, _, class_name = str(path).rpartition(".")
-    if module_name.split(".")[0] in OWN_PACKAGES:
-        try:
-            importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not module_name.startswith(error.name):
-                raise
-    cls = getattr(sys.modules.get(module_name), class_name, None)
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise UserError(
-            f"{name}: got class {path}, must be a dataclass of gptjax or of an imported module; import its module first"
-        )
-    return cls
+    if (cls := _exported(module_name, class_name)) is not None:
+        return cls
+    if module_name in _allowed:
+        cls = getattr(sys.modules.get(module_name), class_name, None)
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module_name:
+            return cls
+    raise UserError(
+        f"{name}: got class {path}, must be a configuration that gptjax exports, or a dataclass of a module that the "
+        "program allows with gptjax.config.allow(module)"
+    )
+
+
+def _exported(package: str, name: str) -> type | None:
+    """The configuration of this name that a package of `EXPORTS` exports, or None."""
+    if package not in EXPORTS:
+        return None
+    module = importlib.import_module(package)
+    cls = getattr(module, name) if name in (EXPORTS[package] or module.__all__) else None
+    configures = dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
+    return cls if isinstance(cls, type) and configures and f"{cls.__module__}.".startswith(f"{package}.") else None
+
+
+def _public_name(cls: type) -> str | None:
+    """Name by which gptjax exports a class for configurations, such as "gptjax.nn.RoPE"; or None."""
+    packages = EXPORTS if cls.__module__.startswith("gptjax.") else ()
+    return next((f"{p}.{cls.__name__}" for p in packages if _exported(p, cls.__name__) is cls), None)
 
 
 def differences(a: Any, b: Any) -> list[str]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pytest
 
-from gptjax.config import differences, from_json, override, to_json
+from gptjax.config import EXPORTS, allow, differences, from_json, modules, override, to_json
 from gptjax.types import UserError
+
+allow(sys.modules[__name__])
 
 
 class Positions:
@@ -135,22 +139,53 @@ def test_a_class_that_has_no_importable_name_is_refused():
         to_json(Local())
 
 
-def test_from_json_imports_modules_of_the_package_and_nothing_else(monkeypatch, tmp_path):
-    import sys
+def test_a_file_names_what_gptjax_exports_and_what_the_program_allows(monkeypatch, tmp_path):
+    """Nothing that it names is imported, and no other class is called, however harmless it looks."""
+    from gptjax.distributed.sharding import MeshConfig
+    from gptjax.nn import RoPE, Transformer
 
-    monkeypatch.delitem(sys.modules, "gptjax.distributed.sharding", raising=False)
-    assert dataclasses.is_dataclass(from_json({"class": "gptjax.distributed.sharding.MeshConfig", "data": 2}))
-
-    (tmp_path / "sideeffect.py").write_text("raise SystemExit('was imported')")
+    assert to_json(MeshConfig(data=2))["class"] == "gptjax.MeshConfig"
+    assert roundtrip(MeshConfig(data=2)) == MeshConfig(data=2)
+    assert from_json({"class": "gptjax.nn.RoPE", "theta": 5.0}) == RoPE(theta=5.0)
+    (tmp_path / "brought.py").write_text("raise SystemExit('was imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="import its module first"):
-        from_json({"class": "sideeffect.Thing"})
-    for cls in (subprocess.Popen, Path):  # imported, but no dataclass
-        with pytest.raises(UserError, match="must be a dataclass"):
-            from_json({"class": f"{cls.__module__}.{cls.__name__}", "args": "false"})
-    for path in ("gptjax.no_such_room.Thing", "gptjax.types.NoSuchThing", "Thing", None):
-        with pytest.raises(UserError, match=r"configuration\.extra: got class"):
+    refused = [
+        "brought.Thing",
+        "etils.epy.lazy_imports_utils.LazyModule",  # a dataclass that imports what one of its fields names
+        f"{subprocess.__name__}.Popen",
+        f"{__name__}.RoPE.Inside",
+        "gptjax.nn.positions.rope.RoPE",
+        f"gptjax.nn.{Transformer.__name__}",
+        "gptjax.nn.Mask",
+        "gptjax.LanguageModel",
+        "gptjax.data.tokenizers.Tokenizer",
+        "gptjax.no_such_room.Thing",
+        "Thing",
+        None,
+        ["gptjax.nn.RoPE"],
+    ]
+    importlib.import_module("etils.epy.lazy_imports_utils")
+    for path in refused:
+        with pytest.raises(UserError, match=r"configuration\.extra: got class .*, must be a configuration that gptjax"):
             from_json({**to_json(CONFIG), "extra": {"class": path}})
+    monkeypatch.setattr("gptjax.config._allowed", set())
+    with pytest.raises(UserError, match=f"got class {__name__}.Text, must"):
+        roundtrip(Text())
+    assert modules(CONFIG) == {sys.modules[__name__]}
+
+
+def test_every_configuration_of_ours_can_be_saved():
+    """Each frozen dataclass that a package exports, and each default of its fields."""
+    for package, names in EXPORTS.items():
+        module = importlib.import_module(package)
+        for name in names or module.__all__:
+            cls = getattr(module, name)
+            if not dataclasses.is_dataclass(cls) or name == "Context":  # which holds a batch's mask
+                continue
+            for at in dataclasses.fields(cls):
+                if dataclasses.is_dataclass(at.default) and cls.__module__.startswith(package):
+                    assert roundtrip(at.default) == at.default, f"{package}.{name}.{at.name}"
+                    assert to_json(at.default)["class"].rpartition(".")[0] in EXPORTS
 
 
 def test_json_of_another_version():

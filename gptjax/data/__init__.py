@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gptjax.data.classify import Classify
     from gptjax.data.dataset import Dataset
     from gptjax.data.mix import Mix
-    from gptjax.data.packing import BestFit, Concatenate
+    from gptjax.data.packing import BestFit, Concatenate, NoPacking
     from gptjax.data.pairs import Pairs
     from gptjax.data.pretrain import Pretrain
     from gptjax.data.pydocs import PyDocs, PyDocsChat
@@ -55,6 +55,7 @@ __all__ = [
     "LoadTokenizer",
     "Message",
     "Mix",
+    "NoPacking",
     "Pairs",
     "PairsJsonl",
     "Pretrain",
@@ -76,7 +77,7 @@ _NAMES = {
     "gptjax.data.classify": "Classify",
     "gptjax.data.dataset": "Dataset",
     "gptjax.data.mix": "Mix",
-    "gptjax.data.packing": "BestFit Concatenate",
+    "gptjax.data.packing": "BestFit Concatenate NoPacking",
     "gptjax.data.pairs": "Pairs",
     "gptjax.data.pretrain": "Pretrain",
     "gptjax.data.pydocs": "PyDocs PyDocsChat",

@@ -46,8 +46,9 @@ def mistake(name: str) -> str | None:
 
 
 def load(name: str) -> ModuleType:
-    """The experiment's module, imported as Python itself would: its classes have names that a saved configuration can
-    give and another program can import. Raises UserError where there is none, or it defines no `experiment`."""
+    """The experiment's module, imported as Python itself would. Saved configurations may then name its classes, and
+    those of modules that it imports from its folder. Raises UserError where there is none, or no `experiment` in it."""
+    from gptjax.config import allow
     from gptjax.types import UserError
 
     if (wrong := mistake(name)) is not None:
@@ -64,6 +65,14 @@ def load(name: str) -> ModuleType:
         module = importlib.import_module(path.stem)
         if Path(module.__file__ or "").resolve() != path:
             raise UserError(f"{name}: there is another module named {path.stem!r}; rename the file")
+        allow(*(found for name, found in list(sys.modules.items()) if _beside(name, found, path.parent)))
+    allow(module)
     if not hasattr(module, "experiment"):
         raise UserError(f"{name}: defines no `experiment`; add `experiment = Experiment(...)` to the file")
     return module
+
+
+def _beside(name: str, module: ModuleType, folder: Path) -> bool:
+    """True for a module that was imported by this name from the folder."""
+    stem = folder.joinpath(*name.split("."))
+    return vars(module).get("__file__") in (f"{stem}.py", f"{stem}/__init__.py")

@@ -31,7 +31,7 @@ import jax
 from rich.console import Console
 
 from gptjax.checkpoint.checkpoint import Checkpoints
-from gptjax.config import differences, from_json, to_json
+from gptjax.config import allow, differences, from_json, modules, to_json
 from gptjax.data.files import cache_dir
 from gptjax.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
 from gptjax.data.tokenizers.tokenizer import decoder_start
@@ -187,6 +187,7 @@ class Experiment:
 
     def _claim(self, folder: Path, accept_changes: bool) -> list[str]:
         """Make the folder this experiment's. Returns how it differs from the configuration that was there."""
+        allow(*modules(self))
         path = folder / "config.json"
         changed = []
         if path.exists():

@@ -13,8 +13,10 @@ import pytest
 
 import gptjax.experiments
 from gptjax.cli import run as launcher
+from gptjax.config import from_json, to_json
 from gptjax.distributed import processes
 from gptjax.experiment import catalogue
+from gptjax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,6 +114,22 @@ def test_a_name_is_a_file_of_the_folder(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == "Tiny(steps=2)\n"
     assert sys.modules["gptjax.experiments.tiny_two"].experiment.__class__.__module__ == "gptjax.experiments.tiny_two"
     assert "tiny_two" not in sys.modules
+
+
+def test_saved_configurations_may_name_the_classes_of_the_file_and_of_the_modules_beside_it(tmp_path, tiny):
+    (tmp_path / "elsewhere" / "part_of_it.py").write_text(TINY)
+    (tmp_path / "elsewhere" / "not_imported.py").write_text(TINY)
+    with Path(tiny).open("a") as file:
+        file.write("\nimport part_of_it\n")
+    for module in ("tiny_one", "part_of_it"):
+        with pytest.raises(UserError, match=rf"got class {module}\.Tiny"):
+            from_json({"class": f"{module}.Tiny"})
+    experiment = catalogue.load(tiny).experiment
+    assert from_json(to_json(experiment)) == experiment
+    assert from_json({"class": "part_of_it.Tiny", "steps": 3}).steps == 3
+    for module in ("not_imported", "gptjax.types"):
+        with pytest.raises(UserError, match=rf"got class {module}\.Tiny"):
+            from_json({"class": f"{module}.Tiny"})
 
 
 def test_print_shows_the_configuration_and_runs_nothing(tiny, capsys):
