@@ -41,6 +41,7 @@ from gptjax.experiment import report
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.io import atomic
+from gptjax.io.file_names import check_file_name
 from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
 from gptjax.monitor.metrics import MetricsLogger, WandB
 from gptjax.protocols import ModelConfig, Module
@@ -67,7 +68,8 @@ class Experiment:
     tokenizer: TokenizerConfig
     """Tokenizer to build: `data.TrainSentencePiece`, `data.LoadTokenizer`, ..."""
     stages: dict[str, Stage]
-    """The training runs, in order; each goes on from the parameters of the one before."""
+    """The training runs, in order; each goes on from the parameters of the one before. Names are letters, digits, _, -
+    and dots, the first not a dot."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are arranged."""
     rules: ShardingRules = DEFAULT_RULES
@@ -83,6 +85,8 @@ class Experiment:
     def __post_init__(self):
         if not self.stages:
             raise UserError("stages: got none, must be at least one")
+        for name in self.stages:
+            check_file_name(name, "stages")
         if (first := next(iter(self.stages))) and self.stages[first].adapter is not None and self.start is None:
             raise UserError(f"{first}.adapter: got one, must be none: without a `start` there is nothing to adapt")
         for name, stage in self.stages.items():

@@ -30,6 +30,7 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
+from gptjax.io.file_names import check_file_name
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.model import Model
 from gptjax.nn import LoRA, ModelConfig, TransformerConfig
@@ -233,6 +234,8 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Shard
     # Read as JSON, for the stages may have classes that only the experiment's own file defines.
     model, stages = _model(experiment["model"], dtype), experiment["stages"]
     found = _asked(kind, type(model), path)
+    for name in stages:
+        check_file_name(name, f"{path / 'config.json'}: stages")
     adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
     built = model.build(rules)
     places = declared(built)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+import gptjax
 from gptjax import data, evals, optim
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.cli import run as launcher
@@ -261,6 +262,22 @@ def test_what_does_not_fit_is_refused_before_it_is_trained(change, message, tmp_
     with pytest.raises(UserError, match=f"^{message}"):
         dataclasses.replace(EXPERIMENT, **change).run(tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+NO_NAMES = ("", ".", "..", "../../x", "/x", "a/b", "a\\b", ".x", "a b", "a\n", "é", "\0", "a" * 101)
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_the_name_of_a_stage_is_not_a_path(finished, tmp_path, name):
+    """A stage's name is that of its folder: nothing is written or read outside the run."""
+    with pytest.raises(UserError, match=r"^stages: got the name .*, must be 1 to 100 letters, digits"):
+        dataclasses.replace(EXPERIMENT, stages={name: PRETRAIN})
+    brought = json.loads((finished / "config.json").read_text())
+    brought["experiment"]["stages"] = {name: brought["experiment"]["stages"]["pretrain"]}
+    (tmp_path / "config.json").write_text(json.dumps(brought))
+    with pytest.raises(UserError, match=r"config\.json: stages: got the name "):
+        gptjax.load(tmp_path)
+    assert dataclasses.replace(EXPERIMENT, stages={"Pre-train_1.b": PRETRAIN}).stages
 
 
 @pytest.mark.parametrize(
