@@ -97,7 +97,7 @@ def save_hf(
         ids["decoder_start_token_id"] = decoder_start_token_id
     if stop_token_ids is None and tokenizer is not None:
         stop_token_ids = sorted(set(tokenizer.specials.values()), key=lambda i: (i != end, i))
-    length = {} if context is None else {"max_position_embeddings": context}
+    length = {} if context is None or config.max_positions is not None else {"max_position_embeddings": context}
     named = {} if labels is None else _named(labels)
     _write_json(folder / "config.json", {**length, **described, **named, **ids, "dtype": dtype})
     generation = (
@@ -195,8 +195,9 @@ def from_tensors(
     family = _family(fields["model_type"])
     config = _read(family, fields)
     tensors = safetensors.Renamed(tensors, {_current(name, family.former): name for name in tensors})
-    abstract = declared(config.build(rules))
     table = _without_prefix(family) if not any(name.startswith(family.prefix) for name in tensors) else family
+    config = _with_own_head(table, config, tensors)
+    abstract = declared(config.build(rules))
     found = pieces(table, _stacks(config), {name: leaf.shape for name, leaf in abstract.items()})
     _check_names(table, found, tensors)
     by_leaf: dict[str, dict[tuple[int, ...], Piece]] = defaultdict(dict)
@@ -276,6 +277,7 @@ def _classifies(fields: Fields) -> bool:
 
 def _read(family: Family, fields: Fields) -> ModelConfig:
     """The configuration that a config.json describes: a model of the family, or a classifier on top of it."""
+    fields = family.named(fields)
     if not _classifies(fields):
         return family.read(fields)
     if not issubclass(family.kind, BackboneConfig):
@@ -334,15 +336,40 @@ def _current(name: str, former: Iterable[tuple[str, str]]) -> str:
 
 def _without_prefix(family: Family) -> Family:
     rows = (dataclasses.replace(row, theirs=row.theirs.removeprefix(family.prefix)) for row in family.table)
-    return dataclasses.replace(family, table=tuple(rows))
+    copies = {name: source.removeprefix(family.prefix) for name, source in family.copies.items()}
+    return dataclasses.replace(family, table=tuple(rows), copies=copies)
+
+
+def _with_own_head(family: Family, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> ModelConfig:
+    """The configuration, whose head is not tied if the file has one that differs from the embedding, as `transformers`
+    reads it. Raises UserError for another copy that differs from its original."""
+    decoder = config.decoder if isinstance(config, EncoderDecoderConfig) else config
+    if not isinstance(decoder, BackboneConfig):
+        return config  # a classifier, whose head is another
+    for name, source in family.copies.items():
+        own = name == family.head
+        if (own and not decoder.tie_embeddings) or {name, source} - tensors.keys():
+            continue
+        if _equal(tensors[name], tensors[source]):
+            continue
+        if not own:
+            raise UserError(f"tensors: got {name} that differs from {source}, must be the same for {family.model_type}")
+        decoder = dataclasses.replace(decoder, tie_embeddings=False)
+    return dataclasses.replace(config, decoder=decoder) if isinstance(config, EncoderDecoderConfig) else decoder
+
+
+def _equal(a: np.ndarray, b: np.ndarray, rows: int = 4_096) -> bool:
+    """True if the matrices are equal; compared a few rows at a time, as they may be large."""
+    strips = (slice(i, i + rows) for i in range(0, len(a), rows))
+    return a.shape == b.shape and all(np.array_equal(a[strip], b[strip]) for strip in strips)
 
 
 def _check_names(family: Family, pieces: Iterable[Piece], tensors: Mapping[str, np.ndarray]) -> None:
     shapes = {piece.tensor: piece.shape for piece in pieces}
     if lacking := shapes.keys() - tensors.keys():
         raise UserError(f"tensors: missing {_some(lacking)}, which a {family.model_type} of this configuration needs")
-    extra = [name for name in tensors.keys() - shapes.keys() if not re.fullmatch(family.ignored, name)]
-    if extra:
+    extra = tensors.keys() - shapes.keys() - family.copies.keys()
+    if extra := [name for name in extra if not re.fullmatch(family.ignored, name)]:
         raise UserError(f"tensors: unexpected {_some(extra)}, which a {family.model_type} of this configuration lacks")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:

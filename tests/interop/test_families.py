@@ -63,6 +63,9 @@ CASES = {
     "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {**GROUPED, "head_dim": 16, "rope_parameters": YARN},
     "qwen3_moe": {**EXPERTS, "head_dim": 16, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+    "qwen3_moe window": {
+        **EXPERTS, "head_dim": 16, "moe_intermediate_size": 24, "use_sliding_window": True, "sliding_window": 5
+    },
     "gpt_neox": SIZES,
     "gpt_neox serial": {**SIZES, "use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0},
     "gemma2": GEMMA,
@@ -264,7 +267,8 @@ def test_a_model_computes_in_the_dtype_of_most_of_it():
 
 def test_what_nobody_needs_is_passed_over():
     _, fields, tensors = tiny()
-    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2), "lm_head.weight": np.ones((16, 8))}
+    copy = tensors["model.embed_tokens.weight"]
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2), "lm_head.weight": copy}
     assert from_tensors(fields, {**tensors, **buffers})[0] == from_tensors(fields, tensors)[0]
     without_head = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     params = from_tensors(fields, without_head)[1]

@@ -92,6 +92,22 @@ def classifier(backbone: EncoderConfig, classes: int) -> ClassifierConfig:
 
 HEADLESS = ["BertModel"], ["BertForSequenceClassification"]
 """Architectures without the masked-token head: most sentence encoders, and classifiers."""
-IGNORED = r"(bert\.)?(pooler\..*|embeddings\.position_ids)|cls\.(seq_relationship|predictions\.decoder)\..*"
+IGNORED = r"(bert\.)?(pooler\..*|embeddings\.position_ids)|cls\.seq_relationship\..*"
+COPIES = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
 FORMER = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
-FAMILY = Family("bert", "BertForMaskedLM", read, write, TABLE, EncoderConfig, "bert.", IGNORED, FORMER, classifier)
+FAMILY = Family(
+    "bert",
+    "BertForMaskedLM",
+    read,
+    write,
+    TABLE,
+    kind=EncoderConfig,
+    prefix="bert.",
+    ignored=IGNORED,
+    copies=COPIES,
+    former=FORMER,
+    classifier=classifier,
+)

@@ -42,7 +42,7 @@ TABLE = (  # M = H + P; Q and R: latent sizes; U: value size; S: hidden size of 
 
 
 def read(c: Fields) -> TransformerConfig:
-    c.only(attention_bias=False)
+    c.only(attention_bias=False, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
     dense = activation(c, "hidden_act", GATED)
     positions = dataclasses.replace(rope(c), interleaved=c.get("rope_interleave", True))
     size = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
@@ -62,14 +62,14 @@ def read(c: Fields) -> TransformerConfig:
         positions=positions,
         norm=RMSNorm(c["rms_norm_eps"]),
         attention=MultiHeadLatentAttention(
-            q_rank=c.get("q_lora_rank"),
+            q_rank=c.get("q_lora_rank", 1_536),
             kv_rank=c["kv_lora_rank"],
             rope_size=c["qk_rope_head_dim"],
             value_size=c["v_head_dim"],
             scale=size**-0.5 * attention_factor(positions),
         ),
         mlp=MixtureOfExperts(
-            c["n_routed_experts"], c["num_experts_per_tok"], dense, router, shared=c.get("n_shared_experts") or 0
+            c["n_routed_experts"], c["num_experts_per_tok"], dense, router, shared=c.get("n_shared_experts", 1) or 0
         ),
         leading_layers=(LayerOverrides(mlp=dense, hidden=c["intermediate_size"]),) * c["first_k_dense_replace"],
     )
@@ -113,5 +113,6 @@ def attention_factor(positions: RoPE) -> float:
     return mscale(scaling.factor, scaling.mscale_all_dim) ** 2
 
 
-IGNORED = r"lm_head\.weight|.*\.rotary_emb\.inv_freq|model\.layers\.61\..*"  # layer 61 predicts a second token
-FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read, write, TABLE, ignored=IGNORED)
+IGNORED = r".*\.rotary_emb\.inv_freq|model\.layers\.61\..*"  # layer 61 predicts a second token
+ALIASES = {"num_local_experts": "n_routed_experts"}
+FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read, write, TABLE, ignored=IGNORED, aliases=ALIASES)

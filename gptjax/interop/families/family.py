@@ -39,16 +39,26 @@ class Row:
 
 
 class Fields(dict[str, Any]):
-    """The fields of a config.json. Reading a missing field raises UserError."""
+    """The fields of a config.json. `fields[name]` raises UserError for a field that is missing or null."""
 
-    def __missing__(self, name: str) -> Any:
-        raise UserError(f"config.json: missing {name}")
+    def __getitem__(self, name: str) -> Any:
+        if (value := self.get(name)) is None:
+            raise UserError(f"config.json: {'got null for' if name in self else 'missing'} {name}")
+        return value
+
+    def or_default(self, name: str, default: Any) -> Any:
+        """The field; the default if it is missing. Raises UserError for null."""
+        return Fields({name: default, **self})[name]
 
     def only(self, **values: Any) -> None:
         """Raise UserError for a field with a value other than the supported one."""
         for name, value in values.items():
             if (got := self.get(name)) is not None and got != value:
                 raise UserError(f"config.json: {name}: got {got!r}, must be {value!r}, the only supported value")
+
+
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+"""A head tied to the embedding, by the names of most families."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +78,37 @@ class Family:
     """Class of the configuration."""
     prefix: str = "model."
     """Prefix of tensor names; absent in files of a model without its head."""
-    ignored: str = r"lm_head\.weight|.*\.rotary_emb\.inv_freq"
-    """Pattern of redundant tensor names: buffers that can be computed, and a head tied to the embedding."""
+    ignored: str = r".*\.rotary_emb\.inv_freq"
+    """Pattern of redundant tensor names: buffers that can be computed, and what a language model does not use."""
+    copies: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(TIED))
+    """Tensor that may be in a file twice -> its name in the table: a head tied to the embedding."""
     former: tuple[tuple[str, str], ...] = ()
     """(suffix of names in older files, suffix in the table)."""
     classifier: Callable[[Any, int], ClassifierConfig] = ClassifierConfig
     """(configuration, number of classes) -> the family's classifier."""
     stem: str = ""
     """Prefix of the classifier's class in `transformers`. "": that of `architecture`."""
+
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Other names of fields of config.json, which `transformers` reads too."""
+
+    def named(self, fields: Mapping[str, Any]) -> Fields:
+        """The fields by the names that `read` knows. Raises UserError if two names of one field disagree."""
+        named = Fields({name: value for name, value in fields.items() if name not in self.aliases})
+        for alias, name in self.aliases.items():
+            if alias not in fields:
+                continue
+            if named.setdefault(name, fields[alias]) != fields[alias]:
+                raise UserError(
+                    f"config.json: {alias}: got {fields[alias]!r} beside {name} {named[name]!r}, which is the same "
+                    "setting; delete one"
+                )
+        return named
+
+    @property
+    def head(self) -> str:
+        """The tensor of the head, if the family has one."""
+        return next((row.theirs for row in self.table if row.ours.endswith("head")), "")
 
     @property
     def classifying(self) -> str:

@@ -20,6 +20,8 @@ from gptjax.nn import (
 )
 from gptjax.types import UserError
 
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+"""Kinds of attention of a layer."""
 DENSE = {"gelu_new": GELU(), "gelu": GELU(approximate=False), "relu": ReLU(), "relu2": ReLUSquared()}
 GATED = {"silu": SwiGLU(), "gelu_pytorch_tanh": GeGLU(), "gelu": GeGLU(approximate=False)}
 ALIASES = {"gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
@@ -107,10 +109,19 @@ def repeated(variants: Sequence[LayerOverrides]) -> dict[str, Any]:
     return {}
 
 
+def attention_kinds(c: Fields, default: Sequence[str]) -> Sequence[str]:
+    """Kind of attention of each layer, `LOCAL` or `GLOBAL`: "layer_types", or else the default."""
+    kinds, n = c.get("layer_types"), c["num_hidden_layers"]
+    if kinds is None:
+        return default
+    if not isinstance(kinds, list) or len(kinds) != n or not all(kind in (LOCAL, GLOBAL) for kind in kinds):
+        raise UserError(f"config.json: layer_types: got {kinds!r}, must be {LOCAL} or {GLOBAL} for each of {n} layers")
+    return kinds
+
+
 def layer_types(m: TransformerConfig) -> list[str]:
-    """Kind of attention of each layer: full or sliding window."""
-    windows = [attention.window for attention in attentions(m)]
-    return ["full_attention" if window is None else "sliding_attention" for window in windows]
+    """Kind of attention of each layer: the inverse of `attention_kinds`."""
+    return [GLOBAL if attention.window is None else LOCAL for attention in attentions(m)]
 
 
 def window(m: TransformerConfig) -> int | None:

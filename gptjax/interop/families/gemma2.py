@@ -9,8 +9,11 @@ from gptjax.interop.families import llama
 from gptjax.interop.families.family import Family, Fields, Row
 from gptjax.interop.families.fields import (
     GATED,
+    GLOBAL,
+    LOCAL,
     activation,
     attention_bias,
+    attention_kinds,
     layer_types,
     of_activation,
     of_sizes,
@@ -31,9 +34,9 @@ NORMS = (
 
 def read(c: Fields) -> TransformerConfig:
     c = Fields({"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **c})
-    types = c.get("layer_types") or ["sliding_attention", "full_attention"] * c["num_hidden_layers"]
+    kinds = attention_kinds(c, [(LOCAL, GLOBAL)[i % 2] for i in range(c["num_hidden_layers"])])
     local = LayerOverrides(window=c["sliding_window"])
-    variants = [local if kind == "sliding_attention" else LayerOverrides() for kind in types[: c["num_hidden_layers"]]]
+    variants = [local if kind == LOCAL else LayerOverrides() for kind in kinds]
     return dataclasses.replace(plain(c), positions=rope(c), **repeated(variants))
 
 

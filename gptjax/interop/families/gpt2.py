@@ -64,5 +64,22 @@ def write(m: TransformerConfig) -> dict[str, Any]:
     }
 
 
-IGNORED = r"lm_head\.weight|.*\.attn\.(masked_)?bias"
-FAMILY = Family("gpt2", "GPT2LMHeadModel", read, write, TABLE, prefix="transformer.", ignored=IGNORED)
+IGNORED = r".*\.attn\.(masked_)?bias"
+COPIES = {"lm_head.weight": "transformer.wte.weight"}
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+FAMILY = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    read,
+    write,
+    TABLE,
+    prefix="transformer.",
+    ignored=IGNORED,
+    copies=COPIES,
+    aliases=ALIASES,
+)

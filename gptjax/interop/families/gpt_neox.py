@@ -8,7 +8,7 @@ from typing import Any
 from gptjax.interop.families.family import Family, Fields, Row
 from gptjax.interop.families.fields import DENSE, activation, attention_bias, of_activation, of_sizes, sizes
 from gptjax.interop.families.rope import of_rope, rope
-from gptjax.nn import LayerNorm, MultiHeadAttention, Parallel, PreNorm, TransformerConfig
+from gptjax.nn import LayerNorm, MultiHeadAttention, Parallel, PreNorm, RoPE, TransformerConfig
 
 TABLE = (  # each head's queries, keys and values are contiguous
     Row("gpt_neox.embed_in.weight", "V D", "embedding", "V D"),
@@ -36,7 +36,7 @@ TABLE = (  # each head's queries, keys and values are contiguous
 
 
 def read(c: Fields) -> TransformerConfig:
-    c = Fields({name: value for name, value in c.items() if name not in ("head_dim", "num_key_value_heads")})
+    c = Fields({name: value for name, value in c.items() if name not in UNUSED})
     return TransformerConfig(
         **sizes(c),
         positions=rope(c, theta=c.get("rotary_emb_base", 1e4), fraction=c.get("rotary_pct", 0.25)),
@@ -49,9 +49,12 @@ def read(c: Fields) -> TransformerConfig:
 
 
 def write(m: TransformerConfig) -> dict[str, Any]:
+    own = m.positions if isinstance(m.positions, RoPE) else RoPE()
     return {
         **of_sizes(m),
         **of_rope(m.positions, fraction=0.25),
+        "rotary_emb_base": own.theta,
+        "rotary_pct": own.fraction,
         "layer_norm_eps": m.norm.eps,
         "attention_bias": attention_bias(m),
         "hidden_act": of_activation(m.mlp, DENSE),
@@ -59,5 +62,10 @@ def write(m: TransformerConfig) -> dict[str, Any]:
     }
 
 
-IGNORED = r"embed_out\.weight|.*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
-FAMILY = Family("gpt_neox", "GPTNeoXForCausalLM", read, write, TABLE, prefix="gpt_neox.", ignored=IGNORED)
+UNUSED = ("head_dim", "num_key_value_heads", "rope_theta", "partial_rotary_factor")
+"""Fields of other families, which this one calls otherwise or lacks."""
+IGNORED = r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
+COPIES = {"embed_out.weight": "gpt_neox.embed_in.weight"}
+FAMILY = Family(
+    "gpt_neox", "GPTNeoXForCausalLM", read, write, TABLE, prefix="gpt_neox.", ignored=IGNORED, copies=COPIES
+)

@@ -6,7 +6,18 @@ from typing import Any
 
 from gptjax.interop.families import llama
 from gptjax.interop.families.family import Family, Fields, Row
-from gptjax.interop.families.fields import attention_bias, experts, layer_types, of_sizes, repeated, sizes, window
+from gptjax.interop.families.fields import (
+    GLOBAL,
+    LOCAL,
+    attention_bias,
+    attention_kinds,
+    experts,
+    layer_types,
+    of_sizes,
+    repeated,
+    sizes,
+    window,
+)
 from gptjax.interop.families.rope import of_rope, rope
 from gptjax.nn import (
     ClampedSwiGLU,
@@ -30,16 +41,27 @@ TABLE = (  # gate and up alternate
     Row("model.layers.{L}.mlp.experts.down_proj", "E F D", "blocks/{L}/mlp/down", "E F D"),
     Row("model.layers.{L}.mlp.experts.down_proj_bias", "E D", "blocks/{L}/mlp/down_bias", "E D"),
 )
+THETA = 150_000.0
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4_096,
+}
+"""Default of "rope_parameters"."""
 
 
 def read(c: Fields) -> TransformerConfig:
     c.only(hidden_act="silu")
-    n = c["num_hidden_layers"]
-    types = c.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(n)]
+    if c.get("rope_parameters") is None:
+        c = Fields({**c, "rope_parameters": {**YARN, "rope_theta": c.get("rope_theta", THETA)}})
+    kinds = attention_kinds(c, [(LOCAL, GLOBAL)[i % 2] for i in range(c["num_hidden_layers"])])
     local = LayerOverrides(window=c["sliding_window"])
     return TransformerConfig(
         **sizes(Fields({"head_dim": 64, **c})),
-        positions=rope(c, theta=150_000.0),
+        positions=rope(c, theta=THETA),
         norm=RMSNorm(c["rms_norm_eps"]),
         attention=MultiHeadAttention(bias=c.get("attention_bias", True), sinks=True),
         mlp=MixtureOfExperts(
@@ -49,7 +71,7 @@ def read(c: Fields) -> TransformerConfig:
             Softmax(bias=True),
         ),
         bias=True,
-        **repeated([local if kind == "sliding_attention" else LayerOverrides() for kind in types]),
+        **repeated([local if kind == LOCAL else LayerOverrides() for kind in kinds]),
     )
 
 
@@ -70,4 +92,5 @@ def write(m: TransformerConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("gpt_oss", "GptOssForCausalLM", read, write, TABLE)
+ALIASES = {"num_experts": "num_local_experts"}
+FAMILY = Family("gpt_oss", "GptOssForCausalLM", read, write, TABLE, aliases=ALIASES)

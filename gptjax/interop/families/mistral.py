@@ -12,7 +12,7 @@ from gptjax.nn import MultiHeadAttention, TransformerConfig
 
 
 def read(c: Fields) -> TransformerConfig:
-    return dataclasses.replace(llama.plain(c), attention=MultiHeadAttention(window=c.get("sliding_window")))
+    return dataclasses.replace(llama.plain(c), attention=MultiHeadAttention(window=c.get("sliding_window", 4_096)))
 
 
 def write(m: TransformerConfig) -> dict[str, Any]:

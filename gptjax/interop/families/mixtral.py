@@ -21,7 +21,7 @@ EXPERTS = (
 def read(c: Fields) -> TransformerConfig:
     expert = activation(c, "hidden_act", GATED)
     mlp = MixtureOfExperts(c["num_local_experts"], c["num_experts_per_tok"], expert)
-    return dataclasses.replace(mistral.read(Fields({"rope_theta": 1e6, **c})), mlp=mlp)
+    return dataclasses.replace(mistral.read(Fields({"rope_theta": 1e6, "sliding_window": None, **c})), mlp=mlp)
 
 
 def write(m: TransformerConfig) -> dict[str, Any]:
@@ -35,4 +35,5 @@ def write(m: TransformerConfig) -> dict[str, Any]:
 
 
 TABLE = (*llama.ENDS, *llama.ATTENTION, *llama.NORMS, *EXPERTS)
-FAMILY = Family("mixtral", "MixtralForCausalLM", read, write, TABLE)
+ALIASES = {"num_experts": "num_local_experts"}
+FAMILY = Family("mixtral", "MixtralForCausalLM", read, write, TABLE, aliases=ALIASES)

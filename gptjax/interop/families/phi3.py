@@ -20,6 +20,7 @@ JOINED = (
 
 
 def read(c: Fields) -> TransformerConfig:
+    c = Fields({"original_max_position_embeddings": 4_096, **c})
     return dataclasses.replace(llama.partial_rotary(c), attention=MultiHeadAttention(window=c.get("sliding_window")))
 
 

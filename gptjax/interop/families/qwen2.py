@@ -8,8 +8,9 @@ from typing import Any
 
 from gptjax.interop.families import llama
 from gptjax.interop.families.family import Family, Fields
-from gptjax.interop.families.fields import layer_types, repeated, window
+from gptjax.interop.families.fields import GLOBAL, LOCAL, attention_kinds, layer_types, repeated, window
 from gptjax.nn import LayerOverrides, MultiHeadAttention, TransformerConfig
+from gptjax.types import UserError
 
 
 def read(c: Fields) -> TransformerConfig:
@@ -23,11 +24,12 @@ def write(m: TransformerConfig) -> dict[str, Any]:
 
 def windows(c: Fields) -> list[LayerOverrides]:
     """Sliding window of each layer. Older files give the first layer with a window, newer ones list all layers."""
-    size, n = c.get("sliding_window") if c.get("use_sliding_window", False) else None, c["num_hidden_layers"]
-    first = c.get("max_window_layers", n)
-    older = ["sliding_attention" if size is not None and i >= first else "full_attention" for i in range(n)]
-    types = c.get("layer_types") or older
-    return [LayerOverrides(window=size) if kind == "sliding_attention" else LayerOverrides() for kind in types]
+    size = c.get("sliding_window", 4_096) if c.get("use_sliding_window", False) else None
+    first = c.or_default("max_window_layers", 28)
+    kinds = attention_kinds(c, [GLOBAL if size is None or i < first else LOCAL for i in range(c["num_hidden_layers"])])
+    if size is None and LOCAL in kinds:
+        raise UserError(f"config.json: layer_types: got {LOCAL}, which needs use_sliding_window and a sliding_window")
+    return [LayerOverrides(window=size if kind == LOCAL else None) for kind in kinds]
 
 
 def of_windows(m: TransformerConfig) -> dict[str, Any]:

@@ -17,9 +17,14 @@ QK_NORMS = (
 
 
 def read(c: Fields) -> TransformerConfig:
-    attention = MultiHeadAttention(bias=c.get("attention_bias", False), qk_norm=RMSNorm(c["rms_norm_eps"]))
     m = llama.plain(Fields({"head_dim": 128, **c}))
-    return dataclasses.replace(m, attention=attention, **repeated(qwen2.windows(c)))
+    return dataclasses.replace(m, attention=attention(c), **repeated(qwen2.windows(c)))
+
+
+def attention(c: Fields, window: int | None = None) -> MultiHeadAttention:
+    """Attention with QK-norm."""
+    bias, norm = c.get("attention_bias", False), RMSNorm(c["rms_norm_eps"])
+    return MultiHeadAttention(bias=bias, qk_norm=norm, window=window)
 
 
 def write(m: TransformerConfig) -> dict[str, Any]:

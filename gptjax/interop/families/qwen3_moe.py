@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from gptjax.interop.families import llama, qwen2, qwen3
+from gptjax.interop.families import llama, qwen3
 from gptjax.interop.families.family import Family, Fields, Row
-from gptjax.interop.families.fields import GATED, activation, experts, repeated
+from gptjax.interop.families.fields import GATED, activation, attention_bias, experts, repeated, window
 from gptjax.nn import LayerOverrides, MixtureOfExperts, Softmax, TransformerConfig
 
 EXPERTS = (
@@ -19,16 +19,15 @@ EXPERTS = (
 
 
 def read(c: Fields) -> TransformerConfig:
-    m = qwen3.read(c)
+    window = c.get("sliding_window", 4_096) if c.get("use_sliding_window", False) else None  # in all layers
+    m = dataclasses.replace(llama.plain(c), attention=qwen3.attention(c, window))
     dense = LayerOverrides(mlp=m.mlp, hidden=c["intermediate_size"])
     router = Softmax(renormalise=c.get("norm_topk_prob", False))
-    count, expert = c.get("num_experts") or c["num_local_experts"], activation(c, "hidden_act", GATED)
+    count, expert = c["num_experts"], activation(c, "hidden_act", GATED)
     moe = MixtureOfExperts(count, c["num_experts_per_tok"], expert, router)
-    period, dense_layers = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers") or []
-    variants = [
-        dataclasses.replace(dense, window=layer.window) if i in dense_layers or (i + 1) % period else layer
-        for i, layer in enumerate(qwen2.windows(c))
-    ]
+    period, dense_layers = c.or_default("decoder_sparse_step", 1), c.get("mlp_only_layers") or []
+    sparse = [i not in dense_layers and (i + 1) % period == 0 for i in range(c["num_hidden_layers"])]
+    variants = [LayerOverrides() if moe_here else dense for moe_here in sparse]
     return dataclasses.replace(m, mlp=moe, hidden=c["moe_intermediate_size"], **repeated(variants))
 
 
@@ -37,7 +36,10 @@ def write(m: TransformerConfig) -> dict[str, Any]:
     blocks = m.stack().blocks
     dense = [i for i, block in enumerate(blocks) if not isinstance(block.mlp, MixtureOfExperts)]
     return {
-        **qwen3.write(dataclasses.replace(m, mlp=moe.expert)),
+        **llama.of_plain(dataclasses.replace(m, mlp=moe.expert)),
+        "attention_bias": attention_bias(m),
+        "use_sliding_window": window(m) is not None,
+        "sliding_window": window(m),
         "intermediate_size": blocks[dense[0]].hidden if dense else m.F,
         "moe_intermediate_size": next((b.hidden for b in blocks if isinstance(b.mlp, MixtureOfExperts)), m.F),
         "num_experts": moe.experts,
@@ -49,4 +51,5 @@ def write(m: TransformerConfig) -> dict[str, Any]:
 
 
 TABLE = (*llama.TABLE, *qwen3.QK_NORMS, *EXPERTS)
-FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", read, write, TABLE)
+ALIASES = {"num_local_experts": "num_experts"}
+FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", read, write, TABLE, aliases=ALIASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,29 +53,75 @@ ALIASES = {"su": "longrope"}
 def rope(c: Fields, given: Mapping[str, Any] | None = None, theta: float = 10_000.0, fraction: float = 1.0) -> RoPE:
     """The rotary encoding of a config.json.
 
-    given            fields of one of several encodings. None: those of config.json
-    theta, fraction  defaults
+    given     fields of one of several encodings. None: those of config.json
+    theta     default base
+    fraction  default fraction
+
+    "rope_scaling" replaces "rope_parameters", as in `transformers`; its base and fraction are then those of config.json
+    or the defaults. Raises UserError if "rope_parameters" has others, for an unknown type and for a missing number.
 
     LongRoPE uses its short factors, those of texts within the original length; `TransformerConfig.for_context_length`
     selects the long ones."""
-    own = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})} if given is None else given
-    kind = own.get("rope_type", own.get("type", "default"))
-    kind = ALIASES.get(kind, kind)
-    if kind not in SCALINGS:
-        raise UserError(f"config.json: rope_scaling: got {kind!r}, must be one of {', '.join(SCALINGS)}")
+    share = c.get("partial_rotary_factor")
+    default = {"rope_theta": theta, "partial_rotary_factor": fraction if share is None else share}
+    if given is None:
+        default["rope_theta"] = c.get("rope_theta", theta)
+        given = _one_of(_mapping(c, "rope_scaling"), _mapping(c, "rope_parameters"), default)
+        outer = c.get("original_max_position_embeddings")
+    else:
+        outer = None
+    values = Fields({**default, **given})
+    kind = _kind(given)
     cls, names = SCALINGS[kind]
-    values = {**own, **{name: c[name] for name in ("original_max_position_embeddings",) if name in c}}
     if "original_max_position_embeddings" in names:
-        values.setdefault("original_max_position_embeddings", c.get("max_position_embeddings"))
-        values.setdefault("factor", c.get("max_position_embeddings", 1) / values["original_max_position_embeddings"])
+        longest = c.get("max_position_embeddings")
+        original = values["original_max_position_embeddings"] = (
+            outer or given.get("original_max_position_embeddings") or longest
+        )
+        if kind != "llama3" and values.get("factor") is None and longest and original:
+            values["factor"] = longest / original
     fields = {ours: _tuple(values[name]) for name, ours in names.items() if values.get(name) is not None}
+    required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+    needed = set(names.values()) if cls is Llama3Scaling else required
+    if lacking := [name for name, ours in names.items() if ours in needed - fields.keys()]:
+        raise UserError(f"config.json: rope_parameters: got none for {', '.join(lacking)}, which {kind!r} needs")
     if cls is LongRoPE:
         fields["length"] = fields["original"]
-    return RoPE(
-        theta=own.get("rope_theta", c.get("rope_theta", theta)),
-        scaling=cls(**fields),
-        fraction=own.get("partial_rotary_factor", c.get("partial_rotary_factor", fraction)),
-    )
+    return RoPE(theta=values["rope_theta"], scaling=cls(**fields), fraction=values["partial_rotary_factor"])
+
+
+def _one_of(scaling: dict[str, Any], parameters: dict[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """ "rope_scaling" if there is one, else "rope_parameters"; see `rope`."""
+    if not scaling:
+        return parameters
+    for name, value in {**default, **scaling}.items():
+        if name in default and parameters.get(name, value) != value:
+            raise UserError(
+                f"config.json: rope_scaling: got {name} {value} beside rope_parameters with {parameters[name]}, must "
+                "be the same; put the scaling into rope_parameters"
+            )
+    return scaling
+
+
+def _mapping(c: Fields, name: str) -> dict[str, Any]:
+    """The fields of the rotary encoding `name`; none if it is missing or null."""
+    value = c.get(name) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"config.json: {name}: got {value!r}, must be an object")
+    if nested := [key for key, inner in value.items() if isinstance(inner, dict)]:
+        raise UserError(f"config.json: {name}: got one for each of {', '.join(nested)}, must be one for all layers")
+    return value
+
+
+def _kind(own: Mapping[str, Any]) -> str:
+    """Key of `SCALINGS`: "rope_type", or "type" in older files."""
+    kinds = {ALIASES.get(own[name], own[name]) for name in ("rope_type", "type") if own.get(name) is not None}
+    if len(kinds) > 1:
+        raise UserError(f"config.json: rope_parameters: got rope_type {own['rope_type']!r} and type {own['type']!r}")
+    kind = next(iter(kinds), "default")
+    if kind not in SCALINGS:
+        raise UserError(f"config.json: rope_scaling: got {kind!r}, must be one of {', '.join(SCALINGS)}")
+    return kind
 
 
 def of_rope(positions: Positions | None, fraction: float = 1.0) -> dict[str, Any]:

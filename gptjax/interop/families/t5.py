@@ -74,12 +74,12 @@ def read(c: Fields) -> EncoderDecoderConfig:
         "heads": c["num_heads"],
         "head_size": c["d_kv"],
         "hidden": c["d_ff"],
-        "positions": T5Bias(c["relative_attention_num_buckets"], c.get("relative_attention_max_distance", 128)),
+        "positions": T5Bias(c["relative_attention_num_buckets"], c.or_default("relative_attention_max_distance", 128)),
         "norm": RMSNorm(c["layer_norm_epsilon"]),
         "attention": attention,
         "mlp": KINDS[kind],
     }
-    layers, tied = c["num_layers"], c.get("tie_word_embeddings", True)
+    layers, tied = c["num_layers"], c.get("tie_word_embeddings") is not False
     scaled = c.get("scale_decoder_outputs", tied)
     return EncoderDecoderConfig(
         EncoderConfig(**common, layers=layers),
@@ -115,10 +115,24 @@ def write(m: EncoderDecoderConfig) -> dict[str, Any]:
     }
 
 
-IGNORED = (
-    r"(encoder|decoder)\.embed_tokens\.weight|lm_head\.weight"
-    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # unused
-)
+IGNORED = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # unused
+NAMES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+COPIES: dict[str, str] = dict.fromkeys(NAMES, "shared.weight")
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
 FAMILY = Family(
-    "t5", "T5ForConditionalGeneration", read, write, TABLE, kind=EncoderDecoderConfig, prefix="", ignored=IGNORED
+    "t5",
+    "T5ForConditionalGeneration",
+    read,
+    write,
+    TABLE,
+    kind=EncoderDecoderConfig,
+    prefix="",
+    ignored=IGNORED,
+    copies=COPIES,
+    aliases=ALIASES,
 )
