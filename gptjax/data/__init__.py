@@ -1,11 +1,11 @@
 """Data: sources of text, tokenizers, and batches (one file per kind of data: pretrain, chat, classify, pairs).
 
-    from gptjax import data
+from gptjax import data
 
-    data.Pretrain(data.TFDS("c4/en"), length=1_024, batch=512)
-    data.Pretrain(data.Mix((data.PyDocs(), data.Text("books/*.txt")), weights=(3, 1)))
-    data.Chat(data.ChatJsonl("conversations.jsonl"), length=512, batch=32)
-    data.Classify(data.LabelledJsonl("reviews.jsonl", classes=("good", "bad")), length=256, batch=32)
+data.Pretrain(data.TFDS("c4/en"), length=1_024, batch=512)
+data.Pretrain(data.Mix((data.PyDocs(), data.Text("books/*.txt")), weights=(3, 1)))
+data.Chat(data.ChatJsonl("conversations.jsonl"), length=512, batch=32)
+data.Classify(data.LabelledJsonl("reviews.jsonl", classes=("good", "bad")), length=256, batch=32)
 
 Names are imported on first use.
 """

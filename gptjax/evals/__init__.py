@@ -1,6 +1,6 @@
 """Evaluations: objects that take a model and return a `Result`.
 
-A name is imported when it is first used.
+Names are imported on first use.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from gptjax.types import Result
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy(Evaluation):
-    """Share of held-out texts whose likeliest class is their label: `Accuracy(source)(classifier_model) -> Result`."""
+    """Share of held-out texts whose most likely class is their label: `Accuracy(source)(classifier_model) ->
+    Result`."""
 
     architectures: ClassVar[tuple[str, ...]] = ("classifier",)
 
@@ -26,16 +27,16 @@ class Accuracy(Evaluation):
     documents: int | None = None
     """Number of texts, the first of the split. None: all."""
     length: int = 256
-    """Number of tokens read of each text, its first: that of training."""
+    """Number of tokens read of each text, from its start: `length` of training."""
 
     def check(self, tokenizer: Tokenizer) -> None:
         held_out(self.source, self.split, 1, Example)
 
     def __call__(self, model: Any) -> Result:
         examples = held_out(self.source, self.split, self.documents, Example)
-        found = model.classify([example.text for example in examples], length=self.length).argmax(-1)
+        predicted = model.classify([example.text for example in examples], length=self.length).argmax(-1)
         labels = np.array([example.label for example in examples])
-        right, usual = float(np.mean(found == labels)), float(np.bincount(labels).max() / len(labels))
-        values = {"accuracy": right, "accuracy_of_the_usual_class": usual, "documents": len(labels)}
-        markdown = f"**{right:.1%}** of {len(labels):,} held-out texts; the most frequent class alone has {usual:.1%}."
-        return Result("Classes", values, markdown)
+        accuracy, majority = float(np.mean(predicted == labels)), float(np.bincount(labels).max() / len(labels))
+        values = {"accuracy": accuracy, "majority_accuracy": majority, "documents": len(labels)}
+        markdown = f"**{accuracy:.1%}** of {len(labels):,} held-out texts; the most frequent class: {majority:.1%}."
+        return Result("Classification", values, markdown)

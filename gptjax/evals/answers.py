@@ -1,4 +1,4 @@
-"""Answers of a chat model to held-out questions, beside the references. To read, not to score."""
+"""Answers of a chat model to held-out questions, beside the references, for people to read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Questions(Protocol):
     """A source of questions."""
 
     def questions(self, n: int) -> list[tuple[str, str]]:
-        """At most n held-out questions, each with a reference answer."""
+        """Up to n held-out questions, each with a reference answer."""
         ...
 
 
@@ -44,7 +44,7 @@ class Answers(Evaluation):
         for question, reference in pairs:
             messages = [{"role": "user", "content": question}]
             reply = model.chat(messages, max_tokens=self.max_tokens, temperature=self.temperature)
-            lines += [f"**{question}**\n", _quote(reply.content), f"\nThe reference says: {reference}\n"]
+            lines += [f"**{question}**\n", _quote(reply.content), f"\nReference: {reference}\n"]
         return Result("Held-out questions", {"questions": len(pairs)}, "\n".join(lines))
 
 

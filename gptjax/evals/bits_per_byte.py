@@ -1,7 +1,7 @@
-"""Bits per byte on held-out text, beside what `xz -9` needs for the same bytes.
+"""Bits per byte of held-out text, beside those of `xz -9`.
 
-A language model is a compressor: an arithmetic coder driven by it spends -log2 p(token) bits on each token. Counted by
-the bytes of the text, the figure compares models with different tokenizers, and with a compressor that anyone has.
+A language model is a compressor: an arithmetic coder driven by it spends -log2 p(token) bits on each token. Bits per
+byte of text compare models with different tokenizers, and with a standard compressor.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ class BitsPerByte(Evaluation):
 def negative_log_likelihood(
     config: ModelConfig, params: Params, tokenizer: Tokenizer, documents: Iterable[str], length: int, batch: int = 16
 ) -> tuple[float, int]:
-    """Total nats that the model spends on the documents, and the number of tokens counted.
+    """Total negative log-likelihood of the documents in nats, and the number of tokens counted.
 
-    Every token of every document is counted once, its end mark included, each document by itself. One that is longer
-    than `length` is read through overlapping windows: all but its first tokens have at least length / 2 of context.
+    Every token of every document is counted once, `eos` included, each document by itself. Documents longer than
+    `length` are read in overlapping windows: all but the first tokens have at least length / 2 tokens of context.
     """
     limit = config.max_positions
     length = min(length, limit) if limit else length
@@ -80,7 +80,7 @@ def negative_log_likelihood(
     windows.sort(key=lambda w: len(w[0]))
     model, total = config.build(), 0.0
     for rows in (windows[i : i + batch] for i in range(0, len(windows), batch)):
-        # A few sizes for the compiler, not one for every length.
+        # Round up to a few sizes, to limit recompilation.
         size = min(length, max(16, 2 ** math.ceil(math.log2(len(rows[-1][0])))))
         tokens, targets = np.zeros((2, batch, size), np.int32)
         weights = np.zeros((batch, size), np.float32)
@@ -93,7 +93,7 @@ def negative_log_likelihood(
 
 
 def _windows(ids: list[int], length: int) -> Iterator[tuple[list[int], int]]:
-    """(ids, how many of the last ones are new): windows of at most length + 1 ids, half a window apart."""
+    """(ids, number of new ones at the end): windows of at most length + 1 ids, half a window apart."""
     if len(ids) > 1:
         first = ids[: length + 1]
         yield first, len(first) - 1

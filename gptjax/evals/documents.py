@@ -13,8 +13,8 @@ Document = TypeVar("Document")
 
 
 def held_out(source: Source[Document], split: Split, count: int | None, kind: type[Document]) -> list[Document]:
-    """The first `count` documents of a split (None: all), all of the class `kind`. Raises UserError for another class,
-    and if there are none."""
+    """First `count` documents of a split (None: all), all of class `kind`. Raises UserError for another class, or if
+    there are none."""
     documents = list(itertools.islice(expect(kind, source.documents(split), source), count))
     if not documents:
         raise UserError(f"source: {source} has no text in its {split} split to evaluate on")

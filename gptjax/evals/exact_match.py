@@ -1,4 +1,4 @@
-"""Share of texts that a sequence-to-sequence model writes exactly as the reference has them."""
+"""Share of texts that a sequence-to-sequence model generates exactly as the reference."""
 
 from __future__ import annotations
 

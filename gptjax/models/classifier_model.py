@@ -1,8 +1,8 @@
-"""A classifier behind one door; it tells of which class texts are:
+"""API of a text classifier:
 
 judge = gptjax.load("runs/reviews", kind=gptjax.ClassifierModel)
-judge.classify(["What a film!", "I left."])                   # float32 [2, C], the probability of each class
-judge.labels                                                  # ("good", "bad"), what they are called
+judge.classify(["What a film!", "I left."])                   # float32 [2, C], probability of each class
+judge.labels                                                  # ("good", "bad"), names of the classes
 judge.embed(["A text.", "Another."])                          # float32 [2, D]
 judge.save_hf("for/transformers")
 """
@@ -23,13 +23,13 @@ from gptjax.types import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassifierModel(TextEncoder):
-    """A model that tells classes. Raises UserError when it, its parameters and its tokenizer don't fit together."""
+    """A text classifier. Raises UserError if configuration, parameters and tokenizer do not match."""
 
     config: ClassifierConfig
     labels: tuple[str, ...] | None = None
-    """What the classes are called, in their order, if that is known."""
+    """Names of the classes, in order. None: unknown."""
     append_eos: bool = True
-    """Whether a text is read with the tokenizer's last token after it, as it is in training here."""
+    """Append the tokenizer's `eos` to a text, as training here does."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -37,12 +37,12 @@ class ClassifierModel(TextEncoder):
             raise UserError(f"labels: got {len(self.labels)}, must be {self.config.classes}, as many as model.classes")
 
     def classify(self, texts: str | Sequence[str], batch: int = 32, length: int | None = None) -> np.ndarray:
-        """The probability of each class for each text, float32 [n, C].
+        """Probability of each class for each text, float32 [n, C].
 
-        batch   how many texts are read at a time: it changes speed and memory only
-        length  how many tokens of a text are read, its first: as many as in training; None: all
+        batch   texts per forward pass: changes speed and memory only
+        length  number of tokens read of each text, from its start: `length` of training. None: all
         """
-        logits = self._of_texts(self._module, texts, batch, length)
+        logits = self._forward_texts(self._module, texts, batch, length)
         likely = np.exp(logits - logits.max(-1, keepdims=True))
         return likely / likely.sum(-1, keepdims=True)
 
@@ -54,5 +54,5 @@ class ClassifierModel(TextEncoder):
     def _settings(self) -> dict[str, Any]:
         return {"labels": self.labels, "append_eos": self.append_eos}
 
-    def _frame(self, ids: Sequence[int]) -> list[int]:
+    def _add_bos_eos(self, ids: Sequence[int]) -> list[int]:
         return add_bos_eos(ids, self.tokenizer, self.append_eos)

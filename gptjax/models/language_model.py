@@ -1,4 +1,4 @@
-"""A language model behind one door; `loading.py` has the key:
+"""API of a language model; `gptjax.load` returns one:
 
 lm = gptjax.load("runs/quickstart")
 lm.generate("Once upon", max_tokens=50, temperature=0.8)[0].text
@@ -27,7 +27,7 @@ from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
-from gptjax.models.model import TextEncoder, run
+from gptjax.models.model import TextEncoder, forward
 from gptjax.nn import TransformerConfig, unstack
 from gptjax.types import Array, Params, UserError
 
@@ -35,42 +35,42 @@ if TYPE_CHECKING:
     from gptjax.interop.templates import ChatTemplate
 
 Messages = Iterable[Message | Mapping[str, Any]]
-"""Of `Message`s, or dicts with a "role" and a "content"."""
+"""`Message`s, or dicts with a "role" and a "content"."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel(TextEncoder):
-    """A model that writes on. Raises UserError when it, its parameters and its tokenizer don't fit together.
+    """A decoder that generates text. Raises UserError if configuration, parameters and tokenizer do not match.
 
-    Wherever a `sampling` is taken, its fields are too: `lm.generate("Hi", temperature=0)`. What is not said is as the
-    model's own has it.
+    The fields of `sampling` are keyword arguments too: `lm.generate("Hi", temperature=0)`. The default is the model's
+    own `sampling`.
     """
 
     context: int | None = None
-    """Longest text that it was trained on, tokens; conversations are kept within."""
+    """Context length of training, in tokens: maximum length of a conversation. None: `max_positions`."""
     template: ChatTemplate | None = None
-    """How it reads conversations, if not as `gptjax.data.chat` writes them."""
+    """Chat template. None: the format of `gptjax.data.chat`."""
     stop_token_ids: tuple[int, ...] | None = None
-    """The tokens at which a text ends, if not at every special one."""
+    """Tokens that end a text. None: all special tokens."""
     sampling: Sampling | None = None
-    """How its authors let it draw the next token, if they say."""
+    """Sampling settings recommended by the model's authors, or None."""
 
     def logits(self, tokens: Array | np.ndarray | Sequence[Sequence[int]]) -> Array:
-        """tokens int [B, T] -> logits [B, T, V] of the token that follows each, in the compute dtype."""
+        """tokens int [B, T] -> logits [B, T, V] of the next token, in the compute dtype."""
         ids = jnp.asarray(tokens, jnp.int32)
-        self._fits(ids.shape[-1])
+        self._check_length(ids.shape[-1])
         with on_mesh_of(self.params):
-            return run(self._module, self.params, ids)[0]
+            return forward(self._module, self.params, ids)[0]
 
     def logprobs(self, text: str | Sequence[int]) -> np.ndarray:
-        """The log-probability, nats, of each token given those before it: float32 [n - 1] for n token ids. A text's
-        first token counts too where the tokenizer has a mark for the start of a document."""
-        ids = self._begin(text) if isinstance(text, str) else list(text)
+        """Log-probability, in nats, of each token given the previous ones: float32 [n - 1] for n ids. The first token
+        of a text counts too if the tokenizer has `bos`."""
+        ids = self._encode_prompt(text) if isinstance(text, str) else list(text)
         if len(ids) < 2:
             return np.zeros(0, np.float32)
-        self._fits(len(ids))
+        self._check_length(len(ids))
         size = min(round_up(len(ids)), self.config.max_positions or sys.maxsize)
-        padded = np.zeros((1, size), np.int32)  # what follows changes nothing, and programs stay few
+        padded = np.zeros((1, size), np.int32)  # padding after the text changes nothing and limits recompilation
         padded[0, : len(ids)] = ids
         with on_mesh_of(self.params):
             return np.asarray(_logprobs(self._module, self.params, padded))[0, : len(ids) - 1]
@@ -85,14 +85,14 @@ class LanguageModel(TextEncoder):
         sampling: Sampling | None = None,
         **fields: Any,
     ) -> list[Completion]:
-        """How the model goes on after each prompt: `samples` completions of the first, then of the second, ... See
+        """Continue each prompt: `samples` completions of the first, then of the second, ... See
         `gptjax.inference.generate`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        sampling = self._drawn(sampling, **fields)
-        ids = [self._begin(prompt) for prompt in prompts]
+        sampling = self._sampling(sampling, **fields)
+        ids = [self._encode_prompt(prompt) for prompt in prompts]
         return generate(
             self._module,
-            self._layers,
+            self._decode_params,
             self.tokenizer,
             ids,
             max_tokens,
@@ -112,11 +112,19 @@ class LanguageModel(TextEncoder):
         sampling: Sampling | None = None,
         **fields: Any,
     ) -> Generator[str, None, Completion]:
-        """The text of `generate`, in pieces as it is written. The generator's return value is the completion."""
-        sampling = self._drawn(sampling, **fields)
-        ids = self._begin(prompt)
+        """Stream the text of `generate` in pieces. The generator's return value is the completion."""
+        sampling = self._sampling(sampling, **fields)
+        ids = self._encode_prompt(prompt)
         return stream(
-            self._module, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.stop_token_ids
+            self._module,
+            self._decode_params,
+            self.tokenizer,
+            ids,
+            max_tokens,
+            sampling,
+            seed,
+            stop,
+            self.stop_token_ids,
         )
 
     def chat(
@@ -128,7 +136,7 @@ class LanguageModel(TextEncoder):
         sampling: Sampling | None = None,
         **fields: Any,
     ) -> Message:
-        """The assistant's answer. Messages that don't fit are left out as `trim` says."""
+        """Reply as the assistant. Messages beyond the context are dropped as in `trim`."""
         pieces = self.stream_chat(messages, max_tokens, seed, stop, sampling, **fields)
         return Message("assistant", "".join(pieces))
 
@@ -141,24 +149,33 @@ class LanguageModel(TextEncoder):
         sampling: Sampling | None = None,
         **fields: Any,
     ) -> Generator[str, None, Completion]:
-        """The answer of `chat`, in pieces as it is written. The generator's return value is the completion."""
+        """Stream the reply of `chat` in pieces. The generator's return value is the completion."""
         messages, _ = self.trim(messages, max_tokens)
-        sampling = self._drawn(sampling, **fields)
+        sampling = self._sampling(sampling, **fields)
         ids = self._prompt(messages)
-        if self._window is not None:
-            max_tokens = min(max_tokens or DEFAULT_TOKENS, self._window - len(ids))
+        if self._max_length is not None:
+            max_tokens = min(max_tokens or DEFAULT_TOKENS, self._max_length - len(ids))
         return stream(
-            self._module, self._layers, self.tokenizer, ids, max_tokens, sampling, seed, stop, self.stop_token_ids
+            self._module,
+            self._decode_params,
+            self.tokenizer,
+            ids,
+            max_tokens,
+            sampling,
+            seed,
+            stop,
+            self.stop_token_ids,
         )
 
     def trim(self, messages: Messages, max_tokens: int | None = None) -> tuple[list[Message], int]:
-        """The messages that leave room for an answer of `max_tokens` (None: half of the context, at most 256), and how
-        many were left out: the oldest, but never a system message nor the last. Raises UserError if that won't do."""
+        """Drop the oldest messages until an answer of `max_tokens` (None: half of the context, at most 256) fits.
+        Returns the rest and the number dropped. System messages and the last one are kept; raises UserError if they do
+        not fit."""
         kept = list(conversation(messages))
         if not kept:
             raise UserError("messages: got none, must be at least one")
         total = len(kept)
-        window = self._window
+        window = self._max_length
         if window is None:
             return kept, 0
         room = window - (max_tokens or min(DEFAULT_TOKENS, window // 2))
@@ -166,18 +183,18 @@ class LanguageModel(TextEncoder):
             oldest = next((i for i, message in enumerate(kept[:-1]) if message.role != "system"), None)
             if oldest is None:
                 raise UserError(
-                    f"messages: got {length} tokens that can't be left out, must be at most {max(room, 0)} to leave "
+                    f"messages: got {length} tokens that cannot be dropped, must be at most {max(room, 0)} to leave "
                     f"room for an answer in the model's context of {window}; shorten them or max_tokens"
                 )
             del kept[oldest]
-            # An answer without its question would read as if nobody had asked.
+            # An answer is dropped with its question.
             while oldest < len(kept) - 1 and kept[oldest].role == "assistant":
                 del kept[oldest]
         return kept, total - len(kept)
 
     def for_context_length(self, context: int) -> LanguageModel:
-        """This model for texts and conversations of up to so many tokens, where it can tell more apart than it was
-        loaded for: Phi-3's, whose LongRoPE has other frequencies for texts beyond the original length."""
+        """This model for a longer context than it was loaded for, in tokens: LongRoPE (Phi-3) has other frequencies
+        beyond the original length."""
         if not isinstance(self.config, TransformerConfig):
             raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to read longer texts")
         return dataclasses.replace(self, config=self.config.for_context_length(context), context=context)
@@ -192,11 +209,11 @@ class LanguageModel(TextEncoder):
         return dataclasses.replace(self, params=lora.merge(self.params, adapters))
 
     def save_gguf(self, path: str | Path, dtype: str = "f16") -> None:
-        """Writes a file for llama.cpp; see `gptjax.interop.gguf.write`."""
+        """Write a file for llama.cpp; see `gptjax.interop.gguf.write`."""
         from gptjax.interop import gguf, huggingface
 
         fields, tensors = huggingface.to_tensors(self.config, self.params)
-        fields = {"max_position_embeddings": self._window or 2_048, **fields}
+        fields = {"max_position_embeddings": self._max_length or 2_048, **fields}
         source = None if self.template is None else self.template.source
         gguf.write(path, fields, tensors, self.tokenizer, dtype, source)
 
@@ -205,27 +222,27 @@ class LanguageModel(TextEncoder):
         names = ("context", "template", "stop_token_ids", "sampling")
         return {name: getattr(self, name) for name in names}
 
-    def _drawn(self, sampling: Sampling | None, **fields: Any) -> Sampling:
+    def _sampling(self, sampling: Sampling | None, **fields: Any) -> Sampling:
         return dataclasses.replace(sampling or self.sampling or Sampling(), **fields)
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The ids after which the assistant speaks."""
+        """Token ids of a conversation, up to the assistant's turn."""
         if self.template is not None:
             return self.template.prompt(messages, self.tokenizer)
         return chat_prompt(messages, self.tokenizer)
 
     @functools.cached_property
-    def _layers(self) -> Params:
-        """The parameters, layer by layer, as decoding reads them."""
+    def _decode_params(self) -> Params:
+        """Parameters with unstacked layers, for decoding."""
         with on_mesh_of(self.params):
             return unstack(self.config, self.params)
 
     @property
-    def _window(self) -> int | None:
+    def _max_length(self) -> int | None:
         return min((n for n in (self.config.max_positions, self.context) if n is not None), default=None)
 
-    def _begin(self, text: str) -> list[int]:
-        """The ids of a document that begins with `text`."""
+    def _encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a document that starts with `text`."""
         ids = add_bos_eos(self.tokenizer.encode(text), self.tokenizer, append_eos=False)
         if not ids:
             raise UserError("prompt: got an empty text, must have at least one character for this tokenizer")
@@ -234,7 +251,7 @@ class LanguageModel(TextEncoder):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(model: Any, params: Params, tokens: Array) -> Array:
-    """[B, T] -> [B, T-1]"""
-    logits = reshard(run(model, params, tokens)[0], model.rules(None, None, None))[:, :-1].astype(jnp.float32)
+    """Log-probabilities of tokens[:, 1:], [B, T] -> [B, T - 1]."""
+    logits = reshard(forward(model, params, tokens)[0], model.rules(None, None, None))[:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

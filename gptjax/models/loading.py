@@ -1,12 +1,12 @@
-"""From files to a model behind its model_class, whoever wrote them:
+"""Load models from files:
 
-lm = gptjax.load("runs/quickstart")                      # a run, or what LanguageModel.save wrote
-lm = gptjax.load("Qwen/Qwen3-0.6B", dtype="bfloat16")    # a folder for transformers, or such a repository of the hub
+lm = gptjax.load("runs/quickstart")                      # a run, or a folder of LanguageModel.save
+lm = gptjax.load("Qwen/Qwen3-0.6B", dtype="bfloat16")    # a folder for transformers, or a repository of the hub
 lm = gptjax.load("stories15M.bin")                       # a llama2.c file
 bert = gptjax.load("google-bert/bert-base-uncased", kind=gptjax.EncoderModel)
 t5 = gptjax.load("google/flan-t5-small", kind=gptjax.TextToText)
 
-with jax.set_mesh(MeshConfig(tensor=8).make()):                # straight into the memory of eight devices
+with jax.set_mesh(MeshConfig(tensor=8).make()):          # sharded over eight devices while it is read
     lm = gptjax.load("Qwen/Qwen3-32B")
 """
 
@@ -47,19 +47,20 @@ def load(path: str | Path, dtype: str | None = None, rules: ShardingRules = DEFA
 def load(
     path: str | Path, dtype: str | None = None, rules: ShardingRules = DEFAULT_RULES, kind: type[Model] = LanguageModel
 ) -> Model:
-    """The model in a folder, or of the Hugging Face hub's repository of that name: one written by its `save`; a run's,
-    at the newest checkpoint of the last stage that has one; one of `transformers`, of a family in
-    `gptjax.interop.families`. A llama2.c file will do too, with its tokenizer beside it.
+    """Load a model from a folder or a repository of the Hugging Face hub: a folder written by `save`; a run, at the
+    newest checkpoint of its last stage with one; or a folder of `transformers`, of a family in
+    `gptjax.interop.families`. A llama2.c file works too, with its tokenizer beside it.
 
-    dtype  of the parameters and of what is computed with them: float32 or bfloat16; None: as the files have it
-    rules  where the parameters lie on the current mesh (`jax.set_mesh`), on which the model then runs; no device and no
-           host holds more of them than its own part
-    kind   what is asked for: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), `ClassifierModel`, or `Model`,
-           any of these
+    dtype  parameter and compute dtype: float32 or bfloat16. None: that of the files
+    rules  sharding of the parameters over the current mesh (`jax.set_mesh`), on which the model then runs; devices and
+           hosts read their own shards only
+    kind   class of the result: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), `ClassifierModel`, or
+           `Model`: any of these
 
-    Raises UserError for anything else, and for files that are damaged or don't belong together."""
+    Raises UserError for anything else, and for files that are damaged or do not match.
+    """
     if dtype not in (None, *DTYPES):
-        raise UserError(f"dtype: got {dtype!r}, must be {' or '.join(DTYPES)}, or none for the files' own")
+        raise UserError(f"dtype: got {dtype!r}, must be {' or '.join(DTYPES)} (default: that of the files)")
     if Path(path).expanduser().is_file():
         return _llama2c(Path(path).expanduser(), dtype, rules, kind)
     from gptjax.interop import hub
@@ -78,7 +79,7 @@ def load(
         return _saved(path, config, dtype, rules, kind)
     if "model_type" in config:
         return _hf(path, dtype, rules, kind)
-    raise UserError(f"path: got {path}, whose config.json is of another program; give a model's folder or a run's")
+    raise UserError(f"path: got {path}, whose config.json has an unknown format; give a model's folder or a run's")
 
 
 def restore_stage_params(
@@ -89,13 +90,13 @@ def restore_stage_params(
     abstract: Params | None = None,
     pretrained: Callable[[Params | None], Params] | None = None,
 ) -> Restored:
-    """The newest parameters of a run's stage, the averaged ones if there are, placed as the abstract ones; its adapters
-    merged into the parameters of the stage before, or of the model that the run started from.
+    """Newest parameters of a run's stage, averaged if it has averages, sharded as the abstract ones. A stage's adapters
+    are merged into the parameters of the previous stage, or of the pretrained model.
 
-    checkpoints  the run's folder of them
-    adapters     those of every stage, in order
-    model        module that the run's configuration builds
-    pretrained   abstract parameters -> those of the model that the run started from
+    checkpoints  folder of the run's checkpoints
+    adapters     adapter of each stage, in order
+    model        module built by the run's configuration
+    pretrained   abstract parameters -> parameters of the pretrained model
     """
     lora, names = adapters[stage], list(adapters)
     base = None
@@ -103,7 +104,7 @@ def restore_stage_params(
         if (before := names.index(stage) - 1) >= 0:
             base = restore_stage_params(checkpoints, adapters, names[before], model, abstract, pretrained).state
         else:
-            assert pretrained is not None, "adapters of a first stage are of a pretrained model"
+            assert pretrained is not None, "a first stage with adapters needs a pretrained model"
             base = pretrained(abstract)
         init = functools.partial(lora.init, info=parameter_info(model))
         abstract = None if abstract is None else jax.eval_shape(init, jax.random.key(0), base)
@@ -113,9 +114,8 @@ def restore_stage_params(
 
 
 def init_from_pretrained(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> Params:
-    """Parameters for what a `ModelConfig` builds, placed by its rules: those of the model in `path` where it has them,
-    such as a classifier's backbone, and others drawn from the seed. Raises UserError where the two or their tokenizers
-    differ."""
+    """Initialise a model's parameters, sharded by its rules, from the model in `path`. Parameters that it lacks, such
+    as a classifier's head, are initialised from the seed. Raises UserError if architectures or tokenizers differ."""
     found = load(path, "float32", model.rules, kind=Model)
     if found.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -124,23 +124,23 @@ def init_from_pretrained(path: str | Path, model: Any, tokenizer: Tokenizer, see
         )
     ours: Any = getattr(model.config, "backbone", model.config)
     theirs: Any = getattr(found.config, "backbone", found.config)
-    of_training = ("dropout", "layer_drop", "remat", "microbatches", "dtype")
+    training_fields = ("dropout", "layer_drop", "remat", "microbatches", "dtype")
     if type(ours) is type(theirs) and hasattr(ours, "dropout"):
-        theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in of_training})
+        theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in training_fields})
     if other := differences(theirs, ours):
-        raise UserError(f"model: differs from that of {path}, from where it is to start: {'; '.join(other)}")
-    given, one = flat(found.params), model.clone(rules=model.rules.for_batch_size(1))
+        raise UserError(f"model: differs from the pretrained model {path}: {'; '.join(other)}")
+    pretrained, initialiser = flat(found.params), model.clone(rules=model.rules.for_batch_size(1))
 
-    def new() -> dict[str, jax.Array]:
-        drawn = one.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-        return {name: leaf for name, leaf in flat(drawn).items() if name not in given}
+    def init_missing() -> dict[str, jax.Array]:
+        new = initialiser.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+        return {name: leaf for name, leaf in flat(new).items() if name not in pretrained}
 
-    wanted = declared(model)
-    return nested({name: given[name] for name in wanted if name in given} | jax.jit(new)())
+    kept = {name: pretrained[name] for name in declared(model) if name in pretrained}
+    return nested(kept | jax.jit(init_missing)())
 
 
 def model_class(config: type[ModelConfig]) -> type[Model]:
-    """What a model of this configuration is behind."""
+    """Wrapper class (`LanguageModel`, ...) for this config."""
     if config is TransformerConfig:
         return LanguageModel  # without importing the others
     from gptjax.models.classifier_model import ClassifierModel
@@ -149,11 +149,11 @@ def model_class(config: type[ModelConfig]) -> type[Model]:
     from gptjax.nn import ClassifierConfig, EncoderConfig, EncoderDecoderConfig
 
     kinds = {ClassifierConfig: ClassifierModel, EncoderConfig: EncoderModel, EncoderDecoderConfig: TextToText}
-    return next((found for of, found in kinds.items() if issubclass(config, of)), LanguageModel)
+    return next((cls for base, cls in kinds.items() if issubclass(config, base)), LanguageModel)
 
 
-def _asked(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Model]:
-    """What a model of this configuration is behind: known before its parameters are read."""
+def _model_class(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Model]:
+    """Wrapper class for this config, checked against the requested `kind` before parameters are read."""
     found = model_class(config)
     if not issubclass(found, kind):
         raise UserError(
@@ -170,7 +170,7 @@ def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) 
     from gptjax.models.text_to_text import TextToText
     from gptjax.nn import ClassifierConfig, EncoderConfig, EncoderDecoderConfig, LongRoPE, RoPE
 
-    _asked(kind, huggingface.read_kind(path), path)
+    _model_class(kind, huggingface.read_kind(path), path)
     config, params = huggingface.load_hf(path, dtype, rules)
     tokenizer = tokenizers.load(path, config.vocab)
     if isinstance(config, ClassifierConfig):
@@ -186,7 +186,7 @@ def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) 
     context = huggingface.read_config(path).get("max_position_embeddings")
     assert isinstance(config, TransformerConfig)
     if isinstance(config.positions, RoPE) and isinstance(scaling := config.positions.scaling, LongRoPE):
-        context = scaling.length  # `LanguageModel.reading` goes beyond
+        context = scaling.length  # extended by `LanguageModel.for_context_length`
     template, sampling = tokenizers.load_template(path), huggingface.read_sampling(path)
     return LanguageModel(config, params, tokenizer, context, template, stop_token_ids, sampling, rules=rules)
 
@@ -194,7 +194,7 @@ def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) 
 def _llama2c(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
     from gptjax.interop import huggingface, llama2c
 
-    _asked(kind, TransformerConfig, file)
+    _model_class(kind, TransformerConfig, file)
     fields, tensors = llama2c.read(file)
     config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
     context = fields.get("max_position_embeddings")
@@ -206,19 +206,19 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
     from gptjax.interop.templates import ChatTemplate
 
     model = _model(config["model"], dtype)
-    found = _asked(kind, type(model), path)
-    tokenizer = _matching(path, config["tokenizer"])
-    places = declared(model.build(rules))
+    found = _model_class(kind, type(model), path)
+    tokenizer = _load_tokenizer(path, config["tokenizer"])
+    abstract = declared(model.build(rules))
 
-    def placed(name: str, values: np.ndarray) -> jax.Array:
-        fits = name in places and places[name].shape == values.shape  # if not, the model will say so
-        sharding = places[name].sharding if fits else None
+    def place(name: str, values: np.ndarray) -> jax.Array:
+        matches = name in abstract and abstract[name].shape == values.shape  # otherwise the model's own check raises
+        sharding = abstract[name].sharding if matches else None
         leaf = jax.ShapeDtypeStruct(values.shape, dtype or values.dtype, sharding=sharding)
         return safetensors.place(leaf, lambda _: values)
 
     try:
         with np.load(path / "params.npz", allow_pickle=False) as file:
-            params = {name: placed(name, file[name]) for name in file.files}
+            params = {name: place(name, file[name]) for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
     settings = {name: config[name] for name in ("context", "decoder_start_token_id", "append_eos") if name in config}
@@ -231,16 +231,16 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
 
 
 def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
-    # Read as JSON, for the stages may have classes that only the experiment's own file defines.
+    # Read as JSON: stages may have classes that only the experiment's own file defines.
     model, stages = _model(experiment["model"], dtype), experiment["stages"]
-    found = _asked(kind, type(model), path)
+    found = _model_class(kind, type(model), path)
     for name in stages:
         check_file_name(name, f"{path / 'config.json'}: stages")
     adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
     built = model.build(rules)
-    places = declared(built)
     abstract = {
-        name: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding) for name, x in places.items()
+        name: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding)
+        for name, x in declared(built).items()
     }
     for name, stage in reversed(stages.items()):
         with Checkpoints(path / "checkpoints" / name) as checkpoints:
@@ -248,17 +248,17 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Shard
                 continue
         tokenizer = load_tokenizer(path / "tokenizer")
 
-        def pretrained(places: Params | None, tokenizer: Tokenizer = tokenizer) -> Params:
+        def pretrained(abstract: Params | None, tokenizer: Tokenizer = tokenizer) -> Params:
             params = init_from_pretrained(experiment["start"], built, tokenizer, experiment["seed"])
-            return jax.tree.map(lambda x, place: x.astype(place.dtype), params, places)
+            return jax.tree.map(lambda x, want: x.astype(want.dtype), params, abstract)
 
         restored = restore_stage_params(path / "checkpoints", adapters, name, built, nested(abstract), pretrained)
-        tokenizer = _matching(path, restored.extra["tokenizer"])
+        tokenizer = _load_tokenizer(path, restored.extra["tokenizer"])
         settings = {"context": stage["data"].get("length")} if found is LanguageModel else {}
         if found is not LanguageModel and (classes := stage["data"]["source"].get("classes")):
             settings["labels"] = tuple(map(str, classes))
         return found(model, restored.state, tokenizer, rules=rules, **settings)
-    raise UserError(f"path: got {path}, a run without a checkpoint yet; train it first")
+    raise UserError(f"path: got {path}, a run without a checkpoint; train it first")
 
 
 def _model(config: Any, dtype: str | None) -> ModelConfig:
@@ -266,7 +266,7 @@ def _model(config: Any, dtype: str | None) -> ModelConfig:
     return model if dtype is None else model.with_dtype(dtype)
 
 
-def _matching(path: Path, fingerprint: str) -> Tokenizer:
+def _load_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
     tokenizer = load_tokenizer(path / "tokenizer")
     if tokenizer.fingerprint != fingerprint:
         raise UserError(

@@ -1,5 +1,4 @@
-"""What models behind one door have in common, whatever they are for: `LanguageModel`, `EncoderModel`, `TextToText`,
-`ClassifierModel`."""
+"""Base classes of `LanguageModel`, `EncoderModel`, `TextToText` and `ClassifierModel`."""
 
 from __future__ import annotations
 
@@ -32,58 +31,58 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model, its parameters and its tokenizer. Raises UserError when they don't fit together."""
+    """A model configuration with parameters and tokenizer. Raises UserError if they do not match."""
 
     config: ModelConfig
-    """The model."""
+    """Architecture."""
     params: Params = dataclasses.field(repr=False)
-    """Its parameters, as `config.build().init` makes them."""
+    """Parameters, as `config.build().init` returns them."""
     tokenizer: Tokenizer
-    """Its tokenizer."""
+    """Tokenizer."""
     rules: ShardingRules = dataclasses.field(default=DEFAULT_RULES, kw_only=True)
-    """How the parameters lie on their mesh, if they lie on one: the model runs there."""
+    """Sharding of the parameters over their mesh, on which the model runs."""
 
     def __post_init__(self):
         _check(self.config, self.params, self.tokenizer)
 
     def save(self, path: str | Path) -> None:
-        """Writes a folder that `load` reads: config.json, params.npz, tokenizer/. Raises UserError if there is one."""
-        with _new(path) as folder:
+        """Write a new folder for `load`: config.json, params.npz, tokenizer/. Raises UserError if it exists."""
+        with _new_folder(path) as folder:
             config = {"model": to_json(self.config), "tokenizer": self.tokenizer.fingerprint, **self._settings}
             (folder / "config.json").write_text(json.dumps(config, indent=2, default=dataclasses.asdict) + "\n")
-            # numpy's format has no bfloat16; float32 holds the same values.
+            # numpy's format lacks bfloat16; float32 has the same values.
             arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat(self.params).items()}
             np.savez(folder / "params.npz", **arrays)
             self.tokenizer.save(folder / "tokenizer")
 
     def save_hf(self, path: str | Path, dtype: str = "float32", model_type: str | None = None) -> None:
-        """Writes a folder that `transformers` loads, and `load` too; see `gptjax.interop.huggingface.save_hf`."""
+        """Write a new folder for `transformers` and `load`; see `gptjax.interop.huggingface.save_hf`."""
         from gptjax.interop.huggingface import save_hf
 
         about = {"dtype": dtype, "model_type": model_type, **self._settings}
-        with _new(path) as folder:
+        with _new_folder(path) as folder:
             save_hf(folder, self.config, self.params, self.tokenizer, **about)
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """What a folder says of this kind of model beside, by the names of its fields."""
+        """Settings that a folder stores beside the configuration, by field name."""
         return {}
 
     @property
     def _module(self) -> Any:
         return self.config.build(self.rules)
 
-    def _fits(self, length: int) -> None:
+    def _check_length(self, length: int) -> None:
         limit = self.config.max_positions
         if limit is not None and length > limit:
-            raise UserError(f"tokens: got {length}, must be at most {limit}, the positions this model has")
+            raise UserError(f"tokens: got {length}, must be at most {limit}, the number of positions of this model")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextEncoder(Model):
-    """A model of one stack, which can make vectors of texts.
+    """A model with one stack of layers, which can embed texts.
 
-    A text is read between the tokenizer's first and last token, [CLS] and [SEP] in BERT, where it has them.
+    Texts are read between the tokenizer's `bos` and `eos` ([CLS] and [SEP] in BERT), if it has them.
     """
 
     def embed(
@@ -91,45 +90,50 @@ class TextEncoder(Model):
     ) -> np.ndarray:
         """One vector per text, float32 [n, D], pooled from the last layer's hidden states, `bos` and `eos` included.
 
-        pooling    `Mean()`, `First()` ([CLS]) or `Last()`, which in a decoder has seen all. None: `Mean()`
-        normalise  divide vectors by their length, so that their products are cosines
-        batch      texts per forward pass: changes speed and memory only"""
+        pooling    `Mean()`, `First()` ([CLS]), or `Last()`, which attends to everything in a decoder. None: `Mean()`
+        normalise  divide vectors by their norm, so that dot products are cosines
+        batch      texts per forward pass: changes speed and memory only
+        """
         from gptjax.nn import Embedder, Mean
 
         embedder = Embedder(self._backbone, self.rules, pooling=pooling or Mean(), normalise=normalise)
-        return self._of_texts(embedder, texts, batch)
+        return self._forward_texts(embedder, texts, batch)
 
     @property
     def _backbone(self) -> BackboneConfig:
-        """The configuration of the stack."""
+        """Configuration of the stack."""
         if not isinstance(self.config, BackboneConfig):
-            raise UserError(f"model: got {type(self.config).__name__}, must be a decoder or an encoder to make vectors")
+            raise UserError(f"model: got {type(self.config).__name__}, must be a decoder or an encoder to embed texts")
         return self.config
 
-    def _of_texts(self, module: Any, texts: str | Sequence[str], batch: int, length: int | None = None) -> np.ndarray:
-        """What a module of `nn.heads` makes of texts, float32 [n, ...], of their first `length` tokens."""
-        ids = [self._frame(ids) for ids in self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)]
+    def _forward_texts(
+        self, module: Any, texts: str | Sequence[str], batch: int, length: int | None = None
+    ) -> np.ndarray:
+        """Outputs of a module of `nn.heads` for texts, float32 [n, ...], from their first `length` tokens."""
+        ids = [
+            self._add_bos_eos(ids) for ids in self.tokenizer.encode_batch([texts] if isinstance(texts, str) else texts)
+        ]
         if not all(ids):
             raise UserError("texts: got an empty one, must have at least one character for this tokenizer")
         ids = [text[:length] for text in ids]
         found: dict[int, np.ndarray] = {}
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # the least padding
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # sorted by length, to minimise padding
         with on_mesh_of(self.params):
             for start in range(0, len(order), batch):
                 group = order[start : start + batch]
-                out = run(module, self.params, *self._rows([ids[i] for i in group]))
+                out = forward(module, self.params, *self._batch([ids[i] for i in group]))
                 out = out[0] if isinstance(out, tuple) else out
                 found |= zip(group, np.asarray(out, np.float32)[:, 0], strict=True)
         return np.stack([found[i] for i in range(len(ids))])
 
-    def _frame(self, ids: Sequence[int]) -> list[int]:
-        """A text's ids between `bos` and `eos`, as the model reads them."""
+    def _add_bos_eos(self, ids: Sequence[int]) -> list[int]:
+        """Token ids of a text between `bos` and `eos`."""
         return add_bos_eos(ids, self.tokenizer)
 
-    def _rows(self, texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-        """Texts as rows: tokens and segments int32 [n, T], padded to one of a few lengths."""
+    def _batch(self, texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+        """Batch of texts: tokens and segments int32 [n, T], padded to one of a few lengths."""
         longest = max(map(len, texts))
-        self._fits(longest)
+        self._check_length(longest)
         shape = len(texts), min(round_up(longest), self.config.max_positions or sys.maxsize)
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for row, ids in enumerate(texts):
@@ -138,19 +142,19 @@ class TextEncoder(Model):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(module: Any, params: Params, tokens: Array, segments: Array | None = None) -> Any:
-    """What a module makes of rows of tokens int32 [B, T], and of their segments [B, T], where its parameters lie."""
+def forward(module: Any, params: Params, tokens: Array, segments: Array | None = None) -> Any:
+    """Forward pass of tokens int32 [B, T], with their segments [B, T], on the parameters' mesh."""
     rules = module.rules.for_batch_size(len(tokens))
     rows = [x if x is None else reshard(x, rules("batch", None)) for x in (tokens, segments)]
     return module.clone(rules=rules).apply({"params": params}, rows[0], segments=rows[1])
 
 
 @contextlib.contextmanager
-def _new(path: str | Path) -> Iterator[Path]:
-    """An empty folder, which is renamed `path` once it is whole. Raises UserError if there is one of that name."""
+def _new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder, renamed to `path` on success. Raises UserError if `path` exists."""
     path = Path(path).expanduser()
     if path.exists():
-        raise UserError(f"path: got {path}, which exists already; choose another or delete it")
+        raise UserError(f"path: got {path}, which exists; choose another or delete it")
     with atomic.new(path) as partial:
         partial.mkdir()
         yield partial

@@ -1,4 +1,4 @@
-"""An encoder-decoder behind one door; it answers texts with texts:
+"""API of an encoder-decoder: text in, text out:
 
 t5 = gptjax.load("google/flan-t5-small", kind=gptjax.TextToText)
 t5.generate("translate English to German: The house is small.", temperature=0)[0].text
@@ -24,16 +24,16 @@ from gptjax.types import Params
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextToText(Model):
-    """A model that answers texts, as T5. Raises UserError when it, its parameters and its tokenizer don't fit together.
+    """An encoder-decoder such as T5. Raises UserError if configuration, parameters and tokenizer do not match.
 
-    A source is read between the tokenizer's first and last token, where it has them: T5's has a last one.
+    Sources are read between the tokenizer's `bos` and `eos`, if it has them. T5 has `eos` only.
     """
 
     config: EncoderDecoderConfig
     decoder_start_token_id: int | None = None
     """First token of every target. None: the tokenizer's `bos`, or else its padding, as in T5."""
     stop_token_ids: tuple[int, ...] | None = None
-    """The tokens at which a target ends, if not at the tokenizer's end alone."""
+    """Tokens that end a target. None: the tokenizer's `eos`."""
 
     def generate(
         self,
@@ -43,13 +43,13 @@ class TextToText(Model):
         sampling: Sampling = Sampling(),
         **fields: Any,
     ) -> list[Completion]:
-        """What the model writes with each source in view; see `gptjax.inference.sequence_to_sequence`. The fields of
-        `sampling` are taken too: `t5.generate("...", temperature=0)`."""
+        """Generate a target for each source; see `gptjax.inference.sequence_to_sequence`. The fields of `sampling` are
+        keyword arguments too: `t5.generate("...", temperature=0)`."""
         tokenizer = self.tokenizer
         texts = tokenizer.encode_batch([sources] if isinstance(sources, str) else sources)
         return respond(
             self._module,
-            self._layers,
+            self._decode_params,
             tokenizer,
             [add_bos_eos(ids, tokenizer) for ids in texts],
             self._decoder_start_token_id,
@@ -74,7 +74,7 @@ class TextToText(Model):
         return {"decoder_start_token_id": self._decoder_start_token_id, "stop_token_ids": self._stop_token_ids}
 
     @functools.cached_property
-    def _layers(self) -> Params:
-        """The parameters, layer by layer, as decoding reads them."""
+    def _decode_params(self) -> Params:
+        """Parameters with unstacked layers, for decoding."""
         with on_mesh_of(self.params):
             return unstack(self.config, self.params)

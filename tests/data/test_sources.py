@@ -116,8 +116,8 @@ def test_lines_of_invalid_utf8_are_skipped_and_counted_when_asked(tmp_path, capl
 
 
 def test_paths_that_lead_nowhere(tmp_path):
-    assert "there is no file" in refusal(Text(str(tmp_path / "none.txt")))
-    assert "there is no file" in refusal(Jsonl(str(tmp_path / "*.jsonl")))
+    assert "does not exist" in refusal(Text(str(tmp_path / "none.txt")))
+    assert "does not exist" in refusal(Jsonl(str(tmp_path / "*.jsonl")))
     assert "folder" in refusal(Text(str(tmp_path)))
     assert "damaged gzip" in refusal(Text(write(tmp_path / "a.gz", gzip.compress(b"text" * 999)[:-9])))
     assert "for validation" in refusal(Text(write(tmp_path / "a.txt", "text"), "\n", 0.0), "validation")

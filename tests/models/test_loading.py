@@ -75,7 +75,7 @@ def test_the_dtype_is_the_files_own_or_the_one_asked_for(model, folders, kind):
         assert lm.config.dtype == want
         assert lm.logits(TOKENS).dtype == want
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(y.dtype), y), lm.params, model.params)
-    with pytest.raises(UserError, match=r"^dtype: got 'float8', must be float32 or bfloat16, or none for the files' o"):
+    with pytest.raises(UserError, match=r"^dtype: got 'float8', must be float32 or bfloat16 \(default: that of"):
         gptjax.load(folders[kind], "float8")
 
 
