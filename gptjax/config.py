@@ -146,6 +146,14 @@ def _public_name(cls: type) -> str | None:
     return next((f"{p}.{cls.__name__}" for p in packages if _exported(p, cls.__name__) is cls), None)
 
 
+def check_name(name: str, field: str) -> None:
+    """Raise UserError unless a name given to a part, such as a stage, is fit for options and names of files: no path."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
+        raise UserError(
+            f"{field}: got the name {name[:100]!r}, must be 1 to 100 letters, digits, _, - and ., not a . first"
+        )
+
+
 def differences(a: Any, b: Any) -> list[str]:
     """List the changes from a to b, one line each: `model.layers: 4 → 12`. Empty if they are equal."""
     return list(_differences(a, b, ""))

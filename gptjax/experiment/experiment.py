@@ -31,7 +31,7 @@ import jax
 from rich.console import Console
 
 from gptjax.checkpoint.checkpoint import Checkpoints
-from gptjax.config import allow, differences, from_json, modules, to_json
+from gptjax.config import allow, check_name, differences, from_json, modules, to_json
 from gptjax.data.files import cache_dir
 from gptjax.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
 from gptjax.data.tokenizers.tokenizer import decoder_start
@@ -41,7 +41,6 @@ from gptjax.experiment import report
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.io import atomic
-from gptjax.io.file_names import check_file_name
 from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
 from gptjax.monitor.metrics import MetricsLogger, WandB
 from gptjax.protocols import ModelConfig, Module
@@ -86,7 +85,7 @@ class Experiment:
         if not self.stages:
             raise UserError("stages: got none, must be at least one")
         for name in self.stages:
-            check_file_name(name, "stages")
+            check_name(name, "stages")
         if (first := next(iter(self.stages))) and self.stages[first].adapter is not None and self.start is None:
             raise UserError(f"{first}.adapter: got one, must be none: without a `start` there is nothing to adapt")
         for name, stage in self.stages.items():

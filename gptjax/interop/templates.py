@@ -3,25 +3,33 @@
     template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
     template.prompt(messages, tokenizer)    # in place of gptjax.data.chat.prompt(messages, tokenizer)
 
-Templates come with a model from the network, so they run in Jinja's sandbox.
+Templates come with a model from the network, so they run in Jinja's sandbox, in a process with limits of time, memory
+and output (`template_worker.py`). It is started once, and renders all templates.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
-import datetime
-import functools
+import importlib.metadata
 import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 from gptjax.data.chat import Message
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.interop.tokenizer_json import reader
 from gptjax.types import UserError
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 NATIVE = (
     "{{ bos_token }}"
@@ -42,18 +50,17 @@ class ChatTemplate:
     """Special tokens that the template names by role: "bos_token", "eos_token" and others -> their text."""
 
     def __post_init__(self):
-        _ = self._template
+        if not isinstance(self.source, str):
+            raise UserError(f"template: got {type(self.source).__name__}, must be the text of a Jinja template")
+        _check_jinja()
+        _ask({"template": self.source})
 
     def text(self, messages: Iterable[Message]) -> str:
         """The prompt of the assistant's next message. Raises UserError for messages that the template refuses, such as
-        a system message or two consecutive messages of one role."""
-        import jinja2
-
+        a system message or two consecutive messages of one role, and for a template that exceeds its limits."""
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self._template.render(messages=turns, add_generation_prompt=True, **self.tokens)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"messages: refused by the model's chat template: {error}") from None
+        standard = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
+        return _ask({"template": self.source, "variables": standard | dict(self.tokens)})["text"]
 
     def prompt(self, messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
         """The ids of `text`. A message cannot end its own turn: a special token that its content spells out is split by
@@ -67,36 +74,94 @@ class ChatTemplate:
         text = self.text(Message(message.role, harmless(message.content)) for message in messages)
         return reader(tokenizer).encode(text, add_special_tokens=False).ids
 
-    @functools.cached_property
-    def _template(self) -> Template:
-        try:
-            import jinja2.nodes
-            from jinja2.ext import Extension, loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise UserError("template: a chat template needs the jinja2 library; pip install 'gptjax[hf]'") from None
 
-        class Generation(Extension):
-            """{% generation %} ... {% endgeneration %}, which marks the assistant's text; replaced by its content."""
+class Worker:
+    """The process that renders templates, started when it is asked and ended by what exceeds its limits."""
 
-            tags = {"generation"}  # noqa: RUF012
+    TIMEOUT = 15.0
+    """Seconds to wait for an answer. The process ends itself after a second of processor time."""
 
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def __init__(self):
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        atexit.register(self.close)
 
-        # The same environment as in transformers, which templates rely on.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    def ask(self, request: dict[str, Any]) -> dict[str, str]:
+        """The answer, as `template_worker.py` describes it."""
+        line = json.dumps(request).encode() + b"\n"
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self.close()
+                self._process = self._start()
+            with contextlib.suppress(OSError):  # it has ended
+                assert self._process.stdin is not None
+                self._process.stdin.write(line)
+                if (found := self._read()) is not None:
+                    return json.loads(found)
+            code = self._process.poll()
+            self.close()
+        if code == -signal.SIGPROF:
+            return {"limit": "takes more than a second"}
+        ended = f"no answer in {self.TIMEOUT:g} s" if code is None else f"exit code {code}"
+        return {"limit": f"cannot be rendered by the process for it ({ended})"}
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            with self._process:  # closes the pipes and waits
+                self._process = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """A signal to this process's group, such as Ctrl-C, is not for the worker."""
+        return subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            process_group=0,
         )
-        environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        try:
-            return environment.from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"template: got one that is not a Jinja template ({error})") from None
+
+    def _read(self) -> bytes | None:
+        """A line of the process's output, or None if it ended or did not answer in time."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        found, end, pipe = bytearray(), time.monotonic() + self.TIMEOUT, self._process.stdout.fileno()
+        while not found.endswith(b"\n"):
+            if not select.select([pipe], [], [], max(end - time.monotonic(), 0))[0]:
+                return None
+            if not (part := os.read(pipe, 1 << 16)):
+                return None
+            found += part
+        return bytes(found)
 
 
-def _refuse(message: str) -> NoReturn:
-    raise ValueError(message)
+_worker = Worker()
+
+
+def _ask(request: dict[str, Any]) -> dict[str, str]:
+    """The worker's answer. Raises UserError for an invalid template, refused messages or an exceeded limit."""
+    found = {
+        kind: " ".join(text.split())[:300] if kind != "text" else text for kind, text in _worker.ask(request).items()
+    }
+    if "invalid" in found:
+        raise UserError(f"template: got one that is not a Jinja template ({found['invalid']})")
+    if "refused" in found:
+        raise UserError(f"messages: refused by the model's chat template: {found['refused']}")
+    if "limit" in found:
+        raise UserError(f"template: got one that {found['limit']}; give the model another chat template")
+    return found
+
+
+def _check_jinja() -> None:
+    """Raise UserError without a Jinja that is safe."""
+    try:
+        version = importlib.metadata.version("jinja2")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("template: a chat template needs the jinja2 library; pip install 'gptjax[hf]'") from None
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 1, 6):
+        raise UserError(
+            f"template: got jinja2 {version}, from whose sandbox templates escape, must be 3.1.6 or newer; "
+            "pip install -U jinja2"
+        )

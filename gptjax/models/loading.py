@@ -25,12 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.checkpoint.checkpoint import Checkpoints, Restored
-from gptjax.config import differences, from_json
+from gptjax.config import check_name, differences, from_json
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
-from gptjax.io.file_names import check_file_name
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.model import Model
 from gptjax.nn import LoRA, ModelConfig, TransformerConfig
@@ -235,7 +234,7 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Shard
     model, stages = _model(experiment["model"], dtype), experiment["stages"]
     found = _model_class(kind, type(model), path)
     for name in stages:
-        check_file_name(name, f"{path / 'config.json'}: stages")
+        check_name(name, f"{path / 'config.json'}: stages")
     adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
     built = model.build(rules)
     abstract = {

@@ -1,0 +1,144 @@
+"""A process that renders chat templates, started by `gptjax.interop.templates`. Templates come from the network, and
+Jinja's sandbox limits neither time nor memory; a process can be limited, and ended, whatever runs in it.
+
+Standard input has one JSON request a line, standard output one JSON answer:
+
+    {"template": SOURCE}                      ->  {} or {"invalid": REASON}
+    {"template": SOURCE, "variables": {...}}  ->  {"text": TEXT} or {"refused": REASON} or {"limit": REASON}
+
+A request that takes more than `SECONDS` of processor time ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import json
+import resource
+import signal
+import sys
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+SECONDS = 1.0
+"""Processor time of a request."""
+MEMORY = 512
+"""Address space of the process, in MiB."""
+CHARACTERS = 1 << 24
+"""Length of a text."""
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    for limit, value in ((resource.RLIMIT_AS, MEMORY << 20), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
+        with contextlib.suppress(ValueError, OSError):  # some systems do not limit the address space
+            resource.setrlimit(limit, (value, value))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        found = json.dumps(answer(json.loads(line))).encode() + b"\n"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.buffer.write(found)
+        sys.stdout.buffer.flush()
+
+
+def answer(request: dict[str, Any]) -> dict[str, str]:
+    """The answer to a request."""
+    kind = "invalid"
+    try:
+        template = _compile(request["template"])
+        if "variables" not in request:
+            return {}
+        kind, pieces, size = "refused", [], 0
+        for piece in template.generate(**request["variables"]):
+            pieces.append(piece)
+            size += len(piece)
+            if size > CHARACTERS:
+                return {"limit": f"writes more than {CHARACTERS:,} characters"}
+        return {"text": "".join(pieces)}
+    except MemoryError:
+        return {"limit": f"takes more than {MEMORY} MiB of memory"}
+    except RecursionError:
+        return {"limit": "is nested without end"}
+    except Exception as error:  # whatever a template does, it is the template's doing
+        return {kind: str(error) or type(error).__name__}
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> jinja2.Template:
+    """The template, in the environment of `transformers` (5.24), which templates rely on."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": lambda format: datetime.datetime.now().strftime(format),
+        "dict": Dict(),
+        "namespace": PublicNamespace,
+    }
+    return environment.from_string(source)
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, which marks the assistant's text: a scope with the same text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Any) -> str:
+        return caller()
+
+
+class Dict:
+    """`dict` without its attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict:
+        return dict.fromkeys(*args)
+
+
+class PublicNamespace(Namespace):
+    """A namespace without names that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_public(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_public(name)
+        super().__setitem__(name, value)
+
+
+def _check_public(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot have the attribute {name!r}")
+
+
+def _to_json(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+if __name__ == "__main__":
+    main()
