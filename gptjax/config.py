@@ -147,7 +147,7 @@ def _public_name(cls: type) -> str | None:
 
 
 def check_name(name: str, field: str) -> None:
-    """Raise UserError unless a name given to a part, such as a stage, is fit for options and names of files: no path."""
+    """Raise UserError unless a name given to a part, such as a stage, is fit for options and file names: no path."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
         raise UserError(
             f"{field}: got the name {name[:100]!r}, must be 1 to 100 letters, digits, _, - and ., not a . first"
