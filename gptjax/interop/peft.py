@@ -31,6 +31,7 @@ import numpy as np
 from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
 from gptjax.interop import huggingface, safetensors
 from gptjax.interop.families import FAMILIES, Family, Row, gpt2
+from gptjax.interop.peft_fields import CONFIG, AdapterFields
 from gptjax.io import atomic
 from gptjax.nn import DoRA, LoRA, TransformerConfig
 from gptjax.types import Array, Params, UserError
@@ -71,7 +72,7 @@ def _of(*families: Family) -> Modules:
 
 ALL = _of(*(family for family in FAMILIES if family.kind is TransformerConfig))
 """The modules of all families of decoders; a name means the same in every family that has it."""
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KINDS = {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
@@ -80,12 +81,13 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
     """Read the adapters in a folder for this model, with the names of any family. Layers without an adapter get zeros,
     which change nothing.
 
-    Raises UserError for anything but LoRA or DoRA on linear layers, for tensors of no matrix of the model or of the
-    wrong shape, and for missing or damaged files.
+    Raises UserError for anything but LoRA or DoRA on linear layers, for a field of the configuration that changes the
+    result and is not implemented, for tensors of no matrix of the model or of the wrong shape, and for missing or
+    damaged files.
     """
     folder = Path(folder)
-    fields = _fields(folder)
-    rank, alpha = fields["r"], float(fields["lora_alpha"])
+    fields = AdapterFields(folder)
+    rank, alpha = int(fields["r"]), float(fields["lora_alpha"])
     kind = DoRA if fields.get("use_dora") else LoRA
     if not (folder / TENSORS).is_file():
         raise UserError(f"path: got {folder}, which lacks {TENSORS}")
@@ -99,19 +101,21 @@ def read(folder: str | Path, config: TransformerConfig, modules: Modules = ALL) 
         names = {part: PREFIX + theirs + ending for part, ending in KINDS.items()}
         if names["a"] not in tensors:
             continue
+        if not fields.targets(theirs):
+            raise UserError(f"path: got {folder}, with an adapter of {theirs}, which {CONFIG} does not target")
         needed = ("a", "b", "magnitude") if kind is DoRA else ("a", "b")
         if lacking := [names[part] for part in needed if names[part] not in tensors]:
             raise UserError(f"path: got {folder}, which lacks {', '.join(lacking)}")
         arrays = {part: np.asarray(tensors[names[part]], np.float32) for part in needed}
         left -= {names[part] for part in needed}
         sizes = [part.info.fan for part in parts]
-        r, inputs, outputs = len(arrays["a"]), sizes[0][0], sum(size[1] for size in sizes)
+        r, inputs, outputs = fields.rank(theirs), sizes[0][0], sum(size[1] for size in sizes)
         want = {"a": (r, inputs), "b": (outputs, r), "magnitude": (outputs,)}
         for name, array in arrays.items():
             if array.shape != want[name]:
                 raise UserError(f"path: got {folder}, where {names[name]} is {array.shape}, must be {want[name]}")
         # `alpha_pattern` may give this module another scale than `lora`'s; the ratio goes into B.
-        own = kind(r, float(_pattern(fields, "alpha_pattern", theirs, alpha)), ("q",), lora.rank_stabilised)
+        own = kind(r, fields.alpha(theirs), ("q",), lora.rank_stabilised)
         arrays["b"] = arrays["b"] * (own.scale / lora.scale)
         start = 0
         for part, (_, size) in zip(parts, sizes, strict=True):
@@ -213,27 +217,6 @@ def _alike(ranks: Mapping[str, int], modules: set[str]) -> bool:
 def _experts(family: Family) -> set[str]:
     """The modules of experts; the last component of their names may be that of other modules."""
     return {row.theirs.removesuffix(".weight") for row in family.table if "{E}" in row.theirs}
-
-
-def _fields(folder: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((folder / CONFIG).read_text())
-        if lacking := {"r", "lora_alpha", "peft_type"} - set(fields):
-            raise KeyError(*lacking)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"path: got {folder}, whose {CONFIG} is missing or damaged ({error!r})") from None
-    for field, known in (("peft_type", ("LORA",)), ("bias", ("none",)), ("modules_to_save", ([],)), ("lora_bias", ())):
-        if (got := fields.get(field)) and got not in known:
-            raise UserError(f"{CONFIG}: {field}: got {got!r}, must be {' or '.join(map(repr, known)) or 'false'}")
-    return fields
-
-
-def _pattern(fields: dict[str, Any], name: str, module: str, default: float) -> float:
-    """The value of a module in a pattern, whose keys are suffixes of module names, as in PEFT."""
-    for end, value in (fields.get(name) or {}).items():
-        if module == end or module.endswith("." + end):
-            return value
-    return default
 
 
 def _modules(

@@ -203,3 +203,81 @@ def test_what_no_family_has_as_a_linear_layer_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=rf"lora.match: got .*/{name}, which are not linear layers of {family}"):
         peft.write(tmp_path / "x", lora, adapters, config)
     assert not (tmp_path / "x").exists()
+
+
+LARGE = {r".*\.layers\.1\..*q_proj": 64}
+FIELDS = {
+    "plain": {},
+    "a scale by a regular expression": {"alpha_pattern": LARGE},
+    "by alternatives": {"alpha_pattern": {"(q|v)_proj": 64}},
+    "by a name's end": {"alpha_pattern": {"v_proj": 64, "q_proj": 32}},
+    "ranks too": {"alpha_pattern": LARGE, "rank_pattern": {"v_proj": 2}, "use_rslora": True},
+    "some layers": {"layers_to_transform": [1]},
+    "without some": {"exclude_modules": r".*\.0\..*v_proj"},
+    "a pattern of modules": {"target_modules": r"model\.layers\.\d\.self_attn\.(q|v)_proj"},
+    "another start": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "aLoRA": {"alora_invocation_tokens": [3, 4]},
+    "biases": {"lora_bias": True},
+    "all biases": {"bias": "all"},
+    "a module of its own": {"modules_to_save": ["lm_head"]},
+}
+REFUSED = {"PiSSA", "OLoRA", "aLoRA", "biases", "all biases", "a module of its own"}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_changes_what_it_changes_in_peft_or_is_refused_by_name(tmp_path, name):
+    """Within 1e-6 of the largest logit."""
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("llama", **SIZES))
+    model.save_pretrained(tmp_path / "base")
+    config, params = load_hf(tmp_path / "base")
+    given = {"target_modules": ["q_proj", "v_proj"], **FIELDS[name]}
+    wrapped = theirs.get_peft_model(model, theirs.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **given))
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.3)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    if name in REFUSED:
+        with pytest.raises(UserError, match=rf"^adapter_config.json: {'|'.join(FIELDS[name])}: got "):
+            peft.read(tmp_path / "adapter", config)
+        return
+    lora, adapters = peft.read(tmp_path / "adapter", config)
+    tokens = np.random.default_rng(0).integers(0, 32, (1, 24))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.inference_mode():
+        plain = base(torch.tensor(tokens)).logits.numpy()
+        want = theirs.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(torch.tensor(tokens)).logits.numpy()
+    got = np.asarray(config.build().apply({"params": lora.merge(params, adapters)}, tokens)[0])
+    assert np.abs(got - want).max() / np.abs(want).max() < 1e-6
+    assert np.abs(plain - want).max() / np.abs(want).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("use_something_new", True, "adapter_config.json: use_something_new: got true, which is not supported"),
+        ("kasa_config", {"beta": 1}, "adapter_config.json: kasa_config: got {"),
+        ("init_lora_weights", "corda", 'adapter_config.json: init_lora_weights: got "corda", must be true or false or'),
+        ("target_modules", ["v_proj"], "an adapter of model.layers.0.self_attn.q_proj, which"),
+        ("rank_pattern", {"q_proj": 3}, r"q_proj.lora_A.weight is \(2, 16\), must be \(3, 16\)"),
+        ("alpha_pattern", {"(q_proj": 3}, "which is no regular expression"),
+        ("alpha_pattern", [3], "alpha_pattern: got .3., must be an object"),
+        ("r", "2", 'r: got "2", must be a positive number'),
+    ],
+)
+def test_a_field_that_is_unknown_or_contradicts_the_tensors_is_refused(tmp_path, field, value, message):
+    lora = LoRA(rank=2, match=("q",))
+    _, adapters = make(LLAMA, lora)
+    peft.write(tmp_path / "x", lora, adapters, LLAMA)
+    file = tmp_path / "x" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "unset_in_future": None, field: value}))
+    with pytest.raises(UserError, match=message):
+        peft.read(tmp_path / "x", LLAMA)
