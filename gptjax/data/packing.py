@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from gptjax.data.store import Store
-from gptjax.types import Batch
+from gptjax.types import Batch, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +163,17 @@ def fill(batch: Batch, rows: np.ndarray, store: Store, pieces: Pieces) -> None:
     follows = np.ones(len(at), bool)
     follows[stop - 1] = pieces.more
     following = at + follows
-    tokens, weights = store.tokens(), store.weights()
+    stored, weights = store.tokens(), store.weights()
+    tokens, targets = stored[at], stored[following]
+    if (largest := max(tokens.max(), targets.max())) >= store.vocab:
+        raise UserError(
+            f"{store.path}: damaged: got token {largest}, must be below {store.vocab}; "
+            "restore it, or delete it if it is in the cache"
+        )
 
     for field, values in (
-        (batch.tokens, tokens[at]),
-        (batch.targets, tokens[following] * follows),
+        (batch.tokens, tokens),
+        (batch.targets, targets * follows),
         (batch.weights, follows if weights is None else weights[following] * follows),
         (batch.segments, spread(number - first + 1)),
         (batch.positions, position),

@@ -4,17 +4,17 @@
                             offsets.bin     int64 [D + 1]          document d is tokens[offsets[d]:offsets[d + 1]]
                             weights.bin     uint8 [N]              conversations only: 1 for the assistant's tokens
                             labels.bin      int32 [D]              labelled texts only
-                            header.json                            what it was made from, and the counts
+                            header.json                            what it was made from, counts and digests
 
-The folder is renamed into place when it is complete, so that a killed process leaves no partial store. A store whose
-files do not have the lengths in its header is made again.
+The folder is synced and renamed into place when it is complete, so that a killed process or a power cut leaves no
+partial store. A store whose files do not have the digests in its header is made again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import hashlib
 import json
 import logging
@@ -30,10 +30,13 @@ import numpy as np
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.io import atomic, retry
 from gptjax.protocols import Source, Split, Tokenizer
-from gptjax.types import UserError
+from gptjax.types import UserError, one_line
 
-FORMAT = 2
+FORMAT = 3
 """Format version, part of the name of every store."""
+BLOCK, BLOCKS = 1 << 18, 256
+"""Bytes and number of the blocks that are verified of a larger file of tokens or weights, 64 MiB in all. Smaller files,
+offsets and labels are verified whole."""
 
 log = logging.getLogger(__name__)
 Document = TypeVar("Document")
@@ -49,6 +52,10 @@ class Store:
     """Type of the tokens, "uint16" or "uint32"."""
     offsets: np.ndarray
     """int64 [D + 1], start of each of the D documents, and the end. No document is empty."""
+    vocab: int
+    """Bound of the tokens: each is below it."""
+    fingerprint: str
+    """SHA-256, in hex, of all that is stored."""
     weights_path: Path | None = None
     """File of weights. None: all are 1."""
     labels: np.ndarray | None = None
@@ -105,7 +112,7 @@ class Tokens:
         offsets = np.concatenate(ends)
         if offsets[-1] != count:
             offsets = np.append(offsets, count)
-        return Store(path, self.dtype, offsets)
+        return Store(path, self.dtype, offsets, tokenizer.vocab, _digest(path, str(self.separator)))
 
 
 class Encoded(NamedTuple):
@@ -177,12 +184,9 @@ def tokenize(
         "split": split,
         "encoding": f"{encode.__module__}.{encode.__qualname__}",
     }
-    name = f"{split}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
-    folder = Path(cache_dir) / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (store := _open(folder)) is not None:
+    folder = Path(cache_dir) / f"{split}-{_sha256(made_from)[:16]}"
+    with _writing(folder), atomic.lock(folder.with_suffix(".lock")):
+        if (store := _open(folder, tokenizer.vocab)) is not None:
             return store
         shutil.rmtree(folder, ignore_errors=True)
         with atomic.new(folder) as partial:
@@ -190,68 +194,119 @@ def tokenize(
             documents = expect(kinds, retry.stream(lambda: source.documents(split), source), source)
             if not _write(encode(documents, tokenizer), f"{source}, {split}", tokenizer.vocab, partial, made_from):
                 raise UserError(f"source: {source} has no documents for {split}; must have at least one")
-    store = _open(folder)
+        store = _open(folder, tokenizer.vocab)
     if store is None:
-        raise OSError(f"{folder}: the tokens just written are not all there")
+        raise UserError(f"cache: the tokens just written to {folder} are not as they were written; check the disk")
     return store
 
 
-def _open(folder: Path) -> Store | None:
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Context in which a disk that is full or cannot be written to is a UserError."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        inside = error.filename is not None and Path(error.filename).is_relative_to(folder.parent)
+        if not inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"cache: cannot write to {folder.parent} ({error.strerror}); free some space, make it writable, or set "
+            "GPTJAX_CACHE to another folder"
+        ) from error
+
+
+def _open(folder: Path, vocab: int) -> Store | None:
     """The store in this folder. None: missing or damaged."""
     if not folder.exists():
         return None
     try:
         header = json.loads((folder / "header.json").read_text())
-        sizes = {name: (folder / name).stat().st_size for name in header["sizes"]}
-        if sizes == header["sizes"]:
-            return Store(
-                path=folder / "tokens.bin",
-                dtype=header["dtype"],
-                offsets=_map(folder / "offsets.bin", "int64"),
-                weights_path=folder / "weights.bin" if "weights.bin" in sizes else None,
-                labels=_map(folder / "labels.bin", "int32") if "labels.bin" in sizes else None,
-            )
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    log.warning("%s: damaged; tokenizing again", folder)
-    return None
+        if header.pop("sha256") != _sha256(header):
+            raise ValueError("header.json is not as it was written")
+        for name, digest in header["verified"].items():
+            if _digest(folder / name) != digest:
+                raise ValueError(f"{name} is not as it was written")
+        return Store(
+            path=folder / "tokens.bin",
+            dtype=header["dtype"],
+            offsets=_map(folder / "offsets.bin", "int64"),
+            vocab=vocab,
+            fingerprint=_sha256(header["files"]),
+            weights_path=folder / "weights.bin" if "weights.bin" in header["files"] else None,
+            labels=_map(folder / "labels.bin", "int32") if "labels.bin" in header["files"] else None,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s: damaged (%s); tokenizing again", folder, one_line(error))
+        return None
 
 
 def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, made_from: dict[str, Any]) -> int:
     """Store all documents in `folder`, header last. Returns the number of tokens."""
     dtype = "uint16" if vocab <= 1 << 16 else "uint32"
     count = tokens = 0
-    written = {"tokens": dtype, "offsets": "int64"}
+    digests = {}
     told = time.monotonic()
     with contextlib.ExitStack() as stack:
-        names = "tokens", "offsets", "weights", "labels"
-        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
+        names = "tokens.bin", "offsets.bin", "weights.bin", "labels.bin"
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
 
-        def write(name: str, values: Any, dtype: str) -> None:
-            written[name] = dtype
-            files[name].write(np.asarray(values, dtype).tobytes())
+        def write(name: str, values: np.ndarray) -> None:
+            data = values.tobytes()
+            digests.setdefault(name, hashlib.sha256()).update(data)
+            files[name].write(data)
 
-        write("offsets", 0, "int64")
+        write("offsets.bin", np.int64([0]))
         for document in documents:
             if not document.ids:
                 continue
+            ids = np.asarray(document.ids)
+            if not 0 <= ids.min() <= ids.max() < vocab:
+                raise UserError(
+                    f"tokenizer: got the ids {ids.min()} to {ids.max()} for document {count} of {what}, must be from 0 "
+                    f"to {vocab - 1}, below its vocab"
+                )
             count, tokens = count + 1, tokens + len(document.ids)
-            write("tokens", document.ids, dtype)
-            write("offsets", tokens, "int64")
+            write("tokens.bin", ids.astype(dtype))
+            write("offsets.bin", np.int64([tokens]))
             if document.weights is not None:
-                write("weights", document.weights, "uint8")
+                write("weights.bin", np.asarray(document.weights, "uint8"))
             if document.label is not None:
-                write("labels", document.label, "int32")
+                write("labels.bin", np.int32([document.label]))
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 log.info("tokenizing %s: %d documents, %d tokens so far", what, count, tokens)
-    for path in folder.iterdir():
-        if path.stem not in written:
-            path.unlink()
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    header = {**made_from, "dtype": dtype, "documents": count, "tokens": tokens, "sizes": sizes}
-    (folder / "header.json").write_text(json.dumps(header, indent=1))
+    for name in files.keys() - digests.keys():
+        (folder / name).unlink()
+    header = {
+        **made_from,
+        "dtype": dtype,
+        "documents": count,
+        "tokens": tokens,
+        "files": {name: digest.hexdigest() for name, digest in digests.items()},
+        "verified": {name: _digest(folder / name) for name in digests},
+    }
+    (folder / "header.json").write_text(json.dumps({"sha256": _sha256(header), **header}, indent=1))
     return tokens
+
+
+def _digest(path: Path, *facts: str) -> str:
+    """SHA-256 of facts, a file's size and its content: of a large file of tokens or weights, of blocks at equal
+    distances."""
+    size = path.stat().st_size
+    whole = size <= BLOCK * BLOCKS or path.name in ("offsets.bin", "labels.bin")
+    count = -(-size // BLOCK) if whole else BLOCKS
+    digest = hashlib.sha256(json.dumps([size, *facts]).encode())
+    with open(path, "rb") as file:
+        for block in range(count):
+            if not whole:
+                file.seek(block * (size - BLOCK) // (count - 1))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _chunks(documents: Iterator[Document], size: Callable[[Document], int]) -> Iterator[list[Document]]:

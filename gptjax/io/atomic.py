@@ -1,4 +1,4 @@
-"""Atomic writes: whatever happens to the writer, a reader finds a file or folder complete or not at all.
+"""Atomic writes: whatever happens to the writer, a reader finds a file or folder complete or not at all. And locks.
 
     with atomic.new("model.gguf") as partial:
         partial.write_bytes(...)
@@ -9,6 +9,8 @@ The new file or folder is written beside its place, synced to disk and renamed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -18,6 +20,7 @@ from typing import cast
 
 SUFFIX = ".partial"
 """Ending of names of files and folders that are being written."""
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -50,6 +53,23 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file of UTF-8 text."""
     with new(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
+    """Context in which no other process holds the lock of this file, which is created and stays. A process that ends,
+    however it does, holds no lock. On a file system without locks there is a warning, and no protection.
+
+    wait  wait for another process to release the lock; else raise BlockingIOError
+    """
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            _log.warning("%s: this file system has no locks (%s)", path, error.strerror)
+        yield
 
 
 def partial_of(path: str | os.PathLike[str]) -> Path:

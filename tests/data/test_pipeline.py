@@ -1,9 +1,12 @@
 """The laws of the input pipeline: nothing lost, nothing leaked, the same order whatever happens."""
 
+import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import multiprocessing
+import os
 import threading
 import time
 from pathlib import Path
@@ -250,19 +253,76 @@ def test_a_source_is_tokenised_once(tmp_path):
     assert source.reads == ["train", "train", "train", "validation"]
 
 
-@pytest.mark.parametrize("damage", ["tokens.bin", "offsets.bin", "header.json", "missing"])
-def test_a_damaged_store_is_made_again(tmp_path, damage, caplog):
-    source = Letters()
-    store = tokenize(source, BYTES, "train", tmp_path)
-    expected = store.tokens().copy()
-    if damage == "missing":
-        store.path.unlink()
-    else:
-        file = store.path.with_name(damage)
-        file.write_bytes(file.read_bytes()[:-5])
-    np.testing.assert_array_equal(tokenize(source, BYTES, "train", tmp_path).tokens(), expected)
-    assert source.reads == ["train", "train"]
-    assert "damaged" in caplog.text
+DAMAGES = {
+    "shorter": lambda content: content[:-5],
+    "longer": lambda content: content + b"\0",
+    "zeros": lambda content: bytes(len(content)),  # what some file systems leave after a power cut
+    "last bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "first bit": lambda content: bytes([content[0] ^ 1]) + content[1:],
+    "empty": lambda _: b"",
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_damaged_store_is_made_again(tmp_path, damage, large, caplog, monkeypatch):
+    """Whichever file it is. Of large files blocks are verified, the first and the last always."""
+    if large:
+        monkeypatch.setattr("gptjax.data.store.BLOCK", 16)
+        monkeypatch.setattr("gptjax.data.store.BLOCKS", 3)
+
+    def read():
+        with contextlib.closing(Chat(Talks(), length=32, batch=4).batches(BYTES, "train", 0, tmp_path)) as batches:
+            return take(batches, 8)
+
+    expected = read()
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files.keys() == {"tokens.bin", "offsets.bin", "weights.bin", "header.json"}
+    for name, content in files.items():
+        caplog.clear()
+        if damage == "missing":
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(DAMAGES[damage](content))
+        assert_equal(read(), expected)
+        assert f"{folder}: damaged (" in caplog.text
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    caplog.clear()
+    assert_equal(read(), expected)
+    assert not caplog.text
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    """Those that a tokenizer gives, and those that damage makes in a file that is being read."""
+
+    class Beyond(type(BYTES)):
+        def encode_batch(self, texts):
+            return [[0, 256] for _ in texts]
+
+    with pytest.raises(UserError, match=r"tokenizer: got the ids 0 to 256 .*, must be from 0 to 255"):
+        tokenize(Letters(), Beyond(b"", {}), "train", tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+    data = Pretrain(Letters(), length=16, batch=4, shuffle=False)
+    batches = data.batches(BYTES, "train", 0, tmp_path)
+    (path,) = tmp_path.glob("*/tokens.bin")
+    content = bytearray(path.read_bytes())
+    content[7] = 0xFF
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{path}: damaged: got token 65\d\d\d, must be below {BYTES.vocab}; "):
+        next(batches)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, monkeypatch, code):
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("gptjax.data.store._write", fail)
+    with pytest.raises(UserError, match=rf"^cache: cannot write to {tmp_path} \({os.strerror(code)}\); .*GPTJAX_CACHE"):
+        tokenize(Letters(), BYTES, "train", tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 class Interrupted(Letters):

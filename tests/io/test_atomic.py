@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +93,36 @@ def test_this_is_the_only_way():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and (node.attr in others or ast.unparse(node) == "os.replace"):
                 assert path.name == "atomic.py", f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+HOLD = """
+import sys, time
+from gptjax.io import atomic
+
+with atomic.lock(sys.argv[1]):
+    print(flush=True)
+    time.sleep(99)
+"""
+
+
+def test_a_lock_is_held_by_one_process_and_lost_with_it(tmp_path):
+    path = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline()
+        with pytest.raises(BlockingIOError), atomic.lock(path, wait=False):
+            pass
+        holder.kill()
+    with atomic.lock(path, wait=False), pytest.raises(BlockingIOError), atomic.lock(path, wait=False):
+        pass
+    with atomic.lock(path):
+        pass
+
+
+def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with atomic.lock(tmp_path / "lock"):
+        assert "this file system has no locks" in caplog.text
