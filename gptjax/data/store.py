@@ -256,7 +256,7 @@ def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, ma
             digests.setdefault(name, hashlib.sha256()).update(data)
             files[name].write(data)
 
-        write("offsets.bin", np.int64([0]))
+        write("offsets.bin", np.array([0], "int64"))
         for document in documents:
             if not document.ids:
                 continue
@@ -268,11 +268,11 @@ def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, ma
                 )
             count, tokens = count + 1, tokens + len(document.ids)
             write("tokens.bin", ids.astype(dtype))
-            write("offsets.bin", np.int64([tokens]))
+            write("offsets.bin", np.array([tokens], "int64"))
             if document.weights is not None:
                 write("weights.bin", np.asarray(document.weights, "uint8"))
             if document.label is not None:
-                write("labels.bin", np.int32([document.label]))
+                write("labels.bin", np.array([document.label], "int32"))
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 log.info("tokenizing %s: %d documents, %d tokens so far", what, count, tokens)
