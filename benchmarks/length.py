@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +79,7 @@ def train(positions: Positions, text: np.ndarray, steps: int, rows: int) -> Para
     optimizer = Muon(learning_rate=5e-3, schedule=Linear(warmup=min(20, steps))).build(steps, parameter_info(model))
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, TRAINED), np.int32))["params"]
     state = create(params, optimizer, jax.random.key(1))
-    step = make_step(functools.partial(NextToken(), model.apply), optimizer)
+    step = make_step(NextToken(), model.apply, optimizer)
     random = np.random.default_rng(0)
     ones = np.ones((rows, TRAINED), np.int32)
     places = np.broadcast_to(np.arange(TRAINED, dtype=np.int32), ones.shape)

@@ -8,7 +8,6 @@ the last 20 steps. About 5 minutes on one CPU core.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import optax
 
 from gptjax import data, optim
+from gptjax.distributed.parameters import parameter_info
 from gptjax.nn import MuP, Parametrisation, Transformer, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.train import state as train_state
@@ -46,15 +46,18 @@ def losses(kind: Parametrisation, width: int, text: np.ndarray) -> np.ndarray:
     ones = np.ones((STEPS, ROWS, LENGTH), np.int32)
     batches = Batch(rows[..., :-1], rows[..., 1:], ones.astype(np.float32), ones, np.cumsum(ones, -1, np.int32) - 1)
 
+    info = parameter_info(model)
+
     @jax.jit
     def train(rate: jax.Array, batches: Batch) -> jax.Array:
         schedule = optim.Linear(warmup=10)
         optimizer = optax.chain(
-            optim.AdamW(learning_rate=1.0, schedule=schedule).build(STEPS, config.width_multiplier), optax.scale(rate)
+            optim.AdamW(learning_rate=1.0, schedule=schedule).build(STEPS, info, config.width_multiplier),
+            optax.scale(rate),
         )
         params = model.init(jax.random.key(0), batches.tokens[0])["params"]
         state = train_state.create(params, optimizer, jax.random.key(0))
-        step = make_step(functools.partial(NextToken(), model.apply), optimizer)
+        step = make_step(NextToken(), model.apply, optimizer)
         total, weight = jax.lax.scan(step, state, batches)[1]["loss"]
         return jnp.mean((total / weight)[-20:])
 

@@ -62,7 +62,7 @@ def gptjax_step(shape: Shape) -> Callable[[], float]:
     optimizer = AdamW(learning_rate=1e-3).build(100_000, parameter_info(model))
     state = create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
     objective = NextToken()
-    step = make_step(lambda params, batch, key: objective(model.apply, params, batch, None), optimizer)
+    step = make_step(lambda apply, params, batch, key: objective(apply, params, batch), model.apply, optimizer)
 
     def run() -> float:
         nonlocal state

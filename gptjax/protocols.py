@@ -1,4 +1,5 @@
-"""Protocols of a run's components: tokenizer, sources, data, model configuration, objective, evaluations.
+"""Protocols of a run's components: tokenizer, sources, data, model configuration, objective, optimizer,
+evaluations.
 
     Source --documents--> Data --Batch [B, T]--> Objective --Metrics--> optimizer
                                                  ModelConfig.build() -> Module: tokens [B, T] -> logits [B, T, V]
@@ -254,6 +255,31 @@ class Objective(Config, Protocol):
         apply  `Module.apply`
         batch  of `batch_type`
         key    random key of dropout and the like. None: no randomness
+        """
+        ...
+
+
+class Optimizer(Config, Protocol):
+    """An update rule of the parameters: a subclass of `gptjax.optim.Optimizer`, or `gptjax.optim.Groups` of them."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate."""
+        ...
+
+    def learning_rate_schedule(self, steps: int) -> Callable[[Any], Any]:
+        """Step, from 0 -> learning rate, for a run of `steps`."""
+        ...
+
+    def with_schedule(self, schedule: Any) -> Self:
+        """This optimizer with another learning-rate schedule."""
+        ...
+
+    def build(self, steps: int, info: Params, width_multiplier: float = 1.0) -> Any:
+        """The optax transformation for a run of `steps`.
+
+        info              tree of `ParamInfo`, in the place of each parameter
+        width_multiplier  that of the model's configuration (muP)
         """
         ...
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -109,15 +109,6 @@ def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
 def _for_one_token(model: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct]]:
     """A model over tokens and abstract tokens [1, 1] to initialise it with; a batch of 1 cannot be sharded."""
     return model.clone(rules=model.rules.for_batch_size(1)), (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
-
-
-def by_name(of: Callable[[list[str]], Any], params: Params) -> Params:
-    """The tree of `of(names on the path)` for each parameter."""
-
-    def leaf(path, _):
-        return of(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def flat(params: Params) -> dict[str, Any]:

@@ -10,7 +10,6 @@ learning rate is to hold for all of them (Yang et al. 2022, arXiv:2203.03466, ap
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,8 @@ import numpy as np
 from gptjax.distributed.parameters import parameter_info
 from gptjax.nn import MultiHeadLatentAttention, MuP, Parametrisation, Transformer, TransformerConfig, activations
 from gptjax.objectives import NextToken
-from gptjax.optim import Constant, Groups, Optimizer
+from gptjax.optim import Constant
+from gptjax.protocols import Optimizer
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError
@@ -58,7 +58,7 @@ def resized(config: TransformerConfig, width: int) -> TransformerConfig:
 
 def coordinates(
     config: TransformerConfig,
-    optimizer: Optimizer | Groups,
+    optimizer: Optimizer,
     widths: Sequence[int],
     steps: int = 5,
     rows: int = 4,
@@ -71,7 +71,7 @@ def coordinates(
 
 
 def _one(
-    config: TransformerConfig, optimizer: Optimizer | Groups, steps: int, rows: int, length: int, seed: int
+    config: TransformerConfig, optimizer: Optimizer, steps: int, rows: int, length: int, seed: int
 ) -> dict[str, list[float]]:
     model = Transformer(config)
     tokens = np.random.default_rng(seed).integers(0, config.vocab, (rows, length + 1), np.int32)
@@ -80,7 +80,7 @@ def _one(
     update = optimizer.with_schedule(Constant()).build(steps, parameter_info(model), config.width_multiplier)
     params = jax.jit(model.init)(jax.random.key(seed), batch.tokens)["params"]
     state = train_state.create(params, update, jax.random.key(seed))
-    step = make_step(functools.partial(NextToken(), model.apply), update)
+    step = make_step(NextToken(), model.apply, update)
     look = jax.jit(lambda params: activations(model, params, batch.tokens))
     start = look(state.params)
     sizes = {name: [float(jnp.mean(jnp.abs(x)))] for name, x in start.items()}
@@ -99,7 +99,7 @@ def growth(widths: Sequence[int], sizes: np.ndarray) -> np.ndarray:
 
 def check(
     config: TransformerConfig,
-    optimizer: Optimizer | Groups,
+    optimizer: Optimizer,
     path: Path,
     widths: Sequence[int] | None = None,
     steps: int = 5,

@@ -126,9 +126,12 @@ class Backbone(nn.Module):
         if self.is_initializing() and rules.mesh_axes("layers"):
             pass  # a pipeline needs more sequences than `parameter_info` initialises with; x has the right shape
         elif cache is None and "layer_0" not in params:
-            x, losses = scan(stack, params, x, context, None if key is None else jax.random.fold_in(key, 1))
+            key = None if key is None else jax.random.fold_in(key, 1)
+            x, losses, updates = scan(stack, params, x, context, key)
             for name, loss in losses.items():
                 blocks.add_loss(name, loss)
+            for name, update in updates.items():
+                blocks.update(name, update)
         elif key is None:
             x, cache = decode(stack, blocks, params, x, context, cache)
         else:

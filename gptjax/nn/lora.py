@@ -9,7 +9,7 @@ Adapters train like any parameters, with an objective that merges first. The fro
 step, and have neither gradient nor optimizer state:
 
     optimizer = AdamW(learning_rate=1e-4).build(steps, lora.info(info))
-    step = make_step(lora.objective(functools.partial(objectives.NextToken(), model.apply)), optimizer)
+    step = make_step(lora.objective(objectives.NextToken()), model.apply, optimizer)
     state, metrics = step(create(adapters, optimizer, key), batch, params)
 
 An adapter has the place of its matrix in the tree, and its sharding. Each layer of a stack has its own.
@@ -28,7 +28,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from gptjax.distributed.parameters import ParamInfo, flat, nested
-from gptjax.types import Array, Batch, Key, Loss, Metrics, Params, UserError
+from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +82,11 @@ class LoRA:
             raise UserError(f"adapters: got {', '.join(sorted(unknown))}, must be of {', '.join(sorted(params))}")
         return {name: self.merge(w, adapters[name]) if name in adapters else w for name, w in params.items()}
 
-    def objective(self, objective: Loss) -> Callable[[Params, Batch, Key | None, Params], Metrics]:
-        """(adapters, batch, key, params) -> metrics of the objective for the merged parameters."""
+    def objective(self, objective: Callable[..., Metrics]) -> Callable[..., Metrics]:
+        """(apply, adapters, batch, key, params) -> metrics of the objective for the merged parameters."""
 
-        def adapted(adapters: Params, batch: Batch, key: Key | None, params: Params) -> Metrics:
-            return objective(self.merge(params, adapters), batch, key)
+        def adapted(apply: Callable, adapters: Params, batch: Batch, key: Key | None, params: Params) -> Metrics:
+            return objective(apply, self.merge(params, adapters), batch, key)
 
         return adapted
 

@@ -128,6 +128,13 @@ class ParamFactory:
             before = self.tree.get_variable("losses", self.prefix + name, 0.0)
             self.tree.put_variable("losses", self.prefix + name, before + value)
 
+    def update(self, name: str, update: Callable[[], Array]) -> None:
+        """Report the change of a parameter that no gradient trains, such as a router's balance bias. `update` is a
+        pytree: training steps add it up over microbatches, call it, and add the result to the parameter.
+        `apply(..., mutable=["updates"])` returns it beside the output; does nothing for others."""
+        if self._wanted("updates"):
+            self.tree.put_variable("updates", self.prefix + name, update)
+
     def _wanted(self, collection: str) -> bool:
         """True if `mutable` names this collection. Flax's default for `init`, every collection, does not count."""
         return isinstance(self.tree.mutable, Collection) and collection in self.tree.mutable

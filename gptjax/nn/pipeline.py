@@ -36,21 +36,21 @@ from gptjax.distributed.sharding import axes_of, split_microbatches
 from gptjax.nn.block import Context
 from gptjax.types import Array, Params, UserError
 
-Layers = Callable[[Array, Context, Params, Any, Array], tuple[Array, Any]]
-"""(x [B / M, T, D], context, params, each, number of the part) -> x through layers, and a tree of numbers to add up."""
+Layers = Callable[[Array, Context, Params, Any, Array], tuple[Array, Any, Any]]
+"""(x [B / M, T, D], context, params, each, number of the part) -> x through layers, losses and updates (`scan`)."""
 
 
 def pipeline(
     layers: Layers, params: Params, each: Any, x: Array, context: Context, axes: tuple[str, ...], parts: int | None
-) -> tuple[Array, Any]:
+) -> tuple[Array, Any, Any]:
     """x [B, T, D] through layers whose parameters [L, ...] lie cut on the mesh `axes`, the stages.
 
     layers  takes a stage's share of `params` and of `each`, which is cut as they are: a random key for a layer, or None
     parts   M, as how many equal parts the rows of x go through; None: as many as there are stages, where rows can
             be cut so
 
-    Returns x after all layers, placed as it came, and what else `layers` returns: the sum over stages of its mean over
-    parts. Raises UserError where M does not cut the rows.
+    Returns x after all layers, placed as it came; the losses, summed over stages, a mean over parts; and the updates of
+    each layer, cut as `params` are, summed over parts. Raises UserError where M does not cut the rows.
     """
     mesh, place = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.spec
     others = tuple(name for name in axes_of(place[0]) if name not in axes)
@@ -80,7 +80,7 @@ def pipeline(
         # Over the axes that cut x too: beside them XLA gathers it.
         return jax.shard_map(move, in_specs=spec, out_specs=spec, axis_names=cut, check_vma=False)(x)
 
-    def run(params: Params, each: Any, x: Array, context: Context) -> tuple[Array, Any]:
+    def run(params: Params, each: Any, x: Array, context: Context) -> tuple[Array, Any, Any]:
         here = lax.axis_index(axes)
         if shares:
             x = exchange(jnp.repeat(x, stages, axis=1))
@@ -92,21 +92,21 @@ def pipeline(
         if x0_is_x:
             contexts = dataclasses.replace(contexts, x0=xs)
 
-        def work(arrived: Array, number: Array) -> tuple[Array, Any]:
-            """What this stage makes of a part."""
+        def work(arrived: Array, number: Array) -> tuple[Array, Any, Any]:
+            """A part through the layers of this stage."""
             one = functools.partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
             return layers(jnp.where(here == 0, one(xs), arrived), contexts.over_rows(one), params, each, number)
 
         def tick(carry: tuple[Array, Array, Any], time: Array) -> tuple[Any, None]:
             arrived, done, sums = carry
             number = jnp.clip(time - here, 0, parts - 1)
-            y, more = work(arrived, number)
+            y, *more = work(arrived, number)
             counts = number == time - here  # before its first part and after its last, a stage works for nothing
             done = jnp.where(counts, lax.dynamic_update_index_in_dim(done, y, number, 0), done)
             sums = jax.tree.map(lambda total, one: total + jnp.where(counts, one, 0), sums, more)
             return (lax.ppermute(y, axes, [(i, i + 1) for i in range(stages - 1)]), done, sums), None
 
-        more = jax.eval_shape(work, xs[0], here)[1]
+        _, *more = jax.eval_shape(work, xs[0], here)
         sums = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), more)
         (_, done, sums), _ = lax.scan(tick, (xs[0], xs, sums), jnp.arange(parts + stages - 1))
         done = done.swapaxes(0, 1).reshape(x.shape)
@@ -115,15 +115,17 @@ def pipeline(
             done = exchange(done)[:, -1:]
         else:
             done = lax.psum(jnp.where(here == stages - 1, done, 0), axes)
-        return done, jax.tree.map(lambda total: lax.psum(total, axes) / parts, sums)
+        losses, updates = sums
+        return done, jax.tree.map(lambda total: lax.psum(total, axes) / parts, losses), updates
 
     cut, whole = PartitionSpec(axes), PartitionSpec()
     x = _over((*others, *axes) if shares else others, x)
     shape, spec, ends = x.shape, jax.typeof(x).sharding.spec, PartitionSpec(None, axes) if shares else whole
     if shares:
         x = jnp.reshape(x, by_stage, out_sharding=PartitionSpec(others, axes, None, *place[1:]))
-    y, sums = partial_map(run, axes, (cut, cut, ends, whole), (ends, whole))(params, each, x, context)
-    return jax.reshard(jnp.reshape(y, shape, out_sharding=spec), place), sums
+    stages_of = partial_map(run, axes, (cut, cut, ends, whole), (ends, whole, cut))
+    y, losses, updates = stages_of(params, each, x, context)
+    return jax.reshard(jnp.reshape(y, shape, out_sharding=spec), place), losses, updates
 
 
 def _over(axes: tuple[str, ...], x: Array) -> Array:

@@ -13,6 +13,19 @@ from gptjax.nn.module import ParamFactory, Part, zeros
 from gptjax.types import Array, UserError
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BalanceUpdate:
+    """Update of a balance bias, `rate sign(mean load - load)`: no gradient. Its loads add up over microbatches."""
+
+    excess: Array
+    """float32 [..., E]: assignments to each expert above the mean."""
+    rate: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(self) -> Array:
+        return -self.rate * jnp.sign(self.excess)
+
+
 @dataclasses.dataclass(frozen=True)
 class Router(Part):
     """A part `router(param, x [B, T, D], experts E, top_k k) -> (ids int32 [B, T, k], gates float32 [B, T, k])`.
@@ -45,7 +58,9 @@ class Router(Part):
     z_loss: float = 0.0
     """Weight of the z-loss, which keeps logits small; 0.001 is usual."""
     balance_bias: bool = False
-    """Whether there is a balance bias; `Optimizer.balance_rate` is how far it goes a step."""
+    """Whether there is a balance bias."""
+    balance_rate: float = 1e-3
+    """Change of the balance bias per step."""
 
     def scores(self, logits: Array) -> Array:
         """[..., E] -> [..., E], positive."""
@@ -53,6 +68,8 @@ class Router(Part):
 
     def check(self, experts: int, top_k: int) -> None:
         """Raises UserError where groups and experts do not go together."""
+        if self.balance_rate < 0:
+            raise UserError(f"mlp.router.balance_rate: got {self.balance_rate}, must be 0 or more")
         if self.groups < 1 or experts % self.groups:
             raise UserError(f"mlp.router.groups: got {self.groups}, must divide mlp.experts {experts}")
         if not 1 <= self.top_groups <= self.groups:
@@ -69,7 +86,7 @@ class Router(Part):
             logits = logits + param("bias", (experts,), (None,), zeros)
         scores = self.scores(logits)
         balance = param("balance", (experts,), (None,), zeros) if self.balance_bias else None
-        wanted = scores if balance is None else scores + lax.stop_gradient(balance)
+        wanted = scores if balance is None else scores + balance
 
         def choose(wanted: Array) -> Array:
             return lax.top_k(self._in_top_groups(wanted), top_k)[1]
@@ -84,7 +101,7 @@ class Router(Part):
             gates = gates / (jnp.sum(gates, -1, keepdims=True) + 1e-20)
         counts = jnp.sum(chosen, (0, 1, 2))
         if balance is not None:
-            gates = _follow_the_load(gates, balance, counts)
+            param.update("balance", BalanceUpdate(counts - jnp.mean(counts), self.balance_rate))
         if self.load_balance:
             share = jnp.mean(scores / jnp.sum(scores, -1, keepdims=True), (0, 1))
             load = counts / jnp.sum(counts)
@@ -119,18 +136,3 @@ class Sigmoid(Router):
 
     def scores(self, logits: Array) -> Array:
         return jax.nn.sigmoid(logits)
-
-
-@jax.custom_vjp
-def _follow_the_load(gates: Array, bias: Array, counts: Array) -> Array:
-    """gates, with a gradient for the bias that is not one: how many tokens more than the mean each expert got. Such
-    gradients add up over microbatches and devices, so the optimizer sees the load of the whole batch, of which it
-    takes the sign. They are made small, to be nothing in the norm of the gradient."""
-    return gates
-
-
-def _follow_backward(counts: Array, g: Array) -> tuple[Array, Array, None]:
-    return g, (counts - jnp.mean(counts)) * 2.0**-30, None
-
-
-_follow_the_load.defvjp(lambda gates, bias, counts: (gates, counts), _follow_backward)

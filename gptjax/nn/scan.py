@@ -22,8 +22,9 @@ UNROLLED = 12
 
 def scan(
     stack: Stack, params: Mapping[str, Params], x: Array, context: Context, key: Key | None = None
-) -> tuple[Array, dict[str, Array]]:
-    """x [B, T, D] through the stack -> [B, T, D], and the sums over layers of what blocks add to the loss.
+) -> tuple[Array, dict[str, Array], Params]:
+    """x [B, T, D] through the stack -> [B, T, D], sums over layers of what blocks add to the loss, and the updates that
+    they report (`ParamFactory.update`), a part of the tree of `params`.
 
     params  as `stack.init` returns them
     key     for dropout. None: no dropout
@@ -32,10 +33,9 @@ def scan(
     first, middle, last = (None,) * 3 if key is None else jax.random.split(key, 3)
     unroll = stack.repeats * len(stack.pattern) <= UNROLLED
     pattern = functools.partial(_layers, stack.named_pattern, stack.remat)
-    losses: list[Any] = []
 
-    x, sown = _layers(stack.named_leading, stack.remat, context, x, (params, first))
-    losses.append(sown)
+    x, (first_losses, updates) = _layers(stack.named_leading, stack.remat, context, x, (params, first))
+    losses = [first_losses]
     if stack.repeats:
         stacked = stack.repeated(params)
         keys = None if middle is None else jax.random.split(middle, stack.repeats)
@@ -44,37 +44,39 @@ def scan(
 
             keys = None if keys is None else jax.reshard(keys, PartitionSpec(stages))
             run = functools.partial(_stage, pattern, unroll)
-            x, sown = pipeline(run, stacked, keys, x, context, stages, stack.microbatches)
+            x, more, new = pipeline(run, stacked, keys, x, context, stages, stack.microbatches)
         else:
-            x, sown = lax.scan(functools.partial(pattern, context), x, (stacked, keys), unroll=unroll)
-        losses.append(sown)
-    x, sown = _layers(stack.named_trailing, stack.remat, context, x, (params, last))
-    losses.append(sown)
-    return x, _sums(losses)
+            x, (more, new) = lax.scan(functools.partial(pattern, context), x, (stacked, keys), unroll=unroll)
+        losses.append(more)
+        updates |= new
+    x, (more, new) = _layers(stack.named_trailing, stack.remat, context, x, (params, last))
+    return x, _sums([*losses, more]), updates | new
 
 
 def _layers(
     blocks: Mapping[str, Block], remat: str | None, context: Context, x: Array, layer: tuple[Params, Key | None]
-) -> tuple[Array, list[Any]]:
-    """x through blocks, named by their parameters ("": all of them), and what they add to the loss."""
+) -> tuple[Array, tuple[list[Any], dict[str, Any]]]:
+    """x through blocks, named by their parameters ("": all of them), with their losses and updates."""
     params, key = layer
-    losses = []
+    losses, updates = [], {}
     for i, (name, block) in enumerate(blocks.items()):
         own = key if key is None or not name else jax.random.fold_in(key, i)
         rngs = None if own is None else {"dropout": own}
-        forward = rematerialised(functools.partial(block.apply, mutable=["losses"]), remat)
-        (x, _), sown = forward({"params": params[name] if name else params}, x, context, rngs=rngs)
-        losses.append(sown)
-    return x, losses
+        forward = rematerialised(functools.partial(block.apply, mutable=["losses", "updates"]), remat)
+        (x, _), reported = forward({"params": params[name] if name else params}, x, context, rngs=rngs)
+        losses.append(reported.get("losses", {}))
+        new = reported.get("updates", {})
+        updates |= {name: new} if name and new else new
+    return x, (losses, updates)
 
 
 def _stage(
     pattern: Any, unroll: bool, x: Array, context: Context, params: Params, keys: Key | None, number: Array
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, dict[str, Array], dict[str, Any]]:
     """Microbatch `number` through the layers of one pipeline stage."""
     keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-    x, sown = lax.scan(functools.partial(pattern, context), x, (params, keys), unroll=unroll)
-    return x, _sums(sown)
+    x, (losses, updates) = lax.scan(functools.partial(pattern, context), x, (params, keys), unroll=unroll)
+    return x, _sums(losses), updates
 
 
 def _sums(sown: Any) -> dict[str, Array]:

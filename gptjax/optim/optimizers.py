@@ -41,13 +41,10 @@ class Optimizer(abc.ABC):
     """Apply weight decay to embeddings too, as in GPT-2."""
     clip: float | None = 1.0
     """Maximum global gradient norm. None: no clipping."""
-    balance_rate: float = 1e-3
-    """Step size of a router's balance bias (`gptjax.nn.Router`)."""
 
     def __post_init__(self):
         check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
         check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        check(self.balance_rate >= 0, "optimizer.balance_rate", self.balance_rate, "0 or more")
         check(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "positive, or None for no clipping")
         for field in ("b1", "b2", "momentum"):
             rate = getattr(self, field, 0.0)
@@ -85,13 +82,12 @@ class Optimizer(abc.ABC):
         direction = self.update_transform(info)
         if width_multiplier != 1:
             direction = optax.chain(direction, _scale_matrices(width_multiplier**-self.width_power, info))
-        descent = optax.chain(
+        return optax.chain(
             optax.identity() if self.clip is None else _clip(self.clip),
             direction,
             optax.add_decayed_weights(self.weight_decay, mask=self.decays(info)),
             optax.scale_by_learning_rate(self.learning_rate_schedule(steps)),
         )
-        return _balance(self.balance_rate, descent)
 
 
 def partition(
@@ -106,23 +102,6 @@ def partition(
         return jax.tree.map(lambda i, own: i if own == name else optax.MaskedNode(), info, labels)
 
     return optax.partition({name: transform(name, masked(name)) for name in sorted({*jax.tree.leaves(labels)})}, labels)
-
-
-def _balance(rate: float, descent: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`descent` for everything but routers' balance biases. The gradient of those is the load of an expert minus the
-    mean, of which only the sign is used: arXiv:2408.15664, algorithm 1."""
-    from gptjax.distributed.parameters import by_name
-
-    def update(updates, state, params=None):
-        descended, state = descent.update(updates, state, params)
-        biases = by_name(lambda names: names[-1] == "router_balance", updates)
-
-        def step(bias: bool, gradient: jax.Array, update: jax.Array) -> jax.Array:
-            return -rate * jnp.sign(gradient) if bias else update
-
-        return jax.tree.map(step, biases, updates, descended), state
-
-    return optax.GradientTransformation(descent.init, update)
 
 
 def _clip(norm: float) -> optax.GradientTransformation:

@@ -6,7 +6,6 @@ It knows no data, disks or screens: training, and planning for other devices, us
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from gptjax.train import state as train_state
 from gptjax.train.stage import Stage
 from gptjax.train.state import State
 from gptjax.train.step import make_step
-from gptjax.types import Params
+from gptjax.types import Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
     info = parameter_info(model)
     trained = info if stage.adapter is None else stage.adapter.info(info)
     optimizer = stage.optimizer.build(stage.steps, trained, model.config.width_multiplier)
-    objective = functools.partial(stage.objective, model.apply)
+    objective: Callable[..., Metrics] = stage.objective
 
     def parameters() -> Params:
         _, key = jax.random.split(jax.random.key(seed))
@@ -72,8 +71,8 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         parameters,
         initial,
         create,
-        make_step(objective, optimizer, stage.accumulate, stage.ema, stage.divergence),
-        jax.jit(lambda params, batch, *frozen: objective(params, batch, None, *frozen)),
+        make_step(objective, model.apply, optimizer, stage.accumulate, stage.ema, stage.divergence),
+        jax.jit(lambda params, batch, *frozen: objective(model.apply, params, batch, None, *frozen)),
         merge,
     )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from gptjax.nn import LoRA
-from gptjax.optim import Groups, Optimizer
-from gptjax.protocols import Data, Evaluation, ModelConfig, Objective
+from gptjax.protocols import Data, Evaluation, ModelConfig, Objective, Optimizer
 from gptjax.train.divergence import Stop
 from gptjax.types import UserError
 
@@ -19,7 +18,7 @@ class Stage:
     """Training data: `data.Pretrain`, `data.Chat`, ..."""
     objective: Objective
     """Loss to minimise: `objectives.NextToken`, ..."""
-    optimizer: Optimizer | Groups
+    optimizer: Optimizer
     """Optimizer: `optim.AdamW`, `optim.Muon`, ..., or `optim.Groups` of them."""
     steps: int
     """Optimizer steps, a batch each."""

@@ -3,7 +3,9 @@ donated state, for one CPU, a GPU box and a TPU pod alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,13 @@ from gptjax.train.divergence import Skip, Stop
 from gptjax.train.state import State
 from gptjax.types import Array, Batch, Key, Metrics, Params
 
+Updates = Any
+"""Part of the tree of parameters, with a function without arguments, () -> Array, for each of them."""
+
 
 def make_step(
     objective: Callable[..., Metrics],
+    apply: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
     ema: float | None = None,
@@ -25,7 +31,9 @@ def make_step(
 ) -> Callable[..., tuple[State, Metrics]]:
     """Make the jitted function (state, batch, *frozen) -> (state, metrics). It donates the state.
 
-    objective   loss of the model, (params, batch, key, *frozen) -> metrics; `frozen` is not trained
+    objective   an `Objective`, (apply, params, batch, key, *frozen) -> metrics; `frozen` is not trained
+    apply       the model's
+    optimizer   trains all parameters but those that the model's parts update themselves (`nn.ParamFactory.update`)
     accumulate  microbatches per step; the gradient is that of the whole batch
     ema         decay of the parameter average, which the state must have. None: no average
     divergence  a `Skip` judges each step, and a bad one leaves parameters, optimizer state and average as they were
@@ -33,30 +41,38 @@ def make_step(
     The loss is a weighted sum: microbatches add up, and the gradient is divided by the total weight once.
     """
 
-    def gradient(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, Metrics]:
-        def loss(params: Params) -> tuple[Array, Metrics]:
-            metrics = objective(params, batch, key, *frozen)
-            return metrics["loss"][0], metrics
+    def gradient(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, tuple[Metrics, Updates]]:
+        def loss(params: Params) -> tuple[Array, tuple[Metrics, Updates]]:
+            reported: list[Updates] = []
+
+            def reporting(*args: Any, mutable: Sequence[str] = (), **kwargs: Any) -> Any:
+                output, found = apply(*args, mutable=[*mutable, "updates"], **kwargs)
+                reported.append(found.pop("updates", {}))
+                return (output, found) if mutable else output
+
+            metrics = objective(reporting, params, batch, key, *frozen)
+            return metrics["loss"][0], (metrics, functools.reduce(_added, reported) if reported else {})
 
         return jax.grad(loss, has_aux=True)(params)
 
-    def accumulated(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, Metrics]:
+    def accumulated(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, tuple[Metrics, Updates]]:
         parts = jax.tree.map(lambda x: split_microbatches(x, accumulate), batch)
         keys = jax.random.split(key, accumulate)
         first = gradient(params, jax.tree.map(lambda x: x[0], parts), keys[0], *frozen)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(params, *part, *frozen)), None
+            return _added(total, gradient(params, *part, *frozen)), None
 
         return lax.scan(add, first, (jax.tree.map(lambda x: x[1:], parts), keys[1:]))[0]
 
     def step(state: State, batch: Batch, *frozen: Params) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, metrics = (accumulated if accumulate > 1 else gradient)(state.params, batch, key, *frozen)
+        grads, (metrics, reported) = (accumulated if accumulate > 1 else gradient)(state.params, batch, key, *frozen)
         weight = jnp.maximum(metrics["loss"][1], 1e-8)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        params = _updated(params, reported) if reported else params
         average = state.ema
         if ema is not None:
             change = 1 - ema
@@ -74,3 +90,14 @@ def make_step(
         return State(state.step + 1, params, opt_state, state.key, average, watch), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _added(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _updated(params: Params, updates: Updates) -> Params:
+    """Parameters plus the updates that the model's parts report; not those of parameters that are not trained here."""
+    if not isinstance(params, Mapping):
+        return params + updates()
+    return {name: _updated(x, updates[name]) if name in updates else x for name, x in params.items()}

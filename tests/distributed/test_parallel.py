@@ -57,7 +57,7 @@ class Program:
             return train_state.create(params, optimizer, jax.random.key(1))
 
         self.create = jax.jit(create)
-        self.step = make_step(functools.partial(NextToken(), model.apply), optimizer)
+        self.step = make_step(NextToken(), model.apply, optimizer)
 
     def run(self) -> tuple[list[tuple[float, float]], dict[str, np.ndarray]]:
         """Loss and norm of the gradient in three steps, and the gradient of every parameter in the first: what Adam's

@@ -91,7 +91,7 @@ def training_step(topology: str, shape: MeshConfig, layers: int = 2) -> list[str
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh):
-        step = make_step(functools.partial(NextToken(), model.apply), optimizer)
+        step = make_step(NextToken(), model.apply, optimizer)
         state = jax.tree.map(on_mesh, jax.eval_shape(create, ids))
         return kernels(step.lower(state, Batch(ids, ids, weights, ids, ids)))
 

@@ -1,7 +1,5 @@
 """Laws of the heads that say something of a whole text, over a decoder and an encoder."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +97,7 @@ def test_classes_are_learned():
     model = Classifier(ClassifierConfig(DECODER, 2, Mean()))
     optimizer = optax.adam(1e-2)
     state = train_state.create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
-    step = make_step(functools.partial(Classification(), model.apply), optimizer)
+    step = make_step(Classification(), model.apply, optimizer)
     for _ in range(60):
         state, metrics = step(state, batch)
     assert metrics["accuracy"][1] == 60

@@ -124,7 +124,7 @@ def train(lora: LoRA, rules: ShardingRules = ShardingRules(), steps: int = 3):
     )
     optimizer = OPTIMIZER.build(steps, lora.info(info))
     state = jax.jit(lambda adapters: train_state.create(adapters, optimizer, jax.random.key(2)))(adapters)
-    step = make_step(lora.objective(functools.partial(NextToken(), model.apply)), optimizer, accumulate=2)
+    step = make_step(lora.objective(NextToken()), model.apply, optimizer, accumulate=2)
     ones = np.ones_like(TOKENS)
     batch = Batch(TOKENS, np.roll(TOKENS, -1, 1), ones.astype(np.float32), ones, np.cumsum(ones, 1, np.int32) - 1)
     losses = []

@@ -1,7 +1,5 @@
 """Laws of the heads for tokens further ahead, and of their objective."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +75,7 @@ def test_all_heads_learn():
     model = CONFIG.build()
     optimizer = optax.adam(1e-2)
     state = train_state.create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
-    step = make_step(functools.partial(MultiToken(), model.apply), optimizer)
+    step = make_step(MultiToken(), model.apply, optimizer)
     for _ in range(150):
         state, metrics = step(state, batch)
     for name in ("cross_entropy", "ahead_1", "ahead_2"):

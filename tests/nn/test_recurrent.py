@@ -1,7 +1,6 @@
 """Laws of recurrent layers, and of language models made of them."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +118,7 @@ def test_next_token_training_works_unchanged():
     batch = Batch(tokens, targets, ones.astype(np.float32), ones, np.cumsum(ones, 1, dtype=np.int32) - 1)
     optimizer = optax.adam(2e-2)
     state = train_state.create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
-    step = make_step(functools.partial(NextToken(), model.apply), optimizer)
+    step = make_step(NextToken(), model.apply, optimizer)
     for _ in range(150):
         state, metrics = step(state, batch)
     assert metrics["loss"][0] / metrics["loss"][1] < 0.3

@@ -54,14 +54,13 @@ def batch() -> Batch:
 def program(config: TransformerConfig, rules=DEFAULT_RULES, optimizer=AdamW(learning_rate=1e-2), accumulate=1):
     """The first state and the step."""
     model = config.build(rules)
-    objective = functools.partial(NextToken(), model.apply)
     update = optimizer.build(10, parameter_info(model))
 
     def create(tokens) -> train_state.State:
         params = model.init(jax.random.key(0), tokens)["params"]
         return train_state.create(params, update, jax.random.key(1))
 
-    return jax.jit(create), make_step(objective, update, accumulate)
+    return jax.jit(create), make_step(NextToken(), model.apply, update, accumulate)
 
 
 def gradients(config: TransformerConfig, params, rows: Batch):
@@ -98,6 +97,32 @@ def test_stages_change_nothing(name, mesh):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), params, drawn)
         actual = gradients(MODELS[name], params, rows)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), actual, values)
+
+
+def test_every_layer_reports_the_load_of_the_whole_batch():
+    """Layers of a stage and those around them, in microbatches, with data, experts and stages sharded."""
+    router = Softmax(load_balance=0.0, balance_bias=True)
+    config = dataclasses.replace(
+        MODELS["rounds of two between others"],
+        hidden=32,
+        mlp=MixtureOfExperts(experts=4, router=router),
+        microbatches=2,
+    )
+
+    def excess(params, rows: Batch):
+        inputs = rows.tokens, rows.positions, rows.segments
+        _, found = jax.jit(functools.partial(config.build(DEFAULT_RULES).apply, mutable=["updates"]))(
+            {"params": params}, *inputs
+        )
+        return jax.tree.map(np.asarray, found["updates"])
+
+    alone = excess(program(config)[0](batch().tokens).params, batch())
+    shapes = {name: update["mlp"]["router_balance"].excess.shape for name, update in alone["blocks"].items()}
+    assert shapes == {"0": (2, 4), "1": (2, 4), "leading_0": (4,), "trailing_0": (4,)}
+    with sharding.use(MESHES["2 stages, experts"].make()):
+        rows = sharding.global_array(batch(), DEFAULT_RULES)
+        staged = excess(program(config)[0](rows.tokens).params, rows)
+    jax.tree.map(np.testing.assert_array_equal, staged, alone)
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(learning_rate=1e-2, clip=1.0), Muon(learning_rate=1e-2)])

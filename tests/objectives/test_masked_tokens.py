@@ -81,7 +81,7 @@ def test_an_encoder_learns_to_fill_in():
     optimizer = optax.adam(1e-2)
     state = train_state.create(model.init(jax.random.key(0), rows)["params"], optimizer, jax.random.key(1))
     objective = functools.partial(OBJECTIVE, model.apply)
-    step = make_step(objective, optimizer)
+    step = make_step(OBJECTIVE, model.apply, optimizer)
     before = objective(state.params, data)
     for _ in range(150):
         state, _ = step(state, data)

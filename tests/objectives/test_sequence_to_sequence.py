@@ -1,7 +1,5 @@
 """The sequence-to-sequence loss can be learned, and needs its source."""
 
-import functools
-
 import jax
 import numpy as np
 import optax
@@ -27,8 +25,7 @@ def test_reversal_is_learned():
     pair = Pair(tokens, target, ones.astype(np.float32), ones, places, source, ones, places)
     optimizer = optax.adam(1e-2)
     state = train_state.create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
-    objective = functools.partial(SequenceToSequence(), model.apply)
-    step = make_step(objective, optimizer, accumulate=2)
+    step = make_step(SequenceToSequence(), model.apply, optimizer, accumulate=2)
     for _ in range(200):
         state, metrics = step(state, pair)
     assert metrics["loss"][1] == 128

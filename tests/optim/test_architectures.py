@@ -79,8 +79,6 @@ def test_a_step_is_the_equation_layer_by_layer(name):
     norm = math.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(gradient)))
     for optimizer, got in zip(OPTIMIZERS, map(flat, updates(gradient, params)), strict=True):
         for path, p, g in zip(flat(params), flat(params).values(), flat(gradient).values(), strict=True):
-            if path.endswith("router_balance"):
-                continue  # which follows the load of the experts
             p, g = np.float64(p), np.float64(g) / norm  # which is longer than 1
             stacked = "blocks/" in path and not any(end in path for end in ("leading_", "trailing_"))
             layers = zip(p, g, strict=True) if stacked else [(p, g)]

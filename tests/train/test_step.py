@@ -68,8 +68,7 @@ def make_state(rules: ShardingRules = ShardingRules()) -> State:
 
 @functools.cache
 def program(accumulate: int = 1, rules: ShardingRules = ShardingRules()):
-    objective = functools.partial(NextToken(z_loss=1e-3), Transformer(CONFIG, rules).apply)
-    return make_step(objective, OPTIMIZER, accumulate, ema=DECAY)
+    return make_step(NextToken(z_loss=1e-3), Transformer(CONFIG, rules).apply, OPTIMIZER, accumulate, ema=DECAY)
 
 
 def run(step, batches, rules: ShardingRules = ShardingRules()):
@@ -164,12 +163,12 @@ def test_a_batch_where_nothing_counts_changes_nothing(accumulate):
 
 
 def test_randomness_depends_on_the_key_the_step_and_the_part_alone():
-    def objective(params, batch, key):
+    def objective(apply, params, batch, key):
         return {"loss": (params * jax.random.uniform(key), jnp.ones(()))}  # the gradient is the random number
 
     def drawn(seed: int, step: int, accumulate: int = 1) -> float:
         state = State(jnp.int32(step), jnp.zeros(()), optax.sgd(1.0).init(jnp.zeros(())), jax.random.key(seed))
-        after, _ = make_step(objective, optax.sgd(1.0), accumulate)(state, random_batch())
+        after, _ = make_step(objective, None, optax.sgd(1.0), accumulate)(state, random_batch())
         return -float(after.params)
 
     assert drawn(0, 0) == drawn(0, 0)
@@ -193,7 +192,7 @@ def test_compile_time_does_not_grow_with_depth():
         model = Transformer(TransformerConfig(vocab=64, layers=layers, width=16, heads=4, dropout=0.1))
         shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((B, T), jnp.int32))["params"]
         state = jax.eval_shape(lambda params: train_state.create(params, OPTIMIZER, jax.random.key(1), True), shapes)
-        step = make_step(functools.partial(NextToken(), model.apply), OPTIMIZER, accumulate=2, ema=DECAY)
+        step = make_step(NextToken(), model.apply, OPTIMIZER, accumulate=2, ema=DECAY)
         return len(step.lower(state, random_batch()).as_text())
 
     assert size(48) <= 1.3 * size(4)
