@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from gptjax.types import UserError
@@ -244,6 +244,11 @@ def global_array(local, rules: ShardingRules):
         return jax.make_array_from_process_local_data(_batch_sharding(shape, rules, mesh), x, shape)
 
     return jax.tree.map(globalise, local)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """Fetch all of an array to the host, on every process."""
+    return np.asarray(x) if x.is_fully_addressable else np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def abstract_array(batch: Tree, rules: ShardingRules, mesh: jax.sharding.Mesh | AbstractMesh) -> Tree:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
+from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, on_mesh_of, reshard
 from gptjax.evals.documents import held_out
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.protocols import Evaluation, ModelConfig, Source, Split, Tokenizer
@@ -42,7 +43,9 @@ class BitsPerByte(Evaluation):
 
     def __call__(self, model: Any) -> Result:
         documents = held_out(self.source, self.split, self.documents, str)
-        nats, tokens = negative_log_likelihood(model.config, model.params, model.tokenizer, documents, self.length)
+        nats, tokens = negative_log_likelihood(
+            model.config, model.params, model.tokenizer, documents, self.length, rules=model.rules
+        )
         text = [document.encode() for document in documents]
         size = sum(map(len, text))
         if size == 0:
@@ -67,9 +70,18 @@ class BitsPerByte(Evaluation):
 
 
 def negative_log_likelihood(
-    config: ModelConfig, params: Params, tokenizer: Tokenizer, documents: Iterable[str], length: int, batch: int = 16
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    length: int,
+    batch: int = 16,
+    rules: ShardingRules = DEFAULT_RULES,
 ) -> tuple[float, int]:
     """Total negative log-likelihood of the documents in nats, and the number of tokens counted.
+
+    It runs on the mesh of the parameters, sharded by `rules`, in microbatches of `batch` sequences, rounded up to a
+    multiple of the mesh's shards of a batch.
 
     Every token of every document is counted once, `eos` included, each document by itself. Documents longer than
     `length` are read in overlapping windows: all but the first tokens have at least length / 2 tokens of context.
@@ -78,17 +90,21 @@ def negative_log_likelihood(
     length = min(length, limit) if limit else length
     windows = [w for ids in tokenizer.encode_batch(documents) for w in _windows(add_bos_eos(ids, tokenizer), length)]
     windows.sort(key=lambda w: len(w[0]))
-    model, total = config.build(), 0.0
-    for rows in (windows[i : i + batch] for i in range(0, len(windows), batch)):
-        # Round up to a few sizes, to limit recompilation.
-        size = min(length, max(16, 2 ** math.ceil(math.log2(len(rows[-1][0])))))
-        tokens, targets = np.zeros((2, batch, size), np.int32)
-        weights = np.zeros((batch, size), np.float32)
-        for row, (ids, new) in enumerate(rows):
-            n = len(ids) - 1
-            tokens[row, :n], targets[row, :n] = ids[:-1], ids[1:]
-            weights[row, n - new : n] = 1
-        total += float(_nats(model, params, tokens, targets, weights))
+    total = 0.0
+    with on_mesh_of(params):
+        shards = rules.num_shards("batch", dict(jax.sharding.get_mesh().shape))
+        batch = -(-batch // shards) * shards
+        model = config.build(rules.for_batch_size(batch))
+        for rows in (windows[i : i + batch] for i in range(0, len(windows), batch)):
+            # Round up to a few sizes, to limit recompilation.
+            size = min(length, max(16, 2 ** math.ceil(math.log2(len(rows[-1][0])))))
+            tokens, targets = np.zeros((2, batch, size), np.int32)
+            weights = np.zeros((batch, size), np.float32)
+            for row, (ids, new) in enumerate(rows):
+                n = len(ids) - 1
+                tokens[row, :n], targets[row, :n] = ids[:-1], ids[1:]
+                weights[row, n - new : n] = 1
+            total += float(_nats(model, params, tokens, targets, weights))
     return total, sum(new for _, new in windows)
 
 
@@ -104,6 +120,7 @@ def _windows(ids: list[int], length: int) -> Iterator[tuple[list[int], int]]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nats(model: Any, params: Params, tokens: Array, targets: Array, weights: Array) -> Array:
+    tokens, targets, weights = (reshard(x, model.rules("batch", None)) for x in (tokens, targets, weights))
     logits, _ = model.apply({"params": params}, tokens)
     nll, _ = cross_entropy(logits, targets)
     return jnp.sum(nll * weights)

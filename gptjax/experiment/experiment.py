@@ -36,6 +36,7 @@ from gptjax.data.files import cache_dir
 from gptjax.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
 from gptjax.data.tokenizers.tokenizer import decoder_start
 from gptjax.distributed import processes, sharding
+from gptjax.distributed.parameters import declared, nested
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.experiment import report
 from gptjax.inference.generate import generate
@@ -131,15 +132,17 @@ class Experiment:
         pretrained = self._pretrained(model, tokenizer)
         results: dict[str, list[Result]] = {}
         with MetricsLogger(folder, self.records, to_json(self)) as records:
-            before: str | None = None
+            init = pretrained  # abstract parameters -> those that the next stage starts from
             for name, stage in self.stages.items():
                 checkpoints = folder / "checkpoints" / name
+                restore = functools.partial(self._trained, folder, name, pretrained)
+                params = None
                 with Checkpoints(checkpoints) as saved:
                     done = saved.complete(stage.steps)
                 if not done:
                     (folder / "report" / f"{name}.json").unlink(missing_ok=True)
                     with sharding.use(mesh):
-                        train(
+                        params = train(
                             stage,
                             name,
                             model,
@@ -148,15 +151,13 @@ class Experiment:
                             records,
                             cache=cache,
                             seed=self.seed,
-                            start=functools.partial(self._trained, folder, before, pretrained)
-                            if before
-                            else pretrained,
+                            start=init,
                             sample=functools.partial(_sample, model, stage, tokenizer) if self._writes else None,
                             description={"configuration": to_json(self)},
                             profile=profile,
                         )
-                before = name
-                results[name] = self._evaluate(folder, name, stage, tokenizer, pretrained, console)
+                init = restore if params is None else functools.partial(_given, params)
+                results[name] = self._evaluate(folder, name, stage, tokenizer, model, mesh, init, console)
         if jax.process_index() == 0:
             report.write(folder, results, {name: stage.objective.unit for name, stage in self.stages.items()})
             console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}")
@@ -274,25 +275,43 @@ class Experiment:
                     evaluation.check(tokenizer)
 
     def _evaluate(
-        self, folder: Path, name: str, stage: Stage, tokenizer: Tokenizer, pretrained: Any, console: Console
+        self,
+        folder: Path,
+        name: str,
+        stage: Stage,
+        tokenizer: Tokenizer,
+        model: Module,
+        mesh: jax.sharding.Mesh,
+        params: Callable[[Params], Params],
+        console: Console,
     ) -> list[Result]:
-        """The results of a stage's evaluations: those in the folder, or found now."""
+        """The results of a stage's evaluations: those in the folder, or found now, on the mesh.
+
+        params  abstract parameters -> the stage's
+        """
         path = folder / "report" / f"{name}.json"
         found = processes.gather(json.loads(path.read_text()) if path.exists() else None)[0]
         if found is not None:
             return [Result(**result) for result in found]
         if not stage.evaluations:
             return []
-        model = model_class(type(self.model))(self.model, self._trained(folder, name, pretrained), tokenizer)
+        with sharding.use(mesh):
+            trained = params(nested(declared(model)))
+        evaluated = model_class(type(self.model))(self.model, trained, tokenizer, rules=self.rules)
         results = []
         for evaluation in stage.evaluations:
             with console.status(f"{name}: evaluating {type(evaluation).__name__} ..."):
-                results.append(evaluation(model))
+                results.append(evaluation(evaluated))
             values = ", ".join(f"{key} {value:.6g}" for key, value in results[-1].values.items())
             console.print(f"{name}: {results[-1].title}: {values}")
         if jax.process_index() == 0:
             atomic.write_text(path, json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
         return results
+
+
+def _given(params: Params, abstract: Params) -> Params:
+    """Parameters that are in memory, in the place of the abstract ones."""
+    return params
 
 
 @contextlib.contextmanager

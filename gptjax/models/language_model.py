@@ -137,8 +137,20 @@ class LanguageModel(TextEncoder):
         **fields: Any,
     ) -> Message:
         """Reply as the assistant. Messages beyond the context are dropped as in `trim`."""
-        pieces = self.stream_chat(messages, max_tokens, seed, stop, sampling, **fields)
-        return Message("assistant", "".join(pieces))
+        ids, max_tokens = self._chat_prompt(messages, max_tokens)
+        sampling = self._sampling(sampling, **fields)
+        (done,) = generate(
+            self._module,
+            self._decode_params,
+            self.tokenizer,
+            [ids],
+            max_tokens,
+            sampling,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=self.stop_token_ids,
+        )
+        return Message("assistant", done.text)
 
     def stream_chat(
         self,
@@ -150,11 +162,8 @@ class LanguageModel(TextEncoder):
         **fields: Any,
     ) -> Generator[str, None, Completion]:
         """Stream the reply of `chat` in pieces. The generator's return value is the completion."""
-        messages, _ = self.trim(messages, max_tokens)
+        ids, max_tokens = self._chat_prompt(messages, max_tokens)
         sampling = self._sampling(sampling, **fields)
-        ids = self._prompt(messages)
-        if self._max_length is not None:
-            max_tokens = min(max_tokens or DEFAULT_TOKENS, self._max_length - len(ids))
         return stream(
             self._module,
             self._decode_params,
@@ -166,6 +175,13 @@ class LanguageModel(TextEncoder):
             stop,
             self.stop_token_ids,
         )
+
+    def _chat_prompt(self, messages: Messages, max_tokens: int | None) -> tuple[list[int], int | None]:
+        """Token ids of the messages that fit, and the maximum number of tokens of a reply."""
+        ids = self._prompt(self.trim(messages, max_tokens)[0])
+        if self._max_length is not None:
+            max_tokens = min(max_tokens or DEFAULT_TOKENS, self._max_length - len(ids))
+        return ids, max_tokens
 
     def trim(self, messages: Messages, max_tokens: int | None = None) -> tuple[list[Message], int]:
         """Drop the oldest messages until an answer of `max_tokens` (None: half of the context, at most 256) fits.

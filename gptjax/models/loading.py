@@ -109,7 +109,7 @@ def restore_stage_params(
         abstract = None if abstract is None else jax.eval_shape(init, jax.random.key(0), base)
     with Checkpoints(checkpoints / stage) as saved:
         restored = saved.restore_params(ema=True, abstract_params=abstract)
-    return restored if lora is None else dataclasses.replace(restored, state=lora.merge(base, restored.state))
+    return restored if lora is None else dataclasses.replace(restored, state=jax.jit(lora.merge)(base, restored.state))
 
 
 def init_from_pretrained(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> Params:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import to_json
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.distributed.parameters import declared, flat
-from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, on_mesh_of, reshard
+from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, fetch, on_mesh_of, reshard
 from gptjax.inference.generate import round_up
 from gptjax.io import atomic
 from gptjax.nn import BackboneConfig, ModelConfig
@@ -123,14 +122,14 @@ class TextEncoder(Model):
                 group = order[start : start + batch]
                 out = forward(module, self.params, *self._batch([ids[i] for i in group]))
                 out = out[0] if isinstance(out, tuple) else out
-                found |= zip(group, np.asarray(out, np.float32)[:, 0], strict=True)
+                found |= zip(group, fetch(out).astype(np.float32)[:, 0], strict=True)
         return np.stack([found[i] for i in range(len(ids))])
 
     def _add_bos_eos(self, ids: Sequence[int]) -> list[int]:
         """Token ids of a text between `bos` and `eos`."""
         return add_bos_eos(ids, self.tokenizer)
 
-    def _batch(self, texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    def _batch(self, texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Batch of texts: tokens and segments int32 [n, T], padded to one of a few lengths."""
         longest = max(map(len, texts))
         self._check_length(longest)
@@ -138,11 +137,11 @@ class TextEncoder(Model):
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for row, ids in enumerate(texts):
             tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-        return jnp.asarray(tokens), jnp.asarray(segments)
+        return tokens, segments
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def forward(module: Any, params: Params, tokens: Array, segments: Array | None = None) -> Any:
+def forward(module: Any, params: Params, tokens: Array | np.ndarray, segments: Array | np.ndarray | None = None) -> Any:
     """Forward pass of tokens int32 [B, T], with their segments [B, T], on the parameters' mesh."""
     rules = module.rules.for_batch_size(len(tokens))
     rows = [x if x is None else reshard(x, rules("batch", None)) for x in (tokens, segments)]

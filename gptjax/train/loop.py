@@ -85,7 +85,7 @@ def train(
             state = restored.state
             batches.restore(restored.extra["input"])
         elif start is not None:
-            state = jax.jit(functions.create)(start(abstract.params))
+            state = jax.jit(functions.create, donate_argnums=0)(start(abstract.params))
         else:
             state = jax.jit(functions.new)(*frozen)
         done = int(state.step)

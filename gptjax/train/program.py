@@ -66,7 +66,8 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
     if (adapter := stage.adapter) is not None:
         objective = adapter.objective(objective)
         initial = lambda params: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
-        merge = jax.jit(lambda adapters, params: adapter.merge(params, adapters))
+        merged = jax.jit(adapter.merge)
+        merge = lambda adapters, params: merged(params, adapters)  # noqa: E731
     return Program(
         parameters,
         initial,
