@@ -78,17 +78,17 @@ class Experiment:
     """Of initialisation, data order and dropout."""
     records: WandB | None = None
     """Weights & Biases run to log to as well. None: metrics.jsonl and TensorBoard files alone."""
-    start: str | None = None
-    """The model that the first stage goes on from, as `gptjax.load` takes it, with the same shape and tokenizer: a
-    classifier takes its backbone from there, and the head is drawn. None: everything is drawn."""
+    init_from: str | None = None
+    """Model to initialise the first stage from, as `gptjax.load` takes it, of the same shape and with the same tokenizer;
+    a classifier's head is initialised from `seed`. None: initialise everything from `seed`."""
 
     def __post_init__(self):
         if not self.stages:
             raise UserError("stages: got none, must be at least one")
         for name in self.stages:
             check_name(name, "stages")
-        if (first := next(iter(self.stages))) and self.stages[first].adapter is not None and self.start is None:
-            raise UserError(f"{first}.adapter: got one, must be none: without a `start` there is nothing to adapt")
+        if (first := next(iter(self.stages))) and self.stages[first].adapter is not None and self.init_from is None:
+            raise UserError(f"{first}.adapter: got one, must be none: without `init_from` there is nothing to adapt")
         for name, stage in self.stages.items():
             with _naming(name):
                 stage.check(self.model)
@@ -151,7 +151,7 @@ class Experiment:
                             records,
                             cache=cache,
                             seed=self.seed,
-                            start=init,
+                            init=init,
                             sample=functools.partial(_sample, model, stage, tokenizer) if self._writes else None,
                             description={"configuration": to_json(self)},
                             profile=profile,
@@ -174,7 +174,7 @@ class Experiment:
 
     def _pretrained(self, model: Module, tokenizer: Tokenizer) -> Callable[[Params | None], Params] | None:
         """Abstract parameters -> those of the model that the first stage starts from. None: they are drawn."""
-        path = self.start
+        path = self.init_from
         return None if path is None else lambda _: init_from_pretrained(path, model, tokenizer, self.seed)
 
     def _trained(

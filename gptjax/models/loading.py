@@ -248,7 +248,7 @@ def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: Shard
         tokenizer = load_tokenizer(path / "tokenizer")
 
         def pretrained(abstract: Params | None, tokenizer: Tokenizer = tokenizer) -> Params:
-            params = init_from_pretrained(experiment["start"], built, tokenizer, experiment["seed"])
+            params = init_from_pretrained(experiment["init_from"], built, tokenizer, experiment["seed"])
             return jax.tree.map(lambda x, want: x.astype(want.dtype), params, abstract)
 
         restored = restore_stage_params(path / "checkpoints", adapters, name, built, nested(abstract), pretrained)

@@ -44,7 +44,7 @@ def train(
     *,
     cache: Path,
     seed: int = 0,
-    start: Callable[[Params], Params] | None = None,
+    init: Callable[[Params], Params] | None = None,
     sample: Sampler | None = None,
     description: dict[str, Any] | None = None,
     profile: range | None = None,
@@ -54,9 +54,9 @@ def train(
     model        what a `ModelConfig` builds, with its sharding rules; the mesh is the current one (`sharding.use`)
     folder       where the checkpoints lie
     cache        where tokenised text is kept
-    start        gives the parameters to begin from, another stage's say, placed as the abstract ones that it is given;
-                 none: they are initialised from `seed`. With adapters, those that they adapt; checkpoints hold the
-                 adapters alone
+    init         abstract parameters -> initial ones with the same shardings, such as another stage's; they are donated.
+                 None: initialise from `seed`. With adapters, the parameters to adapt; checkpoints hold the adapters
+                 alone
     sample       shows what the model writes
     description  goes into every checkpoint, beside the input position
     profile      steps to trace, counted from 1 where this run of the stage begins or goes on
@@ -71,8 +71,8 @@ def train(
     validation = stage.data.evaluation(tokenizer, "validation", cache, shard, num_shards, stage.eval_sequences)
     functions, frozen = program(stage, model, seed), ()
     if stage.adapter is not None:
-        assert start is not None, "an experiment's first stage has no adapters"
-        frozen, start = (start(jax.eval_shape(functions.parameters)),), None
+        assert init is not None, "an experiment's first stage has no adapters"
+        frozen, init = (init(jax.eval_shape(functions.parameters)),), None
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder, max_to_keep=stage.max_to_keep))
@@ -84,8 +84,8 @@ def train(
                 raise UserError(f"tokenizer: the checkpoint in {folder} was trained with another one; restore that one")
             state = restored.state
             batches.restore(restored.extra["input"])
-        elif start is not None:
-            state = jax.jit(functions.create, donate_argnums=0)(start(abstract.params))
+        elif init is not None:
+            state = jax.jit(functions.create, donate_argnums=0)(init(abstract.params))
         else:
             state = jax.jit(functions.new)(*frozen)
         done = int(state.step)

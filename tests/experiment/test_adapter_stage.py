@@ -76,7 +76,7 @@ def test_adapters_of_a_pretrained_model(tmp_path, monkeypatch):
     base, folder = tmp_path / "base", tmp_path / "run"
     adapt = EXPERIMENT.stages["adapt"]
     dataclasses.replace(EXPERIMENT, stages={"base": BASE}).run(base)
-    started = dataclasses.replace(EXPERIMENT, tokenizer=data.LoadTokenizer(str(base)), start=str(base))
+    started = dataclasses.replace(EXPERIMENT, tokenizer=data.LoadTokenizer(str(base)), init_from=str(base))
     dataclasses.replace(started, stages={"adapt": adapt, "again": adapt}).run(folder)
     merged = LORA.merge(LORA.merge(params(base, "base"), params(folder, "adapt")), params(folder, "again"))
     jax.tree.map(np.testing.assert_array_equal, load(folder).params, merged)
