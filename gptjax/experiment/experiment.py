@@ -79,8 +79,8 @@ class Experiment:
     records: WandB | None = None
     """Weights & Biases run to log to as well. None: metrics.jsonl and TensorBoard files alone."""
     init_from: str | None = None
-    """Model to initialise the first stage from, as `gptjax.load` takes it, of the same shape and with the same tokenizer;
-    a classifier's head is initialised from `seed`. None: initialise everything from `seed`."""
+    """Model to initialise the first stage from, as `gptjax.load` takes it, with the same shape and tokenizer; a
+    classifier's head is initialised from `seed`. None: initialise everything from `seed`."""
 
     def __post_init__(self):
         if not self.stages:
