@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 
 import pytest
@@ -68,3 +69,19 @@ def test_pairs_and_models_that_do_not_go_together_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             Experiment(model, data.Bytes(), {"x": stage})
+
+
+@pytest.mark.parametrize(
+    ("n", "words"),
+    [
+        (0, "null"),
+        (101, "einhunderteins"),
+        (16, "sechzehn"),
+        (42, "zweiundvierzig"),
+        (1_000, "eintausend"),
+        (21_101, "einundzwanzigtausendeinhunderteins"),
+        (70_717, "siebzigtausendsiebenhundertsiebzehn"),
+    ],
+)
+def test_numbers_are_spelled_in_german(n, words):
+    assert importlib.import_module("experiments.t5_numbers").german(n) == words
