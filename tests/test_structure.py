@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,27 +91,16 @@ def test_start_up_is_light(module, slow):
     assert run.stderr == "", f"import {module} also imports {run.stderr}"
 
 
-RUN = """
-import sys, tempfile
-from pathlib import Path
-from gptjax.cli.run import main
-
-tiny = ["--model.layers=1", "--model.width=16", "--model.heads=2", "--tokenizer.vocab=400", "--model.vocab=400"]
-for stage in ("pretrain", "chat"):
-    values = ("steps=1", "evaluate_every=1", "eval_sequences=1", "optimizer.schedule.warmup=1", "data.length=16")
-    tiny += [f"--{stage}.{value}" for value in values]
-assert main(["quickstart", "--out", str(Path(tempfile.mkdtemp()) / "run"), *tiny]) == 0
-print(*(name for name in sys.modules if name.split(".")[0] in ("gptjax", "experiments")), file=sys.stderr)
-"""
-
-
-def test_a_run_loads_what_it_uses():
+def test_a_run_takes_a_short_path():
     """The whole quickstart: other programs' files, other architectures and other kernels are not imported."""
-    run = subprocess.run([sys.executable, "-c", RUN], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "benchmarks/path.py", "--json"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr
-    loaded = run.stderr.splitlines()[-1].split()
-    assert "gptjax.interop" not in loaded
-    assert len(loaded) <= 110, "\n".join(sorted(loaded))
+    found = json.loads(run.stdout)
+    assert "gptjax.interop" not in found["modules"]
+    assert len(found["modules"]) <= 110, "\n".join(found["modules"])
+    assert len(found["first call"]) <= 14, "\n".join(found["first call"])
+    assert len(found["training step"]) <= 16, "\n".join(found["training step"])
 
 
 def test_a_name_that_is_imported_late_is_not_a_modules():

@@ -17,45 +17,17 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from gptjax.experiment import catalogue
 
 # Nothing heavy up here: listing the experiments and --help must not wait for jax.
+if TYPE_CHECKING:
+    from gptjax.experiment.experiment import Experiment
 
 PROGRAM = "gptjax run"
-
-
-def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command line and returns the exit code: 0 done, 1 an error of the program or the machine (Python's
-    own code), 2 a mistake in the input, 3 the training diverged, 130 interrupted, 134 another process of the job was
-    lost, or what the experiment's `run` returned."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{__doc__}\n{_listing(program)}" if arguments else _listing(program))
-        return 0
-    name, *rest = arguments
-    if (mistake := catalogue.mistake(name)) is not None:
-        return _fail(mistake)
-
-    from gptjax.distributed import processes
-
-    processes.prepare()
-    from gptjax.types import UserError
-
-    try:
-        return _launch(name, rest, program)
-    except Exception as error:
-        if processes.process_lost(error):
-            processes.leave(f"{program} {shlex.join(arguments)}", error)
-        if isinstance(error, UserError):
-            return _fail(str(error))
-        raise
-    except KeyboardInterrupt:
-        print(f"\nstopped; to go on: {program} {shlex.join(arguments)}", file=sys.stderr)
-        return 130
 
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -105,42 +77,86 @@ class Options:
         return range(int(first), int(last) + 1)
 
 
-def _launch(name: str, arguments: list[str], program: str) -> int:
-    from gptjax.config import describe_options, override, parse_options
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Runs the command line and returns the exit code: 0 done, 1 an error of the program or the machine (Python's
+    own code), 2 a mistake in the input, 3 the training diverged, 130 interrupted, 134 another process of the job was
+    lost, or what the experiment's `run` returned."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{__doc__}\n{_listing(program)}" if arguments else _listing(program))
+        return 0
+    name, *rest = arguments
+    if (mistake := catalogue.mistake(name)) is not None:
+        return _fail(mistake)
+
     from gptjax.distributed import processes
 
-    default = Options(str(Path("runs") / Path(name).stem), distributed=processes.several())
-    options, overrides = parse_options(default, arguments)
-    folder, steps = options.folder, options.steps
-    module = catalogue.load(name)
-    about = f"{(module.__doc__ or '').strip()}\n\n{describe_options(default)}\n\nEvery value of the experiment:"
-    experiment = override(module.experiment, overrides, f"{program} {name}", about)
-    if options.print:
-        from rich.pretty import pretty_repr
+    processes.prepare()
+    from gptjax.train.divergence import Diverged
+    from gptjax.types import UserError
 
-        print(pretty_repr(experiment, max_width=100))
-        return 0
-    if options.coordinates:
-        from gptjax.experiment.coordinates import check
-
-        stage = next(iter(experiment.stages.values()))
-        print(check(experiment.model, stage.optimizer, folder.with_name(f"{folder.name}-coordinates.png")))
-        return 0
-    if options.distributed:
-        processes.join()
-    from gptjax.train.loop import Diverged
-
-    mirror = contextlib.nullcontext()
-    if options.mirror:
-        from gptjax.checkpoint.mirror import Mirror
-
-        mirror = Mirror(options.mirror, folder)
     try:
-        with mirror:
-            more = {"profile": steps} if steps else {}
-            return experiment.run(folder, accept_changes=options.accept_changes, **more) or 0
+        default = Options(str(Path("runs") / Path(name).stem), distributed=processes.several())
+        options, experiment = _parse(name, rest, default, program)
+        if options.print:
+            return _print(experiment)
+        if options.coordinates:
+            return _coordinates(experiment, options.folder)
+        if options.distributed:
+            processes.join()
+        profile = {"profile": options.steps} if options.steps else {}
+        with _mirror(options):
+            return experiment.run(options.folder, accept_changes=options.accept_changes, **profile) or 0
     except Diverged as error:
         return _fail(str(error), code=3)
+    except Exception as error:
+        if processes.process_lost(error):
+            processes.leave(f"{program} {shlex.join(arguments)}", error)
+        if isinstance(error, UserError):
+            return _fail(str(error))
+        raise
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: {program} {shlex.join(arguments)}", file=sys.stderr)
+        return 130
+
+
+def _parse(name: str, arguments: list[str], default: Options, program: str) -> tuple[Options, Experiment]:
+    """The launcher's options, and the experiment of that name with the overrides applied."""
+    from gptjax.config import describe_options, override, parse_options
+
+    options, overrides = parse_options(default, arguments)
+    _ = options.folder, options.steps  # mistakes in them are shown before an experiment is loaded
+    module = catalogue.load(name)
+    about = f"{(module.__doc__ or '').strip()}\n\n{describe_options(default)}\n\nEvery value of the experiment:"
+    return options, override(module.experiment, overrides, f"{program} {name}", about)
+
+
+def _print(experiment: Experiment) -> int:
+    from rich.pretty import pretty_repr
+
+    print(pretty_repr(experiment, max_width=100))
+    return 0
+
+
+def _coordinates(experiment: Experiment, folder: Path) -> int:
+    from gptjax.experiment.coordinates import check
+    from gptjax.nn import TransformerConfig
+    from gptjax.types import UserError
+
+    if not isinstance(experiment.model, TransformerConfig):
+        raise UserError(f"coordinates: got a {type(experiment.model).__name__}, must be of a TransformerConfig")
+    stage = next(iter(experiment.stages.values()))
+    print(check(experiment.model, stage.optimizer, folder.with_name(f"{folder.name}-coordinates.png")))
+    return 0
+
+
+def _mirror(options: Options) -> contextlib.AbstractContextManager:
+    """Context in which the run folder is copied to `options.mirror`, if that is set."""
+    if not options.mirror:
+        return contextlib.nullcontext()
+    from gptjax.checkpoint.mirror import Mirror
+
+    return Mirror(options.mirror, options.folder)
 
 
 def _listing(program: str) -> str:

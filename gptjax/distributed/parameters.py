@@ -9,12 +9,13 @@ Optimizers, muP, LoRA and exports read it: nothing is told from the name of a pa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from gptjax.types import Params, UserError
@@ -91,13 +92,8 @@ def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
     """
     if not inputs:
         model, inputs = _for_one_token(model)
-    arrays = {i: x for i, x in enumerate(inputs) if hasattr(x, "shape")}  # sizes among the inputs stay numbers
-
-    def init(arrays: dict[int, Any], named: dict[str, Any]) -> Any:
-        given = (arrays.get(i, x) for i, x in enumerate(inputs))
-        return model.init(jax.random.key(0), *given, **named, mutable=["params", "info"])
-
-    variables = jax.eval_shape(init, arrays, named)
+    init = functools.partial(model.init, jax.random.key(0), *inputs, **named, mutable=["params", "info"])
+    variables = jax.eval_shape(init)
     infos = jax.tree.map(lambda x: x.info, variables.get("info", {}), is_leaf=lambda x: isinstance(x, Declared))
     if lacking := flat(variables["params"]).keys() - flat(infos).keys():
         raise UserError(
@@ -106,9 +102,9 @@ def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
     return infos
 
 
-def _for_one_token(model: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct]]:
-    """A model over tokens and abstract tokens [1, 1] to initialise it with; a batch of 1 cannot be sharded."""
-    return model.clone(rules=model.rules.for_batch_size(1)), (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+def _for_one_token(model: Any) -> tuple[Any, tuple[np.ndarray]]:
+    """A model over tokens and tokens [1, 1] to initialise it with; a batch of 1 cannot be sharded."""
+    return model.clone(rules=model.rules.for_batch_size(1)), (np.zeros((1, 1), np.int32),)
 
 
 def flat(params: Params) -> dict[str, Any]:
@@ -132,7 +128,7 @@ def nested(flat: Mapping[str, Any]) -> Params:
 def declared(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Name -> shape, dtype and sharding (None without a mesh) of each parameter of a Flax model over tokens."""
     model, inputs = _for_one_token(model)
-    params = flat(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+    params = flat(jax.eval_shape(functools.partial(model.init, jax.random.key(0), *inputs))["params"])
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return params

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -122,7 +121,9 @@ class Backbone(nn.Module):
         )
 
         stack, blocks = c.stack(rules), param.child("blocks")
-        params = blocks.declare(functools.partial(stack.init, x=x, context=context))
+        if self.is_initializing():
+            blocks.declare(stack.init(blocks.tree.make_rng("params"), x, context))
+        params = blocks.params
         if self.is_initializing() and rules.mesh_axes("layers"):
             pass  # a pipeline needs more sequences than `parameter_info` initialises with; x has the right shape
         elif cache is None and "layer_0" not in params:

@@ -105,16 +105,18 @@ class ParamFactory:
         """The factory of a node below, with parameters `{name: {...}}`."""
         return dataclasses.replace(self, tree=self.tree.push(self.prefix + name), prefix="")
 
-    def declare(self, init: Callable[[Key], Mapping[str, Mapping[str, Any]]]) -> Mapping[str, Params]:
-        """All parameters of this node together: `init(key)` returns them as "params", their `Declared` as "info"."""
-        if self.tree.get_flag("initializing", False):
-            variables = init(self.tree.make_rng("params"))
-            for name, tree in variables["params"].items():
-                self.tree.param(name, lambda _, tree=tree: tree)
-            if self._wanted("info"):
-                for name, tree in variables["info"].items():
-                    self.tree.put_variable("info", name, tree)
+    @property
+    def params(self) -> Mapping[str, Params]:
+        """All parameters of this node."""
         return self.tree.variables()["params"]
+
+    def declare(self, variables: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set initial parameters of this node together: "params", and their `Declared` as "info"."""
+        for name, tree in variables["params"].items():
+            self.tree.param(name, lambda _, tree=tree: tree)
+        if self._wanted("info"):
+            for name, tree in variables["info"].items():
+                self.tree.put_variable("info", name, tree)
 
     def capture(self, name: str, value: Any) -> None:
         """Show a value to callers of `apply(..., mutable=["intermediates"])`; does nothing for others."""

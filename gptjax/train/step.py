@@ -41,19 +41,18 @@ def make_step(
     The loss is a weighted sum: microbatches add up, and the gradient is divided by the total weight once.
     """
 
-    def gradient(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, tuple[Metrics, Updates]]:
-        def loss(params: Params) -> tuple[Array, tuple[Metrics, Updates]]:
-            reported: list[Updates] = []
+    def loss(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Array, tuple[Metrics, Updates]]:
+        reported: list[Updates] = []
 
-            def reporting(*args: Any, mutable: Sequence[str] = (), **kwargs: Any) -> Any:
-                output, found = apply(*args, mutable=[*mutable, "updates"], **kwargs)
-                reported.append(found.pop("updates", {}))
-                return (output, found) if mutable else output
+        def reporting(*args: Any, mutable: Sequence[str] = (), **kwargs: Any) -> Any:
+            output, found = apply(*args, mutable=[*mutable, "updates"], **kwargs)
+            reported.append(found.pop("updates", {}))
+            return (output, found) if mutable else output
 
-            metrics = objective(reporting, params, batch, key, *frozen)
-            return metrics["loss"][0], (metrics, functools.reduce(_added, reported) if reported else {})
+        metrics = objective(reporting, params, batch, key, *frozen)
+        return metrics["loss"][0], (metrics, functools.reduce(_added, reported) if reported else {})
 
-        return jax.grad(loss, has_aux=True)(params)
+    gradient = jax.grad(loss, has_aux=True)
 
     def accumulated(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, tuple[Metrics, Updates]]:
         parts = jax.tree.map(lambda x: split_microbatches(x, accumulate), batch)

@@ -6,8 +6,8 @@ A new one is a subclass of `Positions` and nothing else: the tests find it by th
 from gptjax.nn.positions.absolute import LearnedPositions, Sinusoidal
 from gptjax.nn.positions.encoding import Positions
 from gptjax.nn.positions.relative import ALiBi, T5Bias
-from gptjax.nn.positions.rope import RoPE
-from gptjax.nn.positions.scaling import LinearScaling, Llama3Scaling, LongRoPE, NTKScaling, Scaling, YaRN
+from gptjax.nn.positions.rope import RoPE, Scaling
+from gptjax.nn.positions.scaling import LinearScaling, Llama3Scaling, LongRoPE, NTKScaling, YaRN
 
 __all__ = [
     "ALiBi",

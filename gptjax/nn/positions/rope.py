@@ -9,8 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.nn.positions.encoding import Positions
-from gptjax.nn.positions.scaling import Scaling
 from gptjax.types import Array, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Frequencies as they are: f_i = theta^(-2i/R)."""
+
+    def for_context_length(self, length: int) -> Self:
+        """The same scaling for texts of up to so many tokens."""
+        return self
+
+    def check(self, size: int) -> None:
+        """Raises UserError when R = `size` turned numbers cannot be scaled so."""
+
+    def frequencies(self, theta: float, size: int) -> np.ndarray:
+        """float64 [R/2], in radians a token, of R = `size` turned numbers."""
+        return theta ** (-np.arange(0, size, 2) / size)
+
+    @property
+    def amplitude(self) -> float:
+        """What cosine and sine are multiplied by, so that scores are multiplied by its square."""
+        return 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Self
 
 import numpy as np
 
+from gptjax.nn.positions.rope import Scaling
 from gptjax.types import UserError
 
 
@@ -20,27 +21,6 @@ def mscale(factor: float, weight: float = 1.0) -> float:
     """0.1 weight ln(factor) + 1: YaRN's correction for the flatter attention over a context `factor` times as long.
     DeepSeek multiplies its attention scores by the square of it, beside what `YaRN.amplitude` does."""
     return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Scaling:
-    """Frequencies as they are: f_i = theta^(-2i/R)."""
-
-    def for_context_length(self, length: int) -> Self:
-        """The same scaling for texts of up to so many tokens."""
-        return self
-
-    def check(self, size: int) -> None:
-        """Raises UserError when R = `size` turned numbers cannot be scaled so."""
-
-    def frequencies(self, theta: float, size: int) -> np.ndarray:
-        """float64 [R/2], in radians a token, of R = `size` turned numbers."""
-        return theta ** (-np.arange(0, size, 2) / size)
-
-    @property
-    def amplitude(self) -> float:
-        """What cosine and sine are multiplied by, so that scores are multiplied by its square."""
-        return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
