@@ -88,12 +88,13 @@ def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
     """The `ParamInfo` of each parameter of a Flax module, in the tree of its parameters. Nothing is computed.
 
     model   declares its parameters by `nn.ParamFactory`; UserError where one is not
-    inputs  arguments of its `init` after the key. None: those of a model over tokens
+    inputs  arrays, or their shapes, that its `init` takes after the key. None: those of a model over tokens
+    named   other arguments of `init`, which stay as they are
     """
     if not inputs:
         model, inputs = _for_one_token(model)
-    init = functools.partial(model.init, jax.random.key(0), *inputs, **named, mutable=["params", "info"])
-    variables = jax.eval_shape(init)
+    init = functools.partial(model.init, **named, mutable=["params", "info"])
+    variables = jax.eval_shape(init, _key(), *inputs)
     infos = jax.tree.map(lambda x: x.info, variables.get("info", {}), is_leaf=lambda x: isinstance(x, Declared))
     if lacking := flat(variables["params"]).keys() - flat(infos).keys():
         raise UserError(
@@ -105,6 +106,11 @@ def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
 def _for_one_token(model: Any) -> tuple[Any, tuple[np.ndarray]]:
     """A model over tokens and tokens [1, 1] to initialise it with; a batch of 1 cannot be sharded."""
     return model.clone(rules=model.rules.for_batch_size(1)), (np.zeros((1, 1), np.int32),)
+
+
+def _key() -> Any:
+    """An abstract random key: under an abstract mesh there is no other."""
+    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def flat(params: Params) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def nested(flat: Mapping[str, Any]) -> Params:
 def declared(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Name -> shape, dtype and sharding (None without a mesh) of each parameter of a Flax model over tokens."""
     model, inputs = _for_one_token(model)
-    params = flat(jax.eval_shape(functools.partial(model.init, jax.random.key(0), *inputs))["params"])
+    params = flat(jax.eval_shape(model.init, _key(), *inputs)["params"])
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return params

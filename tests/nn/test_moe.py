@@ -228,7 +228,7 @@ def test_the_balance_bias_evens_out_the_loads():
     def objective(apply, params, x, key):
         return {"loss": (1e6 * jnp.sum(apply({"params": params}, x, F) ** 2), jnp.ones(()))}
 
-    optimizer = optim.AdamW(learning_rate=1e-9, weight_decay=0.0).build(200, parameter_info(part, X, F))
+    optimizer = optim.AdamW(learning_rate=1e-9, weight_decay=0.0).build(200, parameter_info(part, X, hidden=F))
 
     def trained(accumulate: int, steps: int):
         step = make_step(objective, part.apply, optimizer, accumulate)
