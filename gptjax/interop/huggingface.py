@@ -29,6 +29,8 @@ from gptjax.inference.sampling import Sampling
 from gptjax.interop import multimodal, quantised, safetensors, tokenizers
 from gptjax.interop.essence import essence
 from gptjax.interop.families import CLASSIFYING, FAMILIES, Family, Fields, Piece, pieces
+from gptjax.interop.generation import of_sampling
+from gptjax.interop.multimodal import read_config
 from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import (
     BackboneConfig,
@@ -106,11 +108,7 @@ def save_hf(
         else ids
     )
     if sampling is not None:
-        settings = {name: value for name, value in dataclasses.asdict(sampling).items() if value is not None}
-        settings.setdefault("top_k", 0)  # 0: no limit; the default of `transformers` is 50
-        if sampling.greedy:
-            settings = {"repetition_penalty": sampling.repetition_penalty}
-        generation = {**generation, "do_sample": not sampling.greedy, **settings}
+        generation = {**generation, **of_sampling(sampling)}
     if not isinstance(config, EncoderConfig | ClassifierConfig):  # they do not generate
         _write_json(folder / "generation_config.json", generation)
     if tokenizer is not None:
@@ -126,35 +124,10 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_config(folder: str | Path, name: str = "config.json") -> Fields:
-    """Read a folder's config.json or another file of fields; of a vision-language model, the language model's
-    fields."""
-    try:
-        return Fields(multimodal.text_fields(json.loads((Path(folder) / name).read_text())))
-    except (OSError, ValueError) as error:
-        raise UserError(f"path: got {folder}, whose {name} is missing or damaged ({error})") from None
-
-
 def read_kind(folder: str | Path) -> type[ModelConfig]:
     """The configuration class of a folder's model. Raises UserError for an unknown family."""
     fields = read_config(folder)
     return ClassifierConfig if _classifies(fields) else _family(fields["model_type"]).kind
-
-
-def read_decoder_start_token_id(folder: str | Path) -> int:
-    """The first token of every target of a folder's encoder-decoder; the padding token if the folder names none."""
-    names = ("generation_config.json", "config.json")
-    files = [read_config(folder, name) for name in names if (Path(folder) / name).is_file()]
-    keys = ("decoder_start_token_id", "pad_token_id")
-    return next((file[key] for key in keys for file in files if file.get(key) is not None), 0)
-
-
-def read_stop_token_ids(folder: str | Path) -> tuple[int, ...] | None:
-    """The tokens that end a text of the folder's model. None: the folder does not say."""
-    names = ("generation_config.json", "config.json")
-    found = [read_config(folder, name).get("eos_token_id") for name in names if (Path(folder) / name).is_file()]
-    ids = next((ids for ids in found if ids is not None), None)
-    return (ids,) if isinstance(ids, int) else None if ids is None else tuple(ids)
 
 
 def read_labels(folder: str | Path) -> tuple[str, ...] | None:
@@ -167,19 +140,6 @@ def read_append_eos(folder: str | Path, tokenizer: Tokenizer) -> bool:
     """True if the folder's classifier reads the end token after a text. Classifiers of `transformers` pool the last
     token that is not padding, which excludes an end token that is also the padding token."""
     return tokenizers.appends_eos(folder, tokenizer) and read_config(folder).get("pad_token_id") != tokenizer.eos
-
-
-def read_sampling(folder: str | Path) -> Sampling | None:
-    """The sampling settings of the folder's generation_config.json. None: it does not say."""
-    name = "generation_config.json"
-    fields = read_config(folder, name) if (Path(folder) / name).is_file() else {}
-    if (do_sample := fields.get("do_sample")) is None:
-        return None
-    names = [field.name for field in dataclasses.fields(Sampling)] if do_sample else ["repetition_penalty"]
-    settings = {name: fields[name] for name in names if fields.get(name) is not None}
-    if settings.get("top_k") == 0:  # no limit
-        del settings["top_k"]
-    return Sampling(**settings) if do_sample else Sampling(temperature=0, **settings)
 
 
 def from_tensors(

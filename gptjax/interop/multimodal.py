@@ -4,13 +4,17 @@ its tensors. The vision encoder is left out, so only text can be read and writte
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptjax.interop.families import Fields
 from gptjax.interop.safetensors import Renamed
+from gptjax.types import UserError
 
 INNER = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
 """Prefix of the language model's tensors, in two versions; `model.` in files of text models."""
@@ -30,6 +34,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     }
 }
 """Defaults of `transformers` for fields that such a config.json leaves out, by model type."""
+
+
+def read_config(folder: str | Path, name: str = "config.json") -> Fields:
+    """Read a folder's config.json or another file of fields; of a vision-language model, the language model's
+    fields."""
+    try:
+        return Fields(text_fields(json.loads((Path(folder) / name).read_text())))
+    except (OSError, ValueError) as error:
+        raise UserError(f"path: got {folder}, whose {name} is missing or damaged ({error})") from None
 
 
 def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:

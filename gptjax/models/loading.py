@@ -163,7 +163,7 @@ def _model_class(kind: type[Model], config: type[ModelConfig], path: Path) -> ty
 
 
 def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
-    from gptjax.interop import huggingface, tokenizers
+    from gptjax.interop import generation, huggingface, tokenizers
     from gptjax.models.classifier_model import ClassifierModel
     from gptjax.models.encoder_model import EncoderModel
     from gptjax.models.text_to_text import TextToText
@@ -177,16 +177,16 @@ def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) 
         return ClassifierModel(config, params, tokenizer, *about, rules=rules)
     if isinstance(config, EncoderConfig):
         return EncoderModel(config, params, tokenizer, rules=rules)
-    stop_token_ids = huggingface.read_stop_token_ids(path)
+    stop_token_ids, sampling = generation.read_stop_token_ids(path), generation.read_sampling(path)
     if isinstance(config, EncoderDecoderConfig):
         return TextToText(
-            config, params, tokenizer, huggingface.read_decoder_start_token_id(path), stop_token_ids, rules=rules
+            config, params, tokenizer, generation.read_decoder_start_token_id(path), stop_token_ids, rules=rules
         )
     context = huggingface.read_config(path).get("max_position_embeddings")
     assert isinstance(config, TransformerConfig)
     if isinstance(config.positions, RoPE) and isinstance(scaling := config.positions.scaling, LongRoPE):
         context = scaling.length  # extended by `LanguageModel.for_context_length`
-    template, sampling = tokenizers.load_template(path), huggingface.read_sampling(path)
+    template = tokenizers.load_template(path)
     return LanguageModel(config, params, tokenizer, context, template, stop_token_ids, sampling, rules=rules)
 
 
