@@ -62,8 +62,9 @@ def read_sampling(folder: str | Path) -> Sampling | None:
         if value is None:
             continue
         try:
-            Sampling(**{name: value})
-            settings[name] = value
+            setting: dict[str, Any] = {name: value}
+            Sampling(**setting)
+            settings |= setting
         except (UserError, TypeError):
             unknown.append(f"{name} {json.dumps(value)}")
     if unknown:

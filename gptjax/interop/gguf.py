@@ -122,11 +122,15 @@ def _encoding(weight: gguf_model.Weight, dtype: str) -> Encoding:
 
 
 def _encode(weight: gguf_model.Weight, encoding: Encoding) -> np.ndarray:
+    values = np.ascontiguousarray(weight.read(), np.float32)
     try:
         with np.errstate(over="raise"):
-            return np.ascontiguousarray(encoding.encode(np.ascontiguousarray(weight.read(), np.float32))).view(np.uint8)
+            encoded = np.ascontiguousarray(encoding.encode(values))
     except FloatingPointError:
         raise UserError(f"dtype: {weight.name} has values too large for float16; choose bf16 or f32") from None
+    if encoding is ENCODINGS["bf16"] and np.any(np.isinf(encoded.view(ml_dtypes.bfloat16)) & np.isfinite(values)):
+        raise UserError(f"dtype: {weight.name} has values too large for bf16; choose f32")
+    return encoded.view(np.uint8)
 
 
 def _header(

@@ -43,6 +43,9 @@ from gptjax.nn import (
 )
 from gptjax.types import Params, UserError
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes of written tensors."""
+
 
 def load_hf(
     folder: str | Path, dtype: str | None = None, rules: ShardingRules = ShardingRules()
@@ -73,8 +76,8 @@ def save_hf(
     labels: Sequence[str] | None = None,
     append_eos: bool | None = None,
 ) -> None:
-    """Write a folder that `transformers` loads: config.json, generation_config.json, safetensors of this dtype, and
-    the tokenizer's files.
+    """Write a folder that `transformers` loads: config.json, generation_config.json, safetensors of this dtype
+    (float32, bfloat16 or float16), and the tokenizer's files.
 
     context                 maximum number of tokens that the model reads, if its positions do not limit it
     template                chat template. None: our own format, if the tokenizer has its special tokens
@@ -85,7 +88,8 @@ def save_hf(
     labels                  names of a classifier's classes. None: the default of `transformers`
     append_eos              end every text with the tokenizer's end token. None: only if the model is not a decoder
 
-    Raises UserError, with the differences, for a model that no published family can express."""
+    Raises UserError, with the differences, for a model that no published family can express, and for values that the
+    dtype cannot hold."""
     described, tensors = to_tensors(config, params, dtype, model_type)
     folder = Path(folder)
     safetensors.write(folder, tensors.shapes, tensors.__getitem__)
@@ -193,7 +197,11 @@ class Exported(Mapping[str, np.ndarray]):
         tensor = np.empty(self.pieces[name][0].shape, self.dtype)
         for piece in self.pieces[name]:
             leaf = self.leaves[piece.leaf]
-            piece.view(tensor)[...] = np.asarray(leaf[piece.index] if piece.index else leaf)
+            values, view = np.asarray(leaf[piece.index] if piece.index else leaf), piece.view(tensor)
+            with np.errstate(over="ignore"):
+                view[...] = values
+            if values.dtype != tensor.dtype and np.any(np.isinf(view) & np.isfinite(values)):
+                raise UserError(f"dtype: {name} has values too large for {tensor.dtype}; choose float32 or bfloat16")
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -207,7 +215,9 @@ def to_tensors(
     config: ModelConfig, params: Params, dtype: str = "float32", model_type: str | None = None
 ) -> tuple[dict[str, Any], Exported]:
     """The fields of config.json and the tensors of a model: the inverse of `from_tensors`. Raises UserError as
-    `save_hf`."""
+    `save_hf`, and on access for a value that is not finite in a dtype of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: got {dtype!r}, must be one of {', '.join(DTYPES)}")
     family, fields = _expressed(config, model_type)
     leaves = flat(params)
     by_tensor: dict[str, list[Piece]] = defaultdict(list)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from gptjax.distributed.sharding import MeshConfig, ShardingRules
 from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.huggingface import from_tensors, load_hf, read_kind, read_labels, save_hf, to_tensors
-from gptjax.interop.safetensors import SINGLE
+from gptjax.interop.safetensors import SINGLE, Tensors
 from gptjax.nn import (
     ClassifierConfig,
     LayerOverrides,
@@ -331,3 +331,35 @@ def test_parameters_come_to_lie_as_the_rules_say(tmp_path):
     assert sharded["blocks"]["attention"]["q"].sharding.spec == PartitionSpec(None, "fsdp", "tensor", None)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), sharded, params)
     assert (tmp_path / "one" / SINGLE).read_bytes() == (tmp_path / "two" / SINGLE).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "fp16", "f16", "float64", "complex64", "float8_e4m3fn", "", None])
+def test_a_dtype_that_holds_no_weights_is_refused(dtype, tmp_path):
+    config, _, _ = tiny()
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    with pytest.raises(UserError, match=r"^dtype: got .*, must be one of float32, bfloat16, float16$"):
+        save_hf(tmp_path / "model", config, params, dtype=dtype)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "beyond"),
+    [("float16", 65_504.0, 66_000.0), ("bfloat16", 3.38e38, 3.4e38), ("float32", 3.4e38, None)],
+)
+def test_no_weight_becomes_infinite(dtype, largest, beyond, tmp_path):
+    config, _, _ = tiny()
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    down = params["blocks"]["mlp"]["down"]
+    params["blocks"]["mlp"]["down"] = down.at[0, 0, 0].set(largest)
+    save_hf(tmp_path / "model", config, params, dtype=dtype)
+    tensors = Tensors(tmp_path / "model")
+    assert all(np.isfinite(x).all() and np.any(x) for x in tensors.values())
+    params["blocks"]["mlp"]["down"] = down.at[0, 0, 0].set(np.inf)
+    save_hf(tmp_path / "infinite already", config, params, dtype=dtype)
+    if beyond is None:
+        return
+    params["blocks"]["mlp"]["down"] = down.at[0, 0, 0].set(beyond)
+    with pytest.raises(
+        UserError, match=rf"^dtype: model.layers.0.mlp.down_proj.weight has values too large for {dtype}"
+    ):
+        save_hf(tmp_path / "larger", config, params, dtype=dtype)
