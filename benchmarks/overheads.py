@@ -75,16 +75,17 @@ class Timed(data.Pretrain):
     times: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def batches(self, *args, **options):
-        times = self.times
+        times, batch = self.times, self.batch
         batches = super().batches(*args, **options)
 
         class Noting(type(batches)):
             def __next__(self) -> Any:
-                if self.state()["step"] == 1:
+                if self.state()["sequence"] == batch:
                     times["begin"] = time.perf_counter()
                 return super().__next__()
 
-        return Noting(batches._make, batches._size, batches._steps)
+        batches.__class__ = Noting
+        return batches
 
     def evaluation(self, *args, **options):
         def noting():

@@ -89,11 +89,12 @@ class BatchIterator(Protocol):
         """The next batch, numpy arrays [B / num_shards, ...]."""
         ...
 
-    def state(self) -> dict[str, int]:
-        """Position, as JSON; the same for any number of data shards."""
+    def state(self) -> dict[str, Any]:
+        """Position, as JSON; the same for any number of data shards. If it has a "data", a run is resumed only where
+        that is the same: the fingerprint of what the position counts."""
         ...
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go to a position that `state()` returned."""
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,54 +15,56 @@ from gptjax.types import Batch
 class Batches(Iterator[Batch]):
     """Endless batches, prefetched by a Grain thread.
 
-    `state()` is the position as JSON: the next step, for any number of processes. After an exception inside `next`,
-    such as Ctrl-C, the position is still that of the batch that was not returned.
+    `state()` is the position as JSON: the next sequence of the global order, for any number of processes and any batch
+    size, and the data that it counts. After an exception inside `next`, such as Ctrl-C, the position is still that of
+    the batch that was not returned.
     """
 
-    def __init__(self, make: Callable[[np.ndarray], Batch], size: int, steps: int):
+    def __init__(self, make: Callable[[np.ndarray], Batch], size: int, local: int, steps: int, data: str):
         """Batches that `make` returns.
 
-        make   (steps int64 [n]) -> the batches of these steps, concatenated
-        size   sequences per batch
-        steps  n, steps per call of `make`: many for small batches, to save calls
+        make   (first sequences int64 [n] of n batches) -> these batches, concatenated
+        size   B, sequences per batch, over all processes
+        local  sequences per batch that `make` returns
+        steps  n, batches per call of `make`: many for small batches, to save calls
+        data   fingerprint of the data
         """
-        self._make, self._size, self._steps = make, size, steps
-        self._step = 0
+        self._make, self._size, self._local, self._steps, self._data = make, size, local, steps, data
+        self._sequence = 0
         self._made: Generator[Batch] | None = None
 
     def __next__(self) -> Batch:
         try:
             if self._made is None:
-                self._made = self._from(self._step)
+                self._made = self._from(self._sequence)
             batch = next(self._made)
-            self._step += 1
+            self._sequence += self._size
         except BaseException:
             self.close()
             raise
         return batch
 
-    def _from(self, step: int) -> Generator[Batch]:
+    def _from(self, sequence: int) -> Generator[Batch]:
         import grain
 
-        block, skip = divmod(step, self._steps)
-        steps = np.arange(self._steps)
-        blocks = grain.MapDataset.range(1).repeat().map_with_index(lambda i, _: self._make(i * self._steps + steps))
+        def make(block: int, _: Any) -> Batch:
+            return self._make(sequence + self._size * (block * self._steps + np.arange(self._steps)))
+
+        blocks = grain.MapDataset.range(1).repeat().map_with_index(make)
         made = iter(blocks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
         with contextlib.closing(made):
-            made.set_state({"next_index": block})
             for block in made:
-                for start in range(skip * self._size, self._steps * self._size, self._size):
-                    yield jax.tree.map(lambda x: x[start : start + self._size], block)  # noqa: B023
-                skip = 0
+                for start in range(0, self._steps * self._local, self._local):
+                    yield jax.tree.map(lambda x: x[start : start + self._local], block)  # noqa: B023
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Position, as JSON."""
-        return {"step": self._step}
+        return {"sequence": self._sequence, "data": self._data}
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go to a position that `state()` returned."""
         self.close()
-        self._step = int(state["step"])
+        self._sequence = int(state["sequence"])
 
     def close(self) -> None:
         """Stop the thread and drop prefetched batches. `next` continues at the same position."""

@@ -71,6 +71,10 @@ class LabelledSequences:
     packed: PackedSequences
     labels: np.ndarray
 
+    @property
+    def fingerprint(self) -> str:
+        return self.packed.fingerprint
+
     def __len__(self) -> int:
         return len(self.packed)
 

@@ -21,7 +21,7 @@ import numpy as np
 from gptjax.data.batches import Batches, ValidationBatches
 from gptjax.data.mix import Mix, order
 from gptjax.data.packing import Concatenate, Packing, Plan, fill
-from gptjax.data.store import Store, Tokens, expect
+from gptjax.data.store import Store, Tokens, combine, expect
 from gptjax.io import retry
 from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
 from gptjax.types import Batch, UserError
@@ -29,6 +29,11 @@ from gptjax.types import Batch, UserError
 
 class Sequences(Protocol):
     """Random access to the sequences of one source. Sequence `r` of epoch `e` has index `e * len(sequences) + r`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, that changes with the stored documents."""
+        ...
 
     def __len__(self) -> int:
         """Sequences per epoch."""
@@ -45,6 +50,10 @@ class PackedSequences:
 
     store: Store
     plan: Plan
+
+    @property
+    def fingerprint(self) -> str:
+        return self.store.fingerprint
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -137,11 +146,12 @@ class Dataset(abc.ABC):
         rows = [self.sequences(source, tokenizer, split, cache_dir) for source in mix.sources]
         ordered = order(list(map(len, rows)), mix.weights, seed if self.shuffle else None)
 
-        def make(steps: np.ndarray) -> Batch:
-            position = steps[:, None] * self.batch + shard * local + np.arange(local)
+        def make(first: np.ndarray) -> Batch:
+            position = first[:, None] + shard * local + np.arange(local)
             return self._make(rows, *ordered(position.reshape(-1)), position.size)
 
-        return Batches(make, local, steps=max(1, 2**14 // (local * self.length)))
+        steps = max(1, 2**14 // (local * self.length))
+        return Batches(make, self.batch, local, steps, combine(*(row.fingerprint for row in rows)))
 
     def evaluation(
         self,

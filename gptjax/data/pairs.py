@@ -12,7 +12,7 @@ import numpy as np
 from gptjax.data.dataset import Dataset
 from gptjax.data.packing import BestFit, Concatenate, Packing, Pieces, Plan, fill
 from gptjax.data.sources import TextPair
-from gptjax.data.store import Encoded, Store, Tokens, encoded, tokenize
+from gptjax.data.store import Encoded, Store, Tokens, combine, encoded, tokenize
 from gptjax.data.tokenizers.tokenizer import add_bos_eos, decoder_start
 from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
 from gptjax.types import Batch, Pair, UserError
@@ -113,6 +113,10 @@ class PairedSequences:
     source_length: int
     start: int
     """Start token of the decoder."""
+
+    @property
+    def fingerprint(self) -> str:
+        return combine(self.sources.fingerprint, self.targets.fingerprint)
 
     def __len__(self) -> int:
         return len(self.plan)

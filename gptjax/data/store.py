@@ -305,6 +305,11 @@ def _digest(path: Path, *facts: str) -> str:
     return digest.hexdigest()
 
 
+def combine(*fingerprints: str) -> str:
+    """Fingerprint of several stores together."""
+    return _sha256(fingerprints)
+
+
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

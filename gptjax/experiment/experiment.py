@@ -155,6 +155,7 @@ class Experiment:
                             sample=functools.partial(_sample, model, stage, tokenizer) if self._writes else None,
                             description={"configuration": to_json(self)},
                             profile=profile,
+                            accept_changes=accept_changes,
                         )
                 init = restore if params is None else functools.partial(_given, params)
                 results[name] = self._evaluate(folder, name, stage, tokenizer, model, mesh, init, console)

@@ -48,6 +48,7 @@ def train(
     sample: Sampler | None = None,
     description: dict[str, Any] | None = None,
     profile: range | None = None,
+    accept_changes: bool = False,
 ) -> Params:
     """Run one stage to its end, from its newest checkpoint in `folder` if there is one. Returns the trained parameters.
 
@@ -60,6 +61,7 @@ def train(
     sample       shows what the model writes
     description  goes into every checkpoint, beside the input position
     profile      steps to trace, counted from 1 where this run of the stage begins or goes on
+    accept_changes  go on with other data than those of the checkpoint
 
     Ctrl-C or SIGTERM ends the step under way, or an evaluation before it is through, saves, and raises
     KeyboardInterrupt; run again, it goes on to the same bits, and the same records, as if it had never stopped. Of
@@ -82,6 +84,11 @@ def train(
             restored = checkpoints.restore(abstract)
             if restored.extra["tokenizer"] != tokenizer.fingerprint:
                 raise UserError(f"tokenizer: the checkpoint in {folder} was trained with another one; restore that one")
+            if not accept_changes and restored.extra["input"].get("data") != batches.state().get("data"):
+                raise UserError(
+                    f"{name}.data: the checkpoint in {folder} was trained on other data; restore the files of the "
+                    "source, or go on all the same with --accept_changes"
+                )
             state = restored.state
             batches.restore(restored.extra["input"])
         elif init is not None:

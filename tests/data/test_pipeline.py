@@ -88,7 +88,7 @@ def test_an_epoch_holds_every_token_once_and_predicts_within_documents(tmp_path,
     rows = len(packing.plan(store.offsets, length))
     data = Pretrain(source, length=length, batch=rows, packing=packing)
     batches = data.batches(BYTES, "train", 0, tmp_path)
-    batches.restore({"step": epoch})
+    batches.restore({"sequence": epoch * rows})
     batch = next(batches)
     batches.close()
 
@@ -197,7 +197,7 @@ def test_a_restored_position_goes_on_exactly_there_on_any_number_of_processes(tm
     batches = data.batches(BYTES, "train", 3, tmp_path)
     take(batches, step)
     state = json.loads(json.dumps(batches.state()))
-    assert state == {"step": step}
+    assert state["sequence"] == step * data.batch
     expected = take(batches, 10)
     batches.close()
 
@@ -211,6 +211,45 @@ def test_a_restored_position_goes_on_exactly_there_on_any_number_of_processes(tm
             assert part.state() == batches.state()
             part.close()
         assert_equal([join(pair) for pair in zip(*parts, strict=True)], expected)
+
+
+@pytest.mark.parametrize("source", [Letters(), Mix((Letters(), Letters(5, "b")), (3, 1))], ids=["one", "mixed"])
+def test_another_batch_size_skips_and_repeats_no_sequence(tmp_path, source):
+    """Over the end of an epoch, and where the position is no multiple of the new batch size."""
+    sizes = [4, 6, 1, 16, 3, 8, 5, 40, 7, 2]
+    position, found = {"sequence": 0}, []
+    for size in sizes:
+        data = Pretrain(source, length=16, batch=size)
+        with contextlib.closing(data.batches(BYTES, "train", 3, tmp_path)) as batches:
+            batches.restore(position)
+            found += take(batches, 5)
+            position = batches.state()
+    with contextlib.closing(Pretrain(source, length=16, batch=1).batches(BYTES, "train", 3, tmp_path)) as batches:
+        assert_equal(join(found), join(take(batches, 5 * sum(sizes))))
+        assert position == batches.state()
+
+
+def test_a_position_says_which_data_it_counts(tmp_path):
+    """By their content: a source that was copied or touched is the same, one that was changed is not."""
+
+    def fingerprint(data, cache="cache"):
+        return data.batches(BYTES, "train", 0, tmp_path / cache).state()["data"]
+
+    class Touched(Letters):
+        def fingerprint(self):
+            return "another"
+
+    data = Pretrain(Letters(), length=16, batch=4)
+    same = [data, dataclasses.replace(data, batch=8, length=32), dataclasses.replace(data, source=Touched())]
+    mixed = Mix((Letters(), Letters(5)), (1, 1))
+    others = [Letters(38), Letters(letter="b"), mixed, dataclasses.replace(mixed, sources=mixed.sources[::-1])]
+    assert {fingerprint(data) for data in same} == {fingerprint(data, "elsewhere")}
+    assert len({fingerprint(dataclasses.replace(data, source=source)) for source in (Letters(), *others)}) == 5
+    np.arange(99, dtype=np.uint16).tofile(tmp_path / "a")
+    np.arange(99, dtype=np.uint16).tofile(tmp_path / "b")
+    np.arange(98, dtype=np.uint16).tofile(tmp_path / "c")
+    a, b, c = (fingerprint(Pretrain(Tokens(str(tmp_path / name), ""), length=8)) for name in "abc")
+    assert a == b != c
 
 
 def test_a_mix_keeps_its_proportions_and_repeats_what_runs_out(tmp_path):
@@ -380,7 +419,7 @@ def test_an_exception_keeps_the_position_and_close_ends_the_thread(tmp_path, mon
     before = set(threading.enumerate())
     batches = Pretrain(Letters(), length=16, batch=4).batches(BYTES, "train", 0, tmp_path)
     expected = take(batches, 6)
-    batches.restore({"step": 2})
+    batches.restore({"sequence": 8})
     next(batches)
     interrupted = KeyboardInterrupt()
 
@@ -391,7 +430,7 @@ def test_an_exception_keeps_the_position_and_close_ends_the_thread(tmp_path, mon
     monkeypatch.setattr(jax.tree, "map", interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(batches)
-    assert batches.state() == {"step": 3}
+    assert batches.state()["sequence"] == 12
     assert_equal(take(batches, 3), expected[3:])
     batches.close()
     deadline = time.monotonic() + 10

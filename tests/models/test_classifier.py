@@ -98,7 +98,7 @@ def test_a_trained_backbone_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, 
     config = ClassifierConfig(dataclasses.replace(backbone, dropout=0.0), classes=2, pooling=pooling)
     after = Experiment(config, data.Bytes(), steps, init_from=str(tmp_path / "before"))
     other = dataclasses.replace(config, backbone=dataclasses.replace(backbone, layers=2))
-    with pytest.raises(UserError, match=r"model: differs from that of .*before.*: layers: 1 → 2"):
+    with pytest.raises(UserError, match=r"model: differs from the pretrained model .*before.*: layers: 1 → 2"):
         dataclasses.replace(after, model=other).run(tmp_path / "other")
     capsys.readouterr()
     after.run(tmp_path / "after")

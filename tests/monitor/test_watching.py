@@ -44,17 +44,17 @@ class Slow(data.Pretrain):
 
     def batches(self, *args, **options):
         batches = super().batches(*args, **options)
-        make = batches._make
 
         class Sleepy(type(batches)):
             def __next__(self) -> Any:
                 batch = super().__next__()
-                if self.state()["step"] >= slow.first:
+                if self.state()["sequence"] >= slow.first * slow.batch:
                     time.sleep(slow.seconds)
                 return batch
 
         slow = self
-        return Sleepy(make, batches._size, batches._steps)
+        batches.__class__ = Sleepy
+        return batches
 
 
 STAGE = Stage(

@@ -71,11 +71,15 @@ STAGE = Stage(
 
 
 def run(
-    folder: Path, stage: Stage = STAGE, records: MetricsLogger | None = None, sample: Any = lambda *_: "text"
+    folder: Path,
+    stage: Stage = STAGE,
+    records: MetricsLogger | None = None,
+    sample: Any = lambda *_: "text",
+    **options: Any,
 ) -> None:
     with records or MetricsLogger(folder) as writer:
         cache = folder.parent / "tokens"
-        train(stage, "stage", MODEL, TOKENIZER, folder / "checkpoints", writer, cache=cache, sample=sample)
+        train(stage, "stage", MODEL, TOKENIZER, folder / "checkpoints", writer, cache=cache, sample=sample, **options)
 
 
 def outcome(folder: Path) -> tuple[dict[str, bytes], dict[str, Any], list[dict[str, Any]]]:
@@ -103,12 +107,24 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_resume_is_bound_to_its_data(tmp_path):
+    """Unless other data are accepted; and a batch of another size begins at the next sequence."""
+    folder, other = tmp_path / "run", data.Pretrain(Words(7), length=16, batch=4)
+    run(folder, dataclasses.replace(STAGE, steps=2))
+    with pytest.raises(UserError, match=r"^stage\.data: the checkpoint in .* other data; .* --accept_changes"):
+        run(folder, dataclasses.replace(STAGE, data=other))
+    assert outcome(folder)[1]["input"]["sequence"] == 2 * 8
+    run(folder, dataclasses.replace(STAGE, steps=3, data=other), accept_changes=True)
+    run(folder, dataclasses.replace(STAGE, steps=5, data=dataclasses.replace(other, batch=2)))
+    assert outcome(folder)[1]["input"]["sequence"] == 2 * 8 + 4 + 2 * 2
+
+
 def test_every_step_is_recorded(whole):
     state, extra, lines = outcome(whole)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4, 6]
     assert [line["sample"] for line in lines if "sample" in line] == ["\ntext", "atext"] * 3
-    assert extra["input"] == {"step": 6}
+    assert extra["input"]["sequence"] == 6 * STAGE.data.batch
     assert extra["tokenizer"] == TOKENIZER.fingerprint
     assert any(".ema" in name for name in state)
 
