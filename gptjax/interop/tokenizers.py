@@ -83,6 +83,12 @@ def load_template(folder: str | Path) -> ChatTemplate | None:
     return ChatTemplate(source, {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)})
 
 
+def load_max_length(folder: str | Path) -> int | None:
+    """The folder's `model_max_length`. None: it has none, or transformers' very large number for that."""
+    length = _settings(Path(folder)).get("model_max_length")
+    return length if isinstance(length, int) and 0 < length < 2**31 else None
+
+
 def save(
     tokenizer: Tokenizer,
     folder: str | Path,

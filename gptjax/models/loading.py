@@ -182,8 +182,10 @@ def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) 
         return TextToText(
             config, params, tokenizer, generation.read_decoder_start_token_id(path), stop_token_ids, rules=rules
         )
-    context = huggingface.read_config(path).get("max_position_embeddings")
     assert isinstance(config, TransformerConfig)
+    context = huggingface.read_config(path).get("max_position_embeddings")
+    if config.max_positions is not None:  # the field is the size of the table then
+        context = tokenizers.load_max_length(path)
     if isinstance(config.positions, RoPE) and isinstance(scaling := config.positions.scaling, LongRoPE):
         context = scaling.length  # extended by `LanguageModel.for_context_length`
     template = tokenizers.load_template(path)
