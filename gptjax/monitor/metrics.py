@@ -11,6 +11,7 @@ The lines of runs/small/metrics.jsonl are
 
 and runs/small/tensorboard/STAGE/ has the same values as curves. Log a step before its checkpoint is saved: then each
 step is logged exactly once, whenever the run was stopped.
+Damaged lines are moved to metrics.damaged.jsonl.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import math
 import os
 import secrets
@@ -31,6 +33,8 @@ import jax
 
 from gptjax.io import atomic
 from gptjax.types import UserError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,7 @@ class MetricsLogger:
             self._path = self.folder / "metrics.jsonl"
             with _writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _keep(self._path, lambda _: True)
+                _set_aside(self._path)
             self._wandb = _start_wandb(wandb, self.folder, config) if wandb else None
             with _writing(self.folder):
                 self._file = self._path.open("ab", buffering=0)
@@ -147,15 +151,36 @@ class MetricsLogger:
 
 
 def read(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl, in the order of writing. Incomplete lines, left by a kill, are skipped."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+    """Sound lines of a run's metrics.jsonl, in the order of writing."""
+    return [line for line in map(_parse, _lines(Path(folder) / "metrics.jsonl")) if line is not None]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Lines of a file, without their ends. A last line without an end, left by a kill, is none."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The values of a line. None: damaged."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(values, dict) and isinstance(values.get("step"), int) and isinstance(values.get("stage"), str)
+    return values if sound and all(isinstance(x, str | int | float | None) for x in values.values()) else None
+
+
+def _set_aside(path: Path) -> None:
+    """Move damaged lines to a file of their own, with a warning that names them."""
+    lines = _lines(path)
+    damaged = [number for number, line in enumerate(lines, 1) if _parse(line) is None]
+    if damaged:
+        aside = path.with_name("metrics.damaged.jsonl")
+        with aside.open("ab") as file:
+            file.writelines(lines[number - 1] + b"\n" for number in damaged)
+        named = ", ".join(map(str, damaged[:10])) + (", ..." if len(damaged) > 10 else "")
+        _log.warning("%s: damaged in %d lines (%s), which are now in %s", path, len(damaged), named, aside)
+    _keep(path, lambda _: True)
 
 
 @contextlib.contextmanager
@@ -168,7 +193,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite the file atomically with its complete lines that are `wanted`."""
+    """Rewrite the file atomically with its sound lines that are `wanted`."""
     if path.exists():
         atomic.write_text(path, "".join(f"{json.dumps(line)}\n" for line in read(path.parent) if wanted(line)))
 

@@ -57,6 +57,42 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
         assert "sample/text_summary" in board.Tags()["tensors"]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line.replace(b'"stage"', b'"stbge"'),
+        lambda line: line.replace(b'"step"', b'"stap"'),
+        lambda line: bytes([line[0] ^ 1]) + line[1:],
+        lambda line: line.replace(b": 2", b": [2]"),
+        lambda line: line[:20],
+        lambda line: bytes(len(line)),
+        lambda line: b"\xff\r" + line,
+        lambda line: b"[" * 100_000,
+        lambda line: b"5",
+        lambda line: b"",
+    ],
+)
+def test_damaged_lines_are_named_and_kept_aside_and_the_run_goes_on(tmp_path, caplog, damage):
+    for step in range(1, 5):
+        with MetricsLogger(tmp_path) as records:
+            records.resume("train", step - 1)
+            records.log(step, "train", loss=1.0 / step)
+    path = tmp_path / "metrics.jsonl"
+    sound = read(tmp_path)
+    lines = path.read_bytes().splitlines()
+    lines[1] = damage(lines[1])
+    path.write_bytes(b"\n".join(lines) + b'\n{"step": 5, "sta')  # the last was cut by a kill
+    assert read(tmp_path) == [sound[0], *sound[2:]]
+    for _ in range(2):  # once: it is then as it should be
+        with MetricsLogger(tmp_path) as records:
+            records.resume("train", 4)
+            records.log(5, "train", loss=0.2)
+        assert [line["step"] for line in read(tmp_path)] == [1, 3, 4, 5]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == lines[1] + b"\n"
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message == f"{path}: damaged in 1 lines (2), which are now in {tmp_path / 'metrics.damaged.jsonl'}"
+
+
 def test_any_number_is_recorded_and_every_line_is_json(tmp_path):
     with MetricsLogger(tmp_path) as records:
         records.log(1, "pretrain", a=jnp.float32(0.5), b=np.int64(3), c=jax.device_put(2.0), d=float("nan"), e=-jnp.inf)
