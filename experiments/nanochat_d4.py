@@ -40,7 +40,7 @@ experiment = Experiment(
         norm=NORM,
         attention=ATTENTION,
         mlp=ReLUSquared(),
-        residual=ScaledStream(stream=1.1, start=0.125),  # means of nanochat's 1.15 .. 1.05 and 0.20 .. 0.05
+        residual=ScaledStream(stream_scale=1.1, input_scale=0.125),  # means of nanochat's 1.15 .. 1.05 and 0.20 .. 0.05
         pattern=(
             LayerOverrides(window=64),
             LayerOverrides(window=64, attention=VALUES),

@@ -106,5 +106,5 @@ def _begin(
         positions=jnp.zeros(B, jnp.int32),
         keys=jax.vmap(jax.random.key)(seeds),
         seen=jnp.zeros((B, seen), bool) if seen else None,
-        cache=encoder_decoder.read(model.clone(rules=rules), params, source, size, segments=segments),
+        cache=encoder_decoder.encode(model.clone(rules=rules), params, source, size, segments=segments),
     )

@@ -1,6 +1,6 @@
-"""The reusable core: Flax modules and the parts they are built from. Each works alone, in any JAX program.
+"""Flax modules and the parts that they are built from. Each works alone, in any JAX program.
 
-A name is imported when it is first used.
+Names are imported on first use.
 """
 
 from __future__ import annotations
@@ -43,7 +43,16 @@ if TYPE_CHECKING:
         YaRN,
     )
     from gptjax.nn.recurrent import GRU, LSTM, Recurrent, RecurrentConfig
-    from gptjax.nn.residual import Chain, OutputNorm, Parallel, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
+    from gptjax.nn.residual import (
+        NoResidual,
+        OutputNorm,
+        Parallel,
+        PostNorm,
+        PreNorm,
+        Residual,
+        SandwichNorm,
+        ScaledStream,
+    )
     from gptjax.nn.router import Router, Sigmoid, Softmax
     from gptjax.nn.stack import Stack
     from gptjax.nn.transformer import Transformer, TransformerConfig, count, make_cache, unstack
@@ -61,7 +70,6 @@ __all__ = [
     "BackboneConfig",
     "Block",
     "Cache",
-    "Chain",
     "ClampedSwiGLU",
     "Classifier",
     "ClassifierConfig",
@@ -92,6 +100,7 @@ __all__ = [
     "MultiTokenConfig",
     "MultiTokenTransformer",
     "NTKScaling",
+    "NoResidual",
     "Norm",
     "OutputNorm",
     "Parallel",
@@ -158,7 +167,7 @@ _NAMES = {
         "Sinusoidal T5Bias YaRN"
     ),
     "gptjax.nn.recurrent": "GRU LSTM Recurrent RecurrentConfig",
-    "gptjax.nn.residual": "Chain OutputNorm Parallel PostNorm PreNorm Residual SandwichNorm ScaledStream",
+    "gptjax.nn.residual": "NoResidual OutputNorm Parallel PostNorm PreNorm Residual SandwichNorm ScaledStream",
     "gptjax.nn.router": "Router Sigmoid Softmax",
     "gptjax.nn.stack": "Stack",
     "gptjax.nn.transformer": "Transformer TransformerConfig count make_cache unstack",

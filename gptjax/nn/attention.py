@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped queries, any position encoding and the usual additions."""
+"""Multi-head attention with grouped queries, any position encoding, QK norm, sinks and soft-capping."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gptjax.types import Array, Key, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Attention(SequenceMixer):
-    """Base class of attention parts. Fields that are None are the model's: `TransformerConfig` fills them in."""
+    """Base class of attention parts. `TransformerConfig` fills in fields that are None."""
 
     heads: int | None = None
     """N, number of query heads. None: the model's."""
@@ -35,11 +35,11 @@ class Attention(SequenceMixer):
     positions: Positions | None = None
     """Position encoding that rotates queries and keys. None: the model's."""
     bias: bool | None = None
-    """Whether the projections have biases. None: as the model's linear layers."""
+    """Biases in the projections. None: as the model's linear layers."""
     window: int | None = None
-    """Sliding window: each token sees this many tokens, itself included. None: all before it."""
+    """Sliding window: number of tokens that each token attends to, itself included. None: unlimited."""
     scale: float | None = None
-    """Multiplies scores; in muP, at the base's head size. None: 1 / sqrt(head size)."""
+    """Factor of the scores; in muP, at the base head size. None: 1 / sqrt(head size)."""
 
     def __post_init__(self):
         for field in ("heads", "head_size", "kv_heads", "window"):
@@ -51,7 +51,7 @@ class Attention(SequenceMixer):
         raise NotImplementedError
 
     def multiplier(self, head_size: int) -> float:
-        """Multiplies scores, with heads of this size."""
+        """Factor of the scores for this head size."""
         return head_size**-0.5 if self.scale is None else self.scale
 
 
@@ -67,19 +67,19 @@ class MultiHeadAttention(Attention):
     reads_encoder = True
 
     output_bias: bool | None = None
-    """Whether the output projection has a bias. None: as the others."""
+    """Bias in the output projection. None: as `bias`."""
     qk_norm: Norm | None = None
-    """Normalisation of queries and keys before they are rotated (arXiv:2302.05442). None: no normalisation."""
+    """Normalisation of queries and keys before the position encoding (arXiv:2302.05442). None: no normalisation."""
     joint_qk_norm: bool = False
-    """Whether `qk_norm` is over all heads at once, as in OLMo 2, or over each alone."""
+    """Normalise all heads jointly, as in OLMo 2, instead of each head separately."""
     softcap: float | None = None
-    """Bounds scores: softcap * tanh(score / softcap), as in Gemma 2. None: no bound."""
+    """Bound of the scores: softcap * tanh(score / softcap), as in Gemma 2. None: no bound."""
     values: ValueEmbedding | ValueResidual | None = None
-    """Adds a learned value for each token, or the first layer's values, to the values. None: adds nothing."""
+    """Addition to the values: a learned value per token, or the first layer's values. None: nothing."""
     sinks: bool = False
-    """Whether each head has a learned score for attending to nothing, as in gpt-oss."""
+    """A learned attention sink per head, a score for attending to nothing, as in gpt-oss."""
     implementation: str | None = None
-    """A key of `kernels.attention.IMPLEMENTATIONS`. None: what suits the device, the mask and the options."""
+    """Attention kernel, a key of `kernels.attention.IMPLEMENTATIONS`. None: chosen by device, mask and options."""
 
     def __call__(
         self,
@@ -99,14 +99,14 @@ class MultiHeadAttention(Attention):
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """x [B, T, D], positions int32 [B, T] -> y [B, T, D] and the new cache entry.
 
-        mask            tokens that each token sees
+        mask            attention mask
         cache           (keys, values), [B, K, S, H] each, see `SequenceMixer`
         bias            float [N, T, S], added to the scores
-        encoder_output  cross-attention: the source [B, S, D] of keys and values, or its `init_cross_cache`. None: x
-        tokens          int32 [B, T], for parts that embed tokens once more
-        first_values    [B, T, K, H], values of the first layer, for parts that mix them in. None: this is the first
-        output_scale    multiplies the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small
-        dropout         dropout rate of the probabilities, with a `key`
+        encoder_output  cross-attention: the source [B, S, D], or its `init_cross_cache`. None: self-attention
+        tokens          int32 [B, T], for value embeddings
+        first_values    [B, T, K, H], values of the first layer, for value residuals. None: this is the first layer
+        output_scale    factor of the initial output weights: 1/sqrt(2 L) in GPT-2, to keep a sum of L blocks small
+        dropout         dropout rate of the probabilities, used if there is a `key`
         """
         rules, width = param.rules, x.shape[-1]
         N, _, H = self._sizes()
@@ -151,7 +151,7 @@ class MultiHeadAttention(Attention):
     def init_cache(
         self, batch: int, size: int, width: int, dtype: str = "float32", rules: ShardingRules = ShardingRules()
     ) -> tuple[Array, Array]:
-        """Keys and values, [B, K, S, H] each: the order in which attention reads them."""
+        """Keys and values, [B, K, S, H] each: the layout in which attention reads them."""
         _, K, H = self._sizes()
         sharding = rules("batch", rules.axis_if_divisible("kv_heads", K), None, None)
         keys, values = (jnp.zeros((batch, K, size, H), dtype, out_sharding=sharding) for _ in range(2))

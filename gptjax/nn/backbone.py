@@ -24,29 +24,28 @@ from gptjax.types import Array, UserError
 
 
 class Backbone(nn.Module):
-    """Tokens to hidden states. A model is a subclass whose `head` computes more from them, so the parameters that all
-    have in common have the same names.
+    """Tokens to hidden states. A model is a subclass with a `head`. All models name their common parameters alike.
 
         model = Backbone(TransformerConfig(vocab=256, layers=4, width=128, heads=4))
         params = model.init(jax.random.key(0), tokens)["params"]
         x, _ = model.apply({"params": params}, tokens)                      # [B, T] -> [B, T, D]
 
     The parameters of the blocks are stacked, see `stack.py`. With a cache the layers run one by one: `unstack` the
-    parameters once before a loop of decoding steps. The rng "dropout" turns dropout on.
+    parameters once before decoding. The rng "dropout" enables dropout.
     """
 
     config: Any
-    """A `BackboneConfig`, or a configuration that has one; see `backbone`."""
+    """A `BackboneConfig`, or a configuration with one; see `backbone`."""
     rules: ShardingRules = ShardingRules()
     """Mesh axes of the logical axes."""
 
     @property
     def backbone(self) -> BackboneConfig:
-        """The configuration of embedding, blocks and final norm."""
+        """Configuration of embedding, blocks and final norm."""
         return self.config
 
     def head(self, x: Array, table: Array, context: Context) -> Array:
-        """The output, from hidden states x [B, T, D] after the final norm and the embeddings [V, D]."""
+        """Output of the model from hidden states x [B, T, D] after the final norm, and embeddings [V, D]."""
         return x
 
     @nn.compact
@@ -64,19 +63,19 @@ class Backbone(nn.Module):
         source_segments: Array | None = None,
         **options: Any,
     ) -> tuple[Array, Cache | None]:
-        """tokens int32 [B, T] -> what `head` returns, in the compute dtype, and the cache with T more slots filled.
+        """tokens int32 [B, T] -> output of `head`, in the compute dtype, and the cache with T more tokens.
 
-        positions    int32 [B, T], positions within the document. None: 0 .. T-1, after what the cache holds
-        segments     int32 [B, T]; tokens attend within their own segment; padding is segment 0. None: one segment
+        positions    int32 [B, T], positions within the document. None: 0 .. T-1, plus the cache's length
+        segments     int32 [B, T]; tokens attend within their segment; padding is segment 0. None: one segment
         cache        see `make_cache`. None: whole sequences
-        prefix       bool [B, T]: tokens that those before them see too, as in a prefix LM; all of it in one call
-        token_types  int32 [B, T], where the config has `token_types`. None: all 0
+        prefix       bool [B, T]: tokens that earlier ones attend to as well, as in a prefix LM; all of it in one call
+        token_types  int32 [B, T], if the config has `token_types`. None: all 0
         table        [V, D], embeddings shared with another model. None: this model's own
         options      passed to `head`
 
-        For a model with cross-attention; None with a cache, which holds both:
+        For cross-attention (with a cache None: it has both):
 
-        encoder_output   [B, S, D], what cross-attention reads
+        encoder_output   [B, S, D]
         source_segments  int32 [B, S]; tokens attend to their own segment of the source. None: to all of it
         """
         c, rules = self.backbone, self.rules
@@ -146,7 +145,7 @@ class Backbone(nn.Module):
         return self.head(x, table, context, **options), cache
 
     def unembedding(self, table: Array) -> Array:
-        """[D, V], the matrix from hidden states to logits: the embeddings [V, D] or a matrix of its own."""
+        """Matrix from hidden states to logits [D, V]: the transposed embeddings or a parameter."""
         c = self.backbone
         if c.tie_embeddings:
             return table.T

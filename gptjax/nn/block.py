@@ -1,4 +1,4 @@
-"""The block of a transformer: attention and MLP around the residual stream."""
+"""Transformer block: attention and MLP around the residual stream."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gptjax.types import Array, Key, UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Inputs that all blocks of a stack share."""
+    """Inputs common to all blocks of a stack."""
 
     positions: Array
     """int32 [B, T], positions within the document."""
@@ -34,18 +34,18 @@ class Context:
     bias: Array | None = None
     """float32 [N, T, S], added to attention scores."""
     x0: Array | None = None
-    """[B, T, D], the input of the first block. None: this is the first block."""
+    """[B, T, D], input of the first block. None: this is the first block."""
     tokens: Array | None = None
     """int32 [B, T]."""
     first_values: Array | None = None
-    """[B, T, K, H], the values of the first block's attention, see `ValueResidual`."""
+    """[B, T, K, H], values of the first block's attention, see `ValueResidual`."""
     encoder_output: Array | None = None
     """[B, S, D], for cross-attention."""
     encoder_mask: Mask = Mask(causal=False)
     """Mask of cross-attention."""
 
     def over_rows(self, function: Callable[[Array], Array]) -> Context:
-        """With `function` applied to every array whose first axis is B."""
+        """Apply `function` to every array whose first axis is B."""
 
         def mask(mask: Mask) -> Mask:
             names = ("query_segments", "key_segments", "prefix")
@@ -57,18 +57,17 @@ class Context:
 
 
 def dropout(x: Array, rate: float, key: Key | None) -> Array:
-    """x with elements zeroed with probability `rate` and the rest divided by 1 - rate. No key: x."""
+    """Zero elements of x with probability `rate` and divide the rest by 1 - rate. key=None: return x."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 class Block(nn.Module):
-    """A layer of a transformer, x [B, T, D] -> [B, T, D]. With the residual arrangement `PreNorm`, whose `read` is the
-    norm and whose `add` is a sum, it is
+    """Transformer layer, x [B, T, D] -> [B, T, D]. With `PreNorm`, whose `read` is the norm and whose `add` is a sum:
 
         x = x + attention(norm_1(x))
-        x = x + cross_attention(norm_2(x))           where there is one
+        x = x + cross_attention(norm_2(x))           if there is one
         x = x + mlp(norm_3(x))                       norm_2 without cross-attention
 
     Alone:
@@ -76,14 +75,14 @@ class Block(nn.Module):
         block = Block(attention=MultiHeadAttention(heads=8, head_size=64), hidden=2_048)
         y, _ = block.apply(params, x, Context(positions, Mask()))
 
-    The cache entry for incremental decoding is what `attention.init_cache` returns; with cross-attention, it and what
-    `cross_attention.init_cross_cache` returns. The rng "dropout" turns dropout on.
+    The cache entry is that of `attention.init_cache`; with cross-attention, a pair of it and that of
+    `cross_attention.init_cross_cache`. The rng "dropout" enables dropout.
     """
 
     attention: SequenceMixer = MultiHeadAttention()
-    """The sequence mixer."""
+    """Sequence mixer."""
     mlp: MLP | None = SwiGLU()
-    """None: no MLP."""
+    """Feed-forward part. None: no MLP."""
     hidden: int = 0
     """F, the hidden size of the MLP."""
     norm: Norm = RMSNorm()
@@ -91,17 +90,17 @@ class Block(nn.Module):
     residual: Residual = PreNorm()
     """Arrangement of the sublayers around the residual stream."""
     cross_attention: Attention | None = None
-    """Attention to `context.encoder_output`, between the other two. None: no cross-attention."""
+    """Attention to `context.encoder_output`, between self-attention and MLP. None: no cross-attention."""
     bias: bool = False
-    """Whether the MLP's linear layers have biases."""
+    """Biases in the MLP."""
     dropout: float = 0.0
     """Dropout rate of attention probabilities and residual updates."""
-    drop: float = 0.0
-    """Probability of leaving this block out in training (LayerDrop, arXiv:1909.11556)."""
+    layer_drop: float = 0.0
+    """Probability of skipping this block in training (LayerDrop, arXiv:1909.11556)."""
     output_scale: float = 1.0
-    """Multiplies the initial weights of what is added to the stream."""
-    matrix_scale: float = 1.0
-    """Multiplies the initial hidden matrices."""
+    """Factor of the initial weights that write to the residual stream."""
+    hidden_init_scale: float = 1.0
+    """Factor of the initial hidden matrices."""
     rules: ShardingRules = ShardingRules()
     """Mesh axes of the parameters' logical axes."""
     dtype: str = "float32"
@@ -109,8 +108,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: Any = None) -> tuple[Array, Any]:
-        """The output and the new cache entry; None without one."""
-        param = ParamFactory.for_module(self, self.rules, self.dtype, self.matrix_scale)
+        """Output, and new cache entry or None."""
+        param = ParamFactory.for_module(self, self.rules, self.dtype, self.hidden_init_scale)
         norm = functools.partial(self._norm, param)
         read, add = functools.partial(self.residual.read, norm), functools.partial(self.residual.add, norm)
         c, options = context, {"output_scale": self.output_scale, "dropout": self.dropout}
@@ -141,8 +140,8 @@ class Block(nn.Module):
             x = add(i, x, self._dropout(param, "mlp", y))
 
         x = self.residual.end(x)
-        if self.drop and (key := self._key()) is not None:
-            x = jnp.where(jax.random.bernoulli(key, self.drop), before, x)
+        if self.layer_drop and (key := self._key()) is not None:
+            x = jnp.where(jax.random.bernoulli(key, self.layer_drop), before, x)
         return x, cache if self.cross_attention is None or cache is None else (cache, encoder_output)
 
     def _norm(self, param: ParamFactory, name: str, x: Array) -> Array:

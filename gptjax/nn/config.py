@@ -1,4 +1,4 @@
-"""The shape and the parts of a model, as data."""
+"""Architecture of a model: sizes and parts, as data."""
 
 from __future__ import annotations
 
@@ -22,83 +22,84 @@ from gptjax.types import Params, UserError
 
 @dataclasses.dataclass(frozen=True)
 class LayerOverrides:
-    """How some layers differ from what the model says. None: they do not."""
+    """Overrides for some layers of a model. None: the model's own."""
 
     attention: SequenceMixer | None = None
-    """Attention, or a recurrent layer in its place."""
+    """Attention or a recurrent layer."""
     positions: Positions | None = None
-    """Position encoding that turns queries and keys."""
+    """Position encoding of queries and keys."""
     window: int | None = None
-    """Each token sees this many tokens, itself included."""
+    """Sliding window: number of tokens that each token attends to, itself included."""
     mlp: MLP | None = None
     """Feed-forward part."""
     hidden: int | None = None
-    """F, the hidden size of the MLP."""
+    """F, hidden size of the MLP."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig(ModelConfig):
-    """The shape and the parts of a `Backbone`: embedding, blocks, final norm, head."""
+    """Architecture of a `Backbone`: embedding, blocks, final norm, head."""
 
     causal: ClassVar[bool] = True
-    """Whether tokens see those before them alone."""
+    """Causal attention: tokens attend to earlier ones only."""
 
     vocab: int
-    """V, the number of token ids."""
+    """V, number of token ids."""
     layers: int
-    """L, the number of blocks."""
+    """L, number of blocks."""
     width: int
-    """D, the size of the residual stream."""
+    """D, size of the residual stream."""
     heads: int
-    """N, the number of query heads."""
+    """N, number of query heads."""
     kv_heads: int | None = None
-    """K, the number of key/value heads that the query heads share; none: one each."""
+    """K, number of key/value heads, shared by groups of query heads. None: N."""
     head_size: int | None = None
-    """H, the size of a head; none: width / heads."""
+    """H, head size. None: width / heads."""
     hidden: int | None = None
-    """F, the hidden size of the MLP; none: 4 x width, or 8/3 x width rounded up to a multiple of 8 when gated."""
+    """F, hidden size of the MLP. None: 4 x width, or 8/3 x width rounded up to a multiple of 8 if gated."""
     positions: Positions = RoPE()
     """Position encoding."""
     norm: Norm = RMSNorm()
     """Normalisation of the residual stream."""
     attention: SequenceMixer = MultiHeadAttention()
-    """Attention, or a recurrent layer in its place."""
+    """Attention or a recurrent layer."""
     mlp: MLP | None = SwiGLU()
-    """Feed-forward part; none: the blocks have attention alone."""
+    """Feed-forward part. None: blocks without MLP."""
     residual: Residual = PreNorm()
-    """How attention and MLP are joined to the residual stream."""
+    """Arrangement of attention and MLP around the residual stream."""
     pattern: tuple[LayerOverrides, ...] = (LayerOverrides(),)
-    """Repeated over the layers: (LayerOverrides(window=1_024), LayerOverrides()) makes every other one local."""
+    """Pattern that the layers repeat: (LayerOverrides(window=1_024), LayerOverrides()) makes every other layer
+    local."""
     leading_layers: tuple[LayerOverrides, ...] = ()
-    """Layers before those of the pattern."""
+    """Layers before the pattern."""
     bias: bool = False
-    """Whether the linear layers have biases."""
+    """Biases in the linear layers."""
     dropout: float = 0.0
-    """Share of embeddings, attention probabilities and residual updates that training drops."""
+    """Dropout rate of embeddings, attention probabilities and residual updates."""
     layer_drop: float = 0.0
-    """Share of the times that training leaves a block out."""
+    """Probability of skipping a block in training (LayerDrop)."""
     tie_embeddings: bool = True
-    """Whether the head is the transposed embedding."""
+    """Use the transposed embedding as head."""
     embedding_scale: float = 1.0
-    """Multiplies token embeddings: sqrt(width) in Gemma and in "Attention Is All You Need"."""
+    """Factor of the token embeddings: sqrt(width) in Gemma and in "Attention Is All You Need"."""
     token_types: int = 0
-    """How many kinds of token have an embedding that is added to theirs: 2 in BERT, for sentences A and B."""
+    """Number of token types with an embedding: 2 in BERT, for sentences A and B. 0: none."""
     embedding_norm: Norm | None = None
-    """Normalises the embeddings; none: nothing does."""
+    """Normalisation of the embeddings. None: no normalisation."""
     logit_scale: float = 1.0
-    """Multiplies the logits."""
+    """Factor of the logits."""
     logit_softcap: float | None = None
-    """Logits are bounded by this: softcap * tanh(logit / softcap); none: they are not."""
+    """Bound of the logits: softcap * tanh(logit / softcap). None: no bound."""
     cross_attention: Attention | None = None
-    """Attention to a source, for a decoder beside an encoder; none: there is none."""
+    """Cross-attention of a decoder to its encoder. None: no encoder."""
     parametrisation: Parametrisation = Parametrisation()
-    """How initial weights, multipliers and learning rates depend on width and depth."""
+    """Dependence of initial weights, multipliers and learning rates on width and depth."""
     remat: str | None = None
-    """What the backward pass keeps, not computes again: a name in `gptjax.nn.remat.POLICIES`; none: everything."""
+    """Rematerialisation policy, a key of `gptjax.nn.remat.POLICIES`. None: save all activations."""
     microbatches: int | None = None
     """Number of pipeline microbatches. None: one per pipeline stage."""
     dtype: str = "float32"
-    """Compute dtype: float32 or bfloat16. Parameters are made float32, and cast when they are used."""
+    """Compute dtype: float32 or bfloat16. Parameters are float32 and cast when used."""
 
     def __post_init__(self):
         for field in ("vocab", "layers", "width", "heads"):
@@ -124,14 +125,16 @@ class BackboneConfig(ModelConfig):
                 f"model.cross_attention: got {type(self.cross_attention).__name__}, must be one that can read "
                 "an encoder's output, such as MultiHeadAttention()"
             )
-        for variant in (*self.leading_layers, *self.pattern):
-            attention = variant.attention or self.attention
+        for overrides in (*self.leading_layers, *self.pattern):
+            attention = overrides.attention or self.attention
             if not isinstance(attention, Attention):
                 continue
-            positions = variant.positions or attention.positions or self.positions
+            positions = overrides.positions or attention.positions or self.positions
             positions.check(attention.head_size or self.H)
             if positions.shared and positions != self.positions:
-                raise UserError(f"model.pattern: got {positions} for a layer, must be model.positions: it acts on all")
+                raise UserError(
+                    f"model.pattern: got {positions} for a layer, must be model.positions, which all layers share"
+                )
             if type(self.positions).bias is not Positions.bias and (attention.heads or self.heads) != self.heads:
                 raise UserError(
                     f"model.attention.heads: got {attention.heads} for a layer, must be model.heads {self.heads} with "
@@ -147,17 +150,17 @@ class BackboneConfig(ModelConfig):
 
     @property
     def H(self) -> int:
-        """The size of a head."""
+        """H, head size."""
         return self.head_size or self.width // self.heads
 
     @property
     def K(self) -> int:
-        """The number of key/value heads."""
+        """K, number of key/value heads."""
         return self.kv_heads or self.heads
 
     @property
     def F(self) -> int:
-        """The hidden size of the MLP."""
+        """F, hidden size of the MLP."""
         if self.mlp is None:
             return 0
         return self.hidden or (-(-8 * self.width // 24) * 8 if self.mlp.gated else 4 * self.width)
@@ -182,13 +185,13 @@ class BackboneConfig(ModelConfig):
 
     @property
     def width_multiplier(self) -> float:
-        """How many times wider the model is than the one whose hyperparameters it has; see `parametrisation`."""
+        """Width divided by the width that the hyperparameters were tuned at; see `parametrisation`."""
         return self.parametrisation.width_multiplier(self.width)
 
-    def block(self, variant: LayerOverrides = LayerOverrides(), rules: ShardingRules = ShardingRules()) -> Block:
+    def block(self, overrides: LayerOverrides = LayerOverrides(), rules: ShardingRules = ShardingRules()) -> Block:
         """A layer of the model."""
 
-        def sized(attention: SequenceMixer, variant: LayerOverrides) -> Any:
+        def sized(attention: SequenceMixer, overrides: LayerOverrides) -> Any:
             if not isinstance(attention, Attention):
                 return attention
             own, size = attention.heads is not None, attention.head_size or self.H
@@ -198,30 +201,30 @@ class BackboneConfig(ModelConfig):
                 kv_heads=attention.kv_heads or (attention.heads if own else self.K),
                 head_size=size,
                 scale=attention.multiplier(size) * self.parametrisation.attention(size),
-                positions=variant.positions or attention.positions or self.positions,
-                window=variant.window or attention.window,
+                positions=overrides.positions or attention.positions or self.positions,
+                window=overrides.window or attention.window,
                 bias=self.bias if attention.bias is None else attention.bias,
             )
 
         return Block(
-            attention=sized(variant.attention or self.attention, variant),
-            mlp=variant.mlp or self.mlp,
-            hidden=variant.hidden or self.F,
+            attention=sized(overrides.attention or self.attention, overrides),
+            mlp=overrides.mlp or self.mlp,
+            hidden=overrides.hidden or self.F,
             norm=self.norm,
             residual=self.residual,
             cross_attention=None if self.cross_attention is None else sized(self.cross_attention, LayerOverrides()),
             bias=self.bias,
             dropout=self.dropout,
-            drop=self.layer_drop,
+            layer_drop=self.layer_drop,
             output_scale=self.parametrisation.residual_init_scale(self.layers),
-            matrix_scale=self.parametrisation.hidden_init_scale(self.width),
+            hidden_init_scale=self.parametrisation.hidden_init_scale(self.width),
             rules=rules,
             dtype=self.dtype,
             parent=None,
         )
 
     def stack(self, rules: ShardingRules = ShardingRules()) -> Stack:
-        """The layers of the model."""
+        """Layers of the model."""
         leading, pattern = (tuple(self.block(v, rules) for v in side) for side in (self.leading_layers, self.pattern))
         repeats, rest = divmod(self.layers - len(leading), len(pattern))
         return Stack(pattern, repeats, leading, pattern[:rest], self.remat, self.microbatches, rules)
@@ -230,11 +233,11 @@ class BackboneConfig(ModelConfig):
         return dataclasses.replace(self, dtype=dtype)
 
     def for_context_length(self, length: int) -> Self:
-        """The same model for texts of up to so many tokens: what `LongRoPE` needs to know."""
+        """This model for texts of up to `length` tokens, which `LongRoPE` depends on."""
 
-        def longer(variant: LayerOverrides) -> LayerOverrides:
-            positions = None if variant.positions is None else variant.positions.for_context_length(length)
-            return dataclasses.replace(variant, positions=positions)
+        def longer(overrides: LayerOverrides) -> LayerOverrides:
+            positions = None if overrides.positions is None else overrides.positions.for_context_length(length)
+            return dataclasses.replace(overrides, positions=positions)
 
         variants = {
             "leading_layers": tuple(map(longer, self.leading_layers)),
@@ -244,8 +247,8 @@ class BackboneConfig(ModelConfig):
 
     def flops(self, length: int) -> int:
         """FLOPs of training on one token, forward and backward, at this context length: 6 for every weight of a matrix
-        product, and 12 D T a layer for attention scores and sums (PaLM, arXiv:2204.02311, appendix B; not halved for
-        causality, as is usual)."""
+        product, and 12 D T per layer for attention scores and sums (PaLM, arXiv:2204.02311, appendix B; not halved for
+        causality, as usual)."""
         layers = sum(
             part.matmul_params(self.width, size)
             for block in self.stack().blocks

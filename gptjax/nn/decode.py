@@ -1,4 +1,4 @@
-"""A stack layer by layer: incremental decoding with a cache, and looking at activations."""
+"""Layer-by-layer execution of a stack: incremental decoding with a cache, and capturing activations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gptjax.types import Array, Params
 def decode(
     stack: Stack, param: ParamFactory, params: Mapping[str, Params], x: Array, context: Context, cache: Cache | None
 ) -> tuple[Array, Cache | None]:
-    """x [B, T, D] through the stack -> [B, T, D], and the cache with T more slots filled.
+    """x [B, T, D] through the stack -> [B, T, D], and the cache with T more tokens.
 
-    param   where values that blocks capture are captured, and their outputs: "layer_0" and so on
-    params  after `stack.unstack`; of stacked ones a slice is copied in every call
+    param   captures the blocks' values, and their outputs: "layer_0" and so on
+    params  after `stack.unstack`; stacked ones are copied in every call
     cache   None: whole sequences
     """
     entries: list[Any] = [None] * len(stack.blocks) if cache is None else list(cache.layers)

@@ -1,6 +1,6 @@
-"""The encoder: a stack in which every token sees every other, and the head that fills in masked tokens. This is BERT.
+"""Bidirectional encoder with a head for masked tokens: BERT.
 
-A classifier or an embedder over an encoder is in `heads.py`, an encoder beside a decoder in `encoder_decoder.py`.
+Classifiers and embedders over an encoder are in `heads.py`, encoder-decoders in `encoder_decoder.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gptjax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Transform(Part):
-    """What BERT does to hidden states before they meet the embeddings: norm(act(x W + b)) (arXiv:1810.04805).
+    """BERT's transform before the output embeddings: norm(act(x W + b)) (arXiv:1810.04805).
 
     A part `transform(param, x [B, T, D], norm) -> [B, T, D]`.
     """
 
     mlp: MLP = GELU(approximate=False)
-    """Whose activation it is."""
+    """MLP whose activation is used."""
 
     def __call__(self, param: ParamFactory, x: Array, norm: Norm) -> Array:
         width = x.shape[-1]
@@ -38,7 +38,7 @@ class Transform(Part):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(BackboneConfig):
-    """The shape and the parts of an encoder. BERT is
+    """Architecture of an encoder. BERT is
 
     EncoderConfig(
         vocab=30_522, layers=12, width=768, heads=12, positions=LearnedPositions(512), norm=LayerNorm(eps=1e-12),
@@ -51,23 +51,23 @@ class EncoderConfig(BackboneConfig):
     causal = False
 
     transform: Transform | None = None
-    """What is between the hidden states and the head, which then has a bias too; none: nothing."""
+    """Transform between hidden states and head, which then has a bias too. None: neither."""
 
     def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return Encoder(self, rules)
 
 
 class Encoder(Backbone):
-    """Tokens, some of them hidden behind a mask token, to logits of what they are: BERT (Devlin et al. 2018,
-    arXiv:1810.04805). With h the hidden states of blocks in which every token sees every other, E the embeddings:
+    """Tokens, some of them masked, to logits of the original tokens: BERT (Devlin et al. 2018, arXiv:1810.04805). With
+    h the hidden states of bidirectional blocks, E the embeddings:
 
         logits = h E^T,    with a `transform`    logits = transform(h) E^T + b
 
-    model = Encoder(EncoderConfig(vocab=256, layers=4, width=128, heads=4))
-    params = model.init(jax.random.key(0), tokens)["params"]
-    logits, _ = model.apply({"params": params}, tokens)                     # [B, T] -> [B, T, V]
+        model = Encoder(EncoderConfig(vocab=256, layers=4, width=128, heads=4))
+        params = model.init(jax.random.key(0), tokens)["params"]
+        logits, _ = model.apply({"params": params}, tokens)                     # [B, T] -> [B, T, V]
 
-    The arguments are those of `Backbone`, without those of decoding.
+    The arguments are those of `Backbone`, except for decoding.
     """
 
     config: EncoderConfig

@@ -1,4 +1,4 @@
-"""The encoder-decoder: a source is read once, a target is written with the source in view. This is T5.
+"""Encoder-decoder: the source is encoded once, the target is generated with cross-attention to it. This is T5.
 
     config = EncoderDecoderConfig(
         encoder=EncoderConfig(vocab=256, layers=4, width=128, heads=4),
@@ -8,7 +8,7 @@
     params = model.init(jax.random.key(0), tokens)["params"]
     logits, _ = model.apply({"params": params}, tokens, source=source)                # [B, T] and [B, S] -> [B, T, V]
 
-What both have is said twice; `dict` holds it where that is long. "Attention Is All You Need" (arXiv:1706.03762) is
+A `dict` can hold their common settings. "Attention Is All You Need" (arXiv:1706.03762) is
 
     common = dict(
         vocab=37_000, layers=6, width=512, heads=8, hidden=2_048, positions=Sinusoidal(), norm=LayerNorm(), mlp=ReLU(),
@@ -16,7 +16,7 @@ What both have is said twice; `dict` holds it where that is long. "Attention Is 
     )
     EncoderDecoderConfig(EncoderConfig(**common), TransformerConfig(**common, cross_attention=MultiHeadAttention()))
 
-and T5 small (arXiv:1910.10683), which does not divide scores by the square root of the head size, is
+and T5 small (arXiv:1910.10683), which does not scale scores by the head size, is
 
     attention = MultiHeadAttention(scale=1.0)
     common = dict(
@@ -49,14 +49,14 @@ from gptjax.types import Array, Params, UserError
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderConfig(ModelConfig):
-    """An encoder and a decoder with one table of embeddings."""
+    """Encoder and decoder with a common embedding table."""
 
     architecture = "encoder-decoder"
 
     encoder: EncoderConfig
-    """What reads the source."""
+    """Encoder of the source."""
     decoder: TransformerConfig
-    """What writes the target; it has `cross_attention`."""
+    """Decoder of the target, with `cross_attention`."""
 
     def __post_init__(self):
         if self.decoder.cross_attention is None:
@@ -96,7 +96,7 @@ class EncoderDecoderConfig(ModelConfig):
         return dataclasses.replace(self, **halves)
 
     def flops(self, length: int) -> int:
-        """Of a target token and a source token: as long a source as the target. The encoder has no head."""
+        """FLOPs per target token and source token, for equal lengths. The encoder has no head."""
         return self.encoder.flops(length) + self.decoder.flops(length) - 6 * self.vocab * self.encoder.width
 
     def unstack(self, params: Params) -> Params:
@@ -105,7 +105,7 @@ class EncoderDecoderConfig(ModelConfig):
 
 
 class EncoderDecoder(nn.Module):
-    """Source and target so far, to logits of the target's next tokens."""
+    """Source and target tokens to logits of the next target tokens."""
 
     config: EncoderDecoderConfig
     rules: ShardingRules = ShardingRules()
@@ -122,12 +122,12 @@ class EncoderDecoder(nn.Module):
         source_positions: Array | None = None,
         source_segments: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """tokens int32 [B, T] -> logits [B, T, V] in the compute dtype, and the cache with T more slots filled.
+        """tokens int32 [B, T] -> logits [B, T, V] in the compute dtype, and the cache with T more tokens.
 
-        source            int32 [B, S]; with a cache None, for `read` has put it there
-        source_positions  int32 [B, S], places within the document; None: 0 .. S-1
-        source_segments   int32 [B, S]; tokens of the source and of the target see their own segment in it only; None:
-                          all one, which then is 1 in the target
+        source            int32 [B, S]. None: in the cache, by `encode`
+        source_positions  int32 [B, S], positions within the document. None: 0 .. S-1
+        source_segments   int32 [B, S]; source and target tokens attend to their own segment only. None: all 1,
+                          and so must the target's be
 
         The others are those of `Transformer`.
         """
@@ -135,19 +135,19 @@ class EncoderDecoder(nn.Module):
         param = ParamFactory.for_module(self, rules, c.decoder.dtype)
         table = param("embedding", (c.vocab, c.decoder.width), ("vocab", "embed"), kind="embedding")
         if source is None and self.is_initializing():
-            source = tokens  # no parameter depends on it
+            source = tokens  # no parameter depends on its values
         if source is None and cache is None:
-            raise UserError("source: got none, must be given where there is no cache that holds it")
+            raise UserError("source: got none, must be given without a cache from `encode`")
         encoded = None
         if source is not None:
             encoder = Backbone(c.encoder, rules, name="encoder")
             encoded, _ = encoder(source, source_positions, source_segments, table=table)
         decoder = Transformer(c.decoder, rules, name="decoder")
-        read = {"encoder_output": encoded, "source_segments": source_segments}
-        return decoder(tokens, positions, segments, cache, table=table, **read)
+        options = {"encoder_output": encoded, "source_segments": source_segments}
+        return decoder(tokens, positions, segments, cache, table=table, **options)
 
 
-def read(
+def encode(
     model: EncoderDecoder,
     params: Params,
     source: Array,
@@ -155,12 +155,12 @@ def read(
     positions: Array | None = None,
     segments: Array | None = None,
 ) -> Cache:
-    """A cache of `size` slots for writing with the source int32 [B, S] in view: its keys and values are in there, made
-    once. No target is yet. Positions and segments are those of the source."""
+    """Encode a source int32 [B, S] into a cache for `size` target tokens: it has the keys and values of
+    cross-attention, and no target tokens. Positions and segments are those of the source."""
     c, rules = model.config, model.rules
     decoder = c.decoder
-    reader = {**params["encoder"], "embedding": params["embedding"]}
-    encoded, _ = Backbone(c.encoder, rules).apply({"params": reader}, source, positions, segments)
+    encoder_params = {**params["encoder"], "embedding": params["embedding"]}
+    encoded, _ = Backbone(c.encoder, rules).apply({"params": encoder_params}, source, positions, segments)
     stack, own = decoder.stack(rules), decoder.init_cache(source.shape[0], size, rules)
 
     def cross_cache(layer: int) -> Any:

@@ -1,11 +1,11 @@
-"""Heads that say something of a whole text, over the hidden states of an encoder or a decoder.
+"""Heads for whole texts, over the hidden states of an encoder or a decoder.
 
     model = Classifier(ClassifierConfig(config, classes=3, pooling=Mean()))
     params = model.init(jax.random.key(0), tokens)["params"] | pretrained
     logits, _ = model.apply({"params": params}, tokens, positions, segments, documents=1)            # [B, 1, 3]
 
-The backbone's parameters have the same names as in a language model, so one can be put in as above. A row may hold
-several texts, one after the other, with segments 1 .. M; padding has segment 0.
+The backbone's parameters have the names of a language model's, so that pretrained ones can be used as above. A sequence
+may have several texts, segments 1 .. M. Padding has segment 0.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from gptjax.types import Array, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Pooling:
-    """How the hidden states of a text become one: x_m = sum_t share_mt x_t. A subclass says the shares."""
+    """Pooling of a text's hidden states: x_m = sum_t weight_mt x_t. A subclass defines the weights."""
 
-    def share(self, inside: Array) -> Array:
-        """inside bool [B, M, T], whether token t is of text m -> share float [B, M, T]."""
+    def weights(self, inside: Array) -> Array:
+        """inside bool [B, M, T], True if token t is of text m -> weights float [B, M, T]."""
         raise NotImplementedError
 
     def __call__(self, x: Array, segments: Array | None, documents: int) -> Array:
-        """x [B, T, D], segments int32 [B, T] (None: all 1) -> [B, M, D]; 0 for a text that is not there."""
+        """x [B, T, D], segments int32 [B, T] (None: all 1) -> [B, M, D]; 0 for missing texts."""
         segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else jnp.asarray(segments)
         inside = segments[:, None, :] == jnp.arange(1, documents + 1)[:, None]
-        share = self.share(inside).astype(x.dtype)
-        return lax.dot_general(share, x, (((2,), (1,)), ((0,), (0,))))
+        weights = self.weights(inside).astype(x.dtype)
+        return lax.dot_general(weights, x, (((2,), (1,)), ((0,), (0,))))
 
 
 class Mean(Pooling):
-    """The mean of all tokens: sentence embeddings (arXiv:1908.10084)."""
+    """Mean of all tokens: sentence embeddings (arXiv:1908.10084)."""
 
-    def share(self, inside: Array) -> Array:
+    def weights(self, inside: Array) -> Array:
         return inside / jnp.maximum(inside.sum(-1, keepdims=True), 1)
 
 
 class First(Pooling):
-    """The first token, as BERT's [CLS]: for encoders."""
+    """First token, BERT's [CLS]: for encoders."""
 
-    def share(self, inside: Array) -> Array:
+    def weights(self, inside: Array) -> Array:
         return inside & (jnp.cumsum(inside, -1) == 1)
 
 
 class Last(Pooling):
-    """The last token, which in a decoder is the one that has seen all."""
+    """Last token, which attends to the whole text in a decoder."""
 
-    def share(self, inside: Array) -> Array:
+    def weights(self, inside: Array) -> Array:
         return inside & (jnp.cumsum(inside, -1) == inside.sum(-1, keepdims=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pooler(Part):
-    """What BERT does to a text's state before it meets the classes: tanh(x W + b) (arXiv:1810.04805).
+    """BERT's pooler before the classifier: tanh(x W + b) (arXiv:1810.04805).
 
     A part `pooler(param, x [B, M, D]) -> [B, M, D]`.
     """
@@ -77,20 +77,20 @@ class Pooler(Part):
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig(ModelConfig):
-    """A decoder or an encoder that tells of which class a text is."""
+    """Text classifier over a decoder or an encoder."""
 
     architecture = "classifier"
 
     backbone: BackboneConfig
-    """What reads the text."""
+    """Decoder or encoder of the text."""
     classes: int
-    """C, how many there are."""
+    """C, number of classes."""
     pooling: Pooling = Last()
-    """How the states of its tokens become one: `First()` or `Mean()` in an encoder."""
+    """Pooling of the tokens' hidden states: `Last()` for decoders, `First()` or `Mean()` for encoders."""
     pooler: Pooler | None = None
-    """What is between that state and the classes; none: nothing."""
+    """Layer between pooling and classifier. None: no layer."""
     bias: bool = False
-    """Whether the classes have a bias."""
+    """Bias in the classifier."""
 
     def __post_init__(self):
         if self.classes < 2:
@@ -118,7 +118,7 @@ class ClassifierConfig(ModelConfig):
         return Classifier(self, rules)
 
     def flops(self, length: int) -> int:
-        """Without those of a text's classes, which are few."""
+        """FLOPs as `BackboneConfig.flops`, without the small classifier."""
         return self.backbone.flops(length) - 6 * self.vocab * self.backbone.width
 
     def with_dtype(self, dtype: str) -> Self:
@@ -126,9 +126,9 @@ class ClassifierConfig(ModelConfig):
 
 
 class Classifier(Backbone):
-    """Tokens to logits of classes, pool(h) W, with h the hidden states of a text after the final norm: GPT with
-    `Last()` (Radford et al. 2018, section 3.2). BERT has tanh(pool(h) P + p) W + b (arXiv:1810.04805, section 4.1),
-    which is `First()`, a `Pooler()` and a bias."""
+    """Tokens to class logits, pool(h) W, with h the hidden states of a text after the final norm: GPT with `Last()`
+    (Radford et al. 2018, section 3.2). BERT has tanh(pool(h) P + p) W + b (arXiv:1810.04805, section 4.1): `First()`,
+    `Pooler()` and a bias."""
 
     config: ClassifierConfig
 
@@ -137,7 +137,7 @@ class Classifier(Backbone):
         return self.config.backbone
 
     def head(self, x: Array, table: Array, context: Context, documents: int = 1) -> Array:
-        """Logits [B, M, C] of the texts of each row, M = `documents`."""
+        """Logits [B, M, C] of the M = `documents` texts of each sequence."""
         c = self.config
         scale = c.backbone.parametrisation.hidden_init_scale(c.backbone.width)
         param = ParamFactory.for_module(self, self.rules, c.backbone.dtype, scale)
@@ -150,14 +150,14 @@ class Classifier(Backbone):
 
 
 class Embedder(Backbone):
-    """Tokens to one vector a text, v / |v| with v = pool(h), h the hidden states of a text after the final norm:
-    Sentence-BERT (Reimers and Gurevych 2019, arXiv:1908.10084). It has no parameters but the backbone's."""
+    """Tokens to one vector per text, v / |v| with v = pool(h), h the hidden states of a text after the final norm:
+    Sentence-BERT (Reimers and Gurevych 2019, arXiv:1908.10084). Its parameters are the backbone's."""
 
     pooling: Pooling = Mean()
     normalise: bool = True
-    """Whether vectors are divided by their length, so that their products are cosines."""
+    """Divide vectors by their norm, so that dot products are cosines."""
 
     def head(self, x: Array, table: Array, context: Context, documents: int = 1) -> Array:
-        """float32 [B, M, D], one vector for each of the M = `documents` texts of a row."""
+        """float32 [B, M, D], one vector for each of the M = `documents` texts of a sequence."""
         x = self.pooling(x, context.mask.query_segments, documents).astype(jnp.float32)
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if self.normalise else x

@@ -10,13 +10,12 @@ from gptjax.types import Array, Params
 
 
 def activations(model: Transformer, params: Params, *args: Any, **kwargs: Any) -> dict[str, Array]:
-    """Intermediate values of `model.apply({"params": params}, *args, **kwargs)` by name, in the order in which they are
-    computed:
+    """Intermediate values of `model.apply({"params": params}, *args, **kwargs)` by name, in order of computation:
 
-    positions                                                           the embeddings, with positions, [B, T, D]
+    positions                                                           embeddings with positions, [B, T, D]
     layer_0/norm_1  layer_0/attention  layer_0/norm_2  layer_0/mlp      outputs of the parts of a block, [B, T, D]
-    layer_0                                                             the residual stream after it, [B, T, D]
-    norm                                                                the final norm, [B, T, D]
+    layer_0                                                             residual stream after the block, [B, T, D]
+    norm                                                                output of the final norm, [B, T, D]
     logits                                                              [B, T, V]
 
     Runs the layers one by one. A pure function: it can be jitted and differentiated.
@@ -27,7 +26,7 @@ def activations(model: Transformer, params: Params, *args: Any, **kwargs: Any) -
 
 
 def _outputs(captured: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Array]]:
-    """Name and value of what was captured as "output" or "..._output"."""
+    """Name and value of captured values named "output" or "..._output"."""
     for name, value in captured.items():
         if isinstance(value, Mapping):
             yield from _outputs(value, path if name == "blocks" else f"{path}{name}/")

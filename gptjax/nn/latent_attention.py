@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values are made from a small latent vector, which is all that a cache keeps."""
+"""Multi-head latent attention: keys and values are projected from a small latent vector, which alone is cached."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from gptjax.types import Array, Key, UserError
 @dataclasses.dataclass(frozen=True)
 class MultiHeadLatentAttention(Attention):
     """DeepSeek-V2 (arXiv:2405.04434, section 2.1) and V3. With c_s = norm(W x_s) the latent, r_s = RoPE(W' x_s) a key
-    that all heads share, and for each head n a query in two parts, q of `head_size` and p = RoPE(...) of `rope_size`:
+    shared by all heads, and for each head n a query of two parts, q of `head_size` and p = RoPE(...) of `rope_size`:
 
         score_nts = scale (q_nt . K_n c_s + p_nt . r_s)        y_nt = V_n sum_s softmax(score_nt)_s c_s
 
-    and the heads' y go through an output projection. In training K_n c and V_n c are keys and values like any others.
-    With a cache, which holds c and r, K_n is multiplied into the query instead and V_n into the sum: attention over
-    latents, with one key of `kv_rank + rope_size` for all heads, and nothing is expanded.
+    followed by an output projection. In training K_n c and V_n c are ordinary keys and values. With a cache, which has
+    c and r, K_n is absorbed into the query and V_n is applied to the sum: attention over latents, with one key of
+    `kv_rank + rope_size` for all heads.
 
-    `kv_heads` and `window` are as in `Attention`, but that every head has keys of its own. The positions' layout in
-    DeepSeek's checkpoints is the interleaved one.
+    `window` is as in `Attention`; every head has its own keys, so `kv_heads` has no effect. DeepSeek's checkpoints have
+    the interleaved layout of positions.
     """
 
     q_rank: int | None = None
-    """Size of the latent that queries are made from; none: they are made from x."""
+    """Rank of the queries' latent. None: queries are projected from x."""
     kv_rank: int = 512
-    """R, the size of the latent."""
+    """R, rank of the latent."""
     rope_size: int = 64
-    """P, the size of the part of queries and keys that positions turn."""
+    """P, size of the rotated part of queries and keys."""
     value_size: int = 128
     """Size of a head's values."""
     norm: Norm = RMSNorm(eps=1e-6)
-    """Normalises the latents."""
+    """Normalisation of the latents."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,7 +49,7 @@ class MultiHeadLatentAttention(Attention):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise UserError(f"model.attention.{field}: got {value}, must be at least 1")
         if self.rope_size % 2:
-            raise UserError(f"model.attention.rope_size: got {self.rope_size}, must be even: positions turn pairs")
+            raise UserError(f"model.attention.rope_size: got {self.rope_size}, must be even: positions rotate pairs")
 
     def __call__(
         self,
@@ -106,7 +106,7 @@ class MultiHeadLatentAttention(Attention):
             dropout=dropout,
             key=key,
         )
-        if cache is not None:  # the sum over the shared keys, which nothing needs, cost less than cutting them off
+        if cache is not None:  # dropping the sum over the shared keys afterwards is cheaper than slicing the keys
             y = jnp.einsum("BTNR,RNV->BTNV", y[..., :R], to_value, out_sharding=heads)
         init = jax.nn.initializers.normal(0.02 * output_scale)
         o = param("o", (N, V, width), ("heads", None, "embed"), init, inputs=2)
@@ -116,7 +116,7 @@ class MultiHeadLatentAttention(Attention):
     def init_cache(
         self, batch: int, size: int, width: int, dtype: str = "float32", rules: ShardingRules = ShardingRules()
     ) -> Array:
-        """[B, S, R + P]: the latents and the shared keys beside them, as attention reads them."""
+        """[B, S, R + P]: latents and shared keys, the layout in which attention reads them."""
         shape = batch, size, self.kv_rank + self.rope_size
         return jnp.zeros(shape, dtype, out_sharding=rules("batch", None, None))
 

@@ -46,7 +46,7 @@ class LoRA:
     match: tuple[str, ...] = ("attention/q", "attention/v")
     """Matrices to adapt, by the last names on their paths: "q", "mlp/up", "blocks/0/mlp/up"."""
     rank_stabilised: bool = False
-    """Whether the update is multiplied by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
 
     def __post_init__(self):
         if self.rank < 1:
@@ -60,8 +60,8 @@ class LoRA:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
     def init(self, key: Key, params: Params, info: Params) -> Params:
-        """The adapters of these parameters, float32. A is uniform in +-1/sqrt(I), as in the authors' code, and B is 0:
-        the model computes what it did. Raises UserError where `match` names no matrix.
+        """Adapters of these parameters, float32. A is uniform in +-1/sqrt(I), as in the authors' code, and B is 0, so
+        that the model's output does not change. Raises UserError if `match` matches no matrix.
 
         info  `parameter_info` of the model
         """
@@ -71,11 +71,11 @@ class LoRA:
         return nested({n: self._adapter(k, leaves[n], i) for k, (n, i) in zip(keys, found.items(), strict=True)})
 
     def info(self, info: Params) -> Params:
-        """The information on the adapters, in their tree, from that on the model's parameters."""
+        """`ParamInfo` of the adapters, in their tree, from that of the model's parameters."""
         return nested({name: self._adapter_info(i) for name, i in self._matched(info).items()})
 
     def merge(self, params: Params, adapters: Params) -> Params:
-        """The parameters of the adapted model, in the dtypes and shardings of those given."""
+        """Parameters of the adapted model, in the dtypes and shardings of `params`."""
         if not isinstance(params, Mapping):
             return self._merged(params, adapters)
         if unknown := adapters.keys() - params.keys():
@@ -91,16 +91,16 @@ class LoRA:
         return adapted
 
     def _matched(self, info: Params) -> dict[str, ParamInfo]:
-        """Name -> information of each matrix that gets an adapter."""
+        """Name -> information of each matrix with an adapter."""
         matrices = {name: i for name, i in flat(info).items() if i.is_matrix}
         for wanted in self.match:
             if not any(_ends(name, wanted) for name in matrices):
                 there = sorted({"/".join(name.split("/")[-2:]) for name in matrices})
-                raise UserError(f"lora.match: got {wanted!r}, which is no matrix here; must be of {', '.join(there)}")
+                raise UserError(f"lora.match: got {wanted!r}, which matches no matrix; must be of {', '.join(there)}")
         return {name: i for name, i in matrices.items() if any(_ends(name, wanted) for wanted in self.match)}
 
     def _adapter_info(self, info: ParamInfo) -> dict[str, ParamInfo]:
-        """Neither factor is a hidden matrix: its rank does not grow with the width."""
+        """Information on the factors. Their kind is not "matrix": the rank does not grow with the width."""
         (layers, inputs, outputs), (layer_axes, input_axes, output_axes) = map(info.split, (info.shape, info.axes))
         factor = functools.partial(dataclasses.replace, info, kind="other", decays=True)
         return {
@@ -131,9 +131,8 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True)
 class DoRA(LoRA):
-    """m (W + scale A B) / |W + scale A B|, with a norm and a learned magnitude m for each output, which is at first the
-    norm of W (Liu et al. 2024, arXiv:2402.09353, equation 5). The norm is a constant to the gradient, as in section
-    4.3."""
+    """m (W + scale A B) / |W + scale A B|, with a norm and a learned magnitude m per output, initially the norm of W
+    (Liu et al. 2024, arXiv:2402.09353, equation 5). The norm is a constant to the gradient, as in section 4.3."""
 
     def _adapter_info(self, info: ParamInfo) -> dict[str, ParamInfo]:
         (layers, _, outputs), (layer_axes, _, output_axes) = map(info.split, (info.shape, info.axes))
@@ -154,23 +153,23 @@ class DoRA(LoRA):
 
 
 def _ends(name: str, end: str) -> bool:
-    """Whether the last names on a path are these: "attention/q" of "blocks/attention/q"."""
+    """True if `end` is a suffix of the path: "attention/q" of "blocks/attention/q"."""
     return f"/{name}".endswith(f"/{end}")
 
 
 def _input_axes(w: Array, adapter: dict[str, Array]) -> tuple[int, ...]:
-    """The axes I of w [*B, *I, *O], from its factors a [*B, *I, r] and b [*B, r, *O]."""
+    """Input axes I of w [*B, *I, *O], from its factors a [*B, *I, r] and b [*B, r, *O]."""
     a, b = adapter["a"], adapter["b"]
     return tuple(range(a.ndim + b.ndim - w.ndim - 2, a.ndim - 1))
 
 
 def _norm(w: Array, inputs: tuple[int, ...]) -> Array:
-    """The norm of the weights of each output, [..., 1, *outputs]."""
+    """Norm of each output's weights, [..., 1, *outputs]."""
     return jnp.sqrt(jnp.sum(jnp.square(w), inputs, keepdims=True))
 
 
 def _spec(w: Array) -> PartitionSpec | None:
-    """PartitionSpec of an array, with an entry for each axis. None: no mesh is current."""
+    """PartitionSpec of an array, with an entry for each axis. None: no mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
     spec = jax.typeof(w).sharding.spec

@@ -1,4 +1,4 @@
-"""Sequence mixers: the parts that let tokens see one another. Attention is one, a recurrent layer another."""
+"""Sequence mixers, the parts with interaction between tokens: attention and recurrent layers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ class SequenceMixer(Part):
 
     x, y       [B, T, D]
     positions  int32 [B, T], positions within the document
-    mask       `Mask`: the tokens that each token sees
-    cache      for incremental decoding: an entry in which the tokens before `mask.start` are; it comes back with T
-               more. None: no cache
-    options    what else a block offers, see `MultiHeadAttention`; a mixer ignores what it has no use for
+    mask       attention mask
+    cache      entry with the tokens before `mask.start`, for incremental decoding; returned with T more. None: no cache
+    options    the other arguments of `MultiHeadAttention`; a mixer ignores those that it does not use
     """
 
     reads_encoder: ClassVar[bool] = False
-    """Whether it can be cross-attention: it has `init_cross_cache`, as `MultiHeadAttention` does."""
+    """True if it can be cross-attention: it has `init_cross_cache`, as `MultiHeadAttention` does."""
 
     def init_cache(
         self, batch: int, size: int, width: int, dtype: str = "float32", rules: ShardingRules = ShardingRules()
@@ -31,10 +30,10 @@ class SequenceMixer(Part):
         raise NotImplementedError
 
     def matmul_params(self, width: int, length: int) -> int:
-        """Multiplications per token that sees `length` others: weights of matrix products, scores and sums."""
+        """Multiplications per token that attends to `length` tokens: weights of matrix products, scores and sums."""
         raise NotImplementedError
 
     @property
     def uses_first_values(self) -> bool:
-        """Whether it mixes in the values of the first layer (`first_values`)."""
+        """True if it reads the first layer's values (`first_values`)."""
         return False

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block, as parts (see `module.py`): dense or gated, an activation each.
+"""Feed-forward layers of a block, as parts (see `module.py`): dense or gated, with various activations.
 
 Dense:  down(act(up(x)))                 Gated:  down(act(gate(x)) * up(x))          (Shazeer 2020, arXiv:2002.05202)
 """
@@ -18,20 +18,21 @@ from gptjax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class MLP(Part):
-    """A part `mlp(param, x [B, T, D], hidden F) -> [B, T, D]`. A subclass says which activation, and if gated."""
+    """A part `mlp(param, x [B, T, D], hidden F) -> [B, T, D]`. A subclass defines the activation, and whether it is
+    gated."""
 
     gated: ClassVar[bool] = False
 
     @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
-        """(logical axis, field, size) of what a mesh may cut, the hidden units aside."""
+        """(logical axis, field, size) of axes that a mesh may shard, besides the hidden units."""
         return ()
 
     def activation(self, x: Array) -> Array:
         raise NotImplementedError
 
     def inner(self, *expanded: Array) -> Array:
-        """What is between the products: (up) or, gated, (gate, up), each [..., F] -> [..., F]."""
+        """Elementwise part between the matrix products: (up) or, gated, (gate, up), each [..., F] -> [..., F]."""
         if self.gated:
             gate, up = expanded
             return self.activation(gate) * up
@@ -40,7 +41,7 @@ class MLP(Part):
     def __call__(
         self, param: ParamFactory, x: Array, hidden: int, bias: bool = False, output_scale: float = 1.0
     ) -> Array:
-        """`output_scale` multiplies the initial output weights, as in `Attention`."""
+        """x [B, T, D] -> [B, T, D]. `output_scale` is a factor of the initial output weights, as in `Attention`."""
         width, rules = x.shape[-1], param.rules
         inner = rules("batch", "sequence", "ffn")
 
@@ -48,14 +49,14 @@ class MLP(Part):
             y = linear(x, param(name, (width, hidden), ("embed", "ffn")), inner)
             return y + param(f"{name}_bias", (hidden,), ("ffn",), zeros) if bias else y
 
-        # The backward pass computes the activation again rather than keep [B, T, F] arrays of its inner steps.
+        # The backward pass recomputes the activation instead of keeping its [B, T, F] intermediates.
         y = jax.checkpoint(self.inner)(*map(expand, ("gate", "up") if self.gated else ("up",)))
         down = param("down", (hidden, width), ("ffn", "embed"), jax.nn.initializers.normal(0.02 * output_scale))
         y = linear(y, down, rules("batch", "sequence", None))
         return y + param("down_bias", (width,), (None,), zeros) if bias else y
 
     def matmul_params(self, width: int, hidden: int) -> int:
-        """Weights that a token is multiplied with."""
+        """Multiplications per token."""
         return width * hidden * (3 if self.gated else 2)
 
 
@@ -64,7 +65,7 @@ class GELU(MLP):
     """x * Phi(x), Phi the normal distribution function. Hendrycks and Gimpel 2016, arXiv:1606.08415."""
 
     approximate: bool = True
-    """Whether Phi is computed by its tanh formula, as in GPT-2, or exactly, as in BERT."""
+    """Use the tanh approximation of Phi, as in GPT-2. False: exact, as in BERT."""
 
     def activation(self, x: Array) -> Array:
         return jax.nn.gelu(x, approximate=self.approximate)
@@ -95,13 +96,13 @@ class SwiGLU(MLP):
 
 @dataclasses.dataclass(frozen=True)
 class ClampedSwiGLU(MLP):
-    """down(gate sigmoid(alpha gate) (up + 1)), with gate and up bounded first, as in gpt-oss (arXiv:2508.10925)."""
+    """down(gate sigmoid(alpha gate) (up + 1)), with gate and up clamped first, as in gpt-oss (arXiv:2508.10925)."""
 
     gated = True
     limit: float = 7.0
-    """Gate is at most this, up at most this and at least its negative."""
+    """Upper bound of gate, and bound of |up|."""
     alpha: float = 1.702
-    """How steep the sigmoid is; with 1.702, gate * sigmoid is close to GELU."""
+    """Slope of the sigmoid. With 1.702, gate * sigmoid is close to GELU."""
 
     def inner(self, *expanded: Array) -> Array:
         gate, up = expanded

@@ -1,4 +1,4 @@
-"""Parts of a model: data that declares its parameters where it uses them.
+"""Parts of a model: dataclasses that declare their parameters where they use them.
 
 A part (`RMSNorm()`, `SwiGLU()`, `MultiHeadAttention(window=128)`) is a frozen dataclass and a pure function
 `part(param, x, ...)`, where `param(name, shape, axes, init)` declares a parameter and returns its value. Alone it is
@@ -8,7 +8,7 @@ used like a Flax module:
     params = norm.init(key, x)
     y = norm.apply(params, x)
 
-`module` makes a Linen module of a part, to use inside other modules:
+`module` makes a Linen module of a part, for use in other modules:
 
     y = RMSNorm().module(name="norm")(x)                                          # in a Linen module
     norm = nnx.bridge.ToNNX(RMSNorm().module(), rngs=nnx.Rngs(0)).lazy_init(x)    # in an NNX module
@@ -39,15 +39,15 @@ class ParamFactory:
     """Declares parameters: `param("up", (D, F), ("embed", "ffn"))`."""
 
     tree: Scope
-    """Flax scope: a node of the tree of parameters."""
+    """Flax scope: a node of the parameter tree."""
     rules: ShardingRules = ShardingRules()
-    """Mesh axes of the logical axes; parts shard their activations by the same rules."""
+    """Mesh axes of the logical axes. Parts shard their activations by the same rules."""
     dtype: str = "float32"
     """Compute dtype."""
-    matrix_scale: float = 1.0
-    """Multiplies the initial hidden matrices; see `parametrisation`."""
+    hidden_init_scale: float = 1.0
+    """Factor of the initial hidden matrices; see `parametrisation`."""
     prefix: str = ""
-    """Start of the names, see `scope`."""
+    """Prefix of the names, see `scope`."""
 
     @classmethod
     def for_module(
@@ -55,11 +55,11 @@ class ParamFactory:
         module: nn.Module,
         rules: ShardingRules = ShardingRules(),
         dtype: str = "float32",
-        matrix_scale: float = 1.0,
+        hidden_init_scale: float = 1.0,
     ) -> ParamFactory:
-        """The factory of a Linen module, for use in its `@nn.compact` method."""
+        """Factory of a Linen module, for use in its `@nn.compact` method."""
         assert module.scope is not None, "called outside of init and apply"
-        return cls(module.scope, rules, dtype, matrix_scale)
+        return cls(module.scope, rules, dtype, hidden_init_scale)
 
     def __call__(
         self,
@@ -74,15 +74,15 @@ class ParamFactory:
         decays: bool | None = None,
         scale_init: bool = True,
     ) -> Array:
-        """The parameter `name`: float32 of this shape, sharded by `rules(*axes)`, cast to the compute dtype.
+        """Parameter `name`: float32 of this shape, sharded by `rules(*axes)`, cast to the compute dtype.
 
         kind        None: "matrix" with two or more axes after the batch axes, else "other"
         inputs      number of input axes of a matrix
         batch       number of leading axes over independent arrays, such as experts
-        decays      whether weight decay applies. None: to matrices and heads
-        scale_init  False where `init` depends on the width already: `matrix_scale` does not apply
+        decays      apply weight decay. None: to matrices and heads
+        scale_init  apply `hidden_init_scale`. False: `init` depends on the width already
 
-        The declaration (`ParamInfo`) is in what `init(..., mutable=["params", "info"])` returns; see `parameter_info`.
+        The declaration (`ParamInfo`) is in the result of `init(..., mutable=["params", "info"])`; see `parameter_info`.
         """
         kind = kind or ("matrix" if len(shape) - batch > 1 else "other")
         info = ParamInfo(
@@ -91,18 +91,18 @@ class ParamFactory:
 
         def draw(key: jax.Array) -> Array:
             initial = init(key, shape, jnp.float32, out_sharding=self.rules(*axes))
-            return initial * self.matrix_scale if info.is_matrix and scale_init else initial
+            return initial * self.hidden_init_scale if info.is_matrix and scale_init else initial
 
         if self._wanted("info"):
             self.tree.put_variable("info", self.prefix + name, Declared(info))
         return jnp.asarray(self.tree.param(self.prefix + name, draw), self.dtype)  # accepts numpy parameters
 
     def scope(self, name: str) -> ParamFactory:
-        """The factory of a part inside a part: its "scale" becomes "{name}_scale"."""
+        """Factory of a part inside a part: its "scale" becomes "{name}_scale"."""
         return dataclasses.replace(self, prefix=f"{self.prefix}{name}_")
 
     def child(self, name: str) -> ParamFactory:
-        """The factory of a node below, with parameters `{name: {...}}`."""
+        """Factory of a child node, with parameters `{name: {...}}`."""
         return dataclasses.replace(self, tree=self.tree.push(self.prefix + name), prefix="")
 
     @property
@@ -111,7 +111,7 @@ class ParamFactory:
         return self.tree.variables()["params"]
 
     def declare(self, variables: Mapping[str, Mapping[str, Any]]) -> None:
-        """Set initial parameters of this node together: "params", and their `Declared` as "info"."""
+        """Set the initial parameters of this node: "params", and their `Declared` as "info"."""
         for name, tree in variables["params"].items():
             self.tree.param(name, lambda _, tree=tree: tree)
         if self._wanted("info"):
@@ -119,21 +119,21 @@ class ParamFactory:
                 self.tree.put_variable("info", name, tree)
 
     def capture(self, name: str, value: Any) -> None:
-        """Show a value to callers of `apply(..., mutable=["intermediates"])`; does nothing for others."""
+        """Return a value from `apply(..., mutable=["intermediates"])`. Otherwise does nothing."""
         if self._wanted("intermediates"):
             self.tree.put_variable("intermediates", self.prefix + name, value)
 
     def add_loss(self, name: str, value: Array) -> None:
-        """Add a scalar to the training loss, such as a router's balance: `apply(..., mutable=["losses"])` returns it
-        beside the output; does nothing for others."""
+        """Add a scalar to the training loss, such as a router's load balance. `apply(..., mutable=["losses"])` returns
+        it beside the output. Otherwise does nothing."""
         if self._wanted("losses"):
             before = self.tree.get_variable("losses", self.prefix + name, 0.0)
             self.tree.put_variable("losses", self.prefix + name, before + value)
 
     def update(self, name: str, update: Callable[[], Array]) -> None:
-        """Report the change of a parameter that no gradient trains, such as a router's balance bias. `update` is a
-        pytree: training steps add it up over microbatches, call it, and add the result to the parameter.
-        `apply(..., mutable=["updates"])` returns it beside the output; does nothing for others."""
+        """Report the change of a parameter without a gradient, such as a router's balance bias. `update` is a pytree:
+        training steps sum it over microbatches, call it, and add the result to the parameter.
+        `apply(..., mutable=["updates"])` returns it beside the output. Otherwise does nothing."""
         if self._wanted("updates"):
             self.tree.put_variable("updates", self.prefix + name, update)
 
@@ -149,11 +149,11 @@ class Part:
         raise NotImplementedError
 
     def init(self, key: Key, *args: Any, method: str = "__call__", **kwargs: Any) -> Params:
-        """Initial parameters, `{"params": {...}}`. The arguments are those of a call without `param`."""
+        """Initial parameters, `{"params": {...}}`. The arguments are those of a call, without `param`."""
         return PartModule(self, method=method, parent=None).init(key, *args, **kwargs)
 
     def apply(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        """The output for these parameters. Accepts options of Flax's `apply`, such as `rngs` and `mutable`."""
+        """Output for these parameters. Accepts options of Flax's `apply`, such as `rngs` and `mutable`."""
         return PartModule(self, method=method, parent=None).apply(params, *args, **kwargs)
 
     def module(
@@ -164,12 +164,12 @@ class Part:
         method: str = "__call__",
         name: str | None = None,
     ) -> PartModule:
-        """This part as a Linen module.
+        """Make a Linen module of this part.
 
         rules   mesh axes of the parameters' logical axes
         dtype   compute dtype; parameters are float32
         method  name of the method to call
-        name    name among the submodules of the module in whose `@nn.compact` method this is called
+        name    name of the submodule, in the `@nn.compact` method of another module
         """
         return PartModule(self, rules, dtype, method, name=name)
 

@@ -1,6 +1,6 @@
-"""Mixture of experts: many feed-forward parts of which each token uses a few (Shazeer et al. 2017, arXiv:1701.06538).
+"""Mixture of experts: each token is processed by a few of many MLPs (Shazeer et al. 2017, arXiv:1701.06538).
 
-y = sum_e g_e expert_e(x) + shared(x)        over the k experts e that the router chose, with its weights g
+y = sum_e g_e expert_e(x) + shared(x)        over the router's top k experts e, with its weights g
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from gptjax.types import Array, UserError
 
 @dataclasses.dataclass(frozen=True)
 class MixtureOfExperts(MLP):
-    """A part like the dense ones, `mlp(param, x [B, T, D], hidden F) -> [B, T, D]`, F the hidden size of one expert.
+    """A part like a dense MLP, `mlp(param, x [B, T, D], hidden F) -> [B, T, D]`, with F the hidden size of one expert.
 
         model = TransformerConfig(..., hidden=512, mlp=MixtureOfExperts(experts=8, top_k=2))
 
-    Nothing is dropped unless there is a capacity. Parameters: "gate", "up" [E, D, F] and "down" [E, F, D] with their
-    biases; what `shared` makes under "shared_"; the router's under "router_". On a mesh, `ShardingRules(experts=...)`
-    shards the experts: each device computes those it holds, for the tokens of all devices that hold others.
+    No token is dropped unless there is a `capacity`. Parameters: "gate", "up" [E, D, F] and "down" [E, F, D] with their
+    biases; the shared experts' with prefix "shared_", the router's with "router_". On a mesh,
+    `ShardingRules(experts=...)` shards the experts: each device computes its own, for the tokens of all devices with
+    other experts.
     """
 
     experts: int = 8
-    """E, the number of experts."""
+    """E, number of experts."""
     top_k: int = 2
-    """How many of them a token goes to."""
+    """Number of experts per token."""
     expert: MLP = SwiGLU()
-    """What each expert is."""
+    """MLP of each expert."""
     router: Router = Softmax()
-    """Chooses the experts of each token."""
+    """Router: chooses the experts of each token."""
     shared: int = 0
-    """How many more experts every token goes to, as one MLP that is so many times as wide (DeepSeekMoE,
+    """Number of shared experts, which process every token, computed as one wider MLP (DeepSeekMoE,
     arXiv:2401.06066)."""
     capacity: float | None = None
-    """Experts compute at most this many times their fair share of the tokens of a device, and drop the rest: 1.25 is
-    usual. None: they compute all."""
+    """Capacity factor: an expert processes at most this many times its fair share of a device's tokens, and drops the
+    rest. 1.25 is usual. None: nothing is dropped."""
     implementation: str | None = None
-    """How `grouped_dot` computes without a capacity; none: as the device likes it."""
+    """Implementation of `grouped_dot` without a capacity. None: chosen by device."""
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.experts:
@@ -68,12 +69,12 @@ class MixtureOfExperts(MLP):
     def __call__(
         self, param: ParamFactory, x: Array, hidden: int, bias: bool = False, output_scale: float = 1.0
     ) -> Array:
-        """`output_scale` multiplies the initial output weights, as in the dense parts."""
+        """x [B, T, D] -> [B, T, D]. `output_scale` is a factor of the initial output weights, as in dense MLPs."""
         rules, D, E = param.rules, x.shape[-1], self.experts
-        held = rules.mesh_axes("experts")
-        # Where the experts themselves are shared out over a mesh axis, nothing inside of them can be.
-        embed = "embed" if set(held).isdisjoint(rules.mesh_axes("embed")) else None
-        ffn = "ffn" if set(held).isdisjoint(rules.mesh_axes("ffn")) else None
+        expert_axes = rules.mesh_axes("experts")
+        # An array cannot be sharded twice over an axis: the experts come first.
+        embed = "embed" if set(expert_axes).isdisjoint(rules.mesh_axes("embed")) else None
+        ffn = "ffn" if set(expert_axes).isdisjoint(rules.mesh_axes("ffn")) else None
         output = jax.nn.initializers.normal(0.02 * output_scale)
         shapes = dict.fromkeys(self._inputs, ((E, D, hidden), ("experts", embed, ffn), normal))
         shapes["down"] = (E, hidden, D), ("experts", ffn, embed), output
@@ -86,21 +87,26 @@ class MixtureOfExperts(MLP):
         if jax.sharding.get_abstract_mesh().empty:
             y = self._compute(*inputs)
         else:
-            # Every device computes its experts, whole in width, for the tokens of all that hold other experts.
+            # Each device computes its experts, in full width, for the tokens of all devices with other experts.
             batch, sequence = (
-                tuple(name for name in rules.mesh_axes(axis) if name not in held) for axis in ("batch", "sequence")
+                tuple(name for name in rules.mesh_axes(axis) if name not in expert_axes)
+                for axis in ("batch", "sequence")
             )
             tokens = jax.P(batch, sequence, None)
-            # Where those are other rows of the batch, what comes back is each device's own rows alone.
-            scattered = held if set(held) <= set(rules.mesh_axes("batch")) else ()
-            own = jax.P((*batch, *scattered), sequence, None)
-            whole = {name: rules(*(None if a == "embed" else a for a in axes)) for name, (_, axes, _) in shapes.items()}
-            places = tokens, tokens, tokens, whole
-            split = rules.mesh_axes("ffn") if ffn else ()
-            compute = functools.partial(self._compute, held=held, split=split, scattered=scattered)
+            # If those shard the batch, each device gets the results of its own sequences only.
+            scatter_axes = expert_axes if set(expert_axes) <= set(rules.mesh_axes("batch")) else ()
+            out_spec = jax.P((*batch, *scatter_axes), sequence, None)
+            param_specs = {
+                name: rules(*(None if a == "embed" else a for a in axes)) for name, (_, axes, _) in shapes.items()
+            }
+            specs = tokens, tokens, tokens, param_specs
+            ffn_axes = rules.mesh_axes("ffn") if ffn else ()
+            compute = functools.partial(
+                self._compute, expert_axes=expert_axes, ffn_axes=ffn_axes, scatter_axes=scatter_axes
+            )
             names = set(jax.sharding.get_abstract_mesh().explicit_axes)
-            compute = jax.shard_map(compute, in_specs=places, out_specs=own, axis_names=names, check_vma=False)
-            y = compute(*map(jax.reshard, inputs, places))
+            compute = jax.shard_map(compute, in_specs=specs, out_specs=out_spec, axis_names=names, check_vma=False)
+            y = compute(*map(jax.reshard, inputs, specs))
             y = jax.reshard(y, rules("batch", "sequence", None))
         if self.shared:
             y = y + self.expert(param.scope("shared"), x, self.shared * hidden, bias, output_scale)
@@ -112,19 +118,19 @@ class MixtureOfExperts(MLP):
         ids: Array,
         gates: Array,
         params: dict[str, Array],
-        held: tuple[str, ...] = (),
-        split: tuple[str, ...] = (),
-        scattered: tuple[str, ...] = (),
+        expert_axes: tuple[str, ...] = (),
+        ffn_axes: tuple[str, ...] = (),
+        scatter_axes: tuple[str, ...] = (),
     ) -> Array:
-        """sum_e g_e expert_e(x) for x [B, T, D] on one device, which has its share of the experts (they lie on the mesh
-        axes `held`), and of their hidden units (on the axes `split`); of the sum, its share of the rows (on
-        `scattered`, which are `held` or none)."""
+        """sum_e g_e expert_e(x) for x [B, T, D] on one device, with its shard of the experts (over mesh axes
+        `expert_axes`) and of their hidden units (over `ffn_axes`). The result is sharded by sequence over
+        `scatter_axes`."""
         B, T, D = x.shape
-        # The first choices of all tokens come before the second ones, which a capacity is to drop first.
+        # Sort by choice first: a capacity drops second choices before first ones.
         ids = jnp.moveaxis(ids, -1, 0).reshape(-1)
         experts = len(params["down"])
-        if held:  # the device's own are 0 .. experts - 1
-            ids = (ids - lax.axis_index(held) * experts) % self.experts
+        if expert_axes:  # this device's experts become 0 .. experts - 1
+            ids = (ids - lax.axis_index(expert_axes) * experts) % self.experts
         capacity = None if self.capacity is None else math.ceil(self.capacity * len(ids) / self.experts)
         order = dispatch(ids, experts, capacity)
 
@@ -133,20 +139,20 @@ class MixtureOfExperts(MLP):
             bias = params.get(f"{name}_bias")
             return y if bias is None else y + order.of_expert(bias / parts, ids)
 
-        # Choice by choice: a CPU takes 10 times as long for a sum along an axis of what it looks up.
+        # One choice at a time: on CPU a sum along an axis of gathered rows takes 10 times as long.
         rows = order.send(jnp.concatenate([x.reshape(-1, D)] * self.top_k))
         inner = jax.checkpoint(self.expert.inner)(*(product(name, rows) for name in self._inputs))
-        y = order.back(product("down", inner, lax.axis_size(split))).reshape(-1, B, T, D)
+        y = order.back(product("down", inner, lax.axis_size(ffn_axes))).reshape(-1, B, T, D)
         chosen = (y[i] * gates[..., i, None] for i in range(self.top_k))
         y = functools.reduce(jnp.add, chosen).astype(x.dtype)
-        if scattered:
-            y = lax.psum_scatter(y, scattered, scatter_dimension=0, tiled=True)
-        return lax.psum(y, split if scattered else (*held, *split))
+        if scatter_axes:
+            y = lax.psum_scatter(y, scatter_axes, scatter_dimension=0, tiled=True)
+        return lax.psum(y, ffn_axes if scatter_axes else (*expert_axes, *ffn_axes))
 
     @property
     def _inputs(self) -> tuple[str, ...]:
         return ("gate", "up") if self.gated else ("up",)
 
     def matmul_params(self, width: int, hidden: int) -> int:
-        """The router's, and those of the experts that a token goes to."""
+        """Multiplications per token: the router's, and those of the token's experts."""
         return width * self.experts + (self.top_k + self.shared) * self.expert.matmul_params(width, hidden)

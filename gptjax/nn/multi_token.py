@@ -1,7 +1,6 @@
-"""A decoder with extra heads for tokens further ahead (Gloeckle et al. 2024, arXiv:2404.19737), each a block on the
-backbone's hidden states, with the embeddings of the first head. They are for training, by the objective `MultiToken`;
-otherwise they are not computed, and the model is the `Transformer` that it contains.
-"""
+"""Decoder with extra heads for later tokens (Gloeckle et al. 2024, arXiv:2404.19737). Each head is a block on the
+backbone's hidden states, with the embeddings of the first head. They are used in training, by the objective
+`MultiToken`. Otherwise they are not computed, and the model equals its `Transformer`."""
 
 from __future__ import annotations
 
@@ -21,33 +20,33 @@ from gptjax.types import Array, UserError
 
 @dataclasses.dataclass(frozen=True)
 class MultiTokenConfig(TransformerConfig):
-    """The shape and the parts of a decoder with heads for tokens further ahead."""
+    """Architecture of a decoder with extra heads for later tokens."""
 
     ahead: int = 1
-    """How many tokens after the next one have a head; 3 in the paper."""
+    """Number of extra heads, for the tokens after the next one. 3 in the paper."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.ahead < 1:
-            raise UserError(f"model.ahead: got {self.ahead}, must be at least 1; without heads it is TransformerConfig")
+            raise UserError(f"model.ahead: got {self.ahead}, must be at least 1; or use TransformerConfig")
         if self.block(self.pattern[0]).attention.uses_first_values:
             raise UserError(
-                "model.attention.values: got ValueResidual, must be another, or none, with heads for tokens further "
-                "ahead: they are no layers of the stack"
+                "model.attention.values: got ValueResidual, must be another, or none, with extra heads: they "
+                "are no layers of the stack"
             )
 
     def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return MultiTokenTransformer(self, rules)
 
     def flops(self, length: int) -> int:
-        """With the heads, as in training."""
+        """FLOPs with the extra heads, as in training."""
         block = dataclasses.replace(self, layers=1, leading_layers=(), pattern=self.pattern[:1])
         return super().flops(length) + self.ahead * TransformerConfig.flops(block, length)
 
 
 class MultiTokenTransformer(Backbone):
-    """`Transformer`, and in the collection "ahead", where that is mutable, logits [B, T, V] named "0", "1", ...: of the
-    token after the next one, the one after that, ...
+    """`Transformer` with extra heads. In the collection "ahead", if it is mutable, logits [B, T, V] named "0", "1", ...
+    of the token after the next one, the one after that, ...
 
     (logits, cache), sown = model.apply({"params": params}, tokens, mutable=["ahead"])
     """

@@ -1,4 +1,4 @@
-"""Normalisation of the width, as parts (see `module.py`). Statistics are float32 whatever the compute dtype."""
+"""Normalisation layers, as parts (see `module.py`). Statistics are float32 in every compute dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Norm(Part):
     """A part `norm(param, x [..., D]) -> [..., D]`."""
 
     eps: float = 1e-5
-    """Added to the variance, so that a row of equal values divides by something."""
+    """Added to the variance, to avoid division by zero."""
 
     def __call__(self, param: ParamFactory, x: Array) -> Array:
         raise NotImplementedError
@@ -29,13 +29,13 @@ class LayerNorm(Norm):
     """(x - mean) / sqrt(variance + eps) * scale + bias, over the last axis. Ba et al. 2016, arXiv:1607.06450."""
 
     bias: bool = True
-    """Whether to add a learned bias."""
+    """Add a learned bias."""
 
     def __call__(self, param: ParamFactory, x: Array) -> Array:
         y = self._standardise(x) * param("scale", x.shape[-1:], (None,), ones)
         return y + param("bias", x.shape[-1:], (None,), zeros) if self.bias else y
 
-    # The backward pass computes it again from x rather than keep its inner steps.
+    # The backward pass recomputes it from x instead of keeping intermediates.
     @functools.partial(jax.checkpoint, static_argnums=0)
     def _standardise(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
@@ -48,9 +48,9 @@ class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * scale, over the last axis. Zhang and Sennrich 2019, arXiv:1910.07467."""
 
     scale: bool = True
-    """Whether to multiply by a learned scale."""
+    """Multiply by a learned scale."""
     plus_one: bool = False
-    """Whether the parameter is the scale less 1, as in Gemma."""
+    """Parametrise the scale as 1 + parameter, as in Gemma."""
 
     def __call__(self, param: ParamFactory, x: Array) -> Array:
         y = self._standardise(x)

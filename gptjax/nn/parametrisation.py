@@ -1,6 +1,6 @@
 """Parametrisations: initial weights, multipliers and learning rates by width and depth.
 
-With `MuP` the best learning rate of a narrow model is the best one of a wide model too:
+With `MuP` the optimal learning rate of a narrow model is optimal for a wide model too:
 
     config = TransformerConfig(..., width=1_024, parametrisation=MuP(base_width=128))
     info = parameter_info(config.build())
@@ -15,7 +15,7 @@ arXiv:2203.03466, table 8):
     attention scores          q k / H, not q k / sqrt(H); equal at the base head size
 
 Hidden matrices are the parameters of kind "matrix" (`ParamInfo.kind`). Those of recurrent layers keep PyTorch's initial
-deviation, which falls with the root of the width anyway. The ranks of latent attention should grow with the width.
+deviation, which is proportional to 1 / sqrt(width) already. The ranks of latent attention should grow with the width.
 """
 
 from __future__ import annotations

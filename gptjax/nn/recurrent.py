@@ -1,10 +1,10 @@
-"""Recurrent layers in attention's place, and the recurrent language model, for a paper's comparison.
+"""Recurrent layers in place of attention, and recurrent language models as baselines.
 
     Transformer(RecurrentConfig(vocab=256, layers=2, width=512))                          a stacked LSTM
     Transformer(RecurrentConfig(vocab=256, layers=2, width=512, attention=GRU()))
 
-It trains, decodes and is put into an experiment like any other model: its cache is the state of each layer. A recurrent
-layer may be in a transformer: `TransformerConfig(..., pattern=(LayerOverrides(attention=GRU()), LayerOverrides()))`.
+They train and decode like any other model: the cache is the state of each layer. A recurrent layer can be part of a
+transformer: `TransformerConfig(..., pattern=(LayerOverrides(attention=GRU()), LayerOverrides()))`.
 """
 
 from __future__ import annotations
@@ -24,33 +24,32 @@ from gptjax.nn.mixer import SequenceMixer
 from gptjax.nn.mlp import MLP
 from gptjax.nn.module import ParamFactory, zeros
 from gptjax.nn.positions import Positions
-from gptjax.nn.residual import Chain, Residual
+from gptjax.nn.residual import NoResidual, Residual
 from gptjax.nn.transformer import TransformerConfig
 from gptjax.types import Array, UserError
 
 State = tuple[Array, ...]
-"""[B, D] each; the first is what the layer says."""
+"""[B, D] each. The first is the layer's output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recurrent(SequenceMixer):
     """A part `cell(param, x [B, T, D], positions, mask, cache) -> (y [B, T, D], cache)`: y_t depends on x_0 .. x_t.
 
-    The state begins at zero, and again at the start of each segment. The cache entry is the state after the last token.
+    The state is zero at the start of each segment. The cache entry is the state after the last token.
 
-    layer = LSTM()
-    params = layer.init(key, x, positions)
-    y, _ = layer.apply(params, x, positions)
+    layer = LSTM() params = layer.init(key, x, positions) y, _ = layer.apply(params, x, positions)
     """
 
     gates: ClassVar[int]
-    """G, the products for each unit."""
+    """G, matrix products per unit."""
     states: ClassVar[int] = 1
-    """Arrays of the state."""
+    """Number of arrays in the state."""
 
     @abc.abstractmethod
     def step(self, state: State, read: Array, said: Array) -> State:
-        """The next state, from the products of the input and of the last output, [B, G, D] each, biases included."""
+        """Next state, from the products with the input and with the previous output, [B, G, D] each, biases
+        included."""
 
     def __call__(
         self,
@@ -64,16 +63,16 @@ class Recurrent(SequenceMixer):
         (B, T, D), G, rules = x.shape, self.gates, param.rules
         if not mask.causal or mask.prefix is not None:
             raise UserError(
-                f"model.attention: got {type(self).__name__}, which reads from left to right, must be one that sees "
-                "both ways in an encoder, as `cross_attention` and with a prefix"
+                f"model.attention: got {type(self).__name__}, which is causal, must be a bidirectional one "
+                "in an encoder, as `cross_attention` and with a prefix"
             )
         if cache is None and (cut := rules.mesh_axes("sequence")):
-            raise UserError(f"mesh.{cut[0]}: cuts rows, must be 1: recurrent layers read a row token by token")
-        # PyTorch's deviation: uniform to 1 / sqrt(D).
+            raise UserError(f"mesh.{cut[0]}: shards sequences, must be 1: recurrent layers read tokens in order")
+        # PyTorch's deviation, that of U(-1, 1) / sqrt(D).
         spread = jax.nn.initializers.normal((3 * D) ** -0.5)
         into = param("input", (D, G, D), ("embed", None, None), spread, scale_init=False)
         read = linear(x, into, rules("batch", "sequence", None, None))
-        read = read + param("input_bias", (G, D), (None, None), self.first_bias, kind="other")
+        read = read + param("input_bias", (G, D), (None, None), self.input_bias_init, kind="other")
         again = param("recurrent", (D, G, D), ("embed", None, None), spread, scale_init=False)
         again = again if (whole := rules(None, None, None)) is None else jax.reshard(again, whole)
         bias = param("recurrent_bias", (G, D), (None, None), zeros, kind="other")
@@ -93,14 +92,14 @@ class Recurrent(SequenceMixer):
         state, y = lax.scan(step, before, (read.swapaxes(0, 1), begins.T))
         return y.swapaxes(0, 1), None if cache is None else state
 
-    def first_bias(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
-        """What the biases [G, D] of the input's products begin at."""
+    def input_bias_init(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
+        """Initial biases [G, D] of the products with the input."""
         return zeros(key, shape, dtype, out_sharding=out_sharding)
 
     def init_cache(
         self, batch: int, size: int, width: int, dtype: Any = "float32", rules: ShardingRules = ShardingRules()
     ) -> State:
-        """The state before the first token, [B, D] each."""
+        """State before the first token, [B, D] each."""
         return tuple(jnp.zeros((batch, width), dtype, out_sharding=rules("batch", None)) for _ in range(self.states))
 
     def matmul_params(self, width: int, length: int) -> int:
@@ -109,14 +108,14 @@ class Recurrent(SequenceMixer):
 
 @dataclasses.dataclass(frozen=True)
 class LSTM(Recurrent):
-    """Long short-term memory (Hochreiter and Schmidhuber 1997) with a forget gate (Gers et al. 2000), as PyTorch's:
+    """Long short-term memory (Hochreiter and Schmidhuber 1997) with a forget gate (Gers et al. 2000), as in PyTorch:
 
-    i, f, o = sigmoid(...),  g = tanh(...)            each of W x_t + b + U h_(t-1) + b', in the order i, f, g, o
-    c_t = f c_(t-1) + i g,   h_t = o tanh(c_t)
+    i, f, o = sigmoid(...),  g = tanh(...)            each of W x_t + b + U h_(t-1) + b', in the order i, f, g, o c_t =
+    f c_(t-1) + i g,   h_t = o tanh(c_t)
     """
 
     forget_bias: float = 1.0
-    """What the forget gate's bias begins at: above 0, so that it remembers (Jozefowicz et al. 2015)."""
+    """Initial bias of the forget gate. Above 0 it remembers (Jozefowicz et al. 2015)."""
 
     gates = 4
     states = 2
@@ -126,17 +125,17 @@ class LSTM(Recurrent):
         c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
         return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
-    def first_bias(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
+    def input_bias_init(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
         bias = jnp.array([0, self.forget_bias, 0, 0], dtype)[:, None]
         return jnp.broadcast_to(bias, shape, out_sharding=out_sharding)
 
 
 @dataclasses.dataclass(frozen=True)
 class GRU(Recurrent):
-    """The gated recurrent unit (Cho et al. 2014, arXiv:1406.1078), as PyTorch's: the reset gate is after the product,
+    """Gated recurrent unit (Cho et al. 2014, arXiv:1406.1078), as in PyTorch, with the reset gate after the product:
 
-    r, z = sigmoid(W x_t + b + U h_(t-1) + b')                                         products in the order r, z, n
-    n = tanh(W_n x_t + b_n + r (U_n h_(t-1) + b'_n)),   h_t = (1 - z) n + z h_(t-1)
+    r, z = sigmoid(W x_t + b + U h_(t-1) + b')                                         products in the order r, z, n n =
+    tanh(W_n x_t + b_n + r (U_n h_(t-1) + b'_n)),   h_t = (1 - z) n + z h_(t-1)
     """
 
     gates = 3
@@ -149,16 +148,16 @@ class GRU(Recurrent):
 
 @dataclasses.dataclass(frozen=True)
 class RecurrentConfig(TransformerConfig):
-    """A recurrent language model: embedding, layers of cells one after the other, head. Dropout is between layers and
-    not in time, as in Zaremba et al. 2014 (arXiv:1409.2329)."""
+    """Recurrent language model: embedding, stacked cells, head. Dropout is between layers and not in time, as in
+    Zaremba et al. 2014 (arXiv:1409.2329)."""
 
     heads: int = 1
-    """N, number of query heads of attention layers, where a pattern has any."""
+    """N, number of query heads of attention layers, if the pattern has any."""
     positions: Positions = Positions()
-    """Position encoding: the order of reading is one already."""
+    """Position encoding. None needed: cells read in order."""
     attention: SequenceMixer = LSTM()
     """The cell."""
     mlp: MLP | None = None
-    """Feed-forward part after each cell; none: there is none."""
-    residual: Residual = Chain()
-    """How cells are joined: `PreNorm()` makes a stream, which deep stacks want."""
+    """Feed-forward part after each cell. None: no MLP."""
+    residual: Residual = NoResidual()
+    """Arrangement of cells: none, or `PreNorm()` for a residual stream, which deep stacks need."""

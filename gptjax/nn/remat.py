@@ -1,4 +1,4 @@
-"""What the backward pass keeps of each layer, and what it computes again (rematerialisation, arXiv:1604.06174)."""
+"""Rematerialisation: activations saved for the backward pass, and those recomputed in it (arXiv:1604.06174)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "attention_saveable": _jax.save_only_these_names(SAVED),
     "nothing_saveable": _jax.nothing_saveable,
 }
-"""From the one that keeps most. "dots" are matrix products, those with no batch dimensions all but attention's.
-"attention" is what splash, ring and chunked attention need to go backwards, [B, T, N, H] a layer: so their scores are
-computed once less, which for long rows is most of a step. Of other kernels it keeps nothing."""
+"""Policies, from the one that saves most. "dots" are matrix products; those without batch dimensions are all but
+attention's. "attention" saves the residuals of splash, ring and chunked attention, [B, T, N, H] per layer: scores,
+which dominate long sequences, are computed once less. It saves nothing of other kernels."""
 
 
 def rematerialised(function: Callable[..., Any], policy: str | None, static: tuple[int, ...] = ()) -> Any:
-    """The function, its backward pass keeping what the policy says; none: everything. `static` are the numbers of the
-    arguments that are no arrays."""
+    """Apply a remat policy to `function`. None: save all activations. `static`: numbers of the arguments that are not
+    arrays."""
     return function if policy is None else jax.checkpoint(function, policy=POLICIES[policy], static_argnums=static)

@@ -1,4 +1,4 @@
-"""Arrangements of a block's sublayers (attention, MLP) around the residual stream. A new one is one more subclass."""
+"""Arrangements of a block's sublayers (attention, MLP) around the residual stream, each a subclass."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ Norm = Callable[[str, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """Three steps, each one line in a subclass. With i the number of a sublayer f, from 1, a `Block` computes
+    """Three steps of a `Block`, each one line in a subclass. With i the number of a sublayer f, from 1:
 
         x = begin(x, x0)
-        x = add(i, x, f(read(i, x)))            for attention, cross-attention and MLP, those that it has
+        x = add(i, x, f(read(i, x)))            for attention, cross-attention and MLP, if present
         x = end(x)
 
-    x and x0, the stream as the first block got it, are [B, T, D]. Between `begin` and `end`, x may be of any type.
+    x and x0, the first block's input, are [B, T, D]. Between `begin` and `end`, x may be of any type.
     """
 
     final_norm: ClassVar[bool] = True
-    """Whether the stream still needs a norm after the last block."""
+    """True if the stream needs a norm after the last block."""
 
     def begin(self, param: ParamFactory, norm: Norm, x: Array, x0: Array) -> Any:
-        """The stream at the start of a block."""
+        """Stream at the start of a block."""
         return x
 
     def read(self, norm: Norm, i: int, x: Any) -> Array:
-        """The input of sublayer i, [B, T, D]."""
+        """Input of sublayer i, [B, T, D]."""
         return x
 
     def add(self, norm: Norm, i: int, x: Any, y: Array) -> Any:
-        """The stream after sublayer i, whose output is y [B, T, D]."""
+        """Stream after sublayer i with output y [B, T, D]."""
         return x + y
 
     def end(self, x: Any) -> Array:
-        """The output of the block."""
+        """Output of the block."""
         return x
 
 
@@ -76,8 +76,8 @@ class OutputNorm(Residual):
         return x + norm(f"norm_{i}", y)
 
 
-class Chain(Residual):
-    """x = f(x): no stream. For layers of a recurrent network."""
+class NoResidual(Residual):
+    """x = f(x): no residual stream, for recurrent networks."""
 
     final_norm = False
 
@@ -87,13 +87,13 @@ class Chain(Residual):
 
 @dataclasses.dataclass(frozen=True)
 class Parallel(Residual):
-    """x = x + f_1(norm(x)) + f_2(norm(x)): attention and MLP side by side, as in GPT-J, GPT-NeoX and PaLM."""
+    """x = x + f_1(norm(x)) + f_2(norm(x)): attention and MLP in parallel, as in GPT-J, GPT-NeoX and PaLM."""
 
     shared: bool = False
-    """Whether the sublayers read the same norm, as in GPT-J, or one each, as in GPT-NeoX."""
+    """One norm for all sublayers, as in GPT-J. False: one each, as in GPT-NeoX."""
 
     def begin(self, param, norm, x, x0):
-        return x, norm("norm_1", x) if self.shared else x, 0.0  # what is added to, what is read, the sum of updates
+        return x, norm("norm_1", x) if self.shared else x, 0.0  # (stream, sublayers' input, sum of updates)
 
     def read(self, norm, i, x):
         return x[1] if self.shared else norm(f"norm_{i}", x[1])
@@ -107,15 +107,15 @@ class Parallel(Residual):
 
 @dataclasses.dataclass(frozen=True)
 class ScaledStream(PreNorm):
-    """`PreNorm` of a x + b x0, with a learned a and b for each layer, which so chooses how much of the embeddings it
-    still reads: nanochat, after modded-nanogpt (github.com/KellerJordan/modded-nanogpt)."""
+    """`PreNorm` of a x + b x0, with learned a and b per layer, so that layers can read the embeddings: nanochat, after
+    modded-nanogpt (github.com/KellerJordan/modded-nanogpt)."""
 
-    stream: float = 1.0
+    stream_scale: float = 1.0
     """Initial a."""
-    start: float = 0.1
+    input_scale: float = 0.1
     """Initial b."""
 
     def begin(self, param, norm, x, x0):
-        a = param("stream_scale", (), (), jax.nn.initializers.constant(self.stream))
-        b = param("input_scale", (), (), jax.nn.initializers.constant(self.start))
+        a = param("stream_scale", (), (), jax.nn.initializers.constant(self.stream_scale))
+        b = param("input_scale", (), (), jax.nn.initializers.constant(self.input_scale))
         return a * x + b * x0

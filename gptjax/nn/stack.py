@@ -1,9 +1,9 @@
 """A stack of blocks as data, and the tree of its parameters.
 
-Layers may differ by a pattern that is repeated, between `leading` and `trailing` layers of their own. Parameters are
-stacked over the repeats, R of them, so that compile time does not grow with depth:
+Layers follow a repeated pattern, between `leading` and `trailing` layers. Parameters are stacked over the R repeats, so
+that compile time does not grow with depth:
 
-    {"attention": ..., "mlp": ..., ...}              leaves [R, ...]      where all layers are alike
+    {"attention": ..., "mlp": ..., ...}              leaves [R, ...]      if all layers are alike
     {"0": {...}, "1": {...}}                         leaves [R, ...]      with a pattern of two
     {"leading_0": {...}, "0": ..., "1": ..., "trailing_0": {...}}         with leading and trailing layers
     {"layer_0": {...}, "layer_1": {...}, ...}        one tree per layer   after `unstack`, for decoding
@@ -32,13 +32,13 @@ class Stack:
     """`leading` blocks, then `repeats` times the `pattern`, then `trailing` blocks."""
 
     pattern: tuple[Block, ...]
-    """Repeated."""
+    """Blocks that repeat."""
     repeats: int
     """R, number of repeats."""
     leading: tuple[Block, ...] = ()
-    """Before the pattern."""
+    """Blocks before the pattern."""
     trailing: tuple[Block, ...] = ()
-    """After the pattern."""
+    """Blocks after the pattern."""
     remat: str | None = None
     """Rematerialisation policy, a key of `remat.POLICIES`. None: save all activations."""
     microbatches: int | None = None
@@ -48,7 +48,7 @@ class Stack:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """One per layer."""
+        """All blocks, one per layer."""
         return (*self.leading, *self.pattern * self.repeats, *self.trailing)
 
     @property
@@ -58,7 +58,7 @@ class Stack:
 
     @property
     def named_pattern(self) -> dict[str, Block]:
-        """Blocks of the pattern by the names of their parameters; "" where there is only one block."""
+        """Blocks of the pattern by the names of their parameters; "" for a single block."""
         return {"" if len(self.pattern) == 1 else str(i): block for i, block in enumerate(self.pattern)}
 
     @property
@@ -102,11 +102,11 @@ class Stack:
         return (() if len(self.pattern) == 1 else (str(i),)), repeat
 
     def repeated(self, params: Mapping[str, Params]) -> Params:
-        """The stacked parameters, without those of leading and trailing layers."""
+        """Stacked parameters, without those of leading and trailing layers."""
         return {name: tree for name, tree in params.items() if not name.startswith(("leading_", "trailing_"))}
 
     def layer(self, params: Mapping[str, Params], layer: int) -> Params:
-        """The parameters of one layer."""
+        """Parameters of one layer."""
         if "layer_0" in params:
             return params[f"layer_{layer}"]
         path, index = self.location(layer)
@@ -116,14 +116,14 @@ class Stack:
         return tree if index is None else jax.tree.map(lambda x: _over_stages(x, None)[index], self.repeated(tree))
 
     def unstack(self, params: Mapping[str, Params]) -> Mapping[str, Params]:
-        """The parameters as one tree per layer, "layer_0" and so on; unchanged if they are unstacked already."""
+        """Parameters as one tree per layer, "layer_0" and so on. Unchanged if they are unstacked already."""
         if "layer_0" in params:
             return params
         return {f"layer_{layer}": self.layer(params, layer) for layer in range(len(self.blocks))}
 
     def with_first_values(self, params: Mapping[str, Params], x: Array, context: Context, cache: Any = None) -> Context:
-        """`context` with the first layer's values, if any layer mixes them in. The first layer runs for them, and the
-        compiler drops the rest of its output.
+        """`context` with the first layer's values, if any layer uses them. This runs the first layer; the compiler
+        removes the rest of its output.
 
         cache  entry of the first layer
         """
@@ -136,7 +136,7 @@ class Stack:
         except KeyError:
             kind = type(self.blocks[0].attention).__name__
             raise UserError(
-                f"model.leading_layers: got {kind}, must be MultiHeadAttention, whose values later layers mix in"
+                f"model.leading_layers: got {kind}, must be MultiHeadAttention, whose values later layers use"
             ) from None
         return dataclasses.replace(context, first_values=values)
 

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: the backbone and next-token logits. This is the GPT."""
+"""Decoder-only transformer: backbone and next-token logits. This is GPT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptjax.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(BackboneConfig):
-    """The shape and the parts of a decoder."""
+    """Architecture of a decoder."""
 
     def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return Transformer(self, rules)
@@ -44,13 +44,12 @@ class Transformer(Backbone):
 
 
 def unstack(config: ModelConfig, params: Params) -> Params:
-    """A model's parameters with one tree per layer, which decoding reads without copying; unchanged if they are
-    unstacked already."""
+    """Parameters with one tree per layer, for decoding without copies. Unchanged if they are unstacked already."""
     return config.unstack(params)
 
 
 def make_cache(config: ModelConfig, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> Cache:
-    """An empty cache of `size` slots for this model."""
+    """Empty cache of `size` slots for this model."""
     return kv.empty(config.init_cache(batch, size, rules), batch, size, rules("batch", None))
 
 

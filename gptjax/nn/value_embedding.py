@@ -1,4 +1,4 @@
-"""Value embeddings: attention's values remember which token they are of, in every layer that has them."""
+"""Value embeddings: a learned vector per token, added to attention's values."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from gptjax.types import Array, UserError
 
 @dataclasses.dataclass(frozen=True)
 class ValueEmbedding(Part):
-    """v_k + top sigmoid(x[:channels] G)_k table[token]_k for each key/value head k: a learned value for each token, and
-    a gate that lets it in. After value residual learning (ResFormer, arXiv:2410.17897), in the form of nanochat
-    (github.com/karpathy/nanochat, nanochat/gpt.py).
+    """v_k + max_gate sigmoid(x[:gate_channels] G)_k table[token]_k for each key/value head k: a learned value per
+    token, with an input-dependent gate. After value residual learning (ResFormer, arXiv:2410.17897), in the form of
+    nanochat (github.com/karpathy/nanochat, nanochat/gpt.py).
 
     A part `values(param, v [B, T, K, H], x [B, T, D], tokens int32 [B, T]) -> [B, T, K, H]`, for
-    `MultiHeadAttention(values=...)`. Costs a table [V, K, H] a layer and no matrix product.
+    `MultiHeadAttention(values=...)`. Costs a table [V, K, H] per layer and no matrix product.
     """
 
     vocab: int
-    """V, the number of token ids: the model's."""
-    channels: int = 12
-    """How many of x's channels the gate reads."""
-    top: float = 3.0
-    """How far the gate opens; it begins half open."""
+    """V, number of token ids: the model's."""
+    gate_channels: int = 12
+    """Number of channels of x that the gate reads."""
+    max_gate: float = 3.0
+    """Upper bound of the gate; it is initially half of it."""
 
     def __call__(
         self, param: ParamFactory, v: Array, x: Array, tokens: Array | None, first_values: Array | None = None
@@ -38,7 +38,7 @@ class ValueEmbedding(Part):
         heads = rules.axis_if_divisible("kv_heads", K)
         table = param("embedding", (self.vocab, K, H), (None, heads, None), kind="embedding")
         values = embed(table, tokens, rules(None, heads, None), rules("batch", "sequence", heads, None))
-        # No hidden matrix: its inputs do not grow with the width.
-        opening = param("opening", (self.channels, K), (None, heads), kind="other", decays=True)
-        opening = linear(x[..., : self.channels], opening, rules("batch", "sequence", heads))
-        return v + self.top * jax.nn.sigmoid(opening)[..., None] * values
+        # Not a hidden matrix: its inputs do not grow with the width.
+        gate = param("gate", (self.gate_channels, K), (None, heads), kind="other", decays=True)
+        gate = linear(x[..., : self.gate_channels], gate, rules("batch", "sequence", heads))
+        return v + self.max_gate * jax.nn.sigmoid(gate)[..., None] * values

@@ -88,7 +88,7 @@ EVERY = {
     "ahead": MultiTokenConfig(64, 1, 32, 2, ahead=1),
     "bert": EncoderConfig(64, 1, 32, 2, transform=Transform()),
 }
-FIXED = ("values_opening", "router_logits")
+FIXED = ("values_gate", "router_logits")
 """Matrices in blocks that are not hidden ones: they read, or write, what does not grow."""
 
 

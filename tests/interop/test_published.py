@@ -226,7 +226,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 Layers = list[tuple[int | None, Positions]]
 """The window and the positions of the first few layers; the others repeat them."""
-LONGROPE = LongRoPE((1.0,) * 48, tuple(LONG), original=4096, factor=32.0, length=4096)
+LONGROPE = LongRoPE((1.0,) * 48, tuple(LONG), original_length=4096, factor=32.0, length=4096)
 EXPECTED: dict[str, tuple[int, int, bool, Layers]] = {
     "meta-llama/Llama-3.2-1B": (1_235_814_400, 64, True, [(None, RoPE(5e5, Llama3Scaling(32.0, 1.0, 4.0, 8192)))]),
     "Qwen/Qwen2.5-0.5B": (494_032_768, 64, True, [(None, RoPE(1e6))]),

@@ -81,7 +81,7 @@ def test_cached_decoding_equals_the_full_forward(model):
     real = (jnp.arange(9) < jnp.array([9, 5, 1, 7])[:, None]).astype(jnp.int32)
     expected, _ = apply(model, params, TOKENS, source=SOURCE, source_segments=real)
     layers = model.config.unstack(params)
-    cache = jax.jit(encoder_decoder.read, static_argnums=(0, 3))(model, layers, SOURCE, 10, segments=real)
+    cache = jax.jit(encoder_decoder.encode, static_argnums=(0, 3))(model, layers, SOURCE, 10, segments=real)
     nowhere = {**layers, "encoder": None}
     pieces = []
     for start, size in ((0, 1), (1, 4), (5, 3)):
@@ -117,7 +117,7 @@ def test_a_mesh_changes_nothing(model):
         put = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
         params = jax.tree.map(put, params, places)
         logits, _ = apply(sharded, params, tokens, source=source)
-        cache = jax.jit(encoder_decoder.read, static_argnums=(0, 3))(sharded, params, source, 8)
+        cache = jax.jit(encoder_decoder.encode, static_argnums=(0, 3))(sharded, params, source, 8)
         cached, _ = apply(sharded, params, tokens, cache=cache)
     np.testing.assert_allclose(logits, expected, **CLOSE)
     np.testing.assert_allclose(cached, expected, **CLOSE)

@@ -38,9 +38,11 @@ SCALINGS = {
     "YaRN as in gpt-oss": YaRN(32.0, 4_096, truncate=False, attention_factor=1.2),
     "YaRN at one pair": YaRN(4.0, 16, beta_fast=2.0, beta_slow=1.9, truncate=False),
     "Llama 3": Llama3Scaling(),
-    "LongRoPE": LongRoPE(tuple(np.linspace(1, 2, 16)), tuple(np.linspace(1, 60, 16)), original=4_096, factor=32.0),
+    "LongRoPE": LongRoPE(
+        tuple(np.linspace(1, 2, 16)), tuple(np.linspace(1, 60, 16)), original_length=4_096, factor=32.0
+    ),
     "LongRoPE, short": LongRoPE(
-        tuple(np.linspace(1, 2, 16)), tuple(np.linspace(1, 60, 16)), original=4_096, factor=32.0, length=4_096
+        tuple(np.linspace(1, 2, 16)), tuple(np.linspace(1, 60, 16)), original_length=4_096, factor=32.0, length=4_096
     ),
 }
 ROPES = {
@@ -162,7 +164,7 @@ def theirs(s: Scaling) -> dict:
             return extra | {
                 "rope_type": "yarn",
                 "factor": s.factor,
-                "original_max_position_embeddings": s.original,
+                "original_max_position_embeddings": s.original_length,
                 "beta_fast": s.beta_fast,
                 "beta_slow": s.beta_slow,
                 "attention_factor": s.attention_factor,
@@ -174,7 +176,7 @@ def theirs(s: Scaling) -> dict:
                 "factor": s.factor,
                 "low_freq_factor": s.low,
                 "high_freq_factor": s.high,
-                "original_max_position_embeddings": s.original,
+                "original_max_position_embeddings": s.original_length,
             }
         case LongRoPE():
             return {
@@ -182,7 +184,7 @@ def theirs(s: Scaling) -> dict:
                 "factor": s.factor,
                 "short_factor": list(s.short),
                 "long_factor": list(s.long),
-                "original_max_position_embeddings": s.original,
+                "original_max_position_embeddings": s.original_length,
             }
     return {"rope_type": "dynamic", "factor": 1.0}  # whose base changes by the length over the configured one
 
@@ -314,8 +316,8 @@ def test_biases_and_their_gradient_are_sharded_by_heads(encoding):
     [
         (lambda: RoPE(fraction=0.0), "positions.fraction: got 0.0"),
         (lambda: RoPE(theta=1.0), "positions.theta: got 1.0"),
-        (lambda: RoPE(fraction=0.2).check(16), r"positions.fraction: got 0.2, which turns 3 of 16"),
-        (lambda: RoPE(fraction=0.1).check(8), r"which turns 0 of 8"),
+        (lambda: RoPE(fraction=0.2).check(16), r"positions.fraction: got 0.2, which rotates 3 of 16"),
+        (lambda: RoPE(fraction=0.1).check(8), r"which rotates 0 of 8"),
         (lambda: RoPE(scaling=LongRoPE((1.0,), (1.0,), 8, 2.0)).check(8), "positions.scaling.short: got 1 numbers"),
         (lambda: RoPE(scaling=NTKScaling(2.0)).check(2), "got NTKScaling"),
         (lambda: LinearScaling(0.5), "positions.scaling.factor: got 0.5"),

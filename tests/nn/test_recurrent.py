@@ -155,13 +155,13 @@ def test_a_cell_is_that_of_torch(cell: Recurrent):
 @pytest.mark.parametrize("mask", [Mask(causal=False), Mask(prefix=jnp.ones((4, 12), bool))], ids=["both", "prefix"])
 def test_what_comes_later_is_not_seen_and_so_refused(mask):
     x, positions = jnp.ones((4, 12, 16)), jnp.zeros((4, 12), jnp.int32)
-    with pytest.raises(UserError, match=r"model\.attention: got LSTM, which reads from left to right"):
+    with pytest.raises(UserError, match=r"model\.attention: got LSTM, which is causal"):
         LSTM().init(jax.random.key(0), x, positions, mask)
 
 
 def test_an_encoder_is_refused():
     encoder = Encoder(EncoderConfig(vocab=32, layers=1, width=16, heads=1, attention=GRU()))
-    with pytest.raises(UserError, match=r"model\.attention: got GRU, which reads from left to right"):
+    with pytest.raises(UserError, match=r"model\.attention: got GRU, which is causal"):
         encoder.init(jax.random.key(0), TOKENS)
 
 
@@ -169,5 +169,5 @@ def test_rows_that_a_mesh_cuts_are_refused():
     with sharding.use(MeshConfig(data=4, context=2).make()):
         tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
         model = Transformer(RecurrentConfig(vocab=16, layers=1, width=8), DEFAULT_RULES)
-        with pytest.raises(UserError, match=r"mesh\.context: cuts rows, must be 1"):
+        with pytest.raises(UserError, match=r"mesh\.context: shards sequences, must be 1"):
             model.init(jax.random.key(0), tokens)

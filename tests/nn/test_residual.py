@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.nn import Chain, OutputNorm, Parallel, Part, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
+from gptjax.nn import NoResidual, OutputNorm, Parallel, Part, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
 
 X, START = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float32)
 NORMS = {"norm_1": 2.0, "norm_2": 3.0, "post_norm_1": 5.0, "post_norm_2": 7.0}
@@ -32,7 +32,7 @@ EQUATIONS = {
     PostNorm(): lambda x: then(x, lambda i, f, x: NORMS[f"norm_{i}"] * (x + f(x))),
     SandwichNorm(): lambda x: then(x, lambda i, f, x: x + NORMS[f"post_norm_{i}"] * f(NORMS[f"norm_{i}"] * x)),
     OutputNorm(): lambda x: then(x, lambda i, f, x: x + NORMS[f"norm_{i}"] * f(x)),
-    Chain(): lambda x: g(f(x)),
+    NoResidual(): lambda x: g(f(x)),
     Parallel(): lambda x: x + f(2 * x) + g(3 * x),
     Parallel(shared=True): lambda x: x + f(2 * x) + g(2 * x),
 }

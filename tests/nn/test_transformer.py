@@ -17,7 +17,6 @@ from gptjax.nn import (
     MLP,
     ALiBi,
     Attention,
-    Chain,
     Encoder,
     EncoderConfig,
     LayerNorm,
@@ -25,6 +24,7 @@ from gptjax.nn import (
     MixtureOfExperts,
     MultiHeadAttention,
     MultiHeadLatentAttention,
+    NoResidual,
     Positions,
     Residual,
     RMSNorm,
@@ -63,7 +63,7 @@ CONFIGS |= {kind.__name__: dataclasses.replace(BASE, mlp=kind()) for kind in eve
 CONFIGS |= {
     kind.__name__: dataclasses.replace(BASE, residual=kind())
     for kind in every(Residual)
-    if kind not in (Residual, Chain)
+    if kind not in (Residual, NoResidual)
 }
 CONFIGS |= {  # of others: python -m pytest -p their_module tests/nn/test_transformer.py
     kind.__name__: dataclasses.replace(BASE, attention=kind())
@@ -71,7 +71,7 @@ CONFIGS |= {  # of others: python -m pytest -p their_module tests/nn/test_transf
     if not kind.__module__.startswith("gptjax.")
 }
 CONFIGS["rope"] = dataclasses.replace(
-    BASE, head_size=8, positions=RoPE(fraction=0.5, interleaved=True, scaling=YaRN(factor=4.0, original=8))
+    BASE, head_size=8, positions=RoPE(fraction=0.5, interleaved=True, scaling=YaRN(factor=4.0, original_length=8))
 )
 CONFIGS["attention"] = dataclasses.replace(
     BASE, attention=MultiHeadAttention(window=5, qk_norm=RMSNorm(), softcap=3.0, sinks=True, scale=0.4, bias=True)

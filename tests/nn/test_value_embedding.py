@@ -12,9 +12,9 @@ def test_the_equation():
     rng = np.random.default_rng(0)
     v, x = rng.normal(size=(2, 5, 3, 4)).astype(np.float32), rng.normal(size=(2, 5, 16)).astype(np.float32)
     tokens = rng.integers(0, 9, (2, 5)).astype(np.int32)
-    layer = ValueEmbedding(vocab=9, channels=6)
+    layer = ValueEmbedding(vocab=9, gate_channels=6)
     params = jax.tree.map(lambda p: 30 * p, layer.init(jax.random.key(0), v, x, tokens))
-    table, gate = np.asarray(params["params"]["embedding"]), np.asarray(params["params"]["opening"])
+    table, gate = np.asarray(params["params"]["embedding"]), np.asarray(params["params"]["gate"])
     opening = 3 / (1 + np.exp(-x[..., :6] @ gate))
     expected = v + opening[..., None] * table[tokens]
     # Sums of 6 products in float32.

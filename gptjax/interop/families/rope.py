@@ -19,14 +19,14 @@ SCALINGS: dict[str, tuple[type[Scaling], dict[str, str]]] = {
             "factor": "factor",
             "low_freq_factor": "low",
             "high_freq_factor": "high",
-            "original_max_position_embeddings": "original",
+            "original_max_position_embeddings": "original_length",
         },
     ),
     "yarn": (
         YaRN,
         {
             "factor": "factor",
-            "original_max_position_embeddings": "original",
+            "original_max_position_embeddings": "original_length",
             "beta_fast": "beta_fast",
             "beta_slow": "beta_slow",
             "attention_factor": "attention_factor",
@@ -39,7 +39,7 @@ SCALINGS: dict[str, tuple[type[Scaling], dict[str, str]]] = {
         LongRoPE,
         {
             "factor": "factor",
-            "original_max_position_embeddings": "original",
+            "original_max_position_embeddings": "original_length",
             "short_factor": "short",
             "long_factor": "long",
             "attention_factor": "attention_factor",
@@ -86,7 +86,7 @@ def rope(c: Fields, given: Mapping[str, Any] | None = None, theta: float = 10_00
     if lacking := [name for name, ours in names.items() if ours in needed - fields.keys()]:
         raise UserError(f"config.json: rope_parameters: got none for {', '.join(lacking)}, which {kind!r} needs")
     if cls is LongRoPE:
-        fields["length"] = fields["original"]
+        fields["length"] = fields["original_length"]
     return RoPE(theta=values["rope_theta"], scaling=cls(**fields), fraction=values["partial_rotary_factor"])
 
 
@@ -138,7 +138,7 @@ def of_rope(positions: Positions | None, fraction: float = 1.0) -> dict[str, Any
             original = values.get("original_max_position_embeddings")
             lengths = {} if original is None else {"original_max_position_embeddings": original}
             if isinstance(positions.scaling, LongRoPE):  # `transformers` computes its factor from these two lengths
-                lengths["max_position_embeddings"] = round(positions.scaling.original * positions.scaling.factor)
+                lengths["max_position_embeddings"] = round(positions.scaling.original_length * positions.scaling.factor)
             return {
                 **top,
                 **lengths,

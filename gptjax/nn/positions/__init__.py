@@ -1,6 +1,6 @@
-"""Position encodings, each an object for `TransformerConfig(positions=...)` or for a program of your own.
+"""Position encodings for `TransformerConfig(positions=...)`, or for any JAX program.
 
-A new one is a subclass of `Positions` and nothing else: the tests find it by themselves.
+A new one is a subclass of `Positions`. The tests find it.
 """
 
 from gptjax.nn.positions.absolute import LearnedPositions, Sinusoidal

@@ -1,4 +1,4 @@
-"""Encodings of the place itself, added to the token embeddings."""
+"""Absolute position encodings, added to the token embeddings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LearnedPositions(Positions):
     """
 
     length: int
-    """How many positions there are."""
+    """Number of positions."""
 
     def __post_init__(self):
         if self.length < 1:
@@ -40,7 +40,7 @@ class LearnedPositions(Positions):
 
 @dataclasses.dataclass(frozen=True)
 class Sinusoidal(Positions):
-    """The encoding of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), added to the embedding:
+    """Sinusoidal encoding of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), added to the embeddings:
 
     PE(pos, 2i) = sin(pos / theta^(2i/D)),  PE(pos, 2i+1) = cos(pos / theta^(2i/D))
     """

@@ -1,4 +1,4 @@
-"""Encodings of the distance between query and key, added to attention scores."""
+"""Relative position biases, added to attention scores."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ALiBi(Positions):
 
 
 def slopes(heads: int) -> np.ndarray:
-    """float64 [N]: 2^(-8n/N) for n = 1 .. N when N is a power of 2. Else those of the power of 2 below, and then every
-    other one of those of the power above, as in the authors' program."""
+    """Slopes, float64 [N]: 2^(-8n/N) for n = 1 .. N if N is a power of 2. Otherwise those of the next lower power of 2,
+    then every other one of the next higher power, as in the authors' code."""
     power = 2 ** int(math.log2(heads))
     first = 2.0 ** (-8 * np.arange(1, power + 1) / power)
     between = 2.0 ** (-4 * np.arange(1, 2 * power + 1, 2) / power)
@@ -37,20 +37,20 @@ def slopes(heads: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class T5Bias(Positions):
-    """The relative bias of T5 (Raffel et al. 2019, arXiv:1910.10683, section 2.1): score_nts + table[bucket(t - s), n].
+    """Relative bias of T5 (Raffel et al. 2019, arXiv:1910.10683, section 2.1): score_nts + table[bucket(t - s), n].
 
-    A learned number for each head and bucket of distances; all layers share the table. (T5 also leaves out the scale:
+    A learned number per head and bucket of distances, shared by all layers. (T5 also has unscaled scores:
     `MultiHeadAttention(scale=1.0)`.)
 
-    encoding, distance = T5Bias(), Mask().distance(T, S)
-    params = encoding.init(key, distance, heads, method="bias")             # {"params": {"table": [buckets, N]}}
-    bias = encoding.apply(params, distance, heads, method="bias")           # float32 [N, T, S]
+    encoding, distance = T5Bias(), Mask().distance(T, S) params = encoding.init(key, distance, heads, method="bias")
+    # {"params": {"table": [buckets, N]}} bias = encoding.apply(params, distance, heads, method="bias")           #
+    float32 [N, T, S]
     """
 
     buckets: int = 32
-    """How many there are, for both directions together."""
+    """Number of buckets, both directions together."""
     max_distance: int = 128
-    """From this distance on all keys are in the last bucket."""
+    """Distances from this one on are in the last bucket."""
 
     def __post_init__(self):
         if self.buckets < 4 or self.buckets % 2:
@@ -64,18 +64,18 @@ class T5Bias(Positions):
         table = param("table", (self.buckets, heads), (None, "heads"), kind="other", decays=True)
         table = table.astype(jnp.float32).T
         sharding = param.rules("heads", None)
-        # First a number for each distance, then one for each query and key: so the gradient need not add up whole
-        # matrices into a few buckets, and the logarithm is numpy's on every device.
+        # First a number per distance, then one per query and key: the gradient does not sum whole matrices into a few
+        # buckets, and the logarithm is numpy's on every device.
         nearest, furthest = 0 if causal else -self.max_distance, self.max_distance
         near = table.at[:, self.bucket(np.arange(nearest, furthest + 1), causal)].get(out_sharding=sharding)
         sharding = param.rules("heads", None, None)
         return near.at[:, jnp.clip(distance, nearest, furthest) - nearest].get(out_sharding=sharding)
 
     def bucket(self, distance: np.ndarray, causal: bool = True) -> np.ndarray:
-        """Distance, how many tokens the key lies before the query -> its bucket, in [0, buckets).
+        """Distance, query position minus key position -> bucket in [0, buckets).
 
-        Half of the buckets are for one distance each, from 0; the others grow with the logarithm of the distance. A
-        causal model has all for keys before the query; else the upper half is for keys after it.
+        Half of the buckets are for one distance each, from 0; the others grow logarithmically. A causal model uses all
+        for keys before the query, others the upper half for keys after it.
         """
         buckets, after = self.buckets, 0
         if not causal:

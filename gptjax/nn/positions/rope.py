@@ -35,24 +35,24 @@ class Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class RoPE(Positions):
-    """Rotary encoding (Su et al. 2021, arXiv:2104.09864): a query and a key meet by their distance alone.
+    """Rotary encoding (Su et al. 2021, arXiv:2104.09864): scores depend on positions through their distance only.
 
-    Of a head's H numbers the first R = fraction * H are turned, in pairs; pair i by the angle pos * theta^(-2i/R):
+    The first R = fraction * H numbers of a head are rotated in pairs, pair i by the angle pos * theta^(-2i/R):
 
         (a, b) -> (a cos - b sin, b cos + a sin)
 
-    RoPE(theta=500_000, scaling=Llama3Scaling(factor=8)).rotate(q, positions)    # q [B, T, N, H], positions [B, T]
+        RoPE(theta=500_000, scaling=Llama3Scaling(factor=8)).rotate(q, positions)    # q [B, T, N, H], positions [B, T]
     """
 
     theta: float = 10_000.0
     """Longest wavelength, divided by 2 pi. Larger for longer contexts."""
     scaling: Scaling = Scaling()
-    """How frequencies are changed to read further than the model was trained."""
+    """Scaling of the frequencies for contexts longer than in training."""
     fraction: float = 1.0
-    """Share of the head that is turned, its first numbers: 0.25 in GPT-NeoX, 0.4 to 0.5 in Phi."""
+    """Rotated fraction of a head, its first numbers: 0.25 in GPT-NeoX, 0.4 to 0.5 in Phi."""
     interleaved: bool = False
-    """Whether a pair is (x[2i], x[2i+1]), as in the paper, GPT-J and DeepSeek, or (x[i], x[i + R/2]), the half-split
-    layout of Llama and GPT-NeoX."""
+    """Pair x[2i] with x[2i+1], as in the paper, GPT-J and DeepSeek. False: x[i] with x[i + R/2], the half-split layout
+    of Llama and GPT-NeoX."""
 
     def __post_init__(self):
         if not 0 < self.fraction <= 1:
@@ -68,8 +68,8 @@ class RoPE(Positions):
         if size % 2 or not size:
             got = f"model.head_size: got {head_size}"
             if self.fraction < 1:
-                got = f"positions.fraction: got {self.fraction}, which turns {size} of {head_size} numbers"
-            raise UserError(f"{got}, must be even for rotary positions, which turn pairs")
+                got = f"positions.fraction: got {self.fraction}, which rotates {size} of {head_size} numbers"
+            raise UserError(f"{got}, must be even for rotary positions, which rotate pairs")
         self.scaling.check(size)
 
     def rotate(self, x: Array, positions: Array) -> Array:
@@ -89,5 +89,5 @@ class RoPE(Positions):
         return jnp.concatenate([turned.astype(x.dtype), rest], -1) if size < x.shape[-1] else turned.astype(x.dtype)
 
     def _size(self, head_size: int) -> int:
-        """R, how many numbers of a head are turned."""
+        """R, number of rotated numbers of a head."""
         return int(head_size * self.fraction)
