@@ -70,7 +70,7 @@ class Chat:
 
         messages = [*self.messages, Message("user", text)]
         try:
-            _, left_out = self.model.trim(messages, self.options["max_tokens"])
+            _, left_out = self.model.trim(messages, self.options["max_tokens"], self.options["template"])
             if left_out > self.left_out:
                 note(f"the oldest {left_out} messages no longer fit the model's context and are left out")
             options = {**self.options, "seed": self.options["seed"] + len(messages)}

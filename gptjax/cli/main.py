@@ -96,6 +96,7 @@ def generate(
 def chat(
     path: Model,
     system: str | None = None,
+    template: tuple[str, ...] = (),
     drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing(),
 ) -> None:
     """Chat with a model, line by line. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands.
@@ -103,10 +104,27 @@ def chat(
     Args:
         path: Run folder, or a folder written by LanguageModel.save.
         system: System prompt.
+        template: Variables of the model's chat template, as NAME=VALUE with a value of JSON: enable_thinking=false.
     """
-    options = drawing.options()
+    options = {**drawing.options(), "template": _variables(template)}
     model = _drawing(_load(path))
     Chat(model, system, options).run()
+
+
+def _variables(given: Sequence[str]) -> dict[str, Any]:
+    """The variables of NAME=VALUE; a value that is not JSON is text."""
+    from gptjax.types import UserError
+
+    variables: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not name or not equals:
+            raise UserError(f"template: got {item!r}, must be NAME=VALUE, such as enable_thinking=false")
+        try:
+            variables[name] = json.loads(value)
+        except ValueError:
+            variables[name] = value
+    return variables
 
 
 def evaluate(path: Model, text: str | None = None) -> None:

@@ -55,14 +55,32 @@ class ChatTemplate:
         _check_jinja()
         _ask({"template": self.source})
 
-    def text(self, messages: Iterable[Message]) -> str:
+    def text(self, messages: Iterable[Message], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt of the assistant's next message. Raises UserError for messages that the template refuses, such as
-        a system message or two consecutive messages of one role, and for a template that exceeds its limits."""
+        a system message or two consecutive messages of one role, and for a template that exceeds its limits.
+
+        variables  values of the template's own variables, such as enable_thinking, and of tools and documents"""
         turns = [{"role": message.role, "content": message.content} for message in messages]
         standard = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
-        return _ask({"template": self.source, "variables": standard | dict(self.tokens)})["text"]
+        given = self._checked(variables or {})
+        return _ask({"template": self.source, "variables": standard | dict(self.tokens) | given})["text"]
 
-    def prompt(self, messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
+    def _checked(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The variables. Raises UserError for one that the template does not read, or that is not JSON."""
+        for name, value in variables.items():
+            if name in ("messages", "add_generation_prompt") or not re.search(
+                rf"\b{re.escape(str(name))}\b", self.source
+            ):
+                raise UserError(f"template: got {name}, which is no variable of the model's chat template")
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise UserError(f"template: {name}: got {str(value)[:80]!r}, must be a value of JSON") from None
+        return dict(variables)
+
+    def prompt(
+        self, messages: Iterable[Message], tokenizer: Tokenizer, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """The ids of `text`. A message cannot end its own turn: a special token that its content spells out is split by
         a word joiner (U+2060)."""
 
@@ -71,7 +89,8 @@ class ChatTemplate:
                 text = text.replace(name, name[:1] + JOINER + name[1:])
             return text
 
-        text = self.text(Message(message.role, harmless(message.content)) for message in messages)
+        turns = (Message(message.role, harmless(message.content)) for message in messages)
+        text = self.text(turns, variables)
         return reader(tokenizer).encode(text, add_special_tokens=False).ids
 
 

@@ -134,10 +134,13 @@ class LanguageModel(TextEncoder):
         seed: int = 0,
         stop: Sequence[str] = (),
         sampling: Sampling | None = None,
+        template: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Message:
-        """Reply as the assistant. Messages beyond the context are dropped as in `trim`."""
-        ids, max_tokens = self._chat_prompt(messages, max_tokens)
+        """Reply as the assistant. Messages beyond the context are dropped as in `trim`.
+
+        template  variables of the chat template: `template={"enable_thinking": False}`"""
+        ids, max_tokens = self._chat_prompt(messages, max_tokens, template)
         sampling = self._sampling(sampling, **fields)
         (done,) = generate(
             self._module,
@@ -159,10 +162,11 @@ class LanguageModel(TextEncoder):
         seed: int = 0,
         stop: Sequence[str] = (),
         sampling: Sampling | None = None,
+        template: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Generator[str, None, Completion]:
         """Stream the reply of `chat` in pieces. The generator's return value is the completion."""
-        ids, max_tokens = self._chat_prompt(messages, max_tokens)
+        ids, max_tokens = self._chat_prompt(messages, max_tokens, template)
         sampling = self._sampling(sampling, **fields)
         return stream(
             self._module,
@@ -176,14 +180,18 @@ class LanguageModel(TextEncoder):
             self.stop_token_ids,
         )
 
-    def _chat_prompt(self, messages: Messages, max_tokens: int | None) -> tuple[list[int], int | None]:
+    def _chat_prompt(
+        self, messages: Messages, max_tokens: int | None, template: Mapping[str, Any] | None
+    ) -> tuple[list[int], int | None]:
         """Token ids of the messages that fit, and the maximum number of tokens of a reply."""
-        ids = self._prompt(self.trim(messages, max_tokens)[0])
+        ids = self._prompt(self.trim(messages, max_tokens, template)[0], template)
         if self._max_length is not None:
             max_tokens = min(max_tokens or DEFAULT_TOKENS, self._max_length - len(ids))
         return ids, max_tokens
 
-    def trim(self, messages: Messages, max_tokens: int | None = None) -> tuple[list[Message], int]:
+    def trim(
+        self, messages: Messages, max_tokens: int | None = None, template: Mapping[str, Any] | None = None
+    ) -> tuple[list[Message], int]:
         """Drop the oldest messages until an answer of `max_tokens` (None: half of the context, at most 256) fits.
         Returns the rest and the number dropped. System messages and the last one are kept; raises UserError if they do
         not fit."""
@@ -195,7 +203,7 @@ class LanguageModel(TextEncoder):
         if window is None:
             return kept, 0
         room = window - (max_tokens or min(DEFAULT_TOKENS, window // 2))
-        while (length := len(self._prompt(kept))) > room:
+        while (length := len(self._prompt(kept, template))) > room:
             oldest = next((i for i, message in enumerate(kept[:-1]) if message.role != "system"), None)
             if oldest is None:
                 raise UserError(
@@ -241,10 +249,12 @@ class LanguageModel(TextEncoder):
     def _sampling(self, sampling: Sampling | None, **fields: Any) -> Sampling:
         return dataclasses.replace(sampling or self.sampling or Sampling(), **fields)
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _prompt(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a conversation, up to the assistant's turn."""
         if self.template is not None:
-            return self.template.prompt(messages, self.tokenizer)
+            return self.template.prompt(messages, self.tokenizer, variables)
+        if variables:
+            raise UserError(f"template: got {', '.join(variables)}, must not be given: the model has no chat template")
         return chat_prompt(messages, self.tokenizer)
 
     @functools.cached_property

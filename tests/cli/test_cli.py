@@ -14,7 +14,9 @@ import pytest
 from gptjax.cli import main
 from gptjax.data import Bytes, ChatJsonl
 from gptjax.inference import Sampling
+from gptjax.interop.templates import ChatTemplate
 from gptjax.models.language_model import LanguageModel
+from gptjax.models.loading import load
 from gptjax.nn import Transformer, TransformerConfig
 
 GREEDY = ["--temperature", "0", "--max-tokens", "8"]
@@ -88,6 +90,22 @@ def test_chat_keeps_a_history_and_obeys_its_commands(run, path, model, tmp_path)
     assert json.loads(saved.read_text().partition("\n")[0])["messages"] == conversation
     assert len(list(ChatJsonl(str(saved), validation=0.0).documents("train"))) == 2
     assert "unknown command '/huh'" in err
+
+
+def test_chat_passes_variables_to_the_template(run, path, model, tmp_path):
+    source = "{% if enable_thinking %}think {{ name }} {% endif %}{{ messages[-1].content }}"
+    dataclasses.replace(model, template=ChatTemplate(source)).save(tmp_path / "thinks")
+    said = [{"role": "user", "content": "hello"}]
+    thinking = dataclasses.replace(model, template=ChatTemplate("think ü {{ messages[-1].content }}"))
+    want = thinking.chat(said, 8, temperature=0).content
+    given = {"enable_thinking": True, "name": "ü"}
+    assert load(tmp_path / "thinks").chat(said, 8, temperature=0, template=given).content == want
+    arguments = ("--template", "enable_thinking=true", "name=ü")
+    assert run("chat", str(tmp_path / "thinks"), *GREEDY, *arguments, stdin="hello\n") == (0, want + "\n", "")
+    assert (
+        "(template: got a, must not be given: the model has no" in run("chat", path, "--template", "a=1", stdin="x")[2]
+    )
+    assert "error: template: got 'a', must be NAME=VALUE" in run("chat", path, "--template", "a", stdin="x\n")[2]
 
 
 def test_a_long_chat_is_trimmed_with_a_notice(run, path):

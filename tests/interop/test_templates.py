@@ -117,6 +117,41 @@ SOURCES = (
 )
 
 
+VARIABLES = {
+    "enable_thinking": False,
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": 1.5}}}],
+    "documents": [{"title": "ü", "text": "<b>"}],
+    "date_string": "26 Jul 2024",
+}
+THINKING = (
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{{ date_string }}"
+    "{{ tools | tojson(indent=4) }}{% for d in documents %}{{ d.title | tojson }}{{ d.text }}{% endfor %}"
+)
+
+
+@pytest.mark.torch
+def test_variables_reach_a_template_as_in_transformers():
+    render = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+    messages = [{"role": message.role, "content": message.content} for message in TALK]
+    (expected,), _ = render([messages], chat_template=THINKING, add_generation_prompt=True, **VARIABLES)
+    assert ChatTemplate(THINKING).text(TALK, VARIABLES) == expected
+    (expected,), _ = render([messages], chat_template=NATIVE, add_generation_prompt=True, bos_token="<x>", eos_token="")
+    assert ChatTemplate(NATIVE, {"bos_token": "<s>", "eos_token": ""}).text(TALK, {"bos_token": "<x>"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"enable_thinkin": True}, "template: got enable_thinkin, which is no variable of the model's chat template"),
+        ({"messages": []}, "template: got messages, which is no variable"),
+        ({"documents": [object()]}, "template: documents: got '.*', must be a value of JSON"),
+    ],
+)
+def test_a_variable_that_does_nothing_is_refused(variables, says):
+    with pytest.raises(UserError, match=f"^{says}"):
+        ChatTemplate(THINKING).text(TALK, variables)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("source", SOURCES)
 def test_it_is_what_transformers_renders(source):
