@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TO_DO = ("experiment", "nn", "train")
+TO_DO = ("experiment", "train")
 """Rooms of gptjax/ that the law does not yet hold in; nothing is ever added."""
 OPENING = re.compile(r"\s*(What|How|Whether|Where|Which|Why|Of)\b")
 

@@ -44,7 +44,7 @@ class Context:
     encoder_mask: Mask = Mask(causal=False)
     """Mask of cross-attention."""
 
-    def over_rows(self, function: Callable[[Array], Array]) -> Context:
+    def map_batch(self, function: Callable[[Array], Array]) -> Context:
         """Apply `function` to every array whose first axis is B."""
 
         def mask(mask: Mask) -> Mask:

@@ -1,4 +1,4 @@
-"""Routers of a mixture of experts, as parts (see `module.py`): which experts a token goes to, and with what weights."""
+"""Routers of a mixture of experts, as parts (see `module.py`): experts of each token, and their weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from gptjax.types import Array, UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BalanceUpdate:
-    """Update of a balance bias, `rate sign(mean load - load)`: no gradient. Its loads add up over microbatches."""
+    """Update of a balance bias without a gradient, `rate sign(mean load - load)`. Its loads are summed over
+    microbatches."""
 
     excess: Array
-    """float32 [..., E]: assignments to each expert above the mean."""
+    """float32 [..., E]: number of assignments to each expert minus the mean."""
     rate: float = dataclasses.field(metadata={"static": True})
 
     def __call__(self) -> Array:
@@ -33,41 +34,41 @@ class Router(Part):
         logits = W x + bias                                score = softmax or sigmoid of the logits
         ids = the top k of score + balance bias            gates = scale score_ids / sum score_ids
 
-    all of it float32. A subclass says what the scores are. To use the experts evenly there is a loss, and there is a
-    bias that enters the choice alone and follows the loads:
+    in float32. A subclass defines the scores. Experts are balanced by a loss, by a bias that affects the selection
+    only, or by both:
 
-        load_e = share of the assignments that go to expert e        P_e = mean over tokens of score_e / sum score
+        load_e = share of the assignments to expert e        P_e = mean over tokens of score_e / sum score
         load balance = E sum_e load_e P_e, which is 1 when balanced       (Switch Transformers, arXiv:2101.03961, eq. 4)
         z = mean over tokens of (log sum_e exp logit_e)^2                 (ST-MoE, arXiv:2202.08906, eq. 5)
         balance bias_e += rate sign(mean load - load_e)                   (Wang et al. 2024, arXiv:2408.15664)
     """
 
     renormalise: bool = True
-    """Whether the weights of the chosen experts add up to 1, as in Mixtral, or are what they are, as in OLMoE."""
+    """Normalise the weights of the selected experts to a sum of 1, as in Mixtral. False: not, as in OLMoE."""
     scale: float = 1.0
-    """Multiplies the weights."""
+    """Factor of the weights."""
     bias: bool = False
-    """Whether the logits have a learned bias, as in gpt-oss."""
+    """Learned bias of the logits, as in gpt-oss."""
     groups: int = 1
-    """Experts lie in this many groups, and a token only goes to the best of them: those whose two best experts score
-    highest (DeepSeek-V3)."""
+    """Number of expert groups. A token's experts are in its best `top_groups` groups: those with the highest sum of
+    their two best scores (DeepSeek-V3)."""
     top_groups: int = 1
-    """How many groups a token goes to."""
+    """Number of groups per token."""
     load_balance: float = 0.0
-    """Weight of the load-balance loss in the training loss; 0.01 is usual."""
+    """Weight of the load-balance loss in the training loss. 0.01 is usual."""
     z_loss: float = 0.0
-    """Weight of the z-loss, which keeps logits small; 0.001 is usual."""
+    """Weight of the z-loss, which keeps logits small. 0.001 is usual."""
     balance_bias: bool = False
-    """Whether there is a balance bias."""
+    """Balance bias, updated by the loads of the experts."""
     balance_rate: float = 1e-3
     """Change of the balance bias per step."""
 
     def scores(self, logits: Array) -> Array:
-        """[..., E] -> [..., E], positive."""
+        """Scores [..., E], positive, of logits [..., E]."""
         raise NotImplementedError
 
     def check(self, experts: int, top_k: int) -> None:
-        """Raises UserError where groups and experts do not go together."""
+        """Raise UserError if groups and experts do not match."""
         if self.balance_rate < 0:
             raise UserError(f"mlp.router.balance_rate: got {self.balance_rate}, must be 0 or more")
         if self.groups < 1 or experts % self.groups:
@@ -91,11 +92,11 @@ class Router(Part):
         def choose(wanted: Array) -> Array:
             return lax.top_k(self._in_top_groups(wanted), top_k)[1]
 
-        if tokens is not None:  # each device for its own tokens: XLA would gather the scores of all on all of them
+        if tokens is not None:  # each device for its own tokens: otherwise XLA would gather all scores on all devices
             names = set(jax.sharding.get_abstract_mesh().explicit_axes)
             choose = jax.shard_map(choose, in_specs=tokens, out_specs=tokens, axis_names=names, check_vma=False)
         ids = choose(lax.stop_gradient(wanted))
-        chosen = jax.nn.one_hot(ids, experts, dtype=jnp.float32)  # a sum, not a lookup: see `cross_entropy`
+        chosen = jax.nn.one_hot(ids, experts, dtype=jnp.float32)  # a sum instead of a gather: see `cross_entropy`
         gates = jnp.sum(chosen * scores[..., None, :], -1)
         if self.renormalise:
             gates = gates / (jnp.sum(gates, -1, keepdims=True) + 1e-20)
@@ -111,7 +112,7 @@ class Router(Part):
         return ids, self.scale * gates
 
     def _in_top_groups(self, scores: Array) -> Array:
-        """The scores, -inf outside of the best groups."""
+        """Scores, -inf outside of the best groups."""
         if self.groups == self.top_groups:
             return scores
         grouped = scores.reshape(*scores.shape[:-1], self.groups, -1)
@@ -122,7 +123,7 @@ class Router(Part):
 
 
 class Softmax(Router):
-    """exp(logit_e) / sum exp(logit). Renormalised, that is the softmax over the chosen experts' logits."""
+    """exp(logit_e) / sum exp(logit). Renormalised, it is the softmax of the selected experts' logits."""
 
     def scores(self, logits: Array) -> Array:
         return jax.nn.softmax(logits)
@@ -130,7 +131,7 @@ class Softmax(Router):
 
 @dataclasses.dataclass(frozen=True)
 class Sigmoid(Router):
-    """1 / (1 + exp(-logit_e)), each expert for itself, and a balance bias: DeepSeek-V3 (arXiv:2412.19437, eq. 12)."""
+    """1 / (1 + exp(-logit_e)) per expert, with a balance bias: DeepSeek-V3 (arXiv:2412.19437, eq. 12)."""
 
     balance_bias: bool = True
 

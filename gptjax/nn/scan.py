@@ -1,4 +1,4 @@
-"""A stack over whole sequences, for training and evaluation: `lax.scan` over its stacked parameters."""
+"""Execution of a stack on whole sequences, for training and evaluation: `lax.scan` over its stacked parameters."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from gptjax.nn.remat import rematerialised
 from gptjax.nn.stack import Stack
 from gptjax.types import Array, Key, Params
 
-UNROLLED = 12
-"""Depth up to which the scan is unrolled: 8 to 15 % off a training step on CPU, where slices are copies."""
+MAX_UNROLL = 12
+"""Maximum depth of an unrolled scan: 8 to 15 % off a training step on CPU, where slices are copies."""
 
 
 def scan(
     stack: Stack, params: Mapping[str, Params], x: Array, context: Context, key: Key | None = None
 ) -> tuple[Array, dict[str, Array], Params]:
-    """x [B, T, D] through the stack -> [B, T, D], sums over layers of what blocks add to the loss, and the updates that
-    they report (`ParamFactory.update`), a part of the tree of `params`.
+    """x [B, T, D] through the stack -> [B, T, D], the blocks' losses summed over layers, and their updates
+    (`ParamFactory.update`), a subtree of `params`.
 
     params  as `stack.init` returns them
     key     for dropout. None: no dropout
     """
     context = stack.with_first_values(params, x, context)
     first, middle, last = (None,) * 3 if key is None else jax.random.split(key, 3)
-    unroll = stack.repeats * len(stack.pattern) <= UNROLLED
+    unroll = stack.repeats * len(stack.pattern) <= MAX_UNROLL
     pattern = functools.partial(_layers, stack.named_pattern, stack.remat)
 
     x, (first_losses, updates) = _layers(stack.named_leading, stack.remat, context, x, (params, first))
@@ -56,7 +56,7 @@ def scan(
 def _layers(
     blocks: Mapping[str, Block], remat: str | None, context: Context, x: Array, layer: tuple[Params, Key | None]
 ) -> tuple[Array, tuple[list[Any], dict[str, Any]]]:
-    """x through blocks, named by their parameters ("": all of them), with their losses and updates."""
+    """x through blocks, named by their parameters ("": all of them), and their losses and updates."""
     params, key = layer
     losses, updates = [], {}
     for i, (name, block) in enumerate(blocks.items()):

@@ -209,11 +209,11 @@ def test_text_is_written_on_stages():
     assert [one.ids for one in write(config.build(DEFAULT_RULES), params)] == expected
 
 
-def test_parts_that_do_not_fit_are_refused():
+def test_microbatches_that_do_not_fit_are_refused():
     config = dataclasses.replace(BASE, microbatches=3)
     with sharding.use(MeshConfig(pipeline=4, data=2).make()):
         rows = sharding.global_array(batch(), DEFAULT_RULES)
         create, step = program(config)
         state = create(rows.tokens)
-        with pytest.raises(UserError, match="microbatches: got 3, must divide the 4 rows"):
+        with pytest.raises(UserError, match="microbatches: got 3, must divide the 4 sequences"):
             step(state, rows)

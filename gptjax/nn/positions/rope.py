@@ -14,22 +14,22 @@ from gptjax.types import Array, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """Frequencies as they are: f_i = theta^(-2i/R)."""
+    """Unscaled frequencies: f_i = theta^(-2i/R)."""
 
     def for_context_length(self, length: int) -> Self:
-        """The same scaling for texts of up to so many tokens."""
+        """This scaling for texts of up to `length` tokens."""
         return self
 
     def check(self, size: int) -> None:
-        """Raises UserError when R = `size` turned numbers cannot be scaled so."""
+        """Raise UserError if R = `size` rotated numbers cannot have this scaling."""
 
     def frequencies(self, theta: float, size: int) -> np.ndarray:
-        """float64 [R/2], in radians a token, of R = `size` turned numbers."""
+        """Frequencies of R = `size` rotated numbers, float64 [R/2], in radians per token."""
         return theta ** (-np.arange(0, size, 2) / size)
 
     @property
     def amplitude(self) -> float:
-        """What cosine and sine are multiplied by, so that scores are multiplied by its square."""
+        """Factor of cosine and sine. Scores are multiplied by its square."""
         return 1.0
 
 
