@@ -178,10 +178,10 @@ def _folders(folder: epath.Path) -> list[epath.Path]:
 
 
 def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Names of all files except checkpoints and files still being written."""
+    """Names of all files except checkpoints, locks and files still being written."""
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         name = prefix + path.name
-        if name == CHECKPOINTS or path.name.endswith(atomic.SUFFIX):
+        if name == CHECKPOINTS or path.name.endswith((atomic.SUFFIX, ".lock")):
             continue
         if path.is_dir():
             yield from _names(path, f"{name}/")

@@ -7,6 +7,7 @@ An experiment is a Python file with `experiment = Experiment(...)`; `python -m e
                 checkpoints/STAGE/  Orbax: state and input position
                 metrics.jsonl  tensorboard/
                 heartbeat/          where each process is; hang/ and profile/ when there is something in them
+                run.lock            held by the job that trains here
                 report/             report.md, curves as PNG, results of the evaluations
 
 `gptjax chat runs/NAME` and `gptjax.load("runs/NAME")` need nothing else.
@@ -51,6 +52,7 @@ from gptjax.types import Params, Result, UserError
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 """How samples are drawn during training."""
+LOCK = "run.lock"
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
 FREE = ("mesh", "rules", "records")
@@ -120,53 +122,54 @@ class Experiment:
         # Paths to copy are not cut into lines, nor read as markup.
         console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
         self.check(jax.device_count())
-        changed = self._claim(folder, accept_changes)
-        for line in changed:
-            console.print(f"changed: {line}")
-        tokenizer = self._tokenizer(folder, console)
-        self._check_prompts(tokenizer)
-        self._check_evaluations(folder, tokenizer)
-        cache = cache_dir() / "tokens"
-        mesh = self.mesh.make()
-        model = self.model.build(self.rules)
-        pretrained = self._pretrained(model, tokenizer)
-        results: dict[str, list[Result]] = {}
-        with MetricsLogger(folder, self.records, to_json(self)) as records:
-            init = pretrained  # abstract parameters -> those that the next stage starts from
-            for name, stage in self.stages.items():
-                checkpoints = folder / "checkpoints" / name
-                restore = functools.partial(self._trained, folder, name, pretrained)
-                params = None
-                with Checkpoints(checkpoints) as saved:
-                    done = saved.complete(stage.steps)
-                if not done:
-                    (folder / "report" / f"{name}.json").unlink(missing_ok=True)
-                    with sharding.use(mesh):
-                        params = train(
-                            stage,
-                            name,
-                            model,
-                            tokenizer,
-                            checkpoints,
-                            records,
-                            cache=cache,
-                            seed=self.seed,
-                            init=init,
-                            sample=functools.partial(_sample, model, stage, tokenizer) if self._writes else None,
-                            description={"configuration": to_json(self)},
-                            profile=profile,
-                            accept_changes=accept_changes,
-                        )
-                init = restore if params is None else functools.partial(_given, params)
-                results[name] = self._evaluate(folder, name, stage, tokenizer, model, mesh, init, console)
-        if jax.process_index() == 0:
-            report.write(folder, results, {name: stage.objective.unit for name, stage in self.stages.items()})
-            console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}")
-            if self.model.architecture == "decoder":
-                console.print(f"\nNow try:\n  gptjax chat {_short(folder)}")
-                console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
-        processes.meet("the report is written")
-        return 0
+        with _alone(folder):
+            changed = self._claim(folder, accept_changes)
+            for line in changed:
+                console.print(f"changed: {line}")
+            tokenizer = self._tokenizer(folder, console)
+            self._check_prompts(tokenizer)
+            self._check_evaluations(folder, tokenizer)
+            cache = cache_dir() / "tokens"
+            mesh = self.mesh.make()
+            model = self.model.build(self.rules)
+            pretrained = self._pretrained(model, tokenizer)
+            results: dict[str, list[Result]] = {}
+            with MetricsLogger(folder, self.records, to_json(self)) as records:
+                init = pretrained  # abstract parameters -> those that the next stage starts from
+                for name, stage in self.stages.items():
+                    checkpoints = folder / "checkpoints" / name
+                    restore = functools.partial(self._trained, folder, name, pretrained)
+                    params = None
+                    with Checkpoints(checkpoints) as saved:
+                        done = saved.complete(stage.steps)
+                    if not done:
+                        (folder / "report" / f"{name}.json").unlink(missing_ok=True)
+                        with sharding.use(mesh):
+                            params = train(
+                                stage,
+                                name,
+                                model,
+                                tokenizer,
+                                checkpoints,
+                                records,
+                                cache=cache,
+                                seed=self.seed,
+                                init=init,
+                                sample=functools.partial(_sample, model, stage, tokenizer) if self._writes else None,
+                                description={"configuration": to_json(self)},
+                                profile=profile,
+                                accept_changes=accept_changes,
+                            )
+                    init = restore if params is None else functools.partial(_given, params)
+                    results[name] = self._evaluate(folder, name, stage, tokenizer, model, mesh, init, console)
+            if jax.process_index() == 0:
+                report.write(folder, results, {name: stage.objective.unit for name, stage in self.stages.items()})
+                console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}")
+                if self.model.architecture == "decoder":
+                    console.print(f"\nNow try:\n  gptjax chat {_short(folder)}")
+                    console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
+            processes.meet("the report is written")
+            return 0
 
     @property
     def _writes(self) -> bool:
@@ -206,7 +209,7 @@ class Experiment:
                     f"{folder} was made with another configuration: {'; '.join(learnt)}. "
                     "Go on all the same with --accept_changes, or choose another folder with --out"
                 )
-        elif folder.exists() and any(found != atomic.partial_of(path) for found in folder.iterdir()):
+        elif _foreign(folder):
             raise UserError(f"{folder} is not empty and not a run folder; choose another one with --out")
         processes.meet("all have read the folder")
         if jax.process_index() == 0 and (changed or not path.exists()):
@@ -313,6 +316,30 @@ class Experiment:
 def _given(params: Params, abstract: Params) -> Params:
     """Parameters that are in memory, in the place of the abstract ones."""
     return params
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Context in which no other job trains in the folder. Raises UserError if one does."""
+    with contextlib.ExitStack() as stack:
+        wrong = None
+        if jax.process_index() == 0 and not _foreign(folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(atomic.lock(folder / LOCK, wait=False))
+            except BlockingIOError:
+                wrong = f"{folder} is in use by another run; wait for its end, or choose another folder with --out"
+            except OSError as error:
+                wrong = f"out: cannot write to {folder} ({error.strerror}); choose another folder with --out"
+        if (wrong := processes.gather(wrong)[0]) is not None:
+            raise UserError(wrong)
+        yield
+
+
+def _foreign(folder: Path) -> bool:
+    """True for a folder that has something in it, but no run."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return "config.json" not in names and not names <= {atomic.partial_of("config.json").name, LOCK}
 
 
 @contextlib.contextmanager

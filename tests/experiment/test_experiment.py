@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from gptjax.config import from_json
 from gptjax.distributed import sharding
 from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment, Stage
+from gptjax.io import atomic
 from gptjax.monitor import metrics
 from gptjax.nn import LearnedPositions, TransformerConfig
 from gptjax.objectives import NextToken
@@ -312,6 +314,25 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="is not empty and not a run folder"):
         EXPERIMENT.run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_two_runs_in_one_folder(finished, monkeypatch, capsys):
+    """The second is refused in one line, and touches nothing. A run that has ended, however it did, holds no lock."""
+    monkeypatch.setattr("gptjax.experiment.catalogue.load", lambda _: types.SimpleNamespace(experiment=EXPERIMENT))
+    command = ["quickstart", "--out", str(finished)]
+    before = left(finished)
+    with atomic.lock(finished / "run.lock"):
+        assert launcher.main(command) == 2
+    line = f"error: {finished} is in use by another run; wait for its end, or choose another folder with --out\n"
+    assert capsys.readouterr() == ("", line)
+    assert left(finished) == before
+    assert launcher.main(command) == 0
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^out: cannot write to .*file \(File exists\); choose another folder"):
+        EXPERIMENT.run(tmp_path / "file")
 
 
 def test_a_run_killed_in_its_first_moment_is_not_something_else(tmp_path):
