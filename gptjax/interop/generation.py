@@ -75,11 +75,20 @@ def read_sampling(folder: str | Path) -> Sampling | None:
     return None if fields.get("do_sample") is None else Sampling(**settings)
 
 
-def read_stop_token_ids(folder: str | Path) -> tuple[int, ...] | None:
-    """The tokens that end a text of the folder's model. None: the folder does not say."""
+def read_stop_token_ids(folder: str | Path, vocab: int | None = None) -> tuple[int, ...] | None:
+    """The tokens that end a text of the folder's model. None: the folder does not say. Raises UserError if the model,
+    with a vocabulary of `vocab`, can write none of them."""
     found = [file.get("eos_token_id") for file in (_fields(folder), read_config(folder))]
     ids = next((ids for ids in found if ids is not None), None)
-    return (ids,) if isinstance(ids, int) else None if ids is None else tuple(ids)
+    if ids is None:
+        return None
+    ids = (ids,) if isinstance(ids, int) else tuple(ids)
+    if vocab is not None and ids and min(ids) >= vocab:
+        raise UserError(
+            f"eos_token_id: got {', '.join(map(str, ids))} in {folder}, must be less than the model's vocabulary of "
+            f"{vocab}: no text would end"
+        )
+    return ids
 
 
 def read_decoder_start_token_id(folder: str | Path) -> int:

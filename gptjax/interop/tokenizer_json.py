@@ -54,20 +54,35 @@ def specification(tokenizer: Tokenizer, append_eos: bool = False) -> Spec:
             spec = _spec(_bpe(vocab, [], unk_token=REPLACEMENT), decoder=_decoder(prefix=False))
         case _:
             raise UserError(f"tokenizer: got a {type(tokenizer).__name__}, which tokenizer.json cannot express")
-    known = {token["content"] for token in spec["added_tokens"]}
-    vocab = spec["model"]["vocab"]
+    known = {token["content"]: token["id"] for token in spec["added_tokens"]}
     for i, name in canonical(tokenizer).items():
         if name not in known:
             spec["added_tokens"].append(_added(name, i, special=True))
-        if isinstance(vocab, dict):
-            vocab.setdefault(name, i)  # ids need not be consecutive; the library would renumber the others
+        elif known[name] != i:
+            raise UserError(f"tokenizer: got the special token {name!r} with id {i}, must be {known[name]}, its own id")
     spec["added_tokens"].sort(key=lambda token: token["id"])
+    _hold_ids(spec)
     current = spec["post_processor"] or {"type": "ByteLevel"}  # ByteLevel changes only offsets
     first, last = tokenizer.bos, tokenizer.eos if append_eos else None
     lacks_eos = append_eos and isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.post_processor_ids[1]
     if (lacks_eos or current["type"] == "ByteLevel") and (first, last) != (None, None):
         spec["post_processor"] = _around(canonical(tokenizer), first, last)
     return spec
+
+
+def _hold_ids(spec: Spec) -> None:
+    """Put the added tokens into the model's vocabulary: the library renumbers those that it finds only in the list,
+    from the size of the vocabulary."""
+    vocab, added = spec["model"]["vocab"], {token["content"]: token["id"] for token in spec["added_tokens"]}
+    if isinstance(vocab, dict):
+        if moved := [name for name, i in added.items() if vocab.setdefault(name, i) != i]:
+            raise UserError(f"tokenizer: got {moved[0]!r} as an added token and as a piece with another id")
+        return
+    there = {piece for piece, _ in vocab}
+    new = {i: name for name, i in added.items() if name not in there}
+    if new and sorted(new) != [*range(len(vocab), len(vocab) + len(new))]:  # a unigram's ids are the places of its list
+        least = 1000 * min(score for _, score in vocab)  # below that of any text
+        vocab += [[new.get(i, f"<unused {i}>"), least] for i in range(len(vocab), max(new) + 1)]
 
 
 def canonical(tokenizer: Tokenizer) -> dict[int, str]:

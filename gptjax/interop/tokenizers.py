@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gptjax.data.chat import Message
 from gptjax.data.tokenizers import CHAT_SPECIALS, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.data.tokenizers.huggingface import unknown_piece
 from gptjax.data.tokenizers.tokenizer import ROLES, add_roles
@@ -27,7 +28,8 @@ def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
 
     vocab  vocabulary size of the model; added tokens beyond it are dropped
 
-    Raises UserError if there is no tokenizer or it is damaged."""
+    Raises UserError if there is no tokenizer or it is damaged, and if a text ends or begins with a dropped token or the
+    chat template writes one."""
     folder = Path(folder)
     settings = _settings(folder)
     sentencepiece = [folder / name for name in ("tokenizer.model", "spiece.model") if (folder / name).exists()]
@@ -54,7 +56,8 @@ def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
             "or vocab.json and merges.txt"
         )
     if vocab is not None and tokenizer.vocab > vocab:
-        tokenizer = _within(tokenizer, vocab)
+        whole, tokenizer = tokenizer, _within(tokenizer, vocab)
+        _check_dropped(folder, settings, whole, vocab)
     names = canonical(tokenizer)
     specials = {name: i for i, name in names.items()}
     roles = {role: names.get(tokenizer.specials.get(role, -1)) for role in ROLES}
@@ -161,6 +164,32 @@ def _within(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
         data = json.dumps(spec).encode()
     specials = {name: i for name, i in tokenizer.specials.items() if i < vocab}
     return dataclasses.replace(tokenizer, data=data, specials=specials)
+
+
+def _check_dropped(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, vocab: int) -> None:
+    """Raise UserError if the model needs a token of the whole tokenizer that its embedding has no row for."""
+    names = {name: i for i, name in canonical(tokenizer).items()}
+    around: list[int] = []
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        names = {token["content"]: token["id"] for token in json.loads(tokenizer.data)["added_tokens"]}
+        around = [*tokenizer.post_processor_ids[0], *tokenizer.post_processor_ids[1]]
+    beyond = {name: i for name, i in names.items() if i >= vocab}
+    needed = {name: "which is in every text" for name, i in beyond.items() if i in around}
+    needed[settings.get("eos_token")] = "which ends a text"
+    if settings.get("add_bos_token"):
+        needed[settings.get("bos_token")] = "which begins a text"
+    if (template := load_template(folder)) is not None:
+        try:
+            written = template.text([Message("user", "-"), Message("assistant", "-"), Message("user", "-")])
+        except UserError:
+            written = template.source
+        needed |= {name: "which the chat template writes" for name in beyond if name in written}
+    for name, why in needed.items():
+        if name in beyond:
+            raise UserError(
+                f"tokenizer: got {folder}, whose token {name!r}, {why}, has the id {beyond[name]}, beyond the model's "
+                f"vocabulary of {vocab}; take the tokenizer of the model, or resize the model's embedding"
+            )
 
 
 def _begins(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], first: int) -> bool:

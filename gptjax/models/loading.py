@@ -177,7 +177,7 @@ def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) 
         return ClassifierModel(config, params, tokenizer, *about, rules=rules)
     if isinstance(config, EncoderConfig):
         return EncoderModel(config, params, tokenizer, rules=rules)
-    stop_token_ids, sampling = generation.read_stop_token_ids(path), generation.read_sampling(path)
+    stop_token_ids, sampling = generation.read_stop_token_ids(path, config.vocab), generation.read_sampling(path)
     if isinstance(config, EncoderDecoderConfig):
         return TextToText(
             config, params, tokenizer, generation.read_decoder_start_token_id(path), stop_token_ids, rules=rules

@@ -6,7 +6,8 @@ import warnings
 import pytest
 
 from gptjax.inference.sampling import Sampling
-from gptjax.interop.generation import of_sampling, read_sampling
+from gptjax.interop.generation import of_sampling, read_sampling, read_stop_token_ids
+from gptjax.types import UserError
 
 
 def read(folder, **fields):
@@ -68,6 +69,15 @@ def test_what_cannot_be_is_named_and_the_rest_is_read(tmp_path, field, value):
     found, warned = read(tmp_path, **{"do_sample": True, "temperature": 0.5, field: value})
     assert f"{field} {json.dumps(value)}" in warned
     assert found == (Sampling() if field == "temperature" else Sampling(0.5))
+
+
+def test_an_end_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    assert read_stop_token_ids(tmp_path, 8) == (7,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert read_stop_token_ids(tmp_path, 8) == (7, 9)
+    with pytest.raises(UserError, match=r"^eos_token_id: got 7, 9 in .*, must be less than .* vocabulary of 7: no"):
+        read_stop_token_ids(tmp_path, 7)
 
 
 @pytest.mark.torch
