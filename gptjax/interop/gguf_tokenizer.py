@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -122,6 +123,7 @@ def _huggingface(tokenizer: HuggingFaceTokenizer) -> _Description:
     if model.get("type", "BPE") != "BPE":
         raise UserError(f"tokenizer: got a tokenizer.json of type {model['type']}, must be BPE for a GGUF file")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    _check_normalizer(spec, byte_level=not model.get("byte_fallback"))
     added = {
         token["id"]: Token(token["content"], CONTROL if token["special"] else USER_DEFINED, -1000.0)
         for token in spec["added_tokens"]
@@ -131,10 +133,14 @@ def _huggingface(tokenizer: HuggingFaceTokenizer) -> _Description:
         return _byte_level(_pattern(spec.get("pre_tokenizer")), merges), tokens | added
     # Converted from SentencePiece, where a piece's score was the rank of its first merge.
     scores: dict[str, float] = {}
-    for i, merge in enumerate(merges):
-        scores.setdefault(merge.replace(" ", ""), -float(i))
+    for i, merge in enumerate(model["merges"]):
+        scores.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), -float(i))
     tokens = {
-        i: Token(text, BYTE if text.startswith("<0x") and len(text) == 6 else NORMAL, scores.get(text, -1e6))
+        i: Token(
+            text.replace(" ", "\u2581"),  # we write a space as it is, see `tokenizer_json`
+            BYTE if text.startswith("<0x") and len(text) == 6 else NORMAL,
+            scores.get(text, -1e6),
+        )
         for text, i in model["vocab"].items()
     } | added
     unknown = model["vocab"].get(model.get("unk_token"))
@@ -142,6 +148,34 @@ def _huggingface(tokenizer: HuggingFaceTokenizer) -> _Description:
         return {"tokenizer.ggml.model": "llama"}, tokens
     tokens[unknown] = Token(model["unk_token"], UNKNOWN)
     return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.unknown_token_id": unknown}, tokens
+
+
+def _check_normalizer(spec: dict[str, Any], byte_level: bool) -> None:
+    """Raise UserError for a normaliser that llama.cpp does not have; warn of NFC, which changes few texts and is left
+    out by its own converter too. SentencePiece's may put a space before all text, and write a space as U+2581."""
+    normalizer = spec.get("normalizer") or {}
+    for step in normalizer.get("normalizers", [normalizer] if normalizer else []):
+        match step:
+            case {"type": "NFC"}:
+                message = "tokenizer: got the normaliser NFC, which llama.cpp lacks: give it text in NFC"
+                warnings.warn(message, stacklevel=2)
+            case {"type": "Prepend", "prepend": " " | "\u2581"} if not byte_level:
+                pass
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"} if not byte_level:
+                pass
+            case _:
+                raise _inexpressible("normaliser", step)
+    if byte_level:
+        return  # `_pattern` looks at the pre-tokenizer
+    pre = spec.get("pre_tokenizer") or {}
+    for step in pre.get("pretokenizers", [pre] if pre else []):
+        harmless = step["type"] == "Metaspace" or step.get("pattern") == {"String": " "}
+        if not harmless:
+            raise _inexpressible("pre-tokenizer", step)
+
+
+def _inexpressible(kind: str, step: Any) -> UserError:
+    return UserError(f"tokenizer: got the {kind} {json.dumps(step)[:200]}, which a GGUF file cannot express")
 
 
 def _byte_level(pattern: str, merges: list[str]) -> dict[str, Any]:

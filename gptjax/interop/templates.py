@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.data.chat import Message
-from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.tokenizers import CHAT_SPECIALS, Tokenizer
 from gptjax.interop.tokenizer_json import reader
 from gptjax.types import UserError
 
@@ -39,6 +39,14 @@ NATIVE = (
 """The format of `gptjax.data.chat`, as a template."""
 JOINER = "\u2060"
 """A character without width or meaning, inserted into text that spells out a special token."""
+
+
+def jinja_source(template: ChatTemplate | None, tokenizer: Tokenizer) -> str | None:
+    """The Jinja of a model's conversations: its template's, else our own format's if the tokenizer has its special
+    tokens, else None."""
+    if template is not None:
+        return template.source
+    return NATIVE if set(CHAT_SPECIALS) <= tokenizer.specials.keys() else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.data.chat import Message
-from gptjax.data.tokenizers import CHAT_SPECIALS, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from gptjax.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.data.tokenizers.huggingface import unknown_piece
 from gptjax.data.tokenizers.tokenizer import ROLES, add_roles
-from gptjax.interop.templates import NATIVE, ChatTemplate
+from gptjax.interop.templates import NATIVE, ChatTemplate, jinja_source
 from gptjax.interop.tokenizer_json import canonical, from_merges, from_pieces, specification
 from gptjax.types import UserError
 
@@ -123,10 +123,8 @@ def save(
         settings["unk_token"] = unknown
     if context is not None:
         settings["model_max_length"] = context
-    if template is not None:
-        settings["chat_template"] = template.source
-    elif set(CHAT_SPECIALS) <= tokenizer.specials.keys():
-        settings["chat_template"] = NATIVE
+    if (jinja := jinja_source(template, tokenizer)) is not None:
+        settings["chat_template"] = jinja
     files = {
         "tokenizer.json": spec,
         "tokenizer_config.json": settings,

@@ -235,10 +235,11 @@ class LanguageModel(TextEncoder):
     def save_gguf(self, path: str | Path, dtype: str = "f16") -> None:
         """Write a file for llama.cpp; see `gptjax.interop.gguf.write`."""
         from gptjax.interop import gguf, huggingface
+        from gptjax.interop.templates import jinja_source
 
         fields, tensors = huggingface.to_tensors(self.config, self.params)
         fields = {"max_position_embeddings": self._max_length or 2_048, **fields}
-        source = None if self.template is None else self.template.source
+        source = jinja_source(self.template, self.tokenizer)
         gguf.write(path, fields, tensors, self.tokenizer, dtype, source)
 
     @property
