@@ -1,5 +1,7 @@
-"""What the real llama.cpp makes of a GGUF file, in a process of its own: `python llama_cpp.py FILE`, with the questions
-as JSON on standard input and the answers on standard output."""
+"""Answers of the real llama.cpp about a GGUF file, in a process of its own.
+
+`python llama_cpp.py FILE`, with the questions as JSON on standard input and the answers on standard output.
+"""
 
 import json
 import sys
