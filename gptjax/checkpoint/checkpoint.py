@@ -154,6 +154,12 @@ class Checkpoints:
         self.wait()
         return processes.gather(self._finished())[0]
 
+    def extra(self) -> dict[str, Any] | None:
+        """`extra` of the newest finished checkpoint with a sound manifest. None: there is none. No file is verified."""
+        self.wait()
+        contents = (manifest.read(self.folder / str(step)) for step in reversed(self._finished()))
+        return processes.gather(next((content["extra"] for content in contents if content), None))[0]
+
     def complete(self, step: int) -> bool:
         """True if `step` has a sound checkpoint whose validation loss is known."""
         self.wait()

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -231,35 +231,77 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
     return found(model, nested(params), tokenizer, rules=rules, **settings)
 
 
-def _run(path: Path, experiment: dict[str, Any], dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
+def _run(path: Path, experiment: Any, dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
     # Read as JSON: stages may have classes that only the experiment's own file defines.
-    model, stages = _model(experiment["model"], dtype), experiment["stages"]
-    found = _model_class(kind, type(model), path)
+    stages = experiment.get("stages") if isinstance(experiment, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise UserError(f"path: got {path}, whose config.json is damaged (no stages); restore it")
     for name in stages:
         check_name(name, f"{path / 'config.json'}: stages")
+    name, extra = None, {}
+    for name in reversed(stages):
+        with Checkpoints(path / "checkpoints" / name) as checkpoints:
+            if (extra := checkpoints.extra()) is not None:
+                break
+    if name is None or extra is None:
+        raise UserError(f"path: got {path}, a run without a checkpoint; train it first")
+    _check_config(path, name, experiment, extra)
+    model, data = _model(experiment["model"], dtype), stages[name]["data"]
+    found = _model_class(kind, type(model), path)
     adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
     built = model.build(rules)
     abstract = {
         name: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding)
         for name, x in declared(built).items()
     }
-    for name, stage in reversed(stages.items()):
-        with Checkpoints(path / "checkpoints" / name) as checkpoints:
-            if not checkpoints.steps():
-                continue
-        tokenizer = load_tokenizer(path / "tokenizer")
+    tokenizer = load_tokenizer(path / "tokenizer")
 
-        def pretrained(abstract: Params | None, tokenizer: Tokenizer = tokenizer) -> Params:
-            params = init_from_pretrained(experiment["init_from"], built, tokenizer, experiment["seed"])
-            return jax.tree.map(lambda x, want: x.astype(want.dtype), params, abstract)
+    def pretrained(abstract: Params | None) -> Params:
+        params = init_from_pretrained(experiment["init_from"], built, tokenizer, experiment["seed"])
+        return jax.tree.map(lambda x, want: x.astype(want.dtype), params, abstract)
 
-        restored = restore_stage_params(path / "checkpoints", adapters, name, built, nested(abstract), pretrained)
-        tokenizer = _load_tokenizer(path, restored.extra["tokenizer"])
-        settings = {"context": stage["data"].get("length")} if found is LanguageModel else {}
-        if found is not LanguageModel and (classes := stage["data"]["source"].get("classes")):
-            settings["labels"] = tuple(map(str, classes))
-        return found(model, restored.state, tokenizer, rules=rules, **settings)
-    raise UserError(f"path: got {path}, a run without a checkpoint; train it first")
+    restored = restore_stage_params(path / "checkpoints", adapters, name, built, nested(abstract), pretrained)
+    _check_config(path, name, experiment, restored.extra)
+    tokenizer = _load_tokenizer(path, restored.extra["tokenizer"])
+    settings = {"context": data.get("length")} if found is LanguageModel else {}
+    if found is not LanguageModel and (classes := data["source"].get("classes")):
+        settings["labels"] = tuple(map(str, classes))
+    return found(model, restored.state, tokenizer, rules=rules, **settings)
+
+
+def _check_config(path: Path, stage: str, experiment: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Raise UserError if config.json is not what a checkpoint was trained with, as its hashed manifest says."""
+    trained = extra.get("configuration")
+    if trained is None:  # trained without an experiment
+        return
+    kept = [name for name in trained["stages"] if name in experiment["stages"]]
+    before, now = _decisive(trained, stage, kept), _decisive(experiment, stage, kept)
+    try:
+        changed = differences(from_json(before), from_json(now))  # not in the default of a field that one lacks
+    except (ValueError, TypeError, AttributeError, KeyError):
+        changed = differences(before, now)
+    if changed:
+        raise UserError(
+            f"{path / 'config.json'}: differs from the configuration of the newest checkpoint of {stage}: "
+            f"{'; '.join(changed)}; restore it, or resume the run"
+        )
+    if others := {path.name for path in (path / "checkpoints").iterdir()} - experiment["stages"].keys():
+        raise UserError(
+            f"{path / 'config.json'}: names no stage {', '.join(sorted(others))}, of which there are checkpoints; "
+            "restore it, or delete them"
+        )
+
+
+def _decisive(experiment: dict[str, Any], last: str, names: Sequence[str]) -> dict[str, Any]:
+    """The values of a run's configuration that decide what the model of a stage answers, as JSON."""
+    stages, data = experiment["stages"], experiment["stages"].get(last, {}).get("data")
+    source = data.get("source") if isinstance(data, dict) else None
+    return {
+        **{name: experiment.get(name) for name in ("model", "init_from", "seed")},
+        **{f"{name}.adapter": stages[name].get("adapter") for name in names},
+        f"{last}.data.length": data.get("length") if isinstance(data, dict) else None,
+        f"{last}.data.source.classes": source.get("classes") if isinstance(source, dict) else None,
+    }
 
 
 def _model(config: Any, dtype: str | None) -> ModelConfig:

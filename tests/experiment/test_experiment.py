@@ -316,6 +316,41 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_configuration_that_is_not_the_checkpoints_is_refused(finished, tmp_path):
+    """One bit of config.json, anywhere: the same model, or one line that says what differs."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    text = path.read_text()
+
+    def said(before: str, after: str) -> str:
+        assert before in text
+        path.write_text(text.replace(before, after, 1))
+        with pytest.raises(UserError) as error:
+            gptjax.load(path.parent)
+        return str(error.value).partition(f"{path}: ")[2]
+
+    differs = "differs from the configuration of the newest checkpoint of chat: "
+    assert said('"heads": 2', '"heads": 4').startswith(f"{differs}model.heads: 2 → 4; restore it")
+    assert said("gptjax.nn.SwiGLU", "gptjax.nn.GeGLU").startswith(f"{differs}model.mlp: ")
+    assert said('"length": 64', '"length": 65').startswith(f"{differs}model.positions.length: 64 → 65")
+    assert said('"model"', '"mofel"').startswith(f"{differs}model: ")
+    assert said('"chat"', '"chau"').startswith("names no stage chat, of which there are checkpoints; restore it")
+    path.write_text(text)
+    lm, damaged = gptjax.load(path.parent), 0
+    for at, bit in np.random.default_rng(0).integers([0, 0], [len(text), 8], (40, 2)):
+        content = bytearray(text.encode())
+        content[at] ^= 1 << bit
+        path.write_bytes(content)
+        try:
+            found = gptjax.load(path.parent)
+        except UserError as error:
+            damaged += "\n" not in str(error)
+        else:
+            assert (found.config, found.context) == (lm.config, lm.context)
+            damaged += 1
+    assert damaged == 40
+
+
 def test_two_runs_in_one_folder(finished, monkeypatch, capsys):
     """The second is refused in one line, and touches nothing. A run that has ended, however it did, holds no lock."""
     monkeypatch.setattr("gptjax.experiment.catalogue.load", lambda _: types.SimpleNamespace(experiment=EXPERIMENT))
