@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from gptjax.distributed import processes
 
-processes.prepare()
+processes.configure()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

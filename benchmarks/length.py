@@ -21,7 +21,7 @@ import numpy as np
 from gptjax import data
 from gptjax.distributed import processes
 
-processes.prepare()
+processes.configure()
 
 import jax  # noqa: E402
 

@@ -15,7 +15,7 @@ import time
 
 from gptjax.distributed import processes
 
-processes.prepare()
+processes.configure()
 
 import jax  # noqa: E402
 

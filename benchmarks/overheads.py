@@ -35,7 +35,7 @@ import numpy as np
 
 from gptjax.distributed import processes
 
-processes.prepare()
+processes.configure()
 
 import jax
 

@@ -80,7 +80,7 @@ def work(pipe: Connection, contender: str, shape: Shape, cores: int) -> None:
     if contender == "gptjax":
         from gptjax.distributed import processes
 
-        processes.prepare()
+        processes.configure()
         step = gptjax_step(shape)
     else:
         import torch

@@ -111,7 +111,7 @@ class Checkpoints:
         content = {"step": step, "loss": None if loss is None else float(loss), "extra": json.loads(json.dumps(extra))}
         try:
             self._tidy()
-            if processes.gather(step in self._committed())[0]:
+            if processes.allgather(step in self._committed())[0]:
                 raise ValueError(f"checkpoints: step {step} already has a checkpoint in {self.folder}")
             response = _orbax().save_async(self.folder / str(step), state)
         except OSError as error:
@@ -152,7 +152,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first. Their files are not verified."""
         self.wait()
-        return processes.gather(self._finished())[0]
+        return processes.allgather(self._finished())[0]
 
     def extra(self) -> dict[str, Any] | None:
         """`extra` of the newest finished checkpoint with a sound manifest. None: there is none. No file is verified."""
@@ -165,7 +165,7 @@ class Checkpoints:
         self.wait()
         if self._fault(step) is not None:
             return False
-        return processes.gather((manifest.read(self.folder / str(step)) or {}).get("loss") is not None)[0]
+        return processes.allgather((manifest.read(self.folder / str(step)) or {}).get("loss") is not None)[0]
 
     def rank(self, step: int, loss: float) -> None:
         """Record the validation loss of a checkpoint that was saved before it was known."""
@@ -173,7 +173,7 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:
                 manifest.amend(self.folder / str(step), loss=loss)
-            processes.meet("a checkpoint is ranked")
+            processes.barrier("a checkpoint is ranked")
         except OSError as error:
             raise self._failure(step, error) from error
 
@@ -198,13 +198,13 @@ class Checkpoints:
 
     def _fault(self, step: int) -> str | None:
         """The first fault of a checkpoint, or None if it is sound; the files are divided among the processes."""
-        found = processes.gather(manifest.fault(self.folder / str(step), jax.process_index(), jax.process_count()))
+        found = processes.allgather(manifest.fault(self.folder / str(step), jax.process_index(), jax.process_count()))
         return next((fault for fault in found if fault is not None), None)
 
     def _sound(self, step: int | None) -> tuple[int, dict[str, Any]]:
         """The step to restore and the content of its manifest."""
         self.wait()
-        candidates = processes.gather(self._committed()[::-1])[0] if step is None else [step]
+        candidates = processes.allgather(self._committed()[::-1])[0] if step is None else [step]
         faults = []
         for candidate in candidates:
             if (fault := self._fault(candidate)) is None:
@@ -251,9 +251,9 @@ class Checkpoints:
                 with self._together(f"{step} is read"):
                     files = manifest.digests(folder, process, processes)
                     if process:
-                        manifest.leave(folder, process, files)
+                        manifest.write_digests(folder, process, files)
                 if process == 0:
-                    manifest.write(folder, content, files | manifest.collect(folder, processes))
+                    manifest.write(folder, content, files | manifest.read_digests(folder, processes))
                     kept = {*self._committed()[-self.max_to_keep :], *self._ranked()[: self.best]}
                     for old in set(self._committed()) - kept:
                         manifest.delete(self.folder / str(old))
@@ -266,7 +266,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _together(self, what: str) -> Iterator[None]:
-        """A barrier at the end of the block, reached after an error too. Unlike `processes.meet` it works on any
+        """A barrier at the end of the block, reached after an error too. Unlike `processes.barrier` it works on any
         thread, because nothing is sent between devices. The timeout is longer than any disk needs: a lost process is
         detected by its heartbeat."""
         try:

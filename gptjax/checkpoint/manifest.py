@@ -25,13 +25,13 @@ def digests(folder: epath.Path, process: int = 0, processes: int = 1) -> Files:
     return _digests(folder, _share(sizes, process, processes))
 
 
-def leave(folder: epath.Path, process: int, files: Files) -> None:
-    """Write the digests of a process to the folder, for the process that writes the manifest to `collect`."""
+def write_digests(folder: epath.Path, process: int, files: Files) -> None:
+    """Write the digests of a process to the folder, for the process that writes the manifest."""
     (folder / f"{NAME}.{process}").write_text(json.dumps(files))
 
 
-def collect(folder: epath.Path, processes: int) -> Files:
-    """Read and delete the digests that the other processes left. A process that failed contributes none."""
+def read_digests(folder: epath.Path, processes: int) -> Files:
+    """Read and delete the digests of the other processes. A process that failed contributes none."""
     files = {}
     for process in range(1, processes):
         path = folder / f"{NAME}.{process}"

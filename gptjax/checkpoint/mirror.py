@@ -51,14 +51,14 @@ class Mirror:
             self._fetch()
             self._initial = {path for stage in _folders(self.here / CHECKPOINTS) for path in _checkpoints(stage)}
             self._thread.start()
-        processes.meet("the mirror is fetched")
+        processes.barrier("the mirror is fetched")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if jax.process_index() == 0:
             self._finish(kind)
         if kind is None or issubclass(kind, KeyboardInterrupt):
-            processes.meet("the mirror is complete")
+            processes.barrier("the mirror is complete")
 
     def _finish(self, kind: type[BaseException] | None) -> None:
         self._end.set()

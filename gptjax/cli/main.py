@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(__doc__, end="")
         return 0
-    processes.prepare()
+    processes.configure()
     try:
         return _run(name, rest)
     except KeyboardInterrupt:

@@ -86,24 +86,24 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         print(f"{__doc__}\n{_listing(program)}" if arguments else _listing(program))
         return 0
     name, *rest = arguments
-    if (mistake := catalogue.mistake(name)) is not None:
+    if (mistake := catalogue.load_error(name)) is not None:
         return _fail(mistake)
 
     from gptjax.distributed import processes
 
-    processes.prepare()
+    processes.configure()
     from gptjax.train.divergence import Diverged
     from gptjax.types import UserError
 
     try:
-        default = Options(str(Path("runs") / Path(name).stem), distributed=processes.several())
+        default = Options(str(Path("runs") / Path(name).stem), distributed=processes.is_multi_process())
         options, experiment = _parse(name, rest, default, program)
         if options.print:
             return _print(experiment)
         if options.coordinates:
             return _coordinates(experiment, options.folder)
         if options.distributed:
-            processes.join()
+            processes.initialize()
         profile = {"profile": options.steps} if options.steps else {}
         with _mirror(options):
             return experiment.run(options.folder, accept_changes=options.accept_changes, **profile) or 0
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         return _fail(str(error), code=3)
     except Exception as error:
         if processes.process_lost(error):
-            processes.leave(f"{program} {shlex.join(arguments)}", error)
+            processes.exit_after_loss(f"{program} {shlex.join(arguments)}", error)
         if isinstance(error, UserError):
             return _fail(str(error))
         raise

@@ -19,7 +19,7 @@ LOST = 134  # SIGABRT, to a shell
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
-def prepare() -> None:
+def configure() -> None:
     """Configure jax and the C library. Call it first in a program's main; environment variables already set win.
 
     - Compiled programs are cached on disk, so that a resumed or repeated run starts without compiling.
@@ -43,7 +43,7 @@ def prepare() -> None:
                 libc.mallopt(option, value)
 
 
-def several() -> bool:
+def is_multi_process() -> bool:
     """True if the environment says that this process belongs to a multi-process job: `JAX_COORDINATOR_ADDRESS` is set,
     a TPU slice has several hosts (Compute Engine, GKE), or SLURM's `srun` or Open MPI's `mpirun` started several."""
     variables = os.environ
@@ -57,7 +57,7 @@ def several() -> bool:
     )
 
 
-def join() -> None:
+def initialize() -> None:
     """Initialise `jax.distributed`. jax detects TPU slices, SLURM and Open MPI; elsewhere set
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
 
@@ -82,7 +82,7 @@ def join() -> None:
         ) from error
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
     """Wait until all processes of the job reach this point (a barrier), so that one does not read files too early."""
     import jax
     from jax.experimental import multihost_utils
@@ -91,7 +91,7 @@ def meet(where: str) -> None:
         multihost_utils.sync_global_devices(f"gptjax: {where}")
 
 
-def gather(value: Any) -> list[Any]:
+def allgather(value: Any) -> list[Any]:
     """All-gather a value of JSON types: the list of every process's value, in process order. A collective call.
 
     Processes may see a shared disk differently at one moment, so decisions that depend on it are made from one list."""
@@ -118,7 +118,7 @@ def process_lost(error: Exception) -> bool:
     return jax.distributed.is_initialized()
 
 
-def leave(command: str, error: Exception) -> NoReturn:
+def exit_after_loss(command: str, error: Exception) -> NoReturn:
     """Exit at once with code 134, as jax's runtime does when it detects a lost process; an ordinary exit would wait for
     the lost process."""
     from gptjax.types import one_line

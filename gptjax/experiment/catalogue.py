@@ -1,9 +1,9 @@
-"""Finding experiments: the shipped ones by name, anybody's by the path of its file.
+"""Catalogue of experiments: shipped ones by name, any other by the path of its file.
 
     load("quickstart").experiment
     load("path/to/mine.py").experiment
 
-Nothing heavy up here: listing the experiments must not wait for jax.
+This module imports nothing heavy: listing the experiments does not wait for jax.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def headline(path: Path) -> str:
     return docstring.partition("\n")[0]
 
 
-def mistake(name: str) -> str | None:
-    """What is wrong with the name, or path, of an experiment; None: it can be loaded."""
+def load_error(name: str) -> str | None:
+    """Error message for the name or path of an experiment that cannot be loaded, or None."""
     known = list(names())
     if name.endswith(".py"):
         if Path(name).is_file():
@@ -46,12 +46,13 @@ def mistake(name: str) -> str | None:
 
 
 def load(name: str) -> ModuleType:
-    """The experiment's module, imported as Python itself would. Saved configurations may then name its classes, and
-    those of modules that it imports from its folder. Raises UserError where there is none, or no `experiment` in it."""
+    """Import the experiment's module, as Python itself would. Saved configurations may then refer to its classes,
+    and to those of modules that it imports from its folder. Raises UserError if it does not exist or has no
+    `experiment`."""
     from gptjax.config import allow
     from gptjax.types import UserError
 
-    if (wrong := mistake(name)) is not None:
+    if (wrong := load_error(name)) is not None:
         raise UserError(wrong)
     path = Path(name).resolve()
     if not name.endswith(".py"):

@@ -1,8 +1,8 @@
-"""The coordinate check: whether what a model computes is of the same size at every width.
+"""Coordinate check of muP: independence of the activations' size from the width.
 
-A few steps are trained at several widths, on one batch of random tokens, with the standard parametrisation and with
-muP (`nn/parametrisation.py`). Initial sizes, and how far each step moves them, must not grow with the width where a
-learning rate is to hold for all of them (Yang et al. 2022, arXiv:2203.03466, appendix D.1).
+A few steps are trained at several widths, on one batch of random tokens, with the standard parametrisation and with muP
+(`nn/parametrisation.py`). For a learning rate that transfers between widths, neither the initial size of activations
+nor their change per step may grow with the width (Yang et al. 2022, arXiv:2203.03466, appendix D.1).
 
     python -m experiments quickstart --coordinates
 """
@@ -27,18 +27,18 @@ from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError
 
 Sizes = dict[str, np.ndarray]
-"""Name of an activation, as in `nn.activations` -> float [widths, steps + 1]: the mean of |x| before the first step,
-then how far the steps so far have moved it, the mean of |x - x before|."""
+"""Name of an activation, as in `nn.activations` -> float [widths, steps + 1]: mean of |x| before the first step, then
+mean change |x - x before| after each step."""
 
 
-def resized(config: TransformerConfig, width: int) -> TransformerConfig:
-    """The model at another width: as deep, with heads as large, and more of them, and with latents as much larger.
-    Raises UserError where the heads don't come out whole."""
+def resize(config: TransformerConfig, width: int) -> TransformerConfig:
+    """Resize a model in width: the same depth and head size, more heads, and latents in proportion. Raises UserError if
+    the number of heads is not whole."""
     heads, kv_heads = config.heads * width, config.K * width
     if heads % config.width or kv_heads % config.width:
         raise UserError(
             f"width: got {width}, must be a multiple of {config.width // np.gcd(config.heads, config.K)}, "
-            "so that heads of the same size come out whole"
+            "for a whole number of heads"
         )
     attention = config.attention
     if isinstance(attention, MultiHeadLatentAttention):
@@ -61,39 +61,39 @@ def coordinates(
     optimizer: Optimizer,
     widths: Sequence[int],
     steps: int = 5,
-    rows: int = 4,
+    batch: int = 4,
     length: int = 64,
     seed: int = 0,
 ) -> Sizes:
-    """The sizes of this model's activations at these widths, over a few steps at the optimizer's peak."""
-    measured = [_one(resized(config, width), optimizer, steps, rows, length, seed) for width in widths]
+    """Sizes of the model's activations at these widths, over a few steps at the optimizer's learning rate."""
+    measured = [_measure(resize(config, width), optimizer, steps, batch, length, seed) for width in widths]
     return {name: np.array([sizes[name] for sizes in measured]) for name in measured[0]}
 
 
-def _one(
-    config: TransformerConfig, optimizer: Optimizer, steps: int, rows: int, length: int, seed: int
+def _measure(
+    config: TransformerConfig, optimizer: Optimizer, steps: int, batch: int, length: int, seed: int
 ) -> dict[str, list[float]]:
     model = Transformer(config)
-    tokens = np.random.default_rng(seed).integers(0, config.vocab, (rows, length + 1), np.int32)
-    ones, positions = np.ones((rows, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
+    tokens = np.random.default_rng(seed).integers(0, config.vocab, (batch, length + 1), np.int32)
+    ones, positions = np.ones((batch, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+    examples = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
     update = optimizer.with_schedule(Constant()).build(steps, parameter_info(model), config.width_multiplier)
-    params = jax.jit(model.init)(jax.random.key(seed), batch.tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), examples.tokens)["params"]
     state = train_state.create(params, update, jax.random.key(seed))
     step = make_step(NextToken(), model.apply, update)
-    look = jax.jit(lambda params: activations(model, params, batch.tokens))
-    start = look(state.params)
-    sizes = {name: [float(jnp.mean(jnp.abs(x)))] for name, x in start.items()}
+    inspect = jax.jit(lambda params: activations(model, params, examples.tokens))
+    initial = inspect(state.params)
+    sizes = {name: [float(jnp.mean(jnp.abs(x)))] for name, x in initial.items()}
     for _ in range(steps):
-        state, _ = step(state, batch)
-        for name, x in look(state.params).items():
-            sizes[name].append(float(jnp.mean(jnp.abs(x - start[name]))))
+        state, _ = step(state, examples)
+        for name, x in inspect(state.params).items():
+            sizes[name].append(float(jnp.mean(jnp.abs(x - initial[name]))))
     return sizes
 
 
-def growth(widths: Sequence[int], sizes: np.ndarray) -> np.ndarray:
-    """The power of the width that sizes [widths, steps + 1] grow with, [steps + 1]: the slope of a line through their
-    logarithms. 0 is the same at every width."""
+def width_exponents(widths: Sequence[int], sizes: np.ndarray) -> np.ndarray:
+    """Exponent of the width in sizes [widths, steps + 1], [steps + 1]: the slope of a log-log fit. 0: independent of
+    width."""
     return np.polyfit(np.log(widths), np.log(np.maximum(sizes, 1e-30)), 1)[0]
 
 
@@ -104,8 +104,8 @@ def check(
     widths: Sequence[int] | None = None,
     steps: int = 5,
 ) -> str:
-    """Compare the standard parametrisation with muP. Writes a picture, and returns a table of the powers of the width
-    that activations grow with: before the first step, and how far they have moved after the last."""
+    """Compare the standard parametrisation with muP. Writes a plot, and returns a table of the exponents of the width
+    in the activations' initial size, and in their change after the last step."""
     widths = _widths(config) if widths is None else widths
     mup = config.parametrisation
     if not isinstance(mup, MuP):
@@ -114,29 +114,29 @@ def check(
         name: coordinates(dataclasses.replace(config, parametrisation=parametrisation), optimizer, widths, steps)
         for name, parametrisation in (("standard", Parametrisation()), ("muP", mup))
     }
-    picture(measured, widths, f"{type(optimizer).__name__}, peak {optimizer.learning_rate:g}", path)
+    picture(measured, widths, f"{type(optimizer).__name__}, learning rate {optimizer.learning_rate:g}", path)
     lines = [
-        f"sizes grow with this power of the width ({', '.join(map(str, widths))}):",
-        f"{'':18}{'at the start':^24}{f'moved by {steps} steps':^24}",
+        f"exponent of the width in the size of activations ({', '.join(map(str, widths))}):",
+        f"{'':18}{'initial size':^24}{f'change in {steps} steps':^24}",
         f"{'':18}" + f"{'standard':>12}{'muP':>12}" * 2,
     ]
     for name in sorted(
         measured["muP"], key=lambda name: (not name.startswith("layer_"), len(name.split("/")[0]), name)
     ):
-        powers = [growth(widths, sizes[name]) for sizes in measured.values()]
+        powers = [width_exponents(widths, sizes[name]) for sizes in measured.values()]
         lines.append(f"{name:18}" + "".join(f"{power[i]:12.2f}" for i in (0, -1) for power in powers))
-    return "\n".join([*lines, f"the picture: {path}"])
+    return "\n".join([*lines, f"plot: {path}"])
 
 
 def _widths(config: TransformerConfig) -> tuple[int, ...]:
-    """Four widths, each twice the one before, from 64 or the narrowest that this model can have."""
+    """Four widths, doubling from 64 or from the minimum for this model."""
     narrow = int(config.width // np.gcd(config.heads, config.K))
     first = -(-64 // narrow) * narrow
     return tuple(first * 2**i for i in range(4))
 
 
 def picture(measured: dict[str, Sizes], widths: Sequence[int], title: str, path: Path) -> None:
-    """Sizes by width, a line for each step, as a PNG: a row for each of what was measured."""
+    """Plot sizes by width as a PNG, one line per step, one row per parametrisation."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -158,7 +158,7 @@ def picture(measured: dict[str, Sizes], widths: Sequence[int], title: str, path:
             for step in range(steps):
                 color = "#a0a0a0" if step == 0 else colormaps["viridis"](0.9 * (1 - step / (steps - 1)))
                 style = {"linestyle": "--"} if step == 0 else {}
-                text = "size at the start" if step == 0 else f"moved after {step} step{'s' * (step > 1)}"
+                text = "initial size" if step == 0 else f"change after {step} step{'s' * (step > 1)}"
                 axes.plot(widths, sizes[name][:, step], color=color, label=text, marker="o", markersize=3, **style)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")

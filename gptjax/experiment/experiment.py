@@ -1,12 +1,12 @@
-"""Experiment: model, tokenizer and training stages put together as data; run it, stop it, run it again.
+"""Experiment: model, tokenizer and training stages as data. Run, stop and resume it.
 
 An experiment is a Python file with `experiment = Experiment(...)`; `python -m experiments NAME` runs it in a folder:
 
-    runs/NAME/  config.json         what it is, resolved, with package versions
+    runs/NAME/  config.json         resolved configuration, package versions
                 tokenizer/
                 checkpoints/STAGE/  Orbax: state and input position
                 metrics.jsonl  tensorboard/
-                heartbeat/          where each process is; hang/ and profile/ when there is something in them
+                heartbeat/          state of each process; hang/ and profile/ as needed
                 run.lock            held by the job that trains here
                 report/             report.md, curves as PNG, results of the evaluations
 
@@ -51,37 +51,37 @@ from gptjax.train.stage import Stage
 from gptjax.types import Params, Result, UserError
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
-"""How samples are drawn during training."""
+"""Sampling of text samples during training."""
 LOCK = "run.lock"
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
-FREE = ("mesh", "rules", "records")
-"""Fields that do not change what is learnt, but for the rounding of sums: a run may go on with others."""
-FREE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_timeout", "prompts")
-"""And those of a stage."""
+CHANGEABLE = ("mesh", "rules", "records")
+"""Fields that do not affect training, except for the rounding of sums: a run may be resumed with other values."""
+CHANGEABLE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_timeout", "prompts")
+"""The same, of a stage."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything that decides what a run does."""
+    """Complete configuration of a run."""
 
     model: ModelConfig
-    """The model."""
+    """Model architecture."""
     tokenizer: TokenizerConfig
     """Tokenizer to build: `data.TrainSentencePiece`, `data.LoadTokenizer`, ..."""
     stages: dict[str, Stage]
-    """The training runs, in order; each goes on from the parameters of the one before. Names are letters, digits, _, -
-    and dots, the first not a dot."""
+    """Training stages, in order. Each starts from the parameters of the previous one. Names consist of letters, digits,
+    _, - and dots, and do not start with a dot."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are arranged."""
+    """Mesh of the devices."""
     rules: ShardingRules = DEFAULT_RULES
-    """Which axes of the arrays lie on which axes of the mesh."""
+    """Mesh axes of the arrays' logical axes."""
     seed: int = 0
-    """Of initialisation, data order and dropout."""
+    """Seed of initialisation, data order and dropout."""
     records: WandB | None = None
     """Weights & Biases run to log to as well. None: metrics.jsonl and TensorBoard files alone."""
     init_from: str | None = None
-    """Model to initialise the first stage from, as `gptjax.load` takes it, with the same shape and tokenizer; a
+    """Model to initialise the first stage from, as for `gptjax.load`, with the same architecture and tokenizer; a
     classifier's head is initialised from `seed`. None: initialise everything from `seed`."""
 
     def __post_init__(self):
@@ -96,7 +96,7 @@ class Experiment:
                 stage.check(self.model)
 
     def check(self, devices: int) -> None:
-        """Raises UserError, naming the field, where the experiment does not fit that many devices."""
+        """Raise UserError, naming the field, if the experiment does not fit this number of devices."""
         sizes = self.mesh.sizes(devices)
         self.rules.check(tuple(sizes))
         axes = [
@@ -107,23 +107,23 @@ class Experiment:
         for axis, field, size in axes:
             parts = self.rules.num_shards(axis, sizes)
             if size % parts:
-                raise UserError(f"{field}: got {size}, must be a multiple of {parts}, the parts that mesh cuts it into")
+                raise UserError(f"{field}: got {size}, must be a multiple of {parts}, its number of shards on the mesh")
 
     def run(self, folder: str | Path, accept_changes: bool = False, profile: range | None = None) -> int:
-        """Train every stage, or go on where the folder's run stopped; evaluate; write the report.
+        """Train every stage, or resume the folder's run; evaluate; write the report.
 
-        Run again, it does what is left to do, to the same bits as if it had never been stopped; on another mesh or with
-        another number of processes, with the same data and, but for rounding, the same losses. A folder of a
-        configuration that learns something else is refused with the differences, unless `accept_changes`. Returns 0.
+        A resumed run continues bit for bit as if it had not been interrupted. On another mesh, or with another number
+        of processes, it continues with the same data and, except for rounding, the same losses. A folder with a
+        different configuration is an error that lists the differences, unless `accept_changes`. Returns 0.
 
-        profile: steps of each stage to trace, counted from 1 where this run begins or goes on with it
+        profile  steps of each stage to trace, counted from 1 at the start of this process
         """
         folder = Path(folder).absolute()
-        # Paths to copy are not cut into lines, nor read as markup.
+        # Paths are neither wrapped nor parsed as markup, so that they can be copied.
         console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
         self.check(jax.device_count())
-        with _alone(folder):
-            changed = self._claim(folder, accept_changes)
+        with _locked(folder):
+            changed = self._open(folder, accept_changes)
             for line in changed:
                 console.print(f"changed: {line}")
             tokenizer = self._tokenizer(folder, console)
@@ -135,10 +135,10 @@ class Experiment:
             pretrained = self._pretrained(model, tokenizer)
             results: dict[str, list[Result]] = {}
             with MetricsLogger(folder, self.records, to_json(self)) as records:
-                init = pretrained  # abstract parameters -> those that the next stage starts from
+                init = pretrained  # abstract parameters -> initial ones of the next stage
                 for name, stage in self.stages.items():
                     checkpoints = folder / "checkpoints" / name
-                    restore = functools.partial(self._trained, folder, name, pretrained)
+                    restore = functools.partial(self._restore_stage, folder, name, pretrained)
                     params = None
                     with Checkpoints(checkpoints) as saved:
                         done = saved.complete(stage.steps)
@@ -155,7 +155,7 @@ class Experiment:
                                 cache=cache,
                                 seed=self.seed,
                                 init=init,
-                                sample=functools.partial(_sample, model, stage, tokenizer) if self._writes else None,
+                                sample=functools.partial(_sample, model, stage, tokenizer) if self._generates else None,
                                 description={"configuration": to_json(self)},
                                 profile=profile,
                                 accept_changes=accept_changes,
@@ -164,37 +164,37 @@ class Experiment:
                     results[name] = self._evaluate(folder, name, stage, tokenizer, model, mesh, init, console)
             if jax.process_index() == 0:
                 report.write(folder, results, {name: stage.objective.unit for name, stage in self.stages.items()})
-                console.print(f"\nDone. The report: {_short(folder / 'report' / 'report.md')}")
+                console.print(f"\nDone. Report: {_short(folder / 'report' / 'report.md')}")
                 if self.model.architecture == "decoder":
                     console.print(f"\nNow try:\n  gptjax chat {_short(folder)}")
                     console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
-            processes.meet("the report is written")
+            processes.barrier("the report is written")
             return 0
 
     @property
-    def _writes(self) -> bool:
-        """Whether the model writes text."""
+    def _generates(self) -> bool:
+        """True if the model generates text."""
         return self.model.architecture in ("decoder", "encoder-decoder")
 
     def _pretrained(self, model: Module, tokenizer: Tokenizer) -> Callable[[Params | None], Params] | None:
-        """Abstract parameters -> those of the model that the first stage starts from. None: they are drawn."""
+        """Abstract parameters -> those of `init_from`. None: initialise from `seed`."""
         path = self.init_from
         return None if path is None else lambda _: init_from_pretrained(path, model, tokenizer, self.seed)
 
-    def _trained(
+    def _restore_stage(
         self,
         folder: Path,
         name: str,
         pretrained: Callable[[Params | None], Params] | None,
         abstract: Params | None = None,
     ) -> Params:
-        """What a stage has made, placed as the abstract parameters."""
+        """Trained parameters of a stage, sharded as the abstract ones."""
         adapters = {name: stage.adapter for name, stage in self.stages.items()}
         model = self.model.build(self.rules)
         return restore_stage_params(folder / "checkpoints", adapters, name, model, abstract, pretrained).state
 
-    def _claim(self, folder: Path, accept_changes: bool) -> list[str]:
-        """Make the folder this experiment's. Returns how it differs from the configuration that was there."""
+    def _open(self, folder: Path, accept_changes: bool) -> list[str]:
+        """Create or check the run folder. Returns the differences from its configuration."""
         allow(*modules(self))
         path = folder / "config.json"
         changed = []
@@ -203,18 +203,18 @@ class Experiment:
                 before = from_json(json.loads(path.read_text())["experiment"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: is damaged ({error}); restore it, or choose another --out") from error
-            changed, learnt = differences(before, self), differences(self._freed(before), self)
-            if learnt and (folder / "checkpoints").exists() and not accept_changes:
+            changed, relevant = differences(before, self), differences(self._with_changeable(before), self)
+            if relevant and (folder / "checkpoints").exists() and not accept_changes:
                 raise UserError(
-                    f"{folder} was made with another configuration: {'; '.join(learnt)}. "
-                    "Go on all the same with --accept_changes, or choose another folder with --out"
+                    f"{folder} has another configuration: {'; '.join(relevant)}. "
+                    "Resume anyway with --accept_changes, or choose another folder with --out"
                 )
         elif _foreign(folder):
             raise UserError(f"{folder} is not empty and not a run folder; choose another one with --out")
-        processes.meet("all have read the folder")
+        processes.barrier("all have read the folder")
         if jax.process_index() == 0 and (changed or not path.exists()):
             if changed and not (folder / "checkpoints").exists():
-                # A run that failed before it trained, on a mistaken path say, does not hold the folder.
+                # A run that failed before training, such as on a wrong path, does not occupy the folder.
                 shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             content = {
                 "experiment": to_json(self),
@@ -223,20 +223,20 @@ class Experiment:
                 "git": _git_revision(),
             }
             atomic.write_text(path, json.dumps(content, indent=2) + "\n")
-        processes.meet("the folder is claimed")
+        processes.barrier("the run folder is open")
         return changed
 
-    def _freed(self, before: Experiment) -> Experiment:
-        """The experiment before with what this one has in the fields that a run may go on with."""
+    def _with_changeable(self, before: Experiment) -> Experiment:
+        """The previous configuration, with this one's values of the fields that may change."""
 
         def free(stage: Stage, now: Stage | None) -> Stage:
-            return stage if now is None else _with(stage, now, FREE_OF_STAGES)
+            return stage if now is None else _with(stage, now, CHANGEABLE_OF_STAGES)
 
         stages = {name: free(stage, self.stages.get(name)) for name, stage in before.stages.items()}
-        return dataclasses.replace(_with(before, self, FREE), stages=stages)
+        return dataclasses.replace(_with(before, self, CHANGEABLE), stages=stages)
 
     def _tokenizer(self, folder: Path, console: Console) -> Tokenizer:
-        """The run's tokenizer: the one in its folder, or built now from the first stage's training text."""
+        """The run's tokenizer: loaded from its folder, or built from the first stage's training text."""
         path = folder / "tokenizer"
         if path.exists():
             tokenizer = load_tokenizer(path)
@@ -256,7 +256,7 @@ class Experiment:
         return tokenizer
 
     def _check_prompts(self, tokenizer: Tokenizer) -> None:
-        if not self._writes:
+        if not self._generates:
             return
         read = "max_source_positions" if self.model.architecture == "encoder-decoder" else "max_positions"
         limit = getattr(self.model, read) or sys.maxsize
@@ -266,11 +266,11 @@ class Experiment:
                 if not 0 < size < limit:
                     raise UserError(
                         f"{name}.prompts: got {prompt!r} of {size} tokens, must be at least 1 "
-                        "and fewer than model.positions can tell apart"
+                        "and less than the maximum of model.positions"
                     )
 
     def _check_evaluations(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """Raise UserError for an evaluation that could not be run, before anything is trained."""
+        """Raise UserError for an evaluation that cannot be run, before training."""
         for name, stage in self.stages.items():
             if (folder / "report" / f"{name}.json").exists():
                 continue
@@ -289,12 +289,12 @@ class Experiment:
         params: Callable[[Params], Params],
         console: Console,
     ) -> list[Result]:
-        """The results of a stage's evaluations: those in the folder, or found now, on the mesh.
+        """Results of a stage's evaluations, from the folder or computed now, on the mesh.
 
         params  abstract parameters -> the stage's
         """
         path = folder / "report" / f"{name}.json"
-        found = processes.gather(json.loads(path.read_text()) if path.exists() else None)[0]
+        found = processes.allgather(json.loads(path.read_text()) if path.exists() else None)[0]
         if found is not None:
             return [Result(**result) for result in found]
         if not stage.evaluations:
@@ -314,12 +314,12 @@ class Experiment:
 
 
 def _given(params: Params, abstract: Params) -> Params:
-    """Parameters that are in memory, in the place of the abstract ones."""
+    """Return `params`, which have the shardings of the abstract ones."""
     return params
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Context in which no other job trains in the folder. Raises UserError if one does."""
     with contextlib.ExitStack() as stack:
         wrong = None
@@ -331,7 +331,7 @@ def _alone(folder: Path) -> Iterator[None]:
                 wrong = f"{folder} is in use by another run; wait for its end, or choose another folder with --out"
             except OSError as error:
                 wrong = f"out: cannot write to {folder} ({error.strerror}); choose another folder with --out"
-        if (wrong := processes.gather(wrong)[0]) is not None:
+        if (wrong := processes.allgather(wrong)[0]) is not None:
             raise UserError(wrong)
         yield
 
@@ -344,7 +344,7 @@ def _foreign(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _naming(where: str) -> Iterator[None]:
-    """Context in which a UserError names its field by this path."""
+    """Context in which a UserError's field is prefixed with this path."""
     try:
         yield
     except UserError as error:
@@ -352,12 +352,12 @@ def _naming(where: str) -> Iterator[None]:
 
 
 def _with(config: Any, other: Any, fields: Sequence[str]) -> Any:
-    """The configuration with those fields of the other."""
+    """The configuration with the other's values of these fields."""
     return dataclasses.replace(config, **{field: getattr(other, field) for field in fields})
 
 
 def _sample(model: Module, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
-    """A short text after `prompt`, with parameters that are in the middle of training, where they lie."""
+    """A short text after `prompt`, generated with the current parameters, on their mesh."""
     ids = stage.data.prompt(tokenizer, prompt)
     if model.config.architecture == "encoder-decoder":
         ends = [] if tokenizer.eos is None else [tokenizer.eos]
@@ -378,7 +378,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The commit of the working directory, with "+" when there are changes; None outside git."""
+    """Commit of the working directory, with "+" if there are changes. None: not in a git repository."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
@@ -390,5 +390,5 @@ def _git_revision() -> str | None:
 
 
 def _short(path: Path) -> str:
-    """The path as one would type it here."""
+    """The path relative to the current directory, if it is inside."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

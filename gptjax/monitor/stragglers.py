@@ -42,7 +42,7 @@ class StragglerDetector:
     """Compare the times of a job's processes. All must make the same calls."""
 
     def __init__(self):
-        self._names = processes.gather(socket.gethostname())
+        self._names = processes.allgather(socket.gethostname())
         self._table: jax.Array | None = None
         self._known: set[int] = set()
         self._calls = 0

@@ -78,8 +78,8 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
     with jax.set_mesh(mesh):
         functions, frozen = program(stage, model), ()
         if stage.adapter is not None:
-            frozen = (_on_mesh(jax.eval_shape(functions.parameters), mesh),)
-        state = _on_mesh(jax.eval_shape(functions.new, *frozen), mesh)
+            frozen = (_on_mesh(jax.eval_shape(functions.init_params), mesh),)
+        state = _on_mesh(jax.eval_shape(functions.init_state, *frozen), mesh)
         batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
         traced = functions.step.trace(state, batch, *frozen)
         arrays = _sizes(state)

@@ -1,12 +1,12 @@
-"""What a run does about a loss or gradient that is not finite, or leaps: stop, skip the step, or roll back.
+"""Policies for a loss or gradient norm that is not finite or spikes: stop, skip the step, or roll back.
 
-    Stage(..., divergence=Skip())       # leave such steps out
-    Stage(..., divergence=RollBack())   # from the last checkpoint on, without the batches up to the bad one
+    Stage(..., divergence=Skip())       # skip bad steps
+    Stage(..., divergence=RollBack())   # restore the last checkpoint, and skip its batches up to the bad one
 
-A step is bad where its loss or gradient norm is not finite, or is more than `spike` standard deviations above its mean
+A step is bad if its loss or gradient norm is not finite, or is more than `spike` standard deviations above its mean
 over the last `window` good steps: the rule of OLMo 2 (arXiv:2501.00656; `SkipStepOptimizer` in OLMo-core, with 6 and
-128). Only once half of the window is filled are there spikes. It is judged inside the step, before the update, so a bad
-step changes no parameter; what it is judged by is part of the state, so that a resumed run judges alike.
+128). Spikes are detected once half of the window is filled. The check is part of the step, before the update, so that a
+bad step changes no parameter. Its statistics are part of the state, so that a resumed run decides alike.
 """
 
 from __future__ import annotations
@@ -21,44 +21,45 @@ from gptjax.types import Array, Metrics, UserError
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Watch:
-    """What the steps before were like."""
+class StepStatistics:
+    """Statistics of previous steps."""
 
     good: Array
-    """float32 [2, window]: loss and gradient norm of the last good steps, the newest last."""
+    """float32 [2, window]: loss and gradient norm of the last good steps, in order."""
     count: Array
-    """int32 scalar: good steps so far."""
+    """int32 scalar: number of good steps."""
     skipped: Array
-    """int32 scalar: bad steps so far."""
-    run: Array
-    """int32 scalar: bad steps one after the other, up to now. At its limit it only grows: nothing is trained then."""
+    """int32 scalar: number of bad steps."""
+    consecutive_bad: Array
+    """int32 scalar: number of consecutive bad steps until now. Beyond the limit no step is applied."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """Raise `Diverged` where a number is not finite; the last checkpoint is good. Costs nothing."""
+    """Raise `Diverged` if a number is not finite; the last checkpoint is good. Costs nothing."""
 
     rollbacks = 0
 
-    def watch(self) -> Watch | None:
-        """What the state is to hold before the first step."""
+    def statistics(self) -> StepStatistics | None:
+        """Initial statistics in the training state. None: none needed."""
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Skip(Stop):
-    """Leave the update of a bad step out: parameters, optimizer (with its schedule) and average stay as they are."""
+    """Skip the update of a bad step: parameters, optimizer (with its schedule) and average do not change."""
 
     spike: float | None = 6.0
-    """Standard deviations above the mean that are a spike; none: only what is not finite is bad."""
+    """Number of standard deviations above the mean that counts as a spike. None: only numbers that are not finite are
+    bad."""
     window: int = 128
-    """Good steps that mean and deviation are taken over."""
+    """Number of good steps in mean and deviation."""
     limit: int = 10
-    """Bad steps one after the other that end the run with `Diverged`."""
+    """Number of consecutive bad steps that raises `Diverged`."""
 
     def __post_init__(self):
         if self.spike is not None and not self.spike > 0:
-            raise UserError(f"divergence.spike: got {self.spike}, must be positive, or none")
+            raise UserError(f"divergence.spike: got {self.spike}, must be positive, or None")
         if self.window < 2:
             raise UserError(f"divergence.window: got {self.window}, must be at least 2")
         if self.limit < 1:
@@ -66,39 +67,39 @@ class Skip(Stop):
 
     @property
     def patience(self) -> int:
-        """Bad steps one after the other that the step goes on after."""
+        """Consecutive bad steps tolerated before training stops."""
         return self.limit
 
-    def watch(self) -> Watch:
+    def statistics(self) -> StepStatistics:
         zero = jnp.zeros((), jnp.int32)
-        return Watch(jnp.zeros((2, self.window), jnp.float32), zero, zero, zero)
+        return StepStatistics(jnp.zeros((2, self.window), jnp.float32), zero, zero, zero)
 
-    def judge(self, watch: Watch, loss: Array, norm: Array) -> tuple[Array, Watch, Metrics]:
-        """(whether this step is to be applied, the watch after it, metrics): called inside the jitted step."""
+    def check(self, statistics: StepStatistics, loss: Array, norm: Array) -> tuple[Array, StepStatistics, Metrics]:
+        """(True if the step is good, new statistics, metrics). Part of the jitted step."""
         now = jnp.stack([loss, norm]).astype(jnp.float32)
         good = jnp.isfinite(now).all()
         if self.spike is not None:
-            filled = jnp.arange(self.window) >= self.window - watch.count
-            mean = watch.good.mean(1, where=filled)
-            limit = mean + self.spike * watch.good.std(1, where=filled)
-            good &= (now <= limit).all() | (watch.count < self.window // 2)
-        good &= watch.run < self.patience
-        after = Watch(
-            jnp.where(good, jnp.concatenate([watch.good[:, 1:], now[:, None]], 1), watch.good),
-            watch.count + good,
-            watch.skipped + ~good,
-            jnp.where(good, 0, watch.run + 1),
+            filled = jnp.arange(self.window) >= self.window - statistics.count
+            mean = statistics.good.mean(1, where=filled)
+            limit = mean + self.spike * statistics.good.std(1, where=filled)
+            good &= (now <= limit).all() | (statistics.count < self.window // 2)
+        good &= statistics.consecutive_bad < self.patience
+        after = StepStatistics(
+            jnp.where(good, jnp.concatenate([statistics.good[:, 1:], now[:, None]], 1), statistics.good),
+            statistics.count + good,
+            statistics.skipped + ~good,
+            jnp.where(good, 0, statistics.consecutive_bad + 1),
         )
         one = jnp.ones(())
-        return good, after, {"skipped": (after.skipped, one), "skipped_in_a_row": (after.run, one)}
+        return good, after, {"skipped": (after.skipped, one), "consecutive_skipped": (after.consecutive_bad, one)}
 
 
 @dataclasses.dataclass(frozen=True)
 class RollBack(Skip):
-    """Go back to the last checkpoint and on from there, with the batches after the bad one (PaLM, arXiv:2204.02311)."""
+    """Restore the last checkpoint, and skip its batches up to the bad step (PaLM, arXiv:2204.02311)."""
 
     limit: int = 3
-    """Times to roll back in the whole stage; the bad step after them ends the run with `Diverged`."""
+    """Maximum number of rollbacks in a stage. The next bad step raises `Diverged`."""
 
     @property
     def rollbacks(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -110,7 +111,7 @@ class RollBack(Skip):
 
 
 class Diverged(RuntimeError):
-    """The loss, or its gradient, is not what it should be any more. `step` is the first bad one."""
+    """Raised if loss or gradient norm diverges. `step` is the first bad step."""
 
     def __init__(self, message: str, step: int = 0):
         super().__init__(message)

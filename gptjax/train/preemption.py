@@ -1,4 +1,4 @@
-"""Stopping at a good moment: a signal is noted, and asked for after every step and every part of an evaluation."""
+"""Graceful stops: a signal is recorded, and checked after every step and every batch of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Stop:
-    """Whether to stop: after the first Ctrl-C or SIGTERM; a second Ctrl-C interrupts at once.
+class StopSignal:
+    """Stop flag, set by the first Ctrl-C or SIGTERM. A second Ctrl-C interrupts at once.
 
-    Of several processes, any may get the signal and all stop at the same moment, which jax's preemption service agrees
-    on between the hosts. That service listens to SIGTERM itself, so a Ctrl-C is passed on to it as one. All must ask
-    equally often.
+    In a multi-process job any process may get the signal, and all stop at the same step: jax's preemption service
+    synchronises them. That service handles SIGTERM itself, so a Ctrl-C is forwarded to it as SIGTERM. All processes
+    must call `now` equally often.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -33,15 +33,15 @@ class Stop:
         self.is_set = True
 
 
-_moments = itertools.count(1)  # of the whole program: jax's service wants numbers that grow
+_sync_points = itertools.count(1)  # for the whole process: jax's service needs increasing numbers
 
 
-class _Together(Stop):
+class _SynchronisedStopSignal(StopSignal):
     signals = (signal.SIGINT,)
-    agreed = False  # jax says so once
+    agreed = False  # jax returns True only once
 
     def now(self) -> bool:
-        self.agreed = self.agreed or multihost_utils.reached_preemption_sync_point(next(_moments))
+        self.agreed = self.agreed or multihost_utils.reached_preemption_sync_point(next(_sync_points))
         return self.agreed
 
     def __call__(self, number: int, frame: Any) -> None:
@@ -50,12 +50,12 @@ class _Together(Stop):
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Stop]:
-    """Context in which the signals that stop a run are noticed, not obeyed at once."""
-    stop = Stop() if jax.process_count() == 1 else _Together()
+def signals() -> Iterator[StopSignal]:
+    """Context in which signals set the returned flag instead of interrupting."""
+    stop = StopSignal() if jax.process_count() == 1 else _SynchronisedStopSignal()
     try:
         before = {number: signal.signal(number, stop) for number in stop.signals}
-    except ValueError:  # not the main thread: signals are somebody else's business
+    except ValueError:  # not the main thread, which owns the signals
         yield stop
         return
     try:

@@ -1,6 +1,6 @@
-"""The device program of a stage: first state, training step and evaluation, as functions to trace, compile or call.
+"""Device program of a stage: initialisation, training step and evaluation, as functions to trace, compile or call.
 
-It knows no data, disks or screens: training, and planning for other devices, use the same program.
+It does not depend on data, disks or displays: training, and planning for other devices, use the same program.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from gptjax.types import Metrics, Params
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Functions over arrays. `frozen`: the model's parameters if adapters are trained, else nothing."""
+    """Functions of arrays. `frozen`: the model's parameters if adapters are trained, else nothing."""
 
-    parameters: Callable[[], Params]
-    """() -> new parameters of the model."""
-    initial: Callable[..., Params]
-    """(*frozen) -> new parameters to train: the model's, or adapters of `frozen`."""
-    create: Callable[[Params], State]
-    """Parameters to train -> the state before the first step."""
+    init_params: Callable[[], Params]
+    """() -> initial parameters of the model."""
+    init_trainable: Callable[..., Params]
+    """(*frozen) -> initial parameters to train: the model's, or adapters of `frozen`."""
+    create_state: Callable[[Params], State]
+    """Parameters to train -> state before the first step."""
     step: Any
-    """(state, batch, *frozen) -> (state, metrics), jitted; the state is donated."""
+    """(state, batch, *frozen) -> (state, metrics), jitted. The state is donated."""
     evaluate: Any
     """(params, batch, *frozen) -> metrics without dropout, jitted."""
     merge: Callable[..., Params]
-    """(params, *frozen) -> the model's parameters."""
+    """(params, *frozen) -> parameters of the model."""
 
-    def new(self, *frozen: Params) -> State:
-        """A new state before the first step. Call it under jit: no array is then made with another sharding."""
-        return self.create(self.initial(*frozen))
+    def init_state(self, *frozen: Params) -> State:
+        """Initial state. Call it under jit, so that every array is created with its sharding."""
+        return self.create_state(self.init_trainable(*frozen))
 
 
 def program(stage: Stage, model: Module, seed: int = 0) -> Program:
-    """The program of a stage for a model that a `ModelConfig` built. Call its functions where the mesh is current.
+    """Program of a stage for a module built by a `ModelConfig`. Call its functions with the mesh set.
 
     seed  of initialisation and dropout
     """
@@ -53,30 +53,30 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
     optimizer = stage.optimizer.build(stage.steps, trained, model.config.width_multiplier)
     objective: Callable[..., Metrics] = stage.objective
 
-    def parameters() -> Params:
+    def init_params() -> Params:
         _, key = jax.random.split(jax.random.key(seed))
-        shape, place = (stage.data.batch, stage.data.length), model.rules("batch", "sequence")
-        return model.init(key, jnp.zeros(shape, jnp.int32, out_sharding=place))["params"]
+        shape, spec = (stage.data.batch, stage.data.length), model.rules("batch", "sequence")
+        return model.init(key, jnp.zeros(shape, jnp.int32, out_sharding=spec))["params"]
 
-    def create(params: Params) -> State:
+    def create_state(params: Params) -> State:
         key, _ = jax.random.split(jax.random.key(seed))
-        return train_state.create(params, optimizer, key, stage.ema is not None, stage.divergence.watch())
+        return train_state.create(params, optimizer, key, stage.ema is not None, stage.divergence.statistics())
 
-    initial, merge = parameters, _itself
+    init_trainable, merge = init_params, _identity
     if (adapter := stage.adapter) is not None:
         objective = adapter.objective(objective)
-        initial = lambda params: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
+        init_trainable = lambda params: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
         merged = jax.jit(adapter.merge)
         merge = lambda adapters, params: merged(params, adapters)  # noqa: E731
     return Program(
-        parameters,
-        initial,
-        create,
+        init_params,
+        init_trainable,
+        create_state,
         make_step(objective, model.apply, optimizer, stage.accumulate, stage.ema, stage.divergence),
         jax.jit(lambda params, batch, *frozen: objective(model.apply, params, batch, None, *frozen)),
         merge,
     )
 
 
-def _itself(params: Params) -> Params:
+def _identity(params: Params) -> Params:
     return params

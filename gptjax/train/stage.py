@@ -1,4 +1,4 @@
-"""A stage of an experiment as data: what is read, what is minimised and how, and what is looked at meanwhile."""
+"""Stage of an experiment, as data: training data, objective, optimizer, evaluations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptjax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training run on one kind of data: pretraining, fine-tuning."""
+    """One training run on one kind of data, such as pretraining or fine-tuning."""
 
     data: Data
     """Training data: `data.Pretrain`, `data.Chat`, ..."""
@@ -21,31 +21,32 @@ class Stage:
     optimizer: Optimizer
     """Optimizer: `optim.AdamW`, `optim.Muon`, ..., or `optim.Groups` of them."""
     steps: int
-    """Optimizer steps, a batch each."""
+    """Number of optimizer steps, one batch each."""
     adapter: LoRA | None = None
-    """Adapters to train over frozen parameters: those of the stage before, or of the model that the experiment starts
-    from. None: all parameters are trained."""
+    """Adapters to train over frozen parameters: the previous stage's, or those of `init_from`. None: train all
+    parameters."""
     accumulate: int = 1
     """Gradient accumulation: microbatches per step."""
     ema: float | None = None
-    """Decay of an exponential moving average of the parameters, which is then what is evaluated and deployed."""
+    """Decay of an exponential moving average of the parameters, which is evaluated and deployed instead of them. None:
+    no average."""
     divergence: Stop = Stop()
-    """What to do about a loss that is not finite or leaps: `Stop`, `Skip` the step, `RollBack` to a checkpoint."""
+    """Policy for a loss that is not finite or spikes: `Stop`, `Skip` the step, `RollBack` to a checkpoint."""
     evaluate_every: int = 250
-    """Steps between validation losses, and samples of text."""
+    """Steps between validation losses and text samples."""
     eval_sequences: int = 256
-    """Rows of validation data that a validation loss is taken over."""
+    """Number of validation sequences in a validation loss."""
     save_every: int = 250
-    """Steps between checkpoints. Stopping by Ctrl-C or SIGTERM also saves one."""
+    """Steps between checkpoints. Ctrl-C and SIGTERM also save one."""
     max_to_keep: int = 2
-    """How many of the newest checkpoints stay, beside the best by validation loss."""
+    """Number of checkpoints to keep, the newest ones. The best by validation loss is kept too."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     hang_timeout: float = 300.0
-    """Seconds after which a step that does not end is reported, with what every thread is doing; steps that are slow
-    anyway have three times the longest so far."""
+    """Seconds after which an unfinished step is reported as hanging, with the stacks of all threads. The limit is at
+    least three times the longest step."""
     prompts: tuple[str, ...] = ("\n",)
-    """What the samples shown during training begin with."""
+    """Prompts of the text samples shown during training."""
     evaluations: tuple[Evaluation, ...] = ()
     """Evaluations after the last step: `evals.BitsPerByte`, `evals.Answers`, ..."""
 
@@ -66,10 +67,10 @@ class Stage:
         if self.data.batch % self.accumulate:
             raise UserError(f"accumulate: got {self.accumulate}, must divide data.batch {self.data.batch}")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema: got {self.ema}, must be between 0 and 1, or none")
+            raise UserError(f"ema: got {self.ema}, must be between 0 and 1, or None")
 
     def check(self, model: ModelConfig) -> None:
-        """Raises UserError, naming the field, where data, objective, evaluations and model do not fit together."""
+        """Raise UserError, naming the field, if data, objective, evaluations and model do not match."""
         data, objective = type(self.data).__name__, type(self.objective).__name__
         if model.architecture not in self.objective.architectures:
             raise UserError(
@@ -88,5 +89,5 @@ class Stage:
                 )
 
     def evaluates(self, step: int) -> bool:
-        """Whether there is a validation loss after this step."""
+        """True if there is a validation loss after this step."""
         return step % self.evaluate_every == 0 or step == self.steps

@@ -1,4 +1,4 @@
-"""The training state: parameters, optimizer state, step. A run resumes from it to the same bits."""
+"""Training state: parameters, optimizer state, step. A run resumes from it bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.train.divergence import Watch
+from gptjax.train.divergence import StepStatistics
 from gptjax.types import Array, Key, Params
 
 
@@ -17,21 +17,21 @@ from gptjax.types import Array, Key, Params
 @dataclasses.dataclass(frozen=True)
 class State:
     step: Array
-    """int32 scalar: steps done."""
+    """int32 scalar: number of steps done."""
     params: Params
-    """float32 masters, sharded as the model declares."""
+    """float32 master parameters, sharded as the model declares."""
     opt_state: Any
-    """State of the optimizer; its moments are sharded like the parameters."""
+    """Optimizer state. Its moments are sharded like the parameters."""
     key: Key
-    """The run's key. Step n draws from fold_in(key, n): randomness does not depend on how often a run was stopped."""
+    """The run's random key. Step n uses fold_in(key, n), independent of interruptions."""
     ema: Params | None = None
-    """Exponential moving average of the parameters, if asked for."""
-    watch: Watch | None = None
-    """Losses and gradient norms of the last good steps, if the stage judges steps by them."""
+    """Exponential moving average of the parameters. None: no average."""
+    statistics: StepStatistics | None = None
+    """Losses and gradient norms of the last good steps, for policies that need them."""
 
     @property
-    def best(self) -> Params:
-        """The parameters to evaluate, sample from and deploy: the average if there is one."""
+    def eval_params(self) -> Params:
+        """Parameters to evaluate, sample from and deploy: the average if there is one."""
         return self.params if self.ema is None else self.ema
 
 
@@ -40,8 +40,8 @@ def create(
     optimizer: optax.GradientTransformation,
     key: Key,
     average: bool = False,
-    watch: Watch | None = None,
+    statistics: StepStatistics | None = None,
 ) -> State:
-    """The state before the first step. Call it under jit: no array is then made twice or with another sharding."""
+    """State before the first step. Call it under jit, so that every array is created once, with its sharding."""
     ema = jax.tree.map(jnp.copy, params) if average else None
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, ema, watch)
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, ema, statistics)

@@ -1,5 +1,5 @@
-"""The training step: gradient, accumulation over microbatches, optimizer, parameter average. One jitted function with
-donated state, for one CPU, a GPU box and a TPU pod alike."""
+"""Training step: gradient, accumulation over microbatches, optimizer, parameter average. One jitted function with
+donated state, for a CPU, a GPU or a TPU pod."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gptjax.train.state import State
 from gptjax.types import Array, Batch, Key, Metrics, Params
 
 Updates = Any
-"""Part of the tree of parameters, with a function without arguments, () -> Array, for each of them."""
+"""Subtree of the parameters, with a function () -> Array for each of them."""
 
 
 def make_step(
@@ -32,13 +32,13 @@ def make_step(
     """Make the jitted function (state, batch, *frozen) -> (state, metrics). It donates the state.
 
     objective   an `Objective`, (apply, params, batch, key, *frozen) -> metrics; `frozen` is not trained
-    apply       the model's
+    apply       `Module.apply`
     optimizer   trains all parameters but those that the model's parts update themselves (`nn.ParamFactory.update`)
     accumulate  microbatches per step; the gradient is that of the whole batch
-    ema         decay of the parameter average, which the state must have. None: no average
-    divergence  a `Skip` judges each step, and a bad one leaves parameters, optimizer state and average as they were
+    ema         decay of the parameter average in the state. None: no average
+    divergence  a `Skip` checks each step: a bad one changes neither parameters, optimizer state nor average
 
-    The loss is a weighted sum: microbatches add up, and the gradient is divided by the total weight once.
+    The loss is a weighted sum: microbatches are summed, and the gradient is divided by the total weight once.
     """
 
     def loss(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Array, tuple[Metrics, Updates]]:
@@ -75,18 +75,19 @@ def make_step(
         average = state.ema
         if ema is not None:
             change = 1 - ema
-            # `optax.incremental_update` rounds twice, (1 - change) a + change p, and moves an average of equals.
+            # `optax.incremental_update` rounds twice, (1 - change) a + change p, and changes an average of equal
+            # numbers.
             average = jax.tree.map(lambda a, p: a + change * (p - a), average, params)
         norm = optax.tree.norm(grads)
         metrics = metrics | {"gradient_norm": (norm, jnp.ones(()))}
-        watch = None
+        statistics = None
         if isinstance(divergence, Skip):
-            assert state.watch is not None
-            good, watch, judged = divergence.judge(state.watch, metrics["loss"][0] / weight, norm)
+            assert state.statistics is not None
+            good, statistics, judged = divergence.check(state.statistics, metrics["loss"][0] / weight, norm)
             after, before = (params, opt_state, average), (state.params, state.opt_state, state.ema)
             params, opt_state, average = jax.tree.map(lambda new, old: lax.select(good, new, old), after, before)
             metrics |= judged
-        return State(state.step + 1, params, opt_state, state.key, average, watch), metrics
+        return State(state.step + 1, params, opt_state, state.key, average, statistics), metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -96,7 +97,7 @@ def _added(a: Any, b: Any) -> Any:
 
 
 def _updated(params: Params, updates: Updates) -> Params:
-    """Parameters plus the updates that the model's parts report; not those of parameters that are not trained here."""
+    """Add the updates that the model's parts report. Parameters that are not trained here have none."""
     if not isinstance(params, Mapping):
         return params + updates()
     return {name: _updated(x, updates[name]) if name in updates else x for name, x in params.items()}

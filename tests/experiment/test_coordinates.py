@@ -11,7 +11,7 @@ import pytest
 
 from experiments import __main__ as launcher
 from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
-from gptjax.experiment.coordinates import check, coordinates, growth, resized
+from gptjax.experiment.coordinates import check, coordinates, resize, width_exponents
 from gptjax.nn import (
     GRU,
     EncoderConfig,
@@ -39,8 +39,8 @@ WIDTHS = (32, 64, 128)
 
 
 def measure(config: TransformerConfig) -> dict[str, np.ndarray]:
-    sizes = coordinates(config, AdamW(learning_rate=2e-3), WIDTHS, steps=2, rows=2, length=16)
-    return {name: growth(WIDTHS, of) for name, of in sizes.items()}
+    sizes = coordinates(config, AdamW(learning_rate=2e-3), WIDTHS, steps=2, batch=2, length=16)
+    return {name: width_exponents(WIDTHS, of) for name, of in sizes.items()}
 
 
 def test_coordinates_are_flat_with_mup_and_grow_without():
@@ -137,9 +137,9 @@ def test_learning_rates_of_hidden_matrices_fall_with_width(kind, scale):
     params = jax.tree.map(lambda i: jnp.ones(i.shape), info)
     gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
 
-    def update(growth: float, weight_decay: float = 0.0):
+    def update(width_exponents: float, weight_decay: float = 0.0):
         optimizer = kind(learning_rate=1.0, schedule=Constant(), weight_decay=weight_decay, clip=None)
-        optimizer = optimizer.build(1, info, growth)
+        optimizer = optimizer.build(1, info, width_exponents)
         return optimizer.update(gradients, optimizer.init(params), params)[0]
 
     base, wide, decayed = update(1), update(4), update(4, 0.5)
@@ -162,10 +162,10 @@ def test_activations_are_those_of_the_model():
 
 
 def test_other_widths():
-    config = resized(TransformerConfig(64, 2, 48, 6, kv_heads=3, hidden=96), 32)
+    config = resize(TransformerConfig(64, 2, 48, 6, kv_heads=3, hidden=96), 32)
     assert (config.width, config.heads, config.K, config.H, config.F) == (32, 4, 2, 8, 64)
     with pytest.raises(UserError, match=r"width: got 40, must be a multiple of 16"):
-        resized(TransformerConfig(64, 2, 48, 6, kv_heads=3), 40)
+        resize(TransformerConfig(64, 2, 48, 6, kv_heads=3), 40)
 
 
 def test_check_draws_and_tells(tmp_path):
@@ -203,8 +203,8 @@ def test_the_command_prints_the_table_and_needs_no_data(tmp_path, capsys):
     ]
     assert launcher.main(command) == 0
     table = capsys.readouterr().out
-    assert table.startswith("sizes grow with this power of the width (64, 128, 256, 512):")
+    assert table.startswith("exponent of the width in the size of activations (64, 128, 256, 512):")
     assert "layer_0/attention" in table
-    assert table.endswith(f"the picture: {tmp_path / 'run-coordinates.png'}\n")
+    assert table.endswith(f"plot: {tmp_path / 'run-coordinates.png'}\n")
     assert (tmp_path / "run-coordinates.png").read_bytes().startswith(b"\x89PNG")
     assert not out.exists()

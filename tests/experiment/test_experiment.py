@@ -201,7 +201,7 @@ def test_another_configuration_is_refused_until_it_is_accepted(finished, tmp_pat
     command = [str(tmp_path / "mine.py"), "--out", str(folder), "--chat.save_every", "77"]
     assert launcher.main(command) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {folder} was made with another configuration: chat.save_every: 2 → 77. ")
+    assert error.startswith(f"error: {folder} has another configuration: chat.save_every: 2 → 77. ")
     assert error.count("\n") == 1
     assert left(folder) == before
     assert launcher.main([*command, "--accept_changes"]) == 0
@@ -372,7 +372,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 def test_a_run_killed_in_its_first_moment_is_not_something_else(tmp_path):
     (tmp_path / "config.json.partial").write_text("{")
-    assert EXPERIMENT._claim(tmp_path, accept_changes=False) == []
+    assert EXPERIMENT._open(tmp_path, accept_changes=False) == []
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -380,7 +380,7 @@ def test_a_run_that_failed_before_it_trained_does_not_hold_its_folder(tmp_path):
     small = dataclasses.replace(EXPERIMENT, model=TransformerConfig(32, 1, 16, 2))
     with pytest.raises(UserError, match=r"^model.vocab: got 32, but the tokenizer has 34 ids"):
         small.run(tmp_path)
-    assert "model.vocab: 32 → 64" in EXPERIMENT._claim(tmp_path, accept_changes=False)
+    assert "model.vocab: 32 → 64" in EXPERIMENT._open(tmp_path, accept_changes=False)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 

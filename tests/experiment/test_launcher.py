@@ -197,7 +197,7 @@ def test_interrupted_says_how_to_go_on(tiny, capsys):
 def test_the_compilation_cache_is_on_unless_told(monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "5")
-    processes.prepare()
+    processes.configure()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"].endswith("gptjax/compilation")
     assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "5"
 
@@ -216,7 +216,7 @@ def test_libtpu_without_a_tpu_is_left_alone(libtpu, files, platforms, monkeypatc
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: libtpu)
     monkeypatch.setattr(processes.glob, "glob", lambda pattern: [f for f in files if fnmatch.fnmatch(f, pattern)])
-    processes.prepare()
+    processes.configure()
     assert os.environ.get("JAX_PLATFORMS") == platforms
 
 
@@ -266,10 +266,10 @@ def test_a_tpu_vm_asks_its_metadata_server(hosts, several, monkeypatch):
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(processes.urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
-    assert not processes.several()
+    assert not processes.is_multi_process()
     assert not asked  # a laptop
     monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/vfio/0"])
-    assert processes.several() is several
+    assert processes.is_multi_process() is several
     url = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
     assert asked == [(url, {"Metadata-flavor": "Google"})]
 

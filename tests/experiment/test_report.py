@@ -33,12 +33,12 @@ def test_the_report_says_what_the_records_say(run):
     )
     text = (run / "report" / "report.md").read_text()
     titles = re.findall(r"^#+ .*", text, re.MULTILINE)
-    expected = ["# my run", "## pre train", "### Held-out text", "### What it writes", "## chat", "### What it writes"]
+    expected = ["# my run", "## pre train", "### Held-out text", "### Samples", "## chat", "### Samples"]
     assert titles == [*expected, "## more"]
     assert "100 steps. Validation loss **1.5000** nats a token at the end; the lowest was 1.2500, at step 50." in text
     assert "**1.234 bits per byte**" in text
     assert "After 50 steps:\n\n    Once\n    ```\n    chat 50\n\nAfter 100 steps:\n\n    Once\n" in text
-    assert text.count("No validation loss yet.") == 1
+    assert text.count("No validation loss.") == 1
     links = re.findall(r"\]\((.*?)\)", text)
     assert len(links) == 3
     for link in links:

@@ -135,7 +135,7 @@ def test_roll_back_is_a_run_without_that_window(tmp_path, folder):
     params, lines = run(tmp_path, RollBack(window=8), data=Data(bad=(4, 6)), log_every=2)
     assert same(params, usual(folder, (3, 4, 5, 6), 12))
     told = [line for line in lines if "rolled_back_from" in line]
-    assert [(line["step"], line["rolled_back_from"], line["batches_left_out"]) for line in told] == [(4, 5, 4)]
+    assert [(line["step"], line["rolled_back_from"], line["batches_skipped"]) for line in told] == [(4, 5, 4)]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
 
 
@@ -204,7 +204,7 @@ def test_the_default_keeps_nothing_and_judges_nothing(tmp_path):
         checkpoints.save(1, older, {})
         restored = checkpoints.restore(jax.eval_shape(plain.new)).state
     assert same(jax.tree.leaves(restored.params), jax.tree.leaves(state.params))
-    assert restored.watch is None
+    assert restored.statistics is None
 
 
 @pytest.mark.parametrize(("field", "value"), [("spike", 0.0), ("window", 1), ("limit", 0)])
