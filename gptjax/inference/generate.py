@@ -190,6 +190,7 @@ def generate(
     if samples < 1:
         raise UserError(f"samples: got {samples}, must be at least 1")
     rooms = [_room(model, prompt, max_tokens) for prompt in prompts]
+    seeds = prompt_seeds(seed, len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # minimises padding
     rows: list[list[TextStream]] = [[] for _ in prompts]
     step = max(batch // samples, 1)
@@ -203,7 +204,7 @@ def generate(
             params,
             tokenizer,
             [prompts[i] for i in group],
-            [seed + i for i in group],
+            seeds[group],
             [row for i in group for row in rows[i]],
             sampling,
             steps,
@@ -231,7 +232,7 @@ def stream(
     """
     rows = _rows(tokenizer, _room(model, prompt, max_tokens), stop, 1, stop_token_ids)
     shown = 0
-    for _ in _run(model, params, tokenizer, [prompt], [seed], rows, sampling, _Pace()):
+    for _ in _run(model, params, tokenizer, [prompt], prompt_seeds(seed, 1), rows, sampling, _Pace()):
         safe = rows[0].safe
         if len(safe) > shown:
             yield safe[shown:]
@@ -239,12 +240,19 @@ def stream(
     return _completion(rows[0])
 
 
+def prompt_seeds(seed: int, count: int) -> np.ndarray:
+    """Seeds of `count` prompts, `seed + i`: uint32 [count]. Raises UserError for those that are beyond 32 bits."""
+    if not 0 <= seed <= 2**32 - max(count, 1):
+        raise UserError(f"seed: got {seed}, must be 0 to {2**32 - max(count, 1)}")
+    return (np.arange(count) + seed).astype(np.uint32)
+
+
 def _run(
     model: Any,
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
+    seeds: np.ndarray,
     rows: Sequence[TextStream],
     sampling: Sampling,
     steps: Callable[[], int],
@@ -259,12 +267,11 @@ def _run(
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     vocab = min(tokenizer.vocab, model.config.vocab)
     stop_token_ids = np.asarray(sorted(rows[0].stop_token_ids), np.int32)
-    seeded = np.asarray(seeds, np.int64).astype(np.uint32)
     seen = vocab if sampling.penalises else 0
     with on_mesh_of(params):
         # Unstacked layers: slices of stacked parameters would be copied at every token.
         params = unstack(model.config, params)
-        state = prefill(model, params, tokens, lengths, seeded, len(rows) // len(prompts), size, seen)
+        state = prefill(model, params, tokens, lengths, seeds, len(rows) // len(prompts), size, seen)
     written = 0
     while not all(row.finish for row in rows):
         done = np.asarray([row.finish is not None for row in rows])

@@ -86,12 +86,16 @@ def sample(logits: Array, keys: Key, settings: Sampling, seen: Array | None = No
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     if settings.greedy:
         return argmax(logits)
-    if not _off(settings.temperature, 1):
-        logits = logits / settings.temperature
     ids = None
     if settings.top_k is not None and settings.top_k < logits.shape[-1]:
         logits, ids = jax.lax.top_k(logits, settings.top_k)  # everything after this works on [B,k]
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True))  # [B,V], 1 for the likeliest
+    # The difference comes before the quotient, whose rounding depends on how it is compiled: so the weight of the most
+    # likely token is exactly 1, whatever the temperature, and no filter removes it.
+    most = logits.max(-1, keepdims=True)
+    below = logits - most
+    if not _off(settings.temperature, 1):
+        below = below / jnp.maximum(settings.temperature, jnp.finfo(jnp.float32).tiny)  # smaller ones may round to 0
+    weights = jnp.where(logits == most, 1, jnp.exp(below))  # [B,V]
     if settings.top_p is not None and not _off(settings.top_p, 1):
         weights = _nucleus(weights, settings.top_p)
     if settings.min_p is not None and not _off(settings.min_p, 0):

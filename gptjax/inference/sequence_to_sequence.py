@@ -13,7 +13,7 @@ import numpy as np
 
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed.sharding import on_mesh_of, reshard
-from gptjax.inference.generate import DEFAULT_TOKENS, Completion, State, decode, round_up
+from gptjax.inference.generate import DEFAULT_TOKENS, Completion, State, decode, prompt_seeds, round_up
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.text import TextStream
 from gptjax.nn import EncoderDecoder, encoder_decoder, unstack
@@ -51,6 +51,7 @@ def respond(
     if not 1 <= longest <= (limits[1] or longest):
         raise UserError(f"max_tokens: got {longest}, must be 1 to {limits[1] or 'any number'}, the model's positions")
     vocab = min(tokenizer.vocab, vocab)
+    seeds = prompt_seeds(seed, len(sources))
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))  # minimises padding
     completions: dict[int, Completion] = {}
     with on_mesh_of(params):
@@ -61,10 +62,9 @@ def respond(
             tokens, segments = np.zeros((2, len(group), width), np.int32)
             for row, i in enumerate(group):
                 tokens[row, : len(sources[i])], segments[row, : len(sources[i])] = sources[i], 1
-            seeds = np.asarray([seed + i for i in group], np.int64).astype(np.uint32)
             seen = vocab if sampling.penalises else 0
             state = _begin(
-                model, params, tokens, segments, np.int32(decoder_start_token_id), seeds, round_up(longest), seen
+                model, params, tokens, segments, np.int32(decoder_start_token_id), seeds[group], round_up(longest), seen
             )
             done = np.zeros(len(group), bool)
             state = decode(model, params, state, longest, done, np.asarray(stop_token_ids, np.int32), sampling, vocab)

@@ -44,9 +44,9 @@ class EncoderModel(TextEncoder):
 
         segments  int [B, T]; tokens attend to their own segment only. Padding is segment 0. None: a single segment
         """
+        self._check_ids(tokens)
         ids = jnp.asarray(tokens, jnp.int32)
         segments = None if segments is None else jnp.asarray(segments, jnp.int32)
-        self._check_length(ids.shape[-1])
         with on_mesh_of(self.params):
             return forward(self._module, self.params, ids, segments)[0]
 

@@ -57,8 +57,8 @@ class LanguageModel(TextEncoder):
 
     def logits(self, tokens: Array | np.ndarray | Sequence[Sequence[int]]) -> Array:
         """tokens int [B, T] -> logits [B, T, V] of the next token, in the compute dtype."""
+        self._check_ids(tokens)
         ids = jnp.asarray(tokens, jnp.int32)
-        self._check_length(ids.shape[-1])
         with on_mesh_of(self.params):
             return forward(self._module, self.params, ids)[0]
 
@@ -68,7 +68,7 @@ class LanguageModel(TextEncoder):
         ids = self._encode_prompt(text) if isinstance(text, str) else list(text)
         if len(ids) < 2:
             return np.zeros(0, np.float32)
-        self._check_length(len(ids))
+        self._check_ids(ids)
         size = min(round_up(len(ids)), self.config.max_positions or sys.maxsize)
         padded = np.zeros((1, size), np.int32)  # padding after the text changes nothing and limits recompilation
         padded[0, : len(ids)] = ids

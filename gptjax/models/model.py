@@ -71,6 +71,15 @@ class Model:
     def _module(self) -> Any:
         return self.config.build(self.rules)
 
+    def _check_ids(self, tokens: Any) -> None:
+        """Raise UserError for ids outside of the vocabulary, where a lookup gives some other row, and for too many."""
+        ids = np.asarray(tokens)
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"tokens: got {ids.dtype}, must be integers")
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab:
+            raise UserError(f"tokens: got ids {ids.min()} to {ids.max()}, must be 0 to {self.config.vocab - 1}")
+        self._check_length(ids.shape[-1])
+
     def _check_length(self, length: int) -> None:
         limit = self.config.max_positions
         if limit is not None and length > limit:

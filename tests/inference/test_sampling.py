@@ -88,6 +88,21 @@ def test_tokens_of_no_probability_are_never_drawn():
     assert set(np.asarray(drawn).tolist()) == {131, 200}
 
 
+@pytest.mark.parametrize("compile", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_filters_and_temperatures_at_their_edges_are_greedy(compile):
+    """The most likely token has a weight of exactly 1, however the quotient by the temperature is rounded."""
+    keys, draw = jax.random.split(jax.random.key(5), 64), compile(sample)
+    edges = [Sampling(temperature=t, min_p=1.0) for t in (0.1, 0.3, 0.7, 1.3)]
+    edges += [Sampling(temperature=t) for t in (1e-6, 1e-8, 1e-10, 1e-20, 1e-38, 1e-45, 1e-300)]
+    edges += [Sampling(temperature=1e-9, top_p=0.9, top_k=3), Sampling(temperature=0.7, top_p=1e-9)]
+    for seed in range(5):
+        logits = np.random.default_rng(seed).normal(size=40).astype(np.float32) * 4
+        logits[seed] = np.inf if seed == 4 else logits[seed]
+        for settings in edges:
+            drawn = draw(jnp.broadcast_to(logits, (64, 40)), keys, settings)
+            np.testing.assert_array_equal(drawn, logits.argmax(), err_msg=str(settings))
+
+
 def test_values_are_data_and_the_fields_in_use_are_structure():
     traces = []
 

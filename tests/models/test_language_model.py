@@ -141,6 +141,20 @@ def test_logprobs_are_those_of_the_logits():
         make(LearnedPositions(40)).logprobs("x" * 40)
 
 
+@pytest.mark.parametrize("ids", [[-1, 3], [3, 264], [0.5, 1.0]])
+def test_ids_outside_of_the_vocabulary_are_refused(ids):
+    with pytest.raises(UserError, match=r"^tokens: got (float64|ids .*), must be"):
+        LM.logits([ids])
+    with pytest.raises(UserError, match=r"^tokens: got (float64|ids .*), must be"):
+        LM.logprobs(ids)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_beyond_32_bits_are_refused(seed):
+    with pytest.raises(UserError, match=f"^seed: got {seed}, must be 0 to {2**32 - 1}"):
+        LM.generate("a", max_tokens=1, seed=seed)
+
+
 def test_generated_logprobs_are_those_of_the_text():
     (completion,) = LM.generate("hello", 12, temperature=0)
     prompt = [TOKENIZER.bos, *TOKENIZER.encode("hello")]
