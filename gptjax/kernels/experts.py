@@ -58,11 +58,13 @@ class Dispatch:
         return self.send(jax.nn.one_hot(ids, len(b), dtype=b.dtype)) @ b
 
 
-def dispatch(ids: Array, experts: int, capacity: int | None = None) -> Dispatch:
-    """Sort assignments by expert. ids int32 [A]: expert of each assignment; ids >= `experts` belong to other devices.
+def dispatch(ids: Array, experts: int, capacity: int | None = None, limit: Array | None = None) -> Dispatch:
+    """Sort assignments by expert. ids int32 [A]: expert of each assignment; ids >= `experts` belong to other devices,
+    or to no expert.
 
     capacity  maximum number of rows per expert; later assignments are dropped (Switch Transformers, arXiv:2101.03961,
               section 2.2). None: no limit
+    limit     int32 scalar, a smaller maximum that depends on the data. None: `capacity`
     """
     order = jnp.argsort(ids)
     position = jnp.argsort(order)
@@ -71,13 +73,14 @@ def dispatch(ids: Array, experts: int, capacity: int | None = None) -> Dispatch:
         count = BLOCKS[0 if target.backend() == "tpu" else -1]  # on TPU a whole tile, so that R stays a multiple of it
         spare = jnp.full(min(len(ids), count), len(ids))
         return Dispatch(sizes, jnp.concatenate([order, spare]), position)
+    limit = jnp.asarray(capacity) if limit is None else jnp.minimum(limit, capacity)
     starts = jnp.cumsum(sizes) - sizes
     rank = position - starts.at[ids].get(mode="clip")
-    row = jnp.where((rank < capacity) & (ids < experts), ids * capacity + rank, experts * capacity)
+    row = jnp.where((rank < limit) & (ids < experts), ids * capacity + rank, experts * capacity)
     slot = jnp.arange(capacity)
     first = order.at[starts[:, None] + slot].get(mode="clip")
-    assignment = jnp.where(slot < sizes[:, None], first, len(ids)).reshape(-1)
-    return Dispatch(jnp.minimum(sizes, capacity), assignment, row, capacity)
+    assignment = jnp.where(slot < jnp.minimum(sizes, limit)[:, None], first, len(ids)).reshape(-1)
+    return Dispatch(jnp.minimum(sizes, limit), assignment, row, capacity)
 
 
 @jax.custom_vjp

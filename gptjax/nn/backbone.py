@@ -80,7 +80,7 @@ class Backbone(nn.Module):
         """
         c, rules = self.backbone, self.rules
         param = ParamFactory.for_module(self, rules, c.dtype)
-        key = self.make_rng("dropout") if (c.dropout or c.layer_drop) and self.has_rng("dropout") else None
+        key = self.make_rng("dropout") if c.is_random and self.has_rng("dropout") else None
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)

@@ -136,7 +136,9 @@ class Block(nn.Module):
 
         if self.mlp is not None:
             i = 2 if self.cross_attention is None else 3
-            y = self.mlp(param.child("mlp"), read(i, x), self.hidden, self.bias, self.output_scale)
+            segments = c.mask.query_segments if self.mlp.routes else None
+            padded = {} if segments is None else {"mask": segments > 0}
+            y = self.mlp(param.child("mlp"), read(i, x), self.hidden, self.bias, self.output_scale, **padded)
             x = add(i, x, self._dropout(param, "mlp", y))
 
         x = self.residual.end(x)

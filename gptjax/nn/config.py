@@ -166,6 +166,12 @@ class BackboneConfig(ModelConfig):
         return self.hidden or (-(-8 * self.width // 24) * 8 if self.mlp.gated else 4 * self.width)
 
     @property
+    def is_random(self) -> bool:
+        """True: training differs from evaluation, and so needs the rng "dropout"."""
+        drops = any(block.mlp is not None and block.mlp.drops_tokens for block in self.stack().blocks)
+        return bool(self.dropout or self.layer_drop or drops)
+
+    @property
     def max_positions(self) -> int | None:
         return self.positions.max_positions
 

@@ -22,6 +22,13 @@ class MLP(Part):
     gated."""
 
     gated: ClassVar[bool] = False
+    routes: ClassVar[bool] = False
+    """True: tokens compete for something, so a call also takes `mask` bool [B, T], False for padding."""
+
+    @property
+    def drops_tokens(self) -> bool:
+        """True: training drops tokens, and so needs the rng "dropout"."""
+        return False
 
     @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:

@@ -106,6 +106,11 @@ class ParamFactory:
         return dataclasses.replace(self, tree=self.tree.push(self.prefix + name), prefix="")
 
     @property
+    def training(self) -> bool:
+        """True in a training step, which gives the rng "dropout"."""
+        return self.tree.has_rng("dropout")
+
+    @property
     def params(self) -> Mapping[str, Params]:
         """All parameters of this node."""
         return self.tree.variables()["params"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +45,12 @@ class MixtureOfExperts(MLP):
     """Number of shared experts, which process every token, computed as one wider MLP (DeepSeekMoE,
     arXiv:2401.06066)."""
     capacity: float | None = None
-    """Capacity factor: an expert processes at most this many times its fair share of a device's tokens, and drops the
-    rest. 1.25 is usual. None: nothing is dropped."""
+    """Capacity factor: in training, an expert processes at most this many times its fair share of a device's tokens,
+    and drops the rest. 1.25 is usual. None, and outside of training: nothing is dropped."""
     implementation: str | None = None
     """Implementation of `grouped_dot` without a capacity. None: chosen by device."""
+
+    routes: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.experts:
@@ -63,13 +66,27 @@ class MixtureOfExperts(MLP):
         return self.expert.gated
 
     @property
+    def drops_tokens(self) -> bool:
+        return self.capacity is not None
+
+    @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
         return (("experts", "model.mlp.experts", self.experts),)
 
     def __call__(
-        self, param: ParamFactory, x: Array, hidden: int, bias: bool = False, output_scale: float = 1.0
+        self,
+        param: ParamFactory,
+        x: Array,
+        hidden: int,
+        bias: bool = False,
+        output_scale: float = 1.0,
+        mask: Array | None = None,
     ) -> Array:
-        """x [B, T, D] -> [B, T, D]. `output_scale` is a factor of the initial output weights, as in dense MLPs."""
+        """x [B, T, D] -> [B, T, D].
+
+        output_scale  factor of the initial output weights, as in dense MLPs
+        mask          bool [B, T], False for padding, which goes to no expert. None: no padding
+        """
         rules, D, E = param.rules, x.shape[-1], self.experts
         expert_axes = rules.mesh_axes("experts")
         # An array cannot be sharded twice over an axis: the experts come first.
@@ -82,10 +99,12 @@ class MixtureOfExperts(MLP):
             shapes |= {f"{name}_bias": ((E, hidden), ("experts", ffn), zeros) for name in self._inputs}
             shapes["down_bias"] = (E, D), ("experts", None), zeros
 
-        ids, gates = self.router(param.scope("router"), x, E, self.top_k)
+        ids, gates = self.router(param.scope("router"), x, E, self.top_k, mask)
+        ids = ids if mask is None else jnp.where(mask[..., None], ids, E)
         inputs = x, ids, gates, {name: param(name, *rest, batch=1) for name, rest in shapes.items()}
+        compute = functools.partial(self._compute, capacity=self.capacity if param.training else None)
         if jax.sharding.get_abstract_mesh().empty:
-            y = self._compute(*inputs)
+            y = compute(*inputs)
         else:
             # Each device computes its experts, in full width, for the tokens of all devices with other experts.
             batch, sequence = (
@@ -101,9 +120,7 @@ class MixtureOfExperts(MLP):
             }
             specs = tokens, tokens, tokens, param_specs
             ffn_axes = rules.mesh_axes("ffn") if ffn else ()
-            compute = functools.partial(
-                self._compute, expert_axes=expert_axes, ffn_axes=ffn_axes, scatter_axes=scatter_axes
-            )
+            compute = functools.partial(compute, expert_axes=expert_axes, ffn_axes=ffn_axes, scatter_axes=scatter_axes)
             names = set(jax.sharding.get_abstract_mesh().explicit_axes)
             compute = jax.shard_map(compute, in_specs=specs, out_specs=out_spec, axis_names=names, check_vma=False)
             y = compute(*map(jax.reshard, inputs, specs))
@@ -118,6 +135,7 @@ class MixtureOfExperts(MLP):
         ids: Array,
         gates: Array,
         params: dict[str, Array],
+        capacity: float | None = None,
         expert_axes: tuple[str, ...] = (),
         ffn_axes: tuple[str, ...] = (),
         scatter_axes: tuple[str, ...] = (),
@@ -128,11 +146,15 @@ class MixtureOfExperts(MLP):
         B, T, D = x.shape
         # Sort by choice first: a capacity drops second choices before first ones.
         ids = jnp.moveaxis(ids, -1, 0).reshape(-1)
-        experts = len(params["down"])
-        if expert_axes:  # this device's experts become 0 .. experts - 1
-            ids = (ids - lax.axis_index(expert_axes) * experts) % self.experts
-        capacity = None if self.capacity is None else math.ceil(self.capacity * len(ids) / self.experts)
-        order = dispatch(ids, experts, capacity)
+        experts, assigned = len(params["down"]), jnp.sum(ids < self.experts)
+        if expert_axes:  # renumber, so that the device's own experts are 0 .. experts - 1
+            own = (ids - lax.axis_index(expert_axes) * experts) % self.experts
+            ids = jnp.where(ids < self.experts, own, self.experts)
+        if capacity is None:
+            order = dispatch(ids, experts)
+        else:
+            fair = jnp.ceil(capacity * assigned / self.experts).astype(jnp.int32)
+            order = dispatch(ids, experts, math.ceil(capacity * len(ids) / self.experts), fair)
 
         def product(name: str, x: Array, parts: int = 1) -> Array:
             y = order.dot(x, params[name], self.implementation)

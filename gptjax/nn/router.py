@@ -78,7 +78,10 @@ class Router(Part):
         if top_k > (most := experts // self.groups * self.top_groups):
             raise UserError(f"mlp.top_k: got {top_k}, must be at most the {most} experts of {self.top_groups} groups")
 
-    def __call__(self, param: ParamFactory, x: Array, experts: int, top_k: int) -> tuple[Array, Array]:
+    def __call__(
+        self, param: ParamFactory, x: Array, experts: int, top_k: int, mask: Array | None = None
+    ) -> tuple[Array, Array]:
+        """mask: bool [B, T], False for padding, which counts in no load and no loss. None: there is none"""
         param = dataclasses.replace(param, dtype="float32")
         tokens = param.rules("batch", "sequence", None)
         w = param("logits", (x.shape[-1], experts), ("embed", None), kind="other", decays=True)
@@ -100,15 +103,15 @@ class Router(Part):
         gates = jnp.sum(chosen * scores[..., None, :], -1)
         if self.renormalise:
             gates = gates / (jnp.sum(gates, -1, keepdims=True) + 1e-20)
-        counts = jnp.sum(chosen, (0, 1, 2))
+        counts = jnp.sum(chosen if mask is None else jnp.where(mask[..., None, None], chosen, 0), (0, 1, 2))
         if balance is not None:
             param.update("balance", BalanceUpdate(counts - jnp.mean(counts), self.balance_rate))
         if self.load_balance:
-            share = jnp.mean(scores / jnp.sum(scores, -1, keepdims=True), (0, 1))
-            load = counts / jnp.sum(counts)
+            share = _mean(scores / jnp.sum(scores, -1, keepdims=True), mask)
+            load = counts / jnp.maximum(jnp.sum(counts), 1)
             param.add_loss("load_balance", self.load_balance * experts * jnp.sum(load * share))
         if self.z_loss:
-            param.add_loss("z_loss", self.z_loss * jnp.mean(jax.nn.logsumexp(logits, -1) ** 2))
+            param.add_loss("z_loss", self.z_loss * _mean(jax.nn.logsumexp(logits, -1) ** 2, mask))
         return ids, self.scale * gates
 
     def _in_top_groups(self, scores: Array) -> Array:
@@ -137,3 +140,11 @@ class Sigmoid(Router):
 
     def scores(self, logits: Array) -> Array:
         return jax.nn.sigmoid(logits)
+
+
+def _mean(x: Array, mask: Array | None) -> Array:
+    """Mean over tokens, x [B, T, ...] -> [...]; 0 where all are padding."""
+    if mask is None:
+        return jnp.mean(x, (0, 1))
+    mask = mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
+    return jnp.sum(jnp.where(mask, x, 0), (0, 1)) / jnp.maximum(jnp.sum(mask), 1)

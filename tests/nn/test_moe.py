@@ -1,5 +1,6 @@
 """Mixture of experts: however dispatched, it is the plain sum over experts; and routers do as their papers say."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -43,7 +44,7 @@ def parameters(part: MixtureOfExperts, bias: bool = False):
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def run(part: MixtureOfExperts, params, x=X, rules: ShardingRules = ShardingRules()):
     bias = any(name.endswith("down_bias") for name in params)
-    return part.module(rules).apply({"params": params}, x, F, bias)
+    return part.module(rules).apply({"params": params}, x, F, bias, rngs={"dropout": jax.random.key(0)})
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -155,6 +156,37 @@ def test_grouped_products(sizes, implementation):
 
     dot = lambda x, w: kernel.grouped_dot(x, w, jnp.array(sizes), implementation)  # noqa: E731
     assert_close(value_and_gradient(dot, x, w), value_and_gradient(plain, x, w))
+
+
+@pytest.mark.parametrize("capacity", [None, 0.6])
+@pytest.mark.parametrize("rules", [None, "standard", "experts on tensor"])
+def test_padding_is_no_token(rules, capacity):
+    """In sequences, and in sequences of nothing else: outputs, losses, loads and gradients are of the tokens alone."""
+    capacity = capacity if rules is None else capacity and 8.0  # on a mesh it is a share of a device's own tokens
+    router = Softmax(load_balance=0.1, z_loss=0.1, balance_bias=True)
+    part = MixtureOfExperts(experts=4, router=router, shared=1, capacity=capacity)
+    params, mask = parameters(part), jnp.arange(16) < jnp.array([16, 9, 0, 0])[:, None]
+    tokens = X.reshape(1, 64, D)[:, np.flatnonzero(mask)]
+
+    def figures(params, x, mask, rules=ShardingRules()):
+        """Everything that a step reads of a call, and the gradient of all of it."""
+
+        def loss(params, x):
+            apply = functools.partial(part.module(rules).apply, mutable=["losses", "updates"])
+            y, found = apply({"params": params}, x, F, mask=mask, rngs={"dropout": jax.random.key(0)})
+            y = y if mask is None else jnp.where(mask[..., None], y, 0)
+            return jnp.sum(jnp.sin(y)) + sum(found["losses"].values()), (y, found)
+
+        (_, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, x)
+        return gradient, found
+
+    gradient, (y, found) = figures(params, tokens, None)
+    with contextlib.nullcontext() if rules is None else sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        x, real = sharding.global_array((np.asarray(X), np.asarray(mask)), DEFAULT_RULES) if rules else (X, mask)
+        padded = figures(params, x, real, RULES.get(rules, ShardingRules()))
+    assert_close(padded[0], gradient)
+    assert_close(np.asarray(padded[1][0]).reshape(64, D)[np.flatnonzero(mask)], y[0])
+    assert_close(padded[1][1], found)
 
 
 def test_over_capacity_the_last_choices_are_dropped():
