@@ -158,7 +158,7 @@ class Checkpoints:
         """`extra` of the newest finished checkpoint with a sound manifest. None: there is none. No file is verified."""
         self.wait()
         contents = (manifest.read(self.folder / str(step)) for step in reversed(self._finished()))
-        return processes.gather(next((content["extra"] for content in contents if content), None))[0]
+        return processes.allgather(next((content["extra"] for content in contents if content), None))[0]
 
     def complete(self, step: int) -> bool:
         """True if `step` has a sound checkpoint whose validation loss is known."""
