@@ -16,6 +16,7 @@ def convert(
     to: Literal["hf", "gguf", "gptjax"] = "hf",
     dtype: str | None = None,
     adapter: Path | None = None,
+    tokenizer: str | None = None,
 ) -> None:
     """Write a model in another format: a folder for transformers, a GGUF file for llama.cpp, or a folder of ours.
 
@@ -25,6 +26,7 @@ def convert(
         to: Format.
         dtype: Dtype of the weights. hf: float32 (default), bfloat16 or float16. gguf: f32, f16 (default), bf16 or q8_0.
         adapter: Folder of a PEFT adapter to merge into the model.
+        tokenizer: Folder or file of a tokenizer, in place of the source's own.
     """
     from gptjax.models.language_model import LanguageModel
     from gptjax.models.loading import load
@@ -36,7 +38,7 @@ def convert(
         raise UserError(f"destination: got {destination}, which exists already; choose another or delete it")
     if to == "gptjax" and dtype is not None:
         raise UserError(f"dtype: got {dtype}, must not be given: our folders hold float32")
-    model = load(source, kind=Model)
+    model = load(source, kind=Model, tokenizer=tokenizer)
     if adapter is not None:
         if not isinstance(model, LanguageModel):
             raise UserError(

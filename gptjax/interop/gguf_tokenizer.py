@@ -13,7 +13,14 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from gptjax.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+from gptjax.data.tokenizers import (
+    HuggingFaceTokenizer,
+    MissingTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
+from gptjax.data.tokenizers.missing import missing
 from gptjax.data.tokenizers.tiktoken import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, byte_alphabet
 from gptjax.interop.tokenizer_json import canonical
 from gptjax.types import UserError
@@ -45,6 +52,8 @@ def metadata(tokenizer: Tokenizer, vocab: int) -> dict[str, Any]:
 
     Raises UserError for a tokenizer that llama.cpp cannot express, one larger than the model, or one without an end
     token."""
+    if isinstance(tokenizer, MissingTokenizer):
+        raise missing()
     if tokenizer.vocab > vocab:
         raise UserError(f"tokenizer: got {tokenizer.vocab:,} ids, must be at most the model's {vocab:,}")
     if tokenizer.eos is None:

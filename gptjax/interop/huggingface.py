@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import differences
-from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.tokenizers import MissingTokenizer, Tokenizer
 from gptjax.distributed.parameters import declared, flat, nested
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.inference.sampling import Sampling
@@ -93,6 +93,7 @@ def save_hf(
     described, tensors = to_tensors(config, params, dtype, model_type)
     folder = Path(folder)
     safetensors.write(folder, tensors.shapes, tensors.__getitem__)
+    tokenizer = None if isinstance(tokenizer, MissingTokenizer) else tokenizer
     specials = {} if tokenizer is None else tokenizer.specials
     bos, end = (specials.get(role) for role in ("<|bos|>", "<|end|>"))
     if append_eos is None:

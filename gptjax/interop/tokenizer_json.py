@@ -21,10 +21,12 @@ from gptjax.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
     HuggingFaceTokenizer,
+    MissingTokenizer,
     SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
 )
+from gptjax.data.tokenizers.missing import missing
 from gptjax.data.tokenizers.sentencepiece import SPACE
 from gptjax.data.tokenizers.tiktoken import byte_alphabet
 from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, add_roles
@@ -52,6 +54,8 @@ def specification(tokenizer: Tokenizer, append_eos: bool = False) -> Spec:
         case CharacterTokenizer():
             vocab = {piece.decode(): i for i, piece in enumerate(tokenizer.pieces)}
             spec = _spec(_bpe(vocab, [], unk_token=REPLACEMENT), decoder=_decoder(prefix=False))
+        case MissingTokenizer():
+            raise missing()
         case _:
             raise UserError(f"tokenizer: got a {type(tokenizer).__name__}, which tokenizer.json cannot express")
     known = {token["content"]: token["id"] for token in spec["added_tokens"]}

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.data.chat import Message
-from gptjax.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from gptjax.data.tokenizers import (
+    HuggingFaceTokenizer,
+    MissingTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    model_file,
+)
 from gptjax.data.tokenizers.huggingface import unknown_piece
 from gptjax.data.tokenizers.tokenizer import ROLES, add_roles
 from gptjax.interop.templates import NATIVE, ChatTemplate, jinja_source
@@ -22,8 +29,9 @@ from gptjax.types import UserError
 
 
 def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
-    """Load the tokenizer of a folder: its tokenizer.json, else a SentencePiece model, else GPT-2's vocab.json and
-    merges.txt, else BERT's vocab.txt. Its first and last token are named by tokenizer_config.json and
+    """Load the tokenizer of a folder: its tokenizer.json, else a SentencePiece model or Llama 3's ranks, else
+    tekken.json, else GPT-2's vocab.json and merges.txt, else BERT's vocab.txt; without any, a `MissingTokenizer` of
+    `vocab` ids. Its first and last token are named by tokenizer_config.json and
     special_tokens_map.json; it has no first token if `transformers` does not put it before every text (GPT-2).
 
     vocab  vocabulary size of the model; added tokens beyond it are dropped
@@ -32,28 +40,32 @@ def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
     chat template writes one."""
     folder = Path(folder)
     settings = _settings(folder)
-    sentencepiece = [folder / name for name in ("tokenizer.model", "spiece.model") if (folder / name).exists()]
-    if (folder / "tokenizer.json").exists():
-        tokenizer = HuggingFaceTokenizer.from_file(folder / "tokenizer.json")
-    elif sentencepiece:
-        tokenizer = SentencePieceTokenizer.from_file(sentencepiece[0])
-        # Fine-tuned models have more special tokens than their SentencePiece file.
+    file = folder / "spiece.model"
+    file = file if file.exists() and not (folder / "tokenizer.json").exists() else model_file(folder)
+    if file is not None and file.suffix == ".json":
+        tokenizer = load_tokenizer(file)
+    elif file is not None:
+        tokenizer = load_tokenizer(file)
+        # Fine-tuned models have more special tokens than their SentencePiece file, and Llama 3's file has none.
         more = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
         more |= _json(folder / "added_tokens.json")
-        if sentencepiece[0].name == "spiece.model":  # T5: its sentinels are in none of its files; the last comes first
+        if file.name == "spiece.model":  # T5: its sentinels are in none of its files; the last comes first
             count = settings.get("extra_ids", 100)
             more |= {f"<extra_id_{count - 1 - i}>": len(tokenizer.pieces) + i for i in range(count)}
         more = {name: i for name, i in more.items() if i >= len(tokenizer.pieces)}
-        tokenizer = dataclasses.replace(tokenizer, specials={**tokenizer.specials, **more})
+        own = {name: i for name, i in tokenizer.specials.items() if i not in more.values()}
+        tokenizer = dataclasses.replace(tokenizer, specials=own | more)
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         tokenizer = _gpt2(folder, settings)
     elif (folder / "vocab.txt").exists():
         pieces = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
         tokenizer = from_pieces({piece: i for i, piece in enumerate(pieces)}, settings)
+    elif vocab is not None:
+        return MissingTokenizer(b"", {}, vocab)
     else:
         raise UserError(
             f"tokenizer: got the folder {folder}, must hold tokenizer.json, tokenizer.model, spiece.model, vocab.txt, "
-            "or vocab.json and merges.txt"
+            "tekken.json, or vocab.json and merges.txt"
         )
     if vocab is not None and tokenizer.vocab > vocab:
         whole, tokenizer = tokenizer, _within(tokenizer, vocab)
@@ -192,12 +204,13 @@ def _check_dropped(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer,
 
 def _begins(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], first: int) -> bool:
     """True if every text begins with the first token: by tokenizer.json; without one, by tokenizer_config.json; else
-    True for SentencePiece models (Llama) and False for GPT-2's."""
+    True for SentencePiece models (Llama), Llama 3 and tekken.json, and False for GPT-2's."""
     if isinstance(tokenizer, HuggingFaceTokenizer) and (
         (folder / "tokenizer.json").exists() or tokenizer.post_processor_ids[0]
     ):
         return tokenizer.post_processor_ids[0][:1] == [first]
-    return settings.get("add_bos_token", isinstance(tokenizer, SentencePieceTokenizer))
+    begun = {"<|begin_of_text|>", "[INST]"} & tokenizer.specials.keys()
+    return settings.get("add_bos_token", isinstance(tokenizer, SentencePieceTokenizer) or bool(begun))
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,8 @@ import numpy as np
 
 from gptjax.checkpoint.checkpoint import Checkpoints, Restored
 from gptjax.config import check_name, differences, from_json
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer
+from gptjax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
+from gptjax.data.tokenizers.missing import MissingTokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
@@ -40,28 +41,48 @@ DTYPES = ("float32", "bfloat16")
 
 
 @overload
-def load(path: str | Path, dtype: str | None = None, rules: ShardingRules = DEFAULT_RULES) -> LanguageModel: ...
-@overload
-def load(path: str | Path, dtype: str | None = None, rules: ShardingRules = DEFAULT_RULES, *, kind: type[M]) -> M: ...
 def load(
-    path: str | Path, dtype: str | None = None, rules: ShardingRules = DEFAULT_RULES, kind: type[Model] = LanguageModel
+    path: str | Path,
+    dtype: str | None = None,
+    rules: ShardingRules = DEFAULT_RULES,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+) -> LanguageModel: ...
+@overload
+def load(
+    path: str | Path,
+    dtype: str | None = None,
+    rules: ShardingRules = DEFAULT_RULES,
+    *,
+    kind: type[M],
+    tokenizer: Tokenizer | str | Path | None = None,
+) -> M: ...
+def load(
+    path: str | Path,
+    dtype: str | None = None,
+    rules: ShardingRules = DEFAULT_RULES,
+    kind: type[Model] = LanguageModel,
+    tokenizer: Tokenizer | str | Path | None = None,
 ) -> Model:
     """Load a model from a folder or a repository of the Hugging Face hub: a folder written by `save`; a run, at the
     newest checkpoint of its last stage with one; or a folder of `transformers`, of a family in
     `gptjax.interop.families`. A llama2.c file works too, with its tokenizer beside it.
 
-    dtype  parameter and compute dtype: float32 or bfloat16. None: that of the files
-    rules  sharding of the parameters over the current mesh (`jax.set_mesh`), on which the model then runs; devices and
-           hosts read their own shards only
-    kind   class of the result: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), `ClassifierModel`, or
-           `Model`: any of these
+    dtype      parameter and compute dtype: float32 or bfloat16. None: that of the files
+    rules      sharding of the parameters over the current mesh (`jax.set_mesh`), on which the model then runs; devices
+               and hosts read their own shards only
+    kind       class of the result: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), `ClassifierModel`, or
+               `Model`: any of these
+    tokenizer  tokenizer, or the argument of `load_tokenizer`, in place of the path's own. None: the path's own; a model
+               of others without one reads and writes ids alone
 
     Raises UserError for anything else, and for files that are damaged or do not match.
     """
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype: got {dtype!r}, must be {' or '.join(DTYPES)} (default: that of the files)")
+    given = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     if Path(path).expanduser().is_file():
-        return _llama2c(Path(path).expanduser(), dtype, rules, kind)
+        return _llama2c(Path(path).expanduser(), dtype, rules, kind, given)
     from gptjax.interop import hub
 
     path = hub.folder(path)
@@ -73,12 +94,14 @@ def load(
     except ValueError as error:
         raise UserError(f"path: got {path}, whose config.json is damaged ({error}); restore it") from None
     if "experiment" in config:
-        return _run(path, config["experiment"], dtype, rules, kind)
-    if "model" in config and "tokenizer" in config:
-        return _saved(path, config, dtype, rules, kind)
-    if "model_type" in config:
-        return _hf(path, dtype, rules, kind)
-    raise UserError(f"path: got {path}, whose config.json has an unknown format; give a model's folder or a run's")
+        model = _run(path, config["experiment"], dtype, rules, kind)
+    elif "model" in config and "tokenizer" in config:
+        model = _saved(path, config, dtype, rules, kind)
+    elif "model_type" in config:
+        return _hf(path, dtype, rules, kind, given)
+    else:
+        raise UserError(f"path: got {path}, whose config.json has an unknown format; give a model's folder or a run's")
+    return model if given is None else dataclasses.replace(model, tokenizer=given)
 
 
 def restore_stage_params(
@@ -116,7 +139,7 @@ def init_from_pretrained(path: str | Path, model: Any, tokenizer: Tokenizer, see
     """Initialise a model's parameters, sharded by its rules, from the model in `path`. Parameters that it lacks, such
     as a classifier's head, are initialised from the seed. Raises UserError if architectures or tokenizers differ."""
     found = load(path, "float32", model.rules, kind=Model)
-    if found.tokenizer.fingerprint != tokenizer.fingerprint:
+    if not isinstance(found.tokenizer, MissingTokenizer) and found.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"tokenizer: got another than that of {path}, must be the same: `load` that, `save` it, "
             "and take both from the folder"
@@ -162,7 +185,9 @@ def _model_class(kind: type[Model], config: type[ModelConfig], path: Path) -> ty
     return found
 
 
-def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
+def _hf(
+    path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model], given: Tokenizer | None = None
+) -> Model:
     from gptjax.interop import generation, huggingface, tokenizers
     from gptjax.models.classifier_model import ClassifierModel
     from gptjax.models.encoder_model import EncoderModel
@@ -171,7 +196,7 @@ def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) 
 
     _model_class(kind, huggingface.read_kind(path), path)
     config, params = huggingface.load_hf(path, dtype, rules)
-    tokenizer = tokenizers.load(path, config.vocab)
+    tokenizer = tokenizers.load(path, config.vocab) if given is None else given
     if isinstance(config, ClassifierConfig):
         about = huggingface.read_labels(path), huggingface.read_append_eos(path, tokenizer)
         return ClassifierModel(config, params, tokenizer, *about, rules=rules)
@@ -192,14 +217,16 @@ def _hf(path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) 
     return LanguageModel(config, params, tokenizer, context, template, stop_token_ids, sampling, rules=rules)
 
 
-def _llama2c(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
+def _llama2c(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Model], given: Tokenizer | None) -> Model:
     from gptjax.interop import huggingface, llama2c
 
     _model_class(kind, TransformerConfig, file)
     fields, tensors = llama2c.read(file)
     config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
     context = fields.get("max_position_embeddings")
-    return LanguageModel(config, params, load_tokenizer(file.parent), context, rules=rules)
+    there = load_tokenizer(file.parent) if given is None and has_tokenizer(file.parent) else given
+    tokenizer = MissingTokenizer(b"", {}, config.vocab) if there is None else there
+    return LanguageModel(config, params, tokenizer, context, rules=rules)
 
 
 def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:

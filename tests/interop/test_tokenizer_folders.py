@@ -214,7 +214,7 @@ def test_folders_of_others(tmp_path: Path):
     (folder / "merges.txt").write_text("#version: 0.2\nq \u0120\u0120\u0120q\n")
     with pytest.raises(UserError, match="do not match"):
         load(folder)
-    with pytest.raises(UserError, match=r"must hold tokenizer.json, tokenizer.model, spiece.model, vocab.txt, or"):
+    with pytest.raises(UserError, match=r"must hold tokenizer.json, tokenizer.model, spiece.model, vocab.txt, tekken"):
         load(tmp_path / "empty")
 
 

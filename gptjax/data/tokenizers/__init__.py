@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gptjax.data.tokenizers.characters import CharacterTokenizer, TrainCharacters
     from gptjax.data.tokenizers.huggingface import HuggingFaceTokenizer
     from gptjax.data.tokenizers.measure import Report, report
+    from gptjax.data.tokenizers.missing import MissingTokenizer
     from gptjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, TrainSentencePiece
     from gptjax.data.tokenizers.tiktoken import TiktokenTokenizer
 
@@ -31,6 +33,7 @@ __all__ = [
     "CharacterTokenizer",
     "HuggingFaceTokenizer",
     "LoadTokenizer",
+    "MissingTokenizer",
     "Report",
     "SentencePieceTokenizer",
     "TiktokenTokenizer",
@@ -38,7 +41,9 @@ __all__ = [
     "TokenizerConfig",
     "TrainCharacters",
     "TrainSentencePiece",
+    "has_tokenizer",
     "load_tokenizer",
+    "model_file",
     "report",
 ]
 
@@ -46,10 +51,13 @@ KINDS = {
     "bytes": "ByteTokenizer",
     "characters": "CharacterTokenizer",
     "huggingface": "HuggingFaceTokenizer",
+    "missing": "MissingTokenizer",
     "sentencepiece": "SentencePieceTokenizer",
     "tiktoken": "TiktokenTokenizer",
 }
 """Module of this package, which is the `kind` in a saved descriptor -> its class. Imported on first use."""
+_RANKS = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+"""Start of a file of tiktoken ranks."""
 _HOME = {name: module for module, name in KINDS.items()}
 _HOME |= {"Bytes": "bytes", "TrainCharacters": "characters", "TrainSentencePiece": "sentencepiece"}
 _HOME |= {"Report": "measure", "report": "measure"}
@@ -76,9 +84,10 @@ class LoadTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a saved tokenizer (its folder, or a run's), a SentencePiece `.model`, a Hugging Face `tokenizer.json`, a
-    `.tiktoken` file of ranks, a folder with one of these or with GPT-2's `encoder.json` and `vocab.bpe`, or an encoding
-    that `tiktoken` downloads, by name. Raises `UserError` if it is missing or damaged."""
+    """Load a saved tokenizer (its folder, or a run's), a SentencePiece `.model` (or `.model.v3`), a Hugging Face
+    `tokenizer.json`, Mistral's `tekken.json`, a `.tiktoken` file of ranks, Llama 3's `tokenizer.model`, a folder with
+    one of these or with GPT-2's `encoder.json` and `vocab.bpe`, or an encoding that `tiktoken` downloads, by name.
+    Raises `UserError` if it is missing or damaged."""
     file = Path(path).expanduser()
     if file.is_dir():
         return _from_folder(file)
@@ -101,23 +110,47 @@ def _from_folder(folder: Path) -> Tokenizer:
         from gptjax.data.tokenizers.tiktoken import TiktokenTokenizer
 
         return TiktokenTokenizer.from_gpt2_folder(folder)
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (folder / name).exists():
-            return _from_file(folder / name)
+    if (file := model_file(folder)) is not None:
+        return _from_file(file)
     raise UserError(
-        f"tokenizer: got the folder {folder}, must hold {DESCRIPTOR}, tokenizer.json, tokenizer.model, "
+        f"tokenizer: got the folder {folder}, must hold {DESCRIPTOR}, tokenizer.json, tokenizer.model, tekken.json, "
         "or encoder.json and vocab.bpe"
     )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if `load_tokenizer` finds a tokenizer in the folder."""
+    openai = (folder / "encoder.json").exists() and (folder / "vocab.bpe").exists()
+    saved = any((saved / DESCRIPTOR).exists() for saved in (folder, folder / "tokenizer"))
+    return saved or openai or model_file(folder) is not None
+
+
+def model_file(folder: Path) -> Path | None:
+    """The file of a folder's tokenizer: the first that there is of tokenizer.json, tokenizer.model, tekken.json and
+    tokenizer.model.v3 or another version, the last."""
+    names = ("tokenizer.json", "tokenizer.model", "tekken.json")
+    versions = sorted(folder.glob("tokenizer.model.v*"), reverse=True)
+    return next((file for file in (*(folder / name for name in names), *versions) if file.is_file()), None)
 
 
 def _from_file(file: Path) -> Tokenizer:
     if file.name == DESCRIPTOR:
         return _saved(file.parent)
+    if file.name == "tekken.json":
+        from gptjax.data.tokenizers.tiktoken import TiktokenTokenizer
+
+        return TiktokenTokenizer.from_tekken(file)
     if file.suffix == ".json":
         from gptjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer.from_file(file)
-    if file.suffix == ".model":
+    if ".model" in (file.suffix, Path(file.stem).suffix):
+        with file.open("rb") as opened:
+            start = opened.read(1_000)
+        if _RANKS.match(start):
+            from gptjax.data.tokenizers.tiktoken import TiktokenTokenizer
+
+            return TiktokenTokenizer.from_llama3(file)
         from gptjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
         return SentencePieceTokenizer.from_file(file)

@@ -6,7 +6,6 @@ Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, sec
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import functools
 import json
@@ -30,6 +29,18 @@ O200K_PATTERN = (
     r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
     r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
+LLAMA3_PATTERN = (
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"""
+    r"""\s+(?!\S)|\s+"""
+)
+LLAMA3_SIZE = 128_000
+"""Ranks of Llama 3; its special tokens follow."""
+TEKKEN_SPECIALS = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
+    *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
+    *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+)
+"""Special tokens of a tekken.json that lists none, by id, as in `mistral_common`."""
 ENCODINGS = {
     "gpt2": (GPT2_PATTERN, {"<|endoftext|>": 50_256}),
     "r50k_base": (GPT2_PATTERN, {"<|endoftext|>": 50_256}),
@@ -73,15 +84,61 @@ class TiktokenTokenizer(Tokenizer):
             )
         pattern, specials = ENCODINGS[path.stem]
         tokenizer = cls(path.read_bytes(), add_roles(specials, SOLE), pattern)
-        try:
-            complete = all(bytes([byte]) in tokenizer._ranks for byte in range(256))
-        except (ValueError, binascii.Error):
-            complete = False
-        if not complete:
+        if not tokenizer._complete:
             raise UserError(
                 f"tokenizer: got {path}, must be a file of tiktoken ranks; it is damaged or of another kind"
             )
         return tokenizer
+
+    @classmethod
+    def from_llama3(cls, path: str | Path) -> Self:
+        """Read a `tokenizer.model` of ranks, as Meta published Llama 3's. Its special tokens are in no file; those of
+        Llama 3 follow 128,000 ranks. Raises `UserError` for other content."""
+        path = Path(path)
+        tokenizer = cls(path.read_bytes(), {}, LLAMA3_PATTERN)
+        if not tokenizer._complete:
+            raise UserError(
+                f"tokenizer: got {path}, must be a file of tiktoken ranks; it is damaged or of another kind"
+            )
+        if len(tokenizer._ranks) != LLAMA3_SIZE:
+            return tokenizer
+        names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+        names[0:0] = ["<|begin_of_text|>", "<|end_of_text|>"]
+        names[6:6] = ["<|start_header_id|>", "<|end_header_id|>"]
+        names[9:9] = ["<|eot_id|>"]
+        specials = {name: LLAMA3_SIZE + i for i, name in enumerate(names)}
+        roles = {"<|bos|>": "<|begin_of_text|>", "<|end|>": "<|end_of_text|>"}
+        return dataclasses.replace(tokenizer, specials=add_roles(specials, roles))
+
+    @classmethod
+    def from_tekken(cls, path: str | Path) -> Self:
+        """Read Mistral's `tekken.json`: special tokens first, then the ranks. Raises `UserError` for other content."""
+        path = Path(path)
+        try:
+            content = json.loads(path.read_bytes())
+            config, listed = content["config"], content.get("special_tokens")
+            count, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
+            named = dict(enumerate(TEKKEN_SPECIALS[:count]))
+            if listed is not None:
+                named = {int(token["rank"]): str(token["token_str"]) for token in listed}
+            specials = {named.get(i, f"<SPECIAL_{i}>"): i for i in range(count)}
+            vocab = {base64.b64decode(token["token_bytes"]): int(token["rank"]) for token in content["vocab"]}
+            ranks = {token: rank + count for token, rank in vocab.items() if rank < size - count}
+            roles = {"<|bos|>": "<s>", "<|end|>": "</s>", "<|pad|>": "<pad>"}
+            tokenizer = cls(_lines(ranks), add_roles(specials, roles), str(config["pattern"]))
+            if tokenizer._complete and len(ranks) == size - count and len(specials) == count:
+                return tokenizer
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+        raise UserError(f"tokenizer: got {path}, must be a tekken.json; it is damaged or of another kind")
+
+    @functools.cached_property
+    def _complete(self) -> bool:
+        """True if the file is of ranks, and covers all bytes."""
+        try:
+            return all(bytes([byte]) in self._ranks for byte in range(256))
+        except ValueError:  # binascii.Error among them
+            return False
 
     @classmethod
     def from_gpt2_folder(cls, folder: str | Path) -> Self:
