@@ -83,18 +83,18 @@ class Source(Config, Protocol[Document_co]):
 
 
 class BatchIterator(Protocol):
-    """Endless batches whose position can be saved and restored."""
+    """Endless batches whose position can be saved and restored. A run is resumed only on the same data if they, and the
+    validation batches, have a `fingerprint`."""
 
     def __next__(self) -> Batch:
         """The next batch, numpy arrays [B / num_shards, ...]."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """Position, as JSON; the same for any number of data shards. If it has a "data", a run is resumed only where
-        that is the same: the fingerprint of what the position counts."""
+    def state(self) -> dict[str, int]:
+        """Position, as JSON; the same for any number of data shards."""
         ...
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, int]) -> None:
         """Go to a position that `state()` returned."""
         ...
 

@@ -16,20 +16,21 @@ class Batches(Iterator[Batch]):
     """Endless batches, prefetched by a Grain thread.
 
     `state()` is the position as JSON: the next sequence of the global order, for any number of processes and any batch
-    size, and the data that it counts. After an exception inside `next`, such as Ctrl-C, the position is still that of
-    the batch that was not returned.
+    size. After an exception inside `next`, such as Ctrl-C, the position is still that of the batch that was not
+    returned.
     """
 
-    def __init__(self, make: Callable[[np.ndarray], Batch], size: int, local: int, steps: int, data: str):
+    def __init__(self, make: Callable[[np.ndarray], Batch], size: int, local: int, steps: int, fingerprint: str):
         """Batches that `make` returns.
 
         make   (first sequences int64 [n] of n batches) -> these batches, concatenated
         size   B, sequences per batch, over all processes
         local  sequences per batch that `make` returns
         steps  n, batches per call of `make`: many for small batches, to save calls
-        data   fingerprint of the data
+        fingerprint  SHA-256, in hex, of the data
         """
-        self._make, self._size, self._local, self._steps, self._data = make, size, local, steps, data
+        self.fingerprint = fingerprint
+        self._make, self._size, self._local, self._steps = make, size, local, steps
         self._sequence = 0
         self._made: Generator[Batch] | None = None
 
@@ -57,11 +58,11 @@ class Batches(Iterator[Batch]):
                 for start in range(0, self._steps * self._local, self._local):
                     yield jax.tree.map(lambda x: x[start : start + self._local], block)  # noqa: B023
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, int]:
         """Position, as JSON."""
-        return {"sequence": self._sequence, "data": self._data}
+        return {"sequence": self._sequence}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, int]) -> None:
         """Go to a position that `state()` returned."""
         self.close()
         self._sequence = int(state["sequence"])
@@ -85,6 +86,7 @@ class ValidationBatches(Sequence[Batch]):
         local: int,
         shard: int,
         limit: int | None = None,
+        fingerprint: str | None = None,
     ):
         """Batches that `make` returns.
 
@@ -92,7 +94,9 @@ class ValidationBatches(Sequence[Batch]):
         sizes  sequences per source
         batch  sequences per batch, over all data shards; the data shard `shard` has `local` of them
         limit  maximum number of sequences. None: all
+        fingerprint  SHA-256, in hex, of the data
         """
+        self.fingerprint = fingerprint
         self._total = sum(sizes)
         self._count = self._total if limit is None else min(limit, self._total)
         self._make, self._sizes, self._batch, self._local, self._shard = make, sizes, batch, local, shard

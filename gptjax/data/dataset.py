@@ -169,7 +169,8 @@ class Dataset(abc.ABC):
         def make(which: np.ndarray, index: np.ndarray, size: int) -> Batch:
             return self._make(of_sources, which, index, size)
 
-        return ValidationBatches(make, list(map(len, of_sources)), self.batch, local, shard, sequences)
+        fingerprint = combine(*(row.fingerprint for row in of_sources))
+        return ValidationBatches(make, list(map(len, of_sources)), self.batch, local, shard, sequences, fingerprint)
 
     def _make(self, rows: list[Sequences], which: np.ndarray, index: np.ndarray, size: int) -> Batch:
         """Sequence `index[i]` of source `which[i]` for each i, then padding, `size` in all."""

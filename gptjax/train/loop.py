@@ -72,6 +72,7 @@ def train(
     shard, num_shards = sharding.data_shard(model.rules)
     batches = stage.data.batches(tokenizer, "train", seed, cache, shard, num_shards)
     validation = stage.data.evaluation(tokenizer, "validation", cache, shard, num_shards, stage.eval_sequences)
+    read = {"train": getattr(batches, "fingerprint", None), "validation": getattr(validation, "fingerprint", None)}
     functions, frozen = program(stage, model, seed), ()
     if stage.adapter is not None:
         assert init is not None, "adapters need parameters to adapt"
@@ -85,10 +86,11 @@ def train(
             restored = checkpoints.restore(abstract)
             if restored.extra["tokenizer"] != tokenizer.fingerprint:
                 raise UserError(f"tokenizer: the checkpoint in {folder} was trained with another one; restore that one")
-            if not accept_changes and restored.extra["input"].get("data") != batches.state().get("data"):
+            others = [split for split in read if read[split] != restored.extra["data"][split]]
+            if others and not accept_changes:
                 raise UserError(
-                    f"{name}.data: the checkpoint in {folder} was trained on other data; restore the files of the "
-                    "source, or resume anyway with --accept_changes"
+                    f"{name}.data: the {' and '.join(others)} documents are not those of the checkpoint in {folder}; "
+                    "restore the files of the source, or resume anyway with --accept_changes"
                 )
             state = restored.state
             batches.restore(restored.extra["input"])
@@ -107,7 +109,7 @@ def train(
         stopping = stack.enter_context(signals())
         tokens, flops = stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
         display = stack.enter_context(Display(name, stage.steps, tokens, flops, done))
-        extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint}
+        extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint, "data": read}
         to_global = functools.partial(sharding.global_array, rules=model.rules)
         tracing = stack.enter_context(Profile(profile, records.folder / "profile" / name, done, display.note))
         watchdog = stack.enter_context(Watchdog(records.folder, name, stage.hang_timeout, done))

@@ -107,16 +107,30 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_resume_is_bound_to_its_data(tmp_path):
+@dataclasses.dataclass(frozen=True)
+class Continued(Words):
+    """Words with one more document in a split."""
+
+    split: str = "train"
+
+    def documents(self, split: str) -> Iterator[str]:
+        yield from super().documents(split)
+        if split == self.split:
+            yield "another"
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_resume_is_bound_to_its_data(tmp_path, split):
     """Unless other data are accepted; and a batch of another size begins at the next sequence."""
-    folder, other = tmp_path / "run", data.Pretrain(Words(7), length=16, batch=4)
-    run(folder, dataclasses.replace(STAGE, steps=2))
-    with pytest.raises(UserError, match=r"^stage\.data: the checkpoint in .* other data; .* --accept_changes"):
+    folder = tmp_path / "run"
+    before, other = (data.Pretrain(source, length=16, batch=4) for source in (Words(), Continued(split=split)))
+    run(folder, dataclasses.replace(STAGE, steps=2, data=before))
+    with pytest.raises(UserError, match=rf"^stage\.data: the {split} documents are not those of .* --accept_changes"):
         run(folder, dataclasses.replace(STAGE, data=other))
-    assert outcome(folder)[1]["input"]["sequence"] == 2 * 8
+    assert outcome(folder)[1]["input"] == {"sequence": 2 * 4}
     run(folder, dataclasses.replace(STAGE, steps=3, data=other), accept_changes=True)
     run(folder, dataclasses.replace(STAGE, steps=5, data=dataclasses.replace(other, batch=2)))
-    assert outcome(folder)[1]["input"]["sequence"] == 2 * 8 + 4 + 2 * 2
+    assert outcome(folder)[1]["input"] == {"sequence": 3 * 4 + 2 * 2}
 
 
 def test_every_step_is_recorded(whole):
@@ -124,7 +138,7 @@ def test_every_step_is_recorded(whole):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4, 6]
     assert [line["sample"] for line in lines if "sample" in line] == ["\ntext", "atext"] * 3
-    assert extra["input"]["sequence"] == 6 * STAGE.data.batch
+    assert extra["input"] == {"sequence": 6 * STAGE.data.batch}
     assert extra["tokenizer"] == TOKENIZER.fingerprint
     assert any(".ema" in name for name in state)
 
