@@ -38,7 +38,7 @@ tokenizer = tyro.extras.SubcommandApp()
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class SamplingOptions:
     """Sampling options. Filters apply in this order, after the repetition penalty. None: as recommended by the model's
     authors; without a recommendation, temperature 0.8 and top-p 0.95."""
 
@@ -74,7 +74,7 @@ def generate(
     path: Model,
     prompt: str | None = None,
     samples: int = 1,
-    drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing(),
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = SamplingOptions(),
 ) -> None:
     """Continue a prompt, showing the text as it is generated.
 
@@ -83,9 +83,9 @@ def generate(
         prompt: Text to continue. None: standard input.
         samples: Number of continuations.
     """
-    options = drawing.options()
+    options = sampling.options()
     text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
-    model = _drawing(_load(path))
+    model = _with_sampling(_load(path))
     if samples == 1:
         show(model.stream(text, **options))
         return
@@ -97,7 +97,7 @@ def chat(
     path: Model,
     system: str | None = None,
     template: tuple[str, ...] = (),
-    drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing(),
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = SamplingOptions(),
 ) -> None:
     """Chat with a model, line by line. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands.
 
@@ -106,8 +106,8 @@ def chat(
         system: System prompt.
         template: Variables of the model's chat template, as NAME=VALUE with a value of JSON: enable_thinking=false.
     """
-    options = {**drawing.options(), "template": _variables(template)}
-    model = _drawing(_load(path))
+    options = {**sampling.options(), "template": _variables(template)}
+    model = _with_sampling(_load(path))
     Chat(model, system, options).run()
 
 
@@ -205,7 +205,7 @@ def _load(path: Path) -> LanguageModel:
     return load(path)
 
 
-def _drawing(model: LanguageModel) -> LanguageModel:
+def _with_sampling(model: LanguageModel) -> LanguageModel:
     """The model, with default sampling settings if its authors recommend none."""
     from gptjax.inference import Sampling
 

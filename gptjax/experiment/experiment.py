@@ -55,7 +55,7 @@ SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 LOCK = "run.lock"
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
-CHANGEABLE = ("mesh", "rules", "records")
+CHANGEABLE = ("mesh", "rules", "wandb")
 """Fields that do not affect training, except for the rounding of sums: a run may be resumed with other values."""
 CHANGEABLE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_timeout", "prompts")
 """The same, of a stage."""
@@ -78,7 +78,7 @@ class Experiment:
     """Mesh axes of the arrays' logical axes."""
     seed: int = 0
     """Seed of initialisation, data order and dropout."""
-    records: WandB | None = None
+    wandb: WandB | None = None
     """Weights & Biases run to log to as well. None: metrics.jsonl and TensorBoard files alone."""
     init_from: str | None = None
     """Model to initialise the first stage from, as for `gptjax.load`, with the same architecture and tokenizer; a
@@ -134,7 +134,7 @@ class Experiment:
             model = self.model.build(self.rules)
             pretrained = self._pretrained(model, tokenizer)
             results: dict[str, list[Result]] = {}
-            with MetricsLogger(folder, self.records, to_json(self)) as records:
+            with MetricsLogger(folder, self.wandb, to_json(self)) as records:
                 init = pretrained  # abstract parameters -> initial ones of the next stage
                 for name, stage in self.stages.items():
                     checkpoints = folder / "checkpoints" / name
@@ -361,9 +361,9 @@ def _sample(model: Module, stage: Stage, tokenizer: Tokenizer, params: Params, p
     ids = stage.data.prompt(tokenizer, prompt)
     if model.config.architecture == "encoder-decoder":
         ends = [] if tokenizer.eos is None else [tokenizer.eos]
-        from gptjax.inference.sequence_to_sequence import respond
+        from gptjax.inference.sequence_to_sequence import generate_targets
 
-        done = respond(model, params, tokenizer, [ids], decoder_start(tokenizer), ends, 64, SAMPLING)
+        done = generate_targets(model, params, tokenizer, [ids], decoder_start(tokenizer), ends, 64, SAMPLING)
     else:
         length = min(64, (model.config.max_positions or sys.maxsize) - len(ids))
         done = generate(model, params, tokenizer, [ids], length, SAMPLING)

@@ -20,7 +20,7 @@ from gptjax.nn import EncoderDecoder, encoder_decoder, unstack
 from gptjax.types import Array, Params, UserError
 
 
-def respond(
+def generate_targets(
     model: Any,
     params: Params,
     tokenizer: Tokenizer,

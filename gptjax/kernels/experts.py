@@ -38,11 +38,11 @@ class Dispatch:
     capacity: int | None = None
     """Rows per expert, including spare ones. None: the experts' own rows, contiguous."""
 
-    def send(self, x: Array) -> Array:
+    def permute(self, x: Array) -> Array:
         """Gather assignments into rows: [A, D] -> [R, D]."""
         return _take(x, self.assignment, self.row)
 
-    def back(self, y: Array) -> Array:
+    def unpermute(self, y: Array) -> Array:
         """Gather rows into assignments: [R, D] -> [A, D]; 0 for a dropped assignment."""
         return _take(y, self.row, self.assignment)
 
@@ -53,9 +53,9 @@ class Dispatch:
         y = jnp.einsum("ECD,EDF->ECF", x.reshape(len(w), self.capacity, -1), w)
         return y.reshape(-1, w.shape[-1])
 
-    def of_expert(self, b: Array, ids: Array) -> Array:
+    def per_row(self, b: Array, ids: Array) -> Array:
         """The vector of each row's expert: b [E, F], expert of each assignment ids int32 [A] -> [R, F]."""
-        return self.send(jax.nn.one_hot(ids, len(b), dtype=b.dtype)) @ b
+        return self.permute(jax.nn.one_hot(ids, len(b), dtype=b.dtype)) @ b
 
 
 def dispatch(ids: Array, experts: int, capacity: int | None = None, limit: Array | None = None) -> Dispatch:

@@ -16,7 +16,7 @@ from gptjax.data.tokenizers.tokenizer import add_bos_eos, decoder_start
 from gptjax.distributed.sharding import on_mesh_of
 from gptjax.inference.generate import Completion
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.sequence_to_sequence import respond
+from gptjax.inference.sequence_to_sequence import generate_targets
 from gptjax.models.model import Model
 from gptjax.nn import EncoderDecoderConfig, unstack
 from gptjax.types import Params
@@ -47,7 +47,7 @@ class TextToText(Model):
         keyword arguments too: `t5.generate("...", temperature=0)`."""
         tokenizer = self.tokenizer
         texts = tokenizer.encode_batch([sources] if isinstance(sources, str) else sources)
-        return respond(
+        return generate_targets(
             self._module,
             self._decode_params,
             tokenizer,

@@ -159,12 +159,12 @@ class MixtureOfExperts(MLP):
         def product(name: str, x: Array, parts: int = 1) -> Array:
             y = order.dot(x, params[name], self.implementation)
             bias = params.get(f"{name}_bias")
-            return y if bias is None else y + order.of_expert(bias / parts, ids)
+            return y if bias is None else y + order.per_row(bias / parts, ids)
 
         # One choice at a time: on CPU a sum along an axis of gathered rows takes 10 times as long.
-        rows = order.send(jnp.concatenate([x.reshape(-1, D)] * self.top_k))
+        rows = order.permute(jnp.concatenate([x.reshape(-1, D)] * self.top_k))
         inner = jax.checkpoint(self.expert.inner)(*(product(name, rows) for name in self._inputs))
-        y = order.back(product("down", inner, lax.axis_size(ffn_axes))).reshape(-1, B, T, D)
+        y = order.unpermute(product("down", inner, lax.axis_size(ffn_axes))).reshape(-1, B, T, D)
         chosen = (y[i] * gates[..., i, None] for i in range(self.top_k))
         y = functools.reduce(jnp.add, chosen).astype(x.dtype)
         if scatter_axes:

@@ -18,8 +18,8 @@ from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 @dataclasses.dataclass(frozen=True)
 class MaskedTokens(Objective):
     """Masked language modelling as in BERT (arXiv:1810.04805, section 3.1): each token is selected with probability
-    `share`. Of the selected tokens, 80 % become `mask_token`, 10 % a random token, and 10 % stay; the loss is the mean
-    of
+    `mask_probability`. Of the selected tokens, 80 % become `mask_token`, 10 % a random token, and 10 % stay; the loss
+    is the mean of
 
         -log p(token | masked text)        over the selected tokens
 
@@ -32,14 +32,16 @@ class MaskedTokens(Objective):
     """Id of the mask token."""
     vocab: int
     """Random tokens have the ids 0 to vocab - 1."""
-    share: float = 0.15
+    mask_probability: float = 0.15
     """Probability that a token is selected."""
-    never: tuple[int, ...] = ()
+    unmasked_ids: tuple[int, ...] = ()
     """Ids that are never selected: special tokens."""
 
     def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise UserError(f"objective.share: got {self.share}, must be above 0 and at most 1; 0.15 is usual")
+        if not 0 < self.mask_probability <= 1:
+            raise UserError(
+                f"objective.mask_probability: got {self.mask_probability}, must be above 0 and at most 1; 0.15 is usual"
+            )
         if self.vocab < 1:
             raise UserError(f"objective.vocab: got {self.vocab}, must be at least 1")
         if self.mask_token < 0:
@@ -56,31 +58,31 @@ class MaskedTokens(Objective):
         choice, dropout = jax.random.split(jax.random.key(0) if key is None else key)
         rngs = {} if key is None else {"rngs": {"dropout": dropout}}
         tokens = jnp.asarray(batch.tokens)
-        hidden, chosen = self.hide(tokens, batch.segments != 0, choice)
-        inputs = ({"params": params}, hidden, batch.positions, batch.segments)
+        masked, selected = self.mask(tokens, batch.segments != 0, choice)
+        inputs = ({"params": params}, masked, batch.positions, batch.segments)
         (logits, _), sown = apply(*inputs, mutable=["losses"], **rngs)
         nll, _ = cross_entropy(logits, tokens)
-        weights = chosen.astype(jnp.float32)
+        weights = selected.astype(jnp.float32)
         total = jnp.sum(weights)
-        found = jnp.sum(weights * (jnp.argmax(logits, -1) == tokens))
+        correct = jnp.sum(weights * (jnp.argmax(logits, -1) == tokens))
         loss = jnp.sum(weights * nll)
-        return with_parts(loss, total, sown, {"cross_entropy": (loss, total), "accuracy": (found, total)})
+        return with_parts(loss, total, sown, {"cross_entropy": (loss, total), "accuracy": (correct, total)})
 
-    def hide(self, tokens: Array, real: Array, key: Key) -> tuple[Array, Array]:
+    def mask(self, tokens: Array, real: Array, key: Key) -> tuple[Array, Array]:
         """Mask tokens int32 [B, T], of which `real` bool [B, T] are not padding: (masked tokens, selected bool [B,
         T])."""
-        chosen, how, other = jax.random.split(key, 3)
+        selected, action, other = jax.random.split(key, 3)
         eligible = real
-        for token in self.never:
+        for token in self.unmasked_ids:
             eligible = eligible & (tokens != token)
         draws = (
-            jax.random.bernoulli(chosen, self.share, tokens.shape),
-            jax.random.uniform(how, tokens.shape),
+            jax.random.bernoulli(selected, self.mask_probability, tokens.shape),
+            jax.random.uniform(action, tokens.shape),
             jax.random.randint(other, tokens.shape, 0, self.vocab, tokens.dtype),
         )
         if not jax.sharding.get_abstract_mesh().empty:
             draws = jax.reshard(draws, jax.typeof(tokens).sharding.spec)
-        chosen, how, other = draws
-        chosen = eligible & chosen
-        new = jnp.where(how < 0.8, self.mask_token, jnp.where(how < 0.9, other, tokens))
-        return jnp.where(chosen, new, tokens), chosen
+        selected, action, other = draws
+        selected = eligible & selected
+        new = jnp.where(action < 0.8, self.mask_token, jnp.where(action < 0.9, other, tokens))
+        return jnp.where(selected, new, tokens), selected

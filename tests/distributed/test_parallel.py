@@ -2,7 +2,7 @@
 
 The compiled step is read, so that an accidental replication or gathering of something is a failing test. Sizes are in
 bytes of one device's operand. XLA's CPU backend has no reduce-scatter for gradients: they are all-reduced here.
-Rows that are cut (`context`) are in kernels/test_cut_rows.py, stages in nn/test_stages.py.
+Sharded sequences (`context`) are in kernels/test_sharded_sequences.py, stages in nn/test_stages.py.
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ def test_processes_keep_a_mirror(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["tensor", "context"])
-def test_processes_cut_rows_and_layers_between_them(tmp_path, axis):
+def test_processes_share_sequences_and_layers(tmp_path, axis):
     """Two that hold parts of the same rows read the same ones, and learn what one process does."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     file = tmp_path / "tiny.py"

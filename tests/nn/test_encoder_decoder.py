@@ -11,7 +11,7 @@ from gptjax.data.tokenizers import Bytes
 from gptjax.distributed import sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.sequence_to_sequence import respond
+from gptjax.inference.sequence_to_sequence import generate_targets
 from gptjax.nn import (
     EncoderConfig,
     EncoderDecoder,
@@ -126,7 +126,7 @@ def test_a_mesh_changes_nothing(model):
 def test_greedy_responses_are_those_of_the_full_forward(model):
     model, params = model
     sources = [SOURCE[row, :length].tolist() for row, length in enumerate((9, 5, 2))]
-    got = respond(
+    got = generate_targets(
         model,
         params,
         TOKENIZER,
@@ -141,10 +141,10 @@ def test_greedy_responses_are_those_of_the_full_forward(model):
         # Causal: the logits before what is not written yet are what they will be.
         logits, _ = apply(model, params, jnp.array([[0, *ids]]), source=jnp.array([source]))
         assert ids == jnp.argmax(logits[0, :-1], -1).tolist()
-    (alone,) = respond(model, params, TOKENIZER, sources[1:2], 0, (), 6, Sampling(temperature=0))
+    (alone,) = generate_targets(model, params, TOKENIZER, sources[1:2], 0, (), 6, Sampling(temperature=0))
     assert list(alone.ids) == got[1]
     end = got[0][2]
-    stopped = respond(
+    stopped = generate_targets(
         model,
         params,
         TOKENIZER,
@@ -229,7 +229,7 @@ def test_t5_is_that_of_transformers(gated):
     logits, _ = apply(model, params, TOKENS, source=SOURCE, source_segments=jnp.asarray(real, jnp.int32))
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     sources = [row[keep].tolist() for row, keep in zip(np.asarray(SOURCE), real, strict=True)]
-    ours = respond(
+    ours = generate_targets(
         model,
         params,
         TOKENIZER,

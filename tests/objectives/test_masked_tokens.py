@@ -17,7 +17,7 @@ from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError
 
 MASK = 31
-OBJECTIVE = MaskedTokens(mask_token=MASK, vocab=31, never=(0,))
+OBJECTIVE = MaskedTokens(mask_token=MASK, vocab=31, unmasked_ids=(0,))
 
 
 def batch(tokens) -> Batch:
@@ -29,7 +29,7 @@ def batch(tokens) -> Batch:
 def test_15_of_100_are_chosen_and_80_10_10_is_done_with_them():
     tokens = jax.random.randint(jax.random.key(0), (200, 1_000), 0, 31)
     real = jnp.arange(1_000) < 900
-    hidden, chosen = OBJECTIVE.hide(tokens, jnp.broadcast_to(real, tokens.shape), jax.random.key(1))
+    hidden, chosen = OBJECTIVE.mask(tokens, jnp.broadcast_to(real, tokens.shape), jax.random.key(1))
     may = real & (tokens != 0)
     assert not (chosen & ~may).any()
     np.testing.assert_array_equal(jnp.where(chosen, tokens, hidden), tokens)
@@ -42,10 +42,10 @@ def test_15_of_100_are_chosen_and_80_10_10_is_done_with_them():
 
 def test_the_choice_is_the_same_on_a_mesh():
     tokens = np.random.default_rng(0).integers(0, 31, (8, 16), np.int32)
-    expected = OBJECTIVE.hide(jnp.asarray(tokens), jnp.asarray(tokens != 3), jax.random.key(1))
+    expected = OBJECTIVE.mask(jnp.asarray(tokens), jnp.asarray(tokens != 3), jax.random.key(1))
     with sharding.use(MeshConfig(data=8).make()):
         placed, real = (sharding.global_array(x, DEFAULT_RULES) for x in (tokens, tokens != 3))
-        found = jax.jit(OBJECTIVE.hide)(placed, real, jax.random.key(1))
+        found = jax.jit(OBJECTIVE.mask)(placed, real, jax.random.key(1))
         assert [x.sharding.spec[0] for x in found] == [placed.sharding.spec[0]] * 2
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
@@ -90,7 +90,9 @@ def test_an_encoder_learns_to_fill_in():
     assert after["loss"][0] / after["loss"][1] < 0.5
 
 
-@pytest.mark.parametrize(("change", "field"), [({"share": 0.0}, "share"), ({"mask_token": -1}, "mask_token")])
+@pytest.mark.parametrize(
+    ("change", "field"), [({"mask_probability": 0.0}, "mask_probability"), ({"mask_token": -1}, "mask_token")]
+)
 def test_a_bad_field_is_named(change, field):
     with pytest.raises(UserError, match=f"objective.{field}: got"):
         MaskedTokens(**{"mask_token": 1, "vocab": 2, **change})

@@ -65,7 +65,7 @@ def attention(
     """
     k, v = sharding.with_heads_of(q, k, v)
     case = q, k, v, mask, Options(bias, sinks, scale, softcap, dropout if key is not None else 0.0, key)
-    if implementation is None or (implementation in CONTEXT_PARALLEL and not sharding.row_axes(q)):
+    if implementation is None or (implementation in CONTEXT_PARALLEL and not sharding.sequence_axes(q)):
         implementation = _choose(*case)
     elif implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
@@ -80,7 +80,7 @@ def _module(name: str) -> Any:
 
 
 def _choose(q: Array, *case: Any) -> str:
-    rest = CONTEXT_PARALLEL if sharding.row_axes(q) else ("chunked", "plain") if q.shape[1] >= LONG else ("plain",)
+    rest = CONTEXT_PARALLEL if sharding.sequence_axes(q) else ("chunked", "plain") if q.shape[1] >= LONG else ("plain",)
     names = *CHOICE.get(target.backend(), ()), *rest
     reasons = {name: _module(name).unsupported_reason(q, *case) for name in names}
     for name, reason in reasons.items():

@@ -21,7 +21,7 @@ from gptjax.types import Array
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
-    if not sharding.cuts_rows(q, k, v):
+    if not sharding.shards_sequence(q, k, v):
         return "needs sequences sharded into equal parts, queries and keys alike"
     if options.dropout:
         return "has no dropout"
@@ -32,7 +32,7 @@ def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Option
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    kernel = functools.partial(_attend, sharding.row_axes(q), mask, options)
+    kernel = functools.partial(_attend, sharding.sequence_axes(q), mask, options)
     axes = ("BTNH", "BSKH", "BSKH", "N", "NT.", "BT", "BS", "BS")
     given = options.sinks, options.bias, mask.query_segments, mask.key_segments, mask.prefix
     return sharding.on_each_device(kernel, axes, q, k, v, *given)

@@ -19,7 +19,7 @@ from gptjax.types import Array
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
-    return "needs sequences that are not sharded" if sharding.row_axes(q) else None
+    return "needs sequences that are not sharded" if sharding.sequence_axes(q) else None
 
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:

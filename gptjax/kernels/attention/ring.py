@@ -38,7 +38,7 @@ CHUNK = 128
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
-    if not sharding.cuts_rows(q, k, v):
+    if not sharding.shards_sequence(q, k, v):
         return "needs sequences sharded into equal parts, queries and keys alike"
     if options.bias is not None or options.dropout:
         return "has no bias or dropout"
@@ -49,7 +49,7 @@ def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Option
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    mesh_axes = sharding.row_axes(q)
+    mesh_axes = sharding.sequence_axes(q)
     length = q.shape[1] // sharding.num_shards(q, 1)
     balanced = mask.causal and mask.window is None and mask.prefix is None and length % 2 == 0
     pieces = 2 if balanced else 1

@@ -51,14 +51,14 @@ def unsupported_reason(q: Array, k: Array, v: Array) -> str | None:
     return None
 
 
-def cuts_rows(q: Array, k: Array, v: Array) -> bool:
+def shards_sequence(q: Array, k: Array, v: Array) -> bool:
     """True if the sequences of q [B, T, N, H], k and v [B, S, K, H] are sharded over the mesh, all three alike."""
     (_, length, _, size), *others = (_spec(x) for x in (q, k, v))
     whole_heads = not size and all(spec[3] is None for spec in others)
-    return bool(row_axes(q)) and whole_heads and all(spec[1] == length for spec in others)
+    return bool(sequence_axes(q)) and whole_heads and all(spec[1] == length for spec in others)
 
 
-def row_axes(q: Array) -> tuple[str, ...]:
+def sequence_axes(q: Array) -> tuple[str, ...]:
     """The mesh axes over which the sequences of q [B, T, N, H] are sharded."""
     return _names(_spec(q)[1])
 

@@ -29,7 +29,7 @@ BLOCKS = 512, 256, 128
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Reason splash cannot handle the inputs (completes "it ..."), or None."""
-    if not sharding.cuts_rows(q, k, v) and (reason := sharding.unsupported_reason(q, k, v)):
+    if not sharding.shards_sequence(q, k, v) and (reason := sharding.unsupported_reason(q, k, v)):
         return reason
     T, S = q.shape[1] // sharding.num_shards(q, 1), k.shape[1]
     if T % BLOCKS[-1] or S % BLOCKS[-1]:
@@ -47,7 +47,7 @@ def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Option
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
     """As `gptjax.kernels.attention.attention`."""
-    scale, mesh_axes = options.scale_of(q), sharding.row_axes(q)
+    scale, mesh_axes = options.scale_of(q), sharding.sequence_axes(q)
     balanced = bool(mesh_axes) and mask.causal and mask.window is None
     row, specs = _kernel(q, k, mask, options.softcap, balanced)
 
@@ -123,7 +123,7 @@ def _kernel(q: Array, k: Array, mask: Mask, softcap: float | None, balanced: boo
         residual_checkpoint_name=SAVED,
         interpret=target.backend() != "tpu",
     )
-    spec = PartitionSpec(None, sharding.row_axes(q) if parts > 1 else None)
+    spec = PartitionSpec(None, sharding.sequence_axes(q) if parts > 1 else None)
     mesh = get_abstract_mesh()
     sizes = AbstractMesh(
         mesh.axis_sizes, mesh.axis_names
