@@ -110,6 +110,31 @@ def reader(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     return made
 
 
+def with_added(tokenizer: HuggingFaceTokenizer, tokens: Iterable[Mapping[str, Any]]) -> HuggingFaceTokenizer:
+    """The tokenizer with those of the tokens that it lacks, as `transformers` adds them.
+
+    tokens  like those of "added_tokens"; without an "id", that of the piece of this name, or the next"""
+    spec, specials = json.loads(tokenizer.data), dict(tokenizer.specials)
+    known = {token["content"] for token in spec["added_tokens"]}
+    there = tokenizer.library.get_vocab(with_added_tokens=True)
+    for token in tokens:
+        name = token["content"]
+        if name in known:
+            continue
+        known.add(name)
+        i = there[name] = token.get("id", there.get(name, 1 + max(there.values())))
+        flags = {flag: token[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized") if flag in token}
+        special = bool(token.get("special"))
+        spec["added_tokens"].append(_added(name, i, special) | flags)
+        if special:
+            specials[name] = i
+    if len(known) == len(json.loads(tokenizer.data)["added_tokens"]):
+        return tokenizer
+    spec["added_tokens"].sort(key=lambda token: token["id"])
+    _hold_ids(spec)
+    return HuggingFaceTokenizer(json.dumps(spec).encode(), specials)
+
+
 def from_merges(
     vocab: Mapping[str, int], merges: Iterable[Sequence[str]], specials: Mapping[str, int], prefix: bool
 ) -> HuggingFaceTokenizer:

@@ -24,7 +24,7 @@ from gptjax.data.tokenizers import (
 from gptjax.data.tokenizers.huggingface import unknown_piece
 from gptjax.data.tokenizers.tokenizer import ROLES, add_roles
 from gptjax.interop.templates import NATIVE, ChatTemplate, jinja_source
-from gptjax.interop.tokenizer_json import canonical, from_merges, from_pieces, specification
+from gptjax.interop.tokenizer_json import canonical, from_merges, from_pieces, specification, with_added
 from gptjax.types import UserError
 
 
@@ -42,8 +42,9 @@ def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
     settings = _settings(folder)
     file = folder / "spiece.model"
     file = file if file.exists() and not (folder / "tokenizer.json").exists() else model_file(folder)
-    if file is not None and file.suffix == ".json":
-        tokenizer = load_tokenizer(file)
+    if file is not None and file.name == "tokenizer.json":
+        tokenizer = with_added(HuggingFaceTokenizer.from_file(file), _named_elsewhere(folder, settings))
+        tokenizer.check_specials(file)
     elif file is not None:
         tokenizer = load_tokenizer(file)
         # Fine-tuned models have more special tokens than their SentencePiece file, and Llama 3's file has none.
@@ -160,6 +161,22 @@ def appends_eos(folder: str | Path, tokenizer: Tokenizer) -> bool:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return bool(tokenizer.post_processor_ids[1])
     return _settings(Path(folder)).get("add_eos_token", False)
+
+
+def _named_elsewhere(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tokens in the files beside tokenizer.json: those with an id, then the special tokens that are named."""
+    decoder = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    found = [{**token, "id": i} for i, token in sorted(decoder.items())]
+    added = sorted(_json(folder / "added_tokens.json").items(), key=lambda item: item[1])
+    found += [{"content": name, "id": i} for name, i in added]
+    names = [settings.get(key) for keys in ROLES.values() for key in keys]
+    names += [token["content"] if isinstance(token, dict) else token for token in _additional(settings)]
+    return found + [{"content": name, "special": True} for name in names if isinstance(name, str)]
+
+
+def _additional(settings: dict[str, Any]) -> list[Any]:
+    tokens = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    return list(tokens.values()) if isinstance(tokens, dict) else list(tokens)
 
 
 def _within(tokenizer: Tokenizer, vocab: int) -> Tokenizer:

@@ -119,3 +119,42 @@ def test_a_token_beyond_the_embedding_is_dropped_or_refused_if_needed(settings: 
     else:
         with pytest.raises(UserError, match=says):
             load(tmp_path, size)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("default")
+def test_tokens_that_only_other_files_name_are_added_as_transformers_adds_them(tmp_path: Path):
+    """Older fine-tuned models have some in tokenizer_config.json or added_tokens.json alone."""
+    transformers = pytest.importorskip("transformers", reason="compares with it: pip install -e '.[torch]'")
+    base = json.loads(byte_level().data)
+    piece = "<|start|>"  # in the vocabulary, and no merge makes it
+    base["model"]["vocab"][piece] = len(base["model"]["vocab"])
+    size = len(base["model"]["vocab"])
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {
+            str(size): {"content": "<think>", "special": False, **flags},
+            str(size + 1): {"content": "<|im_end|>", "special": True, **flags},
+        },
+        "eos_token": "<|im_end|>",
+        "pad_token": "<pad>",
+        "bos_token": piece,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(base))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load(tmp_path)
+    assert reader(ours).get_vocab(with_added_tokens=True) == theirs.get_vocab()
+    assert (ours.eos, ours.specials["<pad>"]) == (size + 1, size + 2) == (theirs.eos_token_id, theirs.pad_token_id)
+    text = f"a<think>b<|im_end|>{piece}<pad> c"
+    assert reader(ours).encode(text, add_special_tokens=False).ids == theirs(text, add_special_tokens=False).input_ids
+    assert not {*ours.encode(text)} & {*ours.specials.values()}
+    assert load(tmp_path, size + 2).vocab == size + 2, "padding is dropped"
+    with pytest.raises(UserError, match=r"'<\|im_end\|>', which ends a text"):
+        load(tmp_path, size + 1)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "x"}))
+    with pytest.raises(UserError, match="reads special token 'x' in plain text"):
+        load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<late>": size + 5}))
+    assert reader(load(tmp_path)).token_to_id("<late>") == size + 5

@@ -58,27 +58,32 @@ class HuggingFaceTokenizer(Tokenizer):
         if (unknown := unknown_piece(spec)) not in roles.values():
             added.pop(unknown, None)
         tokenizer = cls(data, add_roles(added, roles))
-        for name in tokenizer.specials:
-            if set(tokenizer.encode(name)) & set(tokenizer.specials.values()):
+        tokenizer.check_specials(path)
+        return tokenizer
+
+    def check_specials(self, path: Path) -> None:
+        """Raise `UserError` if plain text encodes to a special token."""
+        for name in self.specials:
+            if set(self.encode(name)) & set(self.specials.values()):
                 raise UserError(
                     f"tokenizer: got {path}, which reads special token {name!r} in plain text, must not; use another"
                 )
-        return tokenizer
 
     @functools.cached_property
-    def _tokenizer(self) -> tokenizers.Tokenizer:
+    def library(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, which reads special tokens in text as plain text."""
         return _library(self.data)
 
     @functools.cached_property
     def post_processor_ids(self) -> tuple[list[int], list[int]]:
         """Ids that the file's post-processor adds before and after all text."""
-        encoding = self._tokenizer.encode("a")
+        encoding = self.library.encode("a")
         text = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
         return (encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]) if text else (encoding.ids, [])
 
     @functools.cached_property
     def pieces(self) -> list[bytes]:
-        tokenizer, spec = self._tokenizer, json.loads(self.data)
+        tokenizer, spec = self.library, json.loads(self.data)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         pieces = [b""] * (1 + max(vocabulary.values()))
         alphabet = byte_alphabet()
@@ -102,10 +107,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return pieces
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.library.encode(text, add_special_tokens=False).ids
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.library.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 @functools.lru_cache(maxsize=2)  # large files are slow to read
