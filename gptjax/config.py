@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import io
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -144,6 +146,11 @@ def _public_name(cls: type) -> str | None:
     """Name by which gptjax exports a class for configurations, such as "gptjax.nn.RoPE"; or None."""
     packages = EXPORTS if cls.__module__.startswith("gptjax.") else ()
     return next((f"{p}.{cls.__name__}" for p in packages if _exported(p, cls.__name__) is cls), None)
+
+
+def digest(data: Any) -> str:
+    """SHA-256, in hex, of a value of JSON types."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def check_name(name: str, field: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath  # pathlib that also knows gs://
 
+from gptjax.config import digest
 from gptjax.io import atomic
 
 NAME = "manifest.json"
@@ -58,14 +59,14 @@ def amend(folder: epath.Path, **content: Any) -> None:
 
 
 def _write(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    atomic.write_text(folder / NAME, json.dumps({"sha256": _sha256_of_json(manifest), **manifest}, indent=1))
+    atomic.write_text(folder / NAME, json.dumps({"sha256": digest(manifest), **manifest}, indent=1))
 
 
 def read(folder: epath.Path) -> dict[str, Any] | None:
     """The manifest, or None if it is missing or damaged. The files are not verified."""
     try:
         manifest = json.loads((folder / NAME).read_text())
-        return manifest if manifest.pop("sha256") == _sha256_of_json(manifest) else None
+        return manifest if manifest.pop("sha256") == digest(manifest) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -126,12 +127,8 @@ def _digests(folder: epath.Path, names: list[str]) -> Files:
 
 
 def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sha256_of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+            hashed.update(chunk)
+    return hashed.hexdigest()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from gptjax.config import digest
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.io import atomic, retry
 from gptjax.protocols import Source, Split, Tokenizer
@@ -184,7 +184,7 @@ def tokenize(
         "split": split,
         "encoding": f"{encode.__module__}.{encode.__qualname__}",
     }
-    folder = Path(cache_dir) / f"{split}-{_sha256(made_from)[:16]}"
+    folder = Path(cache_dir) / f"{split}-{digest(made_from)[:16]}"
     with _writing(folder), atomic.lock(folder.with_suffix(".lock")):
         if (store := _open(folder, tokenizer.vocab)) is not None:
             return store
@@ -207,8 +207,7 @@ def _writing(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        inside = error.filename is not None and Path(error.filename).is_relative_to(folder.parent)
-        if not inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if not atomic.unwritable(error, folder.parent):
             raise
         raise UserError(
             f"cache: cannot write to {folder.parent} ({error.strerror}); free some space, make it writable, or set "
@@ -222,17 +221,17 @@ def _open(folder: Path, vocab: int) -> Store | None:
         return None
     try:
         header = json.loads((folder / "header.json").read_text())
-        if header.pop("sha256") != _sha256(header):
+        if header.pop("sha256") != digest(header):
             raise ValueError("header.json is not as it was written")
-        for name, digest in header["verified"].items():
-            if _digest(folder / name) != digest:
+        for name, expected in header["verified"].items():
+            if _digest(folder / name) != expected:
                 raise ValueError(f"{name} is not as it was written")
         return Store(
             path=folder / "tokens.bin",
             dtype=header["dtype"],
             offsets=_map(folder / "offsets.bin", "int64"),
             vocab=vocab,
-            fingerprint=_sha256(header["files"]),
+            fingerprint=digest(header["files"]),
             weights_path=folder / "weights.bin" if "weights.bin" in header["files"] else None,
             labels=_map(folder / "labels.bin", "int32") if "labels.bin" in header["files"] else None,
         )
@@ -245,7 +244,7 @@ def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, ma
     """Store all documents in `folder`, header last. Returns the number of tokens."""
     dtype = "uint16" if vocab <= 1 << 16 else "uint32"
     count = tokens = 0
-    digests = {}
+    hashes = {}
     told = time.monotonic()
     with contextlib.ExitStack() as stack:
         names = "tokens.bin", "offsets.bin", "weights.bin", "labels.bin"
@@ -253,7 +252,7 @@ def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, ma
 
         def write(name: str, values: np.ndarray) -> None:
             data = values.tobytes()
-            digests.setdefault(name, hashlib.sha256()).update(data)
+            hashes.setdefault(name, hashlib.sha256()).update(data)
             files[name].write(data)
 
         write("offsets.bin", np.array([0], "int64"))
@@ -276,17 +275,17 @@ def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, ma
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 log.info("tokenizing %s: %d documents, %d tokens so far", what, count, tokens)
-    for name in files.keys() - digests.keys():
+    for name in files.keys() - hashes.keys():
         (folder / name).unlink()
     header = {
         **made_from,
         "dtype": dtype,
         "documents": count,
         "tokens": tokens,
-        "files": {name: digest.hexdigest() for name, digest in digests.items()},
-        "verified": {name: _digest(folder / name) for name in digests},
+        "files": {name: found.hexdigest() for name, found in hashes.items()},
+        "verified": {name: _digest(folder / name) for name in hashes},
     }
-    (folder / "header.json").write_text(json.dumps({"sha256": _sha256(header), **header}, indent=1))
+    (folder / "header.json").write_text(json.dumps({"sha256": digest(header), **header}, indent=1))
     return tokens
 
 
@@ -296,22 +295,18 @@ def _digest(path: Path, *facts: str) -> str:
     size = path.stat().st_size
     whole = size <= BLOCK * BLOCKS or path.name in ("offsets.bin", "labels.bin")
     count = -(-size // BLOCK) if whole else BLOCKS
-    digest = hashlib.sha256(json.dumps([size, *facts]).encode())
+    hashed = hashlib.sha256(json.dumps([size, *facts]).encode())
     with open(path, "rb") as file:
         for block in range(count):
             if not whole:
                 file.seek(block * (size - BLOCK) // (count - 1))
-            digest.update(file.read(BLOCK))
-    return digest.hexdigest()
+            hashed.update(file.read(BLOCK))
+    return hashed.hexdigest()
 
 
 def combine(*fingerprints: str) -> str:
     """Fingerprint of several stores together."""
-    return _sha256(fingerprints)
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return digest(fingerprints)
 
 
 def _chunks(documents: Iterator[Document], size: Callable[[Document], int]) -> Iterator[list[Document]]:

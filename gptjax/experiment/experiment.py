@@ -320,7 +320,8 @@ def _given(params: Params, abstract: Params) -> Params:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Context in which no other job trains in the folder. Raises UserError if one does."""
+    """Context in which no other job trains in the folder. Raises UserError if one does, or on an unwritable disk."""
+    unwritable = f"out: cannot write to {folder} ({{}}); free some space, make it writable or choose another --out"
     with contextlib.ExitStack() as stack:
         wrong = None
         if jax.process_index() == 0 and not _foreign(folder):
@@ -330,10 +331,15 @@ def _locked(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 wrong = f"{folder} is in use by another run; wait for its end, or choose another folder with --out"
             except OSError as error:
-                wrong = f"out: cannot write to {folder} ({error.strerror}); choose another folder with --out"
+                wrong = unwritable.format(error.strerror)
         if (wrong := processes.allgather(wrong)[0]) is not None:
             raise UserError(wrong)
-        yield
+        try:
+            yield
+        except OSError as error:
+            if atomic.unwritable(error, folder):
+                raise UserError(unwritable.format(error.strerror)) from error
+            raise
 
 
 def _foreign(folder: Path) -> bool:

@@ -9,6 +9,7 @@ The new file or folder is written beside its place, synced to disk and renamed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -70,6 +71,13 @@ def lock(path: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
         except OSError as error:
             _log.warning("%s: this file system has no locks (%s)", path, error.strerror)
         yield
+
+
+def unwritable(error: OSError, folder: Path) -> bool:
+    """True if a disk is full or read-only, or if a file in the folder must not be written."""
+    inside = error.filename is not None and Path(error.filename).is_relative_to(folder)
+    denied = inside and error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+    return denied or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def partial_of(path: str | os.PathLike[str]) -> Path:

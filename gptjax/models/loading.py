@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.checkpoint.checkpoint import Checkpoints, Restored
-from gptjax.config import check_name, differences, from_json
+from gptjax.config import check_name, differences, digest, from_json
 from gptjax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from gptjax.data.tokenizers.missing import MissingTokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
@@ -233,6 +233,8 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
     from gptjax.interop import safetensors
     from gptjax.interop.templates import ChatTemplate
 
+    if config.pop("sha256", None) != digest(config):
+        raise UserError(f"path: got {path}, whose config.json is not as it was saved; restore it")
     model = _model(config["model"], dtype)
     found = _model_class(kind, type(model), path)
     tokenizer = _load_tokenizer(path, config["tokenizer"])

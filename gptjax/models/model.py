@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from gptjax.config import to_json
+from gptjax.config import digest, to_json
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.distributed.parameters import declared, flat
@@ -48,7 +48,9 @@ class Model:
         """Write a new folder for `load`: config.json, params.npz, tokenizer/. Raises UserError if it exists."""
         with _new_folder(path) as folder:
             config = {"model": to_json(self.config), "tokenizer": self.tokenizer.fingerprint, **self._settings}
-            (folder / "config.json").write_text(json.dumps(config, indent=2, default=dataclasses.asdict) + "\n")
+            config = json.loads(json.dumps(config, default=dataclasses.asdict))
+            config |= {"sha256": digest(config)}
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             # numpy's format lacks bfloat16; float32 has the same values.
             arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat(self.params).items()}
             np.savez(folder / "params.npz", **arrays)

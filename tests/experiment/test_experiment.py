@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -364,10 +365,23 @@ def test_two_runs_in_one_folder(finished, monkeypatch, capsys):
     assert launcher.main(command) == 0
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    """One line for each of the files of a run; what is there afterwards is whole."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^out: cannot write to .*file \(File exists\); choose another folder"):
+    with pytest.raises(UserError, match=r"^out: cannot write to .*file \(File exists\); free some space, make it"):
         EXPERIMENT.run(tmp_path / "file")
+    sync = atomic._sync
+    for full in ("config.json", "tokenizer"):
+
+        def fail(path, full=full):
+            if path.name == f"{full}.partial":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            sync(path)
+
+        monkeypatch.setattr(atomic, "_sync", fail)
+        with pytest.raises(UserError, match=r"^out: cannot write to .*run \(No space left on device\); free some"):
+            EXPERIMENT.run(tmp_path / "run")
+        assert not (tmp_path / "run" / full).exists()
 
 
 def test_a_run_killed_in_its_first_moment_is_not_something_else(tmp_path):

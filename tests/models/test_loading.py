@@ -1,6 +1,7 @@
 """Parameters are loaded with the requested sharding and dtype, from files of any format."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -85,3 +86,21 @@ def test_a_model_of_bfloat16_is_saved_as_it_is(folders, tmp_path):
     again = gptjax.load(tmp_path / "again")
     assert again.config.dtype == "bfloat16"
     np.testing.assert_array_equal(again.logits(TOKENS), lm.logits(TOKENS))
+
+
+def test_a_configuration_that_is_not_as_it_was_saved_is_refused(folders, tmp_path):
+    """One bit of it, anywhere."""
+    shutil.copytree(folders["saved"], tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    content = path.read_bytes()
+    for at, bit in np.random.default_rng(0).integers([0, 0], [len(content), 8], (200, 2)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        try:
+            if json.loads(path.read_bytes()) == json.loads(content):  # another white space
+                continue
+        except ValueError:
+            pass
+        with pytest.raises(UserError, match=r"^path: got .*, whose config\.json (is damaged|is not as it|has an unk)"):
+            gptjax.load(path.parent)
+    path.write_bytes(content)
+    gptjax.load(path.parent)
