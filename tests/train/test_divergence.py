@@ -199,7 +199,7 @@ def test_the_default_keeps_nothing_and_judges_nothing(tmp_path):
     batch, state = next(Numbered((), ())), jax.jit(plain.new)()
     texts = [p.step.lower(jax.eval_shape(p.new), batch).as_text() for p in (plain, skipping)]
     assert texts[0].count("is_finite") == texts[1].count("is_finite") - 1
-    older = {name: value for name, value in vars(state).items() if name != "watch"}
+    older = {name: value for name, value in vars(state).items() if name != "statistics"}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, older, {})
         restored = checkpoints.restore(jax.eval_shape(plain.new)).state
