@@ -196,13 +196,13 @@ def test_there_is_a_limit_and_what_is_saved_is_finite(tmp_path, policy, step):
 def test_the_default_keeps_nothing_and_judges_nothing(tmp_path):
     """A checkpoint from before there were policies fits, and the step computes nothing that it did not."""
     plain, skipping = (program(dataclasses.replace(STAGE, divergence=d), Transformer(CONFIG)) for d in (Stop(), Skip()))
-    batch, state = next(Numbered((), ())), jax.jit(plain.new)()
-    texts = [p.step.lower(jax.eval_shape(p.new), batch).as_text() for p in (plain, skipping)]
+    batch, state = next(Numbered((), ())), jax.jit(plain.init_state)()
+    texts = [p.step.lower(jax.eval_shape(p.init_state), batch).as_text() for p in (plain, skipping)]
     assert texts[0].count("is_finite") == texts[1].count("is_finite") - 1
     older = {name: value for name, value in vars(state).items() if name != "statistics"}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, older, {})
-        restored = checkpoints.restore(jax.eval_shape(plain.new)).state
+        restored = checkpoints.restore(jax.eval_shape(plain.init_state)).state
     assert same(jax.tree.leaves(restored.params), jax.tree.leaves(state.params))
     assert restored.statistics is None
 
