@@ -9,6 +9,7 @@ An experiment is a Python file with `experiment = Experiment(...)`; `python -m e
                 heartbeat/          state of each process; hang/ and profile/ as needed
                 run.lock            held by the job that trains here
                 report/             report.md, curves as PNG, results of the evaluations
+                stale/              checkpoints of stages that were trained again, after an earlier one was
 
 `gptjax chat runs/NAME` and `gptjax.load("runs/NAME")` need nothing else.
 """
@@ -18,13 +19,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
-import json
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +29,14 @@ import jax
 from rich.console import Console
 
 from gptjax.checkpoint.checkpoint import Checkpoints
-from gptjax.config import allow, check_name, differences, from_json, modules, to_json
+from gptjax.config import check_name, to_json
 from gptjax.data.files import cache_dir
 from gptjax.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
 from gptjax.data.tokenizers.tokenizer import decoder_start
 from gptjax.distributed import processes, sharding
 from gptjax.distributed.parameters import declared, nested
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
-from gptjax.experiment import report
+from gptjax.experiment import report, run_folder
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.io import atomic
@@ -52,13 +49,6 @@ from gptjax.types import Params, Result, UserError
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 """Sampling of text samples during training."""
-LOCK = "run.lock"
-PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
-
-CHANGEABLE = ("mesh", "rules", "wandb")
-"""Fields that do not affect training, except for the rounding of sums: a run may be resumed with other values."""
-CHANGEABLE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_timeout", "prompts")
-"""The same, of a stage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,28 +112,23 @@ class Experiment:
         # Paths are neither wrapped nor parsed as markup, so that they can be copied.
         console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
         self.check(jax.device_count())
-        with _locked(folder):
-            changed = self._open(folder, accept_changes)
-            for line in changed:
+        with run_folder.lock(folder):
+            for line in run_folder.prepare(folder, self, accept_changes):
                 console.print(f"changed: {line}")
             tokenizer = self._tokenizer(folder, console)
             self._check_prompts(tokenizer)
             self._check_evaluations(folder, tokenizer)
-            cache = cache_dir() / "tokens"
-            mesh = self.mesh.make()
-            model = self.model.build(self.rules)
+            model, mesh = self.model.build(self.rules), self.mesh.make()
             pretrained = self._pretrained(model, tokenizer)
+            init, origin = pretrained, None  # initial parameters of the next stage, and their checkpoint
             results: dict[str, list[Result]] = {}
             with MetricsLogger(folder, self.wandb, to_json(self)) as records:
-                init = pretrained  # abstract parameters -> initial ones of the next stage
                 for name, stage in self.stages.items():
-                    checkpoints = folder / "checkpoints" / name
-                    restore = functools.partial(self._restore_stage, folder, name, pretrained)
-                    params = None
+                    checkpoints, params = folder / "checkpoints" / name, None
+                    run_folder.set_stale_aside(folder, name, origin, accept_changes, console)
                     with Checkpoints(checkpoints) as saved:
                         done = saved.complete(stage.steps)
                     if not done:
-                        (folder / "report" / f"{name}.json").unlink(missing_ok=True)
                         with sharding.use(mesh):
                             params = train(
                                 stage,
@@ -152,16 +137,25 @@ class Experiment:
                                 tokenizer,
                                 checkpoints,
                                 records,
-                                cache=cache,
+                                cache=cache_dir() / "tokens",
                                 seed=self.seed,
                                 init=init,
                                 sample=functools.partial(_sample, model, stage, tokenizer) if self._generates else None,
-                                description={"configuration": to_json(self)},
+                                description={"configuration": to_json(self), "origin": origin},
                                 profile=profile,
                                 accept_changes=accept_changes,
                             )
+                    restore = functools.partial(self._restore_stage, folder, name, pretrained)
                     init = restore if params is None else functools.partial(_given, params)
-                    results[name] = self._evaluate(folder, name, stage, tokenizer, model, mesh, init, console)
+                    origin = run_folder.identity(folder, name)
+                    stored = run_folder.StoredResults(folder / "report" / f"{name}.json", origin, stage.evaluations)
+                    results[name] = stored.read() or []
+                    if stage.evaluations and not results[name]:
+                        with sharding.use(mesh):
+                            trained = init(nested(declared(model)))
+                        evaluated = model_class(type(self.model))(self.model, trained, tokenizer, rules=self.rules)
+                        results[name] = _evaluate(name, stage, evaluated, console)
+                        stored.write(results[name])
             if jax.process_index() == 0:
                 report.write(folder, results, {name: stage.objective.unit for name, stage in self.stages.items()})
                 console.print(f"\nDone. Report: {_short(folder / 'report' / 'report.md')}")
@@ -192,48 +186,6 @@ class Experiment:
         adapters = {name: stage.adapter for name, stage in self.stages.items()}
         model = self.model.build(self.rules)
         return restore_stage_params(folder / "checkpoints", adapters, name, model, abstract, pretrained).state
-
-    def _open(self, folder: Path, accept_changes: bool) -> list[str]:
-        """Create or check the run folder. Returns the differences from its configuration."""
-        allow(*modules(self))
-        path = folder / "config.json"
-        changed = []
-        if path.exists():
-            try:
-                before = from_json(json.loads(path.read_text())["experiment"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: is damaged ({error}); restore it, or choose another --out") from error
-            changed, relevant = differences(before, self), differences(self._with_changeable(before), self)
-            if relevant and (folder / "checkpoints").exists() and not accept_changes:
-                raise UserError(
-                    f"{folder} has another configuration: {'; '.join(relevant)}. "
-                    "Resume anyway with --accept_changes, or choose another folder with --out"
-                )
-        elif _foreign(folder):
-            raise UserError(f"{folder} is not empty and not a run folder; choose another one with --out")
-        processes.barrier("all have read the folder")
-        if jax.process_index() == 0 and (changed or not path.exists()):
-            if changed and not (folder / "checkpoints").exists():
-                # A run that failed before training, such as on a wrong path, does not occupy the folder.
-                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-            content = {
-                "experiment": to_json(self),
-                "versions": {package: _version(package) for package in PACKAGES},
-                "python": sys.version.split()[0],
-                "git": _git_revision(),
-            }
-            atomic.write_text(path, json.dumps(content, indent=2) + "\n")
-        processes.barrier("the run folder is open")
-        return changed
-
-    def _with_changeable(self, before: Experiment) -> Experiment:
-        """The previous configuration, with this one's values of the fields that may change."""
-
-        def free(stage: Stage, now: Stage | None) -> Stage:
-            return stage if now is None else _with(stage, now, CHANGEABLE_OF_STAGES)
-
-        stages = {name: free(stage, self.stages.get(name)) for name, stage in before.stages.items()}
-        return dataclasses.replace(_with(before, self, CHANGEABLE), stages=stages)
 
     def _tokenizer(self, folder: Path, console: Console) -> Tokenizer:
         """The run's tokenizer: loaded from its folder, or built from the first stage's training text."""
@@ -278,74 +230,21 @@ class Experiment:
                 with _naming(f"{name}.evaluations.{number}"):
                     evaluation.check(tokenizer)
 
-    def _evaluate(
-        self,
-        folder: Path,
-        name: str,
-        stage: Stage,
-        tokenizer: Tokenizer,
-        model: Module,
-        mesh: jax.sharding.Mesh,
-        params: Callable[[Params], Params],
-        console: Console,
-    ) -> list[Result]:
-        """Results of a stage's evaluations, from the folder or computed now, on the mesh.
 
-        params  abstract parameters -> the stage's
-        """
-        path = folder / "report" / f"{name}.json"
-        found = processes.allgather(json.loads(path.read_text()) if path.exists() else None)[0]
-        if found is not None:
-            return [Result(**result) for result in found]
-        if not stage.evaluations:
-            return []
-        with sharding.use(mesh):
-            trained = params(nested(declared(model)))
-        evaluated = model_class(type(self.model))(self.model, trained, tokenizer, rules=self.rules)
-        results = []
-        for evaluation in stage.evaluations:
-            with console.status(f"{name}: evaluating {type(evaluation).__name__} ..."):
-                results.append(evaluation(evaluated))
-            values = ", ".join(f"{key} {value:.6g}" for key, value in results[-1].values.items())
-            console.print(f"{name}: {results[-1].title}: {values}")
-        if jax.process_index() == 0:
-            atomic.write_text(path, json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
-        return results
+def _evaluate(name: str, stage: Stage, model: Any, console: Console) -> list[Result]:
+    """Run a stage's evaluations, with a line for each."""
+    results = []
+    for evaluation in stage.evaluations:
+        with console.status(f"{name}: evaluating {type(evaluation).__name__} ..."):
+            results.append(evaluation(model))
+        values = ", ".join(f"{key} {value:.6g}" for key, value in results[-1].values.items())
+        console.print(f"{name}: {results[-1].title}: {values}")
+    return results
 
 
 def _given(params: Params, abstract: Params) -> Params:
     """Return `params`, which have the shardings of the abstract ones."""
     return params
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Context in which no other job trains in the folder. Raises UserError if one does, or on an unwritable disk."""
-    unwritable = f"out: cannot write to {folder} ({{}}); free some space, make it writable or choose another --out"
-    with contextlib.ExitStack() as stack:
-        wrong = None
-        if jax.process_index() == 0 and not _foreign(folder):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(atomic.lock(folder / LOCK, wait=False))
-            except BlockingIOError:
-                wrong = f"{folder} is in use by another run; wait for its end, or choose another folder with --out"
-            except OSError as error:
-                wrong = unwritable.format(error.strerror)
-        if (wrong := processes.allgather(wrong)[0]) is not None:
-            raise UserError(wrong)
-        try:
-            yield
-        except OSError as error:
-            if atomic.unwritable(error, folder):
-                raise UserError(unwritable.format(error.strerror)) from error
-            raise
-
-
-def _foreign(folder: Path) -> bool:
-    """True for a folder that has something in it, but no run."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return "config.json" not in names and not names <= {atomic.partial_of("config.json").name, LOCK}
 
 
 @contextlib.contextmanager
@@ -355,11 +254,6 @@ def _naming(where: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{where}.{error}") from None
-
-
-def _with(config: Any, other: Any, fields: Sequence[str]) -> Any:
-    """The configuration with the other's values of these fields."""
-    return dataclasses.replace(config, **{field: getattr(other, field) for field in fields})
 
 
 def _sample(model: Module, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:
@@ -374,25 +268,6 @@ def _sample(model: Module, stage: Stage, tokenizer: Tokenizer, params: Params, p
         length = min(64, (model.config.max_positions or sys.maxsize) - len(ids))
         done = generate(model, params, tokenizer, [ids], length, SAMPLING)
     return stage.data.separator + done[0].text
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """Commit of the working directory, with "+" if there are changes. None: not in a git repository."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _short(path: Path) -> str:

@@ -48,7 +48,7 @@ def test_an_encoder_decoder_trains_from_an_experiment(tmp_path, monkeypatch, cap
     folder = tmp_path / "run"
     Experiment(MODEL, data.Bytes(), {"train": STAGE}).run(folder)
     assert "gptjax chat" not in capsys.readouterr().out
-    (found,) = json.loads((folder / "report" / "train.json").read_text())
+    (found,) = json.loads((folder / "report" / "train.json").read_text())["results"]
     assert found["values"] == {"exact_match": 1.0, "documents": 8}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["sample"] for line in lines if "sample" in line][-1].startswith("a\n")

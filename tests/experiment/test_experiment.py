@@ -29,6 +29,7 @@ from gptjax.cli import run as launcher
 from gptjax.config import from_json
 from gptjax.distributed import sharding
 from gptjax.distributed.sharding import MeshConfig
+from gptjax.experiment import run_folder
 from gptjax.experiment.experiment import Experiment, Stage
 from gptjax.io import atomic
 from gptjax.monitor import metrics
@@ -386,7 +387,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
 
 def test_a_run_killed_in_its_first_moment_is_not_something_else(tmp_path):
     (tmp_path / "config.json.partial").write_text("{")
-    assert EXPERIMENT._open(tmp_path, accept_changes=False) == []
+    assert run_folder.prepare(tmp_path, EXPERIMENT, accept_changes=False) == []
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -394,7 +395,7 @@ def test_a_run_that_failed_before_it_trained_does_not_hold_its_folder(tmp_path):
     small = dataclasses.replace(EXPERIMENT, model=TransformerConfig(32, 1, 16, 2))
     with pytest.raises(UserError, match=r"^model.vocab: got 32, but the tokenizer has 34 ids"):
         small.run(tmp_path)
-    assert "model.vocab: 32 → 64" in EXPERIMENT._open(tmp_path, accept_changes=False)
+    assert "model.vocab: 32 → 64" in run_folder.prepare(tmp_path, EXPERIMENT, accept_changes=False)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
@@ -422,6 +423,7 @@ def test_a_run_that_diverges_says_so_in_one_line(tmp_path, monkeypatch, capsys):
 TINY = """
 import dataclasses
 from gptjax import data, objectives, optim
+from gptjax.experiment import run_folder
 from gptjax.experiment.experiment import Experiment, Stage
 from gptjax.nn import TransformerConfig
 

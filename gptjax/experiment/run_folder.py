@@ -1,0 +1,211 @@
+"""The folder of a run: who trains in it, what it was made with, and what in it is derived from what."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from rich.console import Console
+
+from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.config import allow, differences, from_json, modules, to_json
+from gptjax.distributed import processes
+from gptjax.io import atomic
+from gptjax.protocols import Evaluation
+from gptjax.types import Result, UserError
+
+if TYPE_CHECKING:
+    from gptjax.experiment.experiment import Experiment
+    from gptjax.train.stage import Stage
+
+LOCK = "run.lock"
+PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+
+CHANGEABLE = ("mesh", "rules", "wandb")
+"""Fields that do not affect training, except for the rounding of sums: a run may be resumed with other values."""
+CHANGEABLE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_timeout", "prompts")
+"""The same, of a stage."""
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Context in which no other job trains in the folder. Raises UserError if one does, or on an unwritable disk."""
+    unwritable = f"out: cannot write to {folder} ({{}}); free some space, make it writable or choose another --out"
+    with contextlib.ExitStack() as stack:
+        wrong = None
+        if jax.process_index() == 0 and not _foreign(folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(atomic.lock(folder / LOCK, wait=False))
+            except BlockingIOError:
+                wrong = f"{folder} is in use by another run; wait for its end, or choose another folder with --out"
+            except OSError as error:
+                wrong = unwritable.format(error.strerror)
+        if (wrong := processes.allgather(wrong)[0]) is not None:
+            raise UserError(wrong)
+        try:
+            yield
+        except OSError as error:
+            if atomic.unwritable(error, folder):
+                raise UserError(unwritable.format(error.strerror)) from error
+            raise
+
+
+def _foreign(folder: Path) -> bool:
+    """True for a folder that has something in it, but no run."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return "config.json" not in names and not names <= {atomic.partial_of("config.json").name, LOCK}
+
+
+def prepare(folder: Path, experiment: Experiment, accept_changes: bool) -> list[str]:
+    """Create or check the run folder. Returns the differences from its configuration."""
+    allow(*modules(experiment))
+    path = folder / "config.json"
+    changed = []
+    if path.exists():
+        try:
+            before = from_json(json.loads(path.read_text())["experiment"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: is damaged ({error}); restore it, or choose another --out") from error
+        changed, relevant = (
+            differences(before, experiment),
+            differences(_with_changeable(experiment, before), experiment),
+        )
+        if relevant and (folder / "checkpoints").exists() and not accept_changes:
+            raise UserError(
+                f"{folder} has another configuration: {'; '.join(relevant)}. "
+                "Resume anyway with --accept_changes, or choose another folder with --out"
+            )
+    elif _foreign(folder):
+        raise UserError(f"{folder} is not empty and not a run folder; choose another one with --out")
+    processes.barrier("all have read the folder")
+    if jax.process_index() == 0 and (changed or not path.exists()):
+        if changed and not (folder / "checkpoints").exists():
+            # A run that failed before training, such as on a wrong path, does not occupy the folder.
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+        content = {
+            "experiment": to_json(experiment),
+            "versions": {package: _version(package) for package in PACKAGES},
+            "python": sys.version.split()[0],
+            "git": _git_revision(),
+        }
+        atomic.write_text(path, json.dumps(content, indent=2) + "\n")
+    processes.barrier("the run folder is open")
+    return changed
+
+
+def _with_changeable(experiment: Experiment, before: Experiment) -> Experiment:
+    """The previous configuration, with this one's values of the fields that may change."""
+
+    def free(stage: Stage, now: Stage | None) -> Stage:
+        return stage if now is None else _with(stage, now, CHANGEABLE_OF_STAGES)
+
+    stages = {name: free(stage, experiment.stages.get(name)) for name, stage in before.stages.items()}
+    return dataclasses.replace(_with(before, experiment, CHANGEABLE), stages=stages)
+
+
+def _with(config: Any, other: Any, fields: Sequence[str]) -> Any:
+    """The configuration with the other's values of these fields."""
+    return dataclasses.replace(config, **{field: getattr(other, field) for field in fields})
+
+
+Identity = dict[str, Any]
+"""A checkpoint: stage, step and the SHA-256 of what decides its parameters."""
+
+
+def identity(folder: Path, stage: str) -> Identity:
+    """Identity of the newest checkpoint of a stage. The same training gives the same identity, on any mesh: a step that
+    is trained a second time, after its checkpoint was damaged, is the same."""
+    with Checkpoints(folder / "checkpoints" / stage) as checkpoints:
+        step, extra = checkpoints.latest_step(), checkpoints.extra() or {}
+    whole = extra["configuration"]
+    changeable = {*CHANGEABLE_OF_STAGES, "evaluations"}
+    decisive = {name: value for name, value in whole["stages"][stage].items() if name not in changeable}
+    made = {name: whole.get(name) for name in ("model", "seed", "init_from")} | {"stage": decisive}
+    made |= {name: extra.get(name) for name in ("tokenizer", "input", "rollbacks", "origin")}
+    sha256 = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    return {"stage": stage, "step": step, "sha256": sha256}
+
+
+def set_stale_aside(folder: Path, stage: str, origin: Identity | None, accept_changes: bool, console: Console) -> None:
+    """Move the checkpoints of a stage that started from other parameters than those of `origin`, such as before the
+    previous stage was extended, to `stale/`, so that it is trained again. Raises UserError unless `accept_changes`."""
+    path = folder / "checkpoints" / stage
+    with Checkpoints(path) as checkpoints:
+        extra = checkpoints.extra()
+    before = None if extra is None else extra.get("origin")
+    if extra is None or before == origin:
+        return
+    was, now = (f"step {of['step']} of {of['stage']}" if of else "other parameters" for of in (before, origin))
+    why = f"{stage}: was trained from {was}, which is not {now}, the newest checkpoint"
+    if before and origin and before["step"] == origin["step"]:
+        why = f"{stage}: was trained from another checkpoint of {now}"
+    if not accept_changes:
+        raise UserError(f"{why}; train it again with --accept_changes, or choose another folder with --out")
+    number = 1
+    while (aside := folder / "stale" / f"{stage}-{number}").exists():
+        number += 1
+    processes.barrier("all know the stale checkpoints")
+    if jax.process_index() == 0:
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+    processes.barrier("stale checkpoints are set aside")
+    console.print(f"{why}; trained again (the old checkpoints are in {aside})")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredResults:
+    """Results of a stage's evaluations in a file, bound to the checkpoint and the evaluations that gave them."""
+
+    path: Path
+    of: Identity
+    evaluations: Sequence[Evaluation]
+
+    def read(self) -> list[Result] | None:
+        """The results. None: there are none of this checkpoint and these evaluations."""
+        found = None
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            stored = json.loads(self.path.read_text())
+            if (stored["checkpoint"], stored["evaluations"]) == (self.of, self._configuration):
+                found = [dataclasses.asdict(Result(**result)) for result in stored["results"]]
+        found = processes.allgather(found)[0]
+        return None if found is None else [Result(**result) for result in found]
+
+    def write(self, results: Sequence[Result]) -> None:
+        if jax.process_index() == 0:
+            values = [dataclasses.asdict(result) for result in results]
+            content = {"checkpoint": self.of, "evaluations": self._configuration, "results": values}
+            atomic.write_text(self.path, json.dumps(content, indent=2) + "\n")
+
+    @property
+    def _configuration(self) -> Any:
+        return json.loads(json.dumps(to_json(self.evaluations)))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Commit of the working directory, with "+" if there are changes. None: not in a git repository."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
