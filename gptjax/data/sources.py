@@ -7,6 +7,7 @@ be cached. Any class with these two methods is a source.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -325,10 +326,13 @@ def _builder(source: TFDS) -> Any:
     from etils import epath
 
     folder = epath.Path(source.data_dir or "").expanduser() / source.name
-    if (folder / "dataset_info.json").exists():
-        return tfds.builder_from_directory(folder)
     try:
-        builder = tfds.builder(source.name, data_dir=source.data_dir)
+        with _only_features_of_tfds():
+            if (folder / "dataset_info.json").exists():
+                return tfds.builder_from_directory(folder)
+            builder = tfds.builder(source.name, data_dir=source.data_dir)
+    except UserError:
+        raise
     except (ValueError, AssertionError):  # raised for an unknown name, configuration or version
         builder = None
     if builder is None or not builder.info.splits:
@@ -339,6 +343,27 @@ def _builder(source: TFDS) -> Any:
             f'.download_and_prepare()" (most of the catalogue needs tensorflow installed for that)'
         )
     return builder
+
+
+@contextlib.contextmanager
+def _only_features_of_tfds() -> Iterator[None]:
+    """Context in which TFDS does not import modules that a data set's files name for features of other packages."""
+    from tensorflow_datasets.core.features.feature import FeatureConnector
+
+    original = vars(FeatureConnector)["cls_from_name"]
+
+    def find(cls: Any, name: str) -> Any:
+        if not name.startswith("tensorflow_datasets.") and name not in cls._registered_features:
+            raise UserError(
+                f"name: got a data set with the feature {name}, must be features of TFDS; import its module"
+            )
+        return original.__get__(None, cls)(name)
+
+    FeatureConnector.cls_from_name = classmethod(find)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        FeatureConnector.cls_from_name = original
 
 
 def _records(builder: Any, split: str) -> tuple[int, Callable[[range], list[dict[str, Any]]]]:

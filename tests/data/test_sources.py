@@ -194,6 +194,20 @@ def test_no_such_tfds_data_set(tmp_path):
         assert "download_and_prepare" in message
 
 
+def test_a_data_set_runs_no_code(tmp_path, monkeypatch):
+    """TFDS imports the module of any feature that a data set's files name."""
+    (tmp_path / "brought.py").write_text("raise SystemExit('was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for folder in (tmp_path / "direct", tmp_path / "prepared" / "1.0.0"):
+        folder.mkdir(parents=True)
+        info = {"name": folder.name, "version": "1.0.0", "fileFormat": "array_record", "splits": []}
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+        (folder / "features.json").write_text(json.dumps({"pythonClassName": "brought.Thing", "featuresDict": {}}))
+    for name in ("direct", "prepared"):
+        with pytest.raises(UserError, match=r"^name: got a data set with the feature brought\.Thing, must be"):
+            list(TFDS(name, data_dir=str(tmp_path)).documents("train"))
+
+
 @pytest.mark.real
 def test_tiny_shakespeare_is_cut_as_nanogpt_cuts_it(shared):
     (train,), (validation,) = both(Text(str(shared / "data/tinyshakespeare.txt")))
