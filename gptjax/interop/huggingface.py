@@ -51,7 +51,7 @@ def load_hf(
     folder: str | Path, dtype: str | None = None, rules: ShardingRules = ShardingRules()
 ) -> tuple[ModelConfig, Params]:
     """Load the model in a folder, with parameters sharded by `rules` over the current mesh. It computes in bfloat16 if
-    most parameters are bfloat16, else in float32.
+    most parameters are bfloat16, else in float32; in float32 too if config.json says so, as in `transformers`.
 
     dtype  dtype of the parameters, float32 or bfloat16. None: the files' own
 
@@ -178,7 +178,9 @@ def from_tensors(
     params = {name: load(name, leaf) for name, leaf in abstract.items()}
     half = sum(x.nbytes for x in params.values() if x.dtype == jnp.bfloat16)
     mostly = 2 * half > sum(x.nbytes for x in params.values())  # routers' biases are float32 in bfloat16 files
-    return config.with_dtype("bfloat16" if mostly else "float32"), nested(params)
+    said = fields.get("dtype") or fields.get("torch_dtype")
+    exact = dtype is None and said == "float32"
+    return config.with_dtype("bfloat16" if mostly and not exact else "float32"), nested(params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -174,6 +174,28 @@ def test_a_head_beside_a_tied_embedding(case, same, tmp_path):
     assert load_hf(tmp_path / "ours")[0] == config
 
 
+@pytest.mark.torch
+@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("said", ["float32", "bfloat16", None])
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+def test_it_computes_as_exactly_as_in_transformers(held, said, name, tmp_path):
+    """In float32 where `transformers` does; also where the file is and config.json says bfloat16."""
+    transformers = pytest.importorskip("transformers", reason="compares with it: pip install -e '.[torch]'")
+    torch, auto, model = saved("AutoModelForCausalLM", tmp_path / "first", "llama", **CASES["llama"])
+    model.to(getattr(torch, held)).save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    fields = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("dtype", "torch_dtype")}
+    file.write_text(json.dumps(fields if said is None else {**fields, name: said}))
+    theirs = str(auto.from_pretrained(tmp_path / "theirs").dtype).removeprefix("torch.")
+    config, params = load_hf(tmp_path / "theirs")
+    assert config.dtype == ("float32" if held == "float32" else theirs)
+    assert params["embedding"].dtype == held
+    assert load_hf(tmp_path / "theirs", "bfloat16")[0].dtype == "bfloat16"
+    if theirs == held == "float32" or (theirs, held) == ("float32", "bfloat16"):
+        assert error(tmp_path, transformers, torch, "AutoModelForCausalLM")[-1] < 1e-5
+
+
 def test_what_disagrees_is_refused_in_one_line():
     llama, gpt2, gemma3, qwen2 = (
         next(family for family in FAMILIES if family.model_type == name)
