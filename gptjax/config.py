@@ -14,9 +14,10 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
@@ -24,6 +25,7 @@ from typing import Annotated, Any, TypeVar
 from gptjax.types import UserError
 
 Config = TypeVar("Config")
+Parsed = TypeVar("Parsed")
 
 EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax": ("Experiment", "MeshConfig", "ShardingRules", "Stage"),
@@ -189,7 +191,10 @@ def override(config: Config, arguments: Sequence[str], prog: str, description: s
     unknown option or a bad value."""
     from tyro import conf
 
-    names = list(_names(config, ""))
+    try:
+        names = list(_names(config, ""))
+    except RecursionError:
+        raise UserError("configuration: contains itself, must be a tree") from None
     settings = {"prog": prog, "description": description, "registry": _as_held()}
     settings["config"] = conf.AvoidSubcommands, conf.FlagConversionOff, conf.SuppressFixed
     changed, unknown = _parse(config, arguments, **settings)
@@ -218,21 +223,58 @@ def _parse(default: Config, arguments: Sequence[str], **settings: Any) -> tuple[
     """Replace the values of a configuration that the arguments name. Returns it and the unknown arguments."""
     import tyro
 
+    settings |= {"default": default, "args": arguments, "use_underscores": True, "return_unknown_args": True}
+    return parsed(lambda: tyro.cli(type(default), **settings))
+
+
+def parsed(parse: Callable[[], Parsed]) -> Parsed:
+    """Result of a call of tyro; numbers are finite, and integers have 64 bits. Raises UserError instead of exiting for
+    a mistake."""
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                type(default),
-                default=default,
-                args=arguments,
-                use_underscores=True,
-                return_unknown_args=True,
-                **settings,
-            )
+        with contextlib.redirect_stderr(errors), _numbers():
+            return parse()
     except SystemExit as stop:
         if not stop.code:
             raise
         raise _rejection(stop, errors.getvalue()) from None
+
+
+def _numbers() -> Any:
+    """A tyro registry whose integers have 64 bits and whose numbers are finite."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+    asking = False
+
+    @registry.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        nonlocal asking
+        if asking or info.type not in (int, float):
+            return None
+        asking = True  # disables this rule, so that tyro's own rule answers
+        spec = ConstructorRegistry.get_primitive_spec(info)
+        asking = False
+        assert isinstance(spec, PrimitiveConstructorSpec)
+        parse = _integer if info.type is int else _finite
+        return dataclasses.replace(spec, instance_from_str=lambda texts: parse(texts[0]))
+
+    return registry
+
+
+def _integer(text: str) -> int:
+    digits = text.strip().lstrip("+-")
+    number = int(text) if len(digits) < 100 and re.fullmatch(r"\d+(_\d+)*", digits) else None
+    if number is None or not -(2**63) <= number < 2**63:
+        raise ValueError(f"got {_short(text)}, must be an integer of at most 64 bits")
+    return number
+
+
+def _finite(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise ValueError(f"got {_short(text)}, must be a finite number")
 
 
 def _as_held() -> Any:
@@ -283,7 +325,13 @@ def _rejection(stop: SystemExit, printed: str) -> UserError:
     # A box has a title line, then paragraphs separated by rules; the first paragraph is the reason.
     paragraphs = re.split(r"[─-]{5,}", re.sub(r"\x1b\[[0-9;]*m", "", printed))
     lines = (line.strip(" │|╭╮╰╯+") for line in paragraphs[min(1, len(paragraphs) - 1)].splitlines())
-    reason, _, _ = " ".join(line for line in lines if line).partition(" Got errors:")
+    reason, _, errors = " ".join(line for line in lines if line).partition(" Got errors:")
+    if ours := re.search(r"got '.*?, must be [^']*?(?=$| - <class)", errors):  # of a number that may be None
+        reason = f"{reason.partition(':')[0]}: {ours[0]}"
+    if reason.startswith("Unrecognized options: "):
+        near = [option for text in paragraphs[2:] for option in re.findall(r"--[\w.-]+", text) if option != "--help"]
+        hint = f"; nearest: {near[0]}" if near else ""
+        return UserError(f"no option {reason.removeprefix('Unrecognized options: ').split(',')[0]}{hint}")
     return UserError(reason.removeprefix("Error parsing ").removesuffix("."))
 
 

@@ -266,9 +266,10 @@ def test_overrides_are_typed(arguments, expected):
         ("--zzzzzz 3", "no option --zzzzzz; see all with prog --help"),
         ("3", "got '3', which is not an option; give values as --name value"),
         ("--extra.x 3", "no option --extra.x; nearest: --extra; see all with prog --help"),
-        ("--model.layers many", "--model.layers: invalid literal for int() with base 10: 'many'"),
-        ("--model.kv_heads 1.5", "--model.kv_heads: no type matching {None}|INT could be instantiated from ['1.5']"),
+        ("--model.layers many", "--model.layers: got 'many', must be an integer of at most 64 bits"),
+        ("--model.kv_heads 1.5", "--model.kv_heads: got '1.5', must be an integer of at most 64 bits"),
         ("--model.layers", "Missing value for argument '--model.layers'. Expected 1 values"),
+        ("--model.positions.theta inf", "--model.positions.theta: got 'inf', must be a finite number"),
         ("--model.heads 3", "model.heads: got 3, must divide width 8"),
     ],
 )

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
-import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,6 +35,16 @@ Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
 
 tokenizer = tyro.extras.SubcommandApp()
+
+
+def _later(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """The function, called with its arguments when its result is called: its errors are not those of the parser."""
+
+    @functools.wraps(function)
+    def later(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(function, *arguments, **options)
+
+    return later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +158,7 @@ def evaluate(path: Model, text: str | None = None) -> None:
 
 
 @tokenizer.command
+@_later
 def train(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "unigram"] = "bpe") -> None:
     """Train a lossless SentencePiece tokenizer.
 
@@ -168,6 +179,7 @@ def train(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "uni
 
 
 @tokenizer.command
+@_later
 def report(path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")], files: Files) -> None:
     """Report a tokenizer's bytes per token, byte fallback and speed on some text.
 
@@ -220,43 +232,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 1 a plan that does not fit, 2 user error, 130 interrupted;
     for `gptjax run`, also those of `gptjax.cli.run.main`."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
-        print(__doc__, end="")
-        return 0
     processes.configure()
     try:
-        return _run(name, rest)
+        with run.Outcome(rest) as outcome:
+            return _run(name, rest)
+        return outcome.code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has closed the pipe, as in `gptjax generate ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except UnicodeDecodeError:
-        print("error: standard input: got bytes that are not UTF-8, must be text", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        from gptjax.types import UserError
-
-        if not isinstance(error, UserError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
+    if name in ("-h", "--help"):
+        print(__doc__, end="")
+        return 0
     if name == "run":
         return run.main(arguments)
     if name == "plan":
         return plan.main(arguments)
-    if name == "tokenizer":
-        tokenizer.cli(prog="gptjax tokenizer", args=arguments)
-    elif name in COMMANDS:
-        tyro.cli(COMMANDS[name], prog=f"gptjax {name}", args=arguments)
-    else:
+    if name != "tokenizer" and name not in COMMANDS:
         near = difflib.get_close_matches(name, ("run", "plan", "tokenizer", *COMMANDS), n=1)
-        hint = f"; the nearest: {near[0]}" if near else ""
-        print(f"error: no command {name!r}{hint}; see gptjax --help", file=sys.stderr)
-        return 2
+        return run.fail(f"no command {name!r}{f'; the nearest: {near[0]}' if near else ''}; see gptjax --help")
+    command = tokenizer.cli if name == "tokenizer" else functools.partial(tyro.cli, _later(COMMANDS[name]))
+    from gptjax.config import parsed
+
+    parsed(lambda: command(prog=f"gptjax {name}", args=arguments))()
     return 0
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import tyro
 
@@ -82,42 +83,42 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     own code), 2 a mistake in the input, 3 the training diverged, 130 interrupted, 134 another process of the job was
     lost, or what the experiment's `run` returned."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{__doc__}\n{_listing(program)}" if arguments else _listing(program))
-        return 0
-    name, *rest = arguments
-    if (mistake := catalogue.load_error(name)) is not None:
-        return _fail(mistake)
+    with Outcome(arguments) as outcome:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(f"{__doc__}\n{_listing(program)}" if arguments else _listing(program))
+            return 0
+        name, *rest = arguments
+        if (mistake := catalogue.load_error(name)) is not None:
+            return fail(mistake)
+        command = f"{program} {shlex.join(arguments)}"
 
-    from gptjax.distributed import processes
+        from gptjax.distributed import processes
 
-    processes.configure()
-    from gptjax.train.divergence import Diverged
-    from gptjax.types import UserError
+        processes.configure()
+        from gptjax.train.divergence import Diverged
 
-    try:
-        default = Options(str(Path("runs") / Path(name).stem), distributed=processes.is_multi_process())
-        options, experiment = _parse(name, rest, default, program)
-        if options.print:
-            return _print(experiment)
-        if options.coordinates:
-            return _coordinates(experiment, options.folder)
-        if options.distributed:
-            processes.initialize()
-        profile = {"profile": options.steps} if options.steps else {}
-        with _mirror(options):
-            return experiment.run(options.folder, accept_changes=options.accept_changes, **profile) or 0
-    except Diverged as error:
-        return _fail(str(error), code=3)
-    except Exception as error:
-        if processes.process_lost(error):
-            processes.exit_after_loss(f"{program} {shlex.join(arguments)}", error)
-        if isinstance(error, UserError):
-            return _fail(str(error))
-        raise
-    except KeyboardInterrupt:
-        print(f"\nstopped; to go on: {program} {shlex.join(arguments)}", file=sys.stderr)
-        return 130
+        try:
+            default = Options(str(Path("runs") / Path(name).stem), distributed=processes.is_multi_process())
+            options, experiment = _parse(name, rest, default, program)
+            if options.print:
+                return _print(experiment)
+            if options.coordinates:
+                return _coordinates(experiment, options.folder)
+            if options.distributed:
+                processes.initialize()
+            profile = {"profile": options.steps} if options.steps else {}
+            with _mirror(options):
+                return experiment.run(options.folder, accept_changes=options.accept_changes, **profile) or 0
+        except Diverged as error:
+            return fail(str(error), code=3)
+        except Exception as error:
+            if processes.process_lost(error):
+                processes.exit_after_loss(command, error)
+            raise
+        except KeyboardInterrupt:
+            print(f"\nstopped; to go on: {command}", file=sys.stderr)
+            return 130
+    return outcome.code
 
 
 def _parse(name: str, arguments: list[str], default: Options, program: str) -> tuple[Options, Experiment]:
@@ -166,6 +167,57 @@ def _listing(program: str) -> str:
     return "\n".join([f"Experiments; {program} NAME runs one, {program} NAME --help tells about it:", *lines])
 
 
-def _fail(message: str, code: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
+class Outcome:
+    """Context of a command that turns an error into an exit code: 2, with a line that names the option as typed, for a
+    mistake of the user and for a file or disk that cannot be used; 1 if the reader of the output is gone, as in
+    `gptjax ... | head`."""
+
+    def __init__(self, arguments: Sequence[str]):
+        self.arguments, self.code = arguments, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        try:
+            sys.stdout.flush()
+        except OSError as unwritten:
+            error = unwritten
+        code = None if error is None else self._code(error)
+        self.code = code or 0
+        return code is not None
+
+    def _code(self, error: BaseException) -> int | None:
+        """Exit code of an error, after its message. None: a fault of the program."""
+        if isinstance(error, BrokenPipeError):
+            with contextlib.suppress(OSError):  # no file descriptor under a test
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if isinstance(error, UnicodeDecodeError):
+            return fail("standard input: got bytes that are not UTF-8, must be text")
+        if isinstance(error, OSError):
+            from gptjax.io.atomic import FULL_OR_READ_ONLY
+
+            if error.filename is None and error.errno not in FULL_OR_READ_ONLY:
+                return None
+            return fail(f"{error.filename or 'the disk or standard output'}: cannot be used ({error.strerror})")
+        if isinstance(error, ValueError):
+            from gptjax.types import UserError
+
+            return fail(_as_typed(str(error), self.arguments)) if isinstance(error, UserError) else None
+        return None
+
+
+def fail(message: str, code: int = 2) -> int:
+    """Print a message on one line of standard error and return the exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _as_typed(message: str, arguments: Sequence[str]) -> str:
+    """The message, with its field spelled as the option that was typed: `--pretrain.data.batch: ...` for
+    `batch: ...`."""
+    field, colon, rest = message.partition(":")
+    options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+    found = [option for option in options if f".{option[2:]}".replace("-", "_").endswith(f".{field}")]
+    return f"{found[0]}:{rest}" if colon and len(found) == 1 else message

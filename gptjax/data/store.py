@@ -185,7 +185,9 @@ def tokenize(
         "encoding": f"{encode.__module__}.{encode.__qualname__}",
     }
     folder = Path(cache_dir) / f"{split}-{digest(made_from)[:16]}"
-    with _writing(folder), atomic.lock(folder.with_suffix(".lock")):
+    with atomic.usable(folder.parent, "cache", "set GPTJAX_CACHE to another folder"), contextlib.ExitStack() as stack:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(atomic.lock(folder.with_suffix(".lock")))
         if (store := _open(folder, tokenizer.vocab)) is not None:
             return store
         shutil.rmtree(folder, ignore_errors=True)
@@ -198,21 +200,6 @@ def tokenize(
     if store is None:
         raise UserError(f"cache: the tokens just written to {folder} are not as they were written; check the disk")
     return store
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Context in which a disk that is full or cannot be written to is a UserError."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        if not atomic.unwritable(error, folder.parent):
-            raise
-        raise UserError(
-            f"cache: cannot write to {folder.parent} ({error.strerror}); free some space, make it writable, or set "
-            "GPTJAX_CACHE to another folder"
-        ) from error
 
 
 def _open(folder: Path, vocab: int) -> Store | None:

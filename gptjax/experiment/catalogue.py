@@ -9,9 +9,12 @@ This module imports nothing heavy: listing the experiments does not wait for jax
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import importlib
+import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +38,7 @@ def load_error(name: str) -> str | None:
     """Error message for the name or path of an experiment that cannot be loaded, or None."""
     known = list(names())
     if name.endswith(".py"):
-        if Path(name).is_file():
+        if os.path.isfile(name):
             return None
         return f"no file {name!r}; give the path of an experiment, or one of: {', '.join(known)}"
     if name in known:
@@ -47,8 +50,8 @@ def load_error(name: str) -> str | None:
 
 def load(name: str) -> ModuleType:
     """Import the experiment's module, as Python itself would. Saved configurations may then refer to its classes,
-    and to those of modules that it imports from its folder. Raises UserError if it does not exist or has no
-    `experiment`."""
+    and to those of modules that it imports from its folder. Raises UserError if it does not exist, raises an error, or
+    has no experiment named `experiment`."""
     from gptjax.config import allow
     from gptjax.types import UserError
 
@@ -56,21 +59,47 @@ def load(name: str) -> ModuleType:
         raise UserError(wrong)
     path = Path(name).resolve()
     if not name.endswith(".py"):
-        module = importlib.import_module(f"{PACKAGE}.{name}")
+        path = names()[name].resolve()
+        module = _import(f"{PACKAGE}.{name}", path)
     elif path in {file.resolve() for file in names().values()}:
-        module = importlib.import_module(f"{PACKAGE}.{path.stem}")
+        module = _import(f"{PACKAGE}.{path.stem}", path)
     else:
         if not path.stem.isidentifier():
             raise UserError(f"{name}: {path.stem!r} cannot be the name of a Python module; rename the file")
         sys.path.insert(0, str(path.parent))
-        module = importlib.import_module(path.stem)
+        module = _import(path.stem, path)
         if Path(module.__file__ or "").resolve() != path:
             raise UserError(f"{name}: there is another module named {path.stem!r}; rename the file")
         allow(*(found for name, found in list(sys.modules.items()) if _beside(name, found, path.parent)))
     allow(module)
     if not hasattr(module, "experiment"):
         raise UserError(f"{name}: defines no `experiment`; add `experiment = Experiment(...)` to the file")
+    found = module.experiment
+    if isinstance(found, type) or not dataclasses.is_dataclass(found) or not hasattr(found, "run"):
+        kind = f"the class {found.__name__}" if isinstance(found, type) else f"a value of type {type(found).__name__}"
+        raise UserError(f"{name}: experiment: got {kind}, must be an `Experiment(...)`")
     return module
+
+
+def _import(module: str, path: Path) -> ModuleType:
+    """Import a module. Raises UserError, with the innermost line of the files in its folder, if it raises an error."""
+    from gptjax.types import UserError, one_line
+
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _inside(frame.filename, path.parent)]
+        places = [(frame.filename, frame.lineno) for frame in frames] or [(str(path), None)]
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+        if isinstance(error, SyntaxError):
+            message = f"{type(error).__name__}: {error.msg}"
+            places += [(error.filename, error.lineno)] if _inside(error.filename or "", path.parent) else []
+        file, line = places[-1]
+        raise UserError(f"{file}{'' if line is None else f', line {line}'}: {message}") from error
+
+
+def _inside(file: str, folder: Path) -> bool:
+    return os.path.isabs(file) and Path(file).is_relative_to(folder) and "site-packages" not in file
 
 
 def _beside(name: str, module: ModuleType, folder: Path) -> bool:

@@ -77,8 +77,10 @@ class Experiment:
     def __post_init__(self):
         if not self.stages:
             raise UserError("stages: got none, must be at least one")
-        for name in self.stages:
+        for name, stage in self.stages.items():
             check_name(name, "stages")
+            if not isinstance(stage, Stage):
+                raise UserError(f"stages: got a value of type {type(stage).__name__} for {name}, must be a Stage")
         if (first := next(iter(self.stages))) and self.stages[first].adapter is not None and self.init_from is None:
             raise UserError(f"{first}.adapter: got one, must be none: without `init_from` there is nothing to adapt")
         for name, stage in self.stages.items():

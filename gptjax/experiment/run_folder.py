@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -22,7 +23,7 @@ from gptjax.config import allow, differences, from_json, modules, to_json
 from gptjax.distributed import processes
 from gptjax.io import atomic
 from gptjax.protocols import Evaluation
-from gptjax.types import Result, UserError
+from gptjax.types import Result, UserError, one_line
 
 if TYPE_CHECKING:
     from gptjax.experiment.experiment import Experiment
@@ -39,31 +40,29 @@ CHANGEABLE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_time
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Context in which no other job trains in the folder. Raises UserError if one does, or on an unwritable disk."""
-    unwritable = f"out: cannot write to {folder} ({{}}); free some space, make it writable or choose another --out"
-    with contextlib.ExitStack() as stack:
+    """Context in which no other job trains in the folder, which is created. Raises UserError if one does, and for a
+    folder, file or disk that cannot be used."""
+    usable = functools.partial(atomic.usable, folder, "out", "choose another folder with --out")
+    with contextlib.ExitStack() as stack, usable():
         wrong = None
-        if jax.process_index() == 0 and not _foreign(folder):
+        if jax.process_index() == 0:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(atomic.lock(folder / LOCK, wait=False))
+                with usable():
+                    if not _foreign(folder):
+                        folder.mkdir(parents=True, exist_ok=True)
+                        stack.enter_context(atomic.lock(folder / LOCK, wait=False))
             except BlockingIOError:
                 wrong = f"{folder} is in use by another run; wait for its end, or choose another folder with --out"
-            except OSError as error:
-                wrong = unwritable.format(error.strerror)
+            except UserError as error:
+                wrong = str(error)
         if (wrong := processes.allgather(wrong)[0]) is not None:
             raise UserError(wrong)
-        try:
-            yield
-        except OSError as error:
-            if atomic.unwritable(error, folder):
-                raise UserError(unwritable.format(error.strerror)) from error
-            raise
+        yield
 
 
 def _foreign(folder: Path) -> bool:
     """True for a folder that has something in it, but no run."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     return "config.json" not in names and not names <= {atomic.partial_of("config.json").name, LOCK}
 
 
@@ -74,13 +73,11 @@ def prepare(folder: Path, experiment: Experiment, accept_changes: bool) -> list[
     changed = []
     if path.exists():
         try:
-            before = from_json(json.loads(path.read_text())["experiment"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is damaged ({error}); restore it, or choose another --out") from error
-        changed, relevant = (
-            differences(before, experiment),
-            differences(_with_changeable(experiment, before), experiment),
-        )
+            before = from_json(json.loads(path.read_bytes())["experiment"])
+            kept = _with_changeable(experiment, before)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}: is damaged ({one_line(error)}); restore it, or choose another --out") from error
+        changed, relevant = differences(before, experiment), differences(kept, experiment)
         if relevant and (folder / "checkpoints").exists() and not accept_changes:
             raise UserError(
                 f"{folder} has another configuration: {'; '.join(relevant)}. "
@@ -174,8 +171,8 @@ class StoredResults:
     def read(self) -> list[Result] | None:
         """The results. None: there are none of this checkpoint and these evaluations."""
         found = None
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            stored = json.loads(self.path.read_text())
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            stored = json.loads(self.path.read_bytes())
             if (stored["checkpoint"], stored["evaluations"]) == (self.of, self._configuration):
                 found = [dataclasses.asdict(Result(**result)) for result in stored["results"]]
         found = processes.allgather(found)[0]

@@ -19,6 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+from gptjax.types import UserError
+
+FULL_OR_READ_ONLY = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG
 SUFFIX = ".partial"
 """Ending of names of files and folders that are being written."""
 _log = logging.getLogger(__name__)
@@ -73,11 +76,20 @@ def lock(path: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
         yield
 
 
-def unwritable(error: OSError, folder: Path) -> bool:
-    """True if a disk is full or read-only, or if a file in the folder must not be written."""
-    inside = error.filename is not None and Path(error.filename).is_relative_to(folder)
-    denied = inside and error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-    return denied or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+@contextlib.contextmanager
+def usable(folder: Path, field: str, fix: str) -> Iterator[None]:
+    """Context in which a file of the folder that cannot be used, or a disk that is full or read-only, is a UserError
+    that names this field and this way to mend it."""
+    try:
+        yield
+    except OSError as error:
+        inside = error.filename is not None and Path(error.filename).is_relative_to(folder)
+        if not inside and error.errno not in FULL_OR_READ_ONLY:
+            raise
+        raise UserError(
+            f"{field}: cannot use {error.filename or folder} ({error.strerror}); free some space, make it writable, "
+            f"or {fix}"
+        ) from error
 
 
 def partial_of(path: str | os.PathLike[str]) -> Path:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -105,7 +106,7 @@ def test_chat_passes_variables_to_the_template(run, path, model, tmp_path):
     assert (
         "(template: got a, must not be given: the model has no" in run("chat", path, "--template", "a=1", stdin="x")[2]
     )
-    assert "error: template: got 'a', must be NAME=VALUE" in run("chat", path, "--template", "a", stdin="x\n")[2]
+    assert "error: --template: got 'a', must be NAME=VALUE" in run("chat", path, "--template", "a", stdin="x\n")[2]
 
 
 def test_a_long_chat_is_trimmed_with_a_notice(run, path):
@@ -143,23 +144,40 @@ def test_tokenizers_are_trained_and_reported_on(run, tmp_path):
     assert code == 0
     assert "bytes per token" in printed
     code, _, err = run("tokenizer", "train", str(text), "--out", str(out))
-    assert (code, err) == (2, f"error: out: got {out}, which exists already; choose another folder\n")
+    assert (code, err) == (2, f"error: --out: got {out}, which exists already; choose another folder\n")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "PATH", "--prompt", "x", "--temperature", "-1"], "error: temperature: got -1.0, must be 0"),
-        (["generate", "PATH", "--prompt", "x", "--max-tokens", "0"], "error: max_tokens: got 0, must be at least 1"),
+        (["generate", "PATH", "--prompt", "x", "--temperature", "-1"], "error: --temperature: got -1.0, must be 0"),
+        (["generate", "PATH", "--prompt", "x", "--max-tokens", "0"], "error: --max-tokens: got 0, must be at least 1"),
         (["chat", "/nowhere"], "error: path: got /nowhere, must be a folder or a hub repository"),
-        (["generate", "PATH", "--promt", "x"], "--prompt"),
+        (["generate", "PATH", "--promt", "x"], "error: no option --promt; nearest: --prompt\n"),
+        (["generate"], "error: Missing from gptjax generate: PATH"),
+        (["generate", "PATH", "--seed", "1" + "0" * 5_000], "error: --seed: got '1000"),
+        (["generate", "PATH", "--seed", str(2**63)], "error: --seed: got '9223372036854775808', must be an integer of"),
+        (["generate", "PATH", "--temperature", "nan"], "error: --temperature: got 'nan', must be a finite number\n"),
+        (["generate", "PATH", "--top-p=-inf"], "error: --top-p: got '-inf', must be a finite number\n"),
+        (["tokenizer", "train", "x", "--out", "y", "--vocab", "1e9"], "error: --vocab: got '1e9', must be an integer"),
         (["chatt"], "chat"),
     ],
 )
 def test_mistakes_are_named_and_exit_with_2(run, path, arguments, message):
     code, out, err = run(*(path if argument == "PATH" else argument for argument in arguments))
-    assert (code, out) == (2, "")
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
+
+
+def test_a_reader_that_leaves_early_gets_no_message(path):
+    """`| head -0`, while the output is written and, as it is less than a buffer, when the program ends."""
+    for arguments in (["generate", path, "--prompt", "x", *GREEDY], ["chat", "--help"], ["--help"]):
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "gptjax.cli.main", *arguments]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=write, stderr=subprocess.PIPE, timeout=120)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_help_does_not_wait_for_jax():

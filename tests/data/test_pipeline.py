@@ -360,7 +360,7 @@ def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("gptjax.data.store._write", fail)
-    with pytest.raises(UserError, match=rf"^cache: cannot write to {tmp_path} \({os.strerror(code)}\); .*GPTJAX_CACHE"):
+    with pytest.raises(UserError, match=rf"^cache: cannot use {tmp_path} \({os.strerror(code)}\); .*GPTJAX_CACHE"):
         tokenize(Letters(), BYTES, "train", tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 

@@ -76,7 +76,13 @@ def test_results_are_of_the_checkpoint_and_of_the_evaluations(experiment, tmp_pa
     folder = tmp_path / "run"
     experiment.run(folder)
     whole, before = report(folder, "first"), params(folder, "first")
-    for damaged in ("", "[]", json.dumps(whole | {"results": [{}]}), json.dumps(whole | {"checkpoint": None})):
+    for damaged in (
+        "",
+        "[]",
+        "[" * 9_999,
+        json.dumps(whole | {"results": [{}]}),
+        json.dumps(whole | {"checkpoint": None}),
+    ):
         (folder / "report" / "first.json").write_text(damaged)
         experiment.run(folder)
         assert report(folder, "first") == whole

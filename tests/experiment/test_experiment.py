@@ -366,11 +366,8 @@ def test_two_runs_in_one_folder(finished, monkeypatch, capsys):
     assert launcher.main(command) == 0
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
     """One line for each of the files of a run; what is there afterwards is whole."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^out: cannot write to .*file \(File exists\); free some space, make it"):
-        EXPERIMENT.run(tmp_path / "file")
     sync = atomic._sync
     for full in ("config.json", "tokenizer"):
 
@@ -380,9 +377,40 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
             sync(path)
 
         monkeypatch.setattr(atomic, "_sync", fail)
-        with pytest.raises(UserError, match=r"^out: cannot write to .*run \(No space left on device\); free some"):
+        with pytest.raises(UserError, match=r"^out: cannot use .*run \(No space left on device\); free some"):
             EXPERIMENT.run(tmp_path / "run")
         assert not (tmp_path / "run" / full).exists()
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path, monkeypatch, capsys):
+    """One line with the path and the option, exit code 2, and nothing of the user's is touched."""
+    monkeypatch.setattr("gptjax.experiment.catalogue.load", lambda _: types.SimpleNamespace(experiment=EXPERIMENT))
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "locked" / "run.lock").mkdir(parents=True)
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+
+    def everything() -> list[Path]:
+        return sorted(path for path in tmp_path.rglob("*") if path != tmp_path / "folder" / "run.lock")
+
+    before = everything()
+
+    def said(out: Path | str) -> str:
+        assert launcher.main(["quickstart", "--out", str(out)]) == 2
+        printed, message = capsys.readouterr()
+        assert (printed, message.count("\n")) == ("", 1)
+        assert everything() == before
+        return message
+
+    assert said(tmp_path / "file") == (
+        f"error: --out: cannot use {tmp_path}/file (Not a directory); free some space, make it writable, or choose "
+        "another folder with --out\n"
+    )
+    assert f"cannot use {tmp_path}/file/below (Not a directory)" in said(tmp_path / "file" / "below")
+    assert f"cannot use {tmp_path}/{'x' * 300} (File name too long)" in said(tmp_path / ("x" * 300))
+    assert f"cannot use {tmp_path}/locked/run.lock (Is a directory)" in said(tmp_path / "locked")
+    assert f"cannot use {tmp_path}/folder/config.json (Is a directory)" in said(tmp_path / "folder")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_run_killed_in_its_first_moment_is_not_something_else(tmp_path):

@@ -96,6 +96,40 @@ def test_every_shipped_experiment_says_what_it_is():
     assert all(map(catalogue.headline, catalogue.names().values()))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("experiment = 5", "bad.py: experiment: got a value of type int, must be an `Experiment(...)`"),
+        ("def experiment(): pass", "bad.py: experiment: got a value of type function, must be an"),
+        ("from gptjax import Experiment as experiment", "bad.py: experiment: got the class Experiment, must be an"),
+        ("\n\nraise RuntimeError('mine\\nand yours')", "/bad.py, line 3: RuntimeError: mine and yours"),
+        ("import part", "/part.py, line 2: KeyError: 'x'"),
+        ("\nx = (", "/bad.py, line 2: SyntaxError: '(' was never closed"),
+        ("x = 1\0", "/bad.py: SyntaxError: source code string cannot contain null bytes"),
+        ("\nraise SystemExit(3)", "/bad.py, line 2: SystemExit: 3"),
+        ("import bad\nbad.experiment", "/bad.py, line 2: AttributeError: partially initialized module 'bad'"),
+        (
+            "from gptjax import *\nExperiment(model=1, tokenizer=2)",
+            "/bad.py, line 2: TypeError: Experiment.__init__() missing",
+        ),
+        ("from gptjax import *\nExperiment(1, 2, {})", "/bad.py, line 2: stages: got none, must be at least one"),
+        (
+            "from gptjax import *\nx = {}\nx['a'] = x\nExperiment(1, 2, x)",
+            "/bad.py, line 4: stages: got a value of type dict for a, must be a Stage",
+        ),
+        (f"{TINY}\nobject.__setattr__(experiment, 'steps', experiment)", "configuration: contains itself, must be a"),
+    ],
+)
+def test_what_an_experiment_does_wrong_is_shown_with_its_line(content, message, tmp_path, capsys):
+    (tmp_path / "bad.py").write_text(content)
+    (tmp_path / "part.py").write_text("\n{}['x']")
+    assert launcher.main(["bad.py", "--print"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: ")
+    assert message in err
+
+
 def test_run(tiny):
     assert launcher.main([tiny]) == 0
     assert Path("runs/tiny_one/marker").read_text() == "2 False"
@@ -164,16 +198,20 @@ def test_help_of_an_experiment(tiny, capsys):
             ["TINY", "--stepz", "3"],
             "no option --stepz; nearest: --steps; see all with gptjax run TINY --help",
         ),
-        (["TINY", "--steps", "x"], "--steps: invalid literal for int() with base 10: 'x'"),
-        (["TINY", "--steps", "-1"], "steps: got -1, must not be negative"),
+        (["TINY", "--steps", "x"], "--steps: got 'x', must be an integer of at most 64 bits"),
+        (["TINY", "--steps", "-1"], "--steps: got -1, must not be negative"),
+        (
+            ["TINY", "--steps", str(-(2**63) - 1)],
+            f"--steps: got '{-(2**63) - 1}', must be an integer of at most 64 bits",
+        ),
         (
             ["TINY", "--out", "gs://b/c"],
-            "out: got gs://b/c, must be a folder here; docs/cloud.md says how to use a bucket",
+            "--out: got gs://b/c, must be a folder here; docs/cloud.md says how to use a bucket",
         ),
         (["TINY", "--out"], "Missing value for argument '--out'. Expected 1 values"),
         (
             ["TINY", "--profile", "5:3"],
-            "profile: got 5:3, must be two steps counted from 1, the later last, such as 10:15",
+            "--profile: got 5:3, must be two steps counted from 1, the later last, such as 10:15",
         ),
         (["empty.py"], "empty.py: defines no `experiment`; add `experiment = Experiment(...)` to the file"),
         (["pathlib.py"], "pathlib.py: there is another module named 'pathlib'; rename the file"),
