@@ -27,7 +27,6 @@ import numpy as np
 from gptjax.checkpoint.checkpoint import Checkpoints, Restored
 from gptjax.config import check_name, differences, digest, from_json
 from gptjax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
-from gptjax.data.tokenizers.missing import MissingTokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
@@ -139,7 +138,7 @@ def init_from_pretrained(path: str | Path, model: Any, tokenizer: Tokenizer, see
     """Initialise a model's parameters, sharded by its rules, from the model in `path`. Parameters that it lacks, such
     as a classifier's head, are initialised from the seed. Raises UserError if architectures or tokenizers differ."""
     found = load(path, "float32", model.rules, kind=Model)
-    if not isinstance(found.tokenizer, MissingTokenizer) and found.tokenizer.fingerprint != tokenizer.fingerprint:
+    if found.tokenizer.kind != "missing" and found.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"tokenizer: got another than that of {path}, must be the same: `load` that, `save` it, "
             "and take both from the folder"
@@ -218,6 +217,7 @@ def _hf(
 
 
 def _llama2c(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Model], given: Tokenizer | None) -> Model:
+    from gptjax.data.tokenizers import MissingTokenizer
     from gptjax.interop import huggingface, llama2c
 
     _model_class(kind, TransformerConfig, file)

@@ -1,4 +1,4 @@
-"""What is derived from a checkpoint (the next stage, the results of evaluations) is made again when that changes."""
+"""Everything derived from a checkpoint (the next stage, results of evaluations) is made again when that changes."""
 
 import dataclasses
 import io
