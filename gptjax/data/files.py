@@ -80,11 +80,12 @@ def find_files(path: str) -> list[Path]:
 
 
 def file_state(path: str) -> list[Any]:
-    """Facts that change when the files of `path` change: paths, sizes and times of modification."""
+    """Facts that change when the files of `path` change: paths, sizes and times of modification, also that which the
+    system keeps, as copies and archives restore the other."""
     stats = [(file, file.stat()) for file in find_files(path)]
     if path.startswith(("http://", "https://")):  # time and place of a download do not matter
         return [stat.st_size for _, stat in stats]
-    return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for file, stat in stats]
 
 
 def read_lines(path: Path, invalid: Literal["error", "skip"] = "error") -> Iterator[tuple[int, str]]:
