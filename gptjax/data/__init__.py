@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from gptjax.data.dataset import Dataset
     from gptjax.data.mix import Mix
     from gptjax.data.packing import BestFit, Concatenate, NoPacking
-    from gptjax.data.pairs import Pairs
+    from gptjax.data.pairs import Pairs, PairsJsonl, TextPair
     from gptjax.data.pretrain import Pretrain
     from gptjax.data.pydocs import PyDocs, PyDocsChat
-    from gptjax.data.sources import TFDS, ChatJsonl, Example, Jsonl, LabelledJsonl, PairsJsonl, Text, TextPair
+    from gptjax.data.sources import TFDS, ChatJsonl, Example, Jsonl, LabelledJsonl, Text
     from gptjax.data.store import Tokens
     from gptjax.data.tokenizers import (
         CHAT_SPECIALS,
@@ -78,10 +78,10 @@ _NAMES = {
     "gptjax.data.dataset": "Dataset",
     "gptjax.data.mix": "Mix",
     "gptjax.data.packing": "BestFit Concatenate NoPacking",
-    "gptjax.data.pairs": "Pairs",
+    "gptjax.data.pairs": "Pairs PairsJsonl TextPair",
     "gptjax.data.pretrain": "Pretrain",
     "gptjax.data.pydocs": "PyDocs PyDocsChat",
-    "gptjax.data.sources": "TFDS ChatJsonl Example Jsonl LabelledJsonl PairsJsonl Text TextPair",
+    "gptjax.data.sources": "TFDS ChatJsonl Example Jsonl LabelledJsonl Text",
     "gptjax.data.store": "Tokens",
     "gptjax.data.tokenizers": (
         "CHAT_SPECIALS Bytes LoadTokenizer Tokenizer TrainCharacters TrainSentencePiece load_tokenizer"

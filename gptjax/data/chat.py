@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from gptjax.data.dataset import Dataset, PackedSequences
 from gptjax.data.packing import BestFit, Packing
-from gptjax.data.store import Encoded, Tokens, tokenize
+from gptjax.data.store import DROPPED, TRUNCATED, Encoded, Tokens, tokenize
 from gptjax.data.tokenizers import CHAT_SPECIALS
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.protocols import Source, Split, Tokenizer
@@ -82,11 +82,15 @@ class Chat(Dataset):
 
     packing: Packing = BestFit()
     """Packing of conversations into sequences."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """Treatment of conversations longer than a sequence: "truncate" removes the oldest turns, but no system message, so
+    that every answer keeps its question, and leaves out what does not fit even so; "drop" leaves them out."""
 
     def sequences(
         self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path
     ) -> PackedSequences:
-        store = tokenize(source, tokenizer, split, cache_dir, encode_conversations, self.document_type)
+        encode = ConversationEncoder(self.length, self.too_long)
+        store = tokenize(source, tokenizer, split, cache_dir, encode, self.document_type)
         return PackedSequences(store, self.packing.plan(store.offsets, self.length))
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -97,14 +101,39 @@ class Chat(Dataset):
         return (document,) if isinstance(document, str) else (message.content for message in document)
 
 
-def encode_conversations(documents: Iterator[Conversation | str], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Encode conversations with the weights of their targets, and texts with weight 1 everywhere."""
-    for document in documents:
-        if isinstance(document, str):
-            ids = add_bos_eos(tokenizer.encode(document), tokenizer)
-            yield Encoded(ids, [1.0] * len(ids))
-        else:
-            yield Encoded(*render(document, tokenizer))
+@dataclasses.dataclass(frozen=True)
+class ConversationEncoder:
+    """Encoding of conversations with the weights of their targets, and of texts with weight 1 everywhere."""
+
+    length: int
+    """Maximum tokens of a conversation. Longer texts stay whole."""
+    too_long: Literal["truncate", "drop"]
+    """As in `Chat`."""
+
+    def __call__(self, documents: Iterator[Conversation | str], tokenizer: Tokenizer) -> Iterator[Encoded]:
+        for document in documents:
+            if isinstance(document, str):
+                ids = add_bos_eos(tokenizer.encode(document), tokenizer)
+                yield Encoded(ids, [1.0] * len(ids))
+                continue
+            ids, weights = render(document, tokenizer)
+            if len(ids) <= self.length:
+                yield Encoded(ids, weights)
+            elif self.too_long == "truncate" and (rest := self._truncate(document, tokenizer)):
+                yield Encoded(*render(rest, tokenizer), note=TRUNCATED)
+            else:
+                yield Encoded([], note=DROPPED)
+
+    def _truncate(self, conversation: Conversation, tokenizer: Tokenizer) -> Conversation | None:
+        """The system message and the newest turns that fit, from a user's on. None: no question and answer fits."""
+        first = next((i for i, message in enumerate(conversation) if message.role != "system"), 0)
+        sizes = [2 + len(tokenizer.encode(message.content)) for message in conversation]
+        room = self.length - 1 - sum(sizes[:first])
+        for start in range(first + 1, len(conversation)):
+            rest = conversation[start:]
+            if rest[0].role == "user" and sum(sizes[start:]) <= room:
+                return (*conversation[:first], *rest) if any(m.role == "assistant" for m in rest) else None
+        return None
 
 
 def _markers(tokenizer: Tokenizer) -> dict[str, int]:

@@ -10,6 +10,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import shutil
 import urllib.error
 import urllib.parse
@@ -21,6 +22,8 @@ from typing import Any, Literal
 
 from gptjax.io import atomic, retry
 from gptjax.types import UserError, one_line
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def cache_dir() -> Path:
@@ -98,6 +101,8 @@ def read_lines(path: Path, invalid: Literal["error", "skip"] = "error") -> Itera
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         try:
             for number, line in enumerate(file, 1):
+                if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise UserError(f"path: {path}: got UTF-16, must be UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 try:
                     text = line.decode()
@@ -117,11 +122,26 @@ def read_lines(path: Path, invalid: Literal["error", "skip"] = "error") -> Itera
 
 
 def read_json(path: Path, invalid: Literal["error", "skip"] = "error") -> Iterator[tuple[str, Any]]:
-    """("file:line", value) of a file with one JSON value per line. Empty lines are left out. Raises UserError."""
+    """("file:line", value) of a file with one JSON value per line. Empty lines are left out.
+
+    Raises UserError, naming file and line, for a line that is not JSON, or has half of a surrogate pair, which is no
+    text. With `invalid` "skip" the latter are left out, and their number is logged at the end.
+    """
+    skipped = 0
     for number, line in read_lines(path, invalid):
         if line.strip():
             try:
                 value = json.loads(line)
             except ValueError as error:
                 raise UserError(f"path: {path}:{number}: not JSON ({error}); must be one JSON value per line") from None
+            if "\\u" in line and (half := _SURROGATE.search(json.dumps(value, ensure_ascii=False))):
+                if invalid == "error":
+                    raise UserError(
+                        f"path: {path}:{number}: has half of a surrogate pair (\\u{ord(half[0]):04x}), which is no "
+                        'character; mend the line, or leave such lines out with invalid "skip"'
+                    )
+                skipped += 1
+                continue
             yield f"{path}:{number}", value
+    if skipped:
+        logging.getLogger(__name__).warning("%s: skipped %d lines with half of a surrogate pair", path, skipped)

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from gptjax.data.chat import Conversation
 
 Document = TypeVar("Document")
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Text:
     """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
     def __post_init__(self) -> None:
-        _check_fraction(self.validation)
+        check_fraction(self.validation)
         if self.separator == "":
             raise UserError('separator: got "", must be a text such as "\\n", or none for a whole file a document')
 
@@ -98,10 +101,20 @@ class Text:
             yield part
         else:
             documents = (document for path in paths for document in self._divide(path))
-            yield from _side(((document, document) for document in documents), split, self.path, self.validation)
+            documents = documents if self.separator is None else self._counted(documents, len(paths))
+            yield from of_split(((document, document) for document in documents), split, self.path, self.validation)
 
     def fingerprint(self) -> str:
         return fingerprint(self, *file_state(self.path))
+
+    def _counted(self, documents: Iterator[str], files: int) -> Iterator[str]:
+        """The documents, and a warning if the separator divided nothing."""
+        count = 0
+        for document in documents:
+            yield document
+            count += 1
+        if count <= files:
+            log.warning("separator: %r is nowhere in %s, so every file is one document", self.separator, self.path)
 
     def _divide(self, path: Path) -> Iterator[str]:
         pending, searched = "", 0
@@ -132,11 +145,11 @@ class Jsonl:
     """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
     def __post_init__(self) -> None:
-        _check_fraction(self.validation)
+        check_fraction(self.validation)
 
     def documents(self, split: Split) -> Iterator[str]:
         documents = (self._text(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
-        yield from _side(((text, text) for text in documents if text.strip()), split, self.path, self.validation)
+        yield from of_split(((text, text) for text in documents if text.strip()), split, self.path, self.validation)
 
     def fingerprint(self) -> str:
         return fingerprint(self, *file_state(self.path))
@@ -174,13 +187,13 @@ class LabelledJsonl:
     """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
     def __post_init__(self) -> None:
-        _check_fraction(self.validation)
+        check_fraction(self.validation)
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
             raise UserError(f"classes: got {self.classes}, must be at least two labels, no two alike")
 
     def documents(self, split: Split) -> Iterator[Example]:
         examples = (self._example(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
-        yield from _side(((e.text, e) for e in examples if e.text.strip()), split, self.path, self.validation)
+        yield from of_split(((e.text, e) for e in examples if e.text.strip()), split, self.path, self.validation)
 
     def fingerprint(self) -> str:
         return fingerprint(self, *file_state(self.path))
@@ -198,50 +211,6 @@ class LabelledJsonl:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextPair:
-    """A source text and its target text."""
-
-    source: str
-    target: str
-
-
-@dataclasses.dataclass(frozen=True)
-class PairsJsonl:
-    """Source and target texts, one pair per line: `{"source": "The house is small.", "target": "Das Haus ist
-    klein."}`."""
-
-    path: str
-    """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
-    source: str = "source"
-    """Field with the source text."""
-    target: str = "target"
-    """Field with the target text."""
-    validation: float = 0.1
-    """Fraction of the pairs held out for validation, chosen by a hash of the source."""
-    invalid: Literal["error", "skip"] = "error"
-    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
-
-    def __post_init__(self) -> None:
-        _check_fraction(self.validation)
-
-    def documents(self, split: Split) -> Iterator[TextPair]:
-        pairs = (self._pair(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
-        yield from _side(((p.source, p) for p in pairs), split, self.path, self.validation)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self, *file_state(self.path))
-
-    def _pair(self, where: str, value: Any) -> TextPair:
-        source, target = (value.get(name) if isinstance(value, dict) else None for name in (self.source, self.target))
-        if not (isinstance(source, str) and source and isinstance(target, str) and target):
-            found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
-            raise UserError(
-                f'path: {where}: got {found}, must be an object with texts in "{self.source}" and "{self.target}"'
-            )
-        return TextPair(source, target)
-
-
-@dataclasses.dataclass(frozen=True)
 class ChatJsonl:
     """Conversations, one per line: `{"messages": [{"role": "user", "content": "Hi"}, ...]}`, or the list alone. Roles
     are "system", "user" and "assistant"."""
@@ -254,13 +223,13 @@ class ChatJsonl:
     """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
     def __post_init__(self) -> None:
-        _check_fraction(self.validation)
+        check_fraction(self.validation)
 
     def documents(self, split: Split) -> Iterator[Conversation]:
         conversations = (
             _conversation(*line) for path in find_files(self.path) for line in read_json(path, self.invalid)
         )
-        yield from _side(((repr(c), c) for c in conversations), split, self.path, self.validation)
+        yield from of_split(((repr(c), c) for c in conversations), split, self.path, self.validation)
 
     def questions(self, n: int) -> list[tuple[str, str]]:
         """Up to `n` questions of users in the validation split, each with the assistant's answer."""
@@ -283,12 +252,12 @@ def held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") < fraction * 2**64
 
 
-def _check_fraction(validation: float) -> None:
+def check_fraction(validation: float) -> None:
     if not 0 <= validation < 1:
         raise UserError(f"validation: got {validation}, must be a fraction from 0 up to but without 1")
 
 
-def _side(keyed: Iterable[tuple[str, Document]], split: Split, path: str, validation: float) -> Iterator[Document]:
+def of_split(keyed: Iterable[tuple[str, Document]], split: Split, path: str, validation: float) -> Iterator[Document]:
     """Documents whose key belongs to `split`."""
     empty = True
     for key, document in keyed:

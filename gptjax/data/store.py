@@ -12,6 +12,7 @@ partial store. A store whose files do not have the digests in its header is made
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -20,7 +21,7 @@ import logging
 import mmap
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -32,11 +33,15 @@ from gptjax.io import atomic, retry
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError, one_line
 
-FORMAT = 3
+FORMAT = 4
 """Format version, part of the name of every store."""
 BLOCK, BLOCKS = 1 << 18, 256
 """Bytes and number of the blocks that are verified of a larger file of tokens or weights, 64 MiB in all. Smaller files,
 offsets and labels are verified whole."""
+
+TRUNCATED, DROPPED = "truncated to the sequence length", "dropped as too long"
+UNTAUGHT = "without a target"
+"""Notes on documents."""
 
 log = logging.getLogger(__name__)
 Document = TypeVar("Document")
@@ -60,6 +65,8 @@ class Store:
     """File of weights. None: all are 1."""
     labels: np.ndarray | None = None
     """int32 [D], class of each document, if they have one."""
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Numbers of documents by what was done to them."""
 
     # A memory map keeps the pages read through it resident. These live for one batch, so that reading takes the memory
     # of one batch for any size of corpus. Mapping a file again takes about 10 microseconds.
@@ -125,10 +132,13 @@ class Encoded(NamedTuple):
     none."""
     label: int | None = None
     """Its class, if it has one."""
+    note: str | None = None
+    """What was done to it, such as "truncated": the numbers of each are logged."""
 
 
 Encode = Callable[[Iterator[Any], Tokenizer], Iterator[Encoded]]
-"""Encoding of a kind of data, as a module-level function: its name is part of the store's name."""
+"""Encoding of a kind of data, as a module-level function, whose name is part of the store's name, or as a frozen
+dataclass, whose fields are too."""
 
 
 def encoded(
@@ -182,24 +192,46 @@ def tokenize(
         "source": source.fingerprint(),
         "tokenizer": tokenizer.fingerprint,
         "split": split,
-        "encoding": f"{encode.__module__}.{encode.__qualname__}",
+        "encoding": f"{encode.__module__}.{getattr(encode, '__qualname__', encode)}",
     }
     folder = Path(cache_dir) / f"{split}-{digest(made_from)[:16]}"
     with atomic.usable(folder.parent, "cache", "set GPTJAX_CACHE to another folder"), contextlib.ExitStack() as stack:
         folder.parent.mkdir(parents=True, exist_ok=True)
         stack.enter_context(atomic.lock(folder.with_suffix(".lock")))
         if (store := _open(folder, tokenizer.vocab)) is not None:
+            _tell(store, source, split)
             return store
         shutil.rmtree(folder, ignore_errors=True)
         with atomic.new(folder) as partial:
             partial.mkdir()
             documents = expect(kinds, retry.stream(lambda: source.documents(split), source), source)
-            if not _write(encode(documents, tokenizer), f"{source}, {split}", tokenizer.vocab, partial, made_from):
-                raise UserError(f"source: {source} has no documents for {split}; must have at least one")
+            what = f"{source}, {split}"
+            tokens, notes = _write(encode(documents, tokenizer), what, tokenizer.vocab, partial, made_from)
+            if not tokens:
+                done = f" ({_listed(notes)}; a larger length holds more)" if notes else ""
+                raise UserError(f"source: {source} has no documents for {split}{done}; must have at least one")
         store = _open(folder, tokenizer.vocab)
     if store is None:
         raise UserError(f"cache: the tokens just written to {folder} are not as they were written; check the disk")
+    _tell(store, source, split)
     return store
+
+
+def _tell(store: Store, source: Any, split: Split) -> None:
+    """Log what was done to documents. Raises UserError if none has a target."""
+    done = _listed(store.notes)
+    total = len(store.offsets) - 1 + store.notes.get(DROPPED, 0)
+    if store.notes.get(UNTAUGHT, 0) >= len(store.offsets) - 1:
+        raise UserError(
+            f"source: {source} has nothing to learn for {split}: of {total:,} documents, {done}; conversations need "
+            "an assistant's turn, and a length that holds it with its question"
+        )
+    if done:
+        log.warning("%s, %s: of %d documents, %s", source, split, total, done)
+
+
+def _listed(notes: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {note}" for note, count in notes.items())
 
 
 def _open(folder: Path, vocab: int) -> Store | None:
@@ -221,17 +253,21 @@ def _open(folder: Path, vocab: int) -> Store | None:
             fingerprint=digest(header["files"]),
             weights_path=folder / "weights.bin" if "weights.bin" in header["files"] else None,
             labels=_map(folder / "labels.bin", "int32") if "labels.bin" in header["files"] else None,
+            notes=header["notes"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s: damaged (%s); tokenizing again", folder, one_line(error))
         return None
 
 
-def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, made_from: dict[str, Any]) -> int:
-    """Store all documents in `folder`, header last. Returns the number of tokens."""
+def _write(
+    documents: Iterator[Encoded], what: str, vocab: int, folder: Path, made_from: dict[str, Any]
+) -> tuple[int, Mapping[str, int]]:
+    """Store all documents in `folder`, header last. Returns the number of tokens, and of documents by note."""
     dtype = "uint16" if vocab <= 1 << 16 else "uint32"
     count = tokens = 0
     hashes = {}
+    notes: collections.Counter[str] = collections.Counter()
     told = time.monotonic()
     with contextlib.ExitStack() as stack:
         names = "tokens.bin", "offsets.bin", "weights.bin", "labels.bin"
@@ -244,8 +280,12 @@ def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, ma
 
         write("offsets.bin", np.array([0], "int64"))
         for document in documents:
+            if document.note is not None:
+                notes[document.note] += 1
             if not document.ids:
                 continue
+            if document.weights is not None and not any(document.weights):
+                notes[UNTAUGHT] += 1
             ids = np.asarray(document.ids)
             if not 0 <= ids.min() <= ids.max() < vocab:
                 raise UserError(
@@ -269,11 +309,12 @@ def _write(documents: Iterator[Encoded], what: str, vocab: int, folder: Path, ma
         "dtype": dtype,
         "documents": count,
         "tokens": tokens,
+        "notes": notes,
         "files": {name: found.hexdigest() for name, found in hashes.items()},
         "verified": {name: _digest(folder / name) for name in hashes},
     }
     (folder / "header.json").write_text(json.dumps({"sha256": digest(header), **header}, indent=1))
-    return tokens
+    return tokens, notes
 
 
 def _digest(path: Path, *facts: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from gptjax.data.sources import TextPair
+from gptjax.data.pairs import TextPair
 from gptjax.evals.documents import held_out
 from gptjax.protocols import Evaluation, Source, Split, Tokenizer
 from gptjax.types import Result

@@ -313,7 +313,7 @@ def test_a_damaged_store_is_made_again(tmp_path, damage, large, caplog, monkeypa
         monkeypatch.setattr("gptjax.data.store.BLOCKS", 3)
 
     def read():
-        with contextlib.closing(Chat(Talks(), length=32, batch=4).batches(BYTES, "train", 0, tmp_path)) as batches:
+        with contextlib.closing(Chat(Talks(), length=96, batch=4).batches(BYTES, "train", 0, tmp_path)) as batches:
             return take(batches, 8)
 
     expected = read()
