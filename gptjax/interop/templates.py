@@ -120,12 +120,18 @@ class Worker:
             if self._process is None or self._process.poll() is not None:
                 self.close()
                 self._process = self._start()
-            with contextlib.suppress(OSError):  # it has ended
-                assert self._process.stdin is not None
-                self._process.stdin.write(line)
-                if (found := self._read()) is not None:
-                    return json.loads(found)
-            code = self._process.poll()
+            found = b""
+            try:
+                with contextlib.suppress(OSError):  # it has ended
+                    assert self._process.stdin is not None
+                    self._process.stdin.write(line)
+                    found = self._read()
+            except BaseException:  # Ctrl-C: whoever asks next must not get this answer
+                self.close()
+                raise
+            if found:
+                return json.loads(found)
+            code = None if found is None else self._process.wait()
             self.close()
         if code == -signal.SIGPROF:
             return {"limit": "takes more than a second"}
@@ -151,7 +157,7 @@ class Worker:
         )
 
     def _read(self) -> bytes | None:
-        """A line of the process's output, or None if it ended or did not answer in time."""
+        """A line of the process's output, empty if it has ended. None: no answer in time."""
         assert self._process is not None
         assert self._process.stdout is not None
         found, end, pipe = bytearray(), time.monotonic() + self.TIMEOUT, self._process.stdout.fileno()
@@ -159,7 +165,7 @@ class Worker:
             if not select.select([pipe], [], [], max(end - time.monotonic(), 0))[0]:
                 return None
             if not (part := os.read(pipe, 1 << 16)):
-                return None
+                return b""
             found += part
         return bytes(found)
 

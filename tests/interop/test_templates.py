@@ -55,6 +55,18 @@ def test_a_template_is_limited_in_time_memory_and_output(name):
     assert ChatTemplate("{{ messages | length }}").text(TALK) == "3"
 
 
+def test_a_limit_is_named(monkeypatch):
+    for name, limit in (("loops", "a second"), ("product", "512 MiB of memory"), ("output", "16,777,216 characters")):
+        for _ in range(2):
+            with pytest.raises(
+                UserError, match=f"^template: got one that .* more than {limit}; give the model another"
+            ):
+                ChatTemplate(NEVER_ENDING[name]).text(TALK)
+    monkeypatch.setattr(templates.Worker, "TIMEOUT", 0.01)
+    with pytest.raises(UserError, match=r"^template: got one that cannot be rendered .* \(no answer in 0\.01 s\)"):
+        ChatTemplate(NEVER_ENDING["loops"]).text(TALK)
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [
@@ -78,14 +90,23 @@ def test_what_a_template_does_wrong_is_one_line(source, says):
     assert "\n" not in str(error.value)
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_lost_process_is_started_again():
-    """By two threads at once, too."""
+    """By several threads at once, too; and after Ctrl-C nobody gets the answer to another question."""
     template = ChatTemplate(NATIVE, {"bos_token": "<s>", "eos_token": "</s>"})
     text = template.text(TALK)
     process = templates._worker._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(templates.Worker, "_read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ChatTemplate("another").text(TALK)
+    assert template.text(TALK) == text
     found = []
     threads = [threading.Thread(target=lambda: found.append(template.text(TALK))) for _ in range(4)]
     for thread in threads:
