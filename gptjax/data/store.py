@@ -66,7 +66,7 @@ class Store:
     labels: np.ndarray | None = None
     """int32 [D], class of each document, if they have one."""
     notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Numbers of documents by what was done to them."""
+    """Number of documents by their treatment."""
 
     # A memory map keeps the pages read through it resident. These live for one batch, so that reading takes the memory
     # of one batch for any size of corpus. Mapping a file again takes about 10 microseconds.
@@ -133,7 +133,7 @@ class Encoded(NamedTuple):
     label: int | None = None
     """Its class, if it has one."""
     note: str | None = None
-    """What was done to it, such as "truncated": the numbers of each are logged."""
+    """Treatment, such as "truncated": the number of documents of each is logged."""
 
 
 Encode = Callable[[Iterator[Any], Tokenizer], Iterator[Encoded]]
@@ -218,7 +218,7 @@ def tokenize(
 
 
 def _tell(store: Store, source: Any, split: Split) -> None:
-    """Log what was done to documents. Raises UserError if none has a target."""
+    """Log the treatment of documents. Raises UserError if none has a target."""
     done = _listed(store.notes)
     total = len(store.offsets) - 1 + store.notes.get(DROPPED, 0)
     if store.notes.get(UNTAUGHT, 0) >= len(store.offsets) - 1:
