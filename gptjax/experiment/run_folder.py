@@ -154,8 +154,7 @@ def set_stale_aside(folder: Path, stage: str, origin: Identity | None, accept_ch
         number += 1
     processes.barrier("all know the stale checkpoints")
     if jax.process_index() == 0:
-        aside.parent.mkdir(exist_ok=True)
-        path.rename(aside)
+        atomic.move(path, aside)
     processes.barrier("stale checkpoints are set aside")
     console.print(f"{why}; trained again (the old checkpoints are in {aside})")
 

@@ -53,6 +53,14 @@ def new(path: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
         raise
 
 
+def move(path: Path, target: Path) -> None:
+    """Move a file or folder to a path of the same file system, where there must be none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
+    for folder in {target.parent, path.parent}:
+        _sync(folder)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file of UTF-8 text."""
     with new(path) as partial:
