@@ -180,6 +180,11 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
 
+    def best_step(self) -> int | None:
+        """Step of the lowest validation loss. None: of no checkpoint is it known."""
+        self.wait()
+        return processes.allgather(next(iter(self._ranked()), None))[0]
+
     def _committed(self) -> list[int]:
         """Steps of all committed checkpoints, with a manifest or without, oldest first."""
         if not self.folder.exists():

@@ -17,6 +17,7 @@ def convert(
     dtype: str | None = None,
     adapter: Path | None = None,
     tokenizer: str | None = None,
+    step: int | Literal["latest", "best"] = "latest",
 ) -> None:
     """Write a model in another format: a folder for transformers, a GGUF file for llama.cpp, or a folder of ours.
 
@@ -27,6 +28,7 @@ def convert(
         dtype: Dtype of the weights. hf: float32 (default), bfloat16 or float16. gguf: f32, f16 (default), bf16 or q8_0.
         adapter: Folder of a PEFT adapter to merge into the model.
         tokenizer: Folder or file of a tokenizer, in place of the source's own.
+        step: Checkpoint of a run: latest, best (lowest validation loss), or a step.
     """
     from gptjax.models.language_model import LanguageModel
     from gptjax.models.loading import load
@@ -38,7 +40,7 @@ def convert(
         raise UserError(f"destination: got {destination}, which exists already; choose another or delete it")
     if to == "gptjax" and dtype is not None:
         raise UserError(f"dtype: got {dtype}, must not be given: our folders hold float32")
-    model = load(source, kind=Model, tokenizer=tokenizer)
+    model = load(source, kind=Model, tokenizer=tokenizer, step=step)
     if adapter is not None:
         if not isinstance(model, LanguageModel):
             raise UserError(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gptjax.models.language_model import LanguageModel
 
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+Step = int | Literal["latest", "best"]
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
 
 tokenizer = tyro.extras.SubcommandApp()
@@ -84,6 +85,7 @@ def generate(
     path: Model,
     prompt: str | None = None,
     samples: int = 1,
+    step: Step = "latest",
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = SamplingOptions(),
 ) -> None:
     """Continue a prompt, showing the text as it is generated.
@@ -92,10 +94,11 @@ def generate(
         path: Run folder, or a folder written by LanguageModel.save.
         prompt: Text to continue. None: standard input.
         samples: Number of continuations.
+        step: Checkpoint of a run: latest, best (lowest validation loss), or a step.
     """
     options = sampling.options()
     text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
-    model = _with_sampling(_load(path))
+    model = _with_sampling(_load(path, step))
     if samples == 1:
         show(model.stream(text, **options))
         return
@@ -107,6 +110,7 @@ def chat(
     path: Model,
     system: str | None = None,
     template: tuple[str, ...] = (),
+    step: Step = "latest",
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = SamplingOptions(),
 ) -> None:
     """Chat with a model, line by line. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands.
@@ -115,9 +119,10 @@ def chat(
         path: Run folder, or a folder written by LanguageModel.save.
         system: System prompt.
         template: Variables of the model's chat template, as NAME=VALUE with a value of JSON: enable_thinking=false.
+        step: Checkpoint of a run: latest, best (lowest validation loss), or a step.
     """
     options = {**sampling.options(), "template": _variables(template)}
-    model = _with_sampling(_load(path))
+    model = _with_sampling(_load(path, step))
     Chat(model, system, options).run()
 
 
@@ -137,17 +142,18 @@ def _variables(given: Sequence[str]) -> dict[str, Any]:
     return variables
 
 
-def evaluate(path: Model, text: str | None = None) -> None:
+def evaluate(path: Model, text: str | None = None, step: Step = "latest") -> None:
     """Evaluate a model: bits per byte, compared with `xz -9`, on a text file; or the evaluations of its experiment.
 
     Args:
         path: Run folder, or a folder written by LanguageModel.save.
         text: Text file to evaluate on. None: the evaluations of the run's stages.
+        step: Checkpoint of a run: latest, best (lowest validation loss), or a step.
     """
     from gptjax.data import Text
     from gptjax.evals import BitsPerByte
 
-    model = _load(path)
+    model = _load(path, step)
     if text is not None:
         evaluations = [BitsPerByte(Text(text, validation=0.0), split="train", length=model.context or 256)]
     else:
@@ -211,10 +217,10 @@ def _evaluations(path: Path) -> list[Any]:
     return [from_json(evaluation) for evaluation in evaluations]
 
 
-def _load(path: Path) -> LanguageModel:
+def _load(path: Path, step: Step) -> LanguageModel:
     from gptjax.models.loading import load
 
-    return load(path)
+    return load(path, step=step)
 
 
 def _with_sampling(model: LanguageModel) -> LanguageModel:

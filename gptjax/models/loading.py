@@ -18,7 +18,7 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ from gptjax.types import Params, UserError
 
 M = TypeVar("M", bound=Model)
 DTYPES = ("float32", "bfloat16")
+Step = int | Literal["latest", "best"]
+"""Checkpoint of a stage: the newest, that of the lowest validation loss, or that of a step."""
 
 
 @overload
@@ -46,6 +48,7 @@ def load(
     rules: ShardingRules = DEFAULT_RULES,
     *,
     tokenizer: Tokenizer | str | Path | None = None,
+    step: Step = "latest",
 ) -> LanguageModel: ...
 @overload
 def load(
@@ -55,6 +58,7 @@ def load(
     *,
     kind: type[M],
     tokenizer: Tokenizer | str | Path | None = None,
+    step: Step = "latest",
 ) -> M: ...
 def load(
     path: str | Path,
@@ -62,9 +66,10 @@ def load(
     rules: ShardingRules = DEFAULT_RULES,
     kind: type[Model] = LanguageModel,
     tokenizer: Tokenizer | str | Path | None = None,
+    step: Step = "latest",
 ) -> Model:
-    """Load a model from a folder or a repository of the Hugging Face hub: a folder written by `save`; a run, at the
-    newest checkpoint of its last stage with one; or a folder of `transformers`, of a family in
+    """Load a model from a folder or a repository of the Hugging Face hub: a folder written by `save`; a run, at a
+    checkpoint of its last stage with one; or a folder of `transformers`, of a family in
     `gptjax.interop.families`. A llama2.c file works too, with its tokenizer beside it.
 
     dtype      parameter and compute dtype: float32 or bfloat16. None: that of the files
@@ -74,11 +79,14 @@ def load(
                `Model`: any of these
     tokenizer  tokenizer, or the argument of `load_tokenizer`, in place of the path's own. None: the path's own; a model
                of others without one reads and writes ids alone
+    step       checkpoint of a run: "latest", "best" (lowest validation loss of those that are kept), or a step
 
     Raises UserError for anything else, and for files that are damaged or do not match.
     """
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype: got {dtype!r}, must be {' or '.join(DTYPES)} (default: that of the files)")
+    if not (step in ("latest", "best") or (isinstance(step, int) and step >= 0)):
+        raise UserError(f"step: got {step!r}, must be latest, best or the number of a step")
     given = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     if Path(path).expanduser().is_file():
         return _llama2c(Path(path).expanduser(), dtype, rules, kind, given)
@@ -92,8 +100,10 @@ def load(
         config = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"path: got {path}, whose config.json is damaged ({error}); restore it") from None
+    if step != "latest" and "experiment" not in config:
+        raise UserError(f"step: got {step} for {path}, must be latest: only a run has several checkpoints")
     if "experiment" in config:
-        model = _run(path, config["experiment"], dtype, rules, kind)
+        model = _run(path, config["experiment"], dtype, rules, kind, step)
     elif "model" in config and "tokenizer" in config:
         model = _saved(path, config, dtype, rules, kind)
     elif "model_type" in config:
@@ -110,14 +120,16 @@ def restore_stage_params(
     model: Any,
     abstract: Params | None = None,
     pretrained: Callable[[Params | None], Params] | None = None,
+    step: int | None = None,
 ) -> Restored:
-    """Newest parameters of a run's stage, averaged if it has averages, sharded as the abstract ones. A stage's adapters
+    """Parameters of a run's stage, averaged if it has averages, sharded as the abstract ones. A stage's adapters
     are merged into the parameters of the previous stage, or of the pretrained model.
 
     checkpoints  folder of the run's checkpoints
     adapters     adapter of each stage, in order
     model        module built by the run's configuration
     pretrained   abstract parameters -> parameters of the pretrained model
+    step         None: the newest checkpoint
     """
     lora, names = adapters[stage], list(adapters)
     base = None
@@ -130,7 +142,7 @@ def restore_stage_params(
         init = functools.partial(lora.init, info=parameter_info(model))
         abstract = None if abstract is None else jax.eval_shape(init, jax.random.key(0), base)
     with Checkpoints(checkpoints / stage) as saved:
-        restored = saved.restore_params(ema=True, abstract_params=abstract)
+        restored = saved.restore_params(step, ema=True, abstract_params=abstract)
     return restored if lora is None else dataclasses.replace(restored, state=jax.jit(lora.merge)(base, restored.state))
 
 
@@ -260,17 +272,18 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
     return found(model, nested(params), tokenizer, rules=rules, **settings)
 
 
-def _run(path: Path, experiment: Any, dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
+def _run(path: Path, experiment: Any, dtype: str | None, rules: ShardingRules, kind: type[Model], step: Step) -> Model:
     # Read as JSON: stages may have classes that only the experiment's own file defines.
     stages = experiment.get("stages") if isinstance(experiment, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise UserError(f"path: got {path}, whose config.json is damaged (no stages); restore it")
     for name in stages:
         check_name(name, f"{path / 'config.json'}: stages")
-    name, extra = None, {}
+    name, extra, found_step = None, {}, None
     for name in reversed(stages):
         with Checkpoints(path / "checkpoints" / name) as checkpoints:
             if (extra := checkpoints.extra()) is not None:
+                found_step = _step(checkpoints, step)
                 break
     if name is None or extra is None:
         raise UserError(f"path: got {path}, a run without a checkpoint; train it first")
@@ -289,13 +302,28 @@ def _run(path: Path, experiment: Any, dtype: str | None, rules: ShardingRules, k
         params = init_from_pretrained(experiment["init_from"], built, tokenizer, experiment["seed"])
         return jax.tree.map(lambda x, want: x.astype(want.dtype), params, abstract)
 
-    restored = restore_stage_params(path / "checkpoints", adapters, name, built, nested(abstract), pretrained)
+    restored = restore_stage_params(
+        path / "checkpoints", adapters, name, built, nested(abstract), pretrained, found_step
+    )
     _check_config(path, name, experiment, restored.extra)
     tokenizer = _load_tokenizer(path, restored.extra["tokenizer"])
     settings = {"context": data.get("length")} if found is LanguageModel else {}
     if found is not LanguageModel and (classes := data["source"].get("classes")):
         settings["labels"] = tuple(map(str, classes))
     return found(model, restored.state, tokenizer, rules=rules, **settings)
+
+
+def _step(checkpoints: Checkpoints, step: Step) -> int | None:
+    """Number of a step that has a checkpoint. None: the newest sound one."""
+    if step == "latest":
+        return None
+    there, best = checkpoints.steps(), checkpoints.best_step()
+    if step == "best" and best is None:
+        raise UserError(f"step: got best, but {checkpoints.folder} has no checkpoint whose validation loss is known")
+    if step != "best" and step not in there:
+        kept = ", ".join(map(str, there))
+        raise UserError(f"step: got {step}, must be one that {checkpoints.folder} has: {kept}, latest or best ({best})")
+    return best if step == "best" else int(step)
 
 
 def _check_config(path: Path, stage: str, experiment: dict[str, Any], extra: dict[str, Any]) -> None:

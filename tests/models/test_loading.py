@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 import gptjax
 from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.cli.main import main
 from gptjax.config import to_json
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.distributed.parameters import flat
@@ -104,3 +105,25 @@ def test_a_configuration_that_is_not_as_it_was_saved_is_refused(folders, tmp_pat
             gptjax.load(path.parent)
     path.write_bytes(content)
     gptjax.load(path.parent)
+
+
+def test_a_run_is_loaded_at_the_step_that_is_asked_for(model, folders, tmp_path):
+    """The newest, the one of the lowest validation loss, or any that is kept; by the command line too."""
+    folder = shutil.copytree(folders["run"], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with Checkpoints(folder / "checkpoints" / "train", max_to_keep=2) as checkpoints:
+        for step, loss in ((1, 3.0), (2, 2.0), (3, None), (4, 2.5)):
+            params = jax.tree.map(lambda x, step=step: x + step, model.params)
+            checkpoints.save(step, {"params": params}, {"tokenizer": TOKENIZER.fingerprint}, loss)
+
+    def step_of(found: LanguageModel) -> float:
+        return float(found.params["embedding"][0, 0] - model.params["embedding"][0, 0])
+
+    for step, expected in (("latest", 4), ("best", 2), (3, 3)):
+        assert step_of(gptjax.load(folder, step=step)) == expected
+    with pytest.raises(UserError, match=r"^step: got 1, must be one that .* has: 2, 3, 4, latest or best \(2\)"):
+        gptjax.load(folder, step=1)
+    with pytest.raises(UserError, match=r"^step: got best for .*saved, must be latest: only a run has several"):
+        gptjax.load(folders["saved"], step="best")
+    assert main(["convert", str(folder), str(tmp_path / "best"), "--to", "gptjax", "--step", "best"]) == 0
+    assert step_of(gptjax.load(tmp_path / "best")) == 2
+    assert main(["generate", str(folder), "--prompt", "a", "--max-tokens", "1", "--step", "9"]) == 2
