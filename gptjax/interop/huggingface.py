@@ -26,7 +26,7 @@ from gptjax.data.tokenizers import MissingTokenizer, Tokenizer
 from gptjax.distributed.parameters import declared, flat, nested
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.inference.sampling import Sampling
-from gptjax.interop import multimodal, quantised, safetensors, tokenizers
+from gptjax.interop import multimodal, quantised, safetensors, schema, tokenizers
 from gptjax.interop.essence import essence
 from gptjax.interop.families import CLASSIFYING, FAMILIES, Family, Fields, Piece, pieces
 from gptjax.interop.generation import of_sampling
@@ -157,6 +157,7 @@ def from_tensors(
     `load_hf`."""
     fields = Fields(fields)
     tensors = quantised.dequantised(multimodal.text_tensors(tensors), fields.get("quantization_config"))
+    schema.check_sizes(fields, tensors)
     family = _family(fields["model_type"])
     config = _read(family, fields)
     tensors = safetensors.Renamed(tensors, {_current(name, family.former): name for name in tensors})

@@ -4,7 +4,6 @@ its tensors. The vision encoder is left out, so only text can be read and writte
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,9 @@ import numpy as np
 
 from gptjax.interop.families import Fields
 from gptjax.interop.safetensors import Renamed
-from gptjax.types import UserError
+from gptjax.interop.schema import check_types
+from gptjax.io.json_file import read_object
+from gptjax.types import UserError, one_line
 
 INNER = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
 """Prefix of the language model's tensors, in two versions; `model.` in files of text models."""
@@ -40,16 +41,18 @@ def read_config(folder: str | Path, name: str = "config.json") -> Fields:
     """Read a folder's config.json or another file of fields; of a vision-language model, the language model's
     fields."""
     try:
-        return Fields(text_fields(json.loads((Path(folder) / name).read_text())))
+        fields = text_fields(read_object(Path(folder) / name))
     except (OSError, ValueError) as error:
-        raise UserError(f"path: got {folder}, whose {name} is missing or damaged ({error})") from None
+        raise UserError(f"path: got {folder}, whose {name} is missing or damaged ({one_line(error)})") from None
+    check_types(fields, name)
+    return Fields(fields)
 
 
 def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of config.json that describe the language model; all fields of a text model."""
     if not isinstance(inner := config.get("text_config"), dict):
         return dict(config)
-    return {**config, **DEFAULTS.get(inner.get("model_type", ""), {}), **inner}
+    return {**config, **DEFAULTS.get(str(inner.get("model_type")), {}), **inner}
 
 
 def text_tensors(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

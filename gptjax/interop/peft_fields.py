@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptjax.interop.schema import check_types
+from gptjax.io.json_file import read_object
 from gptjax.types import UserError
 
 CONFIG = "adapter_config.json"
@@ -44,14 +46,13 @@ class AdapterFields(dict[str, Any]):
 
     def __init__(self, folder: Path):
         try:
-            fields = json.loads((folder / CONFIG).read_text())
-            if not isinstance(fields, dict):
-                raise TypeError("not a JSON object")
+            fields = read_object(folder / CONFIG)
             if lacking := {"r", "lora_alpha", "peft_type"} - fields.keys():
                 raise KeyError(*lacking)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(f"path: got {folder}, whose {CONFIG} is missing or damaged ({error!r})") from None
         super().__init__(fields)
+        check_types(fields, CONFIG)
         for name, known in ALLOWED.items():
             if not any(self.get(name, known[0]) is value or self.get(name) == value for value in known):
                 options = " or ".join(json.dumps(value) for value in known)

@@ -30,6 +30,7 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.io import atomic
+from gptjax.io.json_file import read_object
 from gptjax.types import Array, UserError
 
 INDEX = "model.safetensors.index.json"
@@ -210,9 +211,9 @@ def _files(path: Path) -> dict[str, Path]:
         return {}
     if (path / INDEX).is_file():
         try:
-            names: dict[str, str] = json.loads((path / INDEX).read_bytes())["weight_map"]
+            names: dict[str, str] = read_object(path / INDEX)["weight_map"]
             files = {name: path / file for name, file in names.items() if file == Path(file).name}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             names, files = {}, {}
         if not names or len(files) < len(names):
             raise UserError(f"path: got {path}, whose {INDEX} is damaged; download the folder again")
@@ -236,6 +237,8 @@ def _header(path: Path) -> dict[str, _Tensor]:
         return UserError(f"path: got {path}, not a complete safetensors file: {reason}; download or write it again")
 
     try:
+        if not path.is_file():
+            raise damaged("it is not a regular file")
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -244,7 +247,7 @@ def _header(path: Path) -> dict[str, _Tensor]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise UserError(f"path: got {path}, which cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise error if isinstance(error, UserError) else damaged("the header is not JSON") from None
     if not isinstance(header, dict):
         raise damaged("the header is not a JSON object")

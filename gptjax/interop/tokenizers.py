@@ -23,9 +23,10 @@ from gptjax.data.tokenizers import (
 )
 from gptjax.data.tokenizers.huggingface import unknown_piece
 from gptjax.data.tokenizers.tokenizer import ROLES, add_roles
+from gptjax.interop.schema import read_fields
 from gptjax.interop.templates import NATIVE, ChatTemplate, jinja_source
 from gptjax.interop.tokenizer_json import canonical, from_merges, from_pieces, specification, with_added
-from gptjax.types import UserError
+from gptjax.types import UserError, one_line
 
 
 def load(folder: str | Path, vocab: int | None = None) -> Tokenizer:
@@ -233,7 +234,7 @@ def _begins(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], first:
 def _settings(folder: Path) -> dict[str, Any]:
     """Merge special_tokens_map.json and tokenizer_config.json, with tokens given by their text."""
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
-    return {k: v["content"] if k.endswith("_token") and isinstance(v, dict) else v for k, v in settings.items()}
+    return {k: v.get("content") if k.endswith("_token") and isinstance(v, dict) else v for k, v in settings.items()}
 
 
 def _gpt2(folder: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:
@@ -257,9 +258,8 @@ def _json(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_bytes())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"tokenizer: got {file}, must be a JSON object; it is damaged")
-    return content
+        return read_fields(file)
+    except UserError as error:
+        raise UserError(f"tokenizer: got {file.parent}, where {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer: got {file}, must be a JSON object; it is damaged ({one_line(error)})") from None

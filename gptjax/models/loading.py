@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.model import Model
 from gptjax.nn import LoRA, ModelConfig, TransformerConfig
-from gptjax.types import Params, UserError
+from gptjax.types import Params, UserError, one_line
 
 M = TypeVar("M", bound=Model)
 DTYPES = ("float32", "bfloat16")
@@ -91,15 +90,17 @@ def load(
     if Path(path).expanduser().is_file():
         return _llama2c(Path(path).expanduser(), dtype, rules, kind, given)
     from gptjax.interop import hub
+    from gptjax.io.json_file import check_regular, read_object
 
     path = hub.folder(path)
+    check_regular(path)
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"path: got {path}, which has no config.json; must be a model's folder or a run's")
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"path: got {path}, whose config.json is damaged ({error}); restore it") from None
+        config = read_object(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"path: got {path}, whose config.json is damaged ({one_line(error)}); restore it") from None
     if step != "latest" and "experiment" not in config:
         raise UserError(f"step: got {step} for {path}, must be latest: only a run has several checkpoints")
     if "experiment" in config:
@@ -261,7 +262,7 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
     try:
         with np.load(path / "params.npz", allow_pickle=False) as file:
             params = {name: place(name, file[name]) for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
     settings = {name: config[name] for name in ("context", "decoder_start_token_id", "append_eos") if name in config}
     if config.get("template") is not None:

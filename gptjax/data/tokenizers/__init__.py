@@ -103,7 +103,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _from_folder(folder: Path) -> Tokenizer:
+    from gptjax.io.json_file import check_regular
+
     for saved in (folder, folder / "tokenizer"):
+        if saved.is_dir():
+            check_regular(saved)
         if (saved / DESCRIPTOR).exists():
             return _saved(saved)
     if (folder / "encoder.json").exists() and (folder / "vocab.bpe").exists():
@@ -169,6 +173,6 @@ def _saved(folder: Path) -> Tokenizer:
         tokenizer = cls((folder / cls.file).read_bytes() if cls.file else b"", **settings)
         if tokenizer.fingerprint == fingerprint:
             return tokenizer
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(f"tokenizer: got {folder}, must hold the saved files; one is missing or changed, restore it")

@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, Any, Self
 
 from gptjax.data.tokenizers.tiktoken import byte_alphabet
 from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, Tokenizer, add_roles
-from gptjax.types import UserError
+from gptjax.io.json_file import FLAG, NATURAL, TEXT, check, read_object
+from gptjax.types import UserError, one_line
 
 if TYPE_CHECKING:
     import tokenizers
 
+STEP = {"type": TEXT, "decoders": [{"type": TEXT}]}
+SCHEMA = {
+    "added_tokens": [{"id": NATURAL, "content": TEXT, "special": FLAG}],
+    "decoder": STEP,
+    "model": {"type": TEXT, "unk_id": NATURAL, "unk_token": TEXT, "continuing_subword_prefix": TEXT},
+}
+"""Types of the fields that are read here; the library checks the others."""
+MOST = 1 << 24
+"""Bound of the ids: one more takes memory for all ids below it."""
 JOINED = (".", ",", "!", "?")
 """Word pieces that follow a word without a space, as the library decodes them too."""
 
@@ -39,16 +49,16 @@ class HuggingFaceTokenizer(Tokenizer):
         `UserError` for other kinds of files, and for a file that encodes plain text to special tokens.
         """
         path = Path(path)
-        data = path.read_bytes()
         config_file = path.with_name("tokenizer_config.json")
         try:
-            spec = json.loads(data)
-            config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+            spec, config = read_object(path), read_object(config_file) if config_file.exists() else {}
+            data = path.read_bytes()
             added = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"tokenizer: got {path}, must be a Hugging Face tokenizer.json; it is damaged or of another kind"
             ) from None
+        check(spec, SCHEMA, f"tokenizer: got {path}, where")
         if not _decoders(spec) & {"ByteLevel", "ByteFallback", "Metaspace", "WordPiece"}:
             raise UserError(
                 f"tokenizer: got {path} with decoder {', '.join(sorted(_decoders(spec))) or None}, "
@@ -85,7 +95,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def pieces(self) -> list[bytes]:
         tokenizer, spec = self.library, json.loads(self.data)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        pieces = [b""] * (1 + max(vocabulary.values()))
+        if (last := max(vocabulary.values(), default=-1)) >= MOST:
+            raise UserError(f"tokenizer: got a tokenizer.json with the id {last}, must be less than {MOST}")
+        pieces = [b""] * (1 + last)
         alphabet = byte_alphabet()
         byte_level, unknown = "ByteLevel" in _decoders(spec), unknown_piece(spec)
         inside = spec["model"].get("continuing_subword_prefix") if "WordPiece" in _decoders(spec) else None
@@ -119,7 +131,10 @@ def _library(data: bytes) -> tokenizers.Tokenizer:
         import tokenizers
     except ImportError:
         raise UserError("tokenizer: this one needs the tokenizers library; pip install 'gptjax[hf]'") from None
-    tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+    except Exception as error:  # the library raises no narrower class
+        raise UserError(f"tokenizer: got a tokenizer.json that the library refuses: {one_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # encode them as plain text
