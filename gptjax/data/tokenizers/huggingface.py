@@ -183,4 +183,4 @@ def _roles(tokenizer: HuggingFaceTokenizer, added: dict[str, int], config: dict[
 
 def _content(token: str | dict[str, Any] | None) -> str | None:
     """Token in `tokenizer_config.json`: a text, or an object with it."""
-    return token["content"] if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token

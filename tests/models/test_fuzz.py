@@ -1,0 +1,240 @@
+"""Damaged folders and mistaken command lines, drawn by a seed: each is read, or refused in one line."""
+
+import json
+import os
+import random
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.cli import run as launcher
+from gptjax.data import TrainSentencePiece
+from gptjax.interop.huggingface import save_hf, to_tensors
+from gptjax.interop.safetensors import write
+from gptjax.models.loading import load
+from gptjax.models.model import Model
+from gptjax.nn import (
+    GELU,
+    LayerNorm,
+    LearnedPositions,
+    MixtureOfExperts,
+    RoPE,
+    TransformerConfig,
+    YaRN,
+)
+from gptjax.types import UserError
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 3, 7, 10**6, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")),
+    *("", "x", "5", "None", "\0", "\ud800", "é" * 999, [], [None], [1], ["x"], [[]], {}, {"x": 1}, {"content": 5}),
+)
+"""Put in the place of any value of a JSON file."""
+CONTENTS = (
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"5",
+    b"\xff\xfe{\x00}\x00",
+    b"[" * 10**5,
+    b'{"a":' * 10**5,
+    b'{"a": 1' + b"0" * 5_000 + b"}",
+)
+"""Put in the place of any file."""
+SECONDS = 60
+"""Duration of each slow test."""
+
+
+def random_params(config: Any) -> Any:
+    model = config.build()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: np.asarray(rng.normal(0, 0.3, x.shape), np.float32), shapes)
+
+
+SIZES: Any = {"vocab": 300, "layers": 2, "width": 16, "heads": 2}
+MODELS = {
+    "gpt2": TransformerConfig(
+        **SIZES, positions=LearnedPositions(32), norm=LayerNorm(1e-5), mlp=GELU(), bias=True, tie_embeddings=True
+    ),
+    "llama": TransformerConfig(**SIZES, positions=RoPE(scaling=YaRN(factor=4.0, original_length=32))),
+    "mixtral": TransformerConfig(**SIZES, mlp=MixtureOfExperts(experts=4)),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    """Good folders: of `transformers`, with several files of weights too, and our own."""
+    place = tmp_path_factory.mktemp("good")
+    texts = ["a few words of text, and more of them"] * 20
+    tokenizer = TrainSentencePiece(300).build(iter(texts))
+    for name, config in MODELS.items():
+        params = random_params(config)
+        save_hf(place / name, config, params, tokenizer, context=64, model_type=name)
+        (place / name / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|end|>"}}')
+    config = MODELS["llama"]
+    shutil.copytree(place / "llama", place / "shards")
+    (place / "shards" / "model.safetensors").unlink()
+    _, tensors = to_tensors(config, random_params(config))
+    write(place / "shards", tensors.shapes, tensors.__getitem__, max_shard=20_000)
+    load(place / "llama").save(place / "ours")
+    found = sorted(place.iterdir())
+    for folder in found:
+        load(folder, kind=Model)
+    return found
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    """The path of every value inside a JSON value; of long lists and objects, of a few."""
+    inside = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    return [p for key, item in inside[:60] for p in [(*path, key), *places(item, (*path, key))]]
+
+
+def damage(folder: Path, rng: random.Random) -> str:
+    """Damage one file of a folder. Returns what was done."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    file = rng.choice([path for path in files if path.suffix == ".json"] * 3 + files)
+    data, kind = file.read_bytes(), rng.choice(("field", "field", "field", "field", "content", "cut", "bit", "special"))
+    if kind == "field" and file.suffix == ".json":
+        content = json.loads(data)
+        place = rng.choice(places(content))
+        *inside, last = place
+        holder = content
+        for key in inside:
+            holder = holder[key]
+        value = rng.choice((*VALUES, del_ := object()))
+        if value is del_:
+            del holder[last]
+        else:
+            holder[last] = value
+        file.write_text(json.dumps(content))
+        return f"{file.name}: {place} = {'nothing' if value is del_ else repr(value)[:60]}"
+    if kind == "special":
+        file.unlink()
+        made = rng.choice(("fifo", "folder", "link to itself", "nothing"))
+        if made == "fifo":
+            os.mkfifo(file)
+        elif made == "folder":
+            file.mkdir()
+        elif made == "link to itself":
+            file.symlink_to(file)
+        return f"{file.name}: {made}"
+    changed = bytearray(data)
+    if kind == "bit" and data:
+        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del changed[rng.randrange(len(data) + 1) :]
+    else:
+        kind, changed = "content", bytearray(rng.choice(CONTENTS))
+    file.write_bytes(changed)
+    return f"{file.name}: {kind}"
+
+
+def check_folder(folders: list[Path], seed: int, place: Path) -> None:
+    rng = random.Random(seed)
+    good = rng.choice(folders)
+    folder = place / f"{good.name}-{seed}"
+    shutil.copytree(good, folder)
+    done = damage(folder, rng)
+    message = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load(folder, kind=Model)
+    except UserError as error:
+        message = str(error)
+    except BaseException as error:
+        raise AssertionError(f"seed {seed}, {good.name}, {done}: {type(error).__name__}: {str(error)[:300]}") from error
+    finally:
+        shutil.rmtree(folder)
+    assert "\n" not in message, f"seed {seed}, {good.name}, {done}: {message}"
+    assert len(message) < 2_000, f"seed {seed}, {good.name}, {done}: {message}"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_folder_is_read_or_refused_in_one_line(folders, seed, tmp_path):
+    check_folder(folders, seed, tmp_path)
+
+
+@pytest.mark.slow
+def test_many_damaged_folders(folders, tmp_path):
+    """New ones until the time is up; the message has the seed."""
+    until, seed = time.monotonic() + SECONDS, 1_000
+    while time.monotonic() < until:
+        check_folder(folders, seed, tmp_path)
+        seed += 1
+
+
+OPTIONS = (
+    *(
+        "--model.layers",
+        "--model.width",
+        "--model.heads",
+        "--model.vocab",
+        "--model.dropout",
+        "--model.remat",
+        "--seed",
+    ),
+    *("--pretrain.steps", "--pretrain.ema", "--pretrain.data.batch", "--pretrain.data.length", "--chat.prompts"),
+    *("--pretrain.optimizer.learning_rate", "--pretrain.optimizer.schedule.warmup", "--mesh.fsdp", "--mesh.data"),
+    *(
+        "--out",
+        "--profile",
+        "--mirror",
+        "--accept_changes",
+        "--print",
+        "--model.positions.theta",
+        "--model",
+        "--",
+        "-x",
+    ),
+)
+TYPED = (
+    "0",
+    "-1",
+    "3",
+    "1e9",
+    "nan",
+    "-inf",
+    str(2**63),
+    "9" * 5_000,
+    "",
+    " ",
+    "None",
+    "True",
+    "x" * 300,
+    "é",
+    "5:3",
+    "--",
+)
+
+
+def check_command(seed: int, capsys) -> None:
+    """The launcher prints the configuration and returns 0, or prints one line that begins with error and returns 2."""
+    rng = random.Random(seed)
+    command = ["quickstart", "--print"]
+    for _ in range(rng.choice((1, 2))):
+        command += [rng.choice(OPTIONS), *rng.choices(TYPED, k=rng.choice((0, 1, 1, 1, 2)))]
+    code = launcher.main(command)
+    out, err = capsys.readouterr()
+    assert (code, bool(out)) in ((0, True), (2, False)), f"seed {seed}: {command}"
+    assert (code, err.count("\n"), err.startswith("error: ")) in ((0, 0, False), (2, 1, True)), f"seed {seed}: {err}"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_mistaken_command_is_answered_in_one_line(seed, capsys):
+    check_command(seed, capsys)
+
+
+@pytest.mark.slow
+def test_many_mistaken_commands(capsys):
+    until, seed = time.monotonic() + SECONDS, 1_000
+    while time.monotonic() < until:
+        check_command(seed, capsys)
+        seed += 1
