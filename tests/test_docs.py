@@ -26,7 +26,17 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": programs, "PYTHONPATH": f"{ROOT}:{packages}", "XLA_FLAGS": flags}
 
 
-@pytest.mark.parametrize("page", [page for page in [*PAGES, "CONTRIBUTING.md"] if blocks(page)])
+SLOW = {"docs/tutorials/one_chip_to_many.md"}  # starts several processes, and plans for other chips
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW))
+        for page in [*PAGES, "CONTRIBUTING.md"]
+        if blocks(page)
+    ],
+)
 def test_blocks_run(page, tmp_path, monkeypatch):
     """One after the other, in a folder with nothing but the checkout's `tests` and `tpu`: a block with a title is a
     file, others are run."""

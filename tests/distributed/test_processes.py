@@ -150,6 +150,7 @@ def assert_ended_as_lost(code: int, errors: str) -> None:
         assert "another task died" in errors, errors
 
 
+@pytest.mark.slow
 def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
     """Four get SIGTERM, two go on and the second is killed, two more, on another mesh, and the first is, one ends it:
     losses and data as if it had been one."""

@@ -88,7 +88,7 @@ def run(tmp_path_factory):
 
 
 def results(folder) -> list[Result]:
-    return [Result(**each) for each in json.loads((folder / "report" / "chat.json").read_text())]
+    return [Result(**each) for each in json.loads((folder / "report" / "chat.json").read_text())["results"]]
 
 
 def test_parameters_stay_sharded(run):

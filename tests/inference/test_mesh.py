@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import types
 from typing import Any
 
 import jax
@@ -11,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax import data
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
-from gptjax.experiment.experiment import Experiment
+from gptjax.experiment.experiment import Experiment, Stage
 from gptjax.inference.generate import generate, prefill
 from gptjax.inference.sampling import Sampling
 from gptjax.models.language_model import LanguageModel
 from gptjax.nn import MixtureOfExperts, MultiHeadLatentAttention, TransformerConfig
+from gptjax.objectives import NextToken
+from gptjax.optim import AdamW
 from gptjax.types import UserError
 
 TOKENIZER = Bytes().build(iter(()))
@@ -109,14 +111,12 @@ def test_a_language_model_runs_where_its_parameters_lie():
 
 def test_key_heads_need_not_be_cut():
     """As other axes must; the error names the field."""
-    data = types.SimpleNamespace(batch=8, length=8)
+    source = data.Text("text")
+    stage = Stage(data.Pretrain(source, length=8, batch=8), NextToken(), AdamW(), steps=1)
     for config, tensor, field in (
         (CONFIGS["one key head"], 4, None),
         (dataclasses.replace(CONFIGS["grouped"], vocab=273), 4, "model.vocab"),
     ):
-        stages: Any = {
-            "pretrain": types.SimpleNamespace(adapter=None, data=data, accumulate=1, check=lambda model: None)
-        }
-        experiment = Experiment(config, None, stages, MeshConfig(tensor=tensor))
+        experiment = Experiment(config, data.Bytes(), {"pretrain": stage}, MeshConfig(tensor=tensor))
         with contextlib.nullcontext() if field is None else pytest.raises(UserError, match=f"^{field}: got 273"):
             experiment.check(8)

@@ -213,6 +213,7 @@ def test_a_name_goes_through_the_module():
         program("cudnn")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
 def test_kernels_compile_for_tpus():
     """Splash for three generations, rows that a mesh cuts, policies of what to keep, and training steps of two kinds

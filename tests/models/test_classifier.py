@@ -107,7 +107,7 @@ def test_a_trained_backbone_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, 
     lines = [json.loads(line) for line in (tmp_path / "after" / "metrics.jsonl").read_text().splitlines()]
     assert [line["validation_accuracy"] for line in lines if "validation_accuracy" in line][-1] == 1
     found = json.loads((tmp_path / "after" / "report" / "classify.json").read_text())
-    assert found[0]["values"]["accuracy"] == 1
+    assert found["results"][0]["values"]["accuracy"] == 1
     assert "nats a text at the end" in (tmp_path / "after" / "report" / "report.md").read_text()
 
     judge = gptjax.load(tmp_path / "after", kind=gptjax.ClassifierModel)

@@ -59,7 +59,8 @@ class Sleepy(data.Pretrain):
                     time.sleep(0.15)
                 return super().__next__()
 
-        return Slow(batches._make, batches._size, batches._steps)
+        batches.__class__ = Slow
+        return batches
 
 
 experiment = Experiment(

@@ -19,18 +19,14 @@ OPTIMIZERS = [
     for kind, more in ((AdamW, {}), (Lion, {}), (Muon, {"iterations": 2}), (Adafactor, {"factor_from": 8}))
 ]
 
-MATRICES = dict.fromkeys(("q", "k", "v", "up", "gate", "down", "latent", "rope", "dense", "input", "recurrent"), 1)
-MATRICES |= {"o": 2}
-"""Last words of the names of our hidden matrices -> number of input axes."""
-
 
 def sides(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """[I, O] of a hidden matrix of one layer; None: it is none."""
+    """[I, O] of a hidden matrix of one layer, by the last word of its name. None: it is none."""
     last = name.split("/")[-1].split("_")[-1]
     inputs = {"o": 2} | dict.fromkeys(
         ["q", "k", "v", "up", "gate", "down", "latent", "rope", "dense", "input", "recurrent"], 1
     )
-    if last not in inputs:
+    if last not in inputs or name.endswith("/values_gate"):  # the gate of a value embedding, from a few channels
         return None
     shape = shape[-2:] if "/mlp/" in name else shape  # experts are matrices of their own
     return math.prod(shape[: inputs[last]]), math.prod(shape[inputs[last] :])
