@@ -21,7 +21,7 @@ class SequenceMixer(Part):
     """
 
     reads_encoder: ClassVar[bool] = False
-    """True if it can be cross-attention: it has `init_cross_cache`, as `MultiHeadAttention` does."""
+    """True if it can be cross-attention, as `MultiHeadAttention` can: it has `init_cross_cache`."""
 
     def init_cache(
         self, batch: int, size: int, width: int, dtype: str = "float32", rules: ShardingRules = ShardingRules()
