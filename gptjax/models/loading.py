@@ -260,9 +260,10 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
         return safetensors.place(leaf, lambda _: values)
 
     try:
-        with np.load(path / "params.npz", allow_pickle=False) as file:
+        # Opened here: of a damaged file numpy leaves it open.
+        with open(path / "params.npz", "rb") as opened, np.load(opened, allow_pickle=False) as file:
             params = {name: place(name, file[name]) for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
     settings = {name: config[name] for name in ("context", "decoder_start_token_id", "append_eos") if name in config}
     if config.get("template") is not None:

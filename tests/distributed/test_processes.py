@@ -391,7 +391,7 @@ def test_processes_roll_back_together(tmp_path):
             assert [code for code, _ in ended] == [0] * count, ended
         folder = tmp_path / "runs" / str(count)
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        bad = [(x["step"], x["rolled_back_from"], x["batches_left_out"]) for x in lines if "rolled_back_from" in x]
+        bad = [(x["step"], x["rolled_back_from"], x["batches_skipped"]) for x in lines if "rolled_back_from" in x]
         found.append((bad, losses(folder)))
     (bad, one), (bad_of_two, two) = found
     assert bad == bad_of_two != []
