@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.linear import linear
@@ -38,6 +40,9 @@ class Pooling:
         segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else jnp.asarray(segments)
         inside = segments[:, None, :] == jnp.arange(1, documents + 1)[:, None]
         weights = self.weights(inside).astype(x.dtype)
+        if not jax.sharding.get_abstract_mesh().empty:  # segments that were made here are not sharded
+            batch, sequence, _ = jax.typeof(x).sharding.spec
+            weights = jax.reshard(weights, PartitionSpec(batch, None, sequence))
         return lax.dot_general(weights, x, (((2,), (1,)), ((0,), (0,))))
 
 

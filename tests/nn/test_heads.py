@@ -80,8 +80,10 @@ def test_a_mesh_changes_nothing():
         sharded = Classifier(config, DEFAULT_RULES)
         tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
         params = jax.jit(sharded.init)(jax.random.key(0), tokens)["params"]
-        logits, _ = jax.jit(lambda p, t: sharded.apply({"params": p}, t, None, jnp.ones_like(t)))(params, tokens)
-    np.testing.assert_allclose(logits, expected, **CLOSE)
+        apply = jax.jit(lambda p, t, segments: sharded.apply({"params": p}, t, None, segments))
+        found = [apply(params, tokens, segments)[0] for segments in (None, jnp.ones_like(tokens))]
+    for logits in found:
+        np.testing.assert_allclose(logits, expected, **CLOSE)
 
 
 def test_classes_are_learned():
