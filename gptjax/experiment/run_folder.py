@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -19,7 +18,7 @@ import jax
 from rich.console import Console
 
 from gptjax.checkpoint.checkpoint import Checkpoints
-from gptjax.config import allow, differences, from_json, modules, to_json
+from gptjax.config import allow, differences, digest, from_json, modules, to_json
 from gptjax.distributed import processes
 from gptjax.io import atomic
 from gptjax.protocols import Evaluation
@@ -130,8 +129,7 @@ def identity(folder: Path, stage: str) -> Identity:
     decisive = {name: value for name, value in whole["stages"][stage].items() if name not in changeable}
     made = {name: whole.get(name) for name in ("model", "seed", "init_from")} | {"stage": decisive}
     made |= {name: extra.get(name) for name in ("tokenizer", "input", "rollbacks", "origin")}
-    sha256 = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-    return {"stage": stage, "step": step, "sha256": sha256}
+    return {"stage": stage, "step": step, "sha256": digest(made)}
 
 
 def set_stale_aside(folder: Path, stage: str, origin: Identity | None, accept_changes: bool, console: Console) -> None:

@@ -114,18 +114,7 @@ class LanguageModel(TextEncoder):
     ) -> Generator[str, None, Completion]:
         """Stream the text of `generate` in pieces. The generator's return value is the completion."""
         sampling = self._sampling(sampling, **fields)
-        ids = self._encode_prompt(prompt)
-        return stream(
-            self._module,
-            self._decode_params,
-            self.tokenizer,
-            ids,
-            max_tokens,
-            sampling,
-            seed,
-            stop,
-            self.stop_token_ids,
-        )
+        return self._stream(self._encode_prompt(prompt), max_tokens, seed, stop, sampling)
 
     def chat(
         self,
@@ -167,7 +156,11 @@ class LanguageModel(TextEncoder):
     ) -> Generator[str, None, Completion]:
         """Stream the reply of `chat` in pieces. The generator's return value is the completion."""
         ids, max_tokens = self._chat_prompt(messages, max_tokens, template)
-        sampling = self._sampling(sampling, **fields)
+        return self._stream(ids, max_tokens, seed, stop, self._sampling(sampling, **fields))
+
+    def _stream(
+        self, ids: Sequence[int], max_tokens: int | None, seed: int, stop: Sequence[str], sampling: Sampling
+    ) -> Generator[str, None, Completion]:
         return stream(
             self._module,
             self._decode_params,
