@@ -22,9 +22,11 @@ SIZES = (*WIDTHS, *COUNTS, *EXPERTS, *LATENT, "relative_attention_num_buckets")
 """Fields that are a size of a tensor, or a factor of one."""
 NATURALS = (
     *("n_shared_experts", "first_k_dense_replace", "max_window_layers", "max_position_embeddings", "sliding_window"),
-    *("original_max_position_embeddings", "num_experts_per_tok", "n_group", "topk_group", "decoder_sparse_step"),
-    *("relative_attention_max_distance", "sliding_window_pattern"),
+    *("original_max_position_embeddings", "num_experts_per_tok", "n_group", "topk_group"),
+    "relative_attention_max_distance",
 )
+PERIODS = ("decoder_sparse_step", "sliding_window_pattern")
+"""Fields that say which layers differ: every so many."""
 NUMBERS = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq", "rotary_emb_base"),
     *("rotary_pct", "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping", "swiglu_alpha"),
@@ -50,7 +52,7 @@ ROPE: dict[str, Schema] = {
 """Fields of one rotary encoding; Gemma 3 has two, by name."""
 QUANTISATION: Schema = {"quant_method": TEXT, "weight_block_size": [POSITIVE]}
 CONFIG: dict[str, Schema] = {
-    **dict.fromkeys((*LAYERS, *SIZES), POSITIVE),
+    **dict.fromkeys((*LAYERS, *SIZES, *PERIODS), POSITIVE),
     **dict.fromkeys(NATURALS, NATURAL),
     **dict.fromkeys(NUMBERS, NUMBER),
     **dict.fromkeys(FLAGS, FLAG),

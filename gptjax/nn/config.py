@@ -35,6 +35,11 @@ class LayerOverrides:
     hidden: int | None = None
     """F, hidden size of the MLP."""
 
+    def __post_init__(self):
+        for field in ("window", "hidden"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise UserError(f"model.pattern: {field}: got {value}, must be at least 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig(ModelConfig):

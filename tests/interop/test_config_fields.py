@@ -197,9 +197,9 @@ def test_it_computes_as_exactly_as_in_transformers(held, said, name, tmp_path):
 
 
 def test_what_disagrees_is_refused_in_one_line():
-    llama, gpt2, gemma3, qwen2 = (
+    llama, gpt2, gemma2, gemma3, qwen2 = (
         next(family for family in FAMILIES if family.model_type == name)
-        for name in ("llama", "gpt2", "gemma3_text", "qwen2")
+        for name in ("llama", "gpt2", "gemma2", "gemma3_text", "qwen2")
     )
     plain = {
         "vocab_size": 16, "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12,
@@ -217,6 +217,8 @@ def test_what_disagrees_is_refused_in_one_line():
         (gemma3, {"rope_parameters": {"factor": 2.0}}, "rope_parameters: got factor, must be full_attention and"),
         (qwen2, {"layer_types": ["sliding_attention"] * 2}, "layer_types: got sliding_attention, which needs"),
         (qwen2, {"layer_types": ["full_attention"]}, "layer_types: got ['full_attention'], must be"),
+        (gemma2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5, must be 1.0"),
+        (gemma2, {"sliding_window": 0}, "model.pattern: window: got 0, must be at least 1"),
     ):
-        with pytest.raises(UserError, match=rf"config.json: .*{re.escape(message)}"):
+        with pytest.raises(UserError, match=rf".*{re.escape(message)}"):
             family.read(family.named(Fields({**plain, "query_pre_attn_scalar": 8, "sliding_window": 4, **changes})))

@@ -39,7 +39,7 @@ def read(c: Fields) -> TransformerConfig:
     c = Fields({name: value for name, value in c.items() if name not in UNUSED})
     return TransformerConfig(
         **sizes(c),
-        positions=rope(c, theta=c.get("rotary_emb_base", 1e4), fraction=c.get("rotary_pct", 0.25)),
+        positions=rope(c, theta=c.get("rotary_emb_base", 1e4), fraction=c.or_default("rotary_pct", 0.25)),
         norm=LayerNorm(c["layer_norm_eps"]),
         attention=MultiHeadAttention(bias=c.get("attention_bias", True)),
         mlp=activation(c, "hidden_act", DENSE),

@@ -9,7 +9,7 @@ from typing import Any
 from gptjax.interop.families.family import Family, Fields, Row
 from gptjax.interop.families.fields import GATED, activation, attention_bias, of_activation, of_sizes, sizes
 from gptjax.interop.families.rope import of_rope, rope
-from gptjax.nn import MultiHeadAttention, RMSNorm, RoPE, TransformerConfig
+from gptjax.nn import MultiHeadAttention, RMSNorm, TransformerConfig
 
 ENDS = (
     Row("model.embed_tokens.weight", "V D", "embedding", "V D"),
@@ -50,18 +50,13 @@ def write(m: TransformerConfig) -> dict[str, Any]:
     return {**of_plain(m), "attention_bias": attention_bias(m), "mlp_bias": m.bias}
 
 
-def plain(c: Fields) -> TransformerConfig:
-    """A Llama without biases, which other families extend. Rotary positions must cover the whole head."""
-    m = partial_rotary(c)
-    assert isinstance(m.positions, RoPE)
-    Fields(partial_rotary_factor=m.positions.fraction).only(partial_rotary_factor=1.0)
-    return m
-
-
-def partial_rotary(c: Fields) -> TransformerConfig:
-    """A Llama without biases, with rotary positions in a fraction of each head."""
+def plain(c: Fields, fraction: float | None = None) -> TransformerConfig:
+    """A Llama without biases, which other families extend. fraction: see `rope`."""
     return TransformerConfig(
-        **sizes(c), positions=rope(c), norm=RMSNorm(c["rms_norm_eps"]), mlp=activation(c, "hidden_act", GATED)
+        **sizes(c),
+        positions=rope(c, fraction=fraction),
+        norm=RMSNorm(c["rms_norm_eps"]),
+        mlp=activation(c, "hidden_act", GATED),
     )
 
 

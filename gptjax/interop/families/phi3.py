@@ -21,7 +21,8 @@ JOINED = (
 
 def read(c: Fields) -> TransformerConfig:
     c = Fields({"original_max_position_embeddings": 4_096, **c})
-    return dataclasses.replace(llama.partial_rotary(c), attention=MultiHeadAttention(window=c.get("sliding_window")))
+    attention = MultiHeadAttention(window=c.get("sliding_window"))
+    return dataclasses.replace(llama.plain(c, fraction=1.0), attention=attention)
 
 
 TABLE = (*llama.ENDS, *JOINED, *llama.NORMS)

@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptjax.interop.families.family import Fields
-from gptjax.nn import LinearScaling, Llama3Scaling, LongRoPE, Positions, RoPE, Scaling, YaRN
+from gptjax.interop.families.fields import GLOBAL, LOCAL, attentions, layer_types
+from gptjax.nn import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPE,
+    Positions,
+    RoPE,
+    Scaling,
+    TransformerConfig,
+    YaRN,
+)
 from gptjax.types import UserError
 
 SCALINGS: dict[str, tuple[type[Scaling], dict[str, str]]] = {
@@ -50,12 +60,14 @@ SCALINGS: dict[str, tuple[type[Scaling], dict[str, str]]] = {
 ALIASES = {"su": "longrope"}
 
 
-def rope(c: Fields, given: Mapping[str, Any] | None = None, theta: float = 10_000.0, fraction: float = 1.0) -> RoPE:
+def rope(
+    c: Fields, given: Mapping[str, Any] | None = None, theta: float = 10_000.0, fraction: float | None = None
+) -> RoPE:
     """The rotary encoding of a config.json.
 
     given     fields of one of several encodings. None: those of config.json
     theta     default base
-    fraction  default fraction
+    fraction  default fraction of a head. None: the family rotates whole heads, and any other fraction is refused
 
     "rope_scaling" replaces "rope_parameters", as in `transformers`; its base and fraction are then those of config.json
     or the defaults. Raises UserError if "rope_parameters" has others, for an unknown type and for a missing number.
@@ -63,7 +75,7 @@ def rope(c: Fields, given: Mapping[str, Any] | None = None, theta: float = 10_00
     LongRoPE uses its short factors, those of texts within the original length; `TransformerConfig.for_context_length`
     selects the long ones."""
     share = c.get("partial_rotary_factor")
-    default = {"rope_theta": theta, "partial_rotary_factor": fraction if share is None else share}
+    default = {"rope_theta": theta, "partial_rotary_factor": (fraction or 1.0) if share is None else share}
     if given is None:
         default["rope_theta"] = c.get("rope_theta", theta)
         given = _one_of(_mapping(c, "rope_scaling"), _mapping(c, "rope_parameters"), default)
@@ -87,7 +99,30 @@ def rope(c: Fields, given: Mapping[str, Any] | None = None, theta: float = 10_00
         raise UserError(f"config.json: rope_parameters: got none for {', '.join(lacking)}, which {kind!r} needs")
     if cls is LongRoPE:
         fields["length"] = fields["original_length"]
+    if fraction is None:
+        values.only(partial_rotary_factor=1.0)
     return RoPE(theta=values["rope_theta"], scaling=cls(**fields), fraction=values["partial_rotary_factor"])
+
+
+def ropes(c: Fields, thetas: Mapping[str, Any]) -> dict[str, RoPE]:
+    """The rotary encodings of a config.json that has one for `LOCAL` and one for `GLOBAL` layers. "rope_scaling" is
+    that of global layers.
+
+    thetas  default base of each
+    """
+    given, scaling = (c.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    if unknown := given.keys() - {GLOBAL, LOCAL}:
+        raise UserError(f"config.json: rope_parameters: got {', '.join(sorted(unknown))}, must be {GLOBAL} and {LOCAL}")
+    own = {kind: given.get(kind) or {"rope_type": "default"} for kind in (GLOBAL, LOCAL)}
+    own[GLOBAL] = {**own[GLOBAL], **scaling}
+    return {kind: rope(c, fields, thetas[kind]) for kind, fields in own.items()}
+
+
+def of_ropes(m: TransformerConfig) -> dict[str, Any]:
+    """The field of config.json for the encodings of both kinds of layers: the inverse of `ropes`."""
+    seen = dict(zip(layer_types(m), (attention.positions for attention in attentions(m)), strict=True))
+    own = {kind: of_rope(seen.get(kind) or m.positions).get("rope_parameters") for kind in (GLOBAL, LOCAL)}
+    return {"rope_parameters": own}
 
 
 def _one_of(scaling: dict[str, Any], parameters: dict[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
