@@ -25,7 +25,7 @@ NATURALS = (
     *("original_max_position_embeddings", "num_experts_per_tok", "n_group", "topk_group"),
     "relative_attention_max_distance",
 )
-PERIODS = ("decoder_sparse_step", "sliding_window_pattern")
+PERIODS = ("decoder_sparse_step", "sliding_window_pattern", "no_rope_layer_interval")
 """Fields that say which layers differ: every so many."""
 NUMBERS = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq", "rotary_emb_base"),
@@ -62,6 +62,7 @@ CONFIG: dict[str, Schema] = {
     "architectures": [TEXT],
     "layer_types": [TEXT],
     "mlp_only_layers": [NATURAL],
+    "no_rope_layers": [NATURAL],
     "id2label": OBJECT,
     "text_config": OBJECT,
     "quantization_config": QUANTISATION,

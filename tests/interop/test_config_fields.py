@@ -38,6 +38,8 @@ SPELLINGS = {
     "use_sliding_window": (None, True, False),
     "max_window_layers": (None, 0, 2),
     "sliding_window_pattern": (2,),
+    "no_rope_layers": (None, [], [1, 0, 1], [0, 0, 0, 1]),
+    "no_rope_layer_interval": (None, 2),
     "layer_types": (None, [], ["full_attention"] * 3, ["sliding_attention"] * 3, ["chunked_attention"] * 3),
     "head_dim": (None, 24),
     "hidden_size": (64,),
@@ -197,9 +199,9 @@ def test_it_computes_as_exactly_as_in_transformers(held, said, name, tmp_path):
 
 
 def test_what_disagrees_is_refused_in_one_line():
-    llama, gpt2, gemma2, gemma3, qwen2 = (
+    llama, gpt2, gemma2, gemma3, qwen2, olmo3, smollm3 = (
         next(family for family in FAMILIES if family.model_type == name)
-        for name in ("llama", "gpt2", "gemma2", "gemma3_text", "qwen2")
+        for name in ("llama", "gpt2", "gemma2", "gemma3_text", "qwen2", "olmo3", "smollm3")
     )
     plain = {
         "vocab_size": 16, "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12,
@@ -219,6 +221,9 @@ def test_what_disagrees_is_refused_in_one_line():
         (qwen2, {"layer_types": ["full_attention"]}, "layer_types: got ['full_attention'], must be"),
         (gemma2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5, must be 1.0"),
         (gemma2, {"sliding_window": 0}, "model.pattern: window: got 0, must be at least 1"),
+        (olmo3, {"rope_theta": 7e4}, "rope_theta: got 70000.0, which does not say whether sliding_attention layers"),
+        (smollm3, {"no_rope_layers": [1]}, "no_rope_layers: got 1 numbers, must be one for each of 2 layers"),
+        (smollm3, {"layer_types": ["sliding_attention"] * 2}, "layer_types: got sliding_attention, which needs"),
     ):
         with pytest.raises(UserError, match=rf".*{re.escape(message)}"):
             family.read(family.named(Fields({**plain, "query_pre_attn_scalar": 8, "sliding_window": 4, **changes})))

@@ -68,12 +68,28 @@ CASES = {
     },
     "gpt_neox": SIZES,
     "gpt_neox serial": {**SIZES, "use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0},
+    "gemma": {**GROUPED, "head_dim": 16},
+    "gemma biased": {
+        **GROUPED, "head_dim": 16, "attention_bias": True, "hidden_act": "silu", "tie_word_embeddings": False
+    },
     "gemma2": GEMMA,
     "gemma3_text": {**GEMMA, "num_hidden_layers": 7, "rope_parameters": LOCAL_AND_GLOBAL},
     "olmo2": GROUPED,
+    "olmo3": {**GROUPED, "num_hidden_layers": 5, "sliding_window": 5},
+    "olmo3 yarn": {
+        **GROUPED, "head_dim": 16, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "sliding_window": 5, "attention_bias": True,
+        "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 7e3}},
+    },
     "phi3": {**GROUPED, "sliding_window": 5},
     "phi3 long": {
         **GROUPED, "original_max_position_embeddings": 64, "rope_parameters": {**LONGROPE, "rope_theta": 1e4}
+    },
+    "smollm3": {**GROUPED, "num_hidden_layers": 5},
+    "smollm3 window": {
+        **GROUPED, "head_dim": 16, "attention_bias": True, "mlp_bias": True, "no_rope_layers": [0, 1, 0],
+        "use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+        "tie_word_embeddings": False, "rope_parameters": YARN,
     },
     "gpt_oss": {**EXPERTS, "head_dim": 16, "sliding_window": 5},
     "deepseek_v3": DEEPSEEK,
@@ -144,7 +160,7 @@ def test_a_model_of_transformers_goes_in_and_out(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
 
 
-CLASSIFIERS = ("gpt2", "llama biased", "gpt_neox", "gemma3_text", "qwen3_moe", "bert")
+CLASSIFIERS = ("gpt2", "gemma", "smollm3", "llama biased", "gpt_neox", "gemma3_text", "qwen3_moe", "bert")
 
 
 @pytest.mark.torch

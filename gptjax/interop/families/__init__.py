@@ -5,6 +5,7 @@ from __future__ import annotations
 from gptjax.interop.families import (
     bert,
     deepseek_v3,
+    gemma,
     gemma2,
     gemma3,
     gpt2,
@@ -14,15 +15,17 @@ from gptjax.interop.families import (
     mistral,
     mixtral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
     qwen3_moe,
+    smollm3,
     t5,
 )
 from gptjax.interop.families.family import CLASSIFYING, Family, Fields, Piece, Row, pieces
 
-_MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma2, gemma3, olmo2, phi3)
+_MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma, gemma2, gemma3, olmo2, olmo3, phi3, smollm3)
 _MIXTURES = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
 FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MIXTURES, bert, t5))
 """All families. If several can express a model, the first is used."""
