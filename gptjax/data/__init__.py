@@ -5,6 +5,7 @@ from gptjax import data
 data.Pretrain(data.TFDS("c4/en"), length=1_024, batch=512)
 data.Pretrain(data.Mix((data.PyDocs(), data.Text("books/*.txt")), weights=(3, 1)))
 data.Chat(data.ChatJsonl("conversations.jsonl"), length=512, batch=32)
+data.Chat(data.Conversations(data.HFDataset("HuggingFaceH4/ultrachat_200k", train="train_sft")), length=512, batch=32)
 data.Classify(data.LabelledJsonl("reviews.jsonl", classes=("good", "bad")), length=256, batch=32)
 
 Names are imported on first use.
@@ -19,14 +20,17 @@ if TYPE_CHECKING:
     from gptjax.data.batches import Batches, ValidationBatches
     from gptjax.data.chat import Chat, Conversation, Message
     from gptjax.data.classify import Classify
+    from gptjax.data.conversations import Alpaca, ChatJsonl, Conversations, OpenAIMessages, ShareGPT
     from gptjax.data.dataset import Dataset
+    from gptjax.data.hf_dataset import HFDataset
     from gptjax.data.mix import Mix
     from gptjax.data.packing import BestFit, Concatenate, NoPacking
     from gptjax.data.pairs import Pairs, PairsJsonl, TextPair
     from gptjax.data.pretrain import Pretrain
     from gptjax.data.pydocs import PyDocs, PyDocsChat
-    from gptjax.data.sources import TFDS, ChatJsonl, Example, Jsonl, LabelledJsonl, Text
+    from gptjax.data.sources import TFDS, Example, LabelledJsonl, Text
     from gptjax.data.store import Tokens
+    from gptjax.data.tables import Csv, Jsonl, Parquet
     from gptjax.data.tokenizers import (
         CHAT_SPECIALS,
         Bytes,
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHAT_SPECIALS",
     "TFDS",
+    "Alpaca",
     "Batches",
     "BestFit",
     "Bytes",
@@ -48,19 +53,25 @@ __all__ = [
     "Classify",
     "Concatenate",
     "Conversation",
+    "Conversations",
+    "Csv",
     "Dataset",
     "Example",
+    "HFDataset",
     "Jsonl",
     "LabelledJsonl",
     "LoadTokenizer",
     "Message",
     "Mix",
     "NoPacking",
+    "OpenAIMessages",
     "Pairs",
     "PairsJsonl",
+    "Parquet",
     "Pretrain",
     "PyDocs",
     "PyDocsChat",
+    "ShareGPT",
     "Text",
     "TextPair",
     "Tokenizer",
@@ -75,14 +86,17 @@ _NAMES = {
     "gptjax.data.batches": "Batches ValidationBatches",
     "gptjax.data.chat": "Chat Conversation Message",
     "gptjax.data.classify": "Classify",
+    "gptjax.data.conversations": "Alpaca ChatJsonl Conversations OpenAIMessages ShareGPT",
     "gptjax.data.dataset": "Dataset",
+    "gptjax.data.hf_dataset": "HFDataset",
     "gptjax.data.mix": "Mix",
     "gptjax.data.packing": "BestFit Concatenate NoPacking",
     "gptjax.data.pairs": "Pairs PairsJsonl TextPair",
     "gptjax.data.pretrain": "Pretrain",
     "gptjax.data.pydocs": "PyDocs PyDocsChat",
-    "gptjax.data.sources": "TFDS ChatJsonl Example Jsonl LabelledJsonl Text",
+    "gptjax.data.sources": "TFDS Example LabelledJsonl Text",
     "gptjax.data.store": "Tokens",
+    "gptjax.data.tables": "Csv Jsonl Parquet",
     "gptjax.data.tokenizers": (
         "CHAT_SPECIALS Bytes LoadTokenizer Tokenizer TrainCharacters TrainSentencePiece load_tokenizer"
     ),

@@ -20,7 +20,7 @@ from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,41 +28,100 @@ class Message:
     """One message of a conversation. Raises `UserError` for an unknown role or for content that is not text."""
 
     role: str
-    content: str
+    """"system", "user", "assistant" or "tool", whose messages are results of the assistant's calls."""
+    content: str | None
+    """Text. None: the assistant only calls tools."""
+    tool_calls: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), kw_only=True, hash=False)
+    """Calls of the assistant, as in OpenAI's API: `{"type": "function", "function": {"name": ..., "arguments": ...}}`.
+    Only a model's own chat template can write them."""
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True, hash=False)
+    """Further fields for the chat template: those of `FIELDS`."""
+    tools: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), kw_only=True, hash=False)
+    """Of the first message: tools that the assistant may call, as JSON schemas."""
+    target: bool = dataclasses.field(default=True, kw_only=True)
+    """False: an assistant's message that is not trained, as with "weight": 0 in OpenAI's files."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UserError(f"role: got {self.role!r}, must be one of {', '.join(ROLES)}")
+        if self.content is None and self.role == "assistant" and self.tool_calls:
+            return
         if not isinstance(self.content, str):
             raise UserError(f"content: got {type(self.content).__name__}, must be text")
+        if self.tool_calls and self.role != "assistant":
+            raise UserError(f"tool_calls: got some of the role {self.role}, must be the assistant's")
+
+    @property
+    def text(self) -> str:
+        """The content, or "" if there is none."""
+        return self.content or ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The message as chat templates read it."""
+        calls = {"tool_calls": list(self.tool_calls)} if self.tool_calls else {}
+        return {"role": self.role, "content": self.content, **calls, **self.fields}
 
 
 Conversation = tuple[Message, ...]
+FIELDS = ("name", "tool_call_id", "reasoning_content")
+"""Fields of a message that are passed to chat templates, besides role, content and tool calls. Others are ignored."""
 
 
-def conversation(messages: Iterable[Message | Mapping[str, Any]]) -> Conversation:
-    """Convert messages, or objects with "role" and "content" as in JSON files and APIs, to a `Conversation`. Raises
-    `UserError` if either is missing."""
-    return tuple(_message(message) for message in messages)
+def conversation(messages: Iterable[Message | Mapping[str, Any]], tools: Any = None) -> Conversation:
+    """Convert messages, or objects with "role" and "content" as in JSON files and APIs, to a `Conversation`. Content is
+    a text, or a list of parts of type "text", which are joined.
+
+    tools  JSON schemas of the tools that the assistant may call
+
+    Raises `UserError` if a role or content is missing, and for a part of another type, such as an image."""
+    found = tuple(_message(message) for message in messages)
+    if tools and found:
+        found = (dataclasses.replace(found[0], tools=_objects(tools, "tools")), *found[1:])
+    return found
 
 
 def _message(message: Message | Mapping[str, Any]) -> Message:
     if isinstance(message, Message):
         return message
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+    calls = isinstance(message, Mapping) and message.get("tool_calls")
+    if not isinstance(message, Mapping) or "role" not in message or not (calls or "content" in message):
         raise UserError(f"message: got {str(message)[:80]!r}, must have a role and a content")
-    return Message(message["role"], message["content"])
+    fields = {name: message[name] for name in FIELDS if message.get(name) is not None}
+    if message["role"] != "tool":
+        fields.pop("name", None)  # of a person, in OpenAI's API
+    content = _joined(message.get("content"))
+    calls, target = _objects(calls or (), "tool_calls"), message.get("weight") != 0
+    return Message(message["role"], content, tool_calls=calls, fields=fields, target=target)
+
+
+def _joined(content: Any) -> Any:
+    """Content, with the texts of its parts joined."""
+    if not isinstance(content, list | tuple):
+        return content
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f'content: got a part of type {kind!r}, must be {{"type": "text", "text": ...}}')
+    return "".join(part["text"] for part in content)
+
+
+def _objects(values: Any, field: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(values, list | tuple) or not all(isinstance(value, Mapping) for value in values):
+        raise UserError(f"{field}: got {str(values)[:80]!r}, must be a list of objects")
+    return tuple(values)
 
 
 def render(conversation: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
     """Token ids and their loss weights: 1 for the assistant's content and the "<|end|>" after it, 0 for everything
-    else. Raises `UserError` for a tokenizer without the markers."""
+    else. Raises `UserError` for a tokenizer without the markers, and for tools, which this format lacks."""
     markers = _markers(tokenizer)
     ids, weights = [markers["<|bos|>"]], [0.0]
     for message in conversation:
+        if message.content is None or message.tool_calls or message.tools or message.role == "tool":
+            raise UserError("tools: got a conversation with tools, which only a model's own chat template can write")
         said = [*tokenizer.encode(message.content), markers["<|end|>"]]
         ids += [markers[f"<|{message.role}|>"], *said]
-        weights += [0.0, *[float(message.role == "assistant")] * len(said)]
+        weights += [0.0, *[float(message.role == "assistant" and message.target)] * len(said)]
     return ids, weights
 
 
@@ -98,7 +157,7 @@ class Chat(Dataset):
         return prompt((Message("user", text),), tokenizer)
 
     def texts_of(self, document: Conversation | str) -> Iterable[str]:
-        return (document,) if isinstance(document, str) else (message.content for message in document)
+        return (document,) if isinstance(document, str) else (message.text for message in document)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +186,7 @@ class ConversationEncoder:
     def _truncate(self, conversation: Conversation, tokenizer: Tokenizer) -> Conversation | None:
         """The system message and the newest turns that fit, from a user's on. None: no question and answer fits."""
         first = next((i for i, message in enumerate(conversation) if message.role != "system"), 0)
-        sizes = [2 + len(tokenizer.encode(message.content)) for message in conversation]
+        sizes = [2 + len(tokenizer.encode(message.text)) for message in conversation]
         room = self.length - 1 - sum(sizes[:first])
         for start in range(first + 1, len(conversation)):
             rest = conversation[start:]

@@ -18,7 +18,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gptjax.io import atomic, retry
 from gptjax.types import UserError, one_line
@@ -121,27 +121,61 @@ def read_lines(path: Path, invalid: Literal["error", "skip"] = "error") -> Itera
         logging.getLogger(__name__).warning("%s: skipped %d lines that are not UTF-8", path, skipped)
 
 
-def read_json(path: Path, invalid: Literal["error", "skip"] = "error") -> Iterator[tuple[str, Any]]:
-    """("file:line", value) of a file with one JSON value per line. Empty lines are left out.
+class Where(NamedTuple):
+    """Place of a row, shown as "file:row"."""
 
-    Raises UserError, naming file and line, for a line that is not JSON, or has half of a surrogate pair, which is no
+    file: str
+    row: int
+    """Counted from 1; in a file of lines, the line."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+def read_json(path: Path, invalid: Literal["error", "skip"] = "error") -> Iterator[tuple[Where, Any]]:
+    """Place and value of each row of a JSON file: one value per line, empty lines left out, or one array of rows,
+    `[{"instruction": ...}, ...]`, which is read into memory. (A line that is a list of messages is a row.)
+
+    Raises UserError, naming file and row, for a row that is not JSON, or has half of a surrogate pair, which is no
     text. With `invalid` "skip" the latter are left out, and their number is logged at the end.
     """
     skipped = 0
-    for number, line in read_lines(path, invalid):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"path: {path}:{number}: not JSON ({error}); must be one JSON value per line") from None
-            if "\\u" in line and (half := _SURROGATE.search(json.dumps(value, ensure_ascii=False))):
-                if invalid == "error":
-                    raise UserError(
-                        f"path: {path}:{number}: has half of a surrogate pair (\\u{ord(half[0]):04x}), which is no "
-                        'character; mend the line, or leave such lines out with invalid "skip"'
-                    )
-                skipped += 1
-                continue
-            yield f"{path}:{number}", value
+    for number, text, value in _json_rows(path, invalid):
+        if "\\u" in text and (half := _SURROGATE.search(json.dumps(value, ensure_ascii=False))):
+            if invalid == "error":
+                raise UserError(
+                    f"path: {path}:{number}: has half of a surrogate pair (\\u{ord(half[0]):04x}), which is no "
+                    'character; mend the line, or leave such lines out with invalid "skip"'
+                )
+            skipped += 1
+            continue
+        yield Where(str(path), number), value
     if skipped:
         logging.getLogger(__name__).warning("%s: skipped %d lines with half of a surrogate pair", path, skipped)
+
+
+def _json_rows(path: Path, invalid: Literal["error", "skip"]) -> Iterator[tuple[int, str, Any]]:
+    """(number, text that spells it, value) of each row."""
+    lines = ((number, line) for number, line in read_lines(path, invalid) if line.strip())
+    for count, (number, line) in enumerate(lines):
+        try:
+            value, fault = json.loads(line), None
+        except ValueError as error:
+            value, fault = None, error
+        opens = count == 0 and line.lstrip().startswith("[")
+        if opens and (fault is not None or (value and _is_row(value[0]))):
+            text = line + "".join(rest for _, rest in lines)
+            try:
+                items = json.loads(text)
+            except ValueError as error:
+                raise UserError(f"path: {path}: not JSON ({error}); must be one array, or one value per line") from None
+            yield from ((i, text, item) for i, item in enumerate(items, 1))
+            return
+        if fault is not None:
+            raise UserError(f"path: {path}:{number}: not JSON ({fault}); must be one JSON value per line")
+        yield number, line, value
+
+
+def _is_row(item: Any) -> bool:
+    """True if an item of a list is a row, such as a conversation, and no message of one."""
+    return isinstance(item, list) or (isinstance(item, dict) and "role" not in item)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from gptjax.data.dataset import Dataset
-from gptjax.data.files import file_state, find_files, read_json
+from gptjax.data.files import Where, file_state, find_files, read_json
 from gptjax.data.packing import BestFit, Concatenate, Packing, Pieces, Plan, fill
 from gptjax.data.sources import check_fraction, fingerprint, of_split
 from gptjax.data.store import Encoded, Store, Tokens, combine, encoded, tokenize
@@ -53,7 +53,7 @@ class PairsJsonl:
     def fingerprint(self) -> str:
         return fingerprint(self, *file_state(self.path))
 
-    def _pair(self, where: str, value: Any) -> TextPair:
+    def _pair(self, where: Where, value: Any) -> TextPair:
         source, target = (value.get(name) if isinstance(value, dict) else None for name in (self.source, self.target))
         if not (isinstance(source, str) and source and isinstance(target, str) and target):
             found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__

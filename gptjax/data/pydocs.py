@@ -75,7 +75,7 @@ class PyDocsChat:
     def questions(self, n: int) -> list[tuple[str, str]]:
         """Up to `n` validation questions, each with the documentation's answer."""
         first = (chat for doc in _docs(self, "validation") for chat in conversations(doc)[:1])
-        return [(chat[0].content, chat[1].content) for chat in itertools.islice(first, n)]
+        return [(chat[0].text, chat[1].text) for chat in itertools.islice(first, n)]
 
     def fingerprint(self) -> str:
         return _content(self)

@@ -1,4 +1,4 @@
-"""Sources of documents: TFDS data sets, text files, JSON lines, conversations.
+"""Sources of documents: TFDS data sets, text files, labelled texts. (`tables.py` and `conversations.py` have more.)
 
 A source is a frozen dataclass with two methods. `documents(split)` streams the documents of "train" or "validation",
 one at a time, so memory does not grow with the corpus. `fingerprint()` identifies the content, so that its tokens can
@@ -10,19 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from gptjax.data.files import file_state, find_files, read_json, read_lines
+from gptjax.data.files import Where, file_state, find_files, read_json, read_lines
 from gptjax.protocols import Split
 from gptjax.types import UserError
-
-if TYPE_CHECKING:
-    from gptjax.data.chat import Conversation
 
 Document = TypeVar("Document")
 
@@ -132,36 +128,6 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Jsonl:
-    """JSON lines: one object per line, with the document in one of its fields."""
-
-    path: str
-    """A file, a glob such as "c4/*.jsonl.gz", or an http(s) URL. Files may be gzipped (.gz)."""
-    text: str = "text"
-    """Field with the document."""
-    validation: float = 0.1
-    """Fraction of the documents held out for validation, chosen by a hash of the document."""
-    invalid: Literal["error", "skip"] = "error"
-    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
-
-    def __post_init__(self) -> None:
-        check_fraction(self.validation)
-
-    def documents(self, split: Split) -> Iterator[str]:
-        documents = (self._text(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
-        yield from of_split(((text, text) for text in documents if text.strip()), split, self.path, self.validation)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self, *file_state(self.path))
-
-    def _text(self, where: str, value: Any) -> str:
-        if not isinstance(value, dict) or not isinstance(value.get(self.text), str):
-            found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
-            raise UserError(f'text: {where}: got {found}, must be an object with a text in "{self.text}"')
-        return value[self.text]
-
-
-@dataclasses.dataclass(frozen=True)
 class Example:
     """A text and its class, counted from 0."""
 
@@ -198,7 +164,7 @@ class LabelledJsonl:
     def fingerprint(self) -> str:
         return fingerprint(self, *file_state(self.path))
 
-    def _example(self, where: str, value: Any) -> Example:
+    def _example(self, where: Where, value: Any) -> Example:
         if not isinstance(value, dict) or not isinstance(value.get(self.text), str) or self.label not in value:
             found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
             raise UserError(
@@ -208,37 +174,6 @@ class LabelledJsonl:
             labels = ", ".join(map(repr, self.classes))
             raise UserError(f"classes: {where}: got the label {value[self.label]!r}, must be one of {labels}")
         return Example(value[self.text], self.classes.index(value[self.label]))
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatJsonl:
-    """Conversations, one per line: `{"messages": [{"role": "user", "content": "Hi"}, ...]}`, or the list alone. Roles
-    are "system", "user" and "assistant"."""
-
-    path: str
-    """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
-    validation: float = 0.1
-    """Fraction of the conversations held out for validation, chosen by a hash of the conversation."""
-    invalid: Literal["error", "skip"] = "error"
-    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
-
-    def __post_init__(self) -> None:
-        check_fraction(self.validation)
-
-    def documents(self, split: Split) -> Iterator[Conversation]:
-        conversations = (
-            _conversation(*line) for path in find_files(self.path) for line in read_json(path, self.invalid)
-        )
-        yield from of_split(((repr(c), c) for c in conversations), split, self.path, self.validation)
-
-    def questions(self, n: int) -> list[tuple[str, str]]:
-        """Up to `n` questions of users in the validation split, each with the assistant's answer."""
-        pairs = (pair for c in self.documents("validation") for pair in itertools.pairwise(c))
-        asked = ((a.content, b.content) for a, b in pairs if (a.role, b.role) == ("user", "assistant"))
-        return list(itertools.islice(asked, n))
-
-    def fingerprint(self) -> str:
-        return fingerprint(self, *file_state(self.path))
 
 
 def fingerprint(source: Any, *state: Any) -> str:
@@ -273,20 +208,6 @@ def _no_documents(split: Split, path: str, validation: float) -> UserError:
         f"validation: got {validation}, which leaves no document of {path} for {split}; "
         f"give more text, or a {'smaller' if split == 'train' else 'larger'} fraction"
     )
-
-
-def _conversation(where: str, value: Any) -> Conversation:
-    from gptjax.data.chat import conversation
-
-    messages = value.get("messages") if isinstance(value, dict) else value
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f'path: {where}: got no messages, must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
-        )
-    try:
-        return conversation(messages)
-    except UserError as error:
-        raise UserError(f"path: {where}: {error}") from None
 
 
 def _builder(source: TFDS) -> Any:

@@ -65,20 +65,24 @@ class ChatTemplate:
 
     def text(self, messages: Iterable[Message], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt of the assistant's next message. Raises UserError for messages that the template refuses, such as
-        a system message or two consecutive messages of one role, and for a template that exceeds its limits.
+        a system message or two consecutive messages of one role, for tools that it does not read, and for a template
+        that exceeds its limits.
 
         variables  values of the template's own variables, such as enable_thinking, and of tools and documents"""
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        standard = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
+        conversation = list(messages)
+        turns = [message.as_json() for message in conversation]
+        tools = [tool for message in conversation[:1] for tool in message.tools] or None
+        for name, used in (("tools", tools), ("tool_calls", any(message.tool_calls for message in conversation))):
+            if used and not self._reads(name):
+                raise UserError(f"{name}: got some, which the model's chat template does not read")
+        standard = {"messages": turns, "tools": tools, "documents": None, "add_generation_prompt": True}
         given = self._checked(variables or {})
         return _ask({"template": self.source, "variables": standard | dict(self.tokens) | given})["text"]
 
     def _checked(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """The variables. Raises UserError for one that the template does not read, or that is not JSON."""
         for name, value in variables.items():
-            if name in ("messages", "add_generation_prompt") or not re.search(
-                rf"\b{re.escape(str(name))}\b", self.source
-            ):
+            if name in ("messages", "add_generation_prompt") or not self._reads(str(name)):
                 raise UserError(f"template: got {name}, which is no variable of the model's chat template")
             try:
                 json.dumps(value, allow_nan=False)
@@ -86,18 +90,25 @@ class ChatTemplate:
                 raise UserError(f"template: {name}: got {str(value)[:80]!r}, must be a value of JSON") from None
         return dict(variables)
 
+    def _reads(self, name: str) -> bool:
+        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+
     def prompt(
         self, messages: Iterable[Message], tokenizer: Tokenizer, variables: Mapping[str, Any] | None = None
     ) -> list[int]:
         """The ids of `text`. A message cannot end its own turn: a special token that its content spells out is split by
         a word joiner (U+2060)."""
 
-        def harmless(text: str) -> str:
-            for name in tokenizer.specials:
-                text = text.replace(name, name[:1] + JOINER + name[1:])
-            return text
+        def harmless(value: Any) -> Any:
+            if isinstance(value, str):
+                for name in tokenizer.specials:
+                    value = value.replace(name, name[:1] + JOINER + name[1:])
+            elif isinstance(value, Mapping):
+                return {harmless(name): harmless(inner) for name, inner in value.items()}
+            return type(value)(map(harmless, value)) if isinstance(value, list | tuple) else value
 
-        turns = (Message(message.role, harmless(message.content)) for message in messages)
+        read = "content", "tool_calls", "fields", "tools"
+        turns = (dataclasses.replace(m, **{name: harmless(getattr(m, name)) for name in read}) for m in messages)
         text = self.text(turns, variables)
         return reader(tokenizer).encode(text, add_special_tokens=False).ids
 

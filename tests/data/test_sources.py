@@ -10,8 +10,8 @@ import tracemalloc
 
 import pytest
 
+from gptjax.data import TFDS, ChatJsonl, Jsonl, Text
 from gptjax.data.chat import Message
-from gptjax.data.sources import TFDS, ChatJsonl, Jsonl, Text
 from gptjax.io import retry
 from gptjax.types import UserError
 
