@@ -37,7 +37,7 @@ class Message:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True, hash=False)
     """Further fields for the chat template: those of `FIELDS`."""
     tools: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), kw_only=True, hash=False)
-    """Of the first message: tools that the assistant may call, as JSON schemas."""
+    """Tools that the assistant may call in the conversation, as JSON schemas; on its first message."""
     target: bool = dataclasses.field(default=True, kw_only=True)
     """False: an assistant's message that is not trained, as with "weight": 0 in OpenAI's files."""
 
