@@ -254,7 +254,7 @@ def _read(family: Family, fields: Fields) -> ModelConfig:
     fields = family.named(fields)
     if not _classifies(fields):
         return family.read(fields)
-    if not issubclass(family.kind, BackboneConfig):
+    if family.classifier is None:
         raise UserError(f"config.json: architectures: got {fields['architectures']}, must be {family.architecture}")
     fields.only(problem_type="single_label_classification")
     return family.classifier(family.read(fields), len(fields.get("id2label") or (0, 0)))
@@ -265,6 +265,8 @@ def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
     fields = {"model_type": family.model_type, "architectures": [family.architecture]}
     if not isinstance(config, ClassifierConfig):
         return fields | family.write(config)
+    if family.classifier is None:
+        raise UserError(f"classifier: got one, for which {family.model_type} has no class in `transformers`")
     labels = [f"LABEL_{number}" for number in range(config.classes)]
     return fields | _named(labels) | family.write(config.backbone) | {"architectures": [family.classifying]}
 

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from test_families import CASES, KINDS, saved
+from family_cases import CASES, KINDS, saved
 
 from gptjax.config import differences
 from gptjax.interop.essence import essence

@@ -49,6 +49,7 @@ ROPES = {
     "half-split": RoPE(),
     "interleaved": RoPE(interleaved=True),
     "partial": RoPE(fraction=0.25),
+    "clockwise": RoPE(clockwise=True),
     "all": RoPE(theta=500.0, scaling=YaRN(8.0, 16), fraction=0.5, interleaved=True),
 }
 
@@ -118,6 +119,8 @@ def test_rope_is_rotation_by_position(name):
     if name == "all":  # pair 0 makes more than one turn in 16 tokens, the others fewer
         frequency /= [1, 8, 8, 8]
         pair *= 0.1 * math.log(8) + 1
+    if name == "clockwise":
+        frequency *= -1
     expected = pair * np.exp(1j * np.asarray(positions)[0, :, None, None] * frequency)
     np.testing.assert_allclose(y[..., first] + 1j * y[..., second], expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(y[..., size:], x[..., size:])

@@ -14,6 +14,7 @@ from gptjax.interop.families import (
     llama,
     mistral,
     mixtral,
+    nanochat,
     olmo2,
     olmo3,
     phi3,
@@ -25,7 +26,7 @@ from gptjax.interop.families import (
 )
 from gptjax.interop.families.family import CLASSIFYING, Family, Fields, Piece, Row, pieces
 
-_MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma, gemma2, gemma3, olmo2, olmo3, phi3, smollm3)
+_MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma, gemma2, gemma3, olmo2, olmo3, phi3, smollm3, nanochat)
 _MIXTURES = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
 FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MIXTURES, bert, t5))
 """All families. If several can express a model, the first is used."""

@@ -84,8 +84,8 @@ class Family:
     """Tensor that may be in a file twice -> its name in the table: a head tied to the embedding."""
     former: tuple[tuple[str, str], ...] = ()
     """(suffix of names in older files, suffix in the table)."""
-    classifier: Callable[[Any, int], ClassifierConfig] = ClassifierConfig
-    """(configuration, number of classes) -> the family's classifier."""
+    classifier: Callable[[Any, int], ClassifierConfig] | None = ClassifierConfig
+    """(configuration, number of classes) -> the family's classifier. None: `transformers` has no class for one."""
     stem: str = ""
     """Prefix of the classifier's class in `transformers`. "": that of `architecture`."""
 

@@ -135,4 +135,5 @@ FAMILY = Family(
     ignored=IGNORED,
     copies=COPIES,
     aliases=ALIASES,
+    classifier=None,
 )

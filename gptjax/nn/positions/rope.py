@@ -53,6 +53,9 @@ class RoPE(Positions):
     interleaved: bool = False
     """Pair x[2i] with x[2i+1], as in the paper, GPT-J and DeepSeek. False: x[i] with x[i + R/2], the half-split layout
     of Llama and GPT-NeoX."""
+    clockwise: bool = False
+    """Rotate by negative angles, as nanochat does. Scores depend on the distance alike; only parameters trained with it
+    need it."""
 
     def __post_init__(self):
         if not 0 < self.fraction <= 1:
@@ -74,7 +77,7 @@ class RoPE(Positions):
 
     def rotate(self, x: Array, positions: Array) -> Array:
         size = self._size(x.shape[-1])
-        frequency = self.scaling.frequencies(self.theta, size)
+        frequency = self.scaling.frequencies(self.theta, size) * (-1 if self.clockwise else 1)
         angle = positions[..., None] * frequency.astype(np.float32)  # [B, T, R/2]
         cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
         if self.scaling.amplitude != 1:
