@@ -71,7 +71,8 @@ class Tokenizer(Protocol):
 
 
 class Source(Config, Protocol[Document_co]):
-    """Documents to make data of: texts (`Source[str]`), conversations, texts with labels, ..."""
+    """Documents to make data of: texts (`Source[str]`), conversations, texts with labels, ... One whose attribute
+    `validation` is 0 has no validation split."""
 
     def documents(self, split: Split) -> Iterator[Document_co]:
         """The documents of one split, always in the same order. Raises UserError when there are none."""
@@ -139,8 +140,9 @@ class Data(Config, Protocol):
         shard: int = 0,
         num_shards: int = 1,
         sequences: int | None = None,
-    ) -> Iterable[Batch]:
-        """All sequences of a split in order, or `sequences` of them at equal distances. The last batch is padded."""
+    ) -> Iterable[Batch] | None:
+        """All sequences of a split in order, or `sequences` of them at equal distances. The last batch is padded. None:
+        the source has no validation split, and the run has no validation loss."""
         ...
 
     def abstract_batch(self) -> Batch:

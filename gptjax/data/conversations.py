@@ -133,7 +133,7 @@ class Conversations:
 
     @property
     def validation(self) -> Any:
-        """As in the table."""
+        """As in the table. 0: there is no validation split."""
         return getattr(self.table, "validation", None)
 
     def documents(self, split: Split) -> Iterator[Conversation]:

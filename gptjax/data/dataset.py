@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -25,6 +26,8 @@ from gptjax.data.store import Store, Tokens, combine, expect
 from gptjax.io import retry
 from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
 from gptjax.types import Batch, UserError
+
+log = logging.getLogger(__name__)
 
 
 class Sequences(Protocol):
@@ -161,10 +164,19 @@ class Dataset(abc.ABC):
         shard: int = 0,
         num_shards: int = 1,
         sequences: int | None = None,
-    ) -> ValidationBatches:
-        """All sequences of a split once, in order, or `sequences` of them at equal distances. Raises as `batches`."""
+    ) -> ValidationBatches | None:
+        """All sequences of a split once, in order, or `sequences` of them at equal distances; of a mixture, those of
+        the sources that have a validation split. None: no source has one. Raises as `batches`."""
         local = self._shard_size(shard, num_shards)
-        of_sources = [self.sequences(source, tokenizer, split, cache_dir) for source in self._mix.sources]
+        sources = self._mix.sources
+        if split == "validation":
+            sources = [source for source in sources if getattr(source, "validation", None) != 0]
+            if sources and len(sources) < len(self._mix.sources):
+                without = [str(source) for source in self._mix.sources if source not in sources]
+                log.warning("no validation split, and no part in the validation loss: %s", ", ".join(without))
+        if not sources:
+            return None
+        of_sources = [self.sequences(source, tokenizer, split, cache_dir) for source in sources]
 
         def make(which: np.ndarray, index: np.ndarray, size: int) -> Batch:
             return self._make(of_sources, which, index, size)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax.data.files import Where
-from gptjax.data.sources import check_fraction, fingerprint, of_split
+from gptjax.data.sources import check_fraction, fingerprint, of_split, part_of
 from gptjax.data.tables import Document, OfRow, Table, column, without_nulls
 from gptjax.io import retry
 from gptjax.protocols import Split
@@ -26,10 +25,6 @@ from gptjax.types import UserError, one_line
 
 READERS = ("arrow", "csv", "json", "parquet", "text")
 """Kinds of files that are read. Others of the library's may run what the files bring (pickles)."""
-HELD_OUT = 0.1
-"""Fraction held out of a data set without a validation split."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,22 +78,9 @@ class HFDataset(Table):
         return fingerprint(self, self._open().hash)
 
     def _part(self, split: Split, opened: Any) -> tuple[str, float | None]:
-        """Split of the data set, and the fraction of it that is held out. None: all of it is wanted."""
+        """Split of the data set to read, and the fraction of it that is held out. None: all of it is read."""
         names = _splits(opened)
-        name, fraction = self.train, self.validation
-        if fraction is None and "validation" in names:
-            fraction = "validation"
-        elif fraction is None:
-            fraction = HELD_OUT
-            if split == "validation":
-                log.warning(
-                    "%s has the splits %s; a tenth of %s is held out for validation (validation says otherwise)",
-                    self.path,
-                    ", ".join(names),
-                    self.train,
-                )
-        if isinstance(fraction, str):
-            name, fraction = self.train if split == "train" else fraction, None
+        name, fraction = part_of(self, split, names)
         if (base := re.sub(r"\[.*", "", name)) not in names:
             raise UserError(f"{split}: got {base}, must be a split of {self.path}: {', '.join(names)}")
         if base != name and (self.streaming or isinstance(opened, dict)):

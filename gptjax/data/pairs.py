@@ -39,7 +39,7 @@ class PairsJsonl:
     target: str = "target"
     """Field with the target text."""
     validation: float = 0.1
-    """Fraction of the pairs held out for validation, chosen by a hash of the source."""
+    """Fraction of the pairs held out for validation, chosen by a hash of the source. 0: none."""
     invalid: Literal["error", "skip"] = "error"
     """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +21,9 @@ from gptjax.protocols import Split
 from gptjax.types import UserError
 
 Document = TypeVar("Document")
+
+HELD_OUT = 0.1
+"""Fraction held out of a data set without a validation split."""
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +41,25 @@ class TFDS:
     """Feature with the document."""
     train: str = "train"
     """Training split. Slices such as "train[:90%]" work."""
-    validation: str = "validation"
-    """Validation split."""
+    validation: float | str | None = None
+    """Validation split, or the fraction of the training split to hold out, chosen by a hash of the document. None: the
+    split "validation" if there is one, else a tenth. 0: none."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.validation, str | None):
+            check_fraction(self.validation)
 
     def documents(self, split: Split) -> Iterator[str]:
-        builder, part = _builder(self), getattr(self, split)
+        builder = _builder(self)
+        part, fraction = part_of(self, split, list(builder.info.splits))
+        if fraction is None:
+            yield from self._texts(builder, split, part)
+        else:
+            texts = self._texts(builder, "train", part)
+            yield from of_split(((text, text) for text in texts), split, self.name, fraction)
+
+    def _texts(self, builder: Any, split: Split, part: str) -> Iterator[str]:
+        """All texts of a part of the data set."""
         if self.text not in builder.info.features:
             raise UserError(
                 f"text: got {self.text}, must be a feature of {self.name}: {', '.join(builder.info.features)}"
@@ -77,7 +94,7 @@ class Text:
     separator: str | None = None
     """Separator of the documents in a file, such as "\\n" or "<|endoftext|>". None: one document per file."""
     validation: float = 0.1
-    """Fraction held out for validation, at least 0 and below 1."""
+    """Fraction held out for validation, at least 0 and below 1. 0: none."""
     invalid: Literal["error", "skip"] = "error"
     """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
@@ -148,7 +165,7 @@ class LabelledJsonl:
     label: str = "label"
     """Field with the label."""
     validation: float = 0.1
-    """Fraction of the texts held out for validation, chosen by a hash of the text."""
+    """Fraction of the texts held out for validation, chosen by a hash of the text. 0: none."""
     invalid: Literal["error", "skip"] = "error"
     """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
@@ -192,6 +209,29 @@ def check_fraction(validation: float) -> None:
         raise UserError(f"validation: got {validation}, must be a fraction from 0 up to but without 1")
 
 
+def part_of(source: Any, split: Split, names: Sequence[str]) -> tuple[str, float | None]:
+    """Part of a data set with splits of its own that `split` is read from, by the source's `train` and `validation`,
+    and the fraction of it that is held out; or None, if all of it is read.
+
+    names  splits of the data set. One without "validation" has a tenth of `train` held out, which is logged."""
+    validation = source.validation
+    if validation is None and "validation" in names:
+        validation = "validation"
+    elif validation is None:
+        validation = HELD_OUT
+        if split == "validation":
+            log.warning(
+                "%s has no split named validation, but %s; a tenth of %s, chosen by a hash, is held out (say otherwise "
+                "with validation)",
+                source,
+                ", ".join(names),
+                source.train,
+            )
+    if isinstance(validation, str):
+        return (source.train if split == "train" else validation), None
+    return source.train, validation
+
+
 def of_split(keyed: Iterable[tuple[str, Document]], split: Split, path: str, validation: float) -> Iterator[Document]:
     """Documents whose key belongs to `split`."""
     empty = True
@@ -204,9 +244,9 @@ def of_split(keyed: Iterable[tuple[str, Document]], split: Split, path: str, val
 
 
 def _no_documents(split: Split, path: str, validation: float) -> UserError:
+    fraction = "a smaller fraction" if split == "train" else "a larger fraction, or 0 for no validation loss"
     return UserError(
-        f"validation: got {validation}, which leaves no document of {path} for {split}; "
-        f"give more text, or a {'smaller' if split == 'train' else 'larger'} fraction"
+        f"validation: got {validation}, which leaves no document of {path} for {split}; give more text, or {fraction}"
     )
 
 

@@ -61,6 +61,8 @@ class Store:
     """Bound of the tokens: each is below it."""
     fingerprint: str
     """SHA-256, in hex, of all that is stored."""
+    start: int = 0
+    """Index, in the file, of the first of these tokens."""
     weights_path: Path | None = None
     """File of weights. None: all are 1."""
     labels: np.ndarray | None = None
@@ -73,7 +75,7 @@ class Store:
 
     def tokens(self) -> np.ndarray:
         """[N], memory-mapped."""
-        return _map(self.path, self.dtype)
+        return _map(self.path, self.dtype)[self.start :]
 
     def weights(self) -> np.ndarray | None:
         """uint8 [N], memory-mapped: weight of each token as a target. None: all are 1."""
@@ -86,12 +88,17 @@ class Tokens:
 
     train: str
     """File of training tokens."""
-    validation: str
-    """File of validation tokens."""
+    validation: float | str = 0.1
+    """File of validation tokens, or the fraction of `train` that is held out, at its end: whole documents, if there is
+    a separator. 0: none."""
     dtype: Literal["uint16", "uint32"] = "uint16"
     """Type of the numbers in the files."""
     separator: int | None = None
     """Token that ends each document, such as 50256 in GPT-2. None: each file is one document."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.validation, str) and not 0 <= self.validation < 1:
+            raise UserError(f"validation: got {self.validation}, must be a file, or a fraction from 0 to below 1")
 
     def documents(self, split: Split) -> Iterator[str]:
         """Raise UserError: there are no texts."""
@@ -99,19 +106,21 @@ class Tokens:
 
     def store(self, tokenizer: Tokenizer, split: Split) -> Store:
         """The store of a split's file, which is read in place. Raises UserError."""
-        path = Path(getattr(self, split)).expanduser()
+        own = split == "validation" and isinstance(self.validation, str)
+        name, path = (split, self.validation) if own else ("train", self.train)
+        path = Path(str(path)).expanduser()
         if not path.is_file():
-            raise UserError(f"{split}: got {path}, which does not exist, must be a file of {self.dtype} tokens")
+            raise UserError(f"{name}: got {path}, which does not exist, must be a file of {self.dtype} tokens")
         itemsize = np.dtype(self.dtype).itemsize
         if path.stat().st_size == 0 or path.stat().st_size % itemsize:
-            raise UserError(f"{split}: got {path} of {path.stat().st_size} bytes, must be {self.dtype} tokens")
+            raise UserError(f"{name}: got {path} of {path.stat().st_size} bytes, must be {self.dtype} tokens")
         count, chunk = path.stat().st_size // itemsize, 1 << 22
         ends = [np.array([0])]
         for start in range(0, count, chunk):
             part = _map(path, self.dtype)[start : start + chunk]
             if part.max() >= tokenizer.vocab:
                 raise UserError(
-                    f"{split}: {path} has token {part.max()}, but the tokenizer's are below {tokenizer.vocab}; "
+                    f"{name}: {path} has token {part.max()}, but the tokenizer's are below {tokenizer.vocab}; "
                     f"give the tokenizer that made the file, and the right dtype (got {self.dtype})"
                 )
             if self.separator is not None:
@@ -119,7 +128,22 @@ class Tokens:
         offsets = np.concatenate(ends)
         if offsets[-1] != count:
             offsets = np.append(offsets, count)
-        return Store(path, self.dtype, offsets, tokenizer.vocab, _digest(path, str(self.separator)))
+        start, end = self._range(split, offsets)
+        offsets = np.unique(np.clip(offsets, start, end)) - start
+        if len(offsets) < 2:
+            raise UserError(f"validation: got {self.validation}, which leaves no document of {path} for {split}")
+        fingerprint = _digest(path, f"{self.separator}, {start}:{end}")
+        return Store(path, self.dtype, offsets, tokenizer.vocab, fingerprint, start)
+
+    def _range(self, split: Split, offsets: np.ndarray) -> tuple[int, int]:
+        """First and last token of a split in its file, whose documents have these offsets."""
+        count = int(offsets[-1])
+        if isinstance(self.validation, str):
+            return 0, count
+        cut = int(count * (1 - self.validation))
+        if self.separator is not None:
+            cut = int(offsets[np.searchsorted(offsets, cut)])
+        return (0, cut) if split == "train" else (cut, count)
 
 
 class Encoded(NamedTuple):

@@ -102,7 +102,7 @@ def train(
         rollbacks = [] if restored is None else restored.extra.get("rollbacks", [])
         records.resume(name, done)
         # The run was interrupted before the checkpoint's evaluation.
-        due = restored is not None and restored.loss is None and stage.evaluates(done)
+        due = restored is not None and restored.loss is None and validation is not None and stage.evaluates(done)
         if done >= stage.steps and not due:
             return functions.merge(state.eval_params, *frozen)
 
@@ -110,6 +110,8 @@ def train(
         tokens, flops = stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
         display = stack.enter_context(Display(name, stage.steps, tokens, flops, done))
         extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint, "data": read}
+        if validation is None:
+            display.note("no validation loss: the data have no validation split (validation 0)")
         to_global = functools.partial(sharding.global_array, rules=model.rules)
         tracing = stack.enter_context(Profile(profile, records.folder / "profile" / name, done, display.note))
         watchdog = stack.enter_context(Watchdog(records.folder, name, stage.hang_timeout, done))
@@ -151,19 +153,19 @@ class _Run:
     hosts: StragglerDetector
     watchdog: Watchdog
 
-    def catch_up(self, state: State, validation: Iterable[Batch], stopping: StopSignal) -> None:
+    def catch_up(self, state: State, validation: Iterable[Batch] | None, stopping: StopSignal) -> None:
         """Evaluate a step that was saved before its evaluation."""
         done = int(state.step)
-        loss = self.evaluate(state, done, validation, stopping)
-        if loss is None:
+        losses = self.evaluate(state, done, validation, stopping)
+        if losses is None:
             raise KeyboardInterrupt
-        self.checkpoints.rank(done, loss)
+        self.checkpoints.rank(done, losses["validation_loss"])
 
     def steps(
         self,
         state: State,
         batches: BatchIterator,
-        validation: Iterable[Batch],
+        validation: Iterable[Batch] | None,
         stopping: StopSignal,
         extra: dict[str, Any],
     ) -> State:
@@ -191,8 +193,9 @@ class _Run:
                     self.report(*last)
                 last = None
                 self.check(done, divide(metrics))
-            loss = self.evaluate(state, done, validation, stopping) if evaluating else None
-            stopped |= evaluating and loss is None
+            losses = self.evaluate(state, done, validation, stopping) if evaluating else {}
+            stopped |= losses is None
+            loss = (losses or {}).get("validation_loss")
             if saving or stopped:
                 self.records.store()
                 self.checkpoints.save(done, state, extra | {"input": batches.state()}, loss)
@@ -243,10 +246,13 @@ class _Run:
             self.display.note(f"step {done} was skipped: loss {values['loss']:.3g}")
         self.watchdog.set_figures(measured)
 
-    def evaluate(self, state: State, done: int, validation: Iterable[Batch], stopping: StopSignal) -> float | None:
-        """Validation loss, recorded and displayed with text samples. None, with nothing recorded, if interrupted."""
+    def evaluate(
+        self, state: State, done: int, validation: Iterable[Batch] | None, stopping: StopSignal
+    ) -> dict[str, float] | None:
+        """Validation losses, recorded and displayed with text samples: none without validation batches. None, with
+        nothing recorded, if interrupted."""
         params, total, texts = state.eval_params, None, []
-        for batch in validation:
+        for batch in validation or ():
             if stopping.now():
                 return None
             before, metrics = total, self.program.evaluate(params, self.to_global(batch), *self.frozen)
@@ -254,7 +260,8 @@ class _Run:
             jax.block_until_ready(before)  # at most two batches in flight, since a stop waits for them
         losses = {f"validation_{name}": value for name, value in divide(total or {}).items()}
         self.check(done, losses)
-        self.display.evaluation(done, losses["validation_loss"])
+        if losses:
+            self.display.evaluation(done, losses["validation_loss"])
         if self.sample is not None:
             for prompt in self.stage.prompts:
                 if stopping.now():
@@ -265,7 +272,7 @@ class _Run:
         for prompt, text in zip(self.stage.prompts, texts, strict=False):
             self.records.text(done, f"{self.name}/sample", prompt + text)
         self.clock.lap("evaluation")
-        return losses["validation_loss"]
+        return losses
 
     def check(self, done: int, values: dict[str, float]) -> None:
         """Raise `Diverged` if a value is not finite."""

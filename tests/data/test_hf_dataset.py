@@ -65,7 +65,9 @@ def test_without_a_validation_split_a_part_is_held_out_and_said(tmp_path, make, 
     folder = str(tmp_path / "set")
     with caplog.at_level(logging.WARNING):
         train, validation = both(HFDataset(folder))
-    assert "has the splits train, test; a tenth of train is held out for validation" in caplog.text
+    assert (
+        "has no split named validation, but train, test; a tenth of train, chosen by a hash, is held out" in caplog.text
+    )
     assert sorted(train + validation) == sorted(TRAIN)
     assert 2 <= len(validation) < 20
     assert both(HFDataset(folder, validation="test")) == [TRAIN, TEST]

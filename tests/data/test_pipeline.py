@@ -20,6 +20,7 @@ from gptjax.data.mix import Mix
 from gptjax.data.packing import BestFit, Concatenate
 from gptjax.data.pretrain import Pretrain
 from gptjax.data.shuffle import permute
+from gptjax.data.sources import Text
 from gptjax.data.store import Tokens, tokenize
 from gptjax.data.tokenizers import Bytes
 from gptjax.types import Batch, UserError
@@ -414,6 +415,39 @@ def test_memory_mapped_tokens_are_read_where_they_are(tmp_path):
     np.full(9, 60_000, np.uint16).tofile(tmp_path / "none.bin")
     with pytest.raises(UserError, match="token 60000, but the tokenizer's are below"):
         tokenize(source, BYTES, "validation", tmp_path)
+
+
+@pytest.mark.parametrize(("separator", "cut"), [(None, 75), (7, 80)])
+def test_the_end_of_a_token_file_is_held_out(tmp_path, separator, cut):
+    tokens = np.arange(100, dtype=np.uint16)
+    tokens[[9, 39, 79, 99]] = 7
+    tokens.tofile(tmp_path / "train.bin")
+    made = Pretrain(Tokens(str(tmp_path / "train.bin"), 0.25, separator=separator), length=100, batch=1)
+    for split, expected in (("train", tokens[:cut]), ("validation", tokens[cut:])):
+        (batch,) = made.evaluation(BYTES, split, tmp_path)
+        np.testing.assert_array_equal(batch.tokens[0, : len(expected)], expected)
+        assert not batch.segments[0, len(expected) :].any()
+        assert batch.weights.sum() == len(expected) - len(np.unique(batch.segments[batch.segments > 0]))
+    assert (
+        dataclasses.replace(made, source=Tokens(str(tmp_path / "train.bin"), 0)).evaluation(
+            BYTES, "validation", tmp_path
+        )
+        is None
+    )
+    with pytest.raises(UserError, match=r"validation: got 0\.001, which leaves no document of .* for validation"):
+        tokenize(Tokens(str(tmp_path / "train.bin"), 0.001, separator=7), BYTES, "validation", tmp_path)
+
+
+def test_a_mix_is_evaluated_on_the_sources_that_hold_out(tmp_path, caplog):
+    for name in "ab":
+        (tmp_path / name).write_text("\n".join(f"{name}{i}" for i in range(99)))
+    a, b = (Text(str(tmp_path / name), "\n", validation) for name, validation in (("a", 0.3), ("b", 0.0)))
+    mixed = Pretrain(Mix((a, b), (1, 1)), length=16, batch=4)
+    of_a = list(Pretrain(a, length=16, batch=4).evaluation(BYTES, "validation", tmp_path))
+    found = list(mixed.evaluation(BYTES, "validation", tmp_path))
+    assert all(np.array_equal(x.tokens, y.tokens) for x, y in zip(found, of_a, strict=True))
+    assert "no validation split, and no part in the validation loss: Text(" in caplog.text
+    assert Pretrain(b, length=16, batch=4).evaluation(BYTES, "validation", tmp_path) is None
 
 
 def test_an_exception_keeps_the_position_and_close_ends_the_thread(tmp_path, monkeypatch):

@@ -228,6 +228,9 @@ def test_c4_as_array_records_beside_an_info_that_says_tfrecord(shared):
     assert sum(map(len, train)) == 2_016_641
     assert list(folder.documents("train")) == train[:500]
     assert named.fingerprint() != folder.fingerprint()
+    parts = both(TFDS("c4/en:3.0.1", str(root), train="validation", validation=0.25))
+    assert sorted(parts[0] + parts[1]) == sorted(validation)
+    assert 25 < len(parts[1]) < 75
     assert "train: got trian" in refusal(TFDS("c4/en", str(root), train="trian"))
     assert "text: got body" in refusal(TFDS("c4/en", str(root), text="body"))
 

@@ -184,6 +184,32 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_run_without_a_validation_split(tmp_path, capsys):
+    """It says so, shows samples, resumes to the same bits, and does nothing when it is done."""
+    (tmp_path / "text").write_text("\n".join(Words(2).documents("train")))
+    source = data.Text(str(tmp_path / "text"), "\n", validation=0.0)
+    stage = dataclasses.replace(STAGE, data=dataclasses.replace(STAGE.data, source=source))
+    run(tmp_path / "whole", stage)
+    assert "no validation loss: the data have no validation split" in capsys.readouterr().out
+    lines = outcome(tmp_path / "whole")[2]
+    assert [line["step"] for line in lines if "sample" in line] == [2, 2, 4, 4, 6, 6]
+    assert not any(name.startswith("validation") for line in lines for name in line)
+    calls = itertools.count(1)
+
+    def sample(*_) -> str:
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return "text"
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", stage, sample=sample)
+    with Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 3
+    for _ in range(2):
+        run(tmp_path / "stopped", stage)
+        assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
 def test_moments_to_stop_at_are_counted_from_stage_to_stage(monkeypatch):
     """Several processes stop at a number that jax agrees on, one above all that it was asked about."""
     asked = []
