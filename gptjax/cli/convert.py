@@ -25,7 +25,8 @@ def convert(
         source: Model to load: a folder, a name on the Hugging Face hub, or a llama2.c file.
         destination: Folder or file to write; it must not exist.
         to: Format.
-        dtype: Dtype of the weights. hf: float32 (default), bfloat16 or float16. gguf: f32, f16 (default), bf16 or q8_0.
+        dtype: Dtype of the weights. hf: float32 (default), bfloat16 or float16. gguf: f32, f16 (default), bf16, q8_0 or
+            q4_0.
         adapter: Folder of a PEFT adapter to merge into the model.
         tokenizer: Folder or file of a tokenizer, in place of the source's own.
         step: Checkpoint of a run: latest, best (lowest validation loss), or a step.

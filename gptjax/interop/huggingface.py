@@ -156,16 +156,8 @@ def from_tensors(
     """Build the model from a config.json's fields and its tensors, read one at a time. Raises UserError as
     `load_hf`."""
     fields = Fields(fields)
-    tensors = quantised.dequantised(multimodal.text_tensors(tensors), fields.get("quantization_config"))
-    schema.check_sizes(fields, tensors)
-    family = _family(fields["model_type"])
-    config = _read(family, fields)
-    tensors = safetensors.Renamed(tensors, {_current(name, family.former): name for name in tensors})
-    table = _without_prefix(family) if not any(name.startswith(family.prefix) for name in tensors) else family
-    config = _with_own_head(table, config, tensors)
+    _, config, found, tensors = matched(fields, tensors, rules)
     abstract = declared(config.build(rules))
-    found = pieces(table, _stacks(config), {name: leaf.shape for name, leaf in abstract.items()})
-    _check_names(table, found, tensors)
     by_leaf: dict[str, dict[tuple[int, ...], Piece]] = defaultdict(dict)
     for piece in found:
         by_leaf[piece.leaf][piece.index] = piece
@@ -182,6 +174,30 @@ def from_tensors(
     said = fields.get("dtype") or fields.get("torch_dtype")
     exact = dtype is None and said == "float32"
     return config.with_dtype("bfloat16" if mostly and not exact else "float32"), nested(params)
+
+
+def matched(
+    fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], rules: ShardingRules = ShardingRules()
+) -> tuple[Family, ModelConfig, list[Piece], Mapping[str, np.ndarray]]:
+    """The family and configuration of a config.json, the pieces of the model, and its tensors, by the names of the
+    family's table. Raises UserError as `load_hf`."""
+    fields = Fields(fields)
+    tensors = quantised.dequantised(multimodal.text_tensors(tensors), fields.get("quantization_config"))
+    schema.check_sizes(fields, tensors)
+    family = _family(fields["model_type"])
+    config = _read(family, fields)
+    tensors = safetensors.Renamed(tensors, {_current(name, family.former): name for name in tensors})
+    if not any(name.startswith(family.prefix) for name in tensors):
+        tensors = safetensors.Renamed(tensors, _with_prefix(family, tensors))
+    config = _with_own_head(family, config, tensors)
+    found = tensor_pieces(family, config, rules)
+    _check_names(family, found, tensors)
+    return family, config, found, tensors
+
+
+def tensor_pieces(family: Family, config: ModelConfig, rules: ShardingRules = ShardingRules()) -> list[Piece]:
+    """All pieces of a model, with the names and shapes of its tensors in a folder of the family."""
+    return pieces(family, _stacks(config), {name: leaf.shape for name, leaf in declared(config.build(rules)).items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,10 +326,10 @@ def _current(name: str, former: Iterable[tuple[str, str]]) -> str:
     return next((name.removesuffix(old) + new for old, new in former if name.endswith(old)), name)
 
 
-def _without_prefix(family: Family) -> Family:
-    rows = (dataclasses.replace(row, theirs=row.theirs.removeprefix(family.prefix)) for row in family.table)
-    copies = {name: source.removeprefix(family.prefix) for name, source in family.copies.items()}
-    return dataclasses.replace(family, table=tuple(rows), copies=copies)
+def _with_prefix(family: Family, names: Iterable[str]) -> dict[str, str]:
+    """Name in the family's table -> name in a file of a model without its head, where names lack the prefix."""
+    bare = {row.theirs for row in family.table if not row.theirs.startswith(family.prefix)} | family.copies.keys()
+    return {name if name in bare else family.prefix + name: name for name in names}
 
 
 def _with_own_head(family: Family, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> ModelConfig:

@@ -226,14 +226,15 @@ class LanguageModel(TextEncoder):
         return dataclasses.replace(self, params=lora.merge(self.params, adapters))
 
     def save_gguf(self, path: str | Path, dtype: str = "f16") -> None:
-        """Write a file for llama.cpp; see `gptjax.interop.gguf.write`."""
-        from gptjax.interop import gguf, huggingface
+        """Write a file for llama.cpp; see `gptjax.interop.gguf.write.write`."""
+        from gptjax.interop import huggingface
+        from gptjax.interop.gguf.write import write
         from gptjax.interop.templates import jinja_source
 
         fields, tensors = huggingface.to_tensors(self.config, self.params)
         fields = {"max_position_embeddings": self._max_length or 2_048, **fields}
         source = jinja_source(self.template, self.tokenizer)
-        gguf.write(path, fields, tensors, self.tokenizer, dtype, source)
+        write(path, fields, tensors, self.tokenizer, dtype, source)
 
     @property
     def _settings(self) -> dict[str, Any]:

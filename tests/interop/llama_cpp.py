@@ -28,9 +28,11 @@ def main(file: str) -> None:
 
     given = json.load(sys.stdin)
     greedy = {"temperature": 0, "n_predict": given["tokens"], "cache_prompt": False, "return_tokens": True}
+    likely = {**greedy, "n_probs": given.get("probabilities", 0), "ignore_eos": True}
     found = {
         "texts": [ask("/tokenize", content=text, add_special=False)["tokens"] for text in given["texts"]],
         "continued": [ask("/completion", prompt=ids, **greedy)["tokens"] for ids in given["prompts"]],
+        "likely": [_likely(ask("/completion", prompt=ids, **likely)) for ids in given.get("likely", ())],
         "talks": [],
         "answers": [],
     }
@@ -40,6 +42,13 @@ def main(file: str) -> None:
         answer = ask("/v1/chat/completions", messages=talk, max_tokens=given["tokens"], temperature=0)
         found["answers"].append((answer["choices"][0]["message"]["content"], answer["usage"]["prompt_tokens"]))
     print("\n" + json.dumps(found))
+
+
+def _likely(answer) -> list[list[tuple[int, float]]]:
+    """Log-probabilities of the likeliest tokens at each place of a greedy text, the chosen one first."""
+    return [
+        [(top["id"], top["logprob"]) for top in place["top_logprobs"]] for place in answer["completion_probabilities"]
+    ]
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from gptjax.data.tokenizers import (
     TrainSentencePiece,
     load_tokenizer,
 )
-from gptjax.interop import gguf as ours
-from gptjax.interop import gguf_tokenizer
 from gptjax.interop.families.rope import of_rope
+from gptjax.interop.gguf import tokenizer as gguf_tokenizer
+from gptjax.interop.gguf import write as ours
+from gptjax.interop.gguf.encodings import WRITTEN
 from gptjax.nn import RoPE, YaRN
 from gptjax.types import UserError
 
@@ -33,6 +34,7 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 5e5,
     "tie_word_embeddings": False,
+    "hidden_act": "silu",
 }
 GPT2 = {
     "model_type": "gpt2",
@@ -42,6 +44,7 @@ GPT2 = {
     "n_positions": 16,
     "vocab_size": 360,
     "layer_norm_epsilon": 1e-6,
+    "activation_function": "gelu_new",
 }
 CONFIGS = {
     "llama": LLAMA,
@@ -121,7 +124,7 @@ def logical(tensor):
     return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", WRITTEN)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_tensors_have_llama_cpps_names_layout_and_bytes(tmp_path, tokenizer, kind, dtype):
     config = CONFIGS[kind]
@@ -135,8 +138,10 @@ def test_tensors_have_llama_cpps_names_layout_and_bytes(tmp_path, tokenizer, kin
     wanted = gguf.GGMLQuantizationType[dtype.upper()]
     for name, x in expected.items():
         tensor = found[name]
-        exact = x.ndim == 1 or name == "position_embd.weight" or (dtype == "q8_0" and x.shape[1] % 32)
-        assert tensor.tensor_type == (gguf.GGMLQuantizationType.F32 if exact else wanted), name
+        exact = x.ndim == 1 or name == "position_embd.weight" or (dtype.startswith("q") and x.shape[1] % 32)
+        ends = dtype == "q4_0" and name in ("token_embd.weight", "output.weight")
+        here = gguf.GGMLQuantizationType.Q8_0 if ends else wanted
+        assert tensor.tensor_type == (gguf.GGMLQuantizationType.F32 if exact else here), name
         assert tuple(tensor.shape) == x.shape[::-1], name
         assert tensor.data_offset % 32 == 0
         data = gguf.quantize(np.ascontiguousarray(x), tensor.tensor_type)
@@ -161,7 +166,7 @@ def test_q8_0_rounds_as_ggml_does():
         *10.0 ** rng.uniform(-8, 4, (50, 32)) * rng.choice([-1, 1], 32),
     ]
     x = np.stack(rows).astype(np.float32)
-    assert ours.q8_0(x).tobytes() == gguf.quantize(x, gguf.GGMLQuantizationType.Q8_0).tobytes()
+    assert WRITTEN["q8_0"].write(x).tobytes() == gguf.quantize(x, gguf.GGMLQuantizationType.Q8_0).tobytes()
 
 
 def test_bfloat16_tensors_are_written_as_they_are(tmp_path, tokenizer):
@@ -330,14 +335,15 @@ def without(name):
 @pytest.mark.parametrize(
     ("change", "tensors", "message"),
     [
-        ({"model_type": "bert"}, None, "model_type: got 'bert', .* llama, mistral, qwen2, qwen3, gpt2"),
-        ({"hidden_act": "gelu"}, None, "hidden_act: got 'gelu', must be 'silu'"),
-        ({"hidden_size": None}, None, "hidden_size: got None"),
+        ({"model_type": "bert"}, None, "model_type: got 'bert', .* llama, mistral, mixtral, qwen2, qwen3, .* gpt2"),
+        ({"hidden_act": "gelu"}, None, r"architecture llama cannot express it; .*mlp: GeGLU\(.*\) → SwiGLU"),
+        ({"hidden_size": None}, None, "got null for hidden_size"),
         (of_rope(RoPE(scaling=YaRN(4.0, 4, truncate=False))), None, "rope_scaling: got yarn .* truncate False, GGUF"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, None, "rope_scaling: got longrope .* llama3"),
-        ({}, without("model.norm.weight"), "got none named model.norm.weight"),
-        ({}, checkpoint(LLAMA) | {"model.extra": np.zeros(2)}, "got model.extra, which"),
-        ({}, checkpoint(LLAMA) | {"model.norm.weight": np.zeros(2)}, r"model.norm.weight of shape \(2,\).* \(64,\)"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, None, "rope_parameters: got none for short_factor"),
+        ({"max_position_embeddings": None}, None, "max_position_embeddings"),
+        ({}, without("model.norm.weight"), "missing model.norm.weight, which a llama"),
+        ({}, checkpoint(LLAMA) | {"model.extra": np.zeros(2)}, "unexpected model.extra, which"),
+        ({}, checkpoint(LLAMA) | {"model.norm.weight": np.zeros(2)}, r"norm.weight: got shape \(2,\), must be \(64,\)"),
         ({}, checkpoint(LLAMA) | {"lm_head.weight": np.full((360, 64), 1e5)}, "output.weight .* too large for float16"),
     ],
 )  # fmt: skip
@@ -359,5 +365,5 @@ def test_tokenizers_that_cannot_be_written_are_refused(tmp_path, tokenizer):
     ]:
         with pytest.raises(UserError, match=message):
             ours.write(tmp_path / "model.gguf", LLAMA, checkpoint(LLAMA), refused)
-    with pytest.raises(UserError, match="dtype: got 'q4_0', must be one of f32, f16, bf16, q8_0"):
-        ours.write(tmp_path / "model.gguf", LLAMA, checkpoint(LLAMA), tokenizer, "q4_0")
+    with pytest.raises(UserError, match="dtype: got 'q2_k', must be one of f32, f16, bf16, q4_0, q8_0"):
+        ours.write(tmp_path / "model.gguf", LLAMA, checkpoint(LLAMA), tokenizer, "q2_k")

@@ -17,7 +17,7 @@ from test_tokenizer_folders import LIBRARY
 from gptjax.data.chat import conversation
 from gptjax.data.tokenizers import CHAT_SPECIALS, HuggingFaceTokenizer, TiktokenTokenizer, TrainSentencePiece
 from gptjax.data.tokenizers.tiktoken import CL100K_PATTERN, _lines
-from gptjax.interop import gguf_tokenizer
+from gptjax.interop.gguf import tokenizer as gguf_tokenizer
 from gptjax.interop.templates import ChatTemplate
 from gptjax.interop.tokenizers import load, save
 from gptjax.models.language_model import LanguageModel
