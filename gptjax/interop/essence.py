@@ -17,6 +17,7 @@ from gptjax.nn import (
     MixtureOfExperts,
     ModelConfig,
     MultiHeadAttention,
+    Parametrisation,
     RoPE,
     SequenceMixer,
     SwiGLU,
@@ -31,7 +32,7 @@ def essence(m: ModelConfig) -> dict[str, Any]:
     if isinstance(m, ClassifierConfig):
         headless: dict[str, Any] = {"transform": None} if isinstance(m.backbone, EncoderConfig) else {}
         backbone = dataclasses.replace(m.backbone, tie_embeddings=True, **headless)
-        head = ("classes", "pooling", "pooler", "bias")
+        head = ("classes", "pooling", "pooler", "bias", "width_multiplier")
         return {**essence(backbone), "classifier": {name: getattr(m, name) for name in head}}
     assert isinstance(m, BackboneConfig)
     layers = {
@@ -55,7 +56,8 @@ def essence(m: ModelConfig) -> dict[str, Any]:
     parts = {"attention": MultiHeadAttention(), "cross_attention": None, "mlp": SwiGLU()}
     positions = RoPE() if isinstance(m.positions, RoPE) else m.positions  # RoPE's settings are compared in the layers
     of_training = {"dropout": 0.0, "layer_drop": 0.0, "remat": None, "dtype": "float32"}
-    rest = dataclasses.replace(m, positions=positions, **of_layers, **parts, **of_training)
+    scales: Any = {"logit_scale": m.logit_scale / m.width_multiplier, "parametrisation": Parametrisation()}
+    rest = dataclasses.replace(m, positions=positions, **of_layers, **parts, **of_training, **scales)
     return {"model": rest, "layers": layers}
 
 

@@ -30,7 +30,8 @@ PERIODS = ("decoder_sparse_step", "sliding_window_pattern", "no_rope_layer_inter
 NUMBERS = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq", "rotary_emb_base"),
     *("rotary_pct", "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping", "swiglu_alpha"),
-    *("final_logit_softcapping", "routed_scaling_factor", "swiglu_limit"),
+    *("final_logit_softcapping", "routed_scaling_factor", "swiglu_limit", "embedding_multiplier"),
+    *("attention_multiplier", "residual_multiplier", "logits_scaling"),
 )
 FLAGS = (
     *("attention_bias", "mlp_bias", "tie_word_embeddings", "use_parallel_residual", "use_sliding_window", "is_decoder"),

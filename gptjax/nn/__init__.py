@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         PreNorm,
         Residual,
         SandwichNorm,
+        ScaledPreNorm,
         ScaledStream,
     )
     from gptjax.nn.router import Router, Sigmoid, Softmax
@@ -121,6 +122,7 @@ __all__ = [
     "RoPE",
     "Router",
     "SandwichNorm",
+    "ScaledPreNorm",
     "ScaledStream",
     "Scaling",
     "SequenceMixer",
@@ -167,7 +169,9 @@ _NAMES = {
         "Sinusoidal T5Bias YaRN"
     ),
     "gptjax.nn.recurrent": "GRU LSTM Recurrent RecurrentConfig",
-    "gptjax.nn.residual": "NoResidual OutputNorm Parallel PostNorm PreNorm Residual SandwichNorm ScaledStream",
+    "gptjax.nn.residual": (
+        "NoResidual OutputNorm Parallel PostNorm PreNorm Residual SandwichNorm ScaledPreNorm ScaledStream"
+    ),
     "gptjax.nn.router": "Router Sigmoid Softmax",
     "gptjax.nn.stack": "Stack",
     "gptjax.nn.transformer": "Transformer TransformerConfig count make_cache unstack",

@@ -53,6 +53,17 @@ class PreNorm(Residual):
         return norm(f"norm_{i}", x)
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaledPreNorm(PreNorm):
+    """x = x + multiplier f(norm(x)), with a constant multiplier: Granite, and MiniCPM (arXiv:2404.06395)."""
+
+    multiplier: float = 1.0
+    """Factor of every sublayer's output: about 1 / sqrt(L)."""
+
+    def add(self, norm, i, x, y):
+        return x + self.multiplier * y
+
+
 class PostNorm(Residual):
     """x = norm(x + f(x)): "Attention Is All You Need" (arXiv:1706.03762) and BERT."""
 

@@ -74,6 +74,11 @@ CASES = {
         "final_logit_softcapping": None, "rms_norm_eps": 0.1, "rope_parameters": {**LLAMA3, "rope_theta": 1e5,
         "original_max_position_embeddings": 32},
     },
+    "granite": {
+        **GROUPED, "embedding_multiplier": 12, "attention_multiplier": 0.2, "residual_multiplier": 0.22,
+        "logits_scaling": 7.0, "tie_word_embeddings": True,
+    },
+    "granite plain": {**GROUPED, "head_dim": 16, "attention_bias": True, "mlp_bias": True},
     "gpt_oss": {**EXPERTS, "head_dim": 16, "sliding_window": 5},
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3 yarn": {

@@ -236,7 +236,7 @@ def test_a_model_that_no_family_has_is_refused_and_the_reason_named():
 
 
 def test_the_nanochat_of_transformers_is_one_of_two():
-    """What its class lacks is named."""
+    """Parts that its class lacks are named."""
     assert expressing(nanochat_hf.experiment.model).model_type == "nanochat"
     with pytest.raises(
         UserError, match=r"nearest, nanochat, differs in model.residual: ScaledStream.*window: 64 → None"

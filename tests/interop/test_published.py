@@ -162,6 +162,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None, "use_cache": False,
         "use_sliding_window": False, "vocab_size": 128256,
     },
+    "ibm-granite/granite-3.1-2b-instruct": {
+        "architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.1,
+        "attention_multiplier": 0.015625, "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192,
+        "logits_scaling": 8.0, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "granite",
+        "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "pad_token_id": 0,
+        "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 5000000.0,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 49155,
+    },
     "allenai/OLMo-2-0425-1B": {
         "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
@@ -286,6 +295,7 @@ EXPECTED: dict[str, tuple[int, int, bool, Layers]] = {
         [*[(4096, RoPE(5e5))] * 3, (None, RoPE(5e5, YaRN(8.0, 8192, attention_factor=1.2079441541679836)))],
     ),
     "HuggingFaceTB/SmolLM3-3B": (3_075_098_624, 128, True, [*[(None, RoPE(5e6))] * 3, (None, Positions())]),
+    "ibm-granite/granite-3.1-2b-instruct": (2_533_531_648, 64, True, [(None, RoPE(5e6))]),
     "allenai/OLMo-2-0425-1B": (1_484_916_736, 128, False, [(None, RoPE(5e5))]),
     "mistralai/Mistral-7B-v0.1": (7_241_732_096, 128, False, [(4096, RoPE())]),
     "mistralai/Mistral-7B-v0.3": (7_248_023_552, 128, False, [(None, RoPE(1e6))]),

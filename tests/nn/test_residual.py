@@ -6,7 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.nn import NoResidual, OutputNorm, Parallel, Part, PostNorm, PreNorm, Residual, SandwichNorm, ScaledStream
+from gptjax.nn import (
+    NoResidual,
+    OutputNorm,
+    Parallel,
+    Part,
+    PostNorm,
+    PreNorm,
+    Residual,
+    SandwichNorm,
+    ScaledPreNorm,
+    ScaledStream,
+)
 
 X, START = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float32)
 NORMS = {"norm_1": 2.0, "norm_2": 3.0, "post_norm_1": 5.0, "post_norm_2": 7.0}
@@ -28,6 +39,7 @@ def then(x, of):
 
 EQUATIONS = {
     PreNorm(): lambda x: then(x, lambda i, f, x: x + f(NORMS[f"norm_{i}"] * x)),
+    ScaledPreNorm(0.3): lambda x: then(x, lambda i, f, x: x + 0.3 * f(NORMS[f"norm_{i}"] * x)),
     ScaledStream(): lambda x: EQUATIONS[PreNorm()](0.7 * x + 0.2 * START),
     PostNorm(): lambda x: then(x, lambda i, f, x: NORMS[f"norm_{i}"] * (x + f(x))),
     SandwichNorm(): lambda x: then(x, lambda i, f, x: x + NORMS[f"post_norm_{i}"] * f(NORMS[f"norm_{i}"] * x)),

@@ -11,6 +11,7 @@ from gptjax.interop.families import (
     gpt2,
     gpt_neox,
     gpt_oss,
+    granite,
     llama,
     mistral,
     mixtral,
@@ -27,8 +28,9 @@ from gptjax.interop.families import (
 from gptjax.interop.families.family import CLASSIFYING, Family, Fields, Piece, Row, pieces
 
 _MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma, gemma2, gemma3, olmo2, olmo3, phi3, smollm3, nanochat)
+_MORE = (granite,)
 _MIXTURES = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
-FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MIXTURES, bert, t5))
+FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MORE, *_MIXTURES, bert, t5))
 """All families. If several can express a model, the first is used."""
 
 __all__ = ["CLASSIFYING", "FAMILIES", "Family", "Fields", "Piece", "Row", "pieces"]
