@@ -42,7 +42,11 @@ ARCHITECTURES: dict[str, ModelConfig] = {
     "one layer": dataclasses.replace(BASE, layers=1, tie_embeddings=False),
     "leading layer": dataclasses.replace(BASE, leading_layers=(LayerOverrides(mlp=GELU(), hidden=8),)),
     "leading layer alone": dataclasses.replace(BASE, layers=1, leading_layers=(LayerOverrides(),)),
-    "uneven pattern": dataclasses.replace(BASE, pattern=(LayerOverrides(window=3), LayerOverrides())),
+    "uneven pattern": dataclasses.replace(
+        BASE,
+        pattern=(LayerOverrides(window=3), LayerOverrides()),
+        attention=MultiHeadAttention(qk_norm=LayerNorm(per_head=True)),
+    ),
     "gpt-oss": dataclasses.replace(
         BASE, bias=True, mlp=GPT_OSS, attention=MultiHeadAttention(sinks=True, qk_norm=RMSNorm())
     ),

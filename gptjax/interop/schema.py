@@ -31,11 +31,12 @@ NUMBERS = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq", "rotary_emb_base"),
     *("rotary_pct", "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping", "swiglu_alpha"),
     *("final_logit_softcapping", "routed_scaling_factor", "swiglu_limit", "embedding_multiplier"),
-    *("attention_multiplier", "residual_multiplier", "logits_scaling"),
+    *("attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"),
 )
 FLAGS = (
     *("attention_bias", "mlp_bias", "tie_word_embeddings", "use_parallel_residual", "use_sliding_window", "is_decoder"),
     *("norm_topk_prob", "rope_interleave", "scale_decoder_outputs", "add_cross_attention"),
+    *("use_qk_norm", "qk_layernorm", "use_qkv_bias"),
 )
 TEXTS = (
     *("model_type", "hidden_act", "hidden_activation", "activation_function", "feed_forward_proj", "dtype"),

@@ -30,10 +30,14 @@ class LayerNorm(Norm):
 
     bias: bool = True
     """Add a learned bias."""
+    per_head: bool = False
+    """A scale, and a bias, for each head of queries and keys x [..., N, H], as in StableLM 2 and Command R+."""
 
     def __call__(self, param: ParamFactory, x: Array) -> Array:
-        y = self._standardise(x) * param("scale", x.shape[-1:], (None,), ones)
-        return y + param("bias", x.shape[-1:], (None,), zeros) if self.bias else y
+        axes = 2 if self.per_head else 1
+        declare = functools.partial(param, shape=x.shape[-axes:], axes=(None,) * axes, kind="other")
+        y = self._standardise(x) * declare("scale", init=ones)
+        return y + declare("bias", init=zeros) if self.bias else y
 
     # The backward pass recomputes it from x instead of keeping intermediates.
     @functools.partial(jax.checkpoint, static_argnums=0)

@@ -79,6 +79,18 @@ CASES = {
         "logits_scaling": 7.0, "tie_word_embeddings": True,
     },
     "granite plain": {**GROUPED, "head_dim": 16, "attention_bias": True, "mlp_bias": True},
+    "cohere": {**GROUPED, "attention_bias": True, "tie_word_embeddings": False},
+    "cohere qk-norm": {**GROUPED, "head_dim": 16, "use_qk_norm": True, "logit_scale": 0.3},
+    "cohere2": {**GROUPED, "num_hidden_layers": 5, "sliding_window": 5},
+    "cohere2 yarn": {
+        **GROUPED, "attention_bias": True, "logit_scale": 0.25, "sliding_window": 5, "rope_parameters": YARN,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "stablelm": {**GROUPED, "use_qkv_bias": True},
+    "stablelm 2": {
+        **GROUPED, "qk_layernorm": True, "use_parallel_residual": True, "tie_word_embeddings": True,
+        "rope_parameters": {**YARN, "partial_rotary_factor": 0.5},
+    },
     "gpt_oss": {**EXPERTS, "head_dim": 16, "sliding_window": 5},
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3 yarn": {

@@ -63,7 +63,7 @@ def test_a_model_of_transformers_goes_in_and_out(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
 
 
-CLASSIFIERS = ("gpt2", "gemma", "smollm3", "llama biased", "gpt_neox", "gemma3_text", "qwen3_moe", "bert")
+CLASSIFIERS = ("gpt2", "gemma", "smollm3", "stablelm 2", "llama biased", "gpt_neox", "gemma3_text", "qwen3_moe", "bert")
 
 
 @pytest.mark.torch

@@ -86,3 +86,12 @@ def test_options_of_a_module():
         assert params["up"].dtype == jnp.float32
         assert params["up"].sharding.spec == DEFAULT_RULES("embed", "ffn")
         assert jax.eval_shape(lambda: module.apply({"params": params}, x, 32)).dtype == jnp.bfloat16
+
+
+def test_a_norm_per_head_is_one_norm_for_each():
+    draw = np.random.default_rng(0)
+    x, scale, bias = (draw.normal(size=shape).astype("f") for shape in ((2, 3, 4, 8), (4, 8), (4, 8)))
+    together = LayerNorm(per_head=True).apply({"params": {"scale": scale, "bias": bias}}, x)
+    for head in range(4):
+        own = LayerNorm().apply({"params": {"scale": scale[head], "bias": bias[head]}}, x[:, :, head])
+        np.testing.assert_array_equal(together[:, :, head], own)

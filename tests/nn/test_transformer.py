@@ -25,6 +25,7 @@ from gptjax.nn import (
     MultiHeadAttention,
     MultiHeadLatentAttention,
     NoResidual,
+    Parallel,
     Positions,
     Residual,
     RMSNorm,
@@ -85,6 +86,13 @@ CONFIGS["pattern"] = dataclasses.replace(
     embedding_norm=RMSNorm(scale=False),
     norm=RMSNorm(plus_one=True),
     logit_softcap=2.0,
+)
+CONFIGS["cohere"] = dataclasses.replace(
+    BASE,
+    norm=LayerNorm(bias=False),
+    attention=MultiHeadAttention(qk_norm=LayerNorm(per_head=True)),
+    residual=Parallel(shared=True),
+    pattern=(LayerOverrides(window=3), LayerOverrides(positions=Positions())),
 )
 CONFIGS["values"] = dataclasses.replace(
     BASE, pattern=(LayerOverrides(), LayerOverrides(attention=MultiHeadAttention(values=ValueEmbedding(vocab=32))))

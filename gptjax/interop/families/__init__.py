@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from gptjax.interop.families import (
     bert,
+    cohere,
+    cohere2,
     deepseek_v3,
     gemma,
     gemma2,
@@ -23,12 +25,13 @@ from gptjax.interop.families import (
     qwen3,
     qwen3_moe,
     smollm3,
+    stablelm,
     t5,
 )
 from gptjax.interop.families.family import CLASSIFYING, Family, Fields, Piece, Row, pieces
 
 _MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma, gemma2, gemma3, olmo2, olmo3, phi3, smollm3, nanochat)
-_MORE = (granite,)
+_MORE = (granite, cohere, cohere2, stablelm)
 _MIXTURES = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
 FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MORE, *_MIXTURES, bert, t5))
 """All families. If several can express a model, the first is used."""
