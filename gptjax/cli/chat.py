@@ -78,6 +78,9 @@ class Chat:
         except UserError as error:
             note(str(error))
             return
+        if not answer:
+            note("no answer; the message is not part of the conversation")
+            return
         self.left_out = left_out
         self.messages = [*messages, Message("assistant", answer)]
         if self.terminal:

@@ -20,7 +20,16 @@ class Batches(Iterator[Batch]):
     returned.
     """
 
-    def __init__(self, make: Callable[[np.ndarray], Batch], size: int, local: int, steps: int, fingerprint: str):
+    def __init__(
+        self,
+        make: Callable[[np.ndarray], Batch],
+        size: int,
+        local: int,
+        steps: int,
+        fingerprint: str,
+        tokens: int,
+        epochs: Sequence[float],
+    ):
         """Batches that `make` returns.
 
         make   (first sequences int64 [n] of n batches) -> these batches, concatenated
@@ -28,9 +37,12 @@ class Batches(Iterator[Batch]):
         local  sequences per batch that `make` returns
         steps  n, batches per call of `make`: many for small batches, to save calls
         fingerprint  SHA-256, in hex, of the data
+        tokens  number of tokens of all sources
+        epochs  for each source, number of sequences of the mixture that are one epoch of it
         """
         self.fingerprint = fingerprint
         self._make, self._size, self._local, self._steps = make, size, local, steps
+        self._tokens, self._epochs = tokens, epochs
         self._sequence = 0
         self._made: Generator[Batch] | None = None
 
@@ -57,6 +69,12 @@ class Batches(Iterator[Batch]):
             for block in made:
                 for start in range(0, self._steps * self._local, self._local):
                     yield jax.tree.map(lambda x: x[start : start + self._local], block)  # noqa: B023
+
+    def describe(self, sequences: int) -> str:
+        """Number of epochs in so many sequences, and size of the data."""
+        epochs = sorted({float(f"{sequences / epoch:.2g}") for epoch in self._epochs})
+        several = f"{epochs[0]:g} to " if len(epochs) > 1 else ""
+        return f"{several}{epochs[-1]:g} epochs of {self._tokens:,} tokens"
 
     def state(self) -> dict[str, int]:
         """Position, as JSON."""

@@ -75,6 +75,10 @@ class LabelledSequences:
     def fingerprint(self) -> str:
         return self.packed.fingerprint
 
+    @property
+    def tokens(self) -> int:
+        return self.packed.tokens
+
     def __len__(self) -> int:
         return len(self.packed)
 

@@ -38,6 +38,11 @@ class Sequences(Protocol):
         """SHA-256, in hex, that changes with the stored documents."""
         ...
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the stored documents."""
+        ...
+
     def __len__(self) -> int:
         """Sequences per epoch."""
         ...
@@ -57,6 +62,10 @@ class PackedSequences:
     @property
     def fingerprint(self) -> str:
         return self.store.fingerprint
+
+    @property
+    def tokens(self) -> int:
+        return int(self.store.offsets[-1])
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -154,7 +163,9 @@ class Dataset(abc.ABC):
             return self._make(rows, *ordered(position.reshape(-1)), position.size)
 
         steps = max(1, 2**14 // (local * self.length))
-        return Batches(make, self.batch, local, steps, combine(*(row.fingerprint for row in rows)))
+        epochs = [len(row) * sum(mix.weights) / weight for row, weight in zip(rows, mix.weights, strict=True)]
+        fingerprint, tokens = combine(*(row.fingerprint for row in rows)), sum(row.tokens for row in rows)
+        return Batches(make, self.batch, local, steps, fingerprint, tokens, epochs)
 
     def evaluation(
         self,

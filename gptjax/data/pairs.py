@@ -163,6 +163,10 @@ class PairedSequences:
     def fingerprint(self) -> str:
         return combine(self.sources.fingerprint, self.targets.fingerprint)
 
+    @property
+    def tokens(self) -> int:
+        return int(self.sources.offsets[-1] + self.targets.offsets[-1])
+
     def __len__(self) -> int:
         return len(self.plan)
 

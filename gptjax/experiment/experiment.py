@@ -143,6 +143,7 @@ class Experiment:
                                 seed=self.seed,
                                 init=init,
                                 sample=functools.partial(_sample, model, stage, tokenizer) if self._generates else None,
+                                start=_start(origin, self.init_from),
                                 description={"configuration": to_json(self), "origin": origin},
                                 profile=profile,
                                 accept_changes=accept_changes,
@@ -242,6 +243,11 @@ def _evaluate(name: str, stage: Stage, model: Any, console: Console) -> list[Res
         values = ", ".join(f"{key} {value:.6g}" for key, value in results[-1].values.items())
         console.print(f"{name}: {results[-1].title}: {values}")
     return results
+
+
+def _start(origin: run_folder.Identity | None, init_from: str | None) -> str:
+    """The initial parameters of a stage, in words."""
+    return f"step {origin['step']:,} of {origin['stage']}" if origin else init_from or "new parameters"
 
 
 def _given(params: Params, abstract: Params) -> Params:

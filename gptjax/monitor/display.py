@@ -1,18 +1,29 @@
-"""Live display of a stage: progress, loss, speed, evaluations and samples.
+"""Live display of a stage: progress, loss, speed, time left, evaluations and samples.
 
     with Display("pretrain", steps=5000, tokens_per_step=4096, flops_per_token=6 * parameters) as display:
-        display.update(step, loss=3.2)
-        display.evaluation(step, loss=3.3)
-        display.sample(step, "Once upon a time", " there was a model.")
+        display.begin(0)
+        ...
+        display.dispatched(step, metrics["loss"])  # every step; never waits for the devices
+        display.update(step, loss=3.2)  # every few
+        with display.phase("evaluating"):
+            ...
+            display.evaluation(step, loss=3.3)
+            display.sample(step, "Once upon a time", " there was a model.")
 
 On a terminal it is a progress bar with everything else printed above it; elsewhere, a plain line every few seconds.
+Everything that takes its time, such as compilation, has a clock.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import math
+import statistics
+import threading
 import time
-from typing import Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 from rich.console import Console, Group
@@ -25,12 +36,73 @@ from gptjax.monitor.chips import peak_flops
 
 PLAIN_EVERY = 10.0
 """Seconds between lines without a terminal."""
-SMOOTHING = 0.9
-"""Decay per update of the moving average of the loss."""
-SPEED_WINDOW = 10.0
-"""Seconds over which the speed is averaged."""
+REFRESH = 0.25
+"""Seconds between looks at the devices' progress."""
+SMOOTHING = 20.0
+"""Steps over which the loss is averaged (time constant of the moving average)."""
+INTERVAL, INTERVALS = 4.0, 15
+"""Minimum duration in seconds of an interval whose speed is measured, and number of intervals in the median."""
 INPUT_WAIT = 0.05
 """Fraction of a step spent waiting for input above which it is shown."""
+
+
+class Pace:
+    """Speed and remaining time of a stage: the median speed of recent intervals of training, plus the pauses to come.
+
+    step:   steps done before
+    steps:  total number of steps
+    pauses: steps between the pauses of each kind, such as {"evaluating": 250}; the last step has one too
+    """
+
+    def __init__(self, step: int, steps: int, pauses: Mapping[str, int]):
+        self._step, self._steps, self._pauses = step, steps, pauses
+        self._last: tuple[float, int] | None = None  # (time, step) at the start of the interval
+        self._intervals: collections.deque[float] = collections.deque(maxlen=INTERVALS)
+        self._durations: dict[str, list[float]] = {kind: [] for kind in pauses}
+        self._paused = dict.fromkeys(pauses, step)  # step of the last pause
+        self._end: float | None = None  # estimated time of the stage's end
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds per training step. None: not yet known."""
+        return statistics.median(self._intervals) if self._intervals else None
+
+    def reached(self, step: int) -> None:
+        """Note that the devices have done `step` steps."""
+        now, self._step = time.monotonic(), step
+        if self._last is None:
+            self._last = (now, step)  # compilation is over
+        elif step > self._last[1] and now - self._last[0] >= INTERVAL:
+            self._intervals.append((now - self._last[0]) / (step - self._last[1]))
+            self._last = (now, step)
+        self._estimate(now)
+
+    def paused(self, kind: str, duration: float) -> None:
+        """Note the end of a pause, which is not part of the interval."""
+        if self._last is not None:
+            self._last = (self._last[0] + duration, self._last[1])
+        if kind in self._pauses:
+            self._durations[kind].append(duration)
+            self._paused[kind] = self._step
+            self._estimate(time.monotonic())
+
+    def left(self) -> float | None:
+        """Seconds to the end of the stage; it counts down between two steps. None: not yet known."""
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
+
+    def _estimate(self, now: float) -> None:
+        if self.seconds is not None:
+            pauses = sum(self._due(kind) * self._usual(kind) for kind in self._pauses)
+            self._end = now + self.seconds * (self._steps - self._step) + pauses
+
+    def _due(self, kind: str) -> int:
+        """Number of pauses from this step on."""
+        every = self._pauses[kind]
+        return -(-self._steps // every) - -(-self._step // every) + (self._paused[kind] < self._step)
+
+    def _usual(self, kind: str) -> float:
+        durations = self._durations[kind]
+        return statistics.median(durations[1:][-5:] or durations or [0.0])  # the first one compiles
 
 
 class Display:
@@ -40,7 +112,7 @@ class Display:
     steps:            total number of steps
     tokens_per_step:  over all devices
     flops_per_token:  of training, forward and backward; for the model-FLOPs utilisation on devices of known peak
-    start:            steps done before
+    pauses:           steps between the pauses of each kind, such as {"evaluating": 250}
     console:          None: standard output
     """
 
@@ -50,7 +122,7 @@ class Display:
         steps: int,
         tokens_per_step: int,
         flops_per_token: float | None = None,
-        start: int = 0,
+        pauses: Mapping[str, int] | None = None,
         console: Console | None = None,
     ):
         self.title = title
@@ -58,26 +130,35 @@ class Display:
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.console = console or Console(highlight=False, quiet=jax.process_index() != 0)
-        self.step = start
+        self.step = 0
+        self._pauses = pauses or {}
+        self._pace = Pace(0, steps, self._pauses)
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._loss = self._weight = 0.0  # moving average and its bias correction
+        self._averaged = 0  # step of the newest loss in the average
         self._more: dict[str, float] = {}
         self._validation: float | None = None
         self._waiting = 0.0
-        self._first: tuple[float, int] | None = None  # (time, step) of the first update, after compilation
-        self._last: tuple[float, int] | None = None  # (time, step) from which the speed is measured
-        self._seconds_per_step: float | None = None
-        self._printed = 0.0
+        self._phase: tuple[str, float] | None = ("preparing", time.monotonic())
+        self._pending: collections.deque[tuple[int, Any]] = collections.deque()  # steps, with a result of each
+        self._lock = threading.Lock()
+        self._shown: float | None = None  # time of the last line of an update
+        self._quiet, self._patience = time.monotonic(), PLAIN_EVERY  # time of the last line, seconds to the next
+        self._ended = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="display", daemon=True)
         self._live = Live(
-            console=self.console, get_renderable=self._bar, refresh_per_second=4, vertical_overflow="visible"
+            console=self.console, get_renderable=self._bar, refresh_per_second=1 / REFRESH, vertical_overflow="visible"
         )
 
     def __enter__(self) -> Self:
         if self.console.is_interactive:
             self._live.start(refresh=True)
+        else:
+            self._ticker.start()
         return self
 
     def __exit__(self, *_) -> None:
+        self._ended.set()
         if self._live.is_started:
             self._live.stop()  # restores the cursor, also after Ctrl-C
         elif self._weight:
@@ -86,7 +167,7 @@ class Display:
     @property
     def tokens_per_second(self) -> float | None:
         """Recent tokens per second over all devices, without evaluation and sampling. None: not yet known."""
-        return self.tokens_per_step / self._seconds_per_step if self._seconds_per_step else None
+        return self.tokens_per_step / self._pace.seconds if self._pace.seconds else None
 
     @property
     def utilisation(self) -> float | None:
@@ -96,62 +177,104 @@ class Display:
             return None
         return speed * self.flops_per_token / (self._peak * jax.device_count())
 
+    def begin(self, step: int, losses: Sequence[tuple[int, float]] = (), validation: float | None = None) -> None:
+        """Show that the training continues after `step` steps, which had these training losses and validation loss,
+        and that the next step is being compiled."""
+        with self._lock:
+            self._pending.clear()
+            self.step, self._pace = step, Pace(step, self.steps, self._pauses)
+        self._loss = self._weight = 0.0
+        self._averaged = 0
+        for at, loss in losses:
+            self._average(at, loss)
+        self._validation = validation
+        self._phase = ("compiling", time.monotonic())
+
+    def dispatched(self, step: int, result: Any) -> None:
+        """Note that a step was dispatched: it is done when this array of its results is ready."""
+        self._pending.append((step, result))
+        if self._phase is not None and self._phase[0] == "compiling":
+            self._phase = None
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Context of an activity between the steps, such as "evaluating". It is shown with its duration."""
+        before, start = self._phase, time.monotonic()
+        self._phase = (name, start)
+        self._quiet, self._patience = start, PLAIN_EVERY
+        try:
+            yield
+        finally:
+            self._phase = before
+            with self._lock:
+                self._pace.paused(name, time.monotonic() - start)
+
     def update(self, step: int, loss: float, waiting: float = 0.0, **more: float) -> None:
         """Show that `step` steps are done, the last one with this loss and further metrics. Call it every step or every
         few.
 
         waiting: fraction of these steps that the devices waited for input, from 0 to 1
         """
-        now = time.monotonic()
-        self._first = self._first or (now, step)
-        self._last = self._last or (now, step)
-        if step > self._last[1]:
-            seconds, steps = now - self._last[0], step - self._last[1]
-            old = math.exp(-seconds / SPEED_WINDOW) if self._seconds_per_step else 0.0
-            self._seconds_per_step = old * (self._seconds_per_step or 0.0) + (1 - old) * seconds / steps
-            self._last = (now, step)
-        self.step = max(self.step, step)
+        self._look(step)
         self._more = {name: value for name, value in more.items() if value != loss}  # loss is shown averaged
         self._waiting = waiting
-        self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss
-        self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-        if not self._live.is_started and now - self._printed >= PLAIN_EVERY:
+        self._average(step, loss)
+        now = time.monotonic()
+        if not self._live.is_started and (self._shown is None or now - self._shown >= PLAIN_EVERY):
+            self._shown = now
             self._line()
+        self._quiet, self._patience = now, PLAIN_EVERY
 
     def evaluation(self, step: int, loss: float) -> None:
         """Show the validation loss at this step."""
         self._validation = loss
-        self._show(Text(f"step {step:,}  validation loss {loss:.4f}"))
-        self._restart(step)
+        self._print(Text(f"step {step:,}  validation loss {loss:.4f}"))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Show a prompt and the model's continuation at this step."""
-        self._show(
+        self._print(
             Text.assemble((f"step {step:,} writes\n", "dim"), (_visible(prompt), "bold"), _visible(text).rstrip())
         )
-        self._restart(step)
 
     def note(self, text: str) -> None:
         """Print a line that stays on the screen."""
-        self._show(Text(_visible(text)))
+        self._print(Text(_visible(text)))
 
-    def _restart(self, step: int) -> None:
-        """Restart the speed measurement here: the time until now was not spent on training."""
-        if self._last is not None:
-            self._last = (time.monotonic(), step)
+    def _average(self, step: int, loss: float) -> None:
+        old = math.exp(-max(step - self._averaged, 1) / SMOOTHING)
+        self._loss, self._weight = old * self._loss + (1 - old) * loss, old * self._weight + (1 - old)
+        self._averaged = step
+
+    def _look(self, step: int = 0) -> None:
+        """Look how many steps the devices have done: `step` at least."""
+        with self._lock:
+            while self._pending and (self._pending[0][0] <= step or self._pending[0][1].is_ready()):
+                step = max(step, self._pending.popleft()[0])
+            if step > self.step:
+                self.step = step
+                self._pace.reached(step)
+
+    def _tick(self) -> None:
+        """Without a terminal: print a line when nothing happened for a while, twice as long each time."""
+        while not self._ended.wait(REFRESH):
+            self._look()
+            if time.monotonic() - self._quiet >= self._patience:
+                self._quiet, self._patience = time.monotonic(), 2 * self._patience
+                self._line()
 
     def _line(self) -> None:
-        self._printed = time.monotonic()
-        self._show(Text(f"{self.title}  step {self.step:,}/{self.steps:,}  {self._status()}"))
+        self._print(Text(f"{self.title}  step {self.step:,}/{self.steps:,}  {self._status()}"))
 
-    def _show(self, text: Text) -> None:
+    def _print(self, text: Text) -> None:
         encoding = self.console.encoding
         text.plain = text.plain.encode(encoding, "replace").decode(encoding)  # no UnicodeEncodeError may end a run
         self.console.print(text, soft_wrap=not self._live.is_started)
 
     def _status(self) -> str:
-        parts = [f"loss {self._loss / self._weight:.3f}"] if self._weight else ["compiling"]
-        parts += [f"{name} {value:.3g}" for name, value in self._more.items()]
+        parts = [f"{self._phase[0]} {_clock(time.monotonic() - self._phase[1])}"] if self._phase else []
+        parts += [f"loss {self._loss / self._weight:.3f}"] if self._weight else []
+        if self._phase is None:
+            parts += [f"{name} {value:.3g}" for name, value in self._more.items()]
         if self._validation is not None:
             parts.append(f"validation {self._validation:.3f}")
         if (speed := self.tokens_per_second) is not None:
@@ -160,12 +283,12 @@ class Display:
             parts.append(f"MFU {utilisation:.1%}")
         if self._waiting > INPUT_WAIT:
             parts.append(f"input wait {self._waiting:.0%}")
-        if self._first is not None and self._first[1] < self.step < self.steps:
-            pace = (time.monotonic() - self._first[0]) / (self.step - self._first[1])
-            parts.append(f"{_clock(pace * (self.steps - self.step))} left")
+        if (left := self._pace.left()) is not None and self.step < self.steps:
+            parts.append(f"{_clock(left)} left")
         return "  ".join(parts)
 
     def _bar(self) -> Group:
+        self._look()
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)

@@ -18,6 +18,7 @@ from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.distributed import sharding
 from gptjax.monitor.display import Display
 from gptjax.monitor.metrics import MetricsLogger
+from gptjax.monitor.metrics import read as read_metrics
 from gptjax.monitor.profiling import Profile
 from gptjax.monitor.stragglers import StragglerDetector
 from gptjax.monitor.times import Clock, memory
@@ -27,7 +28,7 @@ from gptjax.train.divergence import Diverged, Skip
 from gptjax.train.preemption import StopSignal, signals
 from gptjax.train.program import Program, program
 from gptjax.train.stage import Stage
-from gptjax.train.state import State
+from gptjax.train.state import State, device_bytes, parameter_count
 from gptjax.types import Batch, Metrics, Params, UserError
 
 Sampler = Callable[[Params, str], str]
@@ -46,6 +47,7 @@ def train(
     seed: int = 0,
     init: Callable[[Params], Params] | None = None,
     sample: Sampler | None = None,
+    start: str = "new parameters",
     description: dict[str, Any] | None = None,
     profile: range | None = None,
     accept_changes: bool = False,
@@ -60,6 +62,7 @@ def train(
                     donated. None: initialise from `seed`. With adapters, the parameters to adapt; checkpoints have the
                     adapters only
     sample          generates the text samples
+    start           the initial parameters in words, shown before the first step
     description     stored in every checkpoint, beside the input position
     profile         steps to trace, counted from 1 at the start of this process
     accept_changes  resume with other data than the checkpoint's
@@ -69,16 +72,18 @@ def train(
     get the signal: all stop after the same step. Raises `Diverged` if the loss is not finite and the stage's policy
     cannot recover. Numbers that are not finite are never saved.
     """
-    shard, num_shards = sharding.data_shard(model.rules)
-    batches = stage.data.batches(tokenizer, "train", seed, cache, shard, num_shards)
-    validation = stage.data.evaluation(tokenizer, "validation", cache, shard, num_shards, stage.eval_sequences)
-    read = {"train": getattr(batches, "fingerprint", None), "validation": getattr(validation, "fingerprint", None)}
+    tokens, flops = stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
+    pauses = {"evaluating": stage.evaluate_every, "saving": stage.save_every}
     functions, frozen = program(stage, model, seed), ()
     if stage.adapter is not None:
         assert init is not None, "adapters need parameters to adapt"
         frozen, init = (init(jax.eval_shape(functions.init_params)),), None
 
     with contextlib.ExitStack() as stack:
+        display = stack.enter_context(Display(name, stage.steps, tokens, flops, pauses))
+        with display.phase("reading the data"):
+            batches, validation = stage.read(tokenizer, model.rules, seed, cache)
+        read = {"train": getattr(batches, "fingerprint", None), "validation": getattr(validation, "fingerprint", None)}
         checkpoints = stack.enter_context(Checkpoints(folder, max_to_keep=stage.max_to_keep))
         stack.callback(batches.close)
         abstract, restored = jax.eval_shape(functions.init_state, *frozen), None
@@ -106,9 +111,10 @@ def train(
         if done >= stage.steps and not due:
             return functions.merge(state.eval_params, *frozen)
 
-        stopping = stack.enter_context(signals())
-        tokens, flops = stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
-        display = stack.enter_context(Display(name, stage.steps, tokens, flops, done))
+        stopping = stack.enter_context(signals(display.note))
+        start = start if restored is None else f"step {done:,} of {folder}"
+        display.note("\n".join(_summary(name, stage, model, abstract, frozen, batches, start)))
+        display.begin(done, *_losses(records, name))
         extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint, "data": read}
         if validation is None:
             display.note("no validation loss: the data have no validation split (validation 0)")
@@ -180,6 +186,7 @@ class _Run:
                 state, metrics = self.program.step(state, self.to_global(batch), *self.frozen)
             self.clock.dispatched(metrics)
             done += 1
+            self.display.dispatched(done, metrics["loss"][0])
             self.tracing.dispatched(done, metrics)
             if last is not None:  # metrics of an earlier step, while the devices run this one
                 self.report(*last)
@@ -197,14 +204,17 @@ class _Run:
             stopped |= losses is None
             loss = (losses or {}).get("validation_loss")
             if saving or stopped:
-                self.records.store()
-                self.checkpoints.save(done, state, extra | {"input": batches.state()}, loss)
+                with self.display.phase("saving"):
+                    self.records.store()
+                    self.checkpoints.save(done, state, extra | {"input": batches.state()}, loss)
                 self.clock.lap("checkpoint")
             if stopped:
-                self.checkpoints.wait()
+                with self.display.phase("saving"):
+                    self.checkpoints.wait()
                 self.display.note(f"stopped and saved at step {done}")
                 raise KeyboardInterrupt
-        self.checkpoints.wait()
+        with self.display.phase("saving"):
+            self.checkpoints.wait()
         return state
 
     def roll_back(
@@ -224,6 +234,7 @@ class _Run:
         self.clock.take(restored.step)  # discard the times of the steps that are repeated
         self.watchdog.beat(restored.step, pause=True)
         self.records.resume(self.name, restored.step)
+        self.display.begin(restored.step, *_losses(self.records, self.name))
         self.records.log(restored.step + 1, self.name, rolled_back_from=bad, batches_skipped=out)
         self.display.note(f"step {bad} is bad: rolled back to step {restored.step}, skipping {out} batches")
         return restored.state, [*before, [restored.step, passed]]
@@ -252,22 +263,23 @@ class _Run:
         """Validation losses, recorded and displayed with text samples: none without validation batches. None, with
         nothing recorded, if interrupted."""
         params, total, texts = state.eval_params, None, []
-        for batch in validation or ():
-            if stopping.now():
-                return None
-            before, metrics = total, self.program.evaluate(params, self.to_global(batch), *self.frozen)
-            total = metrics if before is None else jax.tree.map(jnp.add, before, metrics)
-            jax.block_until_ready(before)  # at most two batches in flight, since a stop waits for them
-        losses = {f"validation_{name}": value for name, value in divide(total or {}).items()}
-        self.check(done, losses)
-        if losses:
-            self.display.evaluation(done, losses["validation_loss"])
-        if self.sample is not None:
-            for prompt in self.stage.prompts:
+        with self.display.phase("evaluating"):
+            for batch in validation or ():
                 if stopping.now():
                     return None
-                texts.append(self.sample(self.program.merge(params, *self.frozen), prompt))
-                self.display.sample(done, prompt, texts[-1])
+                before, metrics = total, self.program.evaluate(params, self.to_global(batch), *self.frozen)
+                total = metrics if before is None else jax.tree.map(jnp.add, before, metrics)
+                jax.block_until_ready(before)  # at most two batches in flight, since a stop waits for them
+            losses = {f"validation_{name}": value for name, value in divide(total or {}).items()}
+            self.check(done, losses)
+            if losses:
+                self.display.evaluation(done, losses["validation_loss"])
+            if self.sample is not None:
+                for prompt in self.stage.prompts:
+                    if stopping.now():
+                        return None
+                    texts.append(self.sample(self.program.merge(params, *self.frozen), prompt))
+                    self.display.sample(done, prompt, texts[-1])
         self.records.log(done, self.name, **losses, **memory())
         for prompt, text in zip(self.stage.prompts, texts, strict=False):
             self.records.text(done, f"{self.name}/sample", prompt + text)
@@ -297,3 +309,42 @@ def divide(metrics: Metrics) -> dict[str, float]:
     """Fetch metrics from the devices and divide each sum by its weight."""
     fetched = jax.device_get(metrics)
     return {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in fetched.items()}
+
+
+def _losses(records: MetricsLogger, name: str) -> tuple[list[tuple[int, float]], float | None]:
+    """The last training losses of a stage, with their steps, and its last validation loss."""
+    lines = [line for line in read_metrics(records.folder) if line["stage"] == name]
+    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    validation = [line["validation_loss"] for line in lines if line.get("validation_loss") is not None]
+    return losses[-100:], validation[-1] if validation else None
+
+
+def _summary(
+    name: str, stage: Stage, model: Module, state: State, frozen: tuple[Params, ...], batches: BatchIterator, start: str
+) -> list[str]:
+    """Lines about what is trained, on which devices, in how much memory, on which data, and from where.
+
+    state  abstract, with shardings"""
+    config, mesh = model.config, jax.sharding.get_mesh()
+    layers = f" in {number} layers" if (number := getattr(config, "layers", None)) else ""
+    of = f" of adapters to {parameter_count(frozen):,}" if frozen else ""
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    memory = {
+        "parameters": device_bytes((state.params, frozen)),
+        "gradients": device_bytes(state.params),
+        "optimizer": device_bytes(state.opt_state),
+        "average": device_bytes(state.ema),
+    }
+    total, limit = sum(memory.values()), (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    unit, divisor = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
+    parts = ", ".join(f"{part} {size / divisor:.1f}" for part, size in memory.items() if size)
+    describe = getattr(batches, "describe", None)
+    data = "" if describe is None else f": {describe(stage.steps * stage.data.batch)}"
+    return [
+        f"{name}: {type(config).__name__}, {parameter_count(state.params):,} parameters{of}{layers}",
+        f"  devices  {max(mesh.size, 1)} x {jax.devices()[0].device_kind}{f', mesh {axes}' if axes else ''}",
+        f"  memory   {total / divisor:.1f}{f' of {limit / divisor:.1f}' if limit else ''} {unit} per device, without "
+        f"activations: {parts}",
+        f"  data     {stage.steps:,} steps of {stage.data.batch * stage.data.length:,} tokens{data}",
+        f"  start    {start}",
+    ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
 
+from gptjax.distributed.sharding import ShardingRules, data_shard
 from gptjax.nn import LoRA
-from gptjax.protocols import Data, Evaluation, ModelConfig, Objective, Optimizer
+from gptjax.protocols import BatchIterator, Data, Evaluation, ModelConfig, Objective, Optimizer, Tokenizer
 from gptjax.train.divergence import Stop
-from gptjax.types import UserError
+from gptjax.types import Batch, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,17 @@ class Stage:
                     f"evaluations.{number}: got {type(evaluation).__name__}, which measures "
                     f"{' and '.join(evaluation.architectures)} models, must measure {model.architecture} models"
                 )
+
+    def read(
+        self, tokenizer: Tokenizer, rules: ShardingRules, seed: int, cache: Path
+    ) -> tuple[BatchIterator, Iterable[Batch] | None]:
+        """Training batches and validation batches, None without a validation split, of this process, on the current mesh; texts are tokenised unless
+        the folder `cache` has them. Raises UserError."""
+        shard, num_shards = data_shard(rules)
+        return (
+            self.data.batches(tokenizer, "train", seed, cache, shard, num_shards),
+            self.data.evaluation(tokenizer, "validation", cache, shard, num_shards, self.eval_sequences),
+        )
 
     def evaluates(self, step: int) -> bool:
         """True if there is a validation loss after this step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -45,3 +46,18 @@ def create(
     """State before the first step. Call it under jit, so that every array is created once, with its sharding."""
     ema = jax.tree.map(jnp.copy, params) if average else None
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, ema, statistics)
+
+
+def parameter_count(tree: Any) -> int:
+    """Number of numbers in a tree of arrays or abstract arrays."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of a tree of arrays, or of abstract arrays with shardings."""
+
+    def size(x: Any) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))

@@ -125,6 +125,21 @@ def test_ctrl_c_ends_an_answer_not_the_chat(run, path, monkeypatch):
     assert run("chat", path, stdin="hello\nhello\n") == (0, "as I was say\n" * 2, "")
 
 
+def test_an_answer_that_was_stopped_before_it_began_leaves_no_turn(run, path, monkeypatch):
+    asked = []
+
+    def interrupted(_, messages, **__):
+        asked.append([message.content for message in messages])
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        yield "well"
+
+    monkeypatch.setattr(LanguageModel, "stream_chat", interrupted)
+    code, out, err = run("chat", path, stdin="hello\nhi\nthere\n")
+    assert (code, out, err) == (0, "\nwell\nwell\n", "(no answer; the message is not part of the conversation)\n")
+    assert asked == [["hello"], ["hi"], ["hi", "well", "there"]]
+
+
 def test_eval_measures_a_text(run, path, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some text to measure " * 5)

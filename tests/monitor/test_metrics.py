@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -162,7 +163,9 @@ def clock(monkeypatch):
 
 def test_display_measures_training_alone(clock, monkeypatch):
     monkeypatch.setattr(display, "peak_flops", lambda _: 1e6)
-    shown = Display("pretrain", 100, 1000, flops_per_token=2000, start=10, console=Console(file=io.StringIO()))
+    shown = Display("pretrain", 100, 1000, flops_per_token=2000, console=Console(file=io.StringIO()))
+    shown.begin(10)
+    clock.now += 60
     shown.update(11, loss=4.0)
     assert shown.tokens_per_second is None  # the first interval is compilation
     for step in range(12, 40):
@@ -170,16 +173,113 @@ def test_display_measures_training_alone(clock, monkeypatch):
         if step % 3 == 0:
             shown.update(step, loss=4.0)
         if step % 5 == 0:
-            clock.now += 30
-            shown.evaluation(step, 4.0)
+            with shown.phase("evaluating"):
+                clock.now += 30
+                shown.evaluation(step, 4.0)
             shown.update(step - 1, loss=4.0)  # fetched late
     assert shown.tokens_per_second == pytest.approx(2000)
     assert shown.utilisation == pytest.approx(2000 * 2000 / (1e6 * jax.device_count()))
 
 
+@pytest.mark.parametrize("log_every", [1, 10])
+def test_the_time_left_is_steady(clock, log_every):
+    """At every look, from the second evaluation on, it is the truth but for a twentieth; between two looks it falls."""
+    rng = np.random.default_rng(0)
+    seconds, pauses, steps = 3.0, {"evaluating": (100, 90.0), "saving": (250, 20.0)}, 1000
+    durations = seconds * rng.choice([0.8, 0.9, 1.0, 1.1, 1.2], steps)
+    shown = Display(
+        "pretrain",
+        steps,
+        1000,
+        pauses={kind: every for kind, (every, _) in pauses.items()},
+        console=Console(file=io.StringIO()),
+    )
+    truth = durations.sum() + sum(duration * steps // every for every, duration in pauses.values())
+    shown.begin(0)
+    start, estimates = clock.now, []
+
+    def wait(duration: float) -> None:
+        end = clock.now + duration
+        while clock.now < end:
+            clock.now = min(clock.now + 0.25, end)
+            if (left := re.search(r"([\d:]+) left", shown._status())) is not None:
+                *hours, minutes, second = map(int, left[1].split(":"))
+                left = (hours[0] if hours else 0) * 3600 + minutes * 60 + second
+                estimates.append((clock.now - start, clock.now - start + left))
+
+    for step, duration in enumerate(durations, 1):
+        wait(duration)
+        if step % log_every == 0:
+            shown.update(step, loss=4.0)
+        for kind, (every, length) in pauses.items():
+            if step % every == 0:
+                with shown.phase(kind):
+                    wait(length)
+    late = np.array([end for at, end in estimates if at > 400])
+    assert np.abs(late / truth - 1).max() < 0.05
+    early = np.array([end for at, end in estimates if 60 < at < 300])  # nothing is known of the pauses yet
+    assert early.max() / early.min() < 1.15
+
+
+def test_the_loss_is_of_the_last_steps_and_goes_on_after_a_resume():
+    def shown(**options) -> Display:
+        return Display("pretrain", 1000, 1000, console=Console(file=io.StringIO()), **options)
+
+    losses = [(step, 5.0 - step / 100 + (step % 20 == 0)) for step in range(10, 400, 10)]
+    whole, cut = shown(), shown()
+    whole.begin(0)
+    for step, loss in losses:
+        whole.update(step, loss=loss)
+    assert whole._loss / whole._weight == pytest.approx(np.mean([loss for _, loss in losses[-4:]]), abs=0.2)
+    cut.begin(200, [line for line in losses if line[0] <= 200], 3.5)
+    assert re.fullmatch(r"compiling 0:00  loss 3\.\d+  validation 3\.500", cut._status())
+    for step, loss in losses:
+        if step > 200:
+            cut.update(step, loss=loss)
+    assert cut._status() == whole._status() + "  validation 3.500"
+
+
+def test_the_display_never_waits_for_the_devices(clock):
+    """It counts the steps that are done, whatever their metrics are fetched for."""
+
+    class Result:
+        done = False
+
+        def is_ready(self) -> bool:
+            return self.done
+
+    shown = Display("pretrain", 100, 1000, console=Console(file=io.StringIO()))
+    shown.begin(0)
+    assert shown._status() == "compiling 0:00"
+    results = [Result() for _ in range(10)]
+    for step, result in enumerate(results, 1):
+        shown.dispatched(step, result)
+    shown._look()
+    assert (shown.step, shown._status()) == (0, "")
+    for step, result in enumerate(results[:5], 1):
+        clock.now += 8
+        result.done = True
+        shown._look()
+        assert shown.step == step
+    assert shown._status() == "125 tokens/s  12:40 left"
+
+
+def test_what_takes_its_time_shows_a_clock_without_a_terminal(monkeypatch):
+    output = io.StringIO()
+    monkeypatch.setattr(display, "PLAIN_EVERY", 0.5)
+    with Display("chat", 60, 10, console=Console(file=output)) as shown:
+        shown.begin(3)
+        with shown.phase("evaluating"):
+            time.sleep(2.2)
+    lines = output.getvalue().splitlines()  # after 0.5 and 1.5 s, and not after 1.0
+    assert [re.sub(r"\d:\d\d", "CLOCK", line) for line in lines] == ["chat  step 3/60  evaluating CLOCK"] * 2
+
+
 def test_display_without_a_terminal(clock):
     output = io.StringIO()
     with Display("chat", 60, 10, console=Console(file=output, width=40)) as shown:
+        shown.begin(0)
+        shown.dispatched(1, jnp.zeros(()))
         for step in range(1, 61):
             clock.now += 1
             shown.update(step, loss=2.0, rate=3e-4, cross_entropy=2.0)
@@ -202,6 +302,8 @@ def test_display_on_a_terminal(width):
 
     def interrupted():
         with Display("pretrain", 1000, 10, console=console) as shown:
+            shown.begin(0)
+            shown.dispatched(500, jnp.zeros(()))
             shown.update(500, loss=2.0)
             shown.note("é a note")
             raise KeyboardInterrupt

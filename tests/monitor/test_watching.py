@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from gptjax import data, optim
@@ -128,6 +129,36 @@ def test_what_waits_for_input_is_seen_and_a_step_that_hangs_is_reported(tmp_path
     text = (folder / "hang" / "0.txt").read_text()
     assert "main has not advanced beyond step 2 for 0 s" in text
     assert "__next__" in text
+
+
+def test_what_is_trained_is_shown_before_the_first_step(tmp_path, capsys):
+    """The memory is that of the arrays; a mixture has the epochs of each of its sources."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Longer(Alphabet):
+        def documents(self, split: str) -> Iterator[str]:
+            return iter([LETTERS * 2] * 40)
+
+        def fingerprint(self) -> str:
+            return "longer"
+
+    mixed = dataclasses.replace(
+        STAGE, ema=0.9, data=data.Pretrain(data.Mix((Alphabet(), Longer()), (3, 1)), length=16, batch=8)
+    )
+    run(tmp_path / "run", mixed, start="somewhere")
+    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 8), int))))
+    tokens = (30 + 58) * 40  # with the marks of each document
+    expected = [
+        f"main: TransformerConfig, {count:,} parameters in 1 layers",
+        "  devices  1 x cpu",
+        f"  memory   0.1 MiB per device, without activations: parameters {4 * count / 2**20:.1f}, "
+        f"gradients {4 * count / 2**20:.1f}, optimizer {8 * count / 2**20:.1f}, average {4 * count / 2**20:.1f}",
+        f"  data     8 steps of 128 tokens: {16 / 145:.2g} to {48 / 75:.2g} epochs of {tokens:,} tokens",
+        "  start    somewhere",
+    ]
+    assert capsys.readouterr().out.splitlines()[:5] == expected
+    run(tmp_path / "run", dataclasses.replace(mixed, steps=10))
+    assert f"  start    step 8 of {tmp_path / 'run' / 'checkpoints'}\n" in capsys.readouterr().out
 
 
 def test_the_time_before_a_hang_is_checked():

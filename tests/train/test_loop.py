@@ -216,7 +216,7 @@ def test_moments_to_stop_at_are_counted_from_stage_to_stage(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or len(asked) == 5)
     for stage in ([False, False, False], [False, True, True]):  # and once agreed on it stays so
-        with preemption.signals() as stopping:
+        with preemption.signals(print) as stopping:
             assert [stopping.now() for _ in stage] == stage
     assert asked == [*range(asked[0], asked[0] + 5)]
 
