@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from gptjax.nn import (
@@ -59,6 +61,16 @@ def essence(m: ModelConfig) -> dict[str, Any]:
     scales: Any = {"logit_scale": m.logit_scale / m.width_multiplier, "parametrisation": Parametrisation()}
     rest = dataclasses.replace(m, positions=positions, **of_layers, **parts, **of_training, **scales)
     return {"model": rest, "layers": layers}
+
+
+def summarise(changes: Iterable[str]) -> list[str]:
+    """Differences of two canonical forms. One that several layers share is `layers.*.attention.bias: False → True`."""
+    shared: dict[str, list[str]] = {}
+    for change in changes:
+        shared.setdefault(re.sub(r"\blayers\.\d+\.", "layers.*.", change), []).append(change)
+    merged = [change if len(separate) > 1 else separate[0] for change, separate in shared.items()]
+    whole = {change.removeprefix("model.") for change in merged if change.startswith("model.")}
+    return [change for change in merged if change.removeprefix("layers.*.attention.") not in whole]
 
 
 def _attention(part: SequenceMixer | None) -> SequenceMixer | None:

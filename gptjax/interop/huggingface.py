@@ -9,6 +9,7 @@ formats.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -27,24 +28,30 @@ from gptjax.distributed.parameters import declared, flat, nested
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.inference.sampling import Sampling
 from gptjax.interop import multimodal, quantised, safetensors, schema, tokenizers
-from gptjax.interop.essence import essence
+from gptjax.interop.essence import essence, summarise
 from gptjax.interop.families import CLASSIFYING, FAMILIES, Family, Fields, Piece, pieces
 from gptjax.interop.generation import of_sampling
 from gptjax.interop.multimodal import read_config
 from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import (
+    GELU,
     BackboneConfig,
     ClassifierConfig,
     EncoderConfig,
     EncoderDecoderConfig,
     ModelConfig,
     Stack,
+    SwiGLU,
     TransformerConfig,
 )
 from gptjax.types import Params, UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes of written tensors."""
+MLPS = SwiGLU(), GELU()
+"""MLPs of which every family has one, except for mixtures of experts."""
+SHOWN, MORE = 8, "possibly more"
+"""Number of differences listed for a model that no family can express, and a note that there may be others."""
 
 
 def load_hf(
@@ -294,23 +301,36 @@ def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dic
     for family in families:
         if type(config.backbone if isinstance(config, ClassifierConfig) else config) is not family.kind:
             continue
-        fields: dict[str, Any] = {}
-        try:
-            fields = _write(family, config)
-            changed = differences(essence(config), essence(_read(family, Fields(fields))))
-        except UserError as error:
-            changed = [str(error), "possibly more"]
+        fields, changed = _changes(family, config)
         if not changed:
             return family, fields
         reasons[family.model_type] = changed
     if not reasons:
         known = ", ".join(sorted({family.kind.__name__ for family in families}))
         raise UserError(f"model: got {type(config).__name__}, must be {known} for a published family")
-    nearest = min(reasons, key=lambda name: len(reasons[name]))
-    raise UserError(
-        f"model: no published family can express it; the nearest, {nearest}, differs in "
-        f"{'; '.join(reasons[nearest][:3])}"
-    )
+    nearest = min(reasons, key=lambda name: (MORE in reasons[name], len(reasons[name])))
+    changed = reasons[nearest]
+    more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    which = f"no published family can express it; the nearest, {nearest}," if model_type is None else nearest
+    raise UserError(f"model: {which} differs in {'; '.join(changed[:SHOWN])}{more}")
+
+
+def _changes(family: Family, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """The fields of config.json in this family, and the differences of the model that they describe."""
+
+    def written(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+        fields = _write(family, config)
+        return fields, summarise(differences(essence(config), essence(_read(family, Fields(fields)))))
+
+    try:
+        return written(config)
+    except UserError as error:
+        reason = str(error)
+    if reason.startswith("model.mlp:") and isinstance(config, BackboneConfig):
+        for mlp in MLPS:  # the other differences are those of the model with an MLP of the family
+            with contextlib.suppress(UserError):
+                return {}, [reason, *written(dataclasses.replace(config, mlp=mlp))[1]]
+    return {}, [reason, MORE]
 
 
 def _stacks(config: ModelConfig) -> dict[str, Stack]:

@@ -94,8 +94,8 @@ class Stage:
     def read(
         self, tokenizer: Tokenizer, rules: ShardingRules, seed: int, cache: Path
     ) -> tuple[BatchIterator, Iterable[Batch] | None]:
-        """Training batches and validation batches, None without a validation split, of this process, on the current mesh; texts are tokenised unless
-        the folder `cache` has them. Raises UserError."""
+        """Batches of this process to train on, and to validate with if there is a validation split, on the current
+        mesh. Texts are tokenised unless the folder `cache` has them. Raises UserError."""
         shard, num_shards = data_shard(rules)
         return (
             self.data.batches(tokenizer, "train", seed, cache, shard, num_shards),

@@ -16,6 +16,7 @@ from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.huggingface import expressing, from_tensors, load_hf, read_kind, read_labels, save_hf, to_tensors
 from gptjax.interop.safetensors import SINGLE, Tensors
 from gptjax.nn import (
+    ALiBi,
     ClassifierConfig,
     LayerOverrides,
     Mean,
@@ -231,6 +232,20 @@ def test_a_model_that_no_family_has_is_refused_and_the_reason_named():
         tiny(mlp=ReLUSquared())
     with pytest.raises(UserError, match=r"layers.1.attention.window: 4 → 3"):
         tiny(pattern=(LayerOverrides(window=3), LayerOverrides(window=4)))
+    # The nearest has the fewest differences, those of all layers counted once, and the message has all of them.
+    config = TransformerConfig(vocab=16, layers=3, width=8, heads=2, positions=ALiBi(), embedding_scale=2.0)
+    found = (
+        r"llama,? differs in model\.positions: ALiBi\(\) → RoPE\([^;]*\); model\.embedding_scale: 2\.0 → 1\.0$",
+        r"gpt2 differs in model\.mlp: got SwiGLU\(\), must be [^;]*; model\.positions: ALiBi\(\) → "
+        r"LearnedPositions[^;]*; model\.norm: [^;]*; model\.embedding_scale: [^;]*; "
+        r"layers\.\*\.attention\.bias: False → True; .*",
+    )
+    for family, message in (
+        (None, f"^model: no published family .*; the nearest, {found[0]}"),
+        ("gpt2", f"^model: {found[1]}"),
+    ):
+        with pytest.raises(UserError, match=message):
+            to_tensors(config, {}, model_type=family)
     with pytest.raises(UserError, match=r"^model: got RecurrentConfig, must be EncoderConfig, "):
         to_tensors(RecurrentConfig(vocab=16, layers=1, width=8), {})
 
@@ -238,10 +253,9 @@ def test_a_model_that_no_family_has_is_refused_and_the_reason_named():
 def test_the_nanochat_of_transformers_is_one_of_two():
     """Parts that its class lacks are named."""
     assert expressing(nanochat_hf.experiment.model).model_type == "nanochat"
-    with pytest.raises(
-        UserError, match=r"nearest, nanochat, differs in model.residual: ScaledStream.*window: 64 → None"
-    ):
-        expressing(nanochat_d4.experiment.model, "nanochat")
+    for family, wrong in (("nanochat", "model: nanochat differs"), (None, "the nearest, nanochat, differs")):
+        with pytest.raises(UserError, match=rf"{wrong} in model.residual: ScaledStream.*window: 64 → None"):
+            expressing(nanochat_d4.experiment.model, family)
     fields = {**GROUPED, "hidden_act": "relu2", "rms_norm_eps": 1e-6, "rope_parameters": YARN}
     family = next(family for family in FAMILIES if family.model_type == "nanochat")
     with pytest.raises(UserError, match=r"rope_parameters: got an attention_factor of 1.138.*, must be 1 in nanochat"):
