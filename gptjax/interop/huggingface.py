@@ -173,7 +173,8 @@ def from_tensors(
         stack = [piece for _, piece in sorted(by_leaf[name].items())]
         own = jnp.result_type(*{tensors[piece.tensor].dtype for piece in stack})
         leaf = jax.ShapeDtypeStruct(leaf.shape, dtype or own, sharding=leaf.sharding)
-        return safetensors.place(leaf, lambda i: stack[i].view(tensors[stack[i].tensor]))
+        shape = leaf.shape[len(stack[0].index) :]
+        return safetensors.place(leaf, lambda i: stack[i].view(tensors[stack[i].tensor]).reshape(shape))
 
     params = {name: load(name, leaf) for name, leaf in abstract.items()}
     half = sum(x.nbytes for x in params.values() if x.dtype == jnp.bfloat16)
@@ -224,7 +225,8 @@ class Exported(Mapping[str, np.ndarray]):
         tensor = np.empty(self.pieces[name][0].shape, self.dtype)
         for piece in self.pieces[name]:
             leaf = self.leaves[piece.leaf]
-            values, view = np.asarray(leaf[piece.index] if piece.index else leaf), piece.view(tensor)
+            view = piece.view(tensor)
+            values = np.asarray(leaf[piece.index] if piece.index else leaf).reshape(view.shape)
             with np.errstate(over="ignore"):
                 view[...] = values
             if values.dtype != tensor.dtype and np.any(np.isinf(view) & np.isfinite(values)):

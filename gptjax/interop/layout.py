@@ -4,16 +4,18 @@
     "D ([N]+K+K H)", "D N H"         columns are N + K + K heads; ours is the first N
     "(N H+[H]+H) D", "D N H"         each head has three parts; ours is the second
     "E D (F 1+[1])", "E D F"         columns alternate between two arrays; ours is the second
+    "(K [G]+1+1 H) D", "D (K G) H"   G heads of each of K groups are followed by two others; ours are the K G heads
 
 The left pattern is their layout: parentheses merge dimensions into one axis, + concatenates along it, and brackets
-select a part. The right pattern is our order of axes. A pattern serves both directions because the result is a view:
-`view(tensor)` is read from or written to.
+select a part. The right pattern is our order of axes. A pattern serves both directions because the result is a view,
+`view(tensor)`, which is read from or written to. In it, merged axes of ours are separate.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Mapping
 
@@ -45,13 +47,23 @@ class Factor:
 
 def parse(pattern: str) -> list[list[Factor]]:
     """The factors of each axis."""
-    axes = re.findall(r"\(([^)]*)\)|(\S+)", pattern)
-    return [[_factor(word) for word in (merged or single).split()] for merged, single in axes]
+    return [[_factor(word) for word in axis.split()] for axis in axes(pattern)]
 
 
-def sizes(pattern: str, shape: tuple[int, ...]) -> dict[str, int]:
-    """The size of each letter, from a plain pattern such as "D N H" and an array's shape."""
-    return dict(zip(pattern.split(), shape, strict=True))
+def axes(pattern: str) -> list[str]:
+    """The factors of each axis, as text."""
+    return [merged or single for merged, single in re.findall(r"\(([^)]*)\)|(\S+)", pattern)]
+
+
+def sizes(pattern: str, shape: tuple[int, ...], known: Sizes | None = None) -> dict[str, int]:
+    """The size of each letter, from our pattern, such as "D N H" or "D (K G) H", and an array's shape.
+
+    known  sizes of merged letters but the last of an axis"""
+    found: dict[str, int] = {}
+    for axis, size in zip(axes(pattern), shape, strict=True):
+        *first, last = axis.split()
+        found[last] = size // math.prod((known or {})[letter] for letter in first)
+    return found
 
 
 def shape(pattern: str, sizes: Sizes) -> tuple[int, ...]:
@@ -66,7 +78,7 @@ def view(tensor: np.ndarray, theirs: str, ours: str, sizes: Sizes) -> np.ndarray
     split = tensor.reshape([factor.size(sizes) for factor in factors])
     picked = split[tuple(factor.index(sizes) for factor in factors)]
     letters = [factor.letter for factor in factors if factor.letter != "1"]
-    return picked.transpose([letters.index(letter) for letter in ours.split()])
+    return picked.transpose([letters.index(letter) for axis in axes(ours) for letter in axis.split()])
 
 
 def _factor(word: str) -> Factor:

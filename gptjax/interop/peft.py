@@ -56,7 +56,7 @@ class _Part:
 
 def _of(*families: Family) -> Modules:
     """The modules of families, from their tables of names, without stacks of experts and modules whose outputs
-    alternate between matrices (GPT-NeoX; DeepSeek-V3's keys and values)."""
+    alternate between matrices (GPT-NeoX, Falcon, BLOOM; DeepSeek-V3's keys and values)."""
     modules: dict[str, tuple[Row, ...]] = {}
     for family in families:
         own: dict[str, tuple[Row, ...]] = {}
@@ -142,8 +142,8 @@ def write(
     model_type  family whose names are used. None: the first that can express the model, as in `save_hf`
 
     Raises UserError if the folder exists, for a model that no family can express, and for adapters of matrices that are
-    not linear layers of the family: GPT-NeoX's queries, keys and values and DeepSeek-V3's keys and values, which are
-    interleaved, and experts."""
+    not linear layers of the family: queries, keys and values of GPT-NeoX, Falcon and BLOOM and DeepSeek-V3's keys and
+    values, which are interleaved, and experts."""
     folder = Path(folder)
     family = huggingface.expressing(config, model_type)
     modules = _of(family)

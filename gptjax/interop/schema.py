@@ -18,12 +18,13 @@ WIDTHS = ("hidden_size", "n_embd", "d_model", "d_ff", "d_kv", "head_dim", "inter
 COUNTS = ("num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "n_positions", "type_vocab_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-SIZES = (*WIDTHS, *COUNTS, *EXPERTS, *LATENT, "relative_attention_num_buckets")
+FALCON = ("num_kv_heads", "ffn_hidden_size", "n_embed")
+SIZES = (*WIDTHS, *COUNTS, *EXPERTS, *LATENT, *FALCON, "relative_attention_num_buckets")
 """Fields that are a size of a tensor, or a factor of one."""
 NATURALS = (
     *("n_shared_experts", "first_k_dense_replace", "max_window_layers", "max_position_embeddings", "sliding_window"),
     *("original_max_position_embeddings", "num_experts_per_tok", "n_group", "topk_group"),
-    "relative_attention_max_distance",
+    *("relative_attention_max_distance", "num_ln_in_parallel_attn"),
 )
 PERIODS = ("decoder_sparse_step", "sliding_window_pattern", "no_rope_layer_interval")
 """Fields that say which layers differ: every so many."""
@@ -31,16 +32,18 @@ NUMBERS = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq", "rotary_emb_base"),
     *("rotary_pct", "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping", "swiglu_alpha"),
     *("final_logit_softcapping", "routed_scaling_factor", "swiglu_limit", "embedding_multiplier"),
-    *("attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"),
+    *("attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "norm_epsilon"),
 )
 FLAGS = (
     *("attention_bias", "mlp_bias", "tie_word_embeddings", "use_parallel_residual", "use_sliding_window", "is_decoder"),
     *("norm_topk_prob", "rope_interleave", "scale_decoder_outputs", "add_cross_attention"),
     *("use_qk_norm", "qk_layernorm", "use_qkv_bias"),
+    *("use_bias", "bias", "alibi", "multi_query", "parallel_attn", "new_decoder_architecture"),
+    "apply_residual_connection_post_layernorm",
 )
 TEXTS = (
     *("model_type", "hidden_act", "hidden_activation", "activation_function", "feed_forward_proj", "dtype"),
-    *("torch_dtype", "problem_type"),
+    *("torch_dtype", "problem_type", "activation"),
 )
 ROPE: dict[str, Schema] = {
     **dict.fromkeys(("rope_type", "type"), TEXT),

@@ -91,6 +91,22 @@ CASES = {
         **GROUPED, "qk_layernorm": True, "use_parallel_residual": True, "tie_word_embeddings": True,
         "rope_parameters": {**YARN, "partial_rotary_factor": 0.5},
     },
+    "starcoder2": {**GROUPED, "sliding_window": 5},
+    "starcoder2 odd": {
+        **GROUPED, "head_dim": 16, "use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu",
+        "rope_parameters": YARN,
+    },
+    "falcon": SIZES,
+    "falcon heads": {**SIZES, "multi_query": False, "bias": True, "tie_word_embeddings": False, "activation": "relu"},
+    "falcon new": {
+        **SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True, "ffn_hidden_size": 48,
+        "rope_parameters": YARN,
+    },
+    "falcon new shared": {
+        **SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1,
+    },
+    "bloom": {**SIZES, "num_attention_heads": 4},
+    "bloom odd": {**SIZES, "hidden_size": 36, "n_head": 6, "tie_word_embeddings": False},
     "gpt_oss": {**EXPERTS, "head_dim": 16, "sliding_window": 5},
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3 yarn": {

@@ -57,6 +57,16 @@ SPELLINGS = {
     "num_experts": (3,),
     "num_local_experts": (3,),
     "attention_bias": (None, True, False),
+    "use_bias": (None, True, False),
+    "bias": (None, True, False),
+    "alibi": (None, True),
+    "parallel_attn": (None, False),
+    "new_decoder_architecture": (None, True, False),
+    "num_ln_in_parallel_attn": (None, 1, 2, 3),
+    "multi_query": (None, True, False),
+    "num_kv_heads": (None, 1, 4),
+    "ffn_hidden_size": (None, 64),
+    "n_embed": (None, 64),
     "tie_word_embeddings": (None, True, False),
     "scale_decoder_outputs": (True, False),
     "hidden_act": ("gelu", "gelu_new", "relu", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "swish"),
@@ -208,13 +218,13 @@ def test_it_computes_as_exactly_as_in_transformers(held, said, name, tmp_path):
 
 
 def test_what_disagrees_is_refused_in_one_line():
-    llama, gpt2, gemma2, gemma3, qwen2, olmo3, smollm3 = (
+    llama, gpt2, gemma2, gemma3, qwen2, olmo3, smollm3, falcon = (
         next(family for family in FAMILIES if family.model_type == name)
-        for name in ("llama", "gpt2", "gemma2", "gemma3_text", "qwen2", "olmo3", "smollm3")
+        for name in ("llama", "gpt2", "gemma2", "gemma3_text", "qwen2", "olmo3", "smollm3", "falcon")
     )
     plain = {
         "vocab_size": 16, "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12,
-        "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "layer_norm_epsilon": 1e-5, "activation": "gelu",
     }  # fmt: skip
     scaled = {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": SCALINGS[2]}
     for family, changes, message in (
@@ -233,6 +243,10 @@ def test_what_disagrees_is_refused_in_one_line():
         (olmo3, {"rope_theta": 7e4}, "rope_theta: got 70000.0, which does not say whether sliding_attention layers"),
         (smollm3, {"no_rope_layers": [1]}, "no_rope_layers: got 1 numbers, must be one for each of 2 layers"),
         (smollm3, {"layer_types": ["sliding_attention"] * 2}, "layer_types: got sliding_attention, which needs"),
+        (falcon, {"alibi": True}, "alibi: got True, must be False"),
+        (falcon, {"parallel_attn": None}, "parallel_attn: got None, must be True"),
+        (falcon, {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn: got 2, must be 1"),
+        (falcon, {"multi_query": False, "num_kv_heads": 1}, "num_kv_heads: got 1, must be 2 without new_decoder_arch"),
     ):
         with pytest.raises(UserError, match=rf".*{re.escape(message)}"):
             family.read(family.named(Fields({**plain, "query_pre_attn_scalar": 8, "sliding_window": 4, **changes})))

@@ -64,7 +64,10 @@ def test_a_model_of_transformers_goes_in_and_out(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
 
 
-CLASSIFIERS = ("gpt2", "gemma", "smollm3", "stablelm 2", "llama biased", "gpt_neox", "gemma3_text", "qwen3_moe", "bert")
+CLASSIFIERS = (
+    "gpt2", "gemma", "smollm3", "stablelm 2", "llama biased", "gpt_neox", "starcoder2", "falcon new", "bloom",
+    "gemma3_text", "qwen3_moe", "bert",
+)  # fmt: skip
 
 
 @pytest.mark.torch
@@ -201,7 +204,7 @@ def test_what_nobody_needs_is_passed_over():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model_type", "bloom", "model_type: got 'bloom', must be one of gpt2, llama, "),
+        ("model_type", "mpt", "model_type: got 'mpt', must be one of gpt2, llama, "),
         ("hidden_act", "xielu", "config.json: hidden_act: got 'xielu', must be one of silu, "),
         (
             "rope_scaling",

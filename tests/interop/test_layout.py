@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gptjax.interop.layout import shape, sizes, view
+from gptjax.interop.layout import axes, shape, sizes, view
 
-SIZES = {"N": 2, "K": 1, "H": 3, "D": 5, "F": 4, "E": 2}
+SIZES = {"N": 2, "K": 1, "H": 3, "D": 5, "F": 4, "E": 2, "G": 2, "J": 2}
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,8 @@ SIZES = {"N": 2, "K": 1, "H": 3, "D": 5, "F": 4, "E": 2}
         ("(N H+[H]+H) D", "D N H", lambda x: x.reshape(2, 3, 3, 5)[:, 1].transpose(2, 0, 1)),
         ("E D (F 1+[1])", "E D F", lambda x: x[..., 1::2]),
         ("(F+[F]) D", "D F", lambda x: x[4:].T),
+        ("(J [G]+1+1 H) D", "D (J G) H", lambda x: x.reshape(2, 4, 3, 5)[:, :2].transpose(3, 0, 1, 2)),
+        ("(J G+1+[1] H) D", "D J H", lambda x: x.reshape(2, 4, 3, 5)[:, 3].transpose(2, 0, 1)),
     ],
 )
 def test_a_pattern_picks_and_orders_without_a_copy(theirs, ours, same):
@@ -26,4 +28,6 @@ def test_a_pattern_picks_and_orders_without_a_copy(theirs, ours, same):
     picked = view(tensor, theirs, ours, SIZES)
     np.testing.assert_array_equal(picked, same(tensor))
     assert np.shares_memory(picked, tensor)
-    assert sizes(ours, picked.shape) == {letter: SIZES[letter] for letter in ours.split()}
+    merged = tuple(np.prod([SIZES[letter] for letter in axis.split()]) for axis in axes(ours))
+    found = sizes(ours, merged, {"J": 2})
+    assert found == {letter: SIZES[letter] for letter in found}

@@ -115,6 +115,10 @@ FAMILIES = {
     "gemma2": SIZES,
     "gemma3_text": SIZES,
     "olmo2": SIZES,
+    "nanochat": SIZES,
+    "starcoder2": SIZES,
+    "falcon": {name: size for name, size in SIZES.items() if name != "head_dim"},
+    "bloom": SIZES,
     "phi3": {**SIZES, "head_dim": 4},
     "deepseek_v3": {
         **SIZES, "num_key_value_heads": 4, "num_hidden_layers": 3, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
@@ -122,7 +126,11 @@ FAMILIES = {
         "q_lora_rank": 10, "kv_lora_rank": 14, "qk_rope_head_dim": 8, "qk_nope_head_dim": 6, "v_head_dim": 5,
     },
 }  # fmt: skip
-MATCH = {"gpt2": ALL, "deepseek_v3": ("q_latent", "q", "kv_latent", "k_rope", "o")}
+MERGED = ("o", "up", "down")  # queries, keys and values are interleaved
+MATCH = {
+    "gpt2": ALL, "nanochat": ALL, "starcoder2": ALL, "falcon": MERGED, "bloom": MERGED,
+    "deepseek_v3": ("q_latent", "q", "kv_latent", "k_rope", "o"),
+}  # fmt: skip
 
 
 @pytest.mark.torch
@@ -158,7 +166,13 @@ def test_peft_itself_agrees(tmp_path, family, kind):
     assert any((a != b).any() for a, b in zip(merged(tmp_path / "ours").parameters(), model.parameters(), strict=True))
     same(tmp_path / "ours", lora.merge(params, adapters))
 
-    joined = {"gpt2": "c_attn", "phi3": "qkv_proj", "deepseek_v3": "kv_a_proj_with_mqa"}
+    joined = {
+        "gpt2": "c_attn",
+        "phi3": "qkv_proj",
+        "deepseek_v3": "kv_a_proj_with_mqa",
+        "falcon": "dense",
+        "bloom": "dense",
+    }
     made = theirs.LoraConfig(r=3, lora_alpha=6, target_modules=[joined.get(family, "o_proj")], use_dora=kind is DoRA)
     wrapped = theirs.get_peft_model(model, made)
     with torch.no_grad():

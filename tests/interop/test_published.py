@@ -9,6 +9,7 @@ from gptjax.distributed.parameters import declared
 from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.multimodal import text_fields
 from gptjax.nn import (
+    ALiBi,
     EncoderDecoderConfig,
     LearnedPositions,
     LinearScaling,
@@ -233,6 +234,31 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
         "vocab_size": 32000,
     },
+    "bigcode/starcoder2-3b": {
+        "architectures": ["Starcoder2ForCausalLM"], "attention_dropout": 0.1, "bos_token_id": 0,
+        "embedding_dropout": 0.1, "eos_token_id": 0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072,
+        "initializer_range": 0.018042, "intermediate_size": 12288, "max_position_embeddings": 16384,
+        "mlp_type": "default", "model_type": "starcoder2", "norm_epsilon": 1e-05, "norm_type": "layer_norm",
+        "num_attention_heads": 24, "num_hidden_layers": 30, "num_key_value_heads": 2, "residual_dropout": 0.1,
+        "rope_theta": 999999.4420358813, "sliding_window": 4096, "torch_dtype": "bfloat16", "use_bias": True,
+        "use_cache": True, "vocab_size": 49152,
+    },
+    "tiiuae/falcon-7b": {
+        "alibi": False, "architectures": ["FalconForCausalLM"], "attention_dropout": 0.0, "bias": False,
+        "bos_token_id": 11, "eos_token_id": 11, "hidden_dropout": 0.0, "hidden_size": 4544,
+        "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "falcon", "multi_query": True,
+        "new_decoder_architecture": False, "num_attention_heads": 71, "num_hidden_layers": 32,
+        "parallel_attn": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 65024,
+    },
+    "bigscience/bloom-560m": {
+        "apply_residual_connection_post_layernorm": False, "architectures": ["BloomForCausalLM"],
+        "attention_dropout": 0.0, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_dropout": 0.0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+        "masked_softmax_fusion": True, "model_type": "bloom", "n_embed": 1024, "n_inner": None, "n_layer": 24,
+        "num_attention_heads": 16, "offset_alibi": 100, "pad_token_id": 3, "pretraining_tp": 1,
+        "skip_bias_add": True, "skip_bias_add_qkv": False, "slow_but_exact": False, "unk_token_id": 0,
+        "use_cache": True, "vocab_size": 250880,
+    },
     "EleutherAI/pythia-160m": {
         "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
         "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
@@ -334,6 +360,9 @@ EXPECTED: dict[str, tuple[int, int, bool, Layers]] = {
     "mistralai/Mistral-7B-v0.1": (7_241_732_096, 128, False, [(4096, RoPE())]),
     "mistralai/Mistral-7B-v0.3": (7_248_023_552, 128, False, [(None, RoPE(1e6))]),
     "mistralai/Mixtral-8x7B-v0.1": (46_702_792_704, 128, False, [(None, RoPE(1e6))]),
+    "bigcode/starcoder2-3b": (3_030_371_328, 128, True, [(4096, RoPE(999999.4420358813))]),
+    "tiiuae/falcon-7b": (6_921_720_704, 64, True, [(None, RoPE())]),
+    "bigscience/bloom-560m": (559_214_592, 64, True, [(None, ALiBi())]),
     "EleutherAI/pythia-160m": (162_322_944, 64, False, [(None, RoPE(fraction=0.25))]),
     "openai-community/gpt2": (124_439_808, 64, True, [(None, LearnedPositions(1024))]),
     "deepseek-ai/DeepSeek-V3": (
@@ -351,7 +380,8 @@ EXPECTED: dict[str, tuple[int, int, bool, Layers]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_model_is_the_one_its_authors_mean(name):
     fields = Fields(text_fields(PUBLISHED[name]))
-    config = next(family for family in FAMILIES if family.model_type == fields["model_type"]).read(fields)
+    family = next(family for family in FAMILIES if family.model_type == fields["model_type"])
+    config = family.read(family.named(fields))
     parameters, head_size, tied, layers = EXPECTED[name]
     assert sum(math.prod(x.shape) for x in declared(config.build()).values()) == parameters
     model = config.decoder if isinstance(config, EncoderDecoderConfig) else config

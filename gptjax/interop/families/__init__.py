@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from gptjax.interop.families import (
     bert,
+    bloom,
     cohere,
     cohere2,
     deepseek_v3,
+    falcon,
     gemma,
     gemma2,
     gemma3,
@@ -26,12 +28,13 @@ from gptjax.interop.families import (
     qwen3_moe,
     smollm3,
     stablelm,
+    starcoder2,
     t5,
 )
 from gptjax.interop.families.family import CLASSIFYING, Family, Fields, Piece, Row, pieces
 
 _MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma, gemma2, gemma3, olmo2, olmo3, phi3, smollm3, nanochat)
-_MORE = (granite, cohere, cohere2, stablelm)
+_MORE = (granite, cohere, cohere2, stablelm, starcoder2, falcon, bloom)
 _MIXTURES = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
 FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MORE, *_MIXTURES, bert, t5))
 """All families. If several can express a model, the first is used."""

@@ -139,7 +139,8 @@ class Piece:
 
     def view(self, tensor: np.ndarray) -> np.ndarray:
         """View of the part of the tensor, in our layout, to read from or write to."""
-        ours = " ".join(letter for letter in self.row.our_layout.split() if f"{{{letter}}}" not in self.row.theirs)
+        axes = layout.axes(self.row.our_layout)
+        ours = " ".join(f"({axis})" for axis in axes if f"{{{axis}}}" not in self.row.theirs)
         return layout.view(np.asarray(tensor), self.row.their_layout, ours, self.sizes)
 
 
@@ -161,7 +162,7 @@ def pieces(family: Family, stacks: Mapping[str, Stack], shapes: Mapping[str, tup
         rows = dict(_applying(family.table, shapes, pattern, path, len(index)))
         sizes = dict(sizes)
         for row, leaf in rows.items():
-            sizes |= layout.sizes(row.our_layout, shapes[leaf][len(index) :])
+            sizes |= layout.sizes(row.our_layout, shapes[leaf][len(index) :], sizes)
         for row, leaf in rows.items():
             found += _expanded(row, leaf, row.theirs.replace("{L}", layer), index, sizes)
     return found
@@ -176,7 +177,7 @@ def _applying(
         names = (row.ours, row.if_present, row.if_absent)
         leaf, present, absent = (name.replace(pattern, path, 1) for name in names)
         here = row.ours.startswith(pattern) and ("{L}" in row.ours) == ("{L}" in pattern)
-        axes = len(row.our_layout.split()) + stacked
+        axes = len(layout.axes(row.our_layout)) + stacked
         if here and len(shapes.get(leaf, ())) == axes and (not present or present in shapes) and absent not in shapes:
             yield row, leaf
 
