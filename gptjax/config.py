@@ -31,6 +31,7 @@ EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax": ("Experiment", "MeshConfig", "ShardingRules", "Stage"),
     "gptjax.data": None,
     "gptjax.evals": None,
+    "gptjax.interop.templates": ("ChatTemplate",),
     "gptjax.monitor.metrics": ("WandB",),
     "gptjax.nn": None,
     "gptjax.objectives": None,
@@ -146,7 +147,7 @@ def _exported(package: str, name: str) -> type | None:
 
 def _public_name(cls: type) -> str | None:
     """Name by which gptjax exports a class for configurations, such as "gptjax.nn.RoPE"; or None."""
-    packages = EXPORTS if cls.__module__.startswith("gptjax.") else ()
+    packages = [package for package in EXPORTS if f"{cls.__module__}.".startswith(f"{package}.")]
     return next((f"{p}.{cls.__name__}" for p in packages if _exported(p, cls.__name__) is cls), None)
 
 

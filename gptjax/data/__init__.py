@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gptjax.data.pairs import Pairs, PairsJsonl, TextPair
     from gptjax.data.pretrain import Pretrain
     from gptjax.data.pydocs import PyDocs, PyDocsChat
+    from gptjax.data.show import Piece, pieces
     from gptjax.data.sources import TFDS, Example, LabelledJsonl, Text
     from gptjax.data.store import Tokens
     from gptjax.data.tables import Csv, Jsonl, Parquet
@@ -68,6 +69,7 @@ __all__ = [
     "Pairs",
     "PairsJsonl",
     "Parquet",
+    "Piece",
     "Pretrain",
     "PyDocs",
     "PyDocsChat",
@@ -80,6 +82,7 @@ __all__ = [
     "TrainSentencePiece",
     "ValidationBatches",
     "load_tokenizer",
+    "pieces",
 ]
 
 _NAMES = {
@@ -94,6 +97,7 @@ _NAMES = {
     "gptjax.data.pairs": "Pairs PairsJsonl TextPair",
     "gptjax.data.pretrain": "Pretrain",
     "gptjax.data.pydocs": "PyDocs PyDocsChat",
+    "gptjax.data.show": "Piece pieces",
     "gptjax.data.sources": "TFDS Example LabelledJsonl Text",
     "gptjax.data.store": "Tokens",
     "gptjax.data.tables": "Csv Jsonl Parquet",

@@ -7,10 +7,11 @@ The markers are ids that no text encodes to, so a message cannot end its own tur
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from gptjax.data.dataset import Dataset, PackedSequences
 from gptjax.data.packing import BestFit, Packing
@@ -131,6 +132,22 @@ def prompt(messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
     return [*render(messages, tokenizer)[0], _markers(tokenizer)["<|assistant|>"]]
 
 
+class ConversationTemplate(Protocol):
+    """A model's own conversation format: `gptjax.interop.templates.ChatTemplate`."""
+
+    def rows(self, conversation: Conversation) -> list[Conversation]:
+        """Conversations to train in place of one: each begins as all of its prompts do."""
+        ...
+
+    def render(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+        """Token ids and their loss weights: 1 for what the assistant writes, calls of tools included."""
+        ...
+
+    def prompt(self, messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
+        """Token ids up to the assistant's turn."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Chat(Dataset):
     """Conversations. The assistant's messages are targets, all else is context. In plain text documents every token is
@@ -144,17 +161,21 @@ class Chat(Dataset):
     too_long: Literal["truncate", "drop"] = "truncate"
     """Treatment of conversations longer than a sequence: "truncate" removes the oldest turns, but no system message, so
     that every answer keeps its question, and leaves out what does not fit even so; "drop" leaves them out."""
+    template: ConversationTemplate | None = None
+    """Chat template of the model, which writes the conversations: `gptjax.load(path).template`. None: the format of
+    `gptjax.data.chat`."""
 
     def sequences(
         self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path
     ) -> PackedSequences:
-        encode = ConversationEncoder(self.length, self.too_long)
+        encode = ConversationEncoder(self.length, self.too_long, self.template)
         store = tokenize(source, tokenizer, split, cache_dir, encode, self.document_type)
         return PackedSequences(store, self.packing.plan(store.offsets, self.length))
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Token ids of a conversation in which the user says `text`, up to the assistant's turn."""
-        return prompt((Message("user", text),), tokenizer)
+        messages = (Message("user", text),)
+        return prompt(messages, tokenizer) if self.template is None else self.template.prompt(messages, tokenizer)
 
     def texts_of(self, document: Conversation | str) -> Iterable[str]:
         return (document,) if isinstance(document, str) else (message.text for message in document)
@@ -168,31 +189,48 @@ class ConversationEncoder:
     """Maximum tokens of a conversation. Longer texts stay whole."""
     too_long: Literal["truncate", "drop"]
     """As in `Chat`."""
+    template: ConversationTemplate | None = None
+    """As in `Chat`."""
 
     def __call__(self, documents: Iterator[Conversation | str], tokenizer: Tokenizer) -> Iterator[Encoded]:
-        for document in documents:
+        for number, document in enumerate(documents, 1):
             if isinstance(document, str):
                 ids = add_bos_eos(tokenizer.encode(document), tokenizer)
                 yield Encoded(ids, [1.0] * len(ids))
                 continue
-            ids, weights = render(document, tokenizer)
-            if len(ids) <= self.length:
-                yield Encoded(ids, weights)
-            elif self.too_long == "truncate" and (rest := self._truncate(document, tokenizer)):
-                yield Encoded(*render(rest, tokenizer), note=TRUNCATED)
-            else:
-                yield Encoded([], note=DROPPED)
+            try:
+                rows = [document] if self.template is None else self.template.rows(document)
+                yield from (self._encode(row, tokenizer) for row in rows)
+            except UserError as error:
+                raise UserError(f"source: conversation {number}: {error}") from None
+
+    def _encode(self, conversation: Conversation, tokenizer: Tokenizer) -> Encoded:
+        ids, weights = self._render(conversation, tokenizer)
+        if len(ids) <= self.length:
+            return Encoded(ids, weights)
+        if self.too_long == "truncate" and (rest := self._truncate(conversation, tokenizer)):
+            return Encoded(*self._render(rest, tokenizer), note=TRUNCATED)
+        return Encoded([], note=DROPPED)
+
+    def _render(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+        return (render if self.template is None else self.template.render)(conversation, tokenizer)
 
     def _truncate(self, conversation: Conversation, tokenizer: Tokenizer) -> Conversation | None:
         """The system message and the newest turns that fit, from a user's on. None: no question and answer fits."""
         first = next((i for i, message in enumerate(conversation) if message.role != "system"), 0)
-        sizes = [2 + len(tokenizer.encode(message.text)) for message in conversation]
-        room = self.length - 1 - sum(sizes[:first])
-        for start in range(first + 1, len(conversation)):
-            rest = conversation[start:]
-            if rest[0].role == "user" and sum(sizes[start:]) <= room:
-                return (*conversation[:first], *rest) if any(m.role == "assistant" for m in rest) else None
-        return None
+        starts = [i for i in range(first + 1, len(conversation)) if conversation[i].role == "user"]
+
+        def rest(start: int) -> Conversation:
+            kept = (*conversation[:first], *conversation[start:])
+            return (dataclasses.replace(kept[0], tools=conversation[0].tools), *kept[1:])
+
+        def fits(start: int) -> bool:
+            return len(self._render(rest(start), tokenizer)[0]) <= self.length
+
+        found = bisect.bisect_left(starts, True, key=fits)  # the fewer turns, the shorter
+        if found == len(starts) or not any(m.role == "assistant" for m in conversation[starts[found] :]):
+            return None
+        return rest(starts[found])
 
 
 def _markers(tokenizer: Tokenizer) -> dict[str, int]:

@@ -3,8 +3,9 @@ Jinja's sandbox limits neither time nor memory; a process can be limited, and en
 
 Standard input has one JSON request a line, standard output one JSON answer:
 
-    {"template": SOURCE}                      ->  {} or {"invalid": REASON}
-    {"template": SOURCE, "variables": {...}}  ->  {"text": TEXT} or {"refused": REASON} or {"limit": REASON}
+    {"template": SOURCE}                             ->  {} or {"invalid": REASON}
+    {"template": SOURCE, "variables": [{...}, ...]}  ->  {"texts": [TEXT, ...]} or {"refused": REASON}
+                                                         or {"limit": REASON}
 
 A request that takes more than `SECONDS` of processor time ends the process.
 """
@@ -48,20 +49,23 @@ def main() -> None:
         sys.stdout.buffer.flush()
 
 
-def answer(request: dict[str, Any]) -> dict[str, str]:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request."""
     kind = "invalid"
     try:
         template = _compile(request["template"])
         if "variables" not in request:
             return {}
-        kind, pieces, size = "refused", [], 0
-        for piece in template.generate(**request["variables"]):
-            pieces.append(piece)
-            size += len(piece)
-            if size > CHARACTERS:
-                return {"limit": f"writes more than {CHARACTERS:,} characters"}
-        return {"text": "".join(pieces)}
+        kind, texts, size = "refused", [], 0
+        for variables in request["variables"]:
+            pieces = []
+            for piece in template.generate(**variables):
+                pieces.append(piece)
+                size += len(piece)
+                if size > CHARACTERS:
+                    return {"limit": f"writes more than {CHARACTERS:,} characters"}
+            texts.append("".join(pieces))
+        return {"texts": texts}
     except MemoryError:
         return {"limit": f"takes more than {MEMORY} MiB of memory"}
     except RecursionError:

@@ -22,11 +22,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.data.chat import Message
+from gptjax.config import digest
+from gptjax.data.chat import Conversation, Message
 from gptjax.data.tokenizers import CHAT_SPECIALS, Tokenizer
 from gptjax.interop.tokenizer_json import reader
 from gptjax.types import UserError
@@ -49,11 +50,11 @@ def jinja_source(template: ChatTemplate | None, tokenizer: Tokenizer) -> str | N
     return NATIVE if set(CHAT_SPECIALS) <= tokenizer.specials.keys() else None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ChatTemplate:
     """A model's own conversation format. Raises UserError for a source that is not a Jinja template."""
 
-    source: str = dataclasses.field(repr=False)
+    source: str
     tokens: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     """Special tokens that the template names by role: "bos_token", "eos_token" and others -> their text."""
 
@@ -63,21 +64,67 @@ class ChatTemplate:
         _check_jinja()
         _ask({"template": self.source})
 
+    def __repr__(self) -> str:
+        """By its content: names of stored tokens have it."""
+        return f"ChatTemplate({digest([self.source, dict(self.tokens)])[:16]})"
+
     def text(self, messages: Iterable[Message], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt of the assistant's next message. Raises UserError for messages that the template refuses, such as
         a system message or two consecutive messages of one role, for tools that it does not read, and for a template
         that exceeds its limits.
 
         variables  values of the template's own variables, such as enable_thinking, and of tools and documents"""
-        conversation = list(messages)
+        (text,) = self._texts([(tuple(messages), True)], self._checked(variables or {}))
+        return text
+
+    def _texts(self, asked: Sequence[tuple[Conversation, bool]], given: Mapping[str, Any] | None = None) -> list[str]:
+        """Conversations, each with True to write it up to the assistant's next message."""
+        variables = [self._variables(*each) | dict(given or {}) for each in asked]
+        return _ask({"template": self.source, "variables": variables})["texts"]
+
+    def _variables(self, conversation: Conversation, answering: bool) -> dict[str, Any]:
         turns = [message.as_json() for message in conversation]
         tools = [tool for message in conversation[:1] for tool in message.tools] or None
         for name, used in (("tools", tools), ("tool_calls", any(message.tool_calls for message in conversation))):
             if used and not self._reads(name):
                 raise UserError(f"{name}: got some, which the model's chat template does not read")
-        standard = {"messages": turns, "tools": tools, "documents": None, "add_generation_prompt": True}
-        given = self._checked(variables or {})
-        return _ask({"template": self.source, "variables": standard | dict(self.tokens) | given})["text"]
+        standard = {"messages": turns, "tools": tools, "documents": None, "add_generation_prompt": answering}
+        return standard | dict(self.tokens)
+
+    def rows(self, conversation: Conversation) -> list[Conversation]:
+        """Conversations to train in place of one. A template that writes an answer otherwise once others follow, such
+        as without its reasoning, has each answer trained alone, after what it is asked then."""
+        ends = _ends(conversation)
+        if not ends:
+            return [conversation]
+        texts = self._texts([(conversation[:end], False) for end in ends])
+        if all(texts[-1].startswith(text) for text in texts):
+            return [conversation[: ends[-1]]]
+        quiet = [dataclasses.replace(message, target=False) for message in conversation]
+        return [(*quiet[: end - 1], conversation[end - 1]) for end in ends]
+
+    def render(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+        """Token ids of one of `rows`, and their loss weights: 1 for what the assistant writes after each prompt, up to
+        the special token that ends it, and 0 for all else."""
+        turns = _harmless(conversation, tokenizer)
+        ends, spans = _ends(turns), []
+        asked = [(turns[: end - answering], bool(answering)) for end in ends for answering in (1, 0)]
+        text, *parts = self._texts([(turns, False), *asked])
+        for end, before, after in zip(ends, parts[::2], parts[1::2], strict=True):
+            if not (after.startswith(before) and text.startswith(after)):
+                raise UserError(
+                    f"template: got one whose prompt is not how its conversation begins, up to message {end}, so that "
+                    "the answer cannot be trained"
+                )
+            spans.append((len(before), len(after)))
+        encoded = reader(tokenizer).encode(text, add_special_tokens=False)
+        weights, special = [0.0] * len(encoded.ids), set(tokenizer.specials.values())
+        for start, end in spans:
+            inside = [i for i, (at, _) in enumerate(encoded.offsets) if start <= at < end]
+            last = max((i for i in inside if encoded.ids[i] in special), default=None)
+            for i in inside:
+                weights[i] = float(last is None or i <= last)
+        return encoded.ids, weights
 
     def _checked(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """The variables. Raises UserError for one that the template does not read, or that is not JSON."""
@@ -99,18 +146,28 @@ class ChatTemplate:
         """The ids of `text`. A message cannot end its own turn: a special token that its content spells out is split by
         a word joiner (U+2060)."""
 
-        def harmless(value: Any) -> Any:
-            if isinstance(value, str):
-                for name in tokenizer.specials:
-                    value = value.replace(name, name[:1] + JOINER + name[1:])
-            elif isinstance(value, Mapping):
-                return {harmless(name): harmless(inner) for name, inner in value.items()}
-            return type(value)(map(harmless, value)) if isinstance(value, list | tuple) else value
-
-        read = "content", "tool_calls", "fields", "tools"
-        turns = (dataclasses.replace(m, **{name: harmless(getattr(m, name)) for name in read}) for m in messages)
-        text = self.text(turns, variables)
+        text = self.text(_harmless(messages, tokenizer), variables)
         return reader(tokenizer).encode(text, add_special_tokens=False).ids
+
+
+def _ends(conversation: Conversation) -> list[int]:
+    """Number of messages up to each of the assistant's that is a target."""
+    return [i for i, message in enumerate(conversation, 1) if message.role == "assistant" and message.target]
+
+
+def _harmless(messages: Iterable[Message], tokenizer: Tokenizer) -> Conversation:
+    """Messages in which no text spells out a special token: a word joiner splits it."""
+
+    def split(value: Any) -> Any:
+        if isinstance(value, str):
+            for name in tokenizer.specials:
+                value = value.replace(name, name[:1] + JOINER + name[1:])
+        elif isinstance(value, Mapping):
+            return {split(name): split(inner) for name, inner in value.items()}
+        return type(value)(map(split, value)) if isinstance(value, list | tuple) else value
+
+    read = "content", "tool_calls", "fields", "tools"
+    return tuple(dataclasses.replace(m, **{name: split(getattr(m, name)) for name in read}) for m in messages)
 
 
 class Worker:
@@ -124,7 +181,7 @@ class Worker:
         self._lock = threading.Lock()
         atexit.register(self.close)
 
-    def ask(self, request: dict[str, Any]) -> dict[str, str]:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer, as `template_worker.py` describes it."""
         line = json.dumps(request).encode() + b"\n"
         with self._lock:
@@ -184,10 +241,11 @@ class Worker:
 _worker = Worker()
 
 
-def _ask(request: dict[str, Any]) -> dict[str, str]:
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
     """The worker's answer. Raises UserError for an invalid template, refused messages or an exceeded limit."""
     found = {
-        kind: " ".join(text.split())[:300] if kind != "text" else text for kind, text in _worker.ask(request).items()
+        kind: found if kind == "texts" else " ".join(found.split())[:300]
+        for kind, found in _worker.ask(request).items()
     }
     if "invalid" in found:
         raise UserError(f"template: got one that is not a Jinja template ({found['invalid']})")

@@ -309,7 +309,9 @@ def _run(path: Path, experiment: Any, dtype: str | None, rules: ShardingRules, k
     )
     _check_config(path, name, experiment, restored.extra)
     tokenizer = _load_tokenizer(path, restored.extra["tokenizer"])
-    settings = {"context": data.get("length")} if found is LanguageModel else {}
+    settings = {}
+    if found is LanguageModel:
+        settings = {"context": data.get("length"), "template": from_json(data.get("template"))}
     if found is not LanguageModel and (classes := data["source"].get("classes")):
         settings["labels"] = tuple(map(str, classes))
     return found(model, restored.state, tokenizer, rules=rules, **settings)
