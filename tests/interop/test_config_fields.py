@@ -217,15 +217,26 @@ def test_it_computes_as_exactly_as_in_transformers(held, said, name, tmp_path):
         assert error(tmp_path, transformers, torch, "AutoModelForCausalLM")[-1] < 1e-5
 
 
+def test_a_number_is_a_float_however_it_is_written():
+    """An integer beyond 32 bits would be an overflow in the model."""
+    granite = next(family for family in FAMILIES if family.model_type == "granite")
+    integers = {"rms_norm_eps": 1, "residual_multiplier": 2**31, "attention_multiplier": 2**40, "logits_scaling": 8}
+    model = granite.read(granite.named({**PLAIN, **integers}))
+    numbers = (model.norm.eps, model.residual.multiplier, model.attention.scale, model.logit_scale)
+    assert [(type(number), number) for number in numbers] == [(float, x) for x in (1, 2**31, 2**40, 1 / 8)]
+
+
+PLAIN = {
+    "vocab_size": 16, "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "layer_norm_epsilon": 1e-5, "activation": "gelu",
+}  # fmt: skip
+
+
 def test_what_disagrees_is_refused_in_one_line():
     llama, gpt2, gemma2, gemma3, qwen2, olmo3, smollm3, falcon = (
         next(family for family in FAMILIES if family.model_type == name)
         for name in ("llama", "gpt2", "gemma2", "gemma3_text", "qwen2", "olmo3", "smollm3", "falcon")
     )
-    plain = {
-        "vocab_size": 16, "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12,
-        "rms_norm_eps": 1e-5, "hidden_act": "silu", "layer_norm_epsilon": 1e-5, "activation": "gelu",
-    }  # fmt: skip
     scaled = {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": SCALINGS[2]}
     for family, changes, message in (
         (llama, scaled, "rope_scaling: got rope_theta 10000.0 beside rope_parameters with 1000000.0"),
@@ -249,4 +260,4 @@ def test_what_disagrees_is_refused_in_one_line():
         (falcon, {"multi_query": False, "num_kv_heads": 1}, "num_kv_heads: got 1, must be 2 without new_decoder_arch"),
     ):
         with pytest.raises(UserError, match=rf".*{re.escape(message)}"):
-            family.read(family.named(Fields({**plain, "query_pre_attn_scalar": 8, "sliding_window": 4, **changes})))
+            family.read(family.named(Fields({**PLAIN, "query_pre_attn_scalar": 8, "sliding_window": 4, **changes})))

@@ -21,9 +21,14 @@ from gptjax.models.model import Model
 from gptjax.nn import (
     GELU,
     LayerNorm,
+    LayerOverrides,
     LearnedPositions,
     MixtureOfExperts,
+    MultiHeadAttention,
+    Parallel,
+    Positions,
     RoPE,
+    ScaledPreNorm,
     TransformerConfig,
     YaRN,
 )
@@ -64,6 +69,22 @@ MODELS = {
     ),
     "llama": TransformerConfig(**SIZES, positions=RoPE(scaling=YaRN(factor=4.0, original_length=32))),
     "mixtral": TransformerConfig(**SIZES, mlp=MixtureOfExperts(experts=4)),
+    "smollm3": TransformerConfig(**SIZES, pattern=(LayerOverrides(window=5, positions=Positions()), LayerOverrides())),
+    "granite": TransformerConfig(**SIZES, residual=ScaledPreNorm(0.5), logit_scale=0.25),
+    "cohere2": TransformerConfig(
+        **SIZES,
+        positions=RoPE(interleaved=True),
+        norm=LayerNorm(bias=False),
+        residual=Parallel(shared=True),
+        pattern=(LayerOverrides(window=5), LayerOverrides(positions=Positions())),
+    ),
+    "stablelm": TransformerConfig(
+        **SIZES,
+        positions=RoPE(fraction=0.5),
+        norm=LayerNorm(),
+        residual=Parallel(shared=True),
+        attention=MultiHeadAttention(bias=True, output_bias=False, qk_norm=LayerNorm(bias=False, per_head=True)),
+    ),
 }
 
 

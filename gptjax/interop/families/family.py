@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.interop import layout
+from gptjax.interop.schema import NUMBERS
 from gptjax.nn import ClassifierConfig, ModelConfig, Stack, TransformerConfig
 from gptjax.types import UserError
 
@@ -93,8 +94,10 @@ class Family:
     """Other names of fields of config.json, which `transformers` reads too."""
 
     def named(self, fields: Mapping[str, Any]) -> Fields:
-        """The fields by the names that `read` knows. Raises UserError if two names of one field disagree."""
+        """The fields by the names that `read` knows; real numbers as floats, also if they are written as integers.
+        Raises UserError if two names of one field disagree."""
         named = Fields({name: value for name, value in fields.items() if name not in self.aliases})
+        named.update({name: float(named[name]) for name in NUMBERS if type(named.get(name)) is int})
         for alias, name in self.aliases.items():
             if alias not in fields:
                 continue
