@@ -28,7 +28,7 @@ from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
 from gptjax.models.model import TextEncoder, forward
-from gptjax.nn import TransformerConfig, unstack
+from gptjax.nn import LongRoPE, RoPE, TransformerConfig, unstack
 from gptjax.types import Array, Params, UserError
 
 if TYPE_CHECKING:
@@ -208,6 +208,16 @@ class LanguageModel(TextEncoder):
             while oldest < len(kept) - 1 and kept[oldest].role == "assistant":
                 del kept[oldest]
         return kept, total - len(kept)
+
+    def _check_length(self, length: int) -> None:
+        super()._check_length(length)
+        positions = self.config.positions if isinstance(self.config, TransformerConfig) else None
+        scaling = positions.scaling if isinstance(positions, RoPE) else None
+        if isinstance(scaling, LongRoPE) and (scaling.length or length) < length:
+            raise UserError(
+                f"tokens: got {length}, must be at most {scaling.length}, for which this model's LongRoPE is set; "
+                f"use lm.for_context_length({length})"
+            )
 
     def for_context_length(self, context: int) -> LanguageModel:
         """This model for a longer context than it was loaded for, in tokens: LongRoPE (Phi-3) has other frequencies

@@ -62,6 +62,11 @@ CASES = {
     "phi3 long": {
         **GROUPED, "original_max_position_embeddings": 64, "rope_parameters": {**LONGROPE, "rope_theta": 1e4}
     },
+    "phi3 4-mini": {  # in the words of Phi-4-mini
+        **GROUPED, "original_max_position_embeddings": 64, "partial_rotary_factor": 0.75, "sliding_window": 200,
+        "rope_scaling": {"type": "longrope", "short_factor": SHORT, "long_factor": LONG}, "rope_theta": 1e4,
+        "tie_word_embeddings": True,
+    },
     "smollm3": {**GROUPED, "num_hidden_layers": 5},
     "smollm3 window": {
         **GROUPED, "head_dim": 16, "attention_bias": True, "mlp_bias": True, "no_rope_layers": [0, 1, 0],

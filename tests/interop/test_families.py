@@ -15,6 +15,7 @@ from gptjax.distributed.sharding import MeshConfig, ShardingRules
 from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.huggingface import expressing, from_tensors, load_hf, read_kind, read_labels, save_hf, to_tensors
 from gptjax.interop.safetensors import SINGLE, Tensors
+from gptjax.models.loading import load
 from gptjax.nn import (
     ALiBi,
     ClassifierConfig,
@@ -120,9 +121,12 @@ def test_what_is_asked_of_a_classifier():
         expressing(config, "nanochat")
 
 
-def test_phi_3_reads_beyond_its_original_length(tmp_path):
+@pytest.mark.torch
+@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+@pytest.mark.parametrize("case", ["phi3 long", "phi3 4-mini"])
+def test_phi_reads_beyond_its_original_length(case, tmp_path):
     """`transformers` takes the long factors for a text beyond it, and the short ones within."""
-    torch, auto, theirs = saved("AutoModelForCausalLM", tmp_path / "theirs", "phi3", **CASES["phi3 long"])
+    torch, auto, theirs = saved("AutoModelForCausalLM", tmp_path / "theirs", "phi3", **CASES[case])
     config, params = load_hf(tmp_path / "theirs")
     save_hf(tmp_path / "ours", config.for_context_length(128), params)
     again = auto.from_pretrained(tmp_path / "ours", attn_implementation="eager")
@@ -135,6 +139,11 @@ def test_phi_3_reads_beyond_its_original_length(tmp_path):
         assert np.abs(logits - expected).max() / np.abs(expected).max() < 1e-4
     other = np.asarray(jax.jit(config.build().apply)({"params": params}, tokens)[0])
     assert np.abs(other - expected).max() / np.abs(expected).max() > 1e-3
+    lm = load(tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"tokens: got 100, must be at most 64, .* use lm.for_context_length\(100\)"):
+        lm.logits(tokens)
+    assert lm.logits(tokens[:, :64]).shape == (1, 64, 96)
+    assert np.abs(lm.for_context_length(100).logits(tokens) - expected).max() / np.abs(expected).max() < 1e-4
 
 
 def tiny(**changes):
