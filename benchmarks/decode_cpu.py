@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from gptjax.inference.generate import decode, prefill  # noqa: E402
-from gptjax.inference.sampling import Sampling  # noqa: E402
+from gptjax.inference.sampling import Sampling, SamplingRows  # noqa: E402
 from gptjax.nn import GELU, LayerNorm, LearnedPositions, Transformer, TransformerConfig, unstack  # noqa: E402
 
 PROMPT = 16
@@ -97,16 +97,17 @@ def measure(name: str, batch: int, turns: int) -> None:
 
     def gptjax() -> np.ndarray:
         lengths, seeds = np.full(batch, PROMPT, np.int32), np.arange(batch, dtype=np.uint32)
-        state = prefill(model, params, prompts, lengths, seeds, 1, PROMPT + new, 0)
-        until, done, ends = PROMPT - 1 + new, np.zeros(batch, bool), np.array([-1], np.int32)
-        return np.asarray(decode(model, params, state, until, done, ends, Sampling(temperature=0), config.vocab).tokens)
+        state = prefill(model, params, prompts, lengths, seeds, 1, PROMPT + new, new, config.vocab)
+        done, ends = np.zeros(batch, bool), np.array([-1], np.int32)
+        settings = SamplingRows.of([Sampling(temperature=0)] * batch)
+        return np.asarray(decode(model, params, state, new, done, ends, settings).tokens)
 
     def transformers() -> np.ndarray:
         with torch.inference_mode():
             options = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
             return theirs.generate(ids, attention_mask=torch.ones_like(ids), **options).numpy()
 
-    same = (gptjax()[:, : PROMPT + new] == transformers()).mean()
+    same = (gptjax() == transformers()[:, PROMPT:]).mean()
     rounds = [(seconds(gptjax), seconds(transformers)) for _ in range(turns)]
     ours, peers = (batch * new / statistics.median(r[i] for r in rounds) for i in (0, 1))
     ratios = sorted(b / a for a, b in rounds)

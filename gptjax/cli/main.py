@@ -50,7 +50,7 @@ def _later(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """Sampling options. Filters apply in this order, after the repetition penalty. None: as recommended by the model's
+    """Sampling options. Filters apply in this order, after the penalties. None: as recommended by the model's
     authors; without a recommendation, temperature 0.8 and top-p 0.95."""
 
     temperature: float | None = None
@@ -63,6 +63,10 @@ class SamplingOptions:
     """Sample from tokens with at least this fraction of the highest probability."""
     repetition_penalty: float | None = None
     """Above 1: tokens of the prompt and of the text so far become less likely."""
+    frequency_penalty: float | None = None
+    """Subtracted from a token's logit for each time that the text so far, without the prompt, has it."""
+    presence_penalty: float | None = None
+    """Subtracted from the logits of all tokens in the text so far, without the prompt."""
     seed: int = 0
     """Random seed; the same seed gives the same text."""
     stop: tuple[str, ...] = ()

@@ -21,10 +21,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed.sharding import on_mesh_of, reshard
-from gptjax.inference.sampling import Sampling, sample
+from gptjax.inference.sampling import Sampling, SamplingRows, Seen, sample, unseen
 from gptjax.inference.text import Finish, TextStream
 from gptjax.nn import Cache, make_cache, unstack
 from gptjax.types import Array, Key, Params, UserError
@@ -50,66 +51,78 @@ class Completion:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """B sequences during generation, all of one length: shorter prompts are padded on the left."""
+    """B sequences during generation."""
 
+    token: Array
+    """int32 [B], next input token of each sequence."""
     tokens: Array
-    """int32 [B, S+1]: prompt and sampled tokens. The next input token is at index `cache.length`."""
+    """int32 [B, N]: sampled tokens. Those from `count` on are not sampled yet."""
     logprobs: Array
-    """float32 [B, S+1]: log-probabilities of the sampled tokens."""
-    positions: Array
-    """int32 [B]: position of the next input token in its own text."""
+    """float32 [B, N]: their log-probabilities."""
+    count: Array
+    """int32 scalar."""
     keys: Key
     """[B]: one random key per sequence."""
-    seen: Array | None
-    """bool [B, V]: tokens that occur in the sequence. None: not tracked."""
+    seen: Seen
+    """Tokens of the prompts and of the texts after them."""
     cache: Cache
-    """Cache of size S."""
+    """Cache of the tokens before `token`."""
 
 
-@functools.partial(jax.jit, static_argnames=("model", "samples", "size", "seen"))
+@functools.partial(jax.jit, static_argnames=("model", "samples", "size", "room", "vocab"))
 def prefill(
-    model: Any, params: Params, tokens: Array, lengths: Array, seeds: Array, samples: int, size: int, seen: int
+    model: Any,
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    seeds: Array,
+    samples: int,
+    size: int,
+    room: int,
+    vocab: int,
 ) -> State:
     """Read all but the last token of P prompts into a cache of `size`, and repeat each for its samples.
 
-    tokens   int32 [P, T], left-padded prompts
+    tokens   int32 [P, T], prompts with padding after them
     lengths  int32 [P], lengths of the prompts
     seeds    uint32 [P]
-    seen     vocabulary size, to track seen tokens; 0: do not track them
+    room     N, maximum number of tokens to sample
+    vocab    vocabulary size of the tokenizer
 
     Returns the state of P * samples sequences.
     """
     P, T = tokens.shape
     rules, rows = model.rules.for_batch_size(P), model.rules.for_batch_size(P * samples)
-    positions = jnp.arange(T) - (T - lengths[:, None])
-    real = positions >= 0
-    inputs = [
-        reshard(x[:, :-1], rules("batch", None)) for x in (tokens, jnp.maximum(positions, 0), real.astype(jnp.int32))
-    ]
+    prompts, keys = jnp.arange(P), jax.vmap(jax.random.key)(seeds)
+    real = jnp.arange(T) < lengths[:, None]
+    seen = unseen(P, vocab)
+    written = jnp.where(real, tokens, vocab)
+    seen = dataclasses.replace(seen, prompt=seen.prompt.at[prompts[:, None], written].set(True, mode="drop"))
+    real = (jnp.arange(T) < lengths[:, None] - 1).astype(jnp.int32)
+    inputs = [reshard(x[:, :-1], rules("batch", None)) for x in (tokens, real)]
     # These logits are unused, so the compiler drops the head, the largest matrix product.
-    reader = model.clone(rules=rules)
-    _, cache = reader.apply({"params": params}, *inputs, make_cache(model.config, P, size, rules))
-    state = State(
-        tokens=jnp.zeros((P, size + 1), jnp.int32).at[:, :T].set(tokens),
-        logprobs=jnp.zeros((P, size + 1), jnp.float32),
-        positions=lengths - 1,
-        keys=jax.vmap(jax.random.key)(seeds),
-        seen=jnp.zeros((P, seen), bool).at[jnp.arange(P)[:, None], tokens].max(real) if seen else None,
-        cache=cast(Cache, cache),
-    )
+    cache = make_cache(model.config, P, size, rules)
+    _, cache = model.clone(rules=rules).apply({"params": params}, inputs[0], None, inputs[1], cache)
     # There may be too few prompts to shard over the mesh, but enough samples.
-    target = dataclasses.replace(state, cache=make_cache(model.config, P * samples, size, rows))
+    target = make_cache(model.config, P * samples, size, rows)
 
-    def repeat(x: Array, target: Array) -> Array:
-        sharding = None if jax.sharding.get_abstract_mesh().empty else jax.typeof(target).sharding.spec
-        return jnp.repeat(x, samples, axis=0, out_sharding=sharding) if x.ndim else x
+    def repeat(x: Array, target: Any = None) -> Array:
+        no_mesh = jax.sharding.get_abstract_mesh().empty
+        spec = None if no_mesh else PartitionSpec() if target is None else jax.typeof(target).sharding.spec
+        return jnp.repeat(x, samples, axis=0, out_sharding=spec)
 
-    state = jax.tree.map(repeat, state, target)
-    keys = jax.vmap(jax.random.fold_in)(state.keys, jnp.arange(P * samples) % samples)
-    return dataclasses.replace(state, keys=keys)
+    return State(
+        token=repeat(tokens[prompts, lengths - 1]),
+        tokens=jnp.zeros((P * samples, room), jnp.int32),
+        logprobs=jnp.zeros((P * samples, room), jnp.float32),
+        count=jnp.zeros((), jnp.int32),
+        keys=jax.vmap(jax.random.fold_in)(repeat(keys), jnp.arange(P * samples) % samples),
+        seen=jax.tree.map(repeat, seen),
+        cache=jax.tree.map(repeat, cast(Cache, cache), target),
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "vocab"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def decode(
     model: Any,
     params: Params,
@@ -117,12 +130,11 @@ def decode(
     until: Array | int,
     done: Array | np.ndarray,
     stop_token_ids: Array | np.ndarray,
-    sampling: Sampling,
-    vocab: int,
+    sampling: SamplingRows,
 ) -> State:
-    """Decode until the cache has `until` tokens or all sequences are done: those in `done` bool [B], and those that
-    sampled one of `stop_token_ids` int32 [n]. Tokens from `vocab` on, padding of the vocabulary, are never sampled."""
-    B = state.tokens.shape[0]
+    """Decode until there are `until` sampled tokens or all sequences are done: those in `done` bool [B], and those that
+    sampled one of `stop_token_ids` int32 [n]. Tokens beyond the tokenizer's vocabulary are never sampled."""
+    B, vocab = state.seen.counts.shape
     rules = model.rules.for_batch_size(B)
     reader = model.clone(rules=rules)
 
@@ -134,23 +146,24 @@ def decode(
 
     def going(carry: tuple[State, Array]) -> Array:
         state, done = carry
-        return (state.cache.length < until) & ~done.all()
+        return (state.count < until) & ~done.all()
 
     def step(carry: tuple[State, Array]) -> tuple[State, Array]:
         state, done = expand(carry[0]), carry[1]
-        slot = state.cache.length
-        token = jax.lax.dynamic_slice_in_dim(state.tokens, slot, 1, axis=1)
-        inputs = [reshard(x, rules("batch", None)) for x in (token, state.positions[:, None], jnp.ones_like(token))]
-        logits, cache = reader.apply({"params": params}, *inputs, state.cache)
+        token = reshard(state.token[:, None], rules("batch", None))
+        logits, cache = reader.apply({"params": params}, token, cache=state.cache)
         logits = reshard(logits[:, 0], rules(None, None))[:, :vocab].astype(jnp.float32)
-        drawn = sample(logits, jax.vmap(jax.random.fold_in)(state.keys, state.positions), sampling, state.seen)
+        # The key of a draw depends on the sequence and the position alone.
+        positions = reshard(state.cache.length, rules(None))
+        drawn = sample(logits, jax.vmap(jax.random.fold_in)(state.keys, positions), sampling, state.seen)
         logprob = jnp.take_along_axis(logits, drawn[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-        state = State(
-            tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, drawn[:, None], slot + 1, axis=1),
-            logprobs=jax.lax.dynamic_update_slice_in_dim(state.logprobs, logprob[:, None], slot + 1, axis=1),
-            positions=state.positions + 1,
-            keys=state.keys,
-            seen=None if state.seen is None else state.seen.at[jnp.arange(B), drawn].set(True),
+        state = dataclasses.replace(
+            state,
+            token=drawn,
+            tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, drawn[:, None], state.count, axis=1),
+            logprobs=jax.lax.dynamic_update_slice_in_dim(state.logprobs, logprob[:, None], state.count, axis=1),
+            count=state.count + 1,
+            seen=state.seen.add(drawn),
             cache=cast(Cache, cache),
         )
         return squeeze(state), done | (drawn[:, None] == stop_token_ids).any(-1)
@@ -260,29 +273,29 @@ def _run(
     """Generate the sequences, equally many per prompt, until all are finished; yields every `steps()` tokens."""
     longest = max(row.max_tokens for row in rows)
     T = round_up(max(map(len, prompts)))
-    size = round_up(T + longest)
+    room = round_up(longest)
     tokens = np.zeros((len(prompts), T), np.int32)
     for line, prompt in zip(tokens, prompts, strict=True):
-        line[T - len(prompt) :] = prompt
+        line[: len(prompt)] = prompt
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     vocab = min(tokenizer.vocab, model.config.vocab)
     stop_token_ids = np.asarray(sorted(rows[0].stop_token_ids), np.int32)
-    seen = vocab if sampling.penalises else 0
+    settings, samples = SamplingRows.of([sampling] * len(rows)), len(rows) // len(prompts)
     with on_mesh_of(params):
         # Unstacked layers: slices of stacked parameters would be copied at every token.
         params = unstack(model.config, params)
-        state = prefill(model, params, tokens, lengths, seeds, len(rows) // len(prompts), size, seen)
+        state = prefill(model, params, tokens, lengths, seeds, samples, round_up(T + longest), room, vocab)
     written = 0
     while not all(row.finish for row in rows):
         done = np.asarray([row.finish is not None for row in rows])
-        until = T - 1 + min(written + steps(), longest)
+        until = min(written + steps(), longest)
         with on_mesh_of(params):  # not around the yield, so that the caller's code does not run on this mesh
-            state = decode(model, params, state, until, done, stop_token_ids, sampling, vocab)
-        drawn, logprobs, end = jax.device_get((state.tokens, state.logprobs, state.cache.length))
-        new = slice(T + written, int(end) + 1)
+            state = decode(model, params, state, until, done, stop_token_ids, settings)
+        drawn, logprobs, count = jax.device_get((state.tokens, state.logprobs, state.count))
+        new = slice(written, int(count))
         for row, ids, values in zip(rows, drawn[:, new].tolist(), logprobs[:, new].tolist(), strict=True):
             row.extend(ids, values)
-        written = new.stop - T
+        written = new.stop
         yield
 
 

@@ -1,24 +1,24 @@
-"""Sampling of the next token from logits: greedy, or random after the usual filters."""
+"""Sampling of the next token from logits: greedy, or random after the usual filters.
+
+Settings are arrays over the rows of a batch, so one compiled program serves every mixture of them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax.types import Array, Key, UserError
 
 
-@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Sampling settings, applied in this order: repetition penalty, temperature, top-k, top-p, min-p.
-
-    A pytree: the fields in use, and top-k, which is a shape, are part of its structure; their values are leaves. So one
-    compiled program serves every temperature, and contains only the filters in use.
-    """
+    """Sampling settings, applied in this order: penalties, temperature, top-k, top-p, min-p."""
 
     temperature: float = 1.0
     """Divisor of the logits. 0: greedy, the most likely token."""
@@ -30,6 +30,10 @@ class Sampling:
     """Sample from tokens with at least this fraction of the highest probability. None: no limit."""
     repetition_penalty: float = 1.0
     """Above 1: tokens of the prompt and of the text so far become less likely (Keskar et al. 2019, section 4.1)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that the text so far, without the prompt, has it."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of all tokens in the text so far, without the prompt."""
 
     def __post_init__(self):
         def check(name: str, ok: bool, rule: str):
@@ -42,66 +46,111 @@ class Sampling:
         check("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
         check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1")
         check("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is no penalty)")
+        check("frequency_penalty", abs(self.frequency_penalty) <= 100, "between -100 and 100")
+        check("presence_penalty", abs(self.presence_penalty) <= 100, "between -100 and 100")
 
     @property
     def greedy(self) -> bool:
         """True: the most likely token is taken."""
-        return _off(self.temperature, 0)
+        return self.temperature == 0
 
-    @property
-    def penalises(self) -> bool:
-        """True: `sample` needs the tokens seen so far."""
-        return not _off(self.repetition_penalty, 1)
 
-    def tree_flatten(self):
-        off = {"temperature": (0, 1), "top_p": (1,), "min_p": (0,), "repetition_penalty": (1,)}
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        leaves = {name: x for name, x in fields.items() if name != "top_k" and not _off(x, *off[name])}
-        return tuple(leaves.values()), (tuple(leaves), tuple((n, x) for n, x in fields.items() if n not in leaves))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """Settings of B rows, [B] each; `Sampling` describes them. Where one is None there, this has a neutral number."""
+
+    temperature: Array | np.ndarray
+    """float32."""
+    top_k: Array | np.ndarray
+    """int32. 0: no limit."""
+    top_p: Array | np.ndarray
+    """float32. 1: no limit."""
+    min_p: Array | np.ndarray
+    """float32. 0: no limit."""
+    repetition_penalty: Array | np.ndarray
+    """float32. 1: no penalty."""
+    frequency_penalty: Array | np.ndarray
+    """float32. 0: no penalty."""
+    presence_penalty: Array | np.ndarray
+    """float32. 0: no penalty."""
 
     @classmethod
-    def tree_unflatten(cls, structure, leaves):
-        # No checks here: the leaves may be tracers.
-        names, static = structure
-        self = object.__new__(cls)
-        for name, value in (*zip(names, leaves, strict=True), *static):
-            object.__setattr__(self, name, value)
-        return self
+    def of(cls, settings: Sequence[Sampling]) -> SamplingRows:
+        """Settings of each row, as numpy arrays."""
+
+        def column(name: str, neutral: float, dtype: type = np.float32) -> np.ndarray:
+            values = (getattr(row, name) for row in settings)
+            return np.asarray([neutral if value is None else value for value in values], dtype)
+
+        # A limit beyond int32 is no limit for any vocabulary.
+        limits = np.minimum(column("top_k", 0, np.float64), 2**31 - 1).astype(np.int32)
+        penalties = (column(f"{name}_penalty", neutral) for name, neutral in PENALTIES)
+        return cls(column("temperature", 1), limits, column("top_p", 1), column("min_p", 0), *penalties)
 
 
-def sample(logits: Array, keys: Key, settings: Sampling, seen: Array | None = None) -> Array:
+PENALTIES = ("repetition", 1), ("frequency", 0), ("presence", 0)
+"""Penalties and their neutral numbers, in the order of the fields."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Tokens that penalties apply to."""
+
+    prompt: Array
+    """bool [B, V]: tokens of the prompt."""
+    counts: Array
+    """int32 [B, V]: how often the text after it has each token."""
+
+    def add(self, tokens: Array) -> Seen:
+        """With the next token int32 [B] of each text; a token outside of the vocabulary is none."""
+        rows = jnp.arange(len(tokens))
+        return dataclasses.replace(self, counts=self.counts.at[rows, tokens].add(1, mode="drop"))
+
+
+def unseen(rows: int, vocab: int) -> Seen:
+    """No tokens."""
+    return Seen(jnp.zeros((rows, vocab), bool), jnp.zeros((rows, vocab), jnp.int32))
+
+
+def sample(logits: Array, keys: Key, settings: SamplingRows, seen: Seen) -> Array:
     """Sample the next token of each sequence, int32 [B].
 
     logits  [B, V] of any float type
     keys    [B], one per sequence, so that sequences are independent
-    seen    bool [B, V], tokens that the repetition penalty applies to; needed only with a penalty
 
-    Exactly `top_k` tokens pass top-k even with ties; all tokens tied at the threshold pass top-p.
+    Exactly `top_k` tokens pass top-k, of tied ones the first; all tokens tied at the threshold pass top-p. A row's
+    result does not depend on the others: work that no row asks for is left out, and changes no bit of the rest.
     """
-    logits = logits.astype(jnp.float32)
-    if settings.penalises:
-        if seen is None:
-            raise ValueError("a repetition penalty needs `seen`")
-        penalty = settings.repetition_penalty
-        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if settings.greedy:
-        return argmax(logits)
-    ids = None
-    if settings.top_k is not None and settings.top_k < logits.shape[-1]:
-        logits, ids = jax.lax.top_k(logits, settings.top_k)  # everything after this works on [B,k]
-    # The difference comes before the quotient, whose rounding depends on how it is compiled: so the weight of the most
-    # likely token is exactly 1, whatever the temperature, and no filter removes it.
-    most = logits.max(-1, keepdims=True)
-    below = logits - most
-    if not _off(settings.temperature, 1):
-        below = below / jnp.maximum(settings.temperature, jnp.finfo(jnp.float32).tiny)  # smaller ones may round to 0
-    weights = jnp.where(logits == most, 1, jnp.exp(below))  # [B,V]
-    if settings.top_p is not None and not _off(settings.top_p, 1):
-        weights = _nucleus(weights, settings.top_p)
-    if settings.min_p is not None and not _off(settings.min_p, 0):
-        weights = jnp.where(weights >= settings.min_p, weights, 0)
-    choice = _draw(weights, jax.vmap(jax.random.uniform)(keys))
-    return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], 1)[:, 0]
+    s = jax.tree.map(jnp.asarray, settings)
+
+    def where(used: Array, change, x: Array) -> Array:
+        """x, changed in the rows that use it; nothing is computed if there are none."""
+        return jax.lax.cond(used.any(), lambda x: jnp.where(used[:, None], change(x), x), lambda x: x, x)
+
+    def penalised(x: Array) -> Array:
+        factor, present = s.repetition_penalty[:, None], seen.counts > 0
+        x = jnp.where(seen.prompt | present, jnp.where(x < 0, x * factor, x / factor), x)
+        return x - s.frequency_penalty[:, None] * seen.counts - s.presence_penalty[:, None] * present
+
+    def draw(x: Array) -> Array:
+        # The difference comes before the quotient, whose rounding depends on how it is compiled: so the weight of the
+        # most likely token is exactly 1, whatever the temperature, and no filter removes it.
+        most = x.max(-1, keepdims=True)
+        below = jnp.where(x == most, 0, x - most)
+        # Smaller temperatures may round to 0.
+        weights = jnp.exp(below / jnp.maximum(s.temperature, jnp.finfo(jnp.float32).tiny)[:, None])
+        weights = where(s.top_k > 0, lambda w: jnp.where(_largest(below, s.top_k), w, 0), weights)
+        weights = where(s.top_p < 1, lambda w: _nucleus(w, s.top_p), weights)
+        weights = where(s.min_p > 0, lambda w: jnp.where(w >= s.min_p[:, None], w, 0), weights)
+        return _draw(weights, jax.vmap(jax.random.uniform)(keys))
+
+    used = (s.repetition_penalty != 1) | (s.frequency_penalty != 0) | (s.presence_penalty != 0)
+    x = where(used, penalised, logits.astype(jnp.float32))
+    greedy = s.temperature == 0
+    best = argmax(x)
+    return jnp.where(greedy, best, jax.lax.cond(greedy.all(), lambda _: best, draw, x))
 
 
 def argmax(x: Array) -> Array:
@@ -112,8 +161,26 @@ def argmax(x: Array) -> Array:
     return jnp.minimum(first, x.shape[-1] - 1)  # in range even if all logits are NaN
 
 
-def _nucleus(weights: Array, top_p: Array | float) -> Array:
-    """Zero all but the smallest set of largest weights [B, V] with `top_p` of the sum (Holtzman et al. 2020).
+def _largest(below: Array, k: Array) -> Array:
+    """bool [B, V]: the k [B] largest numbers, of equal ones the first. below [B, V], none above 0.
+
+    The k-th is found by bisection over its bits, as in `_nucleus`: no sort, and k is no shape.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(below), jnp.int32)  # ascending where `below` descends
+
+    def narrow(i, kth):
+        higher = kth | (1 << (30 - i))
+        fewer = (bits < higher[:, None]).sum(-1) < k
+        return jnp.where(fewer, higher, kth)
+
+    kth = jax.lax.fori_loop(0, 31, narrow, jnp.zeros_like(bits[:, 0]))[:, None]
+    room = k - (bits < kth).sum(-1)
+    tied = bits == kth
+    return (bits < kth) | (tied & (jnp.cumsum(tied, -1) <= room[:, None]))
+
+
+def _nucleus(weights: Array, top_p: Array) -> Array:
+    """Zero all but the smallest set of largest weights [B, V] with `top_p` [B] of the sum (Holtzman et al. 2020).
 
     The threshold is the largest t with sum(weights >= t) >= top_p * sum(weights). It is found by bisection over the
     bits of t, as non-negative float32 are ordered like their bits: exact, and on CPU 15 times faster than sorting a
@@ -152,8 +219,3 @@ def _invert(weights: Array, x: Array) -> tuple[Array, Array]:
     index = jnp.sum(ends <= x[:, None], -1, dtype=jnp.int32)
     start = jnp.take_along_axis(ends - weights, index[:, None], 1)[:, 0]
     return index, x - start
-
-
-def _off(value, *constants: float) -> bool:
-    """True if a field is known to be unused: None, or a Python number without an effect."""
-    return value is None or (isinstance(value, int | float) and value in constants)

@@ -14,7 +14,7 @@ import numpy as np
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, State, decode, prompt_seeds, round_up
-from gptjax.inference.sampling import Sampling
+from gptjax.inference.sampling import Sampling, SamplingRows, unseen
 from gptjax.inference.text import TextStream
 from gptjax.nn import EncoderDecoder, encoder_decoder, unstack
 from gptjax.types import Array, Params, UserError
@@ -62,15 +62,13 @@ def generate_targets(
             tokens, segments = np.zeros((2, len(group), width), np.int32)
             for row, i in enumerate(group):
                 tokens[row, : len(sources[i])], segments[row, : len(sources[i])] = sources[i], 1
-            seen = vocab if sampling.penalises else 0
-            state = _begin(
-                model, params, tokens, segments, np.int32(decoder_start_token_id), seeds[group], round_up(longest), seen
-            )
-            done = np.zeros(len(group), bool)
-            state = decode(model, params, state, longest, done, np.asarray(stop_token_ids, np.int32), sampling, vocab)
-            drawn, logprobs, end = jax.device_get((state.tokens, state.logprobs, state.cache.length))
+            start = np.int32(decoder_start_token_id)
+            state = _begin(model, params, tokens, segments, start, seeds[group], round_up(longest), vocab)
+            done, settings = np.zeros(len(group), bool), SamplingRows.of([sampling] * len(group))
+            state = decode(model, params, state, longest, done, np.asarray(stop_token_ids, np.int32), settings)
+            drawn, logprobs, count = jax.device_get((state.tokens, state.logprobs, state.count))
             for row, i in enumerate(group):
-                new = row, slice(1, int(end) + 1)
+                new = row, slice(int(count))
                 completions[i] = _completion(
                     tokenizer, longest, stop_token_ids, drawn[new].tolist(), logprobs[new].tolist()
                 )
@@ -86,7 +84,7 @@ def _completion(
     return Completion(tokenizer.decode(row.ids), tuple(row.ids), tuple(row.logprobs), row.finish)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "size", "seen"))
+@functools.partial(jax.jit, static_argnames=("model", "size", "vocab"))
 def _begin(
     model: EncoderDecoder,
     params: Params,
@@ -95,16 +93,17 @@ def _begin(
     start: Array,
     seeds: Array,
     size: int,
-    seen: int,
+    vocab: int,
 ) -> State:
     B = source.shape[0]
     rules = model.rules.for_batch_size(B)
     source, segments = (reshard(x, rules("batch", None)) for x in (source, segments))
     return State(
-        tokens=jnp.zeros((B, size + 1), jnp.int32).at[:, 0].set(start),
-        logprobs=jnp.zeros((B, size + 1), jnp.float32),
-        positions=jnp.zeros(B, jnp.int32),
+        token=jnp.full(B, start),
+        tokens=jnp.zeros((B, size), jnp.int32),
+        logprobs=jnp.zeros((B, size), jnp.float32),
+        count=jnp.zeros((), jnp.int32),
         keys=jax.vmap(jax.random.key)(seeds),
-        seen=jnp.zeros((B, seen), bool) if seen else None,
+        seen=unseen(B, vocab),
         cache=encoder_decoder.encode(model.clone(rules=rules), params, source, size, segments=segments),
     )

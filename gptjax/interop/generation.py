@@ -18,7 +18,9 @@ from gptjax.types import UserError
 NAME = "generation_config.json"
 DRAWING = ("temperature", "top_k", "top_p", "min_p")
 """Fields of `Sampling` that matter only where tokens are drawn."""
-READ = {"do_sample", "eos_token_id", "decoder_start_token_id", "pad_token_id", "repetition_penalty", *DRAWING}
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+"""Penalties, of which `transformers` has the first."""
+READ = {"do_sample", "eos_token_id", "decoder_start_token_id", "pad_token_id", *PENALTIES, *DRAWING}
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -53,7 +55,7 @@ def read_sampling(folder: str | Path) -> Sampling | None:
         if name not in READ | HARMLESS and value not in (None, False, "", [], {}, *WITHOUT_EFFECT.get(name, ()))
     ]
     settings: dict[str, Any] = {} if drawn or "do_sample" not in fields else {"temperature": 0}
-    for name in ("repetition_penalty", *DRAWING) if drawn else ("repetition_penalty",):
+    for name in (*PENALTIES, *DRAWING) if drawn else PENALTIES:
         value = fields.get(name)
         if name == "top_k" and isinstance(value, int | float) and value <= 0:
             value = None
@@ -101,10 +103,11 @@ def read_decoder_start_token_id(folder: str | Path) -> int:
 def of_sampling(sampling: Sampling) -> dict[str, Any]:
     """The fields of generation_config.json: the inverse of `read_sampling`."""
     settings: dict[str, Any] = dataclasses.asdict(sampling)
-    settings = {name: value for name, value in settings.items() if value is not None}
+    absent = {"frequency_penalty": 0, "presence_penalty": 0}
+    settings = {name: value for name, value in settings.items() if value is not None and value != absent.get(name)}
     settings.setdefault("top_k", 0)  # 0: no limit; the default of `transformers` is 50
     if sampling.greedy:
-        settings = {"repetition_penalty": sampling.repetition_penalty}
+        settings = {name: settings[name] for name in PENALTIES if name in settings}
     return {"do_sample": not sampling.greedy, **settings}
 
 

@@ -101,7 +101,7 @@ class MultiHeadAttention(Attention):
 
         mask            attention mask
         cache           (keys, values), [B, K, S, H] each, see `SequenceMixer`
-        bias            float [N, T, S], added to the scores
+        bias            float [N, T, S] or [B, N, T, S], added to the scores
         encoder_output  cross-attention: the source [B, S, D], or its `init_cross_cache`. None: self-attention
         tokens          int32 [B, T], for value embeddings
         first_values    [B, T, K, H], values of the first layer, for value residuals. None: this is the first layer
@@ -123,7 +123,7 @@ class MultiHeadAttention(Attention):
                 encoder_output = self.init_cross_cache(param, encoder_output)
             k, v = (x.swapaxes(1, 2) for x in encoder_output)
         if cache is not None:
-            k, v = (kv.write(old, x.swapaxes(1, 2), mask.start) for old, x in zip(cache, (k, v), strict=True))
+            k, v = (kv.write(old, new, mask) for old, new in zip(cache, (k, v), strict=True))
             cache, k, v = (k, v), k.swapaxes(1, 2), v.swapaxes(1, 2)
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)

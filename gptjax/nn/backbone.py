@@ -63,10 +63,11 @@ class Backbone(nn.Module):
         source_segments: Array | None = None,
         **options: Any,
     ) -> tuple[Array, Cache | None]:
-        """tokens int32 [B, T] -> output of `head`, in the compute dtype, and the cache with T more tokens.
+        """tokens int32 [B, T] -> output of `head`, in the compute dtype, and the cache with the new tokens.
 
-        positions    int32 [B, T], positions within the document. None: 0 .. T-1, plus the cache's length
-        segments     int32 [B, T]; tokens attend within their segment; padding is segment 0. None: one segment
+        positions    int32 [B, T], positions within the document. None: 0 .. T-1, plus the row's length in the cache
+        segments     int32 [B, T]; tokens attend within their segment; padding is segment 0. None: one segment. With a
+                     cache a row is one text, and only padding, at the end, has another segment
         cache        see `make_cache`. None: whole sequences
         prefix       bool [B, T]: tokens that earlier ones attend to as well, as in a prefix LM; all of it in one call
         token_types  int32 [B, T], if the config has `token_types`. None: all 0
@@ -82,7 +83,7 @@ class Backbone(nn.Module):
         param = ParamFactory.for_module(self, rules, c.dtype)
         key = self.make_rng("dropout") if c.is_random and self.has_rng("dropout") else None
         if positions is None:
-            start = 0 if cache is None else cache.length
+            start = 0 if cache is None else cache.length[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
 
         if table is None:
@@ -104,12 +105,12 @@ class Backbone(nn.Module):
             mask = Mask(causal=c.causal, query_segments=segments, key_segments=segments, prefix=prefix)
         else:
             segments = jnp.ones_like(tokens) if segments is None else segments
-            filled = kv.write(cache.segments, segments, cache.length, axis=1)
+            mask = Mask(offset=cache.length, query_segments=segments)
             if prefix is not None:
-                prefix = kv.write(jnp.zeros_like(filled, bool), prefix, cache.length, axis=1)
-            cache = dataclasses.replace(cache, segments=filled)
+                seen = jnp.zeros((len(tokens), cache.size, 1), bool, out_sharding=rules("batch", None, None))
+                mask = dataclasses.replace(mask, prefix=kv.write(seen, prefix[:, :, None], mask)[:, :, 0])
+            mask = dataclasses.replace(mask, pages=cache.pages)
             source_segments = cache.source_segments
-            mask = Mask(offset=cache.length, query_segments=segments, key_segments=filled, prefix=prefix)
         if source_segments is not None and segments is None:
             segments = jnp.ones_like(tokens)
         encoder_mask = Mask(causal=False, query_segments=segments, key_segments=source_segments)

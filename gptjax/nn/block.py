@@ -32,7 +32,7 @@ class Context:
     mask: Mask
     """Attention mask."""
     bias: Array | None = None
-    """float32 [N, T, S], added to attention scores."""
+    """float32 [N, T, S] or [B, N, T, S], added to attention scores."""
     x0: Array | None = None
     """[B, T, D], input of the first block. None: this is the first block."""
     tokens: Array | None = None

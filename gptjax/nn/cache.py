@@ -1,4 +1,8 @@
-"""Key/value cache for incremental decoding: an argument and a return value, never hidden state."""
+"""Key/value cache for incremental decoding: an argument and a return value, never hidden state.
+
+Rows are independent: each has its own number of tokens. The entries of a layer hold them row by row, or, with a page
+table, in pages of a common pool, which rows can share (Kwon et al. 2023, arXiv:2309.06180).
+"""
 
 from __future__ import annotations
 
@@ -7,41 +11,55 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from gptjax.kernels.attention import Mask
 from gptjax.types import Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of previous tokens, in S slots of which the first `length` are filled.
-
-    All sequences of the batch fill the same slots: shorter prompts are padded on the left, with segment 0.
-    """
+    """Keys and values of the previous tokens of B rows, at most S each."""
 
     layers: tuple[Any, ...]
     """One entry per layer, as `SequenceMixer.init_cache` returns it: (keys, values) [B, K, S, H] for multi-head
-    attention. Not stacked, to avoid copies at every token."""
-    segments: Array
-    """int32 [B, S], segment of each slot's token. 0: empty or padding, which no token attends to."""
+    attention, [P, K, S', H] in P pages of S' slots. Not stacked, to avoid copies at every token."""
     length: Array
-    """int32 scalar, number of filled slots."""
+    """int32 [B], number of tokens of each row."""
+    size: int = dataclasses.field(metadata={"static": True})
+    """S, maximum number of tokens of a row."""
+    pages: Array | None = None
+    """int32 [B, M], pages of each row in order. None: each row has its own slots."""
     source_segments: Array | None = None
     """int32 [B, S'], segments of the source of an encoder-decoder. Tokens attend to their own segment."""
 
-    @property
-    def size(self) -> int:
-        """S, number of slots."""
-        return self.segments.shape[1]
 
+def write(entry: Array, new: Array, mask: Mask) -> Array:
+    """`entry` with T new tokens per row, after those that it has.
 
-def write(entry: Array, new: Array, start: Array | int, axis: int = -2) -> Array:
-    """`entry` with the T tokens of `new` at `start` .. `start + T - 1` along `axis`."""
-    return lax.dynamic_update_slice_in_dim(entry, new.astype(entry.dtype), start, axis)
+    entry  [B, ..., S, H], or [P, ..., S', H] in pages
+    new    [B, T, ..., H]
+    mask   `offset` int32 [B] or scalar, the number of tokens before; `query_segments` int32 [B, T], 0 for padding,
+           which is not written; `pages`
+    """
+    B, T = new.shape[:2]
+    slots = jnp.broadcast_to(jnp.reshape(mask.start, (-1, 1)) + jnp.arange(T), (B, T))
+    size = entry.shape[-2]
+    new = new.astype(entry.dtype)
+    if mask.pages is not None:
+        page = mask.pages.at[jnp.arange(B)[:, None], slots // size].get(mode="fill", fill_value=entry.shape[0])
+        if mask.query_segments is not None:
+            page = jnp.where(mask.query_segments > 0, page, entry.shape[0])
+        return entry.at[page, ..., slots % size, :].set(new, mode="drop")
+    if mask.query_segments is not None:
+        slots = jnp.where(mask.query_segments > 0, slots, size)
+
+    def row(entry: Array, new: Array, slots: Array) -> Array:
+        return entry.at[..., slots, :].set(jnp.moveaxis(new, 0, -2), mode="drop")
+
+    return jax.vmap(row)(entry, new, slots)
 
 
 def empty(layers: tuple[Any, ...], batch: int, size: int, sharding=None) -> Cache:
-    """Empty cache with these empty entries. sharding: PartitionSpec of a [B, S] array."""
-    segments = jnp.zeros((batch, size), jnp.int32, out_sharding=sharding)
-    return Cache(layers, segments, jnp.zeros((), jnp.int32))
+    """Empty cache with these empty entries. sharding: PartitionSpec of a [B] array."""
+    return Cache(layers, jnp.zeros(batch, jnp.int32, out_sharding=sharding), size)

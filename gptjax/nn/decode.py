@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from gptjax.nn.block import Context
 from gptjax.nn.cache import Cache
 from gptjax.nn.module import ParamFactory
@@ -16,7 +18,7 @@ from gptjax.types import Array, Params
 def decode(
     stack: Stack, param: ParamFactory, params: Mapping[str, Params], x: Array, context: Context, cache: Cache | None
 ) -> tuple[Array, Cache | None]:
-    """x [B, T, D] through the stack -> [B, T, D], and the cache with T more tokens.
+    """x [B, T, D] through the stack -> [B, T, D], and the cache with the new tokens.
 
     param   captures the blocks' values, and their outputs: "layer_0" and so on
     params  after `stack.unstack`; stacked ones are copied in every call
@@ -29,5 +31,7 @@ def decode(
         (x, entries[i]), found = block.apply(variables, x, context, entries[i], mutable=["intermediates"])
         param.capture(f"layer_{i}", dict(found["intermediates"]) | {"output": x})
     if cache is not None:
-        cache = dataclasses.replace(cache, layers=tuple(entries), length=cache.length + x.shape[1])
+        real = context.mask.query_segments
+        new = x.shape[1] if real is None else (real > 0).sum(1, dtype=jnp.int32)
+        cache = dataclasses.replace(cache, layers=tuple(entries), length=cache.length + new)
     return x, cache

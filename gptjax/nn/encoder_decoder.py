@@ -170,5 +170,5 @@ def encode(
         return module.apply({"params": stack.layer(params["decoder"]["blocks"], layer)["cross_attention"]}, encoded)
 
     entries = tuple((entry, cross_cache(layer)) for layer, entry in enumerate(own))
-    cache = kv.empty(entries, source.shape[0], size, rules("batch", None))
+    cache = kv.empty(entries, source.shape[0], size, rules("batch"))
     return dataclasses.replace(cache, source_segments=jnp.ones_like(source) if segments is None else segments)

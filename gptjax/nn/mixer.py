@@ -16,12 +16,16 @@ class SequenceMixer(Part):
     x, y       [B, T, D]
     positions  int32 [B, T], positions within the document
     mask       attention mask
-    cache      entry with the tokens before `mask.start`, for incremental decoding; returned with T more. None: no cache
+    cache      entry with the tokens before `mask.start`, for incremental decoding; returned with the T new ones, see
+               `cache.write`. None: no cache
     options    the other arguments of `MultiHeadAttention`; a mixer ignores those that it does not use
     """
 
     reads_encoder: ClassVar[bool] = False
     """True if it can be cross-attention, as `MultiHeadAttention` can: it has `init_cross_cache`."""
+
+    paged: ClassVar[bool] = True
+    """True if its cache entry has a slot per token, so that it can be in pages."""
 
     def init_cache(
         self, batch: int, size: int, width: int, dtype: str = "float32", rules: ShardingRules = ShardingRules()

@@ -41,6 +41,8 @@ class Recurrent(SequenceMixer):
     layer = LSTM() params = layer.init(key, x, positions) y, _ = layer.apply(params, x, positions)
     """
 
+    paged = False
+
     gates: ClassVar[int]
     """G, matrix products per unit."""
     states: ClassVar[int] = 1
@@ -76,20 +78,23 @@ class Recurrent(SequenceMixer):
         again = param("recurrent", (D, G, D), ("embed", None, None), spread, scale_init=False)
         again = again if (whole := rules(None, None, None)) is None else jax.reshard(again, whole)
         bias = param("recurrent_bias", (G, D), (None, None), zeros, kind="other")
-        begins = jnp.zeros((B, T), bool)
-        if mask.query_segments is not None and mask.key_segments is not None:
-            last = jnp.maximum(jnp.asarray(mask.start) - 1, 0)
-            last = lax.dynamic_slice_in_dim(mask.key_segments, last, 1, axis=1)
-            begins = mask.query_segments != jnp.concatenate([last, mask.query_segments[:, :-1]], 1)
+        segments, begins = mask.query_segments, jnp.zeros((B, T), bool)
+        real = jnp.ones((B, T), bool) if segments is None else segments > 0
+        if cache is not None:  # a row's state may be another text's
+            begins = jnp.broadcast_to(mask.distance(T, 1)[..., 0] == 0, (B, T))
+        elif segments is not None:
+            begins = jnp.concatenate([jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
 
-        def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, Array]:
-            read, begins = inputs
+        def step(state: State, inputs: tuple[Array, Array, Array]) -> tuple[State, Array]:
+            read, begins, real = inputs
             state = tuple(jnp.where(begins[:, None], 0, part) for part in state)
             new = self.step(state, read, linear(state[0], again, rules("batch", None, None)) + bias)
+            if cache is not None:  # padding is at the end: the state after it is that before it
+                new = tuple(jnp.where(real[:, None], after, part) for after, part in zip(new, state, strict=True))
             return new, new[0]
 
         before = self.init_cache(B, T, D, x.dtype, rules) if cache is None else cache
-        state, y = lax.scan(step, before, (read.swapaxes(0, 1), begins.T))
+        state, y = lax.scan(step, before, (read.swapaxes(0, 1), begins.T, real.T))
         return y.swapaxes(0, 1), None if cache is None else state
 
     def input_bias_init(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:

@@ -49,8 +49,8 @@ def unstack(config: ModelConfig, params: Params) -> Params:
 
 
 def make_cache(config: ModelConfig, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> Cache:
-    """Empty cache of `size` slots for this model."""
-    return kv.empty(config.init_cache(batch, size, rules), batch, size, rules("batch", None))
+    """Empty cache of `batch` rows of at most `size` tokens for this model."""
+    return kv.empty(config.init_cache(batch, size, rules), batch, size, rules("batch"))
 
 
 def count(params: Params) -> int:

@@ -84,9 +84,8 @@ def test_the_cache_is_shared_out_as_the_rules_say():
         with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
             for samples, rows in ((4, ("data", "fsdp")), (3, None)):
                 tokens, one = np.zeros((1, 32), np.int32), np.ones(1, np.int32)
-                state = prefill(
-                    config.build(DEFAULT_RULES), params, tokens, 3 * one, one.astype(np.uint32), samples, 48, 0
-                )
+                model, seeds = config.build(DEFAULT_RULES), one.astype(np.uint32)
+                state = prefill(model, params, tokens, 3 * one, seeds, samples, 48, 8, 272)
                 keys = state.cache.layers[0][0]
                 assert keys.sharding.spec == jax.P(rows, heads, None, None)
                 assert state.tokens.sharding.is_fully_replicated

@@ -129,26 +129,23 @@ def test_changing_a_token_leaves_what_came_before(model):
 
 
 def test_cached_decoding_equals_the_full_forward(model):
-    """In one go and in pieces, with stacked and unstacked parameters, behind padding of any length."""
+    """In one go and in pieces, with stacked and unstacked parameters, every row in pieces of its own: what is
+    padding at a piece's end is as if it were not there."""
     model, params = model
     logits, _ = apply(model, params, TOKENS)
     layers = unstack(model.config, params)
-    pad = jnp.array([0, 1, 3, 0])
-    cache = make_cache(model.config, 4, 20)
-    tokens = jnp.stack([jnp.roll(jnp.pad(row, (0, 3)), n) for row, n in zip(TOKENS, pad, strict=True)])
-    place = jnp.arange(15) - pad[:, None]
-    segments = ((place >= 0) & (place < 12)).astype(jnp.int32)
-    start = 0
-    pieces = []
-    for size in (5, 1, 1, 6, 2):
-        part = slice(start, start + size)
-        args = (tokens[:, part], jnp.clip(place[:, part], 0), segments[:, part], cache)
-        out, cache = apply(model, params if size > 4 else layers, *args)
-        pieces.append(out)
-        start += size
-    decoded = jnp.concatenate(pieces, 1)
-    for row in range(4):
-        np.testing.assert_allclose(decoded[row, pad[row] : pad[row] + 12], logits[row], **CLOSE)
+    cache, starts, pieces = make_cache(model.config, 4, 14), np.zeros(4, int), [[] for _ in range(4)]
+    for lengths in ((5, 3, 1, 6), (1, 1, 0, 1), (1, 1, 1, 1), (5, 4, 6, 2), (0, 3, 4, 2)):
+        T = max(lengths)
+        tokens, segments = np.full((4, T), 31, np.int32), np.zeros((4, T), np.int32)
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            tokens[row, :length], segments[row, :length] = TOKENS[row, start : start + length], 1
+        out, cache = apply(model, params if T > 4 else layers, tokens, None, segments, cache)
+        for row, length in enumerate(lengths):
+            pieces[row].append(out[row, :length])
+        starts += lengths
+        np.testing.assert_array_equal(cache.length, starts)
+    np.testing.assert_allclose(jnp.stack([jnp.concatenate(row) for row in pieces]), logits, **CLOSE)
 
 
 def test_packed_equals_unpacked(model):

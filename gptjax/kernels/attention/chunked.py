@@ -28,6 +28,8 @@ def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Option
         return f"needs a multiple of {CHUNK} queries, got {q.shape[1]}"
     if options.dropout:
         return "has no dropout"
+    if options.bias is not None and options.bias.ndim == 4:
+        return "needs one bias for all sequences"
     return sharding.unsupported_reason(q, k, v)
 
 

@@ -14,7 +14,7 @@ from gptjax.kernels.attention import sharding
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array, Key, UserError
 
-IMPLEMENTATIONS = "plain", "chunked", "xla", "cudnn", "splash", "ring", "gathered"
+IMPLEMENTATIONS = "plain", "chunked", "xla", "cudnn", "splash", "ring", "gathered", "paged"
 """Modules of this package, imported when they are first used. Each has
 
 attention(q, k, v, mask, options) -> Array
@@ -52,17 +52,19 @@ def attention(
     Scores are float32 too. Grouped queries (Ainslie et al. 2023, arXiv:2305.13245): N is a multiple of K and query head
     n reads key head n // (N / K). A query that sees no key returns a finite value; "plain" returns the mean of v.
 
-    bias     float [N, T, S], added to the scores (ALiBi, T5)
+    bias     float [N, T, S] or [B, N, T, S], added to the scores (ALiBi, T5)
     sinks    float [N], a learned score without a value in every query's softmax (gpt-oss, arXiv:2309.17453)
     scale    None: 1 / sqrt(H)
     softcap  bounds the scores (Gemma 2, arXiv:2408.00118)
     dropout  rate at which probabilities are dropped; no dropout without a key
 
     implementation  one of `IMPLEMENTATIONS`. None: chosen by platform, mask and options. "ring" and "gathered" are for
-                    sequences sharded over the mesh; for other sequences they mean None
+                    sequences sharded over the mesh; for other sequences they mean None. With `mask.pages` it is "paged"
 
     Raises UserError if the named implementation does not exist or does not support the inputs.
     """
+    if mask.pages is not None:
+        implementation = "paged"  # the named one is for whole sequences
     k, v = sharding.with_heads_of(q, k, v)
     case = q, k, v, mask, Options(bias, sinks, scale, softcap, dropout if key is not None else 0.0, key)
     if implementation is None or (implementation in CONTEXT_PARALLEL and not sharding.sequence_axes(q)):

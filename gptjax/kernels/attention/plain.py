@@ -36,7 +36,8 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
     visible = jnp.tile(visible, (1, 1, groups, 1))
     if bias is not None:
         # Two reshapes, because the heads of the bias may be sharded.
-        bias = bias.astype(jnp.float32).reshape(K, groups, T, S).reshape(K, groups * T, S)
+        rows = bias.shape[:-3]
+        bias = bias.astype(jnp.float32).reshape(*rows, K, groups, T, S).reshape(*rows, K, groups * T, S)
     if sinks is not None:
         sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(K, groups), T, axis=1)[..., None]
     keep = None
@@ -65,8 +66,8 @@ def _forward(
     sinks: Array | None,
     keep: Array | None,
 ) -> Any:
-    """q [B, K, T, H], k [B, K, S, H], v [B, K, S, Hv], visible bool [1 or B, 1, T, S], bias [K, T, S], sinks [K, T, 1],
-    keep [B, K, T, S] -> y [B, K, T, Hv]; with `save`, y and what `_backward` needs."""
+    """q [B, K, T, H], k [B, K, S, H], v [B, K, S, Hv], visible bool [1 or B, 1, T, S], bias [K, T, S] or [B, K, T, S],
+    sinks [K, T, 1],    keep [B, K, T, S] -> y [B, K, T, Hv]; with `save`, y and what `_backward` needs."""
     if q.shape[2] > 1:  # not in decoding: the barrier would copy the cache
         q, k, v = lax.optimization_barrier((q, k, v))
     scores = lax.optimization_barrier(_dot(q, k, 3, 3)) * scale

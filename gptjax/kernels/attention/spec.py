@@ -31,14 +31,17 @@ class Mask:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     """Hide keys at this distance or more: sliding-window attention, arXiv:2004.05150. None: no window."""
     offset: Array | int | None = None
-    """Position of the first query among the keys, int32 scalar. None: position 0, known at trace time, which fused
-    kernels need; a number would become an array inside `jax.jit`."""
+    """Position of the first query among the keys, int32 scalar or, one per sequence, [B]. None: position 0, known at
+    trace time, which fused kernels need; a number would become an array inside `jax.jit`."""
     query_segments: Array | None = None
     """int32 [B, T]: a query sees only keys of its own segment."""
     key_segments: Array | None = None
     """int32 [B, S]; given together with `query_segments`."""
     prefix: Array | None = None
     """bool [B, S]: keys visible to earlier queries too, despite `causal`: the prefix LM of arXiv:1910.10683."""
+    pages: Array | None = None
+    """int32 [B, M]: the pages of each sequence's keys and values, in order. These are then [P, S', K, H], P pages of S'
+    each, and S = M S'. None: each sequence has its own, [B, S, K, H]."""
 
     @property
     def start(self) -> Array | int:
@@ -46,13 +49,14 @@ class Mask:
         return 0 if self.offset is None else self.offset
 
     def distance(self, queries: int, keys: int) -> Array:
-        """int32 [T, S]: position of the query minus that of the key."""
-        return (self.start + jnp.arange(queries))[:, None] - jnp.arange(keys)
+        """int32 [T, S], or [B, T, S] with an offset per sequence: position of the query minus that of the key."""
+        return jnp.asarray(self.start)[..., None, None] + jnp.arange(queries)[:, None] - jnp.arange(keys)
 
     def visible(self, queries: int, keys: int) -> Array | None:
         """The mask as bool [B or 1, 1, T, S]. None: every key is visible."""
         conditions = []
-        distance = self.distance(queries, keys)[None, None]
+        distance = self.distance(queries, keys)[..., None, :, :]
+        distance = distance if distance.ndim == 4 else distance[None]
         if self.causal:
             before = distance >= 0
             conditions.append(before if self.prefix is None else before | self.prefix[:, None, None, :])

@@ -1,0 +1,90 @@
+"""Attention to keys and values in pages (Kwon et al. 2023, arXiv:2309.06180), a block of pages at a time with a running
+softmax (Milakov and Gimelshein 2018, arXiv:1805.02867).
+
+A sequence's result has the same bits whatever the others are: blocks are at fixed positions, and one without a visible
+key changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from gptjax.kernels.attention.spec import Mask, Options
+from gptjax.types import Array
+
+BLOCK = 128
+"""Minimum number of keys per block."""
+
+
+def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
+    """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
+    if mask.pages is None:
+        return "needs a page table"
+    if not mask.causal or mask.prefix is not None or mask.key_segments is not None:
+        return "needs a causal mask without prefix and segments of keys"
+    return "has no dropout" if options.dropout else None
+
+
+def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Array:
+    """As `gptjax.kernels.attention.attention`; q [B, T, N, H], k [P, S', K, H], v [P, S', K, Hv]."""
+    assert mask.pages is not None
+    (B, T, N, H), (_, page, K, _) = q.shape, k.shape
+    groups, scale, width = N // K, options.scale_of(q), v.shape[-1]
+    count = -(-BLOCK // page)  # pages of a block
+    size = count * page
+    blocks = -(-mask.pages.shape[1] // count)
+    pages = jnp.pad(mask.pages, ((0, 0), (0, blocks * count - mask.pages.shape[1])))
+    bias = options.bias
+    if bias is not None:
+        rows = bias.shape[:-3]
+        bias = jnp.pad(bias, ((0, 0),) * (bias.ndim - 1) + ((0, blocks * size - bias.shape[-1]),))
+        bias = bias.astype(jnp.float32).reshape(*rows, K, groups, T, -1).reshape(*rows, K, groups * T, -1)
+    # One product per sequence and key head, over all queries of the group.
+    q = q.reshape(B, T, K, groups, H).transpose(0, 2, 3, 1, 4).reshape(B, K, groups * T, H)
+    start = jnp.broadcast_to(jnp.asarray(mask.start), (B,))
+    position = jnp.tile(start[:, None] + jnp.arange(T), (1, groups))[:, None, :, None]  # [B, 1, G T, 1]
+
+    def read(pool: Array, ids: Array) -> Array:
+        """[P, S', K, H] -> a block's [B, K, S, H]."""
+        return pool[ids].transpose(0, 3, 1, 2, 4).reshape(B, K, size, pool.shape[-1])
+
+    def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, y = carry
+        ids = lax.dynamic_slice_in_dim(pages, i * count, count, axis=1)
+        scores = _dot(q, read(k, ids), 3, 3) * scale
+        if options.softcap is not None:
+            scores = options.softcap * jnp.tanh(scores / options.softcap)
+        if bias is not None:
+            scores = scores + lax.dynamic_slice_in_dim(bias, i * size, size, axis=-1)
+        distance = position - (i * size + jnp.arange(size))
+        visible = distance >= 0 if mask.window is None else (distance >= 0) & (distance < mask.window)
+        scores = jnp.where(visible, scores, -jnp.inf)
+        higher = jnp.maximum(top, scores.max(-1, keepdims=True))
+        p = jnp.where(visible, jnp.exp(scores - higher), 0)
+        keep = jnp.exp(top - higher)
+        total = total * keep + p.sum(-1, keepdims=True)
+        return higher, total, y * keep + _dot(p.astype(v.dtype), read(v, ids), 3, 2)
+
+    shape = B, K, groups * T, 1
+    top, total = jnp.full(shape, LOWEST), jnp.zeros(shape)
+    if options.sinks is not None:
+        sinks = jnp.repeat(options.sinks.astype(jnp.float32).reshape(K, groups), T, axis=1)[..., None]
+        top, total = jnp.broadcast_to(sinks, shape), jnp.ones(shape)
+    first = 0 if mask.window is None else jnp.maximum(start.min() - mask.window + 1, 0) // size
+    last = (start.max() + T - 1) // size
+    carry = top, total, jnp.zeros((B, K, groups * T, width))
+    _, total, y = lax.fori_loop(first, jnp.minimum(last + 1, blocks), block, carry)
+    y = (y / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).astype(q.dtype)
+    return y.reshape(B, K, groups, T, width).transpose(0, 3, 1, 2, 4).reshape(B, T, N, width)
+
+
+LOWEST = -1e30
+"""Start of the running maximum: finite, so that a difference of two is a number."""
+
+
+def _dot(a: Array, b: Array, i: int, j: int) -> Any:
+    """Contract axis i of a with axis j of b for each sequence and head, accumulated in float32."""
+    return lax.dot_general(a, b, (((i,), (j,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
