@@ -1,0 +1,96 @@
+"""The engine's device: a model, rows and pages there, and the calls that change them.
+
+Calls return before they are done. Each takes what the last one leaves, so they run in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.distributed.sharding import on_mesh_of
+from gptjax.inference.engine import programs
+from gptjax.inference.engine.request import Request
+from gptjax.inference.sampling import SamplingRows
+from gptjax.nn import unstack
+from gptjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A row's part in a call of `decode`."""
+
+    row: int
+    pages: Sequence[int]
+    """Pages of the text."""
+    limit: int
+    """Number of tokens in the cache after the call."""
+    replay: Sequence[int]
+    """Tokens to take in place of the first ones drawn."""
+
+
+class Device:
+    """`rows` rows and `pages` pages of `page` tokens; a text has at most `width` pages.
+
+    vocab  tokens from this one on are never drawn
+    """
+
+    def __init__(self, model: Any, params: Params, rows: int, pages: int, page: int, width: int, vocab: int):
+        self.model, self.rows, self.pages, self.page, self.width, self.vocab = model, rows, pages, page, width, vocab
+        self._mesh_of = params
+        with on_mesh_of(params):
+            self._params = unstack(model.config, params)
+            self._state = programs.idle(model.config, rows, pages, page, vocab)
+
+    def admit(self, row: int, request: Request) -> None:
+        """Give a row to a text, of whose prompt all but the last token will be in its pages when it is decoded."""
+        prompt, bias = np.zeros(self.vocab, bool), np.zeros(self.vocab, np.float32)
+        known = np.asarray(request.prompt)
+        prompt[known[known < self.vocab]] = True
+        for token, value in request.bias.items():
+            bias[token] = value
+        with on_mesh_of(self._mesh_of):
+            self._state = programs.admit(
+                self._state,
+                np.int32(row),
+                np.int32(request.prompt[-1]),
+                np.int32(len(request.prompt) - 1),
+                np.uint32(request.seed),
+                np.uint32(request.choice),
+                SamplingRows.of([request.sampling]),
+                prompt,
+                bias,
+                np.bool_(request.alternatives > 0),
+            )
+
+    def read(self, tokens: Sequence[int], start: int, pages: Sequence[int]) -> None:
+        """Read at most a page of tokens into the page of these that position `start` begins."""
+        padded = np.full(self.page, -1, np.int32)
+        padded[: len(tokens)] = tokens
+        with on_mesh_of(self._mesh_of):
+            table = self._table([pages])[0]
+            self._state = programs.prefill(self.model, self._params, self._state, padded, np.int32(start), table)
+
+    def decode(self, tasks: Sequence[Task], steps: int) -> programs.Drawn:
+        """Decode up to `steps` tokens of these rows. The result is on its way to the host."""
+        table: list[Sequence[int]] = [()] * self.rows
+        limit, replayed = np.zeros(self.rows, np.int32), np.full((self.rows, programs.STEPS), -1, np.int32)
+        for task in tasks:
+            table[task.row], limit[task.row] = task.pages, task.limit
+            replayed[task.row, : len(task.replay)] = task.replay
+        with on_mesh_of(self._mesh_of):
+            arguments = self._table(table), limit, replayed, np.int32(steps)
+            self._state, drawn = programs.decode(self.model, self._params, self._state, *arguments, page=self.page)
+        jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        return drawn
+
+    def _table(self, pages: Sequence[Sequence[int]]) -> np.ndarray:
+        """int32 [len(pages), M]; what is beyond a text's pages is beyond the pool, where nothing is written."""
+        table = np.full((len(pages), self.width), self.pages, np.int32)
+        for line, own in zip(table, pages, strict=True):
+            line[: len(own)] = own
+        return table

@@ -1,0 +1,373 @@
+"""An engine that writes many texts at a time: requests join and leave a running loop (Yu et al. 2022, Orca).
+
+    engine = Engine(model, params, tokenizer, rows=8)
+    texts = [engine.submit(Request(tuple(tokenizer.encode(prompt)))) for prompt in prompts]
+    engine.run()                                            # or `start` it in a thread of its own
+    [text.text for text in texts]
+
+A text has the bits that it would have alone. Its prompt is read a page at a time, at the same places of the same
+program whoever else is there; pages that an earlier prompt left are those that it would have written; its draws depend
+on its seed and the position. A text that has to give up its pages is read again, and its own tokens are decoded again.
+
+A round reads at most one page of a prompt and decodes a few tokens of every row. The next round is under way before the
+last one's tokens are looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.inference.engine import programs
+from gptjax.inference.engine.device import Device, Task
+from gptjax.inference.engine.pages import Chain, Pages
+from gptjax.inference.engine.queue import FairQueue
+from gptjax.inference.engine.request import Generation, Request, Token
+from gptjax.types import Params, UserError
+
+DISPATCH = 0.03
+"""Seconds that a call of `decode` should take: text flows, and the device seldom waits for the host."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Running:
+    """A text that has a row."""
+
+    generation: Generation
+    row: int
+    chains: list[Chain]
+    """Chains of the whole pages of its prompt, without the last token."""
+    pages: list[int]
+    read: int
+    """Number of tokens of the prompt in the cache, once all calls have ended."""
+    replay: list[int]
+    """Its tokens from before it gave up its pages."""
+    length: int = 0
+    """Number of tokens in the cache, once all calls have ended."""
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.generation.request.prompt
+
+    @property
+    def reading(self) -> bool:
+        """True: the prompt is not in the cache yet. Its last token is the first input of `decode`."""
+        return self.read < len(self.prompt) - 1
+
+    @property
+    def limit(self) -> int:
+        """Number of tokens in the cache at its end."""
+        return len(self.prompt) - 1 + self.generation.request.max_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of `decode` whose tokens were not looked at."""
+
+    drawn: programs.Drawn
+    texts: list[tuple[_Running, int, int]]
+    """Each with the number of its first token in the text, and the number of its tokens."""
+
+
+class Engine:
+    """Texts of one model. All methods may be called from any thread; `run`, or the thread of `start`, does the work.
+
+    rows             number of texts at a time
+    context          maximum number of tokens of a prompt and its text. None: the model's
+    pages            number of pages of the pool. None: enough for all rows
+    page             tokens per page, and of a prompt per round
+    queue            maximum number of requests that wait
+    stop_token_ids   tokens that end a text. None: all special tokens
+    name             of the weights: prefixes are shared among texts of one name
+
+    Raises UserError for a model that cannot be served so.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Params,
+        tokenizer: Tokenizer,
+        *,
+        rows: int = 8,
+        context: int | None = None,
+        pages: int | None = None,
+        page: int = 64,
+        queue: int = 1_000,
+        stop_token_ids: Sequence[int] | None = None,
+        name: str = "",
+    ):
+        config = model.config
+        for option, value in (("rows", rows), ("page", page), ("queue", queue)):
+            if value < 1:
+                raise UserError(f"{option}: got {value}, must be at least 1")
+        limit = config.max_positions
+        self.context = min(n for n in (context, limit, 1 << 30) if n is not None)
+        if context is None and limit is None:
+            raise UserError("context: got none, must be given for a model without a maximum number of positions")
+        if not all(block.attention.paged for block in config.stack().blocks):
+            raise UserError("model: got recurrent layers, must have none: their state is not in pages; use generate")
+        self.tokenizer, self.stop_token_ids = tokenizer, None if stop_token_ids is None else tuple(stop_token_ids)
+        width = -(-self.context // page)  # pages of a text
+        count = rows * width if pages is None else pages
+        if count < width:
+            raise UserError(f"pages: got {count}, must be at least {width}, for one text of {self.context} tokens")
+        self.vocab = min(tokenizer.vocab, config.vocab)
+        self.pages = Pages(count, page)
+        self.queue_limit, self._name = queue, name
+        self._device = Device(model, params, rows, count, page, width, self.vocab)
+        self._queue: FairQueue[Generation] = FairQueue()
+        self._running: list[_Running] = []  # in the order in which they joined
+        self._free = list(range(rows - 1, -1, -1))
+        self._calls: deque[_Call] = deque()
+        self._changed = threading.Condition()
+        self._cancelled: list[Generation] = []
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._step_seconds = 1.0
+        self.broken: str | None = None
+        """The error after which nothing works any more."""
+        self.last_round = time.monotonic()
+        """End of the last round, in seconds of `time.monotonic`."""
+        self.written = 0
+        """Number of tokens written."""
+        self.preempted = 0
+        """Number of times that a text had to give up its pages."""
+
+    def submit(self, request: Request) -> Generation:
+        """Ask for a text. Raises UserError for a request that can never be served, `Busy` if too many wait."""
+        request.check(self._device.model.config.vocab, self.vocab, self.context)
+        generation = Generation(request, self.tokenizer, self.stop_token_ids)
+        with self._changed:
+            if self.broken is not None:
+                raise UserError(f"engine: got an error before, must be started again: {self.broken}")
+            if len(self._queue) >= self.queue_limit:
+                raise Busy(f"requests: got {len(self._queue)} that wait, must be at most {self.queue_limit}; try later")
+            self._queue.push(generation, request)
+            self._changed.notify_all()
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """End a text; its row and pages are free after this round."""
+        with self._changed:
+            if self._queue.remove(generation):
+                generation.end("cancelled")
+            else:
+                self._cancelled.append(generation)
+            self._changed.notify_all()
+
+    def run(self) -> None:
+        """Write until nothing is left to do."""
+        while self._round():
+            pass
+
+    def start(self) -> None:
+        """Write in a thread of its own, until `close`."""
+
+        def loop() -> None:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing or self._busy)
+                    if self._closing:
+                        return
+                try:
+                    self._round()
+                except Exception as error:
+                    self._break(f"{type(error).__name__}: {error}")
+                    raise
+
+        self._thread = threading.Thread(target=loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread. Texts that are not finished end as cancelled."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        for generation in [*(text.generation for text in self._running), *self._queue]:
+            generation.end("cancelled")
+
+    def warm_up(self) -> None:
+        """Compile every program, before the first request."""
+        page = self.pages.size
+        length = min(page + 2, self.context - 1)
+        self.submit(Request((0,) * length, max_tokens=1, stop_token_ids=()))
+        self.run()
+
+    @property
+    def active(self) -> int:
+        """Number of texts that have a row."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait."""
+        return len(self._queue)
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._running or len(self._queue) or self._calls or self._cancelled)
+
+    def _round(self) -> bool:
+        """Read a page of a prompt and decode; False: there is nothing to do."""
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, []
+        for text in [text for text in self._running if text.generation in cancelled]:
+            text.generation.end("cancelled")
+            self._leave(text)
+        self._admit()
+        reading = next((text for text in self._running if text.reading), None)
+        if reading is not None:
+            self._read(reading)
+        called = self._decode(hurry=reading is not None or len(self._queue) > 0)
+        if self._calls and (not called or len(self._calls) > 1):
+            self._look()
+        self.last_round = time.monotonic()
+        return self._busy
+
+    def _admit(self) -> None:
+        """Give rows to those who wait, while there are rows and pages for their prompts."""
+        while self._free:
+            with self._changed:
+                generation = self._queue.peek()
+                if generation is None:
+                    return
+                text = self._join(generation)
+                if text is None:
+                    return
+                self._queue.pop()
+                self._queue.serve(generation.request.client, len(generation.request.prompt))
+            self._running.append(text)
+
+    def _join(self, generation: Generation) -> _Running | None:
+        """A row for this text, with pages for its prompt. None: there are not enough."""
+        request, pages = generation.request, self.pages
+        before = request.prompt[:-1]
+        # Not the name alone: a prefix of another client's must not show in the time to the first token.
+        chains = list(pages.chains(pages.root(self._name, request.client), before))
+        found = pages.find(chains)
+        needed = -(-len(request.prompt) // pages.size) - len(found)
+        if needed > pages.free:
+            pages.hits -= len(found) * pages.size
+            for page in reversed(found):
+                pages.release(page)
+            return None
+        mine = [page for page in (pages.take() for _ in range(needed)) if page is not None]
+        read = len(found) * pages.size
+        text = _Running(generation, self._free.pop(), chains, found + mine, read, list(generation.stream.ids))
+        text.length = len(before)
+        generation.reused = max(generation.reused, read)
+        self._device.admit(text.row, request)
+        return text
+
+    def _read(self, text: _Running) -> None:
+        """Read the next page of a prompt, after those that another text has read by now."""
+        size, before = self.pages.size, text.prompt[:-1]
+        while text.reading and (found := self.pages.find(text.chains[text.read // size :][:1])):
+            self.pages.release(text.pages[text.read // size])
+            text.pages[text.read // size] = found[0]
+            text.read += size
+            text.generation.reused = max(text.generation.reused, text.read)
+        if not text.reading:
+            return
+        page = before[text.read : text.read + size]
+        self._device.read(page, text.read, text.pages)
+        number = text.read // size
+        if len(page) == size:
+            # Whoever reads it is later on the device.
+            self.pages.share(text.chains[number], text.pages[number])
+        text.read += len(page)
+
+    def _decode(self, hurry: bool) -> bool:
+        """Decode some tokens of every row. False: there is no row to decode."""
+        steps = 1 if hurry else max(1, min(programs.STEPS, int(DISPATCH / self._step_seconds)))
+        for text in list(self._running):
+            if text in self._running and not text.reading and text.length < text.limit:
+                self._make_room(text, min(text.length + steps, text.limit))
+        decoding = [text for text in self._running if not text.reading and text.length < text.limit]
+        if not decoding:
+            return False
+        tasks, texts = [], []
+        for text in decoding:
+            first, count = text.length - len(text.prompt) + 1, min(steps, text.limit - text.length)
+            tasks.append(Task(text.row, text.pages, text.length + count, text.replay[first : first + count]))
+            texts.append((text, first, count))
+            text.length += count
+        self._calls.append(_Call(self._device.decode(tasks, steps), texts))
+        return True
+
+    def _make_room(self, text: _Running, length: int) -> None:
+        """Pages for so many tokens. The youngest text with the lowest priority gives up its pages if there are none."""
+        while len(text.pages) * self.pages.size < length:
+            page = self.pages.take()
+            if page is not None:
+                text.pages.append(page)
+                continue
+            while self._calls:  # what is under way may end a text
+                self._look()
+            if self.pages.free or text not in self._running:
+                if text not in self._running:
+                    return
+                continue
+            ranks = {id(other): (-other.generation.request.priority, i) for i, other in enumerate(self._running)}
+            victim = max(self._running, key=lambda other: ranks[id(other)])
+            self.preempted += 1
+            self._leave(victim)
+            with self._changed:
+                self._queue.push(victim.generation, victim.generation.request, first=True)
+            if victim is text:
+                return
+
+    def _look(self) -> None:
+        """Look at the tokens of the oldest call."""
+        call = self._calls.popleft()
+        started = time.perf_counter()
+        drawn = jax.device_get(call.drawn)
+        steps = max((count for _, _, count in call.texts), default=1)
+        seconds = max(time.perf_counter() - started, 1e-5) / steps
+        self._step_seconds += 0.2 * (seconds - self._step_seconds)
+        for text, first, count in call.texts:
+            generation, row = text.generation, text.row
+            if generation.finish is not None:
+                continue
+            tokens = []
+            for i in range(max(len(text.replay) - first, 0), count):
+                n = generation.request.alternatives
+                likely = zip(drawn.likely[row, i, :n].tolist(), drawn.likely_logprobs[row, i, :n].tolist(), strict=True)
+                tokens.append(Token(int(drawn.tokens[row, i]), float(drawn.logprobs[row, i]), tuple(likely)))
+            if tokens:
+                generation.extend(tokens)
+                self.written += len(tokens)
+                with self._changed:
+                    self._queue.serve(generation.request.client, len(tokens))
+            if generation.finish is not None:
+                self._leave(text)
+
+    def _leave(self, text: _Running) -> None:
+        """Free a row and its pages."""
+        if text in self._running:
+            self._running.remove(text)
+            self._free.append(text.row)
+            for page in reversed(text.pages):  # so that the end of a prompt is taken before its beginning
+                self.pages.release(page)
+
+    def _break(self, error: str) -> None:
+        """End everything: the device's state is unknown."""
+        with self._changed:
+            self.broken = error
+            waiting = list(self._queue)
+        for generation in [*(text.generation for text in self._running), *waiting]:
+            generation.end("error", error)
+
+
+class Busy(UserError):
+    """Too many requests wait."""

@@ -1,0 +1,158 @@
+"""A request to the engine, and the text that comes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.inference.engine.programs import ALTERNATIVES
+from gptjax.inference.sampling import Sampling
+from gptjax.inference.text import TextStream
+from gptjax.types import UserError
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+"""Reason for the end of a text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A text to continue."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    max_tokens: int = 256
+    """Maximum number of tokens to write."""
+    sampling: Sampling = Sampling()
+    """Sampling settings."""
+    seed: int = 0
+    """Seed of the draws, 0 to 2^32 - 1."""
+    choice: int = 0
+    """Number of this text among several for the same prompt and seed; each has its own draws."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text and are not part of it."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Tokens that end the text. None: the engine's."""
+    bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    """Token -> addition to its logit."""
+    alternatives: int = 0
+    """Number of most likely tokens to return with each token, at most `programs.ALTERNATIVES`."""
+    priority: int = 0
+    """Higher ones go first."""
+    client: str = ""
+    """Whom it is for: clients wait fairly, and share prefixes with themselves alone."""
+
+    def check(self, vocab: int, drawn: int, context: int) -> None:
+        """Raise UserError if a model of `vocab` tokens, of which the first `drawn` can be written, cannot do this in a
+        context of so many tokens."""
+        length, p = len(self.prompt), self.prompt
+        if not length:
+            raise UserError("prompt: got no tokens, must have at least one")
+        if not 0 <= min(p) <= max(p) < vocab:
+            raise UserError(f"prompt: got tokens {min(p)} to {max(p)}, must be 0 to {vocab - 1} for this model")
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens: got {self.max_tokens}, must be at least 1")
+        if length + self.max_tokens > context:
+            raise UserError(
+                f"max_tokens: got {self.max_tokens} after a prompt of {length} tokens, must be at most "
+                f"{max(context - length, 0)}: the context is {context} tokens; shorten the prompt or the answer"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: got {self.seed}, must be 0 to {2**32 - 1}")
+        if not 0 <= self.alternatives <= ALTERNATIVES:
+            raise UserError(f"alternatives: got {self.alternatives}, must be 0 to {ALTERNATIVES}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise UserError(f"stop: got {self.stop!r}, must be a sequence of strings, none of them empty")
+        for token, value in self.bias.items():
+            if not (0 <= token < drawn and math.isfinite(value)):
+                raise UserError(f"bias: got {token}: {value}, must be finite numbers of tokens 0 to {drawn - 1}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token of a text."""
+
+    id: int
+    logprob: float
+    """Log-probability in nats under the model itself: before bias, penalties, temperature and filters."""
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens and their log-probabilities."""
+
+
+class Generation:
+    """A text while the engine writes it. Safe to use from any thread.
+
+    for piece in generation:          # as it is written
+        print(piece, end="")
+    generation.text, generation.finish
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...] | None):
+        ends = request.stop_token_ids if request.stop_token_ids is not None else stop_token_ids
+        self.request = request
+        self.stream = TextStream(tokenizer, request.max_tokens, request.stop, ends)
+        self.tokens: list[Token] = []
+        self.finish: Finish | None = None
+        self.error: str | None = None
+        """The engine's error, if it broke."""
+        self.reused = 0
+        """Number of tokens of the prompt that were read from pages of earlier ones."""
+        self._changed = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def text(self) -> str:
+        """The part that can be shown: no later token changes it."""
+        return self.stream.safe if self.finish in (None, "cancelled", "error") else self.stream.text
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end. False: it has not come."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.finish is not None, timeout)
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call this after every change, from the engine's thread, and once now."""
+        with self._changed:
+            self._listeners.append(listener)
+        listener()
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of the text; ends with it."""
+        shown = ""
+        while True:
+            with self._changed:
+                while self.finish is None and len(self.text) == len(shown):
+                    self._changed.wait()
+                ended, text = self.finish is not None, self.text
+            if len(text) > len(shown):
+                yield text[len(shown) :]
+            if ended:
+                return
+            shown = text
+
+    def extend(self, tokens: list[Token]) -> None:
+        """Append tokens; for the engine."""
+        with self._changed:
+            for token in tokens:
+                if self.stream.finish is None:
+                    self.stream.extend([token.id], [token.logprob])
+                    self.tokens.append(token)
+            self.finish = self.stream.finish
+        self._notify()
+
+    def end(self, finish: Finish, error: str | None = None) -> None:
+        """End the text; for the engine."""
+        with self._changed:
+            if self.finish is None:
+                self.finish, self.error = finish, error
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()

@@ -1,0 +1,249 @@
+"""The engine writes what each request would get alone, to the bit, whatever else it does."""
+
+import dataclasses
+import functools
+import random
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.data.tokenizers.bytes import Bytes
+from gptjax.inference.engine import Busy, Engine, Request, programs
+from gptjax.inference.generate import generate
+from gptjax.inference.sampling import Sampling
+from gptjax.nn import (
+    LSTM,
+    ALiBi,
+    LayerOverrides,
+    LearnedPositions,
+    MixtureOfExperts,
+    MultiHeadAttention,
+    MultiHeadLatentAttention,
+    RecurrentConfig,
+    RMSNorm,
+    RoPE,
+    T5Bias,
+    TransformerConfig,
+)
+from gptjax.types import UserError
+
+TOKENIZER = Bytes().build(iter(()))
+SIZES = {"vocab": 272, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 32}
+BASE = TransformerConfig(**SIZES, positions=RoPE())
+CONFIGS = {
+    "rope": BASE,
+    "learned": dataclasses.replace(BASE, positions=LearnedPositions(200)),
+    "alibi": dataclasses.replace(BASE, positions=ALiBi()),
+    "t5": dataclasses.replace(BASE, positions=T5Bias()),
+    "window": dataclasses.replace(BASE, pattern=(LayerOverrides(window=20), LayerOverrides())),
+    "latent": dataclasses.replace(BASE, attention=MultiHeadLatentAttention(kv_rank=8, rope_size=4, value_size=4)),
+    "sinks": dataclasses.replace(
+        BASE, attention=MultiHeadAttention(sinks=True, softcap=5.0, qk_norm=RMSNorm(), values=None)
+    ),
+    "experts": dataclasses.replace(BASE, mlp=MixtureOfExperts(experts=4, top_k=2, shared=1)),
+    "bfloat16": dataclasses.replace(BASE, dtype="bfloat16"),
+}
+CONTEXT, PAGE = 128, 16
+GREEDY = Sampling(temperature=0)
+SETTINGS = (
+    GREEDY,
+    Sampling(0.9, top_k=50),
+    Sampling(1.1, top_p=0.9, repetition_penalty=1.2),
+    Sampling(0.8, min_p=0.02, frequency_penalty=0.5, presence_penalty=0.2),
+)
+
+
+@functools.cache
+def params_of(config: TransformerConfig):
+    shapes = jax.eval_shape(config.build().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    numpy = np.random.default_rng(0)  # large weights: greedy choices are clear ones
+    return jax.tree.map(lambda x: jnp.asarray(numpy.normal(0, 0.3, x.shape), jnp.float32), shapes)
+
+
+def engine(config: TransformerConfig = BASE, **options) -> Engine:
+    options = {"rows": 4, "context": CONTEXT, "page": PAGE, **options}
+    return Engine(config.build(), params_of(config), TOKENIZER, **options)
+
+
+def requests(count: int, seed: int = 0) -> list[Request]:
+    """Requests of all lengths and settings; some have beginnings in common."""
+    draw = random.Random(seed)
+    common = [draw.randrange(256) for _ in range(40)]
+    made = []
+    for i in range(count):
+        own = [draw.randrange(256) for _ in range(draw.choice([1, 5, 16, 17, 33, 60]))]
+        prompt = tuple(common[: draw.choice([0, 16, 40])] + own)
+        bias = {draw.randrange(256): 5.0} if i % 3 == 0 else {}
+        made.append(
+            Request(prompt, draw.randint(1, 25), SETTINGS[i % len(SETTINGS)], seed=i, bias=bias, alternatives=i % 3)
+        )
+    return made
+
+
+def write(on: Engine, asked: list[Request]):
+    made = [on.submit(request) for request in asked]
+    on.run()
+    on.pages.check()
+    assert on.pages.free == on.pages.count, "all pages are free when nobody is there"
+    return made
+
+
+def same(a, b) -> None:
+    assert (a.text, a.finish, a.tokens) == (b.text, b.finish, b.tokens)
+
+
+QUICK = "rope", "latent", "experts"
+
+
+def cases(names):
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", cases(CONFIGS))
+def test_a_text_has_the_bits_that_it_has_alone(name):
+    """First and last row, alone and in company, cold and from pages of others, with pages taken away."""
+    config, asked = CONFIGS[name], requests(12)
+    alone = []
+    for request in asked:
+        alone += write(engine(config), [request])
+    together, busy = engine(config), engine(config, pages=CONTEXT // PAGE + 3)
+    for one, other in zip(alone, write(together, asked), strict=True):
+        same(one, other)
+    hits = together.pages.hits
+    for one, other in zip(alone, write(together, asked[::-1])[::-1], strict=True):
+        same(one, other)
+        assert other.reused == (len(other.request.prompt) - 1) // PAGE * PAGE
+    assert together.pages.hits > hits
+    for one, other in zip(alone, write(busy, asked), strict=True):
+        same(one, other)
+    assert busy.preempted > 0, "there were too few pages"
+    assert len({text.text for text in alone}) > 8
+
+
+@pytest.mark.parametrize("name", cases(["rope", "window", "latent", "alibi"]))
+def test_its_texts_and_log_probabilities_are_those_of_generate(name):
+    """Logits are sums of some 100 products in float32, in another order."""
+    config, asked = CONFIGS[name], [dataclasses.replace(r, bias={}) for r in requests(6)]
+    for text in write(engine(config), asked):
+        r = text.request
+        (done,) = generate(
+            config.build(), params_of(config), TOKENIZER, [r.prompt], r.max_tokens, r.sampling, seed=r.seed
+        )
+        assert (text.text, text.finish) == (done.text, done.finish)
+        assert tuple(token.id for token in text.tokens) == done.ids
+        np.testing.assert_allclose([token.logprob for token in text.tokens], done.logprobs, atol=1e-4)
+
+
+def test_nothing_is_compiled_while_it_runs():
+    on = engine()
+    on.warm_up()
+    names = "admit", "prefill", "decode"
+    before = [getattr(programs, name)._cache_size() for name in names]
+    write(on, requests(12, seed=5))
+    assert [getattr(programs, name)._cache_size() for name in names] == before
+
+
+def test_choices_differ_and_the_first_is_that_of_one():
+    prompt = tuple(b"Once upon a time there was a model ")
+    asked = [Request(prompt, 12, Sampling(1.5), seed=3, choice=i) for i in range(4)]
+    on = engine()
+    made = write(on, asked)
+    assert len({text.text for text in made}) == 4
+    same(made[0], *write(engine(), asked[:1]))
+    assert on.pages.hits >= 3 * 32, "the prompt is read once"
+
+
+def test_a_cancelled_text_leaves_nothing_behind():
+    """Wherever it is: waiting, in its prompt, in its text."""
+    asked = requests(8, seed=2)
+    expected = write(engine(), asked)
+    for rounds in (0, 1, 2, 3, 5, 9, 14):
+        on = engine(rows=2)
+        made = [on.submit(request) for request in asked]
+        for _ in range(rounds):
+            on._round()
+        for text in made[::2]:
+            on.cancel(text)
+        on.run()
+        on.pages.check()
+        assert on.pages.free == on.pages.count
+        for text, whole in zip(made, expected, strict=True):
+            if text.finish == "cancelled":
+                assert whole.text.startswith(text.text)
+            else:
+                same(text, whole)
+        for text, whole in zip(write(on, asked), expected, strict=True):
+            same(text, whole)
+
+
+def test_a_thread_writes_and_pieces_are_the_text():
+    on = engine()
+    on.start()
+    try:
+        asked = requests(6, seed=3)
+        made = [on.submit(request) for request in asked]
+        assert ["".join(text) for text in made] == [text.text for text in made]
+        expected = write(engine(), asked)
+        for text, whole in zip(made, expected, strict=True):
+            assert text.wait(0)
+            same(text, whole)
+    finally:
+        on.close()
+    assert threading.active_count() < 50
+
+
+def test_clients_are_served_fairly():
+    """One that floods the queue at most doubles the wait of another."""
+    on = engine(rows=1)
+    flood = [on.submit(Request((i,), 8, GREEDY, client="flood", stop_token_ids=())) for i in range(20)]
+    one = on.submit(Request((99,), 8, GREEDY, client="one", stop_token_ids=()))
+    urgent = on.submit(Request((98,), 8, GREEDY, client="flood", priority=1, stop_token_ids=()))
+    while one.finish is None:
+        on._round()
+    assert urgent.finish is not None
+    assert sum(text.finish is not None for text in flood) <= 2
+    on.run()
+
+
+def test_a_client_shares_pages_with_itself_alone():
+    prompt = tuple(range(100))
+    on = engine()
+    for client, reused in (("a", 0), ("b", 0), ("a", 96), ("b", 96)):
+        (text,) = write(on, [Request(prompt, 2, GREEDY, client=client)])
+        assert text.reused == reused
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt": ()}, "prompt"),
+        ({"prompt": (272,)}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": CONTEXT}, "max_tokens"),
+        ({"seed": -1}, "seed"),
+        ({"alternatives": 21}, "alternatives"),
+        ({"stop": ("",)}, "stop"),
+        ({"bias": {1: float("inf")}}, "bias"),
+    ],
+)
+def test_bad_requests_name_the_field(fields, field):
+    with pytest.raises(UserError, match=f"^{field}: got .*, must "):
+        engine().submit(Request(**{"prompt": (1,), "max_tokens": 4, **fields}))
+
+
+def test_what_it_cannot_do_is_refused():
+    with pytest.raises(UserError, match=r"^pages: got 7, must be at least 8"):
+        engine(pages=7)
+    with pytest.raises(UserError, match=r"^context: got none"):
+        engine(context=None)
+    recurrent = RecurrentConfig(vocab=272, layers=1, width=16, attention=LSTM())
+    with pytest.raises(UserError, match="recurrent layers"):
+        engine(recurrent)
+    on = engine(queue=1)
+    on.submit(Request((1,), 2))
+    with pytest.raises(Busy, match=r"^requests: got 1 that wait"):
+        on.submit(Request((1,), 2))
+    on.run()
