@@ -153,7 +153,7 @@ class Link:
     their_shape: tuple[int, ...]
     name: str
     index: tuple[int, ...]
-    """Of an expert."""
+    """Number of the expert, if it is one of a mixture."""
     sizes: layout.Sizes
 
     @property

@@ -93,7 +93,7 @@ def read_q5_k(b: np.ndarray) -> np.ndarray:
 
 
 def read_q6_k(b: np.ndarray) -> np.ndarray:
-    """Of each 128 values, four groups of 32 share a byte of `high`, and two of them a byte of `q`."""
+    """Each 128 values: four groups of 32 share a byte of `high`, and two of them a byte of `q`."""
     q, high = b["q"].reshape(-1, 2, 64), b["high"].reshape(-1, 2, 1, 32)
     low = np.concatenate([q & 15, q >> 4], -1)
     top = high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3

@@ -43,7 +43,7 @@ class Encoding:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the values that are read."""
+        """Type of the values that are read."""
         return self.block if self.decode is None else np.dtype(np.float32)
 
     def read(self, data: np.ndarray) -> np.ndarray:
