@@ -99,14 +99,16 @@ def save_hf(
     dtype cannot hold."""
     described, tensors = to_tensors(config, params, dtype, model_type)
     folder = Path(folder)
-    safetensors.write(folder, tensors.shapes, tensors.__getitem__)
     tokenizer = None if isinstance(tokenizer, MissingTokenizer) else tokenizer
     specials = {} if tokenizer is None else tokenizer.specials
     bos, end = (specials.get(role) for role in ("<|bos|>", "<|end|>"))
     if append_eos is None:
         append_eos = not isinstance(config, TransformerConfig)
     pad = None if tokenizer is None else tokenizers.padding(tokenizer, append_eos)
-    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": pad}
+    if (own := described.get("pad_token_id", pad)) != pad and pad is not None:
+        raise UserError(f"tokenizer: got one that pads with {pad}, must be {own}, from which the positions are counted")
+    safetensors.write(folder, tensors.shapes, tensors.__getitem__)
+    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": own}
     if decoder_start_token_id is not None:
         ids["decoder_start_token_id"] = decoder_start_token_id
     if stop_token_ids is None and tokenizer is not None:

@@ -59,7 +59,8 @@ class EncoderModel(TextEncoder):
         names = [name for name, i in self.tokenizer.specials.items() if i == mask]
         if mask is None:
             raise UserError("tokenizer: got one without a mask token, must have one; its name is <|mask|>")
-        parts = re.split("|".join(map(re.escape, names)), text)
+        before, after = (r"\s*" if strips else "" for strips in self.tokenizer.strips(mask))
+        parts = re.split(f"{before}(?:{'|'.join(map(re.escape, names))}){after}", text)
         if len(parts) == 1:
             raise UserError(f"text: got none of {' or '.join(names)} in it, must have at least one mask")
         first, *rest = self.tokenizer.encode_batch(parts)

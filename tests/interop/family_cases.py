@@ -118,6 +118,8 @@ CASES = {
         **DEEPSEEK, "q_lora_rank": None, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}
     },
     "bert": SIZES,
+    "roberta": {**SIZES, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    "xlm-roberta": {**SIZES, "pad_token_id": 0, "hidden_act": "relu"},
     "t5": T5,
     "t5 gated": {**T5, "feed_forward_proj": "gated-gelu"},
 }
@@ -125,7 +127,7 @@ CASES = {
 """Family, and what sets the case apart -> the fields of its config."""
 
 
-KINDS = {"bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
+KINDS = {**dict.fromkeys(("bert", "roberta", "xlm-roberta"), "AutoModelForMaskedLM"), "t5": "AutoModelForSeq2SeqLM"}
 
 
 def saved(kind: str, folder, family: str, **fields):

@@ -65,6 +65,7 @@ EXPECTED: dict[str, tuple[int, int, bool, Layers]] = {
         20_914_757_184, 64, False, [(size, RoPE(1.5e5, YaRN(32.0, 4096, truncate=False))) for size in (128, None)]
     ),
     "google-bert/bert-base-uncased": (109_514_298, 64, True, [(None, LearnedPositions(512))]),
+    "FacebookAI/roberta-base": (124_697_433, 64, True, [(None, LearnedPositions(512, offset=2))]),
     "google/flan-t5-small": (76_961_152, 64, False, [(None, T5Bias(32, 128))]),
 }  # fmt: skip
 """Parameters in all, as their authors count them; the size of a head; whether the head is tied; the layers."""

@@ -1,9 +1,11 @@
-"""Published folders of BERT and T5, with their tokenizers, give what `transformers` does, in and out."""
+"""Published folders of BERT, RoBERTa and T5, with their tokenizers, give what `transformers` does, in and out."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import gptjax
 from gptjax.cli.main import main
 from gptjax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from gptjax.distributed.sharding import MeshConfig, ShardingRules
+from gptjax.interop.huggingface import save_hf
 from gptjax.interop.tokenizers import load, save
 from gptjax.nn import First, Last
 from gptjax.types import UserError
@@ -70,7 +73,22 @@ def t5(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
 
 
-MAKE = {"bert": bert, "bert cased": lambda folder: bert(folder, lower=False), "t5": t5}
+def roberta(folder: Path) -> None:
+    """A tokenizer.json like RoBERTa's: bytes, and a mask that takes the space before it."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(CORPUS, 399, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False)
+    made.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
+    made.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    folder.mkdir(parents=True)
+    made.save(str(folder / "tokenizer.json"))
+    names = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>"}
+    mask = {"content": "<mask>", "lstrip": True, "__type": "AddedToken"}
+    settings = {f"{role}_token": name for role, name in names.items()} | {"mask_token": mask}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer", **settings}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "roberta"}))
+
+
+MAKE = {"bert": bert, "bert cased": lambda folder: bert(folder, lower=False), "roberta": roberta, "t5": t5}
 
 
 def roles(tokenizer: Tokenizer) -> dict[str, int]:
@@ -139,12 +157,14 @@ def test_ids_are_those_of_transformers(kind: str, tmp_path: Path):
         for text in AWKWARD:
             assert tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids, (name, text)
         begin = [] if tokenizer.bos is None else [tokenizer.bos]
-        whole = [*begin, *tokenizer.encode("a "), tokenizer.specials[mask], *tokenizer.encode("."), tokenizer.eos]
+        before = "a" if tokenizer.strips(tokenizer.specials[mask])[0] else "a "
+        whole = [*begin, *tokenizer.encode(before), tokenizer.specials[mask], *tokenizer.encode("."), tokenizer.eos]
         assert theirs(f"a {mask}.").input_ids == whole
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     for text in [*AWKWARD, f"a {mask} b"]:
         assert ours(text).input_ids == theirs(text).input_ids
-    for role in ("cls_token", "sep_token", "mask_token", "pad_token", "unk_token"):
+    unknown = () if kind == "roberta" else ("unk_token",)  # bytes are never unknown
+    for role in ("cls_token", "sep_token", "mask_token", "pad_token", *unknown):
         assert getattr(ours, role) == getattr(theirs, role), role
 
 
@@ -152,6 +172,7 @@ BERT = {
     "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 48,
 }  # fmt: skip
+ROBERTA = {**BERT, "max_position_embeddings": 50, "pad_token_id": 1}
 T5 = {
     "vocab_size": 400, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
     "decoder_start_token_id": 0,
@@ -170,9 +191,9 @@ def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for kind, write, fields in (("bert", bert, BERT), ("t5", t5, T5)):
+    for kind, write, fields in (("bert", bert, BERT), ("roberta", roberta, ROBERTA), ("t5", t5, T5)):
         write(path / f"{kind} tokenizer")
-        auto = transformers.AutoModelForMaskedLM if kind == "bert" else transformers.AutoModelForSeq2SeqLM
+        auto = transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForMaskedLM
         model = auto.from_config(transformers.AutoConfig.for_model(kind, **fields))
         with torch.no_grad():
             for p in model.parameters():
@@ -211,25 +232,33 @@ def written_by_them(folder, texts):
 
 @pytest.mark.torch
 @THEIRS
-def test_bert_fills_in_what_transformers_does(folders, tmp_path):
-    model = gptjax.load(folders / "bert", kind=gptjax.EncoderModel)
-    logits, ids = filled_by_them(folders / "bert", TEXTS[0])
+@pytest.mark.parametrize(("kind", "mask"), [("bert", "[MASK]"), ("roberta", "<mask>")])
+def test_an_encoder_fills_in_what_transformers_does(folders, kind, mask, tmp_path):
+    text = TEXTS[0].replace("[MASK]", mask)
+    model = gptjax.load(folders / kind, kind=gptjax.EncoderModel)
+    logits, ids = filled_by_them(folders / kind, text)
     np.testing.assert_allclose(model.logits(ids[None])[0], logits, **CLOSE)
     (places,) = np.nonzero(ids == model.tokenizer.specials["<|mask|>"])
     expected = np.asarray(jax.nn.softmax(logits[places]))
-    filled = model.fill(TEXTS[0], top=3)
+    filled = model.fill(text, top=3)
     assert [[c.id for c in candidates] for candidates in filled] == np.argsort(-expected)[:, :3].tolist()
     for candidates, row in zip(filled, expected, strict=True):
         np.testing.assert_allclose([c.probability for c in candidates], row[[c.id for c in candidates]], rtol=1e-3)
         assert [c.text for c in candidates] == [model.tokenizer.decode([c.id]) for c in candidates]
     model.save_hf(tmp_path / "hf")
-    again, ids_again = filled_by_them(tmp_path / "hf", TEXTS[0])
+    again, ids_again = filled_by_them(tmp_path / "hf", text)
     np.testing.assert_array_equal(ids_again, ids)
     np.testing.assert_array_equal(again, logits)
-    with pytest.raises(UserError, match=r"^text: got none of <\|mask\|> or \[MASK\] in it"):
+    if kind == "roberta":
+        others = model.tokenizer.with_specials(["<|pad|>"])
+        others = dataclasses.replace(others, specials={**others.specials, "<|pad|>": 3})
+        with pytest.raises(UserError, match=r"^tokenizer: got one that pads with 3, must be 1, from which"):
+            save_hf(tmp_path / "other", model.config, model.params, others)
+        assert not (tmp_path / "other").exists()
+    with pytest.raises(UserError, match=rf"^text: got none of <\|mask\|> or {re.escape(mask)} in it"):
         model.fill("nothing")
     with pytest.raises(UserError, match=r"^tokens: got 302, must be at most 48"):
-        model.fill("[MASK]" * 300)
+        model.fill(mask * 300)
 
 
 @pytest.mark.torch

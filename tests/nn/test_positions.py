@@ -78,6 +78,8 @@ def test_learned_positions_are_a_table():
     params = table.init(jax.random.key(0), x, jnp.array([[5, 0, 7]]))
     y = table.apply(params, x, jnp.array([[5, 0, 7]]))
     np.testing.assert_allclose(y, 1 + params["params"]["table"][jnp.array([[5, 0, 7]])])
+    later = LearnedPositions(5, offset=3).apply(params, x, jnp.array([[2, 0, 4]]))
+    np.testing.assert_allclose(later, 1 + params["params"]["table"][jnp.array([[5, 3, 7]])])
 
 
 RELATIVE = ROPES | {"ALiBi": ALiBi(), "T5": T5Bias(), "T5, small": T5Bias(buckets=8, max_distance=6)}

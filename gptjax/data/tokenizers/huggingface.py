@@ -118,6 +118,10 @@ class HuggingFaceTokenizer(Tokenizer):
                 pieces[i] = b"" if token.special else token.content.encode()
         return pieces
 
+    def strips(self, token: int) -> tuple[bool, bool]:
+        added = self.library.get_added_tokens_decoder().get(token)
+        return (False, False) if added is None else (added.lstrip, added.rstrip)
+
     def _encode(self, text: str) -> list[int]:
         return self.library.encode(text, add_special_tokens=False).ids
 
@@ -167,14 +171,14 @@ def unknown_piece(spec: dict[str, Any]) -> str | None:
 
 def _roles(tokenizer: HuggingFaceTokenizer, added: dict[str, int], config: dict[str, Any]) -> dict[str, str | None]:
     """Token of each of `ROLES`. Those missing from the config are found otherwise: `bos` and `eos` are the tokens
-    around all text; the only special token of a model is both; the rest have BERT's or T5's names."""
+    around all text; the only special token of a model is both; the rest have BERT's names, or T5's and RoBERTa's."""
     names = {i: name for name, i in added.items()}
     sole = next(iter(added)) if len(added) == 1 else None
     first, last = tokenizer.post_processor_ids
     unsaid = {
         "<|bos|>": names.get(first[0]) if first else sole,
         "<|end|>": names.get(last[-1]) if last else sole,
-        "<|mask|>": "[MASK]",
+        "<|mask|>": "[MASK]" if "[MASK]" in added else "<mask>",
         "<|pad|>": "[PAD]" if "[PAD]" in added else "<pad>",
     }
     said = {role: next((config[key] for key in keys if config.get(key)), None) for role, keys in ROLES.items()}

@@ -113,6 +113,10 @@ class Tokenizer(abc.ABC):
         """`[encode(text) for text in texts]`, on several threads if the library can."""
         return self._encode_batch([well_formed(text) for text in texts])
 
+    def strips(self, token: int) -> tuple[bool, bool]:
+        """True if this special token, spelt out in a text, takes the spaces before and after it: RoBERTa's mask."""
+        return False, False
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Concatenated bytes of `ids`. Special tokens and ids outside the vocabulary, such as padding of the embedding,
         have none."""

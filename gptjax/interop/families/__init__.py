@@ -26,17 +26,20 @@ from gptjax.interop.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    roberta,
     smollm3,
     stablelm,
     starcoder2,
     t5,
+    xlm_roberta,
 )
 from gptjax.interop.families.family import CLASSIFYING, Family, Fields, Piece, Row, pieces
 
 _MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma, gemma2, gemma3, olmo2, olmo3, phi3, smollm3, nanochat)
 _MORE = (granite, cohere, cohere2, stablelm, starcoder2, falcon, bloom)
 _MIXTURES = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
-FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MORE, *_MIXTURES, bert, t5))
+_ENCODERS = (bert, roberta, xlm_roberta)
+FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MORE, *_MIXTURES, *_ENCODERS, t5))
 """All families. If several can express a model, the first is used."""
 
 __all__ = ["CLASSIFYING", "FAMILIES", "Family", "Fields", "Piece", "Row", "pieces"]

@@ -24,18 +24,22 @@ class LearnedPositions(Positions):
 
     length: int
     """Number of positions."""
+    offset: int = 0
+    """Rows of the table before that of position 0, which nothing reads: 2 in RoBERTa."""
 
     def __post_init__(self):
         if self.length < 1:
             raise UserError(f"positions.length: got {self.length}, must be at least 1")
+        if self.offset < 0:
+            raise UserError(f"positions.offset: got {self.offset}, must be at least 0")
 
     @property
     def max_positions(self) -> int:
         return self.length
 
     def __call__(self, param: ParamFactory, x: Array, positions: Array) -> Array:
-        table = param("table", (self.length, x.shape[-1]), (None, None), kind="embedding")
-        return x + table.at[positions].get(out_sharding=jax.typeof(x).sharding)
+        table = param("table", (self.offset + self.length, x.shape[-1]), (None, None), kind="embedding")
+        return x + table.at[positions + self.offset].get(out_sharding=jax.typeof(x).sharding)
 
 
 @dataclasses.dataclass(frozen=True)
