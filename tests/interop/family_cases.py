@@ -88,8 +88,8 @@ CASES = {
     "cohere qk-norm": {**GROUPED, "head_dim": 16, "use_qk_norm": True, "logit_scale": 0.3},
     "cohere2": {**GROUPED, "num_hidden_layers": 5, "sliding_window": 5},
     "cohere2 yarn": {
-        **GROUPED, "attention_bias": True, "logit_scale": 0.25, "sliding_window": 5, "rope_parameters": YARN,
-        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        **GROUPED, "head_dim": 16, "attention_bias": True, "logit_scale": 0.25, "sliding_window": 5,
+        "rope_parameters": YARN, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     },
     "stablelm": {**GROUPED, "use_qkv_bias": True},
     "stablelm 2": {

@@ -157,13 +157,18 @@ def error(tmp_path, transformers, torch, auto):
         ("qwen2", {"rope_scaling": SCALINGS[2], "max_window_layers": 2, "layer_types": None}),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5}),
         ("gemma3_text", {"rope_scaling": SCALINGS[0], "rope_parameters": None, "rope_local_base_freq": 77.0}),
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": None}),
+        ("olmo3", {"rope_scaling": SCALINGS[0], "rope_parameters": None, "layer_types": None, "rope_theta": 5e5}),
+        ("smollm3 window", {"no_rope_layers": None, "no_rope_layer_interval": 2, "rope_parameters": None}),
+        ("cohere2", {"layer_types": None, "sliding_window_pattern": 2, "rope_parameters": None}),
+        ("stablelm", {"partial_rotary_factor": 0.5, "rope_parameters": None, "rope_theta": 7e4}),
         ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 5e3, "rope_theta": 7e4, "rope_parameters": None}),
     ],
 )
 def test_logits_of_a_setting_in_another_place(case, changes, tmp_path):
     """Within 1e-5 of the largest logit: float32 through layers whose weights magnify its rounding."""
     transformers = pytest.importorskip("transformers", reason="compares with it: pip install -e '.[torch]'")
-    torch, _, _ = saved("AutoModelForCausalLM", tmp_path / "theirs", case, **CASES[case])
+    torch, _, _ = saved("AutoModelForCausalLM", tmp_path / "theirs", case.split()[0], **CASES[case])
     file = tmp_path / "theirs" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     assert error(tmp_path, transformers, torch, "AutoModelForCausalLM")[-1] < 1e-5

@@ -120,6 +120,8 @@ FAMILIES = {
     "falcon": {name: size for name, size in SIZES.items() if name != "head_dim"},
     "bloom": SIZES,
     "phi3": {**SIZES, "head_dim": 4},
+    "cohere2": {**SIZES, "head_dim": 4},
+    "stablelm": {**SIZES, "head_dim": 4, "qk_layernorm": True, "partial_rotary_factor": 0.5},
     "deepseek_v3": {
         **SIZES, "num_key_value_heads": 4, "num_hidden_layers": 3, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
         "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 12,

@@ -17,8 +17,7 @@ def read(c: Fields) -> TransformerConfig:
     kinds = attention_kinds(c, [LOCAL if (i + 1) % period else GLOBAL for i in range(n)])
     local = LayerOverrides(window=c.or_default("sliding_window", 4_096)) if LOCAL in kinds else LayerOverrides()
     variants = [local if kind == LOCAL else LayerOverrides(positions=Positions()) for kind in kinds]
-    heads = c["hidden_size"] // c["num_attention_heads"]  # transformers ignores head_dim here
-    return dataclasses.replace(cohere.plain(Fields({**c, "head_dim": heads})), **repeated(variants))
+    return dataclasses.replace(cohere.plain(c), **repeated(variants))
 
 
 def write(m: TransformerConfig) -> dict[str, Any]:
