@@ -54,6 +54,9 @@ def write(entry: Array, new: Array, mask: Mask) -> Array:
     if mask.query_segments is not None:
         slots = jnp.where(mask.query_segments > 0, slots, size)
 
+    if B == T == 1:  # one row's next slot, seen by nobody before a token is there; XLA's CPU backend makes no copy
+        return jax.lax.dynamic_update_slice_in_dim(entry, jnp.moveaxis(new, 1, -2), mask.start.reshape(()), axis=-2)
+
     def row(entry: Array, new: Array, slots: Array) -> Array:
         return entry.at[..., slots, :].set(jnp.moveaxis(new, 0, -2), mode="drop")
 
