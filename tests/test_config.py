@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +14,11 @@ from typing import Any, Literal, Protocol
 
 import pytest
 
-from gptjax.config import EXPORTS, allow, differences, from_json, modules, override, to_json
+from gptjax.cli.options import override
+from gptjax.cli.parts import Choices, annotation
+from gptjax.config import EXPORTS, allow, differences, from_json, modules, paths, to_json
+from gptjax.nn import ALiBi
+from gptjax.optim import AdamW, Constant
 from gptjax.types import UserError
 
 allow(sys.modules[__name__])
@@ -52,7 +57,7 @@ class Model:
 
 
 class Source(Protocol):
-    def documents(self) -> list[str]: ...
+    def letters(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,13 @@ class Text:
     path: Path = Path("a.txt")
     names: tuple[str, ...] = ()
 
-    def documents(self) -> list[str]:
+    def letters(self) -> list[str]:
         return []
+
+
+@dataclass(frozen=True)
+class Sheet(Text):
+    column: str = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -168,7 +178,7 @@ def test_a_file_names_what_gptjax_exports_and_what_the_program_allows(monkeypatc
     for path in refused:
         with pytest.raises(UserError, match=r"configuration\.extra: got class .*, must be a configuration that gptjax"):
             from_json({**to_json(CONFIG), "extra": {"class": path}})
-    monkeypatch.setattr("gptjax.config._allowed", set())
+    monkeypatch.setattr("gptjax.config.allowed_modules", set())
     with pytest.raises(UserError, match=f"got class {__name__}.Text, must"):
         roundtrip(Text())
     assert modules(CONFIG) == {sys.modules[__name__]}
@@ -233,6 +243,23 @@ def test_differences():
         ("--model.positions.theta 5e5", {"model": Model(positions=RoPE(5e5))}),
         ("--axis data", {"axis": "data"}),
         ("--axis None", {"axis": None}),
+        ("--model.positions Learned", {"model": Model(positions=Learned())}),
+        ("--model.positions.length 7 --model.positions=Learned", {"model": Model(positions=Learned(7))}),
+        (
+            "--chat.data Data --pretrain.data None",
+            {"stages": {"pretrain": Stage(), "chat": Stage(Adam(1e-4), 5, Data())}},
+        ),
+        (
+            "--chat.data.source.column 1 --chat.data.source Sheet --chat.data Data --chat.data.mixture.1.0 Text",
+            {
+                "stages": {
+                    **CONFIG.stages,
+                    "chat": Stage(
+                        Adam(1e-4), 5, Data(source=Sheet(column="1"), mixture=((Text(), 0.25), (Text(), 0.75)))
+                    ),
+                }
+            },
+        ),
         ("--chat.steps 7", {"stages": {**CONFIG.stages, "chat": Stage(Adam(1e-4), 7)}}),
         ("--chat.optimizer.betas 0.5 -1", {"stages": {**CONFIG.stages, "chat": Stage(Adam(1e-4, (0.5, -1.0)), 5)}}),
         (
@@ -261,16 +288,32 @@ def test_overrides_are_typed(arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model.layesr 3", "no option --model.layesr; nearest: --model.layers; see all with prog --help"),
-        ("--steps=3", "no option --steps; nearest: --chat.steps, --pretrain.steps; see all with prog --help"),
-        ("--zzzzzz 3", "no option --zzzzzz; see all with prog --help"),
+        ("--model.layesr 3", "no option --model.layesr; nearest: --model.layers; see all with prog --help all"),
+        ("--steps=3", "no option --steps; nearest: --chat.steps, --pretrain.steps; see all with prog --help all"),
+        ("--zzzzzz 3", "no option --zzzzzz; see all with prog --help all"),
         ("3", "got '3', which is not an option; give values as --name value"),
-        ("--extra.x 3", "no option --extra.x; nearest: --extra; see all with prog --help"),
+        ("--extra.x 3", "no option --extra.x; nearest: --extra; see all with prog --help all"),
         ("--model.layers many", "--model.layers: got 'many', must be an integer of at most 64 bits"),
         ("--model.kv_heads 1.5", "--model.kv_heads: got '1.5', must be an integer of at most 64 bits"),
         ("--model.layers", "Missing value for argument '--model.layers'. Expected 1 values"),
         ("--model.positions.theta inf", "--model.positions.theta: got 'inf', must be a finite number"),
         ("--model.heads 3", "model.heads: got 3, must divide width 8"),
+        ("--model.positions rope", "--model.positions: got 'rope', must be one of Learned, RoPE"),
+        ("--model.positions None", "--model.positions: got 'None', must be one of Learned, RoPE"),
+        (
+            "--model.position RoPE",
+            "no option --model.position; nearest: --model.positions; see all with prog --help all",
+        ),
+        ("--chat.data Text", "--chat.data: got 'Text', must be one of Data, None"),
+        ("--pretrain.data.source Adam", "--pretrain.data.source: got 'Adam', must be one of Sheet, Text"),
+        ("--pretrain.data.source Sheet", "--pretrain.data.source Sheet: needs --pretrain.data.source.column"),
+        ("--pretrain.data.source=Sheet", "--pretrain.data.source Sheet: needs --pretrain.data.source.column"),
+        ("--pretrain.optimizer Adam", "--pretrain.optimizer: cannot be set from the command line; change it in Python"),
+        (
+            "--model.positions Learned --model.positions.theta 3",
+            "no option --model.positions.theta; nearest: --model.heads, --chat.optimizer.betas, "
+            "--pretrain.optimizer.betas; see all with prog --help all",
+        ),
     ],
 )
 def test_a_mistake_gets_one_line(arguments, message, capsys, monkeypatch):
@@ -297,11 +340,72 @@ def test_a_choice_outside_the_literal_names_the_choices():
         apply("--model.remat", "some")
 
 
-def test_help_shows_every_option_with_its_docstring(capsys):
+def help_of(capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        apply("--help")
+        apply(*arguments)
     assert stop.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_begins_with_the_sections(capsys):
+    text = help_of(capsys, "--help")
+    for part in (
+        "A description.",
+        "  model     Model: RoPE\n",
+        "  pretrain  Stage: Adam, Data\n",
+        "  chat      Stage: Adam\n",
+        "--seed INT",
+    ):
+        assert part in text
+    assert "--model" not in text
+    assert len(text.splitlines()) < 20
+
+
+def test_help_of_a_section_is_of_what_is_chosen(capsys):
+    text = help_of(capsys, "--help", "pretrain.data")
+    assert text.startswith("pretrain.data: Data: Text\n\nParts, with the class of each")
+    assert "  --pretrain.data.source Text\n        Sheet, Text\n" in text
+    assert "--pretrain.data.shares.code" in text
+    assert "--pretrain.steps" not in text
+    assert "--help" not in text
+    text = help_of(capsys, "--model.positions", "Learned", "-h", "model")
+    assert "--model.positions.length" in text
+    assert "theta" not in text
+    with pytest.raises(
+        UserError, match=r"^--help: no section 'model.layers'; must be all or a section, such as positions$"
+    ):
+        apply("--help", "model.layers")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "moe_30b_a3b", "nanochat_d4", "t5_numbers"])
+def test_every_part_of_an_experiment_may_be_chosen_as_what_it_is(name):
+    """Stages and the values of dicts are no parts."""
+    experiment = importlib.import_module(f"gptjax.experiments.{name}").experiment
+    allow(sys.modules[f"gptjax.experiments.{name}"])
+    parts = {path: value for path, value in paths(experiment) if dataclasses.is_dataclass(value)}
+    without = {path for path in parts if path in experiment.stages or ".groups." in path or re.search(r"\.\d+$", path)}
+    found = {path: Choices(annotation(experiment, path)).names() for path in parts.keys() - without}
+    assert {path: type(parts[path]).__name__ in names for path, names in found.items()} == dict.fromkeys(found, True)
+    assert len(found) > 15
+
+
+def test_what_is_chosen_is_what_a_run_is_resumed_with():
+    experiment = importlib.import_module("gptjax.experiments.quickstart").experiment
+    arguments = "--model.positions ALiBi --pretrain.optimizer AdamW --pretrain.optimizer.b1 0.8 --chat.divergence Skip"
+    arguments += (
+        " --pretrain.optimizer.schedule Constant --wandb WandB --tokenizer Bytes --pretrain.evaluations.0 Answers"
+    )
+    arguments += " --pretrain.evaluations.0.source PyDocsChat --model.mlp MixtureOfExperts --model.mlp.router Sigmoid"
+    chosen = override(experiment, arguments.split(), "prog", "")
+    assert chosen.model.positions == ALiBi()
+    assert chosen.stages["pretrain"].optimizer == AdamW(b1=0.8, schedule=Constant())
+    assert differences(chosen, roundtrip(chosen)) == []
+    assert override(experiment, arguments.split(), "prog", "") == chosen
+    assert override(chosen, ["--wandb", "None"], "prog", "") == dataclasses.replace(chosen, wandb=None)
+
+
+def test_help_shows_every_option_with_its_docstring(capsys):
+    text = help_of(capsys, "--help", "all")
     for part in (
         "A description.",
         "--model.layers INT",

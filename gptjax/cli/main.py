@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from gptjax.cli import plan, run
-from gptjax.cli.chat import Chat, show
+from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.convert import convert
 from gptjax.distributed import processes
 
@@ -127,7 +127,21 @@ def chat(
     """
     options = {**sampling.options(), "template": _variables(template)}
     model = _with_sampling(_load(path, step))
+    if _learned_no_chat(path):
+        note(f"{path} was trained on text, not on conversations: its answers continue yours, as gptjax generate does")
     Chat(model, system, options).run()
+
+
+def _learned_no_chat(path: Path) -> bool:
+    """True for a run without a stage of conversations. A stage whose data or initial model are not ours may have had
+    some."""
+    try:
+        experiment = json.loads((path / "config.json").read_bytes())["experiment"]
+        kinds = {stage["data"]["class"] for stage in experiment["stages"].values()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no run
+        return False
+    known = all(kind.startswith("gptjax.data.") and kind != "gptjax.data.Chat" for kind in kinds)
+    return known and experiment["init_from"] is None
 
 
 def _variables(given: Sequence[str]) -> dict[str, Any]:
@@ -263,7 +277,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         near = difflib.get_close_matches(name, ("run", "plan", "tokenizer", *COMMANDS), n=1)
         return run.fail(f"no command {name!r}{f'; the nearest: {near[0]}' if near else ''}; see gptjax --help")
     command = tokenizer.cli if name == "tokenizer" else functools.partial(tyro.cli, _later(COMMANDS[name]))
-    from gptjax.config import parsed
+    from gptjax.cli.options import parsed
 
     parsed(lambda: command(prog=f"gptjax {name}", args=arguments))()
     return 0

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         tyro.cli(Options, prog="gptjax plan NAME", description=__doc__, args=["--help"])
     name, *rest = arguments
 
-    from gptjax.config import override, parse_options
+    from gptjax.cli.options import override, parse_options
     from gptjax.plan.topology import Target
     from gptjax.types import UserError
 

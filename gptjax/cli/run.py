@@ -3,8 +3,10 @@ again resumes it. Outside a checkout it is `gptjax run NAME`.
 
 python -m experiments                                   the experiments there are
 python -m experiments quickstart                        train it in runs/quickstart, or go on
-python -m experiments quickstart --help                 what it is and everything that can be overridden
+python -m experiments quickstart --help                 what it is, and the sections of what can be overridden
+python -m experiments quickstart --help pretrain        the options of a section; all: of all sections
 python -m experiments quickstart --model.layers 12 --out runs/deep
+python -m experiments quickstart --model.positions ALiBi --out runs/alibi
 python -m experiments quickstart --print                show the configuration and stop
 python -m experiments path/to/mine.py                   an experiment outside this folder, in runs/mine
 """
@@ -123,12 +125,12 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 def _parse(name: str, arguments: list[str], default: Options, program: str) -> tuple[Options, Experiment]:
     """The launcher's options, and the experiment of that name with the overrides applied."""
-    from gptjax.config import describe_options, override, parse_options
+    from gptjax.cli.options import describe_options, override, parse_options
 
     options, overrides = parse_options(default, arguments)
     _ = options.folder, options.steps  # mistakes in them are shown before an experiment is loaded
     module = catalogue.load(name)
-    about = f"{(module.__doc__ or '').strip()}\n\n{describe_options(default)}\n\nEvery value of the experiment:"
+    about = f"{(module.__doc__ or '').strip()}\n\n{describe_options(default)}"
     return options, override(module.experiment, overrides, f"{program} {name}", about)
 
 

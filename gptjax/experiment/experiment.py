@@ -30,6 +30,7 @@ from rich.console import Console
 
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import check_name, to_json
+from gptjax.data.chat import Chat
 from gptjax.data.files import cache_dir
 from gptjax.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
 from gptjax.data.tokenizers.tokenizer import decoder_start
@@ -41,6 +42,7 @@ from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.io import atomic
 from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
+from gptjax.models.model import Model
 from gptjax.monitor.metrics import MetricsLogger, WandB
 from gptjax.protocols import ModelConfig, Module
 from gptjax.train.loop import train
@@ -121,6 +123,8 @@ class Experiment:
             self._check_prompts(tokenizer)
             self._check_evaluations(folder, tokenizer)
             model, mesh = self.model.build(self.rules), self.mesh.make()
+            with sharding.use(mesh):
+                self._check_data(folder, tokenizer, model, console)
             pretrained = self._pretrained(model, tokenizer)
             init, origin = pretrained, None  # initial parameters of the next stage, and their checkpoint
             results: dict[str, list[Result]] = {}
@@ -130,6 +134,11 @@ class Experiment:
                     run_folder.set_stale_aside(folder, name, origin, accept_changes, console)
                     with Checkpoints(checkpoints) as saved:
                         done = saved.complete(stage.steps)
+                    if done and profile is not None:
+                        console.print(
+                            f"profile: {name} has done its {stage.steps:,} steps, so there is none to trace; "
+                            "choose another folder with --out"
+                        )
                     if not done:
                         with sharding.use(mesh):
                             params = train(
@@ -156,17 +165,28 @@ class Experiment:
                     if stage.evaluations and not results[name]:
                         with sharding.use(mesh):
                             trained = init(nested(declared(model)))
-                        evaluated = model_class(type(self.model))(self.model, trained, tokenizer, rules=self.rules)
+                        evaluated = self._kind(self.model, trained, tokenizer, rules=self.rules)
                         results[name] = _evaluate(name, stage, evaluated, console)
                         stored.write(results[name])
             if jax.process_index() == 0:
                 report.write(folder, results, {name: stage.objective.unit for name, stage in self.stages.items()})
                 console.print(f"\nDone. Report: {_short(folder / 'report' / 'report.md')}")
-                if self.model.architecture == "decoder":
-                    console.print(f"\nNow try:\n  gptjax chat {_short(folder)}")
-                    console.print(f'  gptjax generate {_short(folder)} --prompt "..."')
+                console.print("\n".join(["\nNow try:", *(f"  {line}" for line in self._uses(_short(folder)))]))
             processes.barrier("the report is written")
             return 0
+
+    def _uses(self, folder: str) -> list[str]:
+        """Commands for the trained model; Python for one that no command knows."""
+        if self.model.architecture != "decoder":
+            return [
+                f"python -i -c 'import gptjax; model = gptjax.load(\"{folder}\", kind=gptjax.{self._kind.__name__})'"
+            ]
+        chats = any(isinstance(stage.data, Chat) for stage in self.stages.values())
+        return [f"gptjax chat {folder}"] * chats + [f'gptjax generate {folder} --prompt "..."']
+
+    @property
+    def _kind(self) -> type[Model]:
+        return model_class(type(self.model))
 
     @property
     def _generates(self) -> bool:
@@ -223,6 +243,19 @@ class Experiment:
                         f"{name}.prompts: got {prompt!r} of {size} tokens, must be at least 1 "
                         "and less than the maximum of model.positions"
                     )
+
+    def _check_data(self, folder: Path, tokenizer: Tokenizer, model: Module, console: Console) -> None:
+        """Raise UserError for data of a later stage that cannot be trained on, before the first stage is trained; its
+        texts are tokenised. Call it with the mesh set."""
+        cache, waiting = cache_dir() / "tokens", []
+        for name, stage in self.stages.items():
+            with Checkpoints(folder / "checkpoints" / name) as saved:
+                if saved.latest_step() != stage.steps:
+                    waiting.append(name)
+        for name in waiting[1:]:  # the first one's are read next
+            with console.status(f"reading the data of {name} ..."):
+                batches, _ = self.stages[name].read(name, tokenizer, model.rules, self.seed, cache)
+            batches.close()
 
     def _check_evaluations(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Raise UserError for an evaluation that cannot be run, before training."""

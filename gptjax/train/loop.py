@@ -82,7 +82,7 @@ def train(
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(Display(name, stage.steps, tokens, flops, pauses))
         with display.phase("reading the data"):
-            batches, validation = stage.read(tokenizer, model.rules, seed, cache)
+            batches, validation = stage.read(name, tokenizer, model.rules, seed, cache)
         read = {"train": getattr(batches, "fingerprint", None), "validation": getattr(validation, "fingerprint", None)}
         checkpoints = stack.enter_context(Checkpoints(folder, max_to_keep=stage.max_to_keep))
         stack.callback(batches.close)

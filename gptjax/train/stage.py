@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+from gptjax.config import path_of
 from gptjax.distributed.sharding import ShardingRules, data_shard
 from gptjax.nn import LoRA
 from gptjax.protocols import BatchIterator, Data, Evaluation, ModelConfig, Objective, Optimizer, Tokenizer
@@ -92,15 +93,19 @@ class Stage:
                 )
 
     def read(
-        self, tokenizer: Tokenizer, rules: ShardingRules, seed: int, cache: Path
+        self, name: str, tokenizer: Tokenizer, rules: ShardingRules, seed: int, cache: Path
     ) -> tuple[BatchIterator, Iterable[Batch] | None]:
         """Batches of this process to train on, and to validate with if there is a validation split, on the current
-        mesh. Texts are tokenised unless the folder `cache` has them. Raises UserError."""
+        mesh. Texts are tokenised unless the folder `cache` has them. Raises UserError that names the field of the stage
+        `name`."""
         shard, num_shards = data_shard(rules)
-        return (
-            self.data.batches(tokenizer, "train", seed, cache, shard, num_shards),
-            self.data.evaluation(tokenizer, "validation", cache, shard, num_shards, self.eval_sequences),
-        )
+        try:
+            batches = self.data.batches(tokenizer, "train", seed, cache, shard, num_shards)
+            return batches, self.data.evaluation(tokenizer, "validation", cache, shard, num_shards, self.eval_sequences)
+        except UserError as error:
+            field, _, reason = str(error).partition(":")
+            path = path_of(self.data, field)
+            raise UserError(str(error) if path is None else f"{name}.data.{path}:{reason}") from error
 
     def evaluates(self, step: int) -> bool:
         """True if there is a validation loss after this step."""

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 from gptjax.data.chat import Chat, Message, render
-from gptjax.data.mix import Mix
+from gptjax.data.mix import Mix, permute
 from gptjax.data.packing import BestFit, Concatenate
 from gptjax.data.pretrain import Pretrain
-from gptjax.data.shuffle import permute
 from gptjax.data.sources import Text
 from gptjax.data.store import Tokens, tokenize
 from gptjax.data.tokenizers import Bytes

@@ -47,7 +47,8 @@ def test_an_encoder_decoder_trains_from_an_experiment(tmp_path, monkeypatch, cap
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "run"
     Experiment(MODEL, data.Bytes(), {"train": STAGE}).run(folder)
-    assert "gptjax chat" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Now try:\n  python -i -c 'import gptjax; model = gptjax.load(\"{folder}\", kind=gptjax.TextToText)'" in out
     (found,) = json.loads((folder / "report" / "train.json").read_text())["results"]
     assert found["values"] == {"exact_match": 1.0, "documents": 8}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

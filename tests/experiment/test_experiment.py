@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from jax.sharding import PartitionSpec
 import gptjax
 from gptjax import data, evals, optim
 from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.cli import main as command_line
 from gptjax.cli import run as launcher
 from gptjax.config import from_json
 from gptjax.distributed import sharding
@@ -167,6 +169,45 @@ def test_the_second_stage_begins_with_the_average_of_the_first(finished):
 def test_every_stage_shares_out_the_parameters_as_declared(finished, specs):
     shared = PartitionSpec(None, "fsdp", "tensor")
     assert specs == {"pretrain": shared, "chat": shared}
+
+
+@dataclasses.dataclass(frozen=True)
+class Monologues(Sums):
+    """Conversations without an answer."""
+
+    def documents(self, split: str) -> Iterator[tuple[data.Message, ...]]:
+        for talk in super().documents(split):
+            yield talk[:1]
+
+    def fingerprint(self) -> str:
+        return "monologues"
+
+
+def test_data_of_a_later_stage_are_refused_before_the_first_is_trained(tmp_path, capsys):
+    chat = dataclasses.replace(CHAT, data=data.Chat(Monologues(), length=32, batch=8), evaluations=())
+    experiment = dataclasses.replace(EXPERIMENT, stages={"pretrain": PRETRAIN, "chat": chat})
+    with pytest.raises(UserError, match=r"^chat\.data\.source: Monologues\(\) has nothing to learn for train: "):
+        experiment.run(tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_says_what_it_can_do(finished, monkeypatch, tmp_path, capsys):
+    """Chat only where a stage taught it; and a profile of a finished run is none."""
+    monkeypatch.chdir(finished.parent)
+    EXPERIMENT.run(finished, profile=range(1, 2))
+    out = capsys.readouterr().out
+    assert out.endswith('\n\nNow try:\n  gptjax chat run\n  gptjax generate run --prompt "..."\n')
+    nothing = "profile: {} has done its 4 steps, so there is none to trace; choose another folder with --out\n"
+    assert all(nothing.format(name) in out for name in ("pretrain", "chat"))
+    alone = dataclasses.replace(EXPERIMENT, stages={"pretrain": dataclasses.replace(PRETRAIN, evaluations=())})
+    alone.run(tmp_path / "alone")
+    out = capsys.readouterr().out
+    assert "profile" not in out
+    assert f'\n\nNow try:\n  gptjax generate {tmp_path / "alone"} --prompt "..."\n' in out
+    for folder, notes in ((finished, 0), (tmp_path / "alone", 1)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/quit"))
+        assert command_line.main(["chat", str(folder)]) == 0
+        assert capsys.readouterr().err.count(f"({folder} was trained on text, not on conversations: ") == notes
 
 
 def test_what_is_done_is_not_done_again(finished, monkeypatch):

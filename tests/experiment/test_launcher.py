@@ -196,7 +196,7 @@ def test_help_of_an_experiment(tiny, capsys):
         (["no/such.py"], "no file 'no/such.py'; give the path of an experiment, or one of: quickstart"),
         (
             ["TINY", "--stepz", "3"],
-            "no option --stepz; nearest: --steps; see all with gptjax run TINY --help",
+            "no option --stepz; nearest: --steps; see all with gptjax run TINY --help all",
         ),
         (["TINY", "--steps", "x"], "--steps: got 'x', must be an integer of at most 64 bits"),
         (["TINY", "--steps", "-1"], "--steps: got -1, must not be negative"),

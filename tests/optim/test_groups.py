@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from architectures import ARCHITECTURES
 
-from gptjax.config import from_json, override, to_json
+from gptjax.cli.options import override
+from gptjax.config import from_json, to_json
 from gptjax.distributed.parameters import flat, parameter_info
 from gptjax.optim import AdamW, Constant, Cosine, Group, Groups, HasAxis, HasKind, Lion, MaxAxes, Muon
 from gptjax.types import UserError
