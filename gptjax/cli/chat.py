@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Generator
@@ -105,7 +104,7 @@ class Chat:
 
     def save(self, path: Path) -> None:
         """Append the conversation as a line that `data.ChatJsonl` reads."""
-        content = {"messages": [dataclasses.asdict(message) for message in self.messages]}
+        content = {"messages": [{"role": m.role, "content": m.content} for m in self.messages]}
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(content, ensure_ascii=False) + "\n")
