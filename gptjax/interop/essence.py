@@ -44,6 +44,7 @@ def essence(m: ModelConfig) -> dict[str, Any]:
             "mlp": _mlp(block.mlp),
             "hidden": block.hidden,
             "bias": block.bias,
+            "residual": None if block.residual == m.residual else block.residual,
         }
         for i, block in enumerate(m.stack().blocks)
     }

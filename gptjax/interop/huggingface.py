@@ -284,7 +284,7 @@ def _read(family: Family, fields: Fields) -> ModelConfig:
     if family.classifier is None:
         raise UserError(f"config.json: architectures: got {fields['architectures']}, must be {family.architecture}")
     fields.only(problem_type="single_label_classification")
-    return family.classifier(family.read(fields), len(fields.get("id2label") or (0, 0)))
+    return family.classifier(family.read(fields), len(fields.get("id2label") or (0, 0)), fields)
 
 
 def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
@@ -294,8 +294,8 @@ def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
         return fields | family.write(config)
     if family.classifier is None:
         raise UserError(f"classifier: got one, for which {family.model_type} has no class in `transformers`")
-    labels = [f"LABEL_{number}" for number in range(config.classes)]
-    return fields | _named(labels) | family.write(config.backbone) | {"architectures": [family.classifying]}
+    fields |= _named([f"LABEL_{number}" for number in range(config.classes)]) | family.write(config.backbone)
+    return fields | family.of_classifier(config) | {"architectures": [family.classifying]}
 
 
 def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dict[str, Any]]:

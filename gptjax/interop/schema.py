@@ -24,26 +24,27 @@ SIZES = (*WIDTHS, *COUNTS, *EXPERTS, *LATENT, *FALCON, "relative_attention_num_b
 NATURALS = (
     *("n_shared_experts", "first_k_dense_replace", "max_window_layers", "max_position_embeddings", "sliding_window"),
     *("original_max_position_embeddings", "num_experts_per_tok", "n_group", "topk_group"),
-    *("relative_attention_max_distance", "num_ln_in_parallel_attn"),
+    *("relative_attention_max_distance", "num_ln_in_parallel_attn", "local_attention"),
 )
-PERIODS = ("decoder_sparse_step", "sliding_window_pattern", "no_rope_layer_interval")
+PERIODS = ("decoder_sparse_step", "sliding_window_pattern", "no_rope_layer_interval", "global_attn_every_n_layers")
 """Fields that say which layers differ: every so many."""
 NUMBERS = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq", "rotary_emb_base"),
     *("rotary_pct", "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping", "swiglu_alpha"),
     *("final_logit_softcapping", "routed_scaling_factor", "swiglu_limit", "embedding_multiplier"),
     *("attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "norm_epsilon"),
+    *("norm_eps", "global_rope_theta", "local_rope_theta"),
 )
 FLAGS = (
     *("attention_bias", "mlp_bias", "tie_word_embeddings", "use_parallel_residual", "use_sliding_window", "is_decoder"),
     *("norm_topk_prob", "rope_interleave", "scale_decoder_outputs", "add_cross_attention"),
     *("use_qk_norm", "qk_layernorm", "use_qkv_bias"),
     *("use_bias", "bias", "alibi", "multi_query", "parallel_attn", "new_decoder_architecture"),
-    "apply_residual_connection_post_layernorm",
+    *("apply_residual_connection_post_layernorm", "norm_bias", "decoder_bias", "classifier_bias"),
 )
 TEXTS = (
     *("model_type", "hidden_act", "hidden_activation", "activation_function", "feed_forward_proj", "dtype"),
-    *("torch_dtype", "problem_type", "activation"),
+    *("torch_dtype", "problem_type", "activation", "classifier_activation", "classifier_pooling"),
 )
 ROPE: dict[str, Schema] = {
     **dict.fromkeys(("rope_type", "type"), TEXT),

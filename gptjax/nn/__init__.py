@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gptjax.nn.config import BackboneConfig, LayerOverrides, ModelConfig
     from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
     from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-    from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, Pooler, Pooling
+    from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, NormedPooler, Pooler, Pooling
     from gptjax.nn.intermediates import activations
     from gptjax.nn.latent_attention import MultiHeadLatentAttention
     from gptjax.nn.lora import DoRA, LoRA
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         Parallel,
         PostNorm,
         PreNorm,
+        PreNormButFirst,
         Residual,
         SandwichNorm,
         ScaledPreNorm,
@@ -103,6 +104,7 @@ __all__ = [
     "NTKScaling",
     "NoResidual",
     "Norm",
+    "NormedPooler",
     "OutputNorm",
     "Parallel",
     "ParamFactory",
@@ -113,6 +115,7 @@ __all__ = [
     "Positions",
     "PostNorm",
     "PreNorm",
+    "PreNormButFirst",
     "RMSNorm",
     "ReLU",
     "ReLUSquared",
@@ -154,7 +157,7 @@ _NAMES = {
     "gptjax.nn.config": "BackboneConfig LayerOverrides ModelConfig",
     "gptjax.nn.encoder": "Encoder EncoderConfig Transform",
     "gptjax.nn.encoder_decoder": "EncoderDecoder EncoderDecoderConfig",
-    "gptjax.nn.heads": "Classifier ClassifierConfig Embedder First Last Mean Pooler Pooling",
+    "gptjax.nn.heads": "Classifier ClassifierConfig Embedder First Last Mean NormedPooler Pooler Pooling",
     "gptjax.nn.latent_attention": "MultiHeadLatentAttention",
     "gptjax.nn.lora": "DoRA LoRA",
     "gptjax.nn.mixer": "SequenceMixer",
@@ -170,7 +173,8 @@ _NAMES = {
     ),
     "gptjax.nn.recurrent": "GRU LSTM Recurrent RecurrentConfig",
     "gptjax.nn.residual": (
-        "NoResidual OutputNorm Parallel PostNorm PreNorm Residual SandwichNorm ScaledPreNorm ScaledStream"
+        "NoResidual OutputNorm Parallel PostNorm PreNorm PreNormButFirst Residual SandwichNorm ScaledPreNorm "
+        "ScaledStream"
     ),
     "gptjax.nn.router": "Router Sigmoid Softmax",
     "gptjax.nn.stack": "Stack",

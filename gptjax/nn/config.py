@@ -34,6 +34,8 @@ class LayerOverrides:
     """Feed-forward part."""
     hidden: int | None = None
     """F, hidden size of the MLP."""
+    residual: Residual | None = None
+    """Arrangement of attention and MLP around the residual stream."""
 
     def __post_init__(self):
         for field in ("window", "hidden"):
@@ -222,7 +224,7 @@ class BackboneConfig(ModelConfig):
             mlp=overrides.mlp or self.mlp,
             hidden=overrides.hidden or self.F,
             norm=self.norm,
-            residual=self.residual,
+            residual=overrides.residual or self.residual,
             cross_attention=None if self.cross_attention is None else sized(self.cross_attention, LayerOverrides()),
             bias=self.bias,
             dropout=self.dropout,

@@ -28,12 +28,14 @@ class Transform(Part):
 
     mlp: MLP = GELU(approximate=False)
     """MLP whose activation is used."""
+    bias: bool = True
+    """Add b."""
 
     def __call__(self, param: ParamFactory, x: Array, norm: Norm) -> Array:
         width = x.shape[-1]
         y = linear(x, param("dense", (width, width), ("embed", None)), param.rules("batch", "sequence", None))
-        y = self.mlp.activation(y + param("dense_bias", (width,), (None,), zeros))
-        return norm(param.scope("norm"), y)
+        y = y + param("dense_bias", (width,), (None,), zeros) if self.bias else y
+        return norm(param.scope("norm"), self.mlp.activation(y))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,9 @@ from gptjax.kernels.linear import linear
 from gptjax.nn.backbone import Backbone
 from gptjax.nn.block import Context
 from gptjax.nn.config import BackboneConfig, ModelConfig
+from gptjax.nn.mlp import GELU, MLP
 from gptjax.nn.module import ParamFactory, Part, zeros
+from gptjax.nn.norms import LayerNorm, Norm
 from gptjax.types import Array, UserError
 
 
@@ -78,6 +80,24 @@ class Pooler(Part):
         width = x.shape[-1]
         y = linear(x, param("dense", (width, width), ("embed", None)), param.rules("batch", None, None))
         return jnp.tanh(y + param("dense_bias", (width,), (None,), zeros))
+
+
+@dataclasses.dataclass(frozen=True)
+class NormedPooler(Pooler):
+    """ModernBERT's pooler before the classifier: norm(act(x W + b)) (arXiv:2412.13663)."""
+
+    mlp: MLP = GELU(approximate=False)
+    """MLP whose activation is used."""
+    norm: Norm = LayerNorm()
+    """Normalisation."""
+    bias: bool = False
+    """Add b."""
+
+    def __call__(self, param: ParamFactory, x: Array) -> Array:
+        width = x.shape[-1]
+        y = linear(x, param("dense", (width, width), ("embed", None)), param.rules("batch", None, None))
+        y = y + param("dense_bias", (width,), (None,), zeros) if self.bias else y
+        return self.norm(param.scope("norm"), self.mlp.activation(y))
 
 
 @dataclasses.dataclass(frozen=True)

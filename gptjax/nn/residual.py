@@ -53,6 +53,13 @@ class PreNorm(Residual):
         return norm(f"norm_{i}", x)
 
 
+class PreNormButFirst(PreNorm):
+    """`PreNorm` whose first sublayer reads the stream itself: ModernBERT's first layer, after the embedding's norm."""
+
+    def read(self, norm, i, x):
+        return x if i == 1 else norm(f"norm_{i}", x)
+
+
 @dataclasses.dataclass(frozen=True)
 class ScaledPreNorm(PreNorm):
     """x = x + multiplier f(norm(x)), with a constant multiplier: Granite, and MiniCPM (arXiv:2404.06395)."""

@@ -120,6 +120,13 @@ CASES = {
     "bert": SIZES,
     "roberta": {**SIZES, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
     "xlm-roberta": {**SIZES, "pad_token_id": 0, "hidden_act": "relu"},
+    "modernbert": {**SIZES, "num_hidden_layers": 7, "local_attention": 8, "cls_token_id": None, "sep_token_id": None},
+    "modernbert odd": {
+        **SIZES, "num_hidden_layers": 5, "local_attention": 5, "attention_bias": True, "mlp_bias": True,
+        "norm_bias": True, "classifier_bias": True, "classifier_activation": "relu", "hidden_activation": "silu",
+        "classifier_pooling": "mean", "rope_parameters": LOCAL_AND_GLOBAL, "tie_word_embeddings": False,
+        "layer_types": [*["sliding_attention"] * 2, *["full_attention"] * 3],
+    },
     "t5": T5,
     "t5 gated": {**T5, "feed_forward_proj": "gated-gelu"},
 }
@@ -127,7 +134,10 @@ CASES = {
 """Family, and what sets the case apart -> the fields of its config."""
 
 
-KINDS = {**dict.fromkeys(("bert", "roberta", "xlm-roberta"), "AutoModelForMaskedLM"), "t5": "AutoModelForSeq2SeqLM"}
+KINDS = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "modernbert"), "AutoModelForMaskedLM"),
+    "t5": "AutoModelForSeq2SeqLM",
+}
 
 
 def saved(kind: str, folder, family: str, **fields):

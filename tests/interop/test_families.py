@@ -70,7 +70,8 @@ def test_a_model_of_transformers_goes_in_and_out(case, tmp_path):
 
 CLASSIFIERS = (
     "gpt2", "gemma", "smollm3", "stablelm 2", "llama biased", "gpt_neox", "starcoder2", "falcon new", "bloom",
-    "gemma3_text", "qwen3_moe", "bert", "roberta",
+    "gemma3_text", "qwen3_moe", "bert", "roberta", "modernbert",
+    "modernbert odd",
 )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ EXPECTED: dict[str, tuple[int, int, bool, Layers]] = {
     ),
     "google-bert/bert-base-uncased": (109_514_298, 64, True, [(None, LearnedPositions(512))]),
     "FacebookAI/roberta-base": (124_697_433, 64, True, [(None, LearnedPositions(512, offset=2))]),
+    "answerdotai/ModernBERT-base": (149_655_232, 64, True, [(None, RoPE(1.6e5)), (65, RoPE()), (65, RoPE())]),
     "google/flan-t5-small": (76_961_152, 64, False, [(None, T5Bias(32, 128))]),
 }  # fmt: skip
 """Parameters in all, as their authors count them; the size of a head; whether the head is tied; the layers."""

@@ -17,6 +17,7 @@ from gptjax.nn import (
     MixtureOfExperts,
     MultiHeadAttention,
     MultiHeadLatentAttention,
+    NormedPooler,
     Part,
     Pooler,
     RMSNorm,
@@ -49,6 +50,7 @@ PARTS = {
     ValueResidual(): (VALUES, X, TOKENS, VALUES + 1),
     Transform(): (X, RMSNorm()),
     Pooler(): (X,),
+    NormedPooler(bias=True): (X,),
 }
 
 

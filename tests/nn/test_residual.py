@@ -13,6 +13,7 @@ from gptjax.nn import (
     Part,
     PostNorm,
     PreNorm,
+    PreNormButFirst,
     Residual,
     SandwichNorm,
     ScaledPreNorm,
@@ -39,6 +40,7 @@ def then(x, of):
 
 EQUATIONS = {
     PreNorm(): lambda x: then(x, lambda i, f, x: x + f(NORMS[f"norm_{i}"] * x)),
+    PreNormButFirst(): lambda x: then(x, lambda i, f, x: x + f(NORMS[f"norm_{i}"] * x if i > 1 else x)),
     ScaledPreNorm(0.3): lambda x: then(x, lambda i, f, x: x + 0.3 * f(NORMS[f"norm_{i}"] * x)),
     ScaledStream(): lambda x: EQUATIONS[PreNorm()](0.7 * x + 0.2 * START),
     PostNorm(): lambda x: then(x, lambda i, f, x: NORMS[f"norm_{i}"] * (x + f(x))),

@@ -19,6 +19,7 @@ from gptjax.interop.families import (
     llama,
     mistral,
     mixtral,
+    modernbert,
     nanochat,
     olmo2,
     olmo3,
@@ -38,7 +39,7 @@ from gptjax.interop.families.family import CLASSIFYING, Family, Fields, Piece, R
 _MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma, gemma2, gemma3, olmo2, olmo3, phi3, smollm3, nanochat)
 _MORE = (granite, cohere, cohere2, stablelm, starcoder2, falcon, bloom)
 _MIXTURES = (mixtral, qwen3_moe, gpt_oss, deepseek_v3)
-_ENCODERS = (bert, roberta, xlm_roberta)
+_ENCODERS = (bert, roberta, xlm_roberta, modernbert)
 FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MORE, *_MIXTURES, *_ENCODERS, t5))
 """All families. If several can express a model, the first is used."""
 

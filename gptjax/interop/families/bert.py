@@ -86,7 +86,7 @@ def write(m: EncoderConfig) -> dict[str, Any]:
     }
 
 
-def classifier(backbone: EncoderConfig, classes: int) -> ClassifierConfig:
+def classifier(backbone: EncoderConfig, classes: int, c: Fields) -> ClassifierConfig:
     return ClassifierConfig(backbone, classes, First(), Pooler(), bias=True)
 
 

@@ -85,8 +85,13 @@ class Family:
     """Tensor that may be in a file twice -> its name in the table: a head tied to the embedding."""
     former: tuple[tuple[str, str], ...] = ()
     """(suffix of names in older files, suffix in the table)."""
-    classifier: Callable[[Any, int], ClassifierConfig] | None = ClassifierConfig
-    """(configuration, number of classes) -> the family's classifier. None: `transformers` has no class for one."""
+    classifier: Callable[[Any, int, Fields], ClassifierConfig] | None = lambda m, classes, c: ClassifierConfig(
+        m, classes
+    )
+    """(configuration, number of classes, config.json) -> the family's classifier. None: `transformers` has no class for
+    one."""
+    of_classifier: Callable[[ClassifierConfig], dict[str, Any]] = lambda m: {}
+    """The fields of config.json for a classifier's own settings: the inverse of `classifier`."""
     stem: str = ""
     """Prefix of the classifier's class in `transformers`. "": that of `architecture`."""
 

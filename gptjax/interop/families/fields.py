@@ -10,6 +10,7 @@ from gptjax.nn import (
     GELU,
     MLP,
     Attention,
+    BackboneConfig,
     GeGLU,
     LayerOverrides,
     MixtureOfExperts,
@@ -83,7 +84,7 @@ def of_activation(mlp: MLP | None, known: Mapping[str, MLP]) -> str:
     raise UserError(f"model.mlp: got {mlp}, must be one of {', '.join(map(str, known.values()))}")
 
 
-def attentions(m: TransformerConfig) -> list[Attention]:
+def attentions(m: BackboneConfig) -> list[Attention]:
     """The attention part of each layer. Raises UserError where it is another sequence mixer."""
     mixers = [block.attention for block in m.stack().blocks]
     found = [mixer for mixer in mixers if isinstance(mixer, Attention)]
@@ -92,7 +93,7 @@ def attentions(m: TransformerConfig) -> list[Attention]:
     return found
 
 
-def attention_bias(m: TransformerConfig) -> bool:
+def attention_bias(m: BackboneConfig) -> bool:
     """True if the attention projections have biases."""
     own = m.attention.bias if isinstance(m.attention, Attention) else None
     return m.bias if own is None else own
@@ -119,11 +120,11 @@ def attention_kinds(c: Fields, default: Sequence[str]) -> Sequence[str]:
     return kinds
 
 
-def layer_types(m: TransformerConfig) -> list[str]:
+def layer_types(m: BackboneConfig) -> list[str]:
     """Kind of attention of each layer: the inverse of `attention_kinds`."""
     return [GLOBAL if attention.window is None else LOCAL for attention in attentions(m)]
 
 
-def window(m: TransformerConfig) -> int | None:
+def window(m: BackboneConfig) -> int | None:
     """The window of the layers that have one, or None."""
     return next((w for attention in attentions(m) if (w := attention.window) is not None), None)

@@ -9,13 +9,13 @@ from typing import Any
 from gptjax.interop.families.family import Fields
 from gptjax.interop.families.fields import GLOBAL, LOCAL, attentions, layer_types
 from gptjax.nn import (
+    BackboneConfig,
     LinearScaling,
     Llama3Scaling,
     LongRoPE,
     Positions,
     RoPE,
     Scaling,
-    TransformerConfig,
     YaRN,
 )
 from gptjax.types import UserError
@@ -118,7 +118,7 @@ def ropes(c: Fields, thetas: Mapping[str, Any]) -> dict[str, RoPE]:
     return {kind: rope(c, fields, thetas[kind]) for kind, fields in own.items()}
 
 
-def of_ropes(m: TransformerConfig) -> dict[str, Any]:
+def of_ropes(m: BackboneConfig) -> dict[str, Any]:
     """The field of config.json for the encodings of both kinds of layers: the inverse of `ropes`."""
     seen = dict(zip(layer_types(m), (attention.positions for attention in attentions(m)), strict=True))
     own = {kind: of_rope(seen.get(kind) or m.positions).get("rope_parameters") for kind in (GLOBAL, LOCAL)}
