@@ -82,7 +82,7 @@ manifest() {
   need BUCKET --bucket gs://mine
   [[ $BUCKET =~ ^gs://[^/]+$ ]] || fail "BUCKET: got $BUCKET, must be gs://NAME"
   [[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+)+$ ]] || fail "TOPOLOGY: got $TOPOLOGY, must be like 4x4 or 4x4x8"
-  check_experiment
+  check_experiment elsewhere
   local spot='' hosts chips=$((${TOPOLOGY//x/*}))
   [[ -z $SPOT ]] || spot='                cloud.google.com/gke-spot: "true"
               tolerations:

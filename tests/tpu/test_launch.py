@@ -42,7 +42,7 @@ else:
         (folder / "state").write_text("ACTIVE" if "queued-resources" in call else "READY")
     if "delete" in call:
         (folder / "state").write_text("")
-print(output)
+print(output.removeprefix("STDERR "), file=sys.stderr if output.startswith("STDERR ") else sys.stdout)
 sys.exit(code)
 """
 
@@ -127,7 +127,7 @@ def test_up_creates_installs_runs_and_follows(world):
         UP,
         UP.replace("up ", "up --queued --project p --run r --runtime image "),
         *(f"tpu/launch {command} --name pod --zone z" for command in ("install", "log", "stop", "status", "delete")),
-        "tpu/launch run --name pod --zone z -- some/where.py",
+        "tpu/launch run --name pod --zone z -- experiments/quickstart.py",
         "tpu/gke.sh run --name pod --accelerator a --topology 4x4 --image i --bucket gs://b -- gpt2_124m",
         *(f"tpu/gke.sh {command} --name pod" for command in ("log", "status", "delete")),
         "tpu/slurm.sh --nodes=2 --time 1:00:00 -- gpt2_124m --a 'b c'",
@@ -155,6 +155,35 @@ def test_what_goes_on_failing_ends_with_its_exit_code_and_the_command(world):
     assert attempts == [f"exit code 7, attempt {i} of 3; retrying in {i} s" for i in (1, 2)]
     assert last.startswith("error: exit code 7 after 3 attempts: gcloud compute tpus tpu-vm create pod --zone=z1")
     assert world.verbs()[1:] == ["list", "create", "sleep", "create", "sleep", "create", "list"]
+
+
+@pytest.mark.parametrize(
+    ("command", "part", "code", "says"),
+    [
+        ("UP", "list", 1, "ERROR: (gcloud.compute.tpus) The required property [project] is not currently set."),
+        ("UP", "create", 1, "ERROR: (gcloud) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied"),
+        ("UP", "create", 2, "ERROR: (gcloud) argument --accelerator-type: Invalid choice: 'v5'"),
+        ("UP", "scp", 127, "gcloud: command not found"),
+        ("UP", "setup", 1, "ERROR: (gcloud) You do not currently have an active account selected."),
+        ("JOBSET", "apply", 1, "Error from server (Forbidden): jobsets is forbidden"),
+        ("JOBSET", "apply", 1, 'error: no matches for kind "JobSet" in version "jobset.x-k8s.io/v1alpha2"'),
+        ("tpu/slurm.sh -- gpt2_124m", "sbatch", 1, "sbatch: error: invalid partition specified: gpu"),
+        ("tpu/slurm.sh -- gpt2_124m", "sbatch", 127, "sbatch: not found"),
+    ],
+)
+def test_what_cannot_succeed_is_not_tried_again(world, command, part, code, says):
+    """And what it says is shown once; a new machine may refuse ssh for a while."""
+    command = {"UP": UP, "JOBSET": JOBSET.format("run")}.get(command, command)
+    world.expect((part, code, f"STDERR {says}", None))
+    failed = world.run(command)
+    assert failed.returncode == 2
+    assert f"error: exit code {code}, and another attempt would fail too: " in failed.stderr
+    assert failed.stderr.count(f"{says}\n") == 1
+    assert "sleep" not in world.verbs()
+    assert sum(part in " ".join(call) for call in world.calls()) == 1
+    if command == UP:
+        world.expect((part, 255, "STDERR root@1.2.3.4: Permission denied (publickey).", None))
+        assert world.run(command, POLL="0").returncode == 0
 
 
 @pytest.mark.parametrize(("queued", "state", "code"), [("", "PREEMPTED", 255), ("1", "SUSPENDED", 130)])
@@ -270,7 +299,13 @@ def test_a_queued_resource_is_waited_for(world):
         ("tpu/launch log --name p", "ZONE: is not set; pass --zone or set the variable ZONE, such as us-west4-a"),
         ("tpu/launch run --name p --zone z", "no experiment; give it after --, such as -- gpt2_124m"),
         ("tpu/launch run --name p --zone", "--zone: needs a value"),
-        ("tpu/launch run --name p --zone z --bucket b -- a", "BUCKET: got b, must begin with gs://"),
+        ("tpu/launch run --name p --zone z --bucket b -- quickstart", "BUCKET: got b, must begin with gs://"),
+        (
+            "tpu/launch up --dry-run --name p --zone z --type t -- quikstart",
+            "quikstart: no such experiment; there are: gpt",
+        ),
+        ("tpu/launch run --name p --zone z -- no/such.py", "no/such.py: no such file"),
+        ("tpu/slurm.sh --dry-run -- _hidden", "_hidden: no such experiment"),
         ("tpu/launch run --name p --zone z -- a --out b", "--out: the folder is runs/RUN; pass --run before the --"),
         ("tpu/launch rum", "rum: no such command; must be up, create, install, run, log, stop, status or delete"),
         ("tpu/launch run gpt2_124m", "gpt2_124m: no such option; see tpu/launch --help"),
