@@ -154,11 +154,18 @@ class Checkpoints:
         self.wait()
         return processes.allgather(self._finished())[0]
 
-    def extra(self) -> dict[str, Any] | None:
-        """`extra` of the newest finished checkpoint with a sound manifest. None: there is none. No file is verified."""
+    def extra(self, step: int | None = None) -> dict[str, Any] | None:
+        """`extra` of a checkpoint's `content`."""
+        content = self.content(step)
+        return None if content is None else content["extra"]
+
+    def content(self, step: int | None = None) -> dict[str, Any] | None:
+        """Content of the manifest of `step`, or of the newest finished checkpoint with a sound one. None: there is
+        none. No file is verified."""
         self.wait()
-        contents = (manifest.read(self.folder / str(step)) for step in reversed(self._finished()))
-        return processes.allgather(next((content["extra"] for content in contents if content), None))[0]
+        steps = reversed(self._finished()) if step is None else [step]
+        contents = (manifest.read(self.folder / str(step)) for step in steps)
+        return processes.allgather(next((content for content in contents if content), None))[0]
 
     def complete(self, step: int) -> bool:
         """True if `step` has a sound checkpoint whose validation loss is known."""

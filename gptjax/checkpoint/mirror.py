@@ -1,8 +1,7 @@
 """A copy of a run folder in a bucket, updated in the background: local checkpoints are fast, the bucket's outlive the
 machine.
 
-    with Mirror("gs://bucket/small", "runs/small"):
-        experiment.run("runs/small")
+    experiment.run("runs/small", mirror="gs://bucket/small")
 
 Files that the bucket has and the folder lacks are copied back first. A checkpoint's manifest is copied last, so that an
 interrupted copy counts as unfinished, as on disk.

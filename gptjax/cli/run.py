@@ -108,9 +108,9 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
                 return _coordinates(experiment, options.folder)
             if options.distributed:
                 processes.initialize()
-            profile = {"profile": options.steps} if options.steps else {}
-            with _mirror(options):
-                return experiment.run(options.folder, accept_changes=options.accept_changes, **profile) or 0
+            given = {"profile": options.steps, "mirror": options.mirror}
+            given = {name: value for name, value in given.items() if value}
+            return experiment.run(options.folder, accept_changes=options.accept_changes, **given) or 0
         except Diverged as error:
             return fail(str(error), code=3)
         except Exception as error:
@@ -151,15 +151,6 @@ def _coordinates(experiment: Experiment, folder: Path) -> int:
     stage = next(iter(experiment.stages.values()))
     print(check(experiment.model, stage.optimizer, folder.with_name(f"{folder.name}-coordinates.png")))
     return 0
-
-
-def _mirror(options: Options) -> contextlib.AbstractContextManager:
-    """Context in which the run folder is copied to `options.mirror`, if that is set."""
-    if not options.mirror:
-        return contextlib.nullcontext()
-    from gptjax.checkpoint.mirror import Mirror
-
-    return Mirror(options.mirror, options.folder)
 
 
 def _listing(program: str) -> str:

@@ -30,14 +30,14 @@ import numpy as np
 from gptjax.config import digest
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.io import atomic, retry
+from gptjax.io.digest import file_digest
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError, one_line
 
 FORMAT = 4
 """Format version, part of the name of every store."""
-BLOCK, BLOCKS = 1 << 18, 256
-"""Bytes and number of the blocks that are verified of a larger file of tokens or weights, 64 MiB in all. Smaller files,
-offsets and labels are verified whole."""
+WHOLE = ("offsets.bin", "labels.bin")
+"""Files that are verified whole. Of a larger file of tokens or weights, `file_digest` reads blocks."""
 
 TRUNCATED, DROPPED = "truncated to the sequence length", "dropped as too long"
 UNTAUGHT = "without a target"
@@ -132,7 +132,7 @@ class Tokens:
         offsets = np.unique(np.clip(offsets, start, end)) - start
         if len(offsets) < 2:
             raise UserError(f"validation: got {self.validation}, which leaves no document of {path} for {split}")
-        fingerprint = _digest(path, f"{self.separator}, {start}:{end}")
+        fingerprint = file_digest(path, f"{self.separator}, {start}:{end}")
         return Store(path, self.dtype, offsets, tokenizer.vocab, fingerprint, start)
 
     def _range(self, split: Split, offsets: np.ndarray) -> tuple[int, int]:
@@ -267,7 +267,7 @@ def _open(folder: Path, vocab: int) -> Store | None:
         if header.pop("sha256") != digest(header):
             raise ValueError("header.json is not as it was written")
         for name, expected in header["verified"].items():
-            if _digest(folder / name) != expected:
+            if file_digest(folder / name, whole=name in WHOLE) != expected:
                 raise ValueError(f"{name} is not as it was written")
         return Store(
             path=folder / "tokens.bin",
@@ -335,25 +335,10 @@ def _write(
         "tokens": tokens,
         "notes": notes,
         "files": {name: found.hexdigest() for name, found in hashes.items()},
-        "verified": {name: _digest(folder / name) for name in hashes},
+        "verified": {name: file_digest(folder / name, whole=name in WHOLE) for name in hashes},
     }
     (folder / "header.json").write_text(json.dumps({"sha256": digest(header), **header}, indent=1))
     return tokens, notes
-
-
-def _digest(path: Path, *facts: str) -> str:
-    """SHA-256 of facts, a file's size and its content: of a large file of tokens or weights, of blocks at equal
-    distances."""
-    size = path.stat().st_size
-    whole = size <= BLOCK * BLOCKS or path.name in ("offsets.bin", "labels.bin")
-    count = -(-size // BLOCK) if whole else BLOCKS
-    hashed = hashlib.sha256(json.dumps([size, *facts]).encode())
-    with open(path, "rb") as file:
-        for block in range(count):
-            if not whole:
-                file.seek(block * (size - BLOCK) // (count - 1))
-            hashed.update(file.read(BLOCK))
-    return hashed.hexdigest()
 
 
 def combine(*fingerprints: str) -> str:

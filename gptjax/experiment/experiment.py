@@ -29,6 +29,7 @@ import jax
 from rich.console import Console
 
 from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.checkpoint.mirror import Mirror
 from gptjax.config import check_name, to_json
 from gptjax.data.chat import Chat
 from gptjax.data.files import cache_dir
@@ -88,6 +89,8 @@ class Experiment:
         for name, stage in self.stages.items():
             with _naming(name):
                 stage.check(self.model)
+                if stage.init_from != "latest" and name == first:
+                    raise UserError(f"init_from: got {stage.init_from}, must be latest: no stage is before the first")
 
     def check(self, devices: int) -> None:
         """Raise UserError, naming the field, if the experiment does not fit this number of devices."""
@@ -103,7 +106,13 @@ class Experiment:
             if size % parts:
                 raise UserError(f"{field}: got {size}, must be a multiple of {parts}, its number of shards on the mesh")
 
-    def run(self, folder: str | Path, accept_changes: bool = False, profile: range | None = None) -> int:
+    def run(
+        self,
+        folder: str | Path,
+        accept_changes: bool = False,
+        profile: range | None = None,
+        mirror: str | None = None,
+    ) -> int:
         """Train every stage, or resume the folder's run; evaluate; write the report.
 
         A resumed run continues bit for bit as if it had not been interrupted. On another mesh, or with another number
@@ -111,12 +120,14 @@ class Experiment:
         different configuration is an error that lists the differences, unless `accept_changes`. Returns 0.
 
         profile  steps of each stage to trace, counted from 1 at the start of this process
+        mirror   bucket, gs:// or a path, that the folder is copied to, and first copied back from if that is newer
         """
         folder = Path(folder).absolute()
         # Paths are neither wrapped nor parsed as markup, so that they can be copied.
         console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
         self.check(jax.device_count())
-        with run_folder.lock(folder):
+        copied = contextlib.nullcontext() if mirror is None else Mirror(mirror, folder)
+        with run_folder.lock(folder), copied:  # nothing is copied while another run has the folder
             for line in run_folder.prepare(folder, self, accept_changes):
                 console.print(f"changed: {line}")
             tokenizer = self._tokenizer(folder, console)
@@ -126,11 +137,16 @@ class Experiment:
             with sharding.use(mesh):
                 self._check_data(folder, tokenizer, model, console)
             pretrained = self._pretrained(model, tokenizer)
-            init, origin = pretrained, None  # initial parameters of the next stage, and their checkpoint
+            first = next(iter(self.stages))
+            init, origin = pretrained, run_folder.pretrained_identity(folder, first, self.init_from)
+            previous, params = None, None  # stage, and its trained parameters if they are at hand
             results: dict[str, list[Result]] = {}
             with MetricsLogger(folder, self.wandb, to_json(self)) as records:
                 for name, stage in self.stages.items():
-                    checkpoints, params = folder / "checkpoints" / name, None
+                    if previous is not None:
+                        origin = run_folder.identity(folder, previous, stage.init_from)
+                        init = self._trained(folder, previous, pretrained, origin["step"], params)
+                    previous, params, checkpoints = name, None, folder / "checkpoints" / name
                     run_folder.set_stale_aside(folder, name, origin, accept_changes, console)
                     with Checkpoints(checkpoints) as saved:
                         done = saved.complete(stage.steps)
@@ -152,19 +168,19 @@ class Experiment:
                                 seed=self.seed,
                                 init=init,
                                 sample=functools.partial(_sample, model, stage, tokenizer) if self._generates else None,
-                                start=_start(origin, self.init_from),
+                                start=run_folder.describe(origin),
                                 description={"configuration": to_json(self), "origin": origin},
                                 profile=profile,
                                 accept_changes=accept_changes,
                             )
-                    restore = functools.partial(self._restore_stage, folder, name, pretrained)
-                    init = restore if params is None else functools.partial(_given, params)
-                    origin = run_folder.identity(folder, name)
-                    stored = run_folder.StoredResults(folder / "report" / f"{name}.json", origin, stage.evaluations)
+                    of = run_folder.identity(folder, name)
+                    stored = run_folder.StoredResults(folder / "report" / f"{name}.json", of, stage.evaluations)
                     results[name] = stored.read() or []
                     if stage.evaluations and not results[name]:
                         with sharding.use(mesh):
-                            trained = init(nested(declared(model)))
+                            trained = self._trained(folder, name, pretrained, of["step"], params)(
+                                nested(declared(model))
+                            )
                         evaluated = self._kind(self.model, trained, tokenizer, rules=self.rules)
                         results[name] = _evaluate(name, stage, evaluated, console)
                         stored.write(results[name])
@@ -198,17 +214,23 @@ class Experiment:
         path = self.init_from
         return None if path is None else lambda _: init_from_pretrained(path, model, tokenizer, self.seed)
 
-    def _restore_stage(
+    def _trained(
         self,
         folder: Path,
         name: str,
         pretrained: Callable[[Params | None], Params] | None,
-        abstract: Params | None = None,
-    ) -> Params:
-        """Trained parameters of a stage, sharded as the abstract ones."""
+        step: int,
+        params: Params | None,
+    ) -> Callable[[Params], Params]:
+        """Abstract parameters -> those of a stage at a step, sharded alike: the trained `params` if they are at hand
+        and the step is its last, else those of the checkpoint."""
+        if params is not None and step == self.stages[name].steps:
+            return lambda _: params
         adapters = {name: stage.adapter for name, stage in self.stages.items()}
-        model = self.model.build(self.rules)
-        return restore_stage_params(folder / "checkpoints", adapters, name, model, abstract, pretrained).state
+        model, checkpoints = self.model.build(self.rules), folder / "checkpoints"
+        return lambda abstract: (
+            restore_stage_params(checkpoints, adapters, name, model, abstract, pretrained, step).state
+        )
 
     def _tokenizer(self, folder: Path, console: Console) -> Tokenizer:
         """The run's tokenizer: loaded from its folder, or built from the first stage's training text."""
@@ -276,16 +298,6 @@ def _evaluate(name: str, stage: Stage, model: Any, console: Console) -> list[Res
         values = ", ".join(f"{key} {value:.6g}" for key, value in results[-1].values.items())
         console.print(f"{name}: {results[-1].title}: {values}")
     return results
-
-
-def _start(origin: run_folder.Identity | None, init_from: str | None) -> str:
-    """The initial parameters of a stage, in words."""
-    return f"step {origin['step']:,} of {origin['stage']}" if origin else init_from or "new parameters"
-
-
-def _given(params: Params, abstract: Params) -> Params:
-    """Return `params`, which have the shardings of the abstract ones."""
-    return params
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 from rich.console import Console
@@ -21,6 +21,7 @@ from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import allow, differences, digest, from_json, modules, to_json
 from gptjax.distributed import processes
 from gptjax.io import atomic
+from gptjax.models.identity import content_digest
 from gptjax.protocols import Evaluation
 from gptjax.types import Result, UserError, one_line
 
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 LOCK = "run.lock"
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
-CHANGEABLE = ("mesh", "rules", "wandb")
-"""Fields that do not affect training, except for the rounding of sums: a run may be resumed with other values."""
+CHANGEABLE = ("mesh", "rules", "wandb", "init_from")
+"""Fields that do not affect training, except for the rounding of sums: a run may be resumed with other values. (The
+model of `init_from` is known by its content.)"""
 CHANGEABLE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_timeout", "prompts")
 """The same, of a stage."""
 
@@ -119,17 +121,42 @@ Identity = dict[str, Any]
 """A checkpoint: stage, step and the SHA-256 of what decides its parameters."""
 
 
-def identity(folder: Path, stage: str) -> Identity:
-    """Identity of the newest checkpoint of a stage. The same training gives the same identity, on any mesh: a step that
-    is trained a second time, after its checkpoint was damaged, is the same."""
+def identity(folder: Path, stage: str, which: Literal["latest", "best"] = "latest") -> Identity:
+    """Identity of a checkpoint of a stage. The same training gives the same identity, on any mesh: a step that is
+    trained a second time, after its checkpoint was damaged, is the same. Raises UserError if there is no best one."""
     with Checkpoints(folder / "checkpoints" / stage) as checkpoints:
-        step, extra = checkpoints.latest_step(), checkpoints.extra() or {}
+        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+        if step is None:
+            raise UserError(f"init_from: got {which}, but no checkpoint of {stage} has a validation loss")
+        extra = checkpoints.extra(step) or {}
     whole = extra["configuration"]
     changeable = {*CHANGEABLE_OF_STAGES, "evaluations"}
     decisive = {name: value for name, value in whole["stages"][stage].items() if name not in changeable}
-    made = {name: whole.get(name) for name in ("model", "seed", "init_from")} | {"stage": decisive}
+    made = {name: whole.get(name) for name in ("model", "seed")} | {"stage": decisive}
     made |= {name: extra.get(name) for name in ("tokenizer", "input", "rollbacks", "origin")}
     return {"stage": stage, "step": step, "sha256": digest(made)}
+
+
+def pretrained_identity(folder: Path, stage: str, path: str | None) -> Identity | None:
+    """Identity of the model that the first stage starts from, by its content. None: it starts from new parameters. If
+    that model is gone, it is the one that the stage was trained from. Raises UserError if there is neither."""
+    if path is None:
+        return None
+    try:
+        return {"init_from": path, "sha256": content_digest(path)}
+    except UserError:
+        with Checkpoints(folder / "checkpoints" / stage) as checkpoints:
+            extra = checkpoints.extra()
+        if extra is None or extra.get("origin") is None:
+            raise
+        return extra["origin"]
+
+
+def describe(origin: Identity | None) -> str:
+    """Line about the parameters that a stage starts from."""
+    if origin is None:
+        return "new parameters"
+    return origin["init_from"] if "init_from" in origin else f"step {origin['step']:,} of {origin['stage']}"
 
 
 def set_stale_aside(folder: Path, stage: str, origin: Identity | None, accept_changes: bool, console: Console) -> None:
@@ -139,12 +166,12 @@ def set_stale_aside(folder: Path, stage: str, origin: Identity | None, accept_ch
     with Checkpoints(path) as checkpoints:
         extra = checkpoints.extra()
     before = None if extra is None else extra.get("origin")
-    if extra is None or before == origin:
+    if extra is None or (before or {}).get("sha256") == (origin or {}).get("sha256"):
         return
-    was, now = (f"step {of['step']} of {of['stage']}" if of else "other parameters" for of in (before, origin))
-    why = f"{stage}: was trained from {was}, which is not {now}, the newest checkpoint"
-    if before and origin and before["step"] == origin["step"]:
-        why = f"{stage}: was trained from another checkpoint of {now}"
+    was, now = describe(before), describe(origin)
+    why = f"{stage}: was trained from {was}, which is not {now}"
+    if was == now:
+        why = f"{stage}: was trained from other content of {now}"
     if not accept_changes:
         raise UserError(f"{why}; train it again with --accept_changes, or choose another folder with --out")
     number = 1

@@ -29,6 +29,7 @@ from gptjax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
+from gptjax.models.identity import content_digest
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.model import Model
 from gptjax.nn import LoRA, ModelConfig, TransformerConfig
@@ -136,7 +137,11 @@ def restore_stage_params(
     base = None
     if lora is not None:
         if (before := names.index(stage) - 1) >= 0:
-            base = restore_stage_params(checkpoints, adapters, names[before], model, abstract, pretrained).state
+            with Checkpoints(checkpoints / stage) as saved:
+                origin = (saved.extra(step) or {}).get("origin") or {}
+            base = restore_stage_params(
+                checkpoints, adapters, names[before], model, abstract, pretrained, origin.get("step")
+            ).state
         else:
             assert pretrained is not None, "a first stage with adapters needs a pretrained model"
             base = pretrained(abstract)
@@ -301,6 +306,13 @@ def _run(path: Path, experiment: Any, dtype: str | None, rules: ShardingRules, k
     tokenizer = load_tokenizer(path / "tokenizer")
 
     def pretrained(abstract: Params | None) -> Params:
+        with Checkpoints(path / "checkpoints" / next(iter(stages))) as first:
+            origin = (first.extra() or {}).get("origin") or {}
+        if "sha256" in origin and origin["sha256"] != content_digest(experiment["init_from"]):
+            raise UserError(
+                f"init_from: got {experiment['init_from']}, whose files are not those that the adapters in {path} were "
+                "trained on; restore them"
+            )
         params = init_from_pretrained(experiment["init_from"], built, tokenizer, experiment["seed"])
         return jax.tree.map(lambda x, want: x.astype(want.dtype), params, abstract)
 
@@ -356,11 +368,14 @@ def _check_config(path: Path, stage: str, experiment: dict[str, Any], extra: dic
 def _decisive(experiment: dict[str, Any], last: str, names: Sequence[str]) -> dict[str, Any]:
     """The values of a run's configuration that decide what the model of a stage answers, as JSON."""
     stages, data = experiment["stages"], experiment["stages"].get(last, {}).get("data")
-    source = data.get("source") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    source = data.get("source")
     return {
-        **{name: experiment.get(name) for name in ("model", "init_from", "seed")},
+        **{name: experiment.get(name) for name in ("model", "seed")},
         **{f"{name}.adapter": stages[name].get("adapter") for name in names},
-        f"{last}.data.length": data.get("length") if isinstance(data, dict) else None,
+        **{
+            f"{last}.data.{name}": data.get(name) if isinstance(data, dict) else None for name in ("length", "template")
+        },
         f"{last}.data.source.classes": source.get("classes") if isinstance(source, dict) else None,
     }
 

@@ -274,7 +274,7 @@ class _Run:
             self.check(done, losses)
             if losses:
                 self.display.evaluation(done, losses["validation_loss"])
-            if self.sample is not None:
+            if self.sample is not None and self.stage.samples(done):
                 for prompt in self.stage.prompts:
                     if stopping.now():
                         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from gptjax.config import path_of
 from gptjax.distributed.sharding import ShardingRules, data_shard
@@ -26,6 +27,8 @@ class Stage:
     """Optimizer: `optim.AdamW`, `optim.Muon`, ..., or `optim.Groups` of them."""
     steps: int
     """Number of optimizer steps, one batch each."""
+    init_from: Literal["latest", "best"] = "latest"
+    """Checkpoint of the previous stage to start from: its last, or the best by validation loss."""
     adapter: LoRA | None = None
     """Adapters to train over frozen parameters: the previous stage's, or those of `init_from`. None: train all
     parameters."""
@@ -37,7 +40,8 @@ class Stage:
     divergence: Stop = Stop()
     """Policy for a loss that is not finite or spikes: `Stop`, `Skip` the step, `RollBack` to a checkpoint."""
     evaluate_every: int = 250
-    """Steps between validation losses and text samples."""
+    """Steps between validation losses and text samples. Every checkpoint has a validation loss too, but for those of
+    Ctrl-C and SIGTERM."""
     eval_sequences: int = 256
     """Number of validation sequences in a validation loss."""
     save_every: int = 250
@@ -109,4 +113,8 @@ class Stage:
 
     def evaluates(self, step: int) -> bool:
         """True if there is a validation loss after this step."""
+        return self.samples(step) or step % self.save_every == 0
+
+    def samples(self, step: int) -> bool:
+        """True if there are text samples after this step."""
         return step % self.evaluate_every == 0 or step == self.steps
