@@ -22,7 +22,7 @@ def convert(
     """Write a model in another format: a folder for transformers, a GGUF file for llama.cpp, or a folder of ours.
 
     Args:
-        source: Model to load: a folder, a name on the Hugging Face hub, or a llama2.c file.
+        source: Model to load: a folder, a name on the Hugging Face hub, a GGUF file, or a llama2.c file.
         destination: Folder or file to write; it must not exist.
         to: Format.
         dtype: Dtype of the weights. hf: float32 (default), bfloat16 or float16. gguf: f32, f16 (default), bf16, q8_0 or

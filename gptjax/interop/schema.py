@@ -118,13 +118,13 @@ def check_types(fields: Mapping[str, Any], name: str) -> None:
             raise UserError(f"{name}: id2label: got the key {key[:100]!r}, must be the number of a class")
 
 
-def check_sizes(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+def check_sizes(fields: Mapping[str, Any], tensors: Mapping[str, Any], file: str = "config.json") -> None:
     """Raise UserError for a size that these tensors cannot hold, before a model of that size is described."""
     largest = 2 * max((math.prod(tensors[name].shape) for name in tensors), default=0)  # two 4-bit numbers in a byte
     for names, limit, what in ((LAYERS, len(tensors), "tensors"), (SIZES, largest, "numbers in its largest tensor")):
         for name in names:
             if (size := fields.get(name)) is not None and isinstance(size, int) and size > limit:
-                raise UserError(f"config.json: {name}: got {size}, which is more than the file has {what}")
+                raise UserError(f"{file}: {name}: got {size}, which is more than the file has {what}")
 
 
 def read_fields(file: Path) -> dict[str, Any]:

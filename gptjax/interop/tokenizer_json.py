@@ -14,7 +14,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptjax.data.tokenizers import (
@@ -143,6 +143,31 @@ def from_merges(
     spec = _spec(_bpe(vocab, merges), decoder=level, pre_tokenizer=level)
     spec["added_tokens"] = [_added(name, i, special=True) for name, i in specials.items()]
     return HuggingFaceTokenizer(json.dumps(spec).encode(), specials)
+
+
+def byte_level_bpe(
+    vocab: Mapping[str, int],
+    merges: Iterable[Sequence[str]],
+    pattern: str | None,
+    added: Mapping[int, str],
+    special: Collection[int],
+    first: int | None,
+    whole_words: bool,
+) -> Spec:
+    """The tokenizer.json of a byte-level BPE.
+
+    pattern      regular expression that splits text into words. None: GPT-2's
+    added        id -> added token, which is read whole, or not at all in plain text if it is in `special`
+    first        token that every text begins with
+    whole_words  a word in the vocabulary is a token, whatever the merges"""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
+    words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    split = level if pattern is None else {"type": "Sequence", "pretokenizers": [words, level]}
+    spec = _spec(_bpe(vocab, merges, ignore_merges=whole_words), decoder=level, pre_tokenizer=split)
+    spec["added_tokens"] = [_added(name, i, special=i in special) for i, name in sorted(added.items())]
+    if first is not None:
+        spec["post_processor"] = _around(added, first, None)
+    return spec
 
 
 def from_pieces(vocab: Mapping[str, int], settings: Mapping[str, Any]) -> HuggingFaceTokenizer:

@@ -3,6 +3,7 @@
 lm = gptjax.load("runs/quickstart")                      # a run, or a folder of LanguageModel.save
 lm = gptjax.load("Qwen/Qwen3-0.6B", dtype="bfloat16")    # a folder for transformers, or a repository of the hub
 lm = gptjax.load("stories15M.bin")                       # a llama2.c file
+lm = gptjax.load("qwen3-0.6b-q4_k_m.gguf")               # a GGUF file, dequantised
 bert = gptjax.load("google-bert/bert-base-uncased", kind=gptjax.EncoderModel)
 t5 = gptjax.load("google/flan-t5-small", kind=gptjax.TextToText)
 
@@ -70,7 +71,7 @@ def load(
 ) -> Model:
     """Load a model from a folder or a repository of the Hugging Face hub: a folder written by `save`; a run, at a
     checkpoint of its last stage with one; or a folder of `transformers`, of a family in
-    `gptjax.interop.families`. A llama2.c file works too, with its tokenizer beside it.
+    `gptjax.interop.families`. A GGUF file works too, and a llama2.c file with its tokenizer beside it.
 
     dtype      parameter and compute dtype: float32 or bfloat16. None: that of the files
     rules      sharding of the parameters over the current mesh (`jax.set_mesh`), on which the model then runs; devices
@@ -88,8 +89,11 @@ def load(
     if not (step in ("latest", "best") or (isinstance(step, int) and step >= 0)):
         raise UserError(f"step: got {step!r}, must be latest, best or the number of a step")
     given = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-    if Path(path).expanduser().is_file():
-        return _llama2c(Path(path).expanduser(), dtype, rules, kind, given)
+    if (file := Path(path).expanduser()).is_file():
+        from gptjax.interop.gguf.read import is_gguf
+
+        read = _gguf if is_gguf(file) else _llama2c
+        return read(file, dtype, rules, kind, given)
     from gptjax.interop import hub
     from gptjax.io.json_file import check_regular, read_object
 
@@ -232,6 +236,22 @@ def _hf(
         context = scaling.length  # extended by `LanguageModel.for_context_length`
     template = tokenizers.load_template(path)
     return LanguageModel(config, params, tokenizer, context, template, stop_token_ids, sampling, rules=rules)
+
+
+def _gguf(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Model], given: Tokenizer | None) -> Model:
+    from gptjax.interop import huggingface
+    from gptjax.interop.gguf.read import read
+    from gptjax.nn import LongRoPE, RoPE
+
+    _model_class(kind, TransformerConfig, file)
+    fields, tensors, text = read(file)
+    config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
+    assert isinstance(config, TransformerConfig)
+    context = config.max_positions or fields["max_position_embeddings"]
+    if isinstance(config.positions, RoPE) and isinstance(scaling := config.positions.scaling, LongRoPE):
+        context = scaling.length
+    tokenizer = text.tokenizer if given is None else given
+    return LanguageModel(config, params, tokenizer, context, text.template, text.stop_token_ids, rules=rules)
 
 
 def _llama2c(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Model], given: Tokenizer | None) -> Model:

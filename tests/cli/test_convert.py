@@ -73,6 +73,21 @@ def test_from_transformers_to_llama_cpp(config, dtype, code, tokenizer, tmp_path
     assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos
 
 
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_from_llama_cpp_to_transformers(config, tokenizer, tmp_path, capsys):
+    lm = make(config, tokenizer)
+    lm.save_gguf(tmp_path / "model.gguf", "f32")
+    convert(tmp_path / "model.gguf", tmp_path / "hf")
+    back = gptjax.load(tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, back.params, lm.params)
+    assert back.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+    assert (back.tokenizer.bos, back.tokenizer.eos, back.context) == (tokenizer.bos, tokenizer.eos, 48)
+    capsys.readouterr()
+    arguments = ["--prompt", "To be", "--temperature", "0", "--max-tokens", "4"]
+    assert main(["generate", str(tmp_path / "model.gguf"), *arguments]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == lm.generate("To be", 4, temperature=0)[0].text
+
+
 def test_an_adapter_is_merged_on_the_way(tokenizer, tmp_path):
     lm, lora = make(LLAMA, tokenizer), LoRA(rank=2, match=("q", "down"))
     adapters = jax.tree.map(

@@ -68,6 +68,8 @@ class Keys:
     def __init__(self, architecture: str, metadata: Metadata, tensors: Mapping[str, Any]):
         self.architecture, self._metadata, self._tensors = architecture, metadata, tensors
         self._unread = set(metadata)
+        self.computed: set[str] = set()
+        """Tensors that were read here."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._metadata
@@ -90,6 +92,9 @@ class Keys:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The float32 values of a tensor that the metadata implies."""
+        self.computed.add(name)
+        if name not in self._tensors:
+            raise UserError(f"tensors: missing {name}, which the metadata implies")
         if (got := tuple(self._tensors[name].shape)) != shape:
             raise UserError(f"tensors: {name}: got shape {got}, must be {shape} by the metadata")
         return np.asarray(self._tensors[name], np.float32)

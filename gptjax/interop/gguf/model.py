@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from gptjax.config import differences
-from gptjax.interop import huggingface
+from gptjax.interop import huggingface, schema
 from gptjax.interop.essence import essence
 from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.gguf.architecture import Keys, Link, links, rounded, shape
@@ -68,6 +68,81 @@ def describe(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Mo
     weights += [Weight(name, x.shape, lambda x=x: x) for name, x in computed.items()]
     keys = {f"{architecture.name}.{key}": value for key, value in metadata.items()}
     return Model(architecture.name, c[VOCAB], keys, weights)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assembled:
+    """A published tensor in a GGUF file, assembled each time it is converted to an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: list[Link]
+    stored: Mapping[str, Any]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = np.empty(self.shape, self.dtype)
+        for link in self.parts:
+            link.read(np.asarray(self.stored[link.name]), values)
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored(Mapping[str, Any]):
+    """The tensors of a GGUF file, by Hugging Face's names."""
+
+    parts: Mapping[str, list[Link]]
+    stored: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Assembled:
+        parts = self.parts[name]
+        dtype = np.result_type(*(self.stored[link.name].dtype for link in parts))
+        return Assembled(parts[0].their_shape, dtype, parts, self.stored)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def restore(metadata: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[dict[str, Any], Restored]:
+    """The fields of config.json and the tensors, by Hugging Face's names, of a GGUF file's model: the inverse of
+    `describe`.
+
+    Raises UserError for an unknown architecture, a key that may change what the model computes, and tensors that are
+    missing, unexpected or of the wrong shape."""
+    name = metadata.get("general.architecture")
+    architecture = next((architecture for architecture in ARCHITECTURES if architecture.name == name), None)
+    if architecture is None:
+        known = ", ".join(architecture.name for architecture in ARCHITECTURES)
+        raise UserError(f"general.architecture: got {str(name)[:40]!r}, must be one of {known}")
+    if "token_embd.weight" not in stored:
+        raise UserError("tensors: missing token_embd.weight, which every model has")
+    own = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
+    keys = Keys(architecture.name, own, stored)
+    if (layers := keys.integer("block_count")) > len(stored):
+        raise UserError(f"{name}.block_count: got {layers}, which is more than the file has tensors")
+    fields = Fields({**architecture.read(keys), VOCAB: stored["token_embd.weight"].shape[0]})
+    keys.check_all_read()
+    schema.check_sizes(fields, stored, "metadata")
+    family = next(family for family in FAMILIES if family.model_type == fields["model_type"])
+    pieces = huggingface.tensor_pieces(family, family.read(family.named(fields)))
+    parts = links(architecture, {piece.tensor: piece.shape for piece in pieces}, architecture.sizes(fields))
+    if lacking := sorted(parts.keys() - stored.keys()):
+        raise UserError(f"tensors: missing {_some(lacking)}, which a {name} of this metadata needs")
+    if extra := sorted(stored.keys() - parts.keys() - keys.computed):
+        raise UserError(f"tensors: unexpected {_some(extra)}, which a {name} of this metadata lacks")
+    by_theirs: dict[str, list[Link]] = {}
+    for tensor, group in parts.items():
+        if (got := stored[tensor].shape) != shape(group):
+            raise UserError(f"tensors: {tensor}: got shape {got}, must be {shape(group)} by the metadata")
+        for link in group:
+            by_theirs.setdefault(link.theirs, []).append(link)
+    return fields, Restored(by_theirs, stored)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(name[:100] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 CONTEXT, VOCAB = "max_position_embeddings", "vocab_size"

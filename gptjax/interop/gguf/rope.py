@@ -67,7 +67,9 @@ def read(keys: Keys, size: int) -> dict[str, Any]:
     turned = keys.integer("rope.dimension_count", size)
     if not 0 < turned <= size:
         raise UserError(f"{keys.architecture}.rope.dimension_count: got {turned}, must be 1 to the head size, {size}")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10_000.0)}
+    if (theta := keys.number("rope.freq_base", 10_000.0)) <= 1:
+        raise UserError(f"{keys.architecture}.rope.freq_base: got {theta}, must be more than 1")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if turned != size:
         fraction = turned / size
         rope["partial_rotary_factor"] = fraction if int(size * fraction) == turned else math.nextafter(fraction, 1)

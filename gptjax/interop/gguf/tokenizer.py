@@ -30,12 +30,13 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+QWEN2_PATTERN = _CONTRACTIONS + _WORDS % ""
 PATTERNS = {
     GPT2_PATTERN: "gpt-2",
     CL100K_PATTERN: "llama-bpe",
     O200K_PATTERN: "gpt-4o",
     _CONTRACTIONS + _WORDS % "{1,3}": "llama-bpe",
-    _CONTRACTIONS + _WORDS % "": "qwen2",
+    QWEN2_PATTERN: "qwen2",
 }
 """Regular expression that splits text into words -> llama.cpp's name for it."""
 
