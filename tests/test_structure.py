@@ -33,7 +33,7 @@ FLOORS = (
     {"train"},
     {"evals", "interop"},
     {"models"},
-    {"experiment"},
+    {"experiment", "serve"},
     {"plan"},
     {"cli", "gptjax"},
     {"experiments"},

@@ -4,6 +4,7 @@ gptjax run          train an experiment, or resume it
 gptjax plan         memory, time and price of an experiment on chips that you need not have
 gptjax chat         talk with a model
 gptjax generate     continue a prompt
+gptjax serve        answer over HTTP: OpenAI's interface, and a page to chat in
 gptjax eval         measure a model
 gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax tokenizer    train a tokenizer, or report on one
@@ -25,6 +26,7 @@ import tyro
 from gptjax.cli import plan, run
 from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.convert import convert
+from gptjax.cli.serve import serve
 from gptjax.distributed import processes
 
 # Nothing heavier up here: --help must not wait for jax.
@@ -248,7 +250,7 @@ def _with_sampling(model: LanguageModel) -> LanguageModel:
     return dataclasses.replace(model, sampling=model.sampling or Sampling(temperature=0.8, top_p=0.95))
 
 
-COMMANDS: dict[str, Any] = {"chat": chat, "generate": generate, "eval": evaluate, "convert": convert}
+COMMANDS: dict[str, Any] = {"chat": chat, "generate": generate, "serve": serve, "eval": evaluate, "convert": convert}
 """Commands whose arguments are those of a function."""
 
 

@@ -32,8 +32,11 @@ from gptjax.nn import LongRoPE, RoPE, TransformerConfig, unstack
 from gptjax.types import Array, Params, UserError
 
 if TYPE_CHECKING:
+    from gptjax.inference.engine import Engine
     from gptjax.interop.templates import ChatTemplate
 
+CONTEXT = 2_048
+"""Context of an engine in tokens, if the model says none."""
 Messages = Iterable[Message | Mapping[str, Any]]
 """`Message`s, or dicts with a "role" and a "content"."""
 
@@ -65,7 +68,7 @@ class LanguageModel(TextEncoder):
     def logprobs(self, text: str | Sequence[int]) -> np.ndarray:
         """Log-probability, in nats, of each token given the previous ones: float32 [n - 1] for n ids. The first token
         of a text counts too if the tokenizer has `bos`."""
-        ids = self._encode_prompt(text) if isinstance(text, str) else list(text)
+        ids = self.encode_prompt(text) if isinstance(text, str) else list(text)
         if len(ids) < 2:
             return np.zeros(0, np.float32)
         self._check_ids(ids)
@@ -89,7 +92,7 @@ class LanguageModel(TextEncoder):
         `gptjax.inference.generate`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         sampling = self._sampling(sampling, **fields)
-        ids = [self._encode_prompt(prompt) for prompt in prompts]
+        ids = [self.encode_prompt(prompt) for prompt in prompts]
         return generate(
             self._module,
             self._decode_params,
@@ -114,7 +117,7 @@ class LanguageModel(TextEncoder):
     ) -> Generator[str, None, Completion]:
         """Stream the text of `generate` in pieces. The generator's return value is the completion."""
         sampling = self._sampling(sampling, **fields)
-        return self._stream(self._encode_prompt(prompt), max_tokens, seed, stop, sampling)
+        return self._stream(self.encode_prompt(prompt), max_tokens, seed, stop, sampling)
 
     def chat(
         self,
@@ -177,7 +180,7 @@ class LanguageModel(TextEncoder):
         self, messages: Messages, max_tokens: int | None, template: Mapping[str, Any] | None
     ) -> tuple[list[int], int | None]:
         """Token ids of the messages that fit, and the maximum number of tokens of a reply."""
-        ids = self._prompt(self.trim(messages, max_tokens, template)[0], template)
+        ids = self.encode_chat(self.trim(messages, max_tokens, template)[0], template)
         if self._max_length is not None:
             max_tokens = min(max_tokens or DEFAULT_TOKENS, self._max_length - len(ids))
         return ids, max_tokens
@@ -196,7 +199,7 @@ class LanguageModel(TextEncoder):
         if window is None:
             return kept, 0
         room = window - (max_tokens or min(DEFAULT_TOKENS, window // 2))
-        while (length := len(self._prompt(kept, template))) > room:
+        while (length := len(self.encode_chat(kept, template))) > room:
             oldest = next((i for i, message in enumerate(kept[:-1]) if message.role != "system"), None)
             if oldest is None:
                 raise UserError(
@@ -218,6 +221,28 @@ class LanguageModel(TextEncoder):
                 f"tokens: got {length}, must be at most {scaling.length}, for which this model's LongRoPE is set; "
                 f"use lm.for_context_length({length})"
             )
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a document that starts with `text`."""
+        ids = add_bos_eos(self.tokenizer.encode(text), self.tokenizer, append_eos=False)
+        if not ids:
+            raise UserError("prompt: got an empty text, must have at least one character for this tokenizer")
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a conversation, up to the assistant's turn. variables: of the chat template."""
+        if self.template is not None:
+            return self.template.prompt(messages, self.tokenizer, variables)
+        if variables:
+            raise UserError(f"template: got {', '.join(variables)}, must not be given: the model has no chat template")
+        return chat_prompt(messages, self.tokenizer)
+
+    def engine(self, **options: Any) -> Engine:
+        """An engine that writes many texts of this model at a time; see `gptjax.inference.engine.Engine`."""
+        from gptjax.inference.engine import Engine
+
+        options = {"context": self._max_length or CONTEXT, "stop_token_ids": self.stop_token_ids, **options}
+        return Engine(self._module, self.params, self.tokenizer, **options)
 
     def for_context_length(self, context: int) -> LanguageModel:
         """This model for a longer context than it was loaded for, in tokens: LongRoPE (Phi-3) has other frequencies
@@ -254,14 +279,6 @@ class LanguageModel(TextEncoder):
     def _sampling(self, sampling: Sampling | None, **fields: Any) -> Sampling:
         return dataclasses.replace(sampling or self.sampling or Sampling(), **fields)
 
-    def _prompt(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of a conversation, up to the assistant's turn."""
-        if self.template is not None:
-            return self.template.prompt(messages, self.tokenizer, variables)
-        if variables:
-            raise UserError(f"template: got {', '.join(variables)}, must not be given: the model has no chat template")
-        return chat_prompt(messages, self.tokenizer)
-
     @functools.cached_property
     def _decode_params(self) -> Params:
         """Parameters with unstacked layers, for decoding."""
@@ -271,13 +288,6 @@ class LanguageModel(TextEncoder):
     @property
     def _max_length(self) -> int | None:
         return min((n for n in (self.config.max_positions, self.context) if n is not None), default=None)
-
-    def _encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a document that starts with `text`."""
-        ids = add_bos_eos(self.tokenizer.encode(text), self.tokenizer, append_eos=False)
-        if not ids:
-            raise UserError("prompt: got an empty text, must have at least one character for this tokenizer")
-        return ids
 
 
 @functools.partial(jax.jit, static_argnums=0)

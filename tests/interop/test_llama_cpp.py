@@ -104,9 +104,9 @@ def test_llama_cpp_reads_and_writes_the_same(case, tmp_path):
     assert done.returncode == 0, done.stderr[-2_000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["texts"] == prompts
-    assert found["talks"] == [lm._prompt(conversation(talk)) for talk in TALKS]
+    assert found["talks"] == [lm.encode_chat(conversation(talk)) for talk in TALKS]
     for talk, (text, length) in zip(TALKS, found["answers"], strict=True):
-        assert length == len(lm._prompt(conversation(talk)))
+        assert length == len(lm.encode_chat(conversation(talk)))
         assert text.strip() == lm.chat(talk, 16, temperature=0).content.strip()  # llama.cpp trims an answer
     for ids, continued in zip(prompts, found["continued"], strict=True):
         logits = np.asarray(lm.logits([[*ids, *continued]]))[0, len(ids) - 1 : -1, : tokenizer.vocab]

@@ -157,6 +157,8 @@ class Engine:
     def cancel(self, generation: Generation) -> None:
         """End a text; its row and pages are free after this round."""
         with self._changed:
+            if generation.finish is not None:
+                return
             if self._queue.remove(generation):
                 generation.end("cancelled")
             else:

@@ -108,6 +108,11 @@ class Generation:
         """The part that can be shown: no later token changes it."""
         return self.stream.safe if self.finish in (None, "cancelled", "error") else self.stream.text
 
+    def snapshot(self) -> tuple[str, list[Token], Finish | None]:
+        """The text that can be shown, its tokens so far and the reason for its end, all of one moment."""
+        with self._changed:
+            return self.text, list(self.tokens), self.finish
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end. False: it has not come."""
         with self._changed:

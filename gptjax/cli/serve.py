@@ -1,0 +1,111 @@
+"""`gptjax serve`: models as a service."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+Paths = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")]
+KEY = "GPTJAX_API_KEY"
+
+
+def serve(
+    paths: Paths,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    rows: int = 8,
+    context: int | None = None,
+    pages: int | None = None,
+    page: int = 64,
+    queue: int = 1_000,
+    key_file: Path | None = None,
+    without_keys: bool = False,
+) -> None:
+    """Serve models: OpenAI's interface under /v1, and a page to chat in under /. Ctrl-C stops, after running replies.
+
+    Args:
+        paths: Run folders, or folders that gptjax.load reads; each is served under the name of its folder.
+        host: Address to listen on. Another than this machine's own needs API keys.
+        port: Port to listen on.
+        rows: Number of texts that are written at a time.
+        context: Maximum number of tokens of a prompt and its reply. None: the model's.
+        pages: Number of pages in memory for keys and values. None: enough for all rows.
+        page: Tokens per page. Prompts are read, and their beginnings shared, page by page.
+        queue: Maximum number of requests that wait; more are refused with status 429.
+        key_file: File with an API key per line, one of which every request must bring; for one key also GPTJAX_API_KEY.
+        without_keys: Listen on a public address without API keys.
+    """
+    from gptjax.models.language_model import LanguageModel
+    from gptjax.models.loading import load
+    from gptjax.types import UserError
+
+    try:
+        import uvicorn
+
+        from gptjax.serve.app import LOOPBACK, Served, make_app
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve: {error.name} is not installed; pip install 'gptjax[serve]'") from None
+    keys = _keys(key_file)
+    local = host == "localhost" or _is_loopback(host)
+    if not local and not keys and not without_keys:
+        raise UserError(
+            f"host: got {host}, which others can reach, without API keys; give --key_file or {KEY}, or --without_keys"
+        )
+    names = [path.resolve().name for path in paths]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"paths: got two folders named {twice}, must have different names")
+    if not paths:
+        raise UserError("paths: got none, must be at least one")
+    models = {}
+    for name, path in zip(names, paths, strict=True):
+        started = time.perf_counter()
+        _say(f"{name}: loading {path}")
+        model = load(path)
+        if not isinstance(model, LanguageModel):
+            raise UserError(f"paths: got {path}, a {type(model).__name__}, must be a language model")
+        options = {} if context is None else {"context": context}
+        engine = model.engine(rows=rows, pages=pages, page=page, queue=queue, name=str(path.resolve()), **options)
+        _say(f"{name}: compiling")
+        engine.warm_up()
+        engine.start()
+        models[name] = Served(model, engine)
+        _say(
+            f"{name}: ready after {time.perf_counter() - started:.1f} s; {rows} texts at a time, "
+            f"{engine.pages.count * page:,} tokens in memory, {engine.context:,} at most in a text"
+        )
+    application = make_app(models, keys, LOOPBACK if local else None)
+    shown = f"[{host}]" if ":" in host else host
+    _say(f"\nChat: http://{shown}:{port}      OpenAI's interface: http://{shown}:{port}/v1")
+    uvicorn.run(application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    from gptjax.types import UserError
+
+    lines = [os.environ.get(KEY, "")]
+    if file is not None:
+        try:
+            lines += file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"key_file: got {file}, which cannot be read: {error}") from None
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if file is not None and not keys:
+        raise UserError(f"key_file: got {file}, which has no key, must have one per line")
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
