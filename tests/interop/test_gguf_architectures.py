@@ -16,6 +16,7 @@ from family_cases import DEEPSEEK, EXPERTS, GROUPED, LLAMA3, LOCAL_AND_GLOBAL, L
 from family_cases import GEMMA as GEMMA_ODD
 from test_llama_cpp import ranks
 
+import gptjax
 from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.families.fields import GLOBAL, LOCAL
 from gptjax.interop.gguf.model import describe
@@ -138,3 +139,41 @@ def described(family, fields):
     described, tensors = to_tensors(config, shapes, model_type=family)
     length = {"max_position_embeddings": 256}
     return describe({**length, **described}, tensors.shapes)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="asks llama.cpp: pip install xllamacpp")
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+def test_llama_cpp_reads_blocks(dtype, tmp_path, monkeypatch):
+    """It rounds the inputs of every product to 8 bits in blocks of 32, to 2^-8 of the largest: the roundings of 21
+    products, each in another direction, are 2^-5 of the largest logit. Those of q4_0's weights are larger."""
+    monkeypatch.setitem(CASES, "llama", {**GROUPED, "hidden_size": 64, "intermediate_size": 96})
+    lm = random_model("llama", tmp_path)
+    lm.save_gguf(tmp_path / "model.gguf", dtype)
+    prompt = np.random.default_rng(1).integers(0, 128, 24).tolist()
+    (places,) = asked(tmp_path / "model.gguf", likely=[prompt], probabilities=10)["likely"]
+    ids = [[*prompt, *(place[0][0] for place in places)]]
+    errors = []
+    for model in (gptjax.load(tmp_path / "model.gguf"), lm):
+        logits = np.asarray(model.logits(ids))[0, 23:-1]
+        expected = np.asarray(jax.nn.log_softmax(logits))
+        worst = max(abs(value - expected[i, token]) for i, place in enumerate(places) for token, value in place)
+        errors.append(worst / np.abs(logits).max())
+    assert errors[0] < 2**-5
+    assert errors[1] > 5 * errors[0] or dtype == "q8_0"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("dtype", "least", "most"), [("f16", 0, 1e-4), ("q8_0", 0, 1e-3), ("q4_0", 0.03, 0.055)])
+def test_bits_per_byte_of_stories(shared, tmp_path, dtype, least, most):
+    """Those that a real model loses in a file, as docs/formats.md lists them."""
+    folder = shared / "models" / "stories260k"
+    lm = gptjax.load(folder)
+    lm.save_gguf(tmp_path / "model.gguf", dtype)
+    again = gptjax.load(tmp_path / "model.gguf", dtype="float32")
+    stories = (folder / "oracle" / "tinystories_sample.txt").read_text().split("<|endoftext|>")
+    stories = [story.strip() for story in stories if story.strip()]
+    assert len(stories) == 5
+    size = sum(len(story.encode()) for story in stories)
+    before, after = (-sum(m.logprobs(story).sum() for story in stories) / np.log(2) / size for m in (lm, again))
+    assert round(before, 3) == 0.887
+    assert least <= after - before < most
