@@ -61,6 +61,7 @@ class Pace:
         self._durations: dict[str, list[float]] = {kind: [] for kind in pauses}
         self._paused = dict.fromkeys(pauses, step)  # step of the last pause
         self._end: float | None = None  # estimated time of the stage's end
+        self._pause: tuple[float, float] | None = None  # start and usual duration of the pause under way
 
     @property
     def seconds(self) -> float | None:
@@ -77,8 +78,16 @@ class Pace:
             self._last = (now, step)
         self._estimate(now)
 
-    def paused(self, kind: str, duration: float) -> None:
+    def pausing(self, kind: str) -> None:
+        """Note the start of a pause."""
+        self._pause = (time.monotonic(), self._usual(kind))
+
+    def paused(self, kind: str) -> None:
         """Note the end of a pause, which is not part of the interval."""
+        assert self._pause is not None, "it has started"
+        duration, self._pause = time.monotonic() - self._pause[0], None
+        if self._end is not None:
+            self._end += duration
         if self._last is not None:
             self._last = (self._last[0] + duration, self._last[1])
         if kind in self._pauses:
@@ -87,8 +96,12 @@ class Pace:
             self._estimate(time.monotonic())
 
     def left(self) -> float | None:
-        """Seconds to the end of the stage; it counts down between two steps. None: not yet known."""
-        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
+        """Seconds to the end of the stage; it counts down between two steps, and in a pause for as long as such a pause
+        usually takes. None: not yet known."""
+        now = time.monotonic()
+        if self._pause is not None:
+            now = min(now, sum(self._pause))
+        return None if self._end is None else max(self._end - now, 0.0)
 
     def _estimate(self, now: float) -> None:
         if self.seconds is not None:
@@ -101,7 +114,7 @@ class Pace:
         return -(-self._steps // every) - -(-self._step // every) + (self._paused[kind] < self._step)
 
     def _usual(self, kind: str) -> float:
-        durations = self._durations[kind]
+        durations = self._durations.get(kind, [])
         return statistics.median(durations[1:][-5:] or durations or [0.0])  # the first one compiles
 
 
@@ -200,6 +213,8 @@ class Display:
     def phase(self, name: str) -> Iterator[None]:
         """Context of an activity between the steps, such as "evaluating". It is shown with its duration."""
         before, start = self._phase, time.monotonic()
+        with self._lock:
+            self._pace.pausing(name)
         self._phase = (name, start)
         self._quiet, self._patience = start, PLAIN_EVERY
         try:
@@ -207,7 +222,7 @@ class Display:
         finally:
             self._phase = before
             with self._lock:
-                self._pace.paused(name, time.monotonic() - start)
+                self._pace.paused(name)
 
     def update(self, step: int, loss: float, waiting: float = 0.0, **more: float) -> None:
         """Show that `step` steps are done, the last one with this loss and further metrics. Call it every step or every
