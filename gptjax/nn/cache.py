@@ -55,7 +55,9 @@ def write(entry: Array, new: Array, mask: Mask) -> Array:
         slots = jnp.where(mask.query_segments > 0, slots, size)
 
     if B == T == 1:  # one row's next slot, seen by nobody before a token is there; XLA's CPU backend makes no copy
-        return jax.lax.dynamic_update_slice_in_dim(entry, jnp.moveaxis(new, 1, -2), mask.start.reshape(()), axis=-2)
+        return jax.lax.dynamic_update_slice_in_dim(
+            entry, jnp.moveaxis(new, 1, -2), jnp.reshape(mask.start, ()), axis=-2
+        )
 
     def row(entry: Array, new: Array, slots: Array) -> Array:
         return entry.at[..., slots, :].set(jnp.moveaxis(new, 0, -2), mode="drop")
