@@ -137,6 +137,24 @@ def test_its_texts_and_log_probabilities_are_those_of_generate(name):
         np.testing.assert_allclose([token.logprob for token in text.tokens], done.logprobs, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", cases(["rope", "window", "latent", "experts", "bfloat16"]))
+def test_its_log_probabilities_are_those_of_training(name):
+    """The trainer reads the whole text at once. Its logits are sums of some 100 products, in another order: eps of the
+    type, times the square root of 100, of the size of logits and log-probabilities."""
+    config, asked = CONFIGS[name], [dataclasses.replace(r, stop_token_ids=()) for r in requests(4, seed=7)]
+    forward = jax.jit(lambda ids: config.build().apply({"params": params_of(config)}, ids)[0].astype(jnp.float32))
+    for text in write(engine(config), asked):
+        prompt, ids = text.request.prompt, [token.id for token in text.tokens]
+        tokens = np.zeros((1, CONTEXT), np.int32)  # what comes after a token changes nothing before it
+        tokens[0, : len(prompt) + len(ids)] = [*prompt, *ids]
+        logits = forward(tokens)[0, len(prompt) - 1 :][: len(ids), : TOKENIZER.vocab]
+        logprobs = jax.nn.log_softmax(logits)
+        expected = np.take_along_axis(logprobs, np.asarray(ids)[:, None], 1)[:, 0]
+        largest = max(float(jnp.abs(logits).max()), float(jnp.abs(logprobs).max()))
+        atol = 10 * float(jnp.finfo(config.dtype).eps) * largest
+        np.testing.assert_allclose([token.logprob for token in text.tokens], expected, rtol=0, atol=atol)
+
+
 def test_nothing_is_compiled_while_it_runs():
     on = engine()
     on.warm_up()
