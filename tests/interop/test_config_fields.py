@@ -244,9 +244,12 @@ PLAIN = {
 
 
 def test_what_disagrees_is_refused_in_one_line():
-    llama, gpt2, gemma2, gemma3, qwen2, olmo3, smollm3, falcon = (
+    llama, gpt2, gemma2, gemma3, qwen2, olmo3, smollm3, falcon, roberta, modernbert = (
         next(family for family in FAMILIES if family.model_type == name)
-        for name in ("llama", "gpt2", "gemma2", "gemma3_text", "qwen2", "olmo3", "smollm3", "falcon")
+        for name in (
+            *("llama", "gpt2", "gemma2", "gemma3_text", "qwen2", "olmo3", "smollm3"),
+            *("falcon", "roberta", "modernbert"),
+        )
     )
     scaled = {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": SCALINGS[2]}
     for family, changes, message in (
@@ -265,6 +268,9 @@ def test_what_disagrees_is_refused_in_one_line():
         (olmo3, {"rope_theta": 7e4}, "rope_theta: got 70000.0, which does not say whether sliding_attention layers"),
         (smollm3, {"no_rope_layers": [1]}, "no_rope_layers: got 1 numbers, must be one for each of 2 layers"),
         (smollm3, {"layer_types": ["sliding_attention"] * 2}, "layer_types: got sliding_attention, which needs"),
+        (roberta, {"pad_token_id": 15, "max_position_embeddings": 16}, "pad_token_id: got 15, must be less than"),
+        (modernbert, {"rope_scaling": SCALINGS[2]}, "rope_scaling: got one for both kinds of layers, must be in rope_"),
+        (modernbert, {"local_attention": 9, "sliding_window": 5}, "sliding_window: got 5, must be half of local_att"),
         (falcon, {"alibi": True}, "alibi: got True, must be False"),
         (falcon, {"parallel_attn": None}, "parallel_attn: got None, must be True"),
         (falcon, {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn: got 2, must be 1"),

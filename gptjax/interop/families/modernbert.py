@@ -83,10 +83,10 @@ def read(c: Fields) -> EncoderConfig:
     c = Fields({"hidden_activation": "gelu", "classifier_activation": "gelu", **c})
     c.only(decoder_bias=True)
     reach = c.or_default("local_attention", 128) // 2
-    if c.get("rope_scaling") or c.get("sliding_window", reach) != reach:
-        raise UserError(
-            "config.json: got rope_scaling or sliding_window, must be in rope_parameters or local_attention"
-        )
+    if c.get("rope_scaling"):
+        raise UserError("config.json: rope_scaling: got one for both kinds of layers, must be in rope_parameters")
+    if (half := c.get("sliding_window", reach)) != reach:
+        raise UserError(f"config.json: sliding_window: got {half}, must be half of local_attention, {reach}")
     period = c.or_default("global_attn_every_n_layers", 3)
     kinds = attention_kinds(c, [LOCAL if i % period else GLOBAL for i in range(c["num_hidden_layers"])])
     thetas = {GLOBAL: c.or_default("global_rope_theta", 160_000.0), LOCAL: c.or_default("local_rope_theta", 10_000.0)}
