@@ -1,5 +1,7 @@
 """Random tiny models of every family, as `transformers` makes them."""
 
+import copy
+
 import pytest
 
 # fmt: off
@@ -147,7 +149,8 @@ def saved(kind: str, folder, family: str, **fields):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     auto = getattr(transformers, kind)
-    model = auto.from_config(transformers.AutoConfig.for_model(family, **fields), attn_implementation="eager").eval()
+    config = transformers.AutoConfig.for_model(family, **copy.deepcopy(fields))  # which changes objects inside
+    model = auto.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.3)
