@@ -1,24 +1,16 @@
-"""A process that renders chat templates, started by `gptjax.interop.templates`. Templates come from the network, and
-Jinja's sandbox limits neither time nor memory; a process can be limited, and ended, whatever runs in it.
-
-Standard input has one JSON request a line, standard output one JSON answer:
+"""Program of the process that renders chat templates, started by `gptjax.interop.templates`. Templates come from the
+network, and Jinja's sandbox limits neither time nor memory; a process can be limited, and ended, whatever runs in it.
 
     {"template": SOURCE}                             ->  {} or {"invalid": REASON}
     {"template": SOURCE, "variables": [{...}, ...]}  ->  {"texts": [TEXT, ...]} or {"refused": REASON}
                                                          or {"limit": REASON}
-
-A request that takes more than `SECONDS` of processor time ends the process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import json
-import resource
-import signal
-import sys
 from typing import Any, NoReturn
 
 import jinja2
@@ -27,26 +19,8 @@ from jinja2.nodes import CallBlock
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-SECONDS = 1.0
-"""Processor time of a request."""
-MEMORY = 512
-"""Address space of the process, in MiB."""
 CHARACTERS = 1 << 24
 """Length of a text."""
-
-
-def main() -> None:
-    """Answer requests until standard input ends."""
-    for limit, value in ((resource.RLIMIT_AS, MEMORY << 20), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
-        with contextlib.suppress(ValueError, OSError):  # some systems do not limit the address space
-            resource.setrlimit(limit, (value, value))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        found = json.dumps(answer(json.loads(line))).encode() + b"\n"
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(found)
-        sys.stdout.buffer.flush()
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +41,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             texts.append("".join(pieces))
         return {"texts": texts}
     except MemoryError:
-        return {"limit": f"takes more than {MEMORY} MiB of memory"}
+        raise
     except RecursionError:
         return {"limit": "is nested without end"}
     except Exception as error:  # whatever a template does, it is the template's doing
@@ -142,7 +116,3 @@ def _to_json(
 
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,19 +9,10 @@ and output (`template_worker.py`). It is started once, and renders all templates
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
 import re
-import select
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +20,9 @@ from typing import Any
 from gptjax.config import digest
 from gptjax.data.chat import Conversation, Message
 from gptjax.data.tokenizers import CHAT_SPECIALS, Tokenizer
+from gptjax.data.tokenizers.huggingface import no_panic
 from gptjax.interop.tokenizer_json import reader
+from gptjax.io.worker import Worker
 from gptjax.types import UserError
 
 NATIVE = (
@@ -117,7 +110,8 @@ class ChatTemplate:
                     "the answer cannot be trained"
                 )
             spans.append((len(before), len(after)))
-        encoded = reader(tokenizer).encode(text, add_special_tokens=False)
+        with no_panic():
+            encoded = reader(tokenizer).encode(text, add_special_tokens=False)
         weights, special = [0.0] * len(encoded.ids), set(tokenizer.specials.values())
         for start, end in spans:
             inside = [i for i, (at, _) in enumerate(encoded.offsets) if start <= at < end]
@@ -147,7 +141,8 @@ class ChatTemplate:
         a word joiner (U+2060)."""
 
         text = self.text(_harmless(messages, tokenizer), variables)
-        return reader(tokenizer).encode(text, add_special_tokens=False).ids
+        with no_panic():
+            return reader(tokenizer).encode(text, add_special_tokens=False).ids
 
 
 def _ends(conversation: Conversation) -> list[int]:
@@ -170,75 +165,7 @@ def _harmless(messages: Iterable[Message], tokenizer: Tokenizer) -> Conversation
     return tuple(dataclasses.replace(m, **{name: split(getattr(m, name)) for name in read}) for m in messages)
 
 
-class Worker:
-    """The process that renders templates, started when it is asked and ended by what exceeds its limits."""
-
-    TIMEOUT = 15.0
-    """Seconds to wait for an answer. The process ends itself after a second of processor time."""
-
-    def __init__(self):
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
-        atexit.register(self.close)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer, as `template_worker.py` describes it."""
-        line = json.dumps(request).encode() + b"\n"
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self.close()
-                self._process = self._start()
-            found = b""
-            try:
-                with contextlib.suppress(OSError):  # it has ended
-                    assert self._process.stdin is not None
-                    self._process.stdin.write(line)
-                    found = self._read()
-            except BaseException:  # Ctrl-C: whoever asks next must not get this answer
-                self.close()
-                raise
-            if found:
-                return json.loads(found)
-            code = None if found is None else self._process.wait()
-            self.close()
-        if code == -signal.SIGPROF:
-            return {"limit": "takes more than a second"}
-        ended = f"no answer in {self.TIMEOUT:g} s" if code is None else f"exit code {code}"
-        return {"limit": f"cannot be rendered by the process for it ({ended})"}
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            with self._process:  # closes the pipes and waits
-                self._process = None
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        """A signal to this process's group, such as Ctrl-C, is not for the worker."""
-        return subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            process_group=0,
-        )
-
-    def _read(self) -> bytes | None:
-        """A line of the process's output, empty if it has ended. None: no answer in time."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        found, end, pipe = bytearray(), time.monotonic() + self.TIMEOUT, self._process.stdout.fileno()
-        while not found.endswith(b"\n"):
-            if not select.select([pipe], [], [], max(end - time.monotonic(), 0))[0]:
-                return None
-            if not (part := os.read(pipe, 1 << 16)):
-                return b""
-            found += part
-        return bytes(found)
-
-
-_worker = Worker()
+_worker = Worker(Path(__file__).with_name("template_worker.py"))
 
 
 def _ask(request: dict[str, Any]) -> dict[str, Any]:

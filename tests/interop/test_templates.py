@@ -64,7 +64,7 @@ def test_a_limit_is_named(monkeypatch):
             ):
                 ChatTemplate(NEVER_ENDING[name]).text(TALK)
     monkeypatch.setattr(templates.Worker, "TIMEOUT", 0.01)
-    with pytest.raises(UserError, match=r"^template: got one that cannot be rendered .* \(no answer in 0\.01 s\)"):
+    with pytest.raises(UserError, match=r"^template: got one that cannot be handled .* \(no answer in 0\.01 s\)"):
         ChatTemplate(NEVER_ENDING["loops"]).text(TALK)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from gptjax.data.tokenizers.tiktoken import byte_alphabet
 from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, Tokenizer, add_roles
 from gptjax.io.json_file import FLAG, NATURAL, TEXT, check, read_object
+from gptjax.io.worker import Worker
 from gptjax.types import UserError, one_line
 
 if TYPE_CHECKING:
@@ -123,10 +126,49 @@ class HuggingFaceTokenizer(Tokenizer):
         return (False, False) if added is None else (added.lstrip, added.rstrip)
 
     def _encode(self, text: str) -> list[int]:
-        return self.library.encode(text, add_special_tokens=False).ids
+        with no_panic():
+            return self.library.encode(text, add_special_tokens=False).ids
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+        with no_panic():
+            return [encoding.ids for encoding in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@contextlib.contextmanager
+def no_panic() -> Iterator[None]:
+    """Context in which a panic of the library, as of a regular expression that backtracks too far, is a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"tokenizer: its library cannot encode a text ({one_line(error)}); use another") from None
+
+
+_worker = Worker(Path(__file__).with_name("pattern_worker.py"))
+
+
+def check_patterns(data: bytes) -> None:
+    """Raise UserError for a regular expression of a tokenizer.json that takes more than a second on short texts."""
+    spec = json.loads(data)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        for pattern in _patterns(spec.get(part)):
+            if found := _worker.ask({"pattern": pattern}):
+                (reason,) = found.values()
+                raise UserError(
+                    f"tokenizer: got a tokenizer.json whose {part} has the regular expression {pattern[:60]!r}, which "
+                    f"{' '.join(reason.split())[:200]}; use another"
+                )
+
+
+def _patterns(part: Any) -> Iterator[str]:
+    """Regular expressions inside a part of a tokenizer.json."""
+    inside = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    for key, value in inside:
+        if key == "Regex" and isinstance(value, str):
+            yield value
+        else:
+            yield from _patterns(value)
 
 
 @functools.lru_cache(maxsize=2)  # large files are slow to read
@@ -136,7 +178,10 @@ def _library(data: bytes) -> tokenizers.Tokenizer:
     except ImportError:
         raise UserError("tokenizer: this one needs the tokenizers library; pip install 'gptjax[hf]'") from None
     try:
+        check_patterns(data)
         tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+    except UserError:
+        raise
     except Exception as error:  # the library raises no narrower class
         raise UserError(f"tokenizer: got a tokenizer.json that the library refuses: {one_line(error)}") from None
     tokenizer.no_truncation()
