@@ -1,4 +1,4 @@
-"""Text files by path, glob or URL (downloaded once into the cache folder), read line by line."""
+"""Text files by path, glob or URL (downloaded once into the cache folder), read line by line, and digests of files."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple
 from gptjax.io import atomic, retry
 from gptjax.types import UserError, one_line
 
+BLOCK, BLOCKS = 1 << 18, 256
+"""Bytes and number of the blocks that are read of a larger file, 64 MiB in all. Smaller files are read whole."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -89,6 +91,21 @@ def file_state(path: str) -> list[Any]:
     if path.startswith(("http://", "https://")):  # time and place of a download do not matter
         return [stat.st_size for _, stat in stats]
     return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for file, stat in stats]
+
+
+def file_digest(path: Path, *facts: str, whole: bool = False) -> str:
+    """SHA-256, in hex, of facts, a file's size and its content: all of it if it has at most 64 MiB or `whole` is set,
+    else 256 blocks of 256 KiB at equal distances, the first and the last among them."""
+    size = path.stat().st_size
+    whole |= size <= BLOCK * BLOCKS
+    count = -(-size // BLOCK) if whole else BLOCKS
+    hashed = hashlib.sha256(json.dumps([size, *facts]).encode())
+    with open(path, "rb") as file:
+        for block in range(count):
+            if not whole:
+                file.seek(block * (size - BLOCK) // (count - 1))
+            hashed.update(file.read(BLOCK))
+    return hashed.hexdigest()
 
 
 def read_lines(path: Path, invalid: Literal["error", "skip"] = "error") -> Iterator[tuple[int, str]]:

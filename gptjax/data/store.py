@@ -28,9 +28,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from gptjax.config import digest
+from gptjax.data.files import file_digest
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.io import atomic, retry
-from gptjax.io.digest import file_digest
 from gptjax.protocols import Source, Split, Tokenizer
 from gptjax.types import UserError, one_line
 

@@ -29,7 +29,6 @@ import jax
 from rich.console import Console
 
 from gptjax.checkpoint.checkpoint import Checkpoints
-from gptjax.checkpoint.mirror import Mirror
 from gptjax.config import check_name, to_json
 from gptjax.data.chat import Chat
 from gptjax.data.files import cache_dir
@@ -126,8 +125,7 @@ class Experiment:
         # Paths are neither wrapped nor parsed as markup, so that they can be copied.
         console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
         self.check(jax.device_count())
-        copied = contextlib.nullcontext() if mirror is None else Mirror(mirror, folder)
-        with run_folder.lock(folder), copied:  # nothing is copied while another run has the folder
+        with run_folder.lock(folder), _mirrored(folder, mirror):  # nothing is copied while another run has the folder
             for line in run_folder.prepare(folder, self, accept_changes):
                 console.print(f"changed: {line}")
             tokenizer = self._tokenizer(folder, console)
@@ -298,6 +296,15 @@ def _evaluate(name: str, stage: Stage, model: Any, console: Console) -> list[Res
         values = ", ".join(f"{key} {value:.6g}" for key, value in results[-1].values.items())
         console.print(f"{name}: {results[-1].title}: {values}")
     return results
+
+
+def _mirrored(folder: Path, mirror: str | None) -> contextlib.AbstractContextManager:
+    """Context in which the folder is copied to `mirror`, if that is given."""
+    if mirror is None:
+        return contextlib.nullcontext()
+    from gptjax.checkpoint.mirror import Mirror
+
+    return Mirror(mirror, folder)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import allow, differences, digest, from_json, modules, to_json
 from gptjax.distributed import processes
 from gptjax.io import atomic
-from gptjax.models.identity import content_digest
 from gptjax.protocols import Evaluation
 from gptjax.types import Result, UserError, one_line
 
@@ -142,6 +141,8 @@ def pretrained_identity(folder: Path, stage: str, path: str | None) -> Identity 
     that model is gone, it is the one that the stage was trained from. Raises UserError if there is neither."""
     if path is None:
         return None
+    from gptjax.models.identity import content_digest
+
     try:
         return {"init_from": path, "sha256": content_digest(path)}
     except UserError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import digest
-from gptjax.io.digest import file_digest
+from gptjax.data.files import file_digest
 
 READ = (".safetensors", ".npz", ".bin", ".json", ".model", ".txt", ".jinja")
 """Suffixes of the files that a model is loaded from."""

@@ -30,7 +30,6 @@ from gptjax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
-from gptjax.models.identity import content_digest
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.model import Model
 from gptjax.nn import LoRA, ModelConfig, TransformerConfig
@@ -326,6 +325,8 @@ def _run(path: Path, experiment: Any, dtype: str | None, rules: ShardingRules, k
     tokenizer = load_tokenizer(path / "tokenizer")
 
     def pretrained(abstract: Params | None) -> Params:
+        from gptjax.models.identity import content_digest
+
         with Checkpoints(path / "checkpoints" / next(iter(stages))) as first:
             origin = (first.extra() or {}).get("origin") or {}
         if "sha256" in origin and origin["sha256"] != content_digest(experiment["init_from"]):
