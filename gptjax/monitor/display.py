@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import math
 import statistics
 import threading
@@ -51,15 +52,15 @@ class Pace:
 
     step:   steps done before
     steps:  total number of steps
-    pauses: steps between the pauses of each kind, such as {"evaluating": 250}; the last step has one too
+    pauses: each kind of pause, such as {"saving": (250,)}, follows the multiples of these numbers, and the last step
     """
 
-    def __init__(self, step: int, steps: int, pauses: Mapping[str, int]):
+    def __init__(self, step: int, steps: int, pauses: Mapping[str, Sequence[int]]):
         self._step, self._steps, self._pauses = step, steps, pauses
         self._last: tuple[float, int] | None = None  # (time, step) at the start of the interval
         self._intervals: collections.deque[float] = collections.deque(maxlen=INTERVALS)
         self._durations: dict[str, list[float]] = {kind: [] for kind in pauses}
-        self._paused = dict.fromkeys(pauses, step)  # step of the last pause
+        self._paused: dict[str, int] = {}  # step of the last pause
         self._end: float | None = None  # estimated time of the stage's end
         self._pause: tuple[float, float] | None = None  # start and usual duration of the pause under way
 
@@ -111,7 +112,9 @@ class Pace:
     def _due(self, kind: str) -> int:
         """Number of pauses from this step on."""
         every = self._pauses[kind]
-        return -(-self._steps // every) - -(-self._step // every) + (self._paused[kind] < self._step)
+        last = all(self._steps % n for n in every)
+        done = self._paused.get(kind) == self._step
+        return _multiples(self._steps, every) - _multiples(max(self._step - 1, 0), every) + last - done
 
     def _usual(self, kind: str) -> float:
         durations = self._durations.get(kind, [])
@@ -125,7 +128,7 @@ class Display:
     steps:            total number of steps
     tokens_per_step:  over all devices
     flops_per_token:  of training, forward and backward; for the model-FLOPs utilisation on devices of known peak
-    pauses:           steps between the pauses of each kind, such as {"evaluating": 250}
+    pauses:           the pauses to expect, as in `Pace`
     console:          None: standard output
     """
 
@@ -135,7 +138,7 @@ class Display:
         steps: int,
         tokens_per_step: int,
         flops_per_token: float | None = None,
-        pauses: Mapping[str, int] | None = None,
+        pauses: Mapping[str, Sequence[int]] | None = None,
         console: Console | None = None,
     ):
         self.title = title
@@ -311,6 +314,12 @@ class Display:
         progress = ProgressBar(total=self.steps, completed=self.step)
         bar.add_row(Text(self.title, "bold"), progress, Text(f"{self.step:,}/{self.steps:,}"))
         return Group(bar, Text(self._status(), "cyan"))
+
+
+def _multiples(number: int, divisors: Sequence[int]) -> int:
+    """Count of the numbers from 1 to `number` that are multiples of one of the divisors, by inclusion and exclusion."""
+    groups = (group for size in range(1, len(divisors) + 1) for group in itertools.combinations(divisors, size))
+    return sum(number // math.lcm(*group) * (-1) ** (len(group) + 1) for group in groups)
 
 
 def _visible(text: str) -> str:

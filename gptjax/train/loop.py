@@ -73,7 +73,8 @@ def train(
     cannot recover. Numbers that are not finite are never saved.
     """
     tokens, flops = stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
-    pauses = {"evaluating": stage.evaluate_every, "saving": stage.save_every}
+    saves, samples = (stage.save_every,), (stage.evaluate_every,)
+    pauses = {"evaluating": saves + samples, "sampling": samples, "saving": saves}
     functions, frozen = program(stage, model, seed), ()
     if stage.adapter is not None:
         assert init is not None, "adapters need parameters to adapt"
@@ -274,7 +275,8 @@ class _Run:
             self.check(done, losses)
             if losses:
                 self.display.evaluation(done, losses["validation_loss"])
-            if self.sample is not None and self.stage.samples(done):
+        if self.sample is not None and self.stage.samples(done):
+            with self.display.phase("sampling"):
                 for prompt in self.stage.prompts:
                     if stopping.now():
                         return None
