@@ -176,13 +176,17 @@ class Link:
         view[...] = part
         return values
 
+    @property
+    def same(self) -> bool:
+        """True if the published tensor is the part of the GGUF file's."""
+        return not (self.row.layout or self.row.shift)
+
     def read(self, ours: np.ndarray, theirs: np.ndarray) -> None:
-        """Fill the part of a published tensor that a GGUF file's tensor holds."""
-        part = ours[self.index] if self.index else ours
+        """Fill the part of a published tensor that a part of a GGUF file's tensor holds."""
         if not self.row.layout:
-            theirs[...] = part - np.float32(self.row.shift) if self.row.shift else part
+            theirs[...] = ours - np.float32(self.row.shift)
         else:
-            part, view = self._views(np.ascontiguousarray(part), theirs)
+            part, view = self._views(ours, theirs)
             view[...] = part
 
     def _views(self, ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

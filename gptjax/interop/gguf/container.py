@@ -43,6 +43,13 @@ class Stored:
     def dtype(self) -> np.dtype:
         return self.encoding.dtype
 
+    def part(self, index: tuple[int, ...]) -> Stored:
+        """The entry at this index along the leading axes."""
+        shape, data = self.shape, self.data
+        for i in index:
+            shape, data = shape[1:], data.reshape(shape[0], -1)[i]
+        return Stored(shape, self.encoding, data)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self.encoding.read(self.data).reshape(self.shape)
         return values if dtype is None else values.astype(dtype, copy=False)

@@ -14,6 +14,8 @@ from gptjax.interop.essence import essence
 from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.gguf.architecture import Keys, Link, links, rounded, shape
 from gptjax.interop.gguf.architectures import ARCHITECTURES
+from gptjax.interop.gguf.container import Stored
+from gptjax.io.json_file import check
 from gptjax.nn import Attention, ModelConfig, MultiHeadLatentAttention, RoPE
 from gptjax.types import UserError
 
@@ -77,12 +79,16 @@ class Assembled:
     shape: tuple[int, ...]
     dtype: np.dtype
     parts: list[Link]
-    stored: Mapping[str, Any]
+    stored: Mapping[str, Stored]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        values = np.empty(self.shape, self.dtype)
-        for link in self.parts:
-            link.read(np.asarray(self.stored[link.name]), values)
+        stored = [np.asarray(self.stored[link.name].part(link.index)) for link in self.parts]
+        if len(stored) == 1 and self.parts[0].same:  # of floats, a view of the file
+            values = stored[0]
+        else:
+            values = np.empty(self.shape, self.dtype)
+            for link, part in zip(self.parts, stored, strict=True):
+                link.read(part, values)
         return values if dtype is None else values.astype(dtype, copy=False)
 
 
@@ -91,7 +97,7 @@ class Restored(Mapping[str, Any]):
     """The tensors of a GGUF file, by Hugging Face's names."""
 
     parts: Mapping[str, list[Link]]
-    stored: Mapping[str, Any]
+    stored: Mapping[str, Stored]
 
     def __getitem__(self, name: str) -> Assembled:
         parts = self.parts[name]
@@ -105,7 +111,7 @@ class Restored(Mapping[str, Any]):
         return len(self.parts)
 
 
-def restore(metadata: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[dict[str, Any], Restored]:
+def restore(metadata: Mapping[str, Any], stored: Mapping[str, Stored]) -> tuple[dict[str, Any], Restored]:
     """The fields of config.json and the tensors, by Hugging Face's names, of a GGUF file's model: the inverse of
     `describe`.
 
@@ -124,6 +130,7 @@ def restore(metadata: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[dic
         raise UserError(f"{name}.block_count: got {layers}, which is more than the file has tensors")
     fields = Fields({**architecture.read(keys), VOCAB: stored["token_embd.weight"].shape[0]})
     keys.check_all_read()
+    check(dict(fields), schema.CONFIG, "metadata")
     schema.check_sizes(fields, stored, "metadata")
     family = next(family for family in FAMILIES if family.model_type == fields["model_type"])
     pieces = huggingface.tensor_pieces(family, family.read(family.named(fields)))
