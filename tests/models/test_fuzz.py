@@ -201,6 +201,13 @@ OPTIONS = (
     *("--pretrain.steps", "--pretrain.ema", "--pretrain.data.batch", "--pretrain.data.length", "--chat.prompts"),
     *("--pretrain.optimizer.learning_rate", "--pretrain.optimizer.schedule.warmup", "--mesh.fsdp", "--mesh.data"),
     *(
+        "--model.positions",
+        "--pretrain.optimizer",
+        "--chat.data.source",
+        "--pretrain.evaluations.0",
+        "--pretrain.adapter",
+    ),
+    *(
         "--out",
         "--profile",
         "--mirror",
@@ -229,6 +236,7 @@ TYPED = (
     "é",
     "5:3",
     "--",
+    *("ALiBi", "Muon", "Text", "Answers", "LoRA", "Stage", "Experiment", "__class__"),
 )
 
 
