@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.checkpoint.checkpoint import Checkpoints, Restored
-from gptjax.config import check_name, differences, digest, from_json
+from gptjax.config import differences, digest, from_json
 from gptjax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
@@ -108,7 +108,9 @@ def load(
     if step != "latest" and "experiment" not in config:
         raise UserError(f"step: got {step} for {path}, must be latest: only a run has several checkpoints")
     if "experiment" in config:
-        model = _run(path, config["experiment"], dtype, rules, kind, step)
+        from gptjax.models.run import load_run
+
+        model = load_run(path, config["experiment"], dtype, rules, kind, step)
     elif "model" in config and "tokenizer" in config:
         model = _saved(path, config, dtype, rules, kind)
     elif "model_type" in config:
@@ -194,7 +196,7 @@ def model_class(config: type[ModelConfig]) -> type[Model]:
     return next((cls for base, cls in kinds.items() if issubclass(config, base)), LanguageModel)
 
 
-def _model_class(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Model]:
+def checked_class(kind: type[Model], config: type[ModelConfig], path: Path) -> type[Model]:
     """Wrapper class for this config, checked against the requested `kind` before parameters are read."""
     found = model_class(config)
     if not issubclass(found, kind):
@@ -214,7 +216,7 @@ def _hf(
     from gptjax.models.text_to_text import TextToText
     from gptjax.nn import ClassifierConfig, EncoderConfig, EncoderDecoderConfig, LongRoPE, RoPE
 
-    _model_class(kind, huggingface.read_kind(path), path)
+    checked_class(kind, huggingface.read_kind(path), path)
     config, params = huggingface.load_hf(path, dtype, rules)
     tokenizer = tokenizers.load(path, config.vocab) if given is None else given
     if isinstance(config, ClassifierConfig):
@@ -242,7 +244,7 @@ def _gguf(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Model]
     from gptjax.interop.gguf.read import read
     from gptjax.nn import LongRoPE, RoPE
 
-    _model_class(kind, TransformerConfig, file)
+    checked_class(kind, TransformerConfig, file)
     fields, tensors, text = read(file)
     config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
     assert isinstance(config, TransformerConfig)
@@ -257,7 +259,7 @@ def _llama2c(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Mod
     from gptjax.data.tokenizers import MissingTokenizer
     from gptjax.interop import huggingface, llama2c
 
-    _model_class(kind, TransformerConfig, file)
+    checked_class(kind, TransformerConfig, file)
     fields, tensors = llama2c.read(file)
     config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
     context = fields.get("max_position_embeddings")
@@ -272,9 +274,9 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
 
     if config.pop("sha256", None) != digest(config):
         raise UserError(f"path: got {path}, whose config.json is not as it was saved; restore it")
-    model = _model(config["model"], dtype)
-    found = _model_class(kind, type(model), path)
-    tokenizer = _load_tokenizer(path, config["tokenizer"])
+    model = model_config(config["model"], dtype)
+    found = checked_class(kind, type(model), path)
+    tokenizer = trained_tokenizer(path, config["tokenizer"])
     abstract = declared(model.build(rules))
 
     def place(name: str, values: np.ndarray) -> jax.Array:
@@ -298,115 +300,12 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
     return found(model, nested(params), tokenizer, rules=rules, **settings)
 
 
-def _run(path: Path, experiment: Any, dtype: str | None, rules: ShardingRules, kind: type[Model], step: Step) -> Model:
-    # Read as JSON: stages may have classes that only the experiment's own file defines.
-    stages = experiment.get("stages") if isinstance(experiment, dict) else None
-    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-        raise UserError(f"path: got {path}, whose config.json is damaged (no stages); restore it")
-    for name in stages:
-        check_name(name, f"{path / 'config.json'}: stages")
-    name, extra, found_step = None, {}, None
-    for name in reversed(stages):
-        with Checkpoints(path / "checkpoints" / name) as checkpoints:
-            if (extra := checkpoints.extra()) is not None:
-                found_step = _step(checkpoints, step)
-                break
-    if name is None or extra is None:
-        raise UserError(f"path: got {path}, a run without a checkpoint; train it first")
-    _check_config(path, name, experiment, extra)
-    model, data = _model(experiment["model"], dtype), stages[name]["data"]
-    found = _model_class(kind, type(model), path)
-    adapters = {name: from_json(stage.get("adapter")) for name, stage in stages.items()}
-    built = model.build(rules)
-    abstract = {
-        name: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding)
-        for name, x in declared(built).items()
-    }
-    tokenizer = load_tokenizer(path / "tokenizer")
-
-    def pretrained(abstract: Params | None) -> Params:
-        from gptjax.models.identity import content_digest
-
-        with Checkpoints(path / "checkpoints" / next(iter(stages))) as first:
-            origin = (first.extra() or {}).get("origin") or {}
-        if "sha256" in origin and origin["sha256"] != content_digest(experiment["init_from"]):
-            raise UserError(
-                f"init_from: got {experiment['init_from']}, whose files are not those that the adapters in {path} were "
-                "trained on; restore them"
-            )
-        params = init_from_pretrained(experiment["init_from"], built, tokenizer, experiment["seed"])
-        return jax.tree.map(lambda x, want: x.astype(want.dtype), params, abstract)
-
-    restored = restore_stage_params(
-        path / "checkpoints", adapters, name, built, nested(abstract), pretrained, found_step
-    )
-    _check_config(path, name, experiment, restored.extra)
-    tokenizer = _load_tokenizer(path, restored.extra["tokenizer"])
-    settings = {}
-    if found is LanguageModel:
-        settings = {"context": data.get("length"), "template": from_json(data.get("template"))}
-    if found is not LanguageModel and (classes := data["source"].get("classes")):
-        settings["labels"] = tuple(map(str, classes))
-    return found(model, restored.state, tokenizer, rules=rules, **settings)
-
-
-def _step(checkpoints: Checkpoints, step: Step) -> int | None:
-    """Number of a step that has a checkpoint. None: the newest sound one."""
-    if step == "latest":
-        return None
-    there, best = checkpoints.steps(), checkpoints.best_step()
-    if step == "best" and best is None:
-        raise UserError(f"step: got best, but {checkpoints.folder} has no checkpoint whose validation loss is known")
-    if step != "best" and step not in there:
-        kept = ", ".join(map(str, there))
-        raise UserError(f"step: got {step}, must be one that {checkpoints.folder} has: {kept}, latest or best ({best})")
-    return best if step == "best" else int(step)
-
-
-def _check_config(path: Path, stage: str, experiment: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Raise UserError if config.json is not what a checkpoint was trained with, as its hashed manifest says."""
-    trained = extra.get("configuration")
-    if trained is None:  # trained without an experiment
-        return
-    kept = [name for name in trained["stages"] if name in experiment["stages"]]
-    before, now = _decisive(trained, stage, kept), _decisive(experiment, stage, kept)
-    try:
-        changed = differences(from_json(before), from_json(now))  # not in the default of a field that one lacks
-    except (ValueError, TypeError, AttributeError, KeyError):
-        changed = differences(before, now)
-    if changed:
-        raise UserError(
-            f"{path / 'config.json'}: differs from the configuration of the newest checkpoint of {stage}: "
-            f"{'; '.join(changed)}; restore it, or resume the run"
-        )
-    if others := {path.name for path in (path / "checkpoints").iterdir()} - experiment["stages"].keys():
-        raise UserError(
-            f"{path / 'config.json'}: names no stage {', '.join(sorted(others))}, of which there are checkpoints; "
-            "restore it, or delete them"
-        )
-
-
-def _decisive(experiment: dict[str, Any], last: str, names: Sequence[str]) -> dict[str, Any]:
-    """The values of a run's configuration that decide what the model of a stage answers, as JSON."""
-    stages, data = experiment["stages"], experiment["stages"].get(last, {}).get("data")
-    data = data if isinstance(data, dict) else {}
-    source = data.get("source")
-    return {
-        **{name: experiment.get(name) for name in ("model", "seed")},
-        **{f"{name}.adapter": stages[name].get("adapter") for name in names},
-        **{
-            f"{last}.data.{name}": data.get(name) if isinstance(data, dict) else None for name in ("length", "template")
-        },
-        f"{last}.data.source.classes": source.get("classes") if isinstance(source, dict) else None,
-    }
-
-
-def _model(config: Any, dtype: str | None) -> ModelConfig:
+def model_config(config: Any, dtype: str | None) -> ModelConfig:
     model: ModelConfig = from_json(config)
     return model if dtype is None else model.with_dtype(dtype)
 
 
-def _load_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
+def trained_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
     tokenizer = load_tokenizer(path / "tokenizer")
     if tokenizer.fingerprint != fingerprint:
         raise UserError(

@@ -1,5 +1,6 @@
 """Damaged folders and mistaken command lines, drawn by a seed: each is read, or refused in one line."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,8 +13,11 @@ import jax
 import numpy as np
 import pytest
 
+from gptjax import Experiment, Stage, data, optim
 from gptjax.cli import run as launcher
 from gptjax.data import TrainSentencePiece
+from gptjax.distributed.parameters import declared, nested, parameter_info
+from gptjax.interop import huggingface, peft
 from gptjax.interop.huggingface import save_hf, to_tensors
 from gptjax.interop.safetensors import write
 from gptjax.models.loading import load
@@ -23,6 +27,7 @@ from gptjax.nn import (
     LayerNorm,
     LayerOverrides,
     LearnedPositions,
+    LoRA,
     MixtureOfExperts,
     MultiHeadAttention,
     Parallel,
@@ -32,6 +37,7 @@ from gptjax.nn import (
     TransformerConfig,
     YaRN,
 )
+from gptjax.objectives import NextToken
 from gptjax.types import UserError
 
 VALUES: tuple[Any, ...] = (
@@ -56,10 +62,32 @@ MANY = range(1_000, 1_600)
 
 
 def random_params(config: Any) -> Any:
-    model = config.build()
-    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: np.asarray(rng.normal(0, 0.3, x.shape), np.float32), shapes)
+    found = {name: np.asarray(rng.normal(0, 0.3, x.shape), np.float32) for name, x in declared(config.build()).items()}
+    return nested(found)
+
+
+def run_folder(folder: Path) -> None:
+    """A run of two stages, the second of adapters."""
+    text = folder.with_suffix(".txt")
+    text.write_text("\n".join(f"a few words, {i}" for i in range(99)))
+    source = data.Text(str(text), "\n", validation=0.5)
+    optimizer = optim.AdamW()
+    made = data.Pretrain(source, length=16, batch=8)
+    base = Stage(made, NextToken(), optimizer, steps=1, prompts=(), eval_sequences=8)
+    stages = {"base": base, "adapt": dataclasses.replace(base, adapter=LoRA(rank=2, match=("q",)))}
+    config = TransformerConfig(vocab=264, layers=1, width=16, heads=2)
+    Experiment(config, data.Bytes(), stages).run(folder)
+    text.unlink()
+    shutil.rmtree(folder / "tensorboard")
+
+
+def read(folder: Path) -> None:
+    """Load what a folder holds."""
+    if folder.name.startswith("adapter"):
+        load(folder.parent / "base").with_adapter(folder)
+    else:
+        load(folder, kind=Model)
 
 
 SIZES: Any = {"vocab": 300, "layers": 2, "width": 16, "heads": 2}
@@ -86,6 +114,30 @@ MODELS = {
         attention=MultiHeadAttention(bias=True, output_bias=False, qk_norm=LayerNorm(bias=False, per_head=True)),
     ),
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "bert": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 32,
+        "layer_norm_eps": 1e-12,
+        "type_vocab_size": 2,
+        "hidden_act": "gelu",
+    },
+    "t5": {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+        "relative_attention_num_buckets": 8,
+        "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "relu",
+        "tie_word_embeddings": True,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +156,20 @@ def folders(tmp_path_factory) -> list[Path]:
     _, tensors = to_tensors(config, random_params(config))
     write(place / "shards", tensors.shapes, tensors.__getitem__, max_shard=20_000)
     load(place / "llama").save(place / "ours")
-    found = sorted(place.iterdir())
+    for name, fields in OTHERS.items():
+        config = huggingface._read(huggingface._family(name), {"model_type": name, "vocab_size": 300, **fields})
+        save_hf(place / name, config, random_params(config), tokenizer, model_type=name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTJAX_CACHE", str(place.with_name("cache")))
+        run_folder(place / "run")
+    (place / "adapters").mkdir()
+    lora, whole = LoRA(rank=2, match=("q", "v")), load(place / "llama")
+    shutil.copytree(place / "llama", place / "adapters" / "base")
+    info = parameter_info(whole.config.build())
+    peft.write(place / "adapters" / "adapter", lora, lora.init(jax.random.key(0), whole.params, info), whole.config)
+    found = [*sorted(folder for folder in place.iterdir() if folder.name != "adapters"), place / "adapters" / "adapter"]
     for folder in found:
-        load(folder, kind=Model)
+        read(folder)
     return found
 
 
@@ -161,12 +224,14 @@ def check_folder(folders: list[Path], seed: int, place: Path) -> None:
     good = rng.choice(folders)
     folder = place / f"{good.name}-{seed}"
     shutil.copytree(good, folder)
+    if good.name == "adapter" and not (place / "base").exists():
+        shutil.copytree(good.parent / "base", place / "base")
     done = damage(folder, rng)
     message = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            load(folder, kind=Model)
+            read(folder)
     except UserError as error:
         message = str(error)
     except BaseException as error:
