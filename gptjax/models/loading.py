@@ -100,7 +100,9 @@ def load(
     check_regular(path)
     file = path / "config.json"
     if not file.is_file():
-        raise UserError(f"path: got {path}, which has no config.json; must be a model's folder or a run's")
+        inside = sorted(path.glob("*.gguf"))
+        fix = f"load the file {inside[0]}" if inside else "must be a model's folder or a run's"
+        raise UserError(f"path: got {path}, which has no config.json; {fix}")
     try:
         config = read_object(file)
     except (OSError, ValueError) as error:

@@ -212,6 +212,11 @@ def damaged(data, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_of_gguf_files_names_them(sound):
+    with pytest.raises(UserError, match=r"which has no config.json; load the file .*model.gguf$"):
+        gptjax.load(sound.parent)
+
+
 def test_damage_is_one_line_and_takes_no_memory(sound, tmp_path):
     whole = sound.read_bytes()
     for size in (0, 3, 23, 24, 100, 5_000, len(whole) // 2, len(whole) - 32):
