@@ -56,19 +56,19 @@ class AdapterFields(dict[str, Any]):
         for name, known in ALLOWED.items():
             if not any(self.get(name, known[0]) is value or self.get(name) == value for value in known):
                 options = " or ".join(json.dumps(value) for value in known)
-                raise UserError(f"{CONFIG}: {name}: got {json.dumps(self[name])}, must be {options}")
+                raise UserError(f"{CONFIG}: {name}: got {json.dumps(self[name])[:80]}, must be {options}")
         for name, value in self.items():
             if name not in READ | HARMLESS | ALLOWED.keys() and value not in (None, False, "", [], {}):
                 raise UserError(
-                    f"{CONFIG}: {name}: got {json.dumps(value)}, which is not supported; merge the adapter with peft's "
-                    "merge_and_unload() and load the merged model"
+                    f"{CONFIG}: {name}: got {json.dumps(value)[:80]}, which is not supported; merge the adapter with "
+                    "peft's merge_and_unload() and load the merged model"
                 )
         for name in ("r", "lora_alpha"):
             if isinstance(self[name], bool) or not isinstance(self[name], int | float) or self[name] <= 0:
-                raise UserError(f"{CONFIG}: {name}: got {json.dumps(self[name])}, must be a positive number")
+                raise UserError(f"{CONFIG}: {name}: got {json.dumps(self[name])[:80]}, must be a positive number")
         for name in ("alpha_pattern", "rank_pattern"):
             if not isinstance(self.get(name) or {}, dict):
-                raise UserError(f"{CONFIG}: {name}: got {json.dumps(self[name])}, must be an object")
+                raise UserError(f"{CONFIG}: {name}: got {json.dumps(self[name])[:80]}, must be an object")
 
     def alpha(self, module: str) -> float:
         """The numerator of the module's scale."""
