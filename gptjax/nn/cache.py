@@ -40,17 +40,21 @@ def write(entry: Array, new: Array, mask: Mask) -> Array:
     entry  [B, ..., S, H], or [P, ..., S', H] in pages
     new    [B, T, ..., H]
     mask   `offset` int32 [B] or scalar, the number of tokens before; `query_segments` int32 [B, T], 0 for padding,
-           which is not written; `pages`
+           which is not written; `pages`: what is not written goes to the last page, which must be nobody's
     """
     B, T = new.shape[:2]
     slots = jnp.broadcast_to(jnp.reshape(mask.start, (-1, 1)) + jnp.arange(T), (B, T))
     size = entry.shape[-2]
     new = new.astype(entry.dtype)
     if mask.pages is not None:
-        page = mask.pages.at[jnp.arange(B)[:, None], slots // size].get(mode="fill", fill_value=entry.shape[0])
+        nobody = entry.shape[0] - 1
+        page = mask.pages.at[jnp.arange(B)[:, None], slots // size].get(mode="fill", fill_value=nobody)
         if mask.query_segments is not None:
-            page = jnp.where(mask.query_segments > 0, page, entry.shape[0])
-        return entry.at[page, ..., slots % size, :].set(new, mode="drop")
+            page = jnp.where(mask.query_segments > 0, page, nobody)
+        if B == T == 1:  # a plain update, of which XLA's CPU backend makes no copy
+            start = page[0, 0], *(0,) * (entry.ndim - 3), slots[0, 0] % size, 0
+            return jax.lax.dynamic_update_slice(entry, jnp.moveaxis(new, 1, -2), start)
+        return entry.at[page, ..., slots % size, :].set(new, mode="promise_in_bounds")
     if mask.query_segments is not None:
         slots = jnp.where(mask.query_segments > 0, slots, size)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import random
+import re
 import threading
 
 import jax
@@ -27,6 +28,7 @@ from gptjax.nn import (
     RoPE,
     T5Bias,
     TransformerConfig,
+    unstack,
 )
 from gptjax.types import UserError
 
@@ -164,6 +166,25 @@ def test_nothing_is_compiled_while_it_runs():
     assert [getattr(programs, name)._cache_size() for name in names] == before
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", ["rope", "latent"])
+def test_no_program_copies_the_pool(name, rows):
+    """Which would cost more than all else: a pool has the size of all texts together."""
+    config, pages = CONFIGS[name], 77
+    model, params, table = config.build(), unstack(config, params_of(config)), np.zeros((rows, 8), np.int32)
+    state = programs.idle(config, rows, pages, PAGE, 272)
+    limit, replayed = np.zeros(rows, np.int32), np.zeros((rows, programs.STEPS), np.int32)
+    calls = (
+        programs.decode.lower(model, params, state, table, limit, replayed, np.int32(1), page=PAGE),
+        programs.prefill.lower(model, params, state, np.zeros(PAGE, np.int32), np.int32(0), table[0]),
+    )
+    for call in calls:
+        text = call.compile().as_text()
+        assert f"f32[{pages}," in text
+        copies = [line for line in text.splitlines() if re.search(rf"f32\[{pages},\S* (copy|transpose)\(", line)]
+        assert not copies, copies[0]
+
+
 def test_choices_differ_and_the_first_is_that_of_one():
     prompt = tuple(b"Once upon a time there was a model ")
     asked = [Request(prompt, 12, Sampling(1.5), seed=3, choice=i) for i in range(4)]
@@ -182,7 +203,7 @@ def test_a_cancelled_text_leaves_nothing_behind():
         on = engine(rows=2)
         made = [on.submit(request) for request in asked]
         for _ in range(rounds):
-            on._round()
+            on.run_round()
         for text in made[::2]:
             on.cancel(text)
         on.run()
@@ -220,7 +241,7 @@ def test_clients_are_served_fairly():
     one = on.submit(Request((99,), 8, GREEDY, client="one", stop_token_ids=()))
     urgent = on.submit(Request((98,), 8, GREEDY, client="flood", priority=1, stop_token_ids=()))
     while one.finish is None:
-        on._round()
+        on.run_round()
     assert urgent.finish is not None
     assert sum(text.finish is not None for text in flood) <= 2
     on.run()

@@ -44,7 +44,7 @@ class Device:
         self._mesh_of = params
         with on_mesh_of(params):
             self._params = unstack(model.config, params)
-            self._state = programs.idle(model.config, rows, pages, page, vocab)
+            self._state = programs.idle(model.config, rows, pages + 1, page, vocab)  # the last is nobody's
 
     def admit(self, row: int, request: Request) -> None:
         """Give a row to a text, of whose prompt all but the last token will be in its pages when it is decoded."""
@@ -89,7 +89,7 @@ class Device:
         return drawn
 
     def _table(self, pages: Sequence[Sequence[int]]) -> np.ndarray:
-        """int32 [len(pages), M]; what is beyond a text's pages is beyond the pool, where nothing is written."""
+        """int32 [len(pages), M]; beyond a text's pages is the one that is nobody's."""
         table = np.full((len(pages), self.width), self.pages, np.int32)
         for line, own in zip(table, pages, strict=True):
             line[: len(own)] = own

@@ -167,7 +167,7 @@ class Engine:
 
     def run(self) -> None:
         """Write until nothing is left to do."""
-        while self._round():
+        while self.run_round():
             pass
 
     def start(self) -> None:
@@ -180,7 +180,7 @@ class Engine:
                     if self._closing:
                         return
                 try:
-                    self._round()
+                    self.run_round()
                 except Exception as error:
                     self._break(f"{type(error).__name__}: {error}")
                     raise
@@ -219,7 +219,7 @@ class Engine:
     def _busy(self) -> bool:
         return bool(self._running or len(self._queue) or self._calls or self._cancelled)
 
-    def _round(self) -> bool:
+    def run_round(self) -> bool:
         """Read a page of a prompt and decode; False: there is nothing to do."""
         with self._changed:
             cancelled, self._cancelled = self._cancelled, []

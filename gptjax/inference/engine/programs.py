@@ -65,7 +65,8 @@ class Drawn:
 
 
 def idle(config: Any, rows: int, pages: int, page: int, vocab: int) -> Rows:
-    """Rows without texts, and an empty pool of pages. vocab: tokens from this one on are never sampled."""
+    """Rows without texts, and an empty pool of pages, the last of them nobody's. vocab: tokens from this one on are
+    never sampled."""
     cache = make_cache(config, pages, page)
     return Rows(
         layers=cache.layers,

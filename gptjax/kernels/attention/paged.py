@@ -33,6 +33,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
     assert mask.pages is not None
     (B, T, N, H), (_, page, K, _) = q.shape, k.shape
     groups, scale, width = N // K, options.scale_of(q), v.shape[-1]
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as they lie in memory: of another order XLA would make a copy
     count = -(-BLOCK // page)  # pages of a block
     size = count * page
     blocks = -(-mask.pages.shape[1] // count)
@@ -48,8 +49,8 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
     position = jnp.tile(start[:, None] + jnp.arange(T), (1, groups))[:, None, :, None]  # [B, 1, G T, 1]
 
     def read(pool: Array, ids: Array) -> Array:
-        """[P, S', K, H] -> a block's [B, K, S, H]."""
-        return pool[ids].transpose(0, 3, 1, 2, 4).reshape(B, K, size, pool.shape[-1])
+        """[P, K, S', H] -> a block's [B, K, S, H]."""
+        return pool[ids].swapaxes(1, 2).reshape(B, K, size, pool.shape[-1])
 
     def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, y = carry
