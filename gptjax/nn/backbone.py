@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax.distributed.sharding import ShardingRules
+from gptjax.distributed.sharding import ShardingRules, reshard
 from gptjax.kernels.attention import Mask
 from gptjax.kernels.embedding import embed
 from gptjax.kernels.linear import linear
@@ -115,7 +115,7 @@ class Backbone(nn.Module):
             segments = jnp.ones_like(tokens)
         encoder_mask = Mask(causal=False, query_segments=segments, key_segments=source_segments)
         distance = mask.distance(tokens.shape[1], tokens.shape[1] if cache is None else cache.size)
-        bias = c.positions.bias(param.child("relative"), distance, c.heads, c.causal)
+        bias = self._bias(param.child("relative"), distance)
         context = Context(
             positions, mask, bias, x0=x, tokens=tokens, encoder_output=encoder_output, encoder_mask=encoder_mask
         )
@@ -144,6 +144,17 @@ class Backbone(nn.Module):
             x = c.norm(param.child("norm"), x)
             param.capture("norm_output", x)
         return self.head(x, table, context, **options), cache
+
+    def _bias(self, param: ParamFactory, distance: Array) -> Array | None:
+        """Addition to the scores, [N, T, S] for distances [T, S], or [B, N, T, S] for [B, T, S]. None: nothing."""
+        c, rules = self.backbone, self.rules
+        if distance.ndim == 2:
+            return c.positions.bias(param, distance, c.heads, c.causal)
+        B, T, S = distance.shape
+        distance = reshard(distance, rules(None, None, None)).reshape(B * T, S)
+        if (bias := c.positions.bias(param, distance, c.heads, c.causal)) is None:
+            return None
+        return reshard(bias.reshape(-1, B, T, S).swapaxes(0, 1), rules("batch", "heads", None, None))
 
     def unembedding(self, table: Array) -> Array:
         """Matrix from hidden states to logits [D, V]: the transposed embeddings or a parameter."""

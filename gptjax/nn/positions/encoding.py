@@ -45,6 +45,6 @@ class Positions(Part):
 
     def bias(self, param: ParamFactory, distance: Array, heads: int, causal: bool = True) -> Array | None:
         """Addition to attention scores: float32 [N, T, S], or None. distance int32 [T, S] is query position minus key
-        position, never negative if causal where the key is visible. Distances [B, T, S] of each sequence give
-        [B, N, T, S]. Parameters are under "relative", shared by all layers."""
+        position, never negative if causal where the key is visible. Parameters are under "relative", shared by all
+        layers."""
         return None

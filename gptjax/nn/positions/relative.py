@@ -23,7 +23,7 @@ class ALiBi(Positions):
     def bias(self, param: ParamFactory, distance: Array, heads: int, causal: bool = True) -> Array:
         slope = jnp.asarray(slopes(heads), jnp.float32)[:, None, None]
         slope = jnp.broadcast_to(slope, slope.shape, out_sharding=param.rules("heads", None, None))
-        return -slope * jnp.abs(distance[..., None, :, :]).astype(jnp.float32)
+        return -slope * jnp.abs(distance).astype(jnp.float32)
 
 
 def slopes(heads: int) -> np.ndarray:
@@ -68,10 +68,8 @@ class T5Bias(Positions):
         # buckets, and the logarithm is numpy's on every device.
         nearest, furthest = 0 if causal else -self.max_distance, self.max_distance
         near = table.at[:, self.bucket(np.arange(nearest, furthest + 1), causal)].get(out_sharding=sharding)
-        rows = ("batch",) * (distance.ndim - 2)
-        sharding = param.rules("heads", *rows, None, None)
-        y = near.at[:, jnp.clip(distance, nearest, furthest) - nearest].get(out_sharding=sharding)
-        return jnp.moveaxis(y, 0, -3)
+        sharding = param.rules("heads", None, None)
+        return near.at[:, jnp.clip(distance, nearest, furthest) - nearest].get(out_sharding=sharding)
 
     def bucket(self, distance: np.ndarray, causal: bool = True) -> np.ndarray:
         """Distance, query position minus key position -> bucket in [0, buckets).
