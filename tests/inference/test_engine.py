@@ -169,7 +169,7 @@ def test_nothing_is_compiled_while_it_runs():
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", ["rope", "latent"])
 def test_no_program_copies_the_pool(name, rows):
-    """Which would cost more than all else: a pool has the size of all texts together."""
+    """A copy would cost more than all else: a pool has the size of all texts together."""
     config, pages = CONFIGS[name], 77
     model, params, table = config.build(), unstack(config, params_of(config)), np.zeros((rows, 8), np.int32)
     state = programs.idle(config, rows, pages, PAGE, 272)
