@@ -242,7 +242,7 @@ class LanguageModel(TextEncoder):
         from gptjax.inference.engine import Engine
 
         options = {"context": self._max_length or CONTEXT, "stop_token_ids": self.stop_token_ids, **options}
-        return Engine(self._module, self.params, self.tokenizer, **options)
+        return Engine(self._module, self._decode_params, self.tokenizer, **options)
 
     def for_context_length(self, context: int) -> LanguageModel:
         """This model for a longer context than it was loaded for, in tokens: LongRoPE (Phi-3) has other frequencies

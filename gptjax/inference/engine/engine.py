@@ -316,12 +316,11 @@ class Engine:
                 continue
             while self._calls:  # what is under way may end a text
                 self._look()
-            if self.pages.free or text not in self._running:
-                if text not in self._running:
-                    return
+            if text not in self._running:
+                return
+            if self.pages.free:
                 continue
-            ranks = {id(other): (-other.generation.request.priority, i) for i, other in enumerate(self._running)}
-            victim = max(self._running, key=lambda other: ranks[id(other)])
+            _, victim = max(enumerate(self._running), key=lambda at: (-at[1].generation.request.priority, at[0]))
             self.preempted += 1
             self._leave(victim)
             with self._changed:

@@ -1,10 +1,10 @@
 """The pool's pages: which are free, who reads them, and which hold the beginning of a prompt that others may share.
 
     pages = Pages(100, size=64)
-    key = pages.root("weights 7", client)
-    found = pages.find(key, prompt)            # [(key, page), ...]: pages that hold the first tokens of the prompt
+    chains = list(pages.chains(pages.root("weights 7", client), prompt))
+    found = pages.find(chains)                 # pages that hold the first tokens of the prompt
     page = pages.take()                        # a page of one's own, or None
-    pages.share(key, page)                     # others may read it now
+    pages.share(chains[len(found)], page)      # others may read it now
     pages.release(page)
 
 A page has one reader or more, or is kept for its tokens, or is free. Kept ones are taken, the longest unused first,
@@ -91,22 +91,10 @@ class Pages:
             else:
                 self._free.append(page)
 
-    def forget(self) -> None:
-        """Share nothing of what is there: the weights have changed."""
-        self._free += self._kept
-        self._kept.clear()
-        self._pages.clear()
-        self._chains.clear()
-
     @property
     def free(self) -> int:
         """Number of pages without readers."""
         return len(self._free) + len(self._kept)
-
-    @property
-    def kept(self) -> int:
-        """Number of pages without readers that are kept for their tokens."""
-        return len(self._kept)
 
     def check(self) -> None:
         """Raise AssertionError if the books do not balance."""

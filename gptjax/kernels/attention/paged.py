@@ -7,11 +7,10 @@ key changes nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 
+from gptjax.kernels.attention.plain import dot
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array
 
@@ -55,7 +54,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
     def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, y = carry
         ids = lax.dynamic_slice_in_dim(pages, i * count, count, axis=1)
-        scores = _dot(q, read(k, ids), 3, 3) * scale
+        scores = dot(q, read(k, ids), 3, 3) * scale
         if options.softcap is not None:
             scores = options.softcap * jnp.tanh(scores / options.softcap)
         if bias is not None:
@@ -67,7 +66,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
         p = jnp.where(visible, jnp.exp(scores - higher), 0)
         keep = jnp.exp(top - higher)
         total = total * keep + p.sum(-1, keepdims=True)
-        return higher, total, y * keep + _dot(p.astype(v.dtype), read(v, ids), 3, 2)
+        return higher, total, y * keep + dot(p.astype(v.dtype), read(v, ids), 3, 2)
 
     shape = B, K, groups * T, 1
     top, total = jnp.full(shape, LOWEST), jnp.zeros(shape)
@@ -84,8 +83,3 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
 
 LOWEST = -1e30
 """Start of the running maximum: finite, so that a difference of two is a number."""
-
-
-def _dot(a: Array, b: Array, i: int, j: int) -> Any:
-    """Contract axis i of a with axis j of b for each sequence and head, accumulated in float32."""
-    return lax.dot_general(a, b, (((i,), (j,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)

@@ -70,7 +70,7 @@ def _forward(
     sinks [K, T, 1],    keep [B, K, T, S] -> y [B, K, T, Hv]; with `save`, y and what `_backward` needs."""
     if q.shape[2] > 1:  # not in decoding: the barrier would copy the cache
         q, k, v = lax.optimization_barrier((q, k, v))
-    scores = lax.optimization_barrier(_dot(q, k, 3, 3)) * scale
+    scores = lax.optimization_barrier(dot(q, k, 3, 3)) * scale
     tanh = None
     if softcap is not None:
         tanh = jnp.tanh(scores / softcap)
@@ -89,7 +89,7 @@ def _forward(
         total = total + sunk
         sunk = sunk / total
     p = lax.optimization_barrier(p * (1 / total))
-    y = _dot((p if keep is None else p * keep).astype(v.dtype), v, 3, 2).astype(q.dtype)
+    y = dot((p if keep is None else p * keep).astype(v.dtype), v, 3, 2).astype(q.dtype)
     has_bias = None if bias is None else jnp.zeros(())
     return (y, (q, k, v, keep, p, y, tanh, sunk, has_bias)) if save else y
 
@@ -97,7 +97,7 @@ def _forward(
 def _backward(scale, softcap, saved, g: Array):
     q, k, v, keep, p, y, tanh, sunk, has_bias = saved
     g = lax.optimization_barrier(g)
-    dp = lax.optimization_barrier(_dot(g, v, 3, 3))
+    dp = lax.optimization_barrier(dot(g, v, 3, 3))
     dp, kept = (dp, p) if keep is None else (dp * keep, p * keep)
     # sum_s p_s dp_s = g . y saves another pass over the scores
     along = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), -1, keepdims=True)
@@ -107,7 +107,7 @@ def _backward(scale, softcap, saved, g: Array):
     if tanh is not None:
         ds = ds * (1 - jnp.square(tanh))
     ds = lax.optimization_barrier((ds * scale).astype(q.dtype))
-    dq, dk, dv = _dot(ds, k, 3, 2), _dot(ds, q, 2, 2), _dot(kept.astype(g.dtype), g, 2, 2)
+    dq, dk, dv = dot(ds, k, 3, 2), dot(ds, q, 2, 2), dot(kept.astype(g.dtype), g, 2, 2)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dbias, dsinks, None
 
 
@@ -115,6 +115,6 @@ _attend = jax.custom_vjp(functools.partial(_forward, False), nondiff_argnums=(0,
 _attend.defvjp(functools.partial(_forward, True), _backward)
 
 
-def _dot(a: Array, b: Array, i: int, j: int) -> Array:
+def dot(a: Array, b: Array, i: int, j: int) -> Array:
     """Contract axis i of a with axis j of b for each sequence and head, accumulated in float32."""
     return lax.dot_general(a, b, (((i,), (j,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
