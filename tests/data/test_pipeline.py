@@ -309,8 +309,8 @@ DAMAGES = {
 def test_a_damaged_store_is_made_again(tmp_path, damage, large, caplog, monkeypatch):
     """Whichever file it is. Of large files blocks are verified, the first and the last always."""
     if large:
-        monkeypatch.setattr("gptjax.data.store.BLOCK", 16)
-        monkeypatch.setattr("gptjax.data.store.BLOCKS", 3)
+        monkeypatch.setattr("gptjax.data.files.BLOCK", 16)
+        monkeypatch.setattr("gptjax.data.files.BLOCKS", 3)
 
     def read():
         with contextlib.closing(Chat(Talks(), length=96, batch=4).batches(BYTES, "train", 0, tmp_path)) as batches:
