@@ -48,7 +48,9 @@ def serve(
     try:
         import uvicorn
 
-        from gptjax.serve.app import LOOPBACK, Served, make_app
+        from gptjax.serve.access import LOOPBACK
+        from gptjax.serve.app import make_app
+        from gptjax.serve.service import Served
     except ModuleNotFoundError as error:
         raise UserError(f"serve: {error.name} is not installed; pip install 'gptjax[serve]'") from None
     keys = _keys(key_file)

@@ -19,7 +19,9 @@ from gptjax.data.chat import Message, conversation
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.models.language_model import LanguageModel
 from gptjax.nn import TransformerConfig
-from gptjax.serve.app import LOOPBACK, Served, make_app
+from gptjax.serve.access import LOOPBACK
+from gptjax.serve.app import make_app
+from gptjax.serve.service import Served
 
 CONTEXT = 256
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a dedent?"}]

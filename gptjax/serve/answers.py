@@ -1,0 +1,76 @@
+"""From the fields of a request to texts of the engine, and from those to the HTTP reply."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from gptjax.inference.engine import Generation, Request
+from gptjax.inference.sampling import Sampling
+from gptjax.serve import fields as read_fields
+from gptjax.serve import replies
+from gptjax.serve.errors import ApiError
+from gptjax.serve.service import Served
+from gptjax.types import UserError
+
+
+def to_engine(served: Served, fields: Mapping[str, Any], prompt: tuple[int, ...], client: str) -> Request:
+    """The engine's request, with the sampling settings that the model's authors recommend where none are given."""
+    base = served.model.sampling or Sampling()
+    return read_fields.request(fields, prompt, served.engine.context - len(prompt), base, client)
+
+
+async def reply(
+    http: HttpRequest,
+    served: Served,
+    form: replies.Format,
+    asked: Sequence[Request],
+    n: int,
+    fields: Mapping[str, Any],
+    ignored: Sequence[str],
+) -> Response:
+    """Ask the engine and answer, whole or as a stream; the engine stops when the client leaves.
+
+    form     shape of the reply
+    asked    a request for each prompt
+    n        number of choices of each
+    ignored  names of unknown fields
+    """
+    texts: list[Generation] = []
+    engine, headers = served.engine, {"x-ignored-fields": json.dumps(ignored)[:500]} if ignored else {}
+    try:
+        for one in asked:
+            texts += [engine.submit(dataclasses.replace(one, choice=i)) for i in range(n)]
+    except UserError:
+        for text in texts:
+            engine.cancel(text)
+        raise
+    if fields.get("stream"):
+        include_usage = fields.get("stream_options", {}).get("include_usage", False)
+        events = replies.stream(form, texts, len(asked), include_usage, engine.cancel)
+        headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    gone = asyncio.create_task(_gone(http))
+    done = asyncio.create_task(replies.collect(form, texts, len(asked)))
+    try:
+        await asyncio.wait([gone, done], return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise ApiError(499, "the client is gone")
+        return JSONResponse(done.result(), headers=headers)
+    finally:
+        for task in (gone, done):
+            task.cancel()
+        for text in texts:
+            engine.cancel(text)
+
+
+async def _gone(http: HttpRequest) -> None:
+    """Wait until the client closes the connection."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass

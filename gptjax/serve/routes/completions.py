@@ -1,0 +1,36 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from gptjax.serve import fields as read_fields
+from gptjax.serve import replies
+from gptjax.serve.answers import reply, to_engine
+from gptjax.serve.errors import ApiError
+from gptjax.serve.service import Service, body, require
+
+
+async def complete(service: Service, http: HttpRequest, client: str) -> Response:
+    """Texts to continue."""
+    fields, ignored = read_fields.read(await body(http), read_fields.COMPLETION)
+    name, served = service.choose(fields)
+    require(fields, "prompt")
+
+    def encode() -> list[tuple[int, ...]]:
+        given = fields["prompt"]
+        given = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+        encoded = [served.model.encode_prompt(one) if isinstance(one, str) else one for one in given]
+        return [tuple(ids) for ids in encoded]
+
+    prompts = await asyncio.to_thread(encode)
+    if not prompts:
+        raise ApiError(400, "prompt: got none, must be at least one", "prompt")
+    n = read_fields.choices(fields, len(prompts))
+    fields.setdefault("max_tokens", 16)  # OpenAI's default
+    asked = [to_engine(served, fields, prompt, client) for prompt in prompts]
+    form = replies.Completion(name, served.model.tokenizer, "logprobs" in fields, asked[0].alternatives)
+    return await reply(http, served, form, asked, n, fields, ignored)

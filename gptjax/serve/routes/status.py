@@ -1,0 +1,53 @@
+"""GET /v1/models, /health, /metrics"""
+
+from __future__ import annotations
+
+import time
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from gptjax.inference.engine import Engine
+from gptjax.serve.errors import ApiError
+from gptjax.serve.service import Service
+
+STUCK = 30.0
+"""Seconds without a finished round, while texts are written, after which the service counts as dead."""
+
+
+async def list_models(service: Service, http: HttpRequest, client: str) -> Response:
+    """Names and contexts of the models."""
+    about = {"object": "model", "created": service.started, "owned_by": "gptjax"}
+    data = [{"id": name, **about, "max_model_len": served.engine.context} for name, served in service.models.items()]
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def health(service: Service, http: HttpRequest, client: str) -> Response:
+    """503 if an engine is broken or stuck."""
+    for served in service.models.values():
+        engine = served.engine
+        stuck = engine.active > 0 and time.monotonic() - engine.last_round > STUCK
+        if engine.broken is not None or stuck:
+            raise ApiError(503, "the engine is broken" if engine.broken is not None else "the engine is stuck")
+    return JSONResponse({"status": "ok"})
+
+
+async def metrics(service: Service, http: HttpRequest, client: str) -> Response:
+    """Numbers for Prometheus."""
+    meanings = {
+        "requests_running": ("gauge", "Texts that have a row", lambda e: e.active),
+        "requests_waiting": ("gauge", "Requests that wait", lambda e: e.waiting),
+        "pages_used_ratio": ("gauge", "Part of the pages that have readers", _used),
+        "tokens_written_total": ("counter", "Tokens written", lambda e: e.written),
+        "prefix_tokens_reused_total": ("counter", "Tokens of prompts found in pages", lambda e: e.pages.hits),
+        "preemptions_total": ("counter", "Texts that gave up their pages", lambda e: e.preempted),
+    }
+    lines = []
+    for name, (kind, meaning, value) in meanings.items():
+        lines += [f"# HELP gptjax_{name} {meaning}", f"# TYPE gptjax_{name} {kind}"]
+        lines += [f'gptjax_{name}{{model="{m}"}} {value(served.engine)}' for m, served in service.models.items()]
+    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+def _used(engine: Engine) -> float:
+    return 1 - engine.pages.free / engine.pages.count

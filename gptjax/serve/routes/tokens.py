@@ -1,0 +1,36 @@
+"""POST /tokenize, /detokenize"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from gptjax.io.json_file import FLAG, NATURAL, TEXT
+from gptjax.serve import fields as read_fields
+from gptjax.serve.errors import ApiError
+from gptjax.serve.service import Service, body, require
+
+
+async def tokenize(service: Service, http: HttpRequest, client: str) -> Response:
+    """Token ids of a text."""
+    schema = {"model": TEXT, "prompt": TEXT, "add_special_tokens": FLAG}
+    fields, _ = read_fields.read(await body(http), schema)
+    _, served = service.choose(fields)
+    require(fields, "prompt")
+    model = served.model
+    encode = model.encode_prompt if fields.get("add_special_tokens", True) else model.tokenizer.encode
+    ids = await asyncio.to_thread(encode, fields["prompt"])
+    return JSONResponse({"tokens": list(ids), "count": len(ids), "max_model_len": served.engine.context})
+
+
+async def detokenize(service: Service, http: HttpRequest, client: str) -> Response:
+    """Text of token ids."""
+    fields, _ = read_fields.read(await body(http), {"model": TEXT, "tokens": [NATURAL]})
+    _, served = service.choose(fields)
+    require(fields, "tokens")
+    if fields["tokens"] and max(fields["tokens"]) >= served.model.tokenizer.vocab:
+        raise ApiError(400, f"tokens: must be less than {served.model.tokenizer.vocab}", "tokens")
+    text = await asyncio.to_thread(served.model.tokenizer.decode, fields["tokens"])
+    return JSONResponse({"prompt": text})

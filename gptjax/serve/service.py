@@ -1,0 +1,69 @@
+"""Models that are served, by name, and the parts of a request that all routes share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+
+from gptjax.inference.engine import Engine
+from gptjax.models.language_model import LanguageModel
+from gptjax.serve.errors import ApiError
+
+BODY = 10 * 2**20
+"""Maximum bytes of a request's body."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A model and its engine."""
+
+    model: LanguageModel
+    engine: Engine
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """All models. A route is a function of it, an HTTP request and the client's identity."""
+
+    models: Mapping[str, Served]
+    """By name; the first is the default."""
+    started: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    """Seconds since 1970."""
+
+    def choose(self, fields: Mapping[str, Any]) -> tuple[str, Served]:
+        """The model that a request names. Raises `ApiError` for an unknown one."""
+        name = fields.get("model", next(iter(self.models)))
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(404, f"model: got {name!r}, must be one of {known}", "model", "model_not_found")
+        return name, self.models[name]
+
+
+async def body(http: HttpRequest) -> dict[str, Any]:
+    """The request's JSON object. Raises `ApiError` for anything else."""
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # what a page of another site may not send unasked
+        raise ApiError(415, f"content-type: got {kind or 'none'}, must be application/json")
+    data = bytearray()
+    async for chunk in http.stream():
+        data += chunk
+        if len(data) > BODY:
+            raise ApiError(413, f"the body has more than {BODY:,} bytes")
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not JSON in UTF-8") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    return value
+
+
+def require(fields: Mapping[str, Any], name: str) -> None:
+    """Raise `ApiError` if this field is not set."""
+    if name not in fields:
+        raise ApiError(400, f"{name}: got none, must be given", name)
