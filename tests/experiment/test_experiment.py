@@ -1,111 +1,34 @@
-"""Laws of an experiment: what is done is not done again, and neither a mistake nor a kill spoils what is there."""
+"""Laws of an experiment: what is done is not done again, and neither a mistake nor damage spoils what is there."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import io
 import json
-import os
-import random
-import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tiny_experiment import CHAT, EXPERIMENT, PRETRAIN, Words, equal, left, params
 
 import gptjax
-from gptjax import data, evals, optim
+from gptjax import optim
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.cli import main as command_line
 from gptjax.cli import run as launcher
 from gptjax.config import from_json
 from gptjax.distributed import sharding
 from gptjax.distributed.sharding import MeshConfig
-from gptjax.experiment import run_folder
-from gptjax.experiment.experiment import Experiment, Stage
 from gptjax.io import atomic
 from gptjax.monitor import metrics
-from gptjax.nn import LearnedPositions, TransformerConfig
-from gptjax.objectives import NextToken
 from gptjax.train.loop import train
 from gptjax.types import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-LETTERS = "abcdefghijklmnopqrstuvwxyz ."
-
-
-@dataclasses.dataclass(frozen=True)
-class Words:
-    """A source: documents of random letters."""
-
-    count: int = 20
-
-    def documents(self, split: str) -> Iterator[str]:
-        rng = np.random.default_rng([split == "train"])
-        yield LETTERS
-        for _ in range(self.count):
-            yield "".join(rng.choice(list(LETTERS), rng.integers(1, 40)))
-
-    def fingerprint(self) -> str:
-        return repr(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """A source of conversations."""
-
-    def documents(self, split: str) -> Iterator[tuple[data.Message, ...]]:
-        for i in range(10):
-            yield data.Message("user", "ab" * i + "?"), data.Message("assistant", "ba" * i + ".")
-
-    def questions(self, count: int) -> list[tuple[str, str]]:
-        return [("ab?", "ba.")] * count
-
-    def fingerprint(self) -> str:
-        return "sums"
-
-
-PRETRAIN = Stage(
-    data=data.Pretrain(Words(), length=32, batch=8),
-    objective=NextToken(),
-    optimizer=optim.AdamW(schedule=optim.Cosine(warmup=1)),
-    steps=4,
-    ema=0.5,
-    evaluate_every=100,
-    eval_sequences=8,
-    save_every=2,
-    evaluations=(evals.BitsPerByte(Words(), documents=2, length=16),),
-)
-CHAT = dataclasses.replace(
-    PRETRAIN,
-    data=data.Chat(Sums(), length=32, batch=8),
-    prompts=(),
-    evaluations=(evals.Answers(Sums(), count=1, max_tokens=4),),
-)
-EXPERIMENT = Experiment(
-    model=TransformerConfig(vocab=64, layers=2, width=16, heads=2, positions=LearnedPositions(64)),
-    tokenizer=data.TrainCharacters(),
-    stages={"pretrain": PRETRAIN, "chat": CHAT},
-    mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Tokens are kept apart from the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPTJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +51,6 @@ def finished(cache, specs, tmp_path_factory) -> Path:
         patch.setattr("gptjax.experiment.experiment.train", noting)
         assert EXPERIMENT.run(folder) == 0
     return folder
-
-
-def left(folder: Path) -> dict[str, bytes]:
-    """Every file of a run, but TensorBoard's."""
-    files = [path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def params(folder: Path, stage: str, ema: bool = True):
-    with Checkpoints(folder / "checkpoints" / stage) as checkpoints:
-        return jax.device_get(checkpoints.restore_params(ema=ema).state)
-
-
-def equal(a, b) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def test_the_folder_holds_all_of_a_run(finished):
@@ -169,26 +77,6 @@ def test_the_second_stage_begins_with_the_average_of_the_first(finished):
 def test_every_stage_shares_out_the_parameters_as_declared(finished, specs):
     shared = PartitionSpec(None, "fsdp", "tensor")
     assert specs == {"pretrain": shared, "chat": shared}
-
-
-@dataclasses.dataclass(frozen=True)
-class Monologues(Sums):
-    """Conversations without an answer."""
-
-    def documents(self, split: str) -> Iterator[tuple[data.Message, ...]]:
-        for talk in super().documents(split):
-            yield talk[:1]
-
-    def fingerprint(self) -> str:
-        return "monologues"
-
-
-def test_data_of_a_later_stage_are_refused_before_the_first_is_trained(tmp_path, capsys):
-    chat = dataclasses.replace(CHAT, data=data.Chat(Monologues(), length=32, batch=8), evaluations=())
-    experiment = dataclasses.replace(EXPERIMENT, stages={"pretrain": PRETRAIN, "chat": chat})
-    with pytest.raises(UserError, match=r"^chat\.data\.source: Monologues\(\) has nothing to learn for train: "):
-        experiment.run(tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_run_says_what_it_can_do(finished, monkeypatch, tmp_path, capsys):
@@ -237,7 +125,7 @@ def test_a_damaged_end_of_a_stage_is_made_again(finished, tmp_path):
 
 def test_another_configuration_is_refused_until_it_is_accepted(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "mine.py").write_text(f"from {__name__} import EXPERIMENT as experiment")
+    (tmp_path / "mine.py").write_text("from tiny_experiment import EXPERIMENT as experiment")
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     before = left(folder)
@@ -284,31 +172,6 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, monkeypatch):
     np.testing.assert_allclose(list(found.values()), list(whole.values()), atol=steps * rate / eps * rounding)
 
 
-def stages(prompts: tuple[str, ...] = ("a",), accumulate: int = 1, **of_data) -> dict[str, Stage]:
-    source = dataclasses.replace(PRETRAIN.data, **of_data)
-    return {"x": dataclasses.replace(PRETRAIN, data=source, prompts=prompts, accumulate=accumulate)}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"stages": {}}, "stages: got none, must be at least one"),
-        ({"stages": stages(length=65)}, "x.data.length: got 65, must be at most 64"),
-        ({"stages": stages(batch=6)}, "x.data.batch: got 6, must be a multiple of 4"),
-        ({"stages": stages(accumulate=4)}, "x.data.batch: got 2, must be a multiple of 4"),
-        ({"stages": stages(prompts=("a" * 70,))}, "x.prompts: got 'aaa.*' of 71 tokens"),
-        ({"mesh": MeshConfig(data=3)}, "mesh: data 3 does not fit 8 device"),
-        ({"mesh": MeshConfig(data=2, tensor=4)}, "model.heads: got 2, must be a multiple of 4"),
-        ({"model": TransformerConfig(63, 1, 16, 2)}, "model.vocab: got 63, must be a multiple of 2"),
-        ({"model": TransformerConfig(32, 1, 16, 2)}, "model.vocab: got 32, but the tokenizer has 34 ids"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_it_is_trained(change, message, tmp_path):
-    with pytest.raises(UserError, match=f"^{message}"):
-        dataclasses.replace(EXPERIMENT, **change).run(tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
 NO_NAMES = ("", ".", "..", "../../x", "/x", "a/b", "a\\b", ".x", "a b", "a\n", "é", "\0", "a" * 101)
 
 
@@ -323,40 +186,6 @@ def test_the_name_of_a_stage_is_not_a_path(finished, tmp_path, name):
     with pytest.raises(UserError, match=r"config\.json: stages: got the name "):
         gptjax.load(tmp_path)
     assert dataclasses.replace(EXPERIMENT, stages={"Pre-train_1.b": PRETRAIN}).stages
-
-
-@pytest.mark.parametrize(
-    ("evaluation", "message"),
-    [
-        (evals.Answers(Words()), r"source: got Words\(.*must have questions"),
-        (evals.BitsPerByte(Sums()), r"source: got Sums\(.*whose documents are tuple, must be str"),
-        (evals.BitsPerByte(data.Jsonl("nowhere.jsonl")), "path: .*nowhere"),
-    ],
-)
-def test_an_evaluation_that_does_not_fit_its_source_is_refused_before_it_is_trained(evaluation, message, tmp_path):
-    stage = dataclasses.replace(PRETRAIN, evaluations=(*PRETRAIN.evaluations, evaluation))
-    with pytest.raises(UserError, match=rf"^x\.evaluations\.1\.{message}"):
-        dataclasses.replace(EXPERIMENT, stages={"x": stage}).run(tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_an_evaluation_of_another_kind_of_model_is_refused():
-    stage = dataclasses.replace(PRETRAIN, evaluations=(evals.Accuracy(Words()),))
-    with pytest.raises(UserError, match=r"^x\.evaluations\.0: got Accuracy, which measures classifier models, must"):
-        dataclasses.replace(EXPERIMENT, stages={"x": stage})
-
-
-@pytest.mark.parametrize(("field", "value"), [("accumulate", 3), ("ema", 1.0), ("steps", 0), ("save_every", 0)])
-def test_a_stage_that_cannot_be_is_refused(field, value):
-    with pytest.raises(UserError, match=f"^{field}: got {value}, must "):
-        dataclasses.replace(PRETRAIN, **{field: value})
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is not empty and not a run folder"):
-        EXPERIMENT.run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_configuration_that_is_not_the_checkpoints_is_refused(finished, tmp_path):
@@ -405,172 +234,3 @@ def test_two_runs_in_one_folder(finished, monkeypatch, capsys):
     assert capsys.readouterr() == ("", line)
     assert left(finished) == before
     assert launcher.main(command) == 0
-
-
-def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
-    """One line for each of the files of a run; what is there afterwards is whole."""
-    sync = atomic._sync
-    for full in ("config.json", "tokenizer"):
-
-        def fail(path, full=full):
-            if path.name == f"{full}.partial":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            sync(path)
-
-        monkeypatch.setattr(atomic, "_sync", fail)
-        with pytest.raises(UserError, match=r"^out: cannot use .*run \(No space left on device\); free some"):
-            EXPERIMENT.run(tmp_path / "run")
-        assert not (tmp_path / "run" / full).exists()
-
-
-def test_a_folder_that_cannot_be_used_is_named(tmp_path, monkeypatch, capsys):
-    """One line with the path and the option, exit code 2, and nothing of the user's is touched."""
-    monkeypatch.setattr("gptjax.experiment.catalogue.load", lambda _: types.SimpleNamespace(experiment=EXPERIMENT))
-    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "locked" / "run.lock").mkdir(parents=True)
-    (tmp_path / "folder" / "config.json").mkdir(parents=True)
-
-    def everything() -> list[Path]:
-        return sorted(path for path in tmp_path.rglob("*") if path != tmp_path / "folder" / "run.lock")
-
-    before = everything()
-
-    def said(out: Path | str) -> str:
-        assert launcher.main(["quickstart", "--out", str(out)]) == 2
-        printed, message = capsys.readouterr()
-        assert (printed, message.count("\n")) == ("", 1)
-        assert everything() == before
-        return message
-
-    assert said(tmp_path / "file") == (
-        f"error: --out: cannot use {tmp_path}/file (Not a directory); free some space, make it writable, or choose "
-        "another folder with --out\n"
-    )
-    assert f"cannot use {tmp_path}/file/below (Not a directory)" in said(tmp_path / "file" / "below")
-    assert f"cannot use {tmp_path}/{'x' * 300} (File name too long)" in said(tmp_path / ("x" * 300))
-    assert f"cannot use {tmp_path}/locked/run.lock (Is a directory)" in said(tmp_path / "locked")
-    assert f"cannot use {tmp_path}/folder/config.json (Is a directory)" in said(tmp_path / "folder")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_run_killed_in_its_first_moment_is_not_something_else(tmp_path):
-    (tmp_path / "config.json.partial").write_text("{")
-    assert run_folder.prepare(tmp_path, EXPERIMENT, accept_changes=False) == []
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-def test_a_run_that_failed_before_it_trained_does_not_hold_its_folder(tmp_path):
-    small = dataclasses.replace(EXPERIMENT, model=TransformerConfig(32, 1, 16, 2))
-    with pytest.raises(UserError, match=r"^model.vocab: got 32, but the tokenizer has 34 ids"):
-        small.run(tmp_path)
-    assert "model.vocab: 32 → 64" in run_folder.prepare(tmp_path, EXPERIMENT, accept_changes=False)
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-
-
-DIVERGING = """
-import dataclasses
-from gptjax.train.loop import Diverged
-
-@dataclasses.dataclass(frozen=True)
-class Diverging:
-    def run(self, folder, accept_changes):
-        raise Diverged("pretrain: the loss became nan at step 7; the last good checkpoint is step 6")
-
-experiment = Diverging()
-"""
-
-
-def test_a_run_that_diverges_says_so_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "diverging.py").write_text(DIVERGING)
-    assert launcher.main([str(tmp_path / "diverging.py"), "--out", str(tmp_path / "run")]) == 3
-    message = "error: pretrain: the loss became nan at step 7; the last good checkpoint is step 6\n"
-    assert capsys.readouterr() == ("", message)
-
-
-TINY = """
-import dataclasses
-from gptjax import data, objectives, optim
-from gptjax.experiment import run_folder
-from gptjax.experiment.experiment import Experiment, Stage
-from gptjax.nn import TransformerConfig
-
-@dataclasses.dataclass(frozen=True)
-class Counting:
-    first: int
-
-    def documents(self, split):
-        for i in range(200):
-            yield str(self.first + i * i)
-
-    def fingerprint(self):
-        return repr(self)
-
-experiment = Experiment(
-    model=TransformerConfig(vocab=16, layers=2, width=16, heads=2),
-    tokenizer=data.TrainCharacters(specials=()),
-    stages={
-        "pretrain": Stage(
-            data=data.Pretrain(data.Mix((Counting(1), Counting(2)), (2, 1)), length=16, batch=8),
-            objective=objectives.NextToken(),
-            optimizer=optim.AdamW(schedule=optim.Cosine(warmup=1)),
-            steps=16,
-            ema=0.9,
-            evaluate_every=100,
-            eval_sequences=8,
-            save_every=1,
-            log_every=1,
-            prompts=(),
-        )
-    },
-)
-"""
-
-
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_9_at_any_moment_changes_nothing(tmp_path, kills):
-    """Killed at random, every other time amid a checkpoint, a run ends with the bits of one left alone."""
-    steps = max(16, 2 * kills)
-    (tmp_path / "tiny.py").write_text(TINY)
-    (tmp_path / "torch.py").write_text("raise ImportError")  # TensorBoard's writer would import it, for seconds
-    environment = {
-        **os.environ,
-        "GPTJAX_CACHE": str(tmp_path / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compilation"),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
-    }
-
-    def start(folder: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "experiments", str(tmp_path / "tiny.py"), "--out", str(folder)]
-        command += ["--pretrain.steps", str(steps)]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-
-    def recorded(folder: Path) -> int:
-        return sum("loss" in line for line in metrics.read(folder))
-
-    def writing(folder: Path) -> bool:
-        return any("tmp" in path.name for path in folder.glob("checkpoints/*/*"))
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    moments = sorted(random.sample(range(1, steps - 2), kills))
-    print(f"kills after steps {moments}")
-    for number, step in enumerate(moments):
-        run = start(killed)
-        while run.poll() is None and not (recorded(killed) >= step and (number % 2 or writing(killed))):
-            time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.02))
-        run.kill()
-        assert run.wait() == -signal.SIGKILL, moments
-    runs = start(killed), start(whole)
-    assert [run.wait() for run in runs] == [0, 0], moments
-
-    for ema in (False, True):
-        assert equal(params(killed, "pretrain", ema), params(whole, "pretrain", ema)), moments
-    measured = re.compile("time|tokens_per_second|memory")
-    lines = [
-        [{name: value for name, value in line.items() if not measured.match(name)} for line in metrics.read(folder)]
-        for folder in (killed, whole)
-    ]
-    assert lines[0] == lines[1], moments
-    assert [line["step"] for line in lines[0] if "loss" in line] == [*range(1, steps + 1)]

@@ -2,107 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from stand_ins import JOBSET, ROOT, UP
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "tpu").iterdir())
 
-STAND_IN = f"""#!{sys.executable} -S
-# Writes down its call. Plays a cloud with at most one TPU, and what `answers` says, once each: (part of a call,
-# exit code, output, state of the TPU from then on or null).
-import json, os, pathlib, sys
-folder = pathlib.Path(os.environ["STAND_IN"])
-call = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
-with (folder / "calls").open("a") as file:
-    file.write(json.dumps(call) + "\\n")
-answers, state = json.loads((folder / "answers").read_text()), (folder / "state").read_text()
-code, output = 0, ""
-for answer in answers:
-    if answer[0] in " ".join(call):
-        answers.remove(answer)
-        (folder / "answers").write_text(json.dumps(answers))
-        _, code, output, after = answer
-        if after is not None:
-            (folder / "state").write_text(after)
-        break
-else:
-    if "list" in call:
-        output = state
-    if "create" in call:
-        (folder / "state").write_text("ACTIVE" if "queued-resources" in call else "READY")
-    if "delete" in call:
-        (folder / "state").write_text("")
-print(output.removeprefix("STDERR "), file=sys.stderr if output.startswith("STDERR ") else sys.stdout)
-sys.exit(code)
-"""
 
-
-class World:
-    """A folder whose stand-ins come first on the PATH."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        (folder / "bin").mkdir()
-        self.stand_in("gcloud", "kubectl", "sbatch", "srun", "scontrol", "sleep", "git")
-        (folder / "state").write_text("")
-        (folder / "answers").write_text("[]")
-        (folder / "calls").touch()
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        path = f"{folder / 'bin'}:{os.environ['PATH']}"
-        self.environment = {**kept, "PATH": path, "STAND_IN": str(folder), "TMPDIR": str(folder)}
-
-    def stand_in(self, *names: str) -> None:
-        for name in names:
-            (self.folder / "bin" / name).write_text(STAND_IN)
-            (self.folder / "bin" / name).chmod(0o755)
-
-    def expect(self, *answers: tuple[str, int, str, str | None]) -> None:
-        (self.folder / "answers").write_text(json.dumps(answers))
-
-    def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            shlex.split(command),
-            cwd=ROOT,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def job(self, **environment: str) -> subprocess.CompletedProcess[str]:
-        """tpu/slurm.sh as SLURM runs it: a copy elsewhere."""
-        script = shutil.copy(ROOT / "tpu" / "slurm.sh", self.folder)
-        slurm = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "RUN": "r", "VENV": ""}
-        return self.run(f"{script} job gpt2_124m --a b", **slurm, **environment)
-
-    def calls(self) -> list[list[str]]:
-        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
-
-    def verbs(self) -> list[str]:
-        """The calls, each as the words that tell it apart."""
-        names = shlex.split("create delete list scp setup start follow stop sleep")
-        return [" ".join(name for name in names if name in " ".join(call).split()) for call in self.calls()]
-
-
-@pytest.fixture
-def world(tmp_path) -> World:
-    return World(tmp_path)
-
-
-UP = (
-    "tpu/launch up --name pod --zone z1 --type v5litepod-16 --spot --bucket gs://b/runs "
-    "-- gpt2_124m --a 'it s' --b '\"x y\"'"
-)
 ROUND = ["list", "create", "list", "scp", "setup", "start", "follow"]
 
 
@@ -330,118 +242,6 @@ def test_help_is_the_comment_at_the_top(world, script):
     assert "set -e" not in shown.stdout
 
 
-def test_the_manifest_of_a_jobset(world):
-    yaml = pytest.importorskip("yaml")
-    options = "--name pod --accelerator tpu-v5p-slice --topology 4x4x8 --image i --bucket gs://b --spot"
-    shown = world.run(f'tpu/gke.sh render {options} -- gpt2_124m --a "it\'s"', SLICES="2")
-    jobset = yaml.safe_load(shown.stdout)
-    (slices,) = jobset["spec"]["replicatedJobs"]
-    job = slices["template"]["spec"]
-    pod = job["template"]["spec"]
-    assert (slices["replicas"], job["parallelism"], job["completions"]) == (2, 32, 32)
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
-        "cloud.google.com/gke-tpu-topology": "4x4x8",
-        "cloud.google.com/gke-spot": "true",
-    }
-    command = ["python", "-m", "experiments", "gpt2_124m", "--a", "it's", "--out", "/runs/gpt2_124m"]
-    assert pod["containers"][0]["command"] == command
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 3]
-    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
-
-
-def test_a_host_has_no_more_chips_than_the_slice_and_the_container_its_variables(world):
-    yaml = pytest.importorskip("yaml")
-    options = (
-        "--name pod --accelerator tpu-v6e-slice --topology 1x1 --image i --bucket gs://b --env A= --env 'B=c: d=e'"
-    )
-    jobset = yaml.safe_load(world.run(f"tpu/gke.sh render {options} -- gpt2_124m").stdout)
-    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    (container,) = job["template"]["spec"]["containers"]
-    assert (job["parallelism"], container["resources"]["limits"]) == (1, {"google.com/tpu": 1})
-    assert container["env"] == [{"name": "A", "value": ""}, {"name": "B", "value": "c: d=e"}]
-
-
-JOBSET = "tpu/gke.sh {} --name pod --accelerator a --topology 4x4 --image i --bucket gs://b -- gpt2_124m"
-DELETED = shlex.split("kubectl delete jobset pod --ignore-not-found --cascade=foreground --wait")
-
-
-def test_a_jobset_that_is_there_makes_way_for_the_new_one(world):
-    done = world.run(JOBSET.format("run"))
-    assert done.returncode == 0, done.stderr
-    deleted, applied = world.calls()
-    assert deleted == DELETED
-    assert applied[:2] == ["kubectl", "apply"]
-    manifest = Path(applied[2].removeprefix("--filename=")).read_text()
-    assert manifest == world.run(JOBSET.format("render")).stdout
-
-
-def test_kubectl_is_tried_again_and_nothing_is_applied_beside_what_could_not_be_deleted(world):
-    world.expect(("delete", 1, "", None), ("apply", 1, "", None), ("apply", 1, "", None))
-    assert world.run(JOBSET.format("run")).returncode == 0
-    assert [call[1] for call in world.calls()] == ["delete", "10", "delete", "apply", "10", "apply", "20", "apply"]
-    (world.folder / "calls").write_text("")
-    world.expect(*[("delete", 3, "", None)] * 2)
-    failed = world.run(JOBSET.format("run"), TRIES="2")
-    assert failed.returncode == 3
-    assert failed.stderr.endswith(f"error: exit code 3 after 2 attempts: {shlex.join(DELETED)}\n")
-    assert [call[1] for call in world.calls()] == ["delete", "10", "delete"]
-
-
-def test_the_log_is_that_of_one_host(world):
-    assert world.run("tpu/gke.sh log --name pod").returncode == 0
-    (call,) = world.calls()
-    labels = dict(label.split("=") for label in call[-1].removeprefix("--selector=").split(","))
-    assert labels == {
-        "jobset.sigs.k8s.io/jobset-name": "pod",
-        "jobset.sigs.k8s.io/job-index": "0",
-        "batch.kubernetes.io/job-completion-index": "0",
-    }
-
-
-@pytest.mark.parametrize("inside", [{}, {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": "/"}], ids=["", "salloc"])
-def test_a_job_is_given_to_slurm_again_where_that_fails(world, inside):
-    world.expect(("sbatch", 1, "", None))
-    done = world.run("tpu/slurm.sh --nodes=2 -- gpt2_124m --a 'b c'", **inside)
-    assert done.returncode == 0, done.stderr
-    first, pause, second = world.calls()
-    exported = "--export=ALL,RUN=gpt2_124m,VENV=.venv,RESTARTS=100"
-    assert first == second == ["sbatch", "--nodes=2", exported, "tpu/slurm.sh", "job", "gpt2_124m", "--a", "b c"]
-    assert pause == ["sleep", "10"]
-    world.expect(*[("sbatch", 1, "", None)] * 2)
-    assert world.run("tpu/slurm.sh -- gpt2_124m", TRIES="2", **inside).returncode == 1
-
-
-@pytest.mark.parametrize(
-    ("code", "restarts", "requeued"),
-    [
-        *((0, "0", False), (1, "3", True), (1, "4", False), (2, "0", False), (3, "0", False)),
-        *((130, "0", True), (143, "4", True), (137, "5", False)),
-    ],
-)
-def test_a_slurm_job_goes_back_to_the_queue_when_it_was_interrupted(world, code, restarts, requeued):
-    world.expect(("srun", code, "", None))
-    job = world.job(RESTARTS="5", FAILURES="4", SLURM_RESTART_COUNT=restarts)
-    assert job.returncode == code
-    srun = shlex.split("srun --kill-on-bad-exit=1 python -m experiments gpt2_124m --a b --out runs/r")
-    assert world.calls() == [srun, *([["scontrol", "requeue", "7"]] if requeued else [])]
-
-
-def test_a_slurm_job_waits_for_its_tasks_after_sigterm(world):
-    """The tasks get the signal too, unless they inherit that it is ignored; and they have the job's processors."""
-    (world.folder / "bin" / "srun").write_text(
-        "#!/usr/bin/env bash\n"
-        "[[ $SRUN_CPUS_PER_TASK == 12 ]] || exit 1\n"
-        "kill -TERM $PPID\n"
-        "trap 'exit 130' TERM\n"
-        "kill -TERM $$\n"
-        "exit 1\n"
-    )
-    job = world.job(SLURM_CPUS_PER_TASK="12")
-    assert job.returncode == 130, job.stderr
-    assert world.calls() == [["scontrol", "requeue", "7"]]
-
-
 def test_the_documentation_says_what_the_scripts_understand(world):
     """And the image has what a TPU VM has: what reads tokenizers, and buckets."""
     page = (ROOT / "docs" / "cloud.md").read_text()
@@ -456,92 +256,6 @@ def test_the_documentation_says_what_the_scripts_understand(world):
         assert done.returncode == 0, f"{command}: {done.stderr}"
     extras = [re.findall(r"-e '\.\[([\w,]+)\]'", text) for text in (page, (ROOT / "tpu" / "worker.sh").read_text())]
     assert extras == [["tpu,hf,gcs"]] * 2
-
-
-class Host(World):
-    """A host of a TPU, with a trainer that runs until it is stopped or the file `ended` says with which exit code."""
-
-    def __init__(self, folder: Path, hosts: str):
-        super().__init__(folder)
-        (folder / "bin" / "sleep").unlink()
-        self.stand_in("curl", "mountpoint", "gcsfuse")
-        self.hosts = ("curl", 0, hosts, None)
-        shutil.copytree(ROOT / "tpu", folder / "gptjax" / "tpu")
-        trainer = folder / "gptjax" / ".venv" / "bin" / "python"
-        trainer.parent.mkdir(parents=True)
-        trainer.write_text(
-            "#!/usr/bin/env bash\n"
-            "trap 'echo saved; exit 130' TERM\n"
-            'echo "$@"\n'
-            'for i in {1..300}; do [[ -f ended ]] && exit "$(cat ended)"; sleep 0.1; done\n'
-        )
-        trainer.chmod(0o755)
-
-    def worker(self, arguments: str) -> subprocess.CompletedProcess[str]:
-        return self.run(f"bash {self.folder}/gptjax/tpu/worker.sh {arguments}", SYNC="100")
-
-    def log(self) -> str:
-        """Once the trainer has started."""
-        path, limit = self.folder / "gptjax" / "run.log", time.monotonic() + 20
-        while not (path.exists() and path.read_text()) and time.monotonic() < limit:
-            time.sleep(0.05)
-        return path.read_text()
-
-
-def test_one_host_keeps_the_run_folder_in_the_bucket_by_copying_it(tmp_path):
-    host = Host(tmp_path, "10.0.0.1")
-    host.expect(*[host.hosts] * 4)
-    assert host.worker("start r gs://b/runs gpt2_124m --a 'b c'").returncode == 0
-    assert host.log() == "-m experiments gpt2_124m --a b c --out runs/r\n"
-    (tmp_path / "gptjax" / "ended").write_text("0")
-    followed = host.worker("follow")
-    assert followed.returncode == 0, followed.stderr
-    copies = [call[1:] for call in host.calls() if call[0] == "gcloud"]
-    assert copies == [
-        ["storage", "ls", "gs://b/runs/r/"],
-        ["storage", "rsync", "--recursive", "gs://b/runs/r", "runs/r"],
-        ["storage", "rsync", "--recursive", "--delete-unmatched-destination-objects", "runs/r", "gs://b/runs/r"],
-    ]
-
-
-@pytest.mark.parametrize(("output", "code"), [("One or more URLs matched no objects.", 0), ("no network", 1)])
-def test_a_run_is_begun_anew_only_where_the_bucket_is_known_to_have_none(tmp_path, output, code):
-    """The next copy to the bucket would delete what could not be read."""
-    host = Host(tmp_path, "10.0.0.1")
-    (tmp_path / "gptjax" / "ended").write_text("0")
-    host.expect(*[host.hosts] * 4, ("storage ls", 1, output, None))
-    assert host.worker("start r gs://b/runs gpt2_124m").returncode == code
-    assert (tmp_path / "gptjax" / "run.pid").exists() is (code == 0)
-    if code == 0:
-        assert host.worker("follow").returncode == 0
-    assert not any(call[-2] == "gs://b/runs/r" for call in host.calls())
-
-
-def test_several_hosts_mount_the_bucket(tmp_path):
-    host = Host(tmp_path, "10.0.0.1,10.0.0.2")
-    host.expect(host.hosts)
-    failed = host.worker("start r '' gpt2_124m")
-    assert (failed.returncode, failed.stderr) == (
-        2,
-        "error: BUCKET: is not set; several hosts need one folder: --bucket gs://...\n",
-    )
-    (tmp_path / "gptjax" / "ended").write_text("1")
-    host.expect(*[host.hosts] * 2, ("mountpoint", 1, "", None))
-    assert host.worker("start r gs://b/runs gpt2_124m").returncode == 0
-    assert host.worker("follow").returncode == 1
-    (mount,) = [call for call in host.calls() if call[0] == "gcsfuse"]
-    assert mount[-4:] == ["--only-dir", "runs", "b", "runs"]
-    assert not [call for call in host.calls() if call[0] == "gcloud"]
-
-
-def test_stopping_lets_the_trainer_save(tmp_path):
-    host = Host(tmp_path, "10.0.0.1")
-    assert host.worker("start r '' gpt2_124m").returncode == 0
-    host.log()
-    assert host.worker("stop").returncode == 0
-    assert host.log().endswith("saved\n")
-    assert host.worker("follow").returncode == 130
-    assert host.worker("stop").returncode == 0  # nothing runs
 
 
 def test_shellcheck_is_clean():
