@@ -5,6 +5,7 @@ gptjax plan         memory, time and price of an experiment on chips that you ne
 gptjax chat         talk with a model
 gptjax generate     continue a prompt
 gptjax serve        answer over HTTP: OpenAI's interface, and a page to chat in
+gptjax keys         add, list and revoke the API keys of a server
 gptjax eval         measure a model
 gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax tokenizer    train a tokenizer, or report on one
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gptjax.cli import plan, run
+from gptjax.cli import keys, plan, run
 from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.convert import convert
 from gptjax.cli.serve import serve
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 Step = int | Literal["latest", "best"]
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
-
-tokenizer = tyro.extras.SubcommandApp()
 
 
 def _later(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -183,9 +182,7 @@ def evaluate(path: Model, text: str | None = None, step: Step = "latest") -> Non
         print(f"# {result.title}\n\n{result.markdown}\n")
 
 
-@tokenizer.command
-@_later
-def train(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "unigram"] = "bpe") -> None:
+def train_tokenizer(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "unigram"] = "bpe") -> None:
     """Train a lossless SentencePiece tokenizer.
 
     Args:
@@ -204,9 +201,7 @@ def train(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "uni
     print(f"{trained.vocab:,} ids in {out}")
 
 
-@tokenizer.command
-@_later
-def report(path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")], files: Files) -> None:
+def report_tokenizer(path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")], files: Files) -> None:
     """Report a tokenizer's bytes per token, byte fallback and speed on some text.
 
     Args:
@@ -252,6 +247,11 @@ def _with_sampling(model: LanguageModel) -> LanguageModel:
 
 COMMANDS: dict[str, Any] = {"chat": chat, "generate": generate, "serve": serve, "eval": evaluate, "convert": convert}
 """Commands whose arguments are those of a function."""
+GROUPS: dict[str, dict[str, Any]] = {
+    "tokenizer": {"train": train_tokenizer, "report": report_tokenizer},
+    "keys": {"add": keys.add, "list": keys.list_keys, "revoke": keys.revoke},
+}
+"""Commands of commands."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -275,10 +275,14 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return run.main(arguments)
     if name == "plan":
         return plan.main(arguments)
-    if name != "tokenizer" and name not in COMMANDS:
-        near = difflib.get_close_matches(name, ("run", "plan", "tokenizer", *COMMANDS), n=1)
+    if name not in COMMANDS and name not in GROUPS:
+        near = difflib.get_close_matches(name, ("run", "plan", *COMMANDS, *GROUPS), n=1)
         return run.fail(f"no command {name!r}{f'; the nearest: {near[0]}' if near else ''}; see gptjax --help")
-    command = tokenizer.cli if name == "tokenizer" else functools.partial(tyro.cli, _later(COMMANDS[name]))
+    if name in GROUPS:
+        subcommands = {word: _later(function) for word, function in GROUPS[name].items()}
+        command = functools.partial(tyro.extras.subcommand_cli_from_dict, subcommands)
+    else:
+        command = functools.partial(tyro.cli, _later(COMMANDS[name]))
     from gptjax.cli.options import parsed
 
     parsed(lambda: command(prog=f"gptjax {name}", args=arguments))()

@@ -24,7 +24,7 @@ def serve(
     pages: int | None = None,
     page: int = 64,
     queue: int = 1_000,
-    key_file: Path | None = None,
+    keys: Path | None = None,
     without_keys: bool = False,
 ) -> None:
     """Serve models: OpenAI's interface under /v1, and a page to chat in under /. Ctrl-C stops, after running replies.
@@ -38,7 +38,8 @@ def serve(
         pages: Number of pages in memory for keys and values. None: enough for all rows.
         page: Tokens per page. Prompts are read, and their beginnings shared, page by page.
         queue: Maximum number of requests that wait; more are refused with status 429.
-        key_file: File with an API key per line, one of which every request must bring; for one key also GPTJAX_API_KEY.
+        keys: File of API keys, one of which every request must bring; gptjax keys adds and revokes them while the
+            server runs. For a single key, GPTJAX_API_KEY will do.
         without_keys: Listen on a public address without API keys.
     """
     from gptjax.models.language_model import LanguageModel
@@ -48,16 +49,17 @@ def serve(
     try:
         import uvicorn
 
-        from gptjax.serve.access import LOOPBACK
+        from gptjax.serve.access import LOOPBACK, Policy
         from gptjax.serve.app import make_app
+        from gptjax.serve.keys import Keys
         from gptjax.serve.service import Served
     except ModuleNotFoundError as error:
         raise UserError(f"serve: {error.name} is not installed; pip install 'gptjax[serve]'") from None
-    keys = _keys(key_file)
+    known = Keys(keys, [key] if (key := os.environ.get(KEY, "").strip()) else [])
     local = host == "localhost" or _is_loopback(host)
-    if not local and not keys and not without_keys:
+    if not local and not known and not without_keys:
         raise UserError(
-            f"host: got {host}, which others can reach, without API keys; give --key_file or {KEY}, or --without_keys"
+            f"host: got {host}, which others can reach, without API keys; give --keys or {KEY}, or --without_keys"
         )
     names = [path.resolve().name for path in paths]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -81,25 +83,10 @@ def serve(
             f"{name}: ready after {time.perf_counter() - started:.1f} s; {rows} texts at a time, "
             f"{engine.pages.count * page:,} tokens in memory, {engine.context:,} at most in a text"
         )
-    application = make_app(models, keys, LOOPBACK if local else None)
+    application = make_app(models, Policy(keys=known, hosts=LOOPBACK if local else None))
     shown = f"[{host}]" if ":" in host else host
     _say(f"\nChat: http://{shown}:{port}      OpenAI's interface: http://{shown}:{port}/v1")
     uvicorn.run(application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
-
-
-def _keys(file: Path | None) -> tuple[str, ...]:
-    from gptjax.types import UserError
-
-    lines = [os.environ.get(KEY, "")]
-    if file is not None:
-        try:
-            lines += file.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"key_file: got {file}, which cannot be read: {error}") from None
-    keys = tuple(line.strip() for line in lines if line.strip())
-    if file is not None and not keys:
-        raise UserError(f"key_file: got {file}, which has no key, must have one per line")
-    return keys
 
 
 def _is_loopback(host: str) -> bool:

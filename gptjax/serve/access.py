@@ -1,22 +1,62 @@
-"""Who may ask: names of the host, and API keys."""
+"""Who may ask, how much, and what is kept of it: a server's policy, and the client of one request."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import dataclasses
 import secrets
+import time
 from collections.abc import Sequence
 
 from starlette.requests import Request as HttpRequest
 
+from gptjax.inference.engine import Generation
 from gptjax.serve.errors import ApiError
+from gptjax.serve.keys import ANYONE, Key, Keys
+from gptjax.serve.quotas import Charge
+from gptjax.types import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def digests(keys: Sequence[str]) -> list[bytes]:
-    """SHA-256 of each key."""
-    return [hashlib.sha256(key.encode()).digest() for key in keys]
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Rules of a server, for all its models."""
+
+    keys: Keys = dataclasses.field(default_factory=Keys)
+    """Keys, one of which every request must bring, but for the routes that are open. None in it: anyone may ask."""
+    hosts: Sequence[str] | None = LOOPBACK
+    """Names under which it may be asked, against pages of other sites that rebind a name of theirs to this address.
+    None: any."""
+    queue_tokens: int | None = None
+    """Maximum number of tokens, of prompts and replies together, of all requests that wait or run. None: no limit."""
+
+
+@dataclasses.dataclass(eq=False)
+class Client:
+    """A client, for the time of one request."""
+
+    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
+    """Our own name of the request."""
+    key: Key = ANYONE
+    """Fair queues and shared prefixes are by its digest."""
+    asked: float = dataclasses.field(default_factory=time.time)
+    """Seconds since 1970."""
+    texts: list[Generation] = dataclasses.field(default_factory=list)
+    """Texts that the engine writes for it."""
+    tokens: int = 0
+    """Number of tokens that were read for it beside the prompts of `texts`."""
+    charge: Charge | None = None
+
+    @property
+    def usage(self) -> tuple[int, int]:
+        """Numbers of tokens read and written."""
+        read = sum(len(text.request.prompt) for text in self.texts if text.request.choice == 0)
+        return self.tokens + read, sum(len(text.tokens) for text in self.texts)
+
+    def end(self) -> None:
+        """The request has ended."""
+        if self.charge is not None:
+            self.charge.settle(sum(self.usage))
 
 
 def check_host(http: HttpRequest, hosts: Sequence[str] | None) -> None:
@@ -26,19 +66,26 @@ def check_host(http: HttpRequest, hosts: Sequence[str] | None) -> None:
         raise ApiError(403, f"host: got {name}, must be one of {', '.join(hosts)}")
 
 
-def client(http: HttpRequest, known: Sequence[bytes]) -> str:
-    """The client whose key this is: the digest of the key. Raises `ApiError` for none of the known ones."""
-    if not known:
-        return ""
-    scheme, _, key = http.headers.get("authorization", "").partition(" ")
-    digest = hashlib.sha256(key.strip().encode()).digest()
-    matches = [hmac.compare_digest(digest, one) for one in known]
-    if scheme.lower() != "bearer" or not any(matches):
-        raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-    return digest.hex()
+def key_of(http: HttpRequest, keys: Keys, scope: str | None) -> Key:
+    """The key of a request. Raises `ApiError` if it does not open this scope. None: every key does."""
+    key = ANYONE
+    if keys:
+        scheme, _, secret = http.headers.get("authorization", "").partition(" ")
+        try:
+            found = keys.find(secret.strip())
+        except UserError as error:
+            raise ApiError(503, str(error)) from None
+        if scheme.lower() != "bearer" or found is None:
+            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        if found.expired:
+            raise ApiError(401, "the API key has expired", code="invalid_api_key")
+        key = found
+    if scope is not None and scope not in key.scopes:
+        raise ApiError(403, f"this API key does not open {scope}, only {', '.join(key.scopes)}", code="missing_scope")
+    return key
 
 
-def identity(http: HttpRequest) -> str:
-    """Identity of the request for logs: the client's, if it sent one that can be shown."""
+def caller_id(http: HttpRequest) -> str | None:
+    """The client's own name of the request, if it is one that can be shown."""
     given = http.headers.get("x-request-id", "")
-    return given if given.isascii() and given.isprintable() and 0 < len(given) <= 100 else secrets.token_hex(8)
+    return given if given.isascii() and given.isprintable() and 0 < len(given) <= 100 else None

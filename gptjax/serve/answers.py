@@ -15,19 +15,22 @@ from gptjax.inference.engine import Generation, Request
 from gptjax.inference.sampling import Sampling
 from gptjax.serve import fields as read_fields
 from gptjax.serve import replies
+from gptjax.serve.access import Client
 from gptjax.serve.errors import ApiError
-from gptjax.serve.service import Served
+from gptjax.serve.service import Served, Service
 from gptjax.types import UserError
 
 
-def to_engine(served: Served, fields: Mapping[str, Any], prompt: tuple[int, ...], client: str) -> Request:
+def to_engine(served: Served, fields: Mapping[str, Any], prompt: tuple[int, ...], client: Client) -> Request:
     """The engine's request, with the sampling settings that the model's authors recommend where none are given."""
     base = served.model.sampling or Sampling()
-    return read_fields.request(fields, prompt, served.engine.context - len(prompt), base, client)
+    return read_fields.request(fields, prompt, served.engine.context - len(prompt), base, client.key.digest)
 
 
 async def reply(
+    service: Service,
     http: HttpRequest,
+    client: Client,
     served: Served,
     form: replies.Format,
     asked: Sequence[Request],
@@ -42,11 +45,14 @@ async def reply(
     n        number of choices of each
     ignored  names of unknown fields
     """
-    texts: list[Generation] = []
+    tokens = sum(len(one.prompt) + n * one.max_tokens for one in asked)
+    client.charge = service.quotas.admit(client.key, n * len(asked), tokens)
+    texts: list[Generation] = client.texts
     engine, headers = served.engine, {"x-ignored-fields": json.dumps(ignored)[:500]} if ignored else {}
     try:
         for one in asked:
-            texts += [engine.submit(dataclasses.replace(one, choice=i)) for i in range(n)]
+            for i in range(n):
+                texts.append(engine.submit(dataclasses.replace(one, choice=i)))
     except UserError:
         for text in texts:
             engine.cancel(text)

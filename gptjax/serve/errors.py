@@ -11,11 +11,24 @@ KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 
 
 class ApiError(Exception):
-    """An error to tell the client."""
+    """An error to tell the client. retry_after: seconds until it is worth to try again."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = 1 if retry_after is None and status in (429, 503) else retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the reply."""
+        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
 
     def body(self) -> dict[str, Any]:
         """The error as OpenAI's clients read it."""

@@ -12,7 +12,9 @@ from starlette.requests import Request as HttpRequest
 
 from gptjax.inference.engine import Engine
 from gptjax.models.language_model import LanguageModel
+from gptjax.serve.access import Policy
 from gptjax.serve.errors import ApiError
+from gptjax.serve.quotas import Quotas
 
 BODY = 10 * 2**20
 """Maximum bytes of a request's body."""
@@ -26,14 +28,19 @@ class Served:
     engine: Engine
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Service:
-    """All models. A route is a function of it, an HTTP request and the client's identity."""
+    """All models, and the rules for them. A route is a function of it, an HTTP request and a client."""
 
     models: Mapping[str, Served]
     """By name; the first is the default."""
+    policy: Policy = dataclasses.field(default_factory=Policy)
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
+
+    def __post_init__(self):
+        rows = sum(served.engine.rows + served.engine.queue_limit for served in self.models.values())
+        self.quotas = Quotas(rows, self.policy.queue_tokens, shared=self.policy.keys.shared)
 
     def choose(self, fields: Mapping[str, Any]) -> tuple[str, Served]:
         """The model that a request names. Raises `ApiError` for an unknown one."""

@@ -206,6 +206,11 @@ class Engine:
         self.run()
 
     @property
+    def rows(self) -> int:
+        """Number of texts at a time."""
+        return self._device.rows
+
+    @property
     def active(self) -> int:
         """Number of texts that have a row."""
         return len(self._running)

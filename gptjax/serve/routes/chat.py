@@ -10,13 +10,14 @@ from starlette.responses import Response
 from gptjax.data.chat import conversation
 from gptjax.serve import fields as read_fields
 from gptjax.serve import replies
+from gptjax.serve.access import Client
 from gptjax.serve.answers import reply, to_engine
 from gptjax.serve.errors import ApiError
 from gptjax.serve.service import Service, body, require
 from gptjax.types import UserError
 
 
-async def chat(service: Service, http: HttpRequest, client: str) -> Response:
+async def chat(service: Service, http: HttpRequest, client: Client) -> Response:
     """A conversation's next message."""
     fields, ignored = read_fields.read(await body(http), read_fields.CHAT)
     name, served = service.choose(fields)
@@ -40,4 +41,4 @@ async def chat(service: Service, http: HttpRequest, client: str) -> Response:
     n = read_fields.choices(fields)
     asked = to_engine(served, fields, prompt, client)
     form = replies.Chat(name, served.model.tokenizer, wants, asked.alternatives)
-    return await reply(http, served, form, [asked], n, fields, ignored)
+    return await reply(service, http, client, served, form, [asked], n, fields, ignored)

@@ -9,12 +9,13 @@ from starlette.responses import Response
 
 from gptjax.serve import fields as read_fields
 from gptjax.serve import replies
+from gptjax.serve.access import Client
 from gptjax.serve.answers import reply, to_engine
 from gptjax.serve.errors import ApiError
 from gptjax.serve.service import Service, body, require
 
 
-async def complete(service: Service, http: HttpRequest, client: str) -> Response:
+async def complete(service: Service, http: HttpRequest, client: Client) -> Response:
     """Texts to continue."""
     fields, ignored = read_fields.read(await body(http), read_fields.COMPLETION)
     name, served = service.choose(fields)
@@ -33,4 +34,4 @@ async def complete(service: Service, http: HttpRequest, client: str) -> Response
     fields.setdefault("max_tokens", 16)  # OpenAI's default
     asked = [to_engine(served, fields, prompt, client) for prompt in prompts]
     form = replies.Completion(name, served.model.tokenizer, "logprobs" in fields, asked[0].alternatives)
-    return await reply(http, served, form, asked, n, fields, ignored)
+    return await reply(service, http, client, served, form, asked, n, fields, ignored)

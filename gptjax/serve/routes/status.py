@@ -8,6 +8,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from gptjax.inference.engine import Engine
+from gptjax.serve.access import Client
 from gptjax.serve.errors import ApiError
 from gptjax.serve.service import Service
 
@@ -15,14 +16,14 @@ STUCK = 30.0
 """Seconds without a finished round, while texts are written, after which the service counts as dead."""
 
 
-async def list_models(service: Service, http: HttpRequest, client: str) -> Response:
+async def list_models(service: Service, http: HttpRequest, client: Client) -> Response:
     """Names and contexts of the models."""
     about = {"object": "model", "created": service.started, "owned_by": "gptjax"}
     data = [{"id": name, **about, "max_model_len": served.engine.context} for name, served in service.models.items()]
     return JSONResponse({"object": "list", "data": data})
 
 
-async def health(service: Service, http: HttpRequest, client: str) -> Response:
+async def health(service: Service, http: HttpRequest, client: Client) -> Response:
     """503 if an engine is broken or stuck."""
     for served in service.models.values():
         engine = served.engine
@@ -32,7 +33,7 @@ async def health(service: Service, http: HttpRequest, client: str) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def metrics(service: Service, http: HttpRequest, client: str) -> Response:
+async def metrics(service: Service, http: HttpRequest, client: Client) -> Response:
     """Numbers for Prometheus."""
     meanings = {
         "requests_running": ("gauge", "Texts that have a row", lambda e: e.active),

@@ -9,11 +9,12 @@ from starlette.responses import JSONResponse, Response
 
 from gptjax.io.json_file import FLAG, NATURAL, TEXT
 from gptjax.serve import fields as read_fields
+from gptjax.serve.access import Client
 from gptjax.serve.errors import ApiError
 from gptjax.serve.service import Service, body, require
 
 
-async def tokenize(service: Service, http: HttpRequest, client: str) -> Response:
+async def tokenize(service: Service, http: HttpRequest, client: Client) -> Response:
     """Token ids of a text."""
     schema = {"model": TEXT, "prompt": TEXT, "add_special_tokens": FLAG}
     fields, _ = read_fields.read(await body(http), schema)
@@ -25,7 +26,7 @@ async def tokenize(service: Service, http: HttpRequest, client: str) -> Response
     return JSONResponse({"tokens": list(ids), "count": len(ids), "max_model_len": served.engine.context})
 
 
-async def detokenize(service: Service, http: HttpRequest, client: str) -> Response:
+async def detokenize(service: Service, http: HttpRequest, client: Client) -> Response:
     """Text of token ids."""
     fields, _ = read_fields.read(await body(http), {"model": TEXT, "tokens": [NATURAL]})
     _, served = service.choose(fields)

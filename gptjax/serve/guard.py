@@ -1,0 +1,59 @@
+"""The guard of a route: it asks who comes, counts what they use, and turns errors into replies."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from gptjax.inference.engine import Busy
+from gptjax.serve import access
+from gptjax.serve.errors import ApiError, of_user_error
+from gptjax.serve.service import Service
+from gptjax.types import UserError
+
+Endpoint = Callable[[Service, HttpRequest, access.Client], Awaitable[Response]]
+
+
+class Guard:
+    """A route as an ASGI application.
+
+    scope       what a key must open. None: any key will do
+    needs_key   False: open to all
+    """
+
+    def __init__(self, service: Service, endpoint: Endpoint, scope: str | None, needs_key: bool = True):
+        self._service, self._endpoint, self._scope, self._needs_key = service, endpoint, scope, needs_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        http, client = HttpRequest(scope, receive), access.Client()
+        try:
+            response = await self._answer(http, client)
+            await response(scope, receive, send)
+        finally:
+            client.end()
+
+    async def _answer(self, http: HttpRequest, client: access.Client) -> Response:
+        service, quotas = self._service, {}
+        try:
+            access.check_host(http, service.policy.hosts)
+            if self._needs_key:
+                client.key = access.key_of(http, service.policy.keys, self._scope)
+                service.quotas.request(client.key)
+            response = await self._endpoint(service, http, client)
+            quotas = service.quotas.headers(client.key)
+        except Busy as error:
+            response = failed(ApiError(429, str(error), code="server_busy"))
+        except UserError as error:
+            response = failed(of_user_error(error))
+        except ApiError as error:
+            response = failed(error)
+        response.headers.update({**quotas, "x-request-id": access.caller_id(http) or client.id})
+        return response
+
+
+def failed(error: ApiError) -> Response:
+    """The reply that tells an error."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
