@@ -28,10 +28,15 @@ ROUTES: dict[tuple[str, str], tuple[Endpoint, str | None]] = {
     ("POST", "/tokenize"): (tokens.tokenize, None),
     ("POST", "/detokenize"): (tokens.detokenize, None),
     ("GET", "/metrics"): (status.metrics, "metrics"),
+    ("POST", "/page/replies"): (page.start, "chat"),
+    ("GET", "/page/replies/{id}"): (page.read, "chat"),
+    ("POST", "/page/replies/{id}/stop"): (page.stop, "chat"),
+    ("DELETE", "/page/replies/{id}"): (page.forget, "chat"),
+    ("POST", "/page/markdown"): (page.markdown, "chat"),
 }
 """Each with the scope that a key must have. None: any key will do."""
-OPEN_ROUTES: dict[str, Endpoint] = {"/health": status.health, "/": page.page}
-"""Routes that need no key: neither says anything about anybody, and the page asks for the key."""
+OPEN_ROUTES: dict[str, Endpoint] = {"/health": status.health, "/": page.page, "/assets/{name}": page.asset}
+"""Routes that need no key: none says anything about anybody, and the page asks for the key."""
 
 
 def make_app(models: Mapping[str, Served], policy: Policy | None = None) -> Starlette:

@@ -14,6 +14,7 @@ from gptjax.inference.engine import Engine
 from gptjax.models.language_model import LanguageModel
 from gptjax.serve.access import Policy
 from gptjax.serve.errors import ApiError
+from gptjax.serve.live import LiveReplies
 from gptjax.serve.quotas import Quotas
 
 BODY = 10 * 2**20
@@ -40,6 +41,7 @@ class Service:
 
     def __post_init__(self):
         rows = sum(served.engine.rows + served.engine.queue_limit for served in self.models.values())
+        self.live = LiveReplies()
         self.quotas = Quotas(rows, self.policy.queue_tokens, shared=self.policy.keys.shared)
 
     def choose(self, fields: Mapping[str, Any]) -> tuple[str, Served]:
