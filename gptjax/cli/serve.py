@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
+from gptjax.cli.access import Access, Limits
+
 Paths = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")]
-KEY = "GPTJAX_API_KEY"
 
 
 def serve(
@@ -24,8 +23,8 @@ def serve(
     pages: int | None = None,
     page: int = 64,
     queue: int = 1_000,
-    keys: Path | None = None,
-    without_keys: bool = False,
+    limits: Annotated[Limits, tyro.conf.arg(name="")] = Limits(),
+    access: Annotated[Access, tyro.conf.arg(name="")] = Access(),
 ) -> None:
     """Serve models: OpenAI's interface under /v1, and a page to chat in under /. Ctrl-C stops, after running replies.
 
@@ -38,29 +37,18 @@ def serve(
         pages: Number of pages in memory for keys and values. None: enough for all rows.
         page: Tokens per page. Prompts are read, and their beginnings shared, page by page.
         queue: Maximum number of requests that wait; more are refused with status 429.
-        keys: File of API keys, one of which every request must bring; gptjax keys adds and revokes them while the
-            server runs. For a single key, GPTJAX_API_KEY will do.
-        without_keys: Listen on a public address without API keys.
     """
     from gptjax.models.language_model import LanguageModel
     from gptjax.models.loading import load
     from gptjax.types import UserError
 
     try:
-        import uvicorn
-
-        from gptjax.serve.access import LOOPBACK, Policy
         from gptjax.serve.app import make_app
-        from gptjax.serve.keys import Keys
+        from gptjax.serve.server import Server
         from gptjax.serve.service import Served
     except ModuleNotFoundError as error:
         raise UserError(f"serve: {error.name} is not installed; pip install 'gptjax[serve]'") from None
-    known = Keys(keys, [key] if (key := os.environ.get(KEY, "").strip()) else [])
-    local = host == "localhost" or _is_loopback(host)
-    if not local and not known and not without_keys:
-        raise UserError(
-            f"host: got {host}, which others can reach, without API keys; give --keys or {KEY}, or --without_keys"
-        )
+    policy, tls = access.policy(host, limits), access.tls()
     names = [path.resolve().name for path in paths]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"paths: got two folders named {twice}, must have different names")
@@ -83,17 +71,10 @@ def serve(
             f"{name}: ready after {time.perf_counter() - started:.1f} s; {rows} texts at a time, "
             f"{engine.pages.count * page:,} tokens in memory, {engine.context:,} at most in a text"
         )
-    application = make_app(models, Policy(keys=known, hosts=LOOPBACK if local else None))
-    shown = f"[{host}]" if ":" in host else host
-    _say(f"\nChat: http://{shown}:{port}      OpenAI's interface: http://{shown}:{port}/v1")
-    uvicorn.run(application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    server = Server(make_app(models, policy), host, port, limits.connections, limits.drain_seconds, tls)
+    address = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    _say(f"\nChat: {address}      OpenAI's interface: {address}/v1")
+    server.run()
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 import time
@@ -12,7 +13,6 @@ from starlette.requests import Request as HttpRequest
 from gptjax.inference.engine import Generation
 from gptjax.serve.errors import ApiError
 from gptjax.serve.keys import ANYONE, Key, Keys
-from gptjax.serve.quotas import Charge
 from gptjax.types import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -27,6 +27,12 @@ class Policy:
     hosts: Sequence[str] | None = LOOPBACK
     """Names under which it may be asked, against pages of other sites that rebind a name of theirs to this address.
     None: any."""
+    origins: tuple[str, ...] = ()
+    """Other sites whose pages may ask from a browser (CORS), such as https://example.org."""
+    requests: int = 500
+    """Maximum number of requests that are answered at a time; more get status 429."""
+    request_seconds: float = 600.0
+    """Seconds after which a request is cancelled."""
     queue_tokens: int | None = None
     """Maximum number of tokens, of prompts and replies together, of all requests that wait or run. None: no limit."""
 
@@ -45,18 +51,14 @@ class Client:
     """Texts that the engine writes for it."""
     tokens: int = 0
     """Number of tokens that were read for it beside the prompts of `texts`."""
-    charge: Charge | None = None
+    at_end: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    """Calls when the request has ended, however it did."""
 
     @property
     def usage(self) -> tuple[int, int]:
         """Numbers of tokens read and written."""
         read = sum(len(text.request.prompt) for text in self.texts if text.request.choice == 0)
         return self.tokens + read, sum(len(text.tokens) for text in self.texts)
-
-    def end(self) -> None:
-        """The request has ended."""
-        if self.charge is not None:
-            self.charge.settle(sum(self.usage))
 
 
 def check_host(http: HttpRequest, hosts: Sequence[str] | None) -> None:

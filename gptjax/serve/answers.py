@@ -46,7 +46,8 @@ async def reply(
     ignored  names of unknown fields
     """
     tokens = sum(len(one.prompt) + n * one.max_tokens for one in asked)
-    client.charge = service.quotas.admit(client.key, n * len(asked), tokens)
+    charge = service.quotas.admit(client.key, n * len(asked), tokens)
+    client.at_end.callback(lambda: charge.settle(sum(client.usage)))
     texts: list[Generation] = client.texts
     engine, headers = served.engine, {"x-ignored-fields": json.dumps(ignored)[:500]} if ignored else {}
     try:
@@ -57,6 +58,9 @@ async def reply(
         for text in texts:
             engine.cancel(text)
         raise
+    seconds, loop = service.policy.request_seconds, asyncio.get_running_loop()
+    reason = f"the request took longer than {seconds:g} s"
+    client.at_end.callback(loop.call_later(seconds, lambda: [engine.cancel(text, reason) for text in texts]).cancel)
     if fields.get("stream"):
         include_usage = fields.get("stream_options", {}).get("include_usage", False)
         events = replies.stream(form, texts, len(asked), include_usage, engine.cancel)

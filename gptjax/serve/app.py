@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
@@ -35,7 +37,12 @@ ROUTES: dict[tuple[str, str], tuple[Endpoint, str | None]] = {
     ("POST", "/page/markdown"): (page.markdown, "chat"),
 }
 """Each with the scope that a key must have. None: any key will do."""
-OPEN_ROUTES: dict[str, Endpoint] = {"/health": status.health, "/": page.page, "/assets/{name}": page.asset}
+OPEN_ROUTES: dict[str, Endpoint] = {
+    "/health": status.health,
+    "/ready": status.ready,
+    "/": page.page,
+    "/assets/{name}": page.asset,
+}
 """Routes that need no key: none says anything about anybody, and the page asks for the key."""
 
 
@@ -45,13 +52,13 @@ def make_app(models: Mapping[str, Served], policy: Policy | None = None) -> Star
     models  by name; the first is the default of the page
     policy  who may ask, how much, and what is kept. None: `Policy()`, anyone on this machine
     """
-    service = Service(models, policy or Policy())
+    policy = policy or Policy()
+    service = Service(models, policy)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        for served in models.values():
-            await asyncio.to_thread(served.engine.close)
+        await asyncio.to_thread(service.close)
 
     async def missing(http: HttpRequest, error: Exception) -> Response:
         return failed(ApiError(404, f"there is no {http.url.path}"))
@@ -68,4 +75,11 @@ def make_app(models: Mapping[str, Served], policy: Policy | None = None) -> Star
         for path, endpoint in OPEN_ROUTES.items()
     ]
     handlers: dict[Any, Any] = {404: missing, 405: wrong_method, 500: broken}
-    return Starlette(routes=table, lifespan=lifespan, exception_handlers=handlers)
+    middleware = []
+    if policy.origins:
+        methods, headers = ("GET", "POST", "DELETE"), ("authorization", "content-type", "x-request-id")
+        cors = Middleware(CORSMiddleware, allow_origins=policy.origins, allow_methods=methods, allow_headers=headers)
+        middleware.append(cors)
+    app = Starlette(routes=table, lifespan=lifespan, exception_handlers=handlers, middleware=middleware)
+    app.state.service = service
+    return app

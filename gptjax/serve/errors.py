@@ -28,6 +28,10 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """Headers of the reply."""
+        if self.status in (408, 413):  # the rest of the body is not waited for
+            return {"connection": "close"}
+        if self.status == 504:  # it would take as long again; OpenAI's clients would try
+            return {"x-should-retry": "false"}
         return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
 
     def body(self) -> dict[str, Any]:

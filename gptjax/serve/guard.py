@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request as HttpRequest
@@ -14,6 +16,10 @@ from gptjax.serve.errors import ApiError, of_user_error
 from gptjax.serve.service import Service
 from gptjax.types import UserError
 
+BUSY = "server_busy"
+LATE = 10.0
+"""Seconds after the end of a request's time, of which the client is told, until its connection is closed."""
+_log = logging.getLogger(__name__)
 Endpoint = Callable[[Service, HttpRequest, access.Client], Awaitable[Response]]
 
 
@@ -28,12 +34,17 @@ class Guard:
         self._service, self._endpoint, self._scope, self._needs_key = service, endpoint, scope, needs_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        http, client = HttpRequest(scope, receive), access.Client()
+        service, http, client = self._service, HttpRequest(scope, receive), access.Client()
+        service.active += self._needs_key
         try:
-            response = await self._answer(http, client)
-            await response(scope, receive, send)
+            async with asyncio.timeout(service.policy.request_seconds + LATE):
+                response = await self._answer(http, client)
+                await response(scope, receive, send)
+        except TimeoutError:
+            _log.warning("request %s: the client does not read; the connection is closed", client.id)
         finally:
-            client.end()
+            service.active -= self._needs_key
+            client.at_end.close()
 
     async def _answer(self, http: HttpRequest, client: access.Client) -> Response:
         service, quotas = self._service, {}
@@ -41,11 +52,15 @@ class Guard:
             access.check_host(http, service.policy.hosts)
             if self._needs_key:
                 client.key = access.key_of(http, service.policy.keys, self._scope)
+                if service.draining:
+                    raise ApiError(503, "the server is stopping")
+                if service.active > service.policy.requests:
+                    raise ApiError(429, f"the server is answering {service.policy.requests:,} requests", code=BUSY)
                 service.quotas.request(client.key)
             response = await self._endpoint(service, http, client)
             quotas = service.quotas.headers(client.key)
         except Busy as error:
-            response = failed(ApiError(429, str(error), code="server_busy"))
+            response = failed(ApiError(429, str(error), code=BUSY))
         except UserError as error:
             response = failed(of_user_error(error))
         except ApiError as error:

@@ -121,7 +121,9 @@ async def changes(texts: Sequence[Generation]) -> AsyncIterator[tuple[int, str, 
         for i in sorted(open_texts):
             text, tokens, finish = texts[i].snapshot()
             if finish in ("error", "cancelled"):
-                raise ApiError(503 if finish == "cancelled" else 500, texts[i].error or "the server is stopping")
+                reason = texts[i].error
+                status = 500 if finish == "error" else 503 if reason is None else 504
+                raise ApiError(status, reason or "the server is stopping")
             if finish is None and len(text) == shown[i]:
                 continue
             yield i, text[shown[i] :], tokens[counted[i] :], finish

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import time
@@ -19,6 +20,8 @@ from gptjax.serve.quotas import Quotas
 
 BODY = 10 * 2**20
 """Maximum bytes of a request's body."""
+BODY_SECONDS = 30.0
+"""Seconds that a client may take for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,16 @@ class Service:
     def __post_init__(self):
         rows = sum(served.engine.rows + served.engine.queue_limit for served in self.models.values())
         self.live = LiveReplies()
+        self.draining = False
+        """True: the server is stopping, and takes no more requests."""
+        self.active = 0
+        """Number of requests that are being answered."""
         self.quotas = Quotas(rows, self.policy.queue_tokens, shared=self.policy.keys.shared)
+
+    def close(self) -> None:
+        """Stop the engines; what they write ends as cancelled."""
+        for served in self.models.values():
+            served.engine.close()
 
     def choose(self, fields: Mapping[str, Any]) -> tuple[str, Served]:
         """The model that a request names. Raises `ApiError` for an unknown one."""
@@ -59,10 +71,14 @@ async def body(http: HttpRequest) -> dict[str, Any]:
     if kind != "application/json":  # what a page of another site may not send unasked
         raise ApiError(415, f"content-type: got {kind or 'none'}, must be application/json")
     data = bytearray()
-    async for chunk in http.stream():
-        data += chunk
-        if len(data) > BODY:
-            raise ApiError(413, f"the body has more than {BODY:,} bytes")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in http.stream():
+                data += chunk
+                if len(data) > BODY:
+                    raise ApiError(413, f"the body has more than {BODY:,} bytes")
+    except TimeoutError:
+        raise ApiError(408, f"the body took longer than {BODY_SECONDS:g} s") from None
     try:
         value = json.loads(data.decode())
     except (ValueError, RecursionError):

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-import uvicorn
 
 from gptjax.data.chat import Message, conversation
 from gptjax.data.tokenizers.bytes import Bytes
@@ -22,6 +21,7 @@ from gptjax.nn import TransformerConfig
 from gptjax.serve.access import Policy
 from gptjax.serve.app import make_app
 from gptjax.serve.keys import Keys
+from gptjax.serve.server import Server as HttpServer
 from gptjax.serve.service import Served
 
 CONTEXT = 256
@@ -44,12 +44,13 @@ class Server:
         self.engine = model().engine(rows=4, page=16, queue=options.pop("queue", 100))
         self.engine.warm_up()
         self.engine.start()
-        self.app = make_app({"tiny": Served(model(), self.engine)}, **options)
+        policy = options.pop("policy", None)
+        self.app = make_app({"tiny": Served(model(), self.engine)}, policy)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.server = uvicorn.Server(uvicorn.Config(self.app, port=port, log_level="error", ws="none"))
+        self.url = f"http{'s' if 'tls' in options else ''}://127.0.0.1:{port}"
+        self.server = HttpServer(self.app, port=port, **options)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         while not self.server.started:

@@ -154,11 +154,12 @@ class Engine:
             self._changed.notify_all()
         return generation
 
-    def cancel(self, generation: Generation) -> None:
-        """End a text; its row and pages are free after this round."""
+    def cancel(self, generation: Generation, reason: str | None = None) -> None:
+        """End a text, with this `error`; its row and pages are free after this round."""
         with self._changed:
             if generation.finish is not None:
                 return
+            generation.error = reason
             if self._queue.remove(generation):
                 generation.end("cancelled")
             else:

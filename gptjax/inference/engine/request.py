@@ -97,7 +97,7 @@ class Generation:
         self.tokens: list[Token] = []
         self.finish: Finish | None = None
         self.error: str | None = None
-        """The engine's error, if it broke."""
+        """The engine's error if it broke, or the reason why the text was cancelled."""
         self.reused = 0
         """Number of tokens of the prompt that were read from pages of earlier ones."""
         self._changed = threading.Condition()
@@ -152,7 +152,7 @@ class Generation:
         """End the text; for the engine."""
         with self._changed:
             if self.finish is None:
-                self.finish, self.error = finish, error
+                self.finish, self.error = finish, error or self.error
         self._notify()
 
     def _notify(self) -> None:

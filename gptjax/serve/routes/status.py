@@ -1,4 +1,4 @@
-"""GET /v1/models, /health, /metrics"""
+"""GET /v1/models, /health, /ready, /metrics"""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ async def health(service: Service, http: HttpRequest, client: Client) -> Respons
         if engine.broken is not None or stuck:
             raise ApiError(503, "the engine is broken" if engine.broken is not None else "the engine is stuck")
     return JSONResponse({"status": "ok"})
+
+
+async def ready(service: Service, http: HttpRequest, client: Client) -> Response:
+    """503 if new requests should go elsewhere: the server is stopping, or is not healthy."""
+    if service.draining:
+        raise ApiError(503, "the server is stopping")
+    return await health(service, http, client)
 
 
 async def metrics(service: Service, http: HttpRequest, client: Client) -> Response:
