@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gptjax.data.tokenizers.bytes import Bytes
+from gptjax.inference.constraints import Compiler, Constraint, JsonSchema, Regex
 from gptjax.inference.engine import Busy, Engine, Request, programs
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
@@ -70,8 +71,15 @@ def engine(config: TransformerConfig = BASE, **options) -> Engine:
     return Engine(config.build(), params_of(config), TOKENIZER, **options)
 
 
+@functools.cache
+def constraints() -> list[Constraint | None]:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    compiler = Compiler(TOKENIZER, TOKENIZER.vocab)
+    return [None, compiler.compile(JsonSchema(schema)), None, None, compiler.compile(Regex("[a-z]{3,9}( [0-9]+)*"))]
+
+
 def requests(count: int, seed: int = 0) -> list[Request]:
-    """Requests of all lengths and settings; some have beginnings in common."""
+    """Requests of all lengths and settings; some have beginnings in common, some a constraint."""
     draw = random.Random(seed)
     common = [draw.randrange(256) for _ in range(40)]
     made = []
@@ -79,9 +87,10 @@ def requests(count: int, seed: int = 0) -> list[Request]:
         own = [draw.randrange(256) for _ in range(draw.choice([1, 5, 16, 17, 33, 60]))]
         prompt = tuple(common[: draw.choice([0, 16, 40])] + own)
         bias = {draw.randrange(256): 5.0} if i % 3 == 0 else {}
-        made.append(
-            Request(prompt, draw.randint(1, 25), SETTINGS[i % len(SETTINGS)], seed=i, bias=bias, alternatives=i % 3)
-        )
+        options = {"bias": bias, "alternatives": i % 3, "constraint": constraints()[i % 5]}
+        max_tokens = draw.randint(1, 25)
+        least = min(max_tokens, i % 7)
+        made.append(Request(prompt, max_tokens, SETTINGS[i % len(SETTINGS)], seed=i, min_tokens=least, **options))
     return made
 
 
@@ -128,7 +137,7 @@ def test_a_text_has_the_bits_that_it_has_alone(name):
 @pytest.mark.parametrize("name", cases(["rope", "window", "latent", "alibi"]))
 def test_its_texts_and_log_probabilities_are_those_of_generate(name):
     """Logits are sums of some 100 products in float32, in another order."""
-    config, asked = CONFIGS[name], [dataclasses.replace(r, bias={}) for r in requests(6)]
+    config, asked = CONFIGS[name], [dataclasses.replace(r, bias={}, constraint=None, min_tokens=0) for r in requests(6)]
     for text in write(engine(config), asked):
         r = text.request
         (done,) = generate(
@@ -174,8 +183,9 @@ def test_no_program_copies_the_pool(name, rows):
     model, params, table = config.build(), unstack(config, params_of(config)), np.zeros((rows, 8), np.int32)
     state = programs.idle(config, rows, pages, PAGE, 272)
     limit, replayed = np.zeros(rows, np.int32), np.zeros((rows, programs.STEPS), np.int32)
+    held = np.zeros((rows, 9), np.uint32), np.zeros(rows, bool)
     calls = (
-        programs.decode.lower(model, params, state, table, limit, replayed, np.int32(1), page=PAGE),
+        programs.decode.lower(model, params, state, table, limit, replayed, *held, np.int32(1), page=PAGE),
         programs.prefill.lower(model, params, state, np.zeros(PAGE, np.int32), np.int32(0), table[0]),
     )
     for call in calls:
@@ -261,6 +271,7 @@ def test_a_client_shares_pages_with_itself_alone():
         ({"prompt": ()}, "prompt"),
         ({"prompt": (272,)}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"min_tokens": 5}, "min_tokens"),
         ({"max_tokens": CONTEXT}, "max_tokens"),
         ({"seed": -1}, "seed"),
         ({"alternatives": 21}, "alternatives"),

@@ -6,10 +6,11 @@ Calls return before they are done. Each takes what the last one leaves, so they 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax.distributed.sharding import on_mesh_of
@@ -17,7 +18,7 @@ from gptjax.inference.engine import programs
 from gptjax.inference.engine.request import Request
 from gptjax.inference.sampling import SamplingRows
 from gptjax.nn import unstack
-from gptjax.types import Params
+from gptjax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Task:
     """Number of tokens in the cache after the call."""
     replay: Sequence[int]
     """Tokens to take in place of the first ones drawn."""
+    allowed: np.ndarray | None = None
+    """Tokens of which to draw, as `token_set` has them. None: all."""
 
 
 class Device:
@@ -45,9 +48,12 @@ class Device:
         with on_mesh_of(params):
             self._params = unstack(model.config, params)
             self._state = programs.idle(model.config, rows, pages + 1, page, vocab)  # the last is nobody's
+            self._free = self._held(())
 
-    def admit(self, row: int, request: Request) -> None:
-        """Give a row to a text, of whose prompt all but the last token will be in its pages when it is decoded."""
+    def admit(self, row: int, request: Request, ends: Iterable[int]) -> None:
+        """Give a row to a text, of whose prompt all but the last token will be in its pages when it is decoded.
+
+        ends  tokens that end the text"""
         prompt, bias = np.zeros(self.vocab, bool), np.zeros(self.vocab, np.float32)
         known = np.asarray(request.prompt)
         prompt[known[known < self.vocab]] = True
@@ -65,6 +71,8 @@ class Device:
                 prompt,
                 bias,
                 np.bool_(request.alternatives > 0),
+                token_set(ends, self.vocab),
+                np.int32(len(request.prompt) - 1 + request.min_tokens),
             )
 
     def read(self, tokens: Sequence[int], start: int, pages: Sequence[int]) -> None:
@@ -83,10 +91,19 @@ class Device:
             table[task.row], limit[task.row] = task.pages, task.limit
             replayed[task.row, : len(task.replay)] = task.replay
         with on_mesh_of(self._mesh_of):
-            arguments = self._table(table), limit, replayed, np.int32(steps)
+            held = self._held(tasks) if any(task.allowed is not None for task in tasks) else self._free
+            arguments = self._table(table), limit, replayed, *held, np.int32(steps)
             self._state, drawn = programs.decode(self.model, self._params, self._state, *arguments, page=self.page)
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         return drawn
+
+    def _held(self, tasks: Sequence[Task]) -> tuple[Array, Array]:
+        """Sets of the tokens that rows draw of, and which rows do."""
+        allowed, held = np.zeros((self.rows, -(-self.vocab // 32)), np.uint32), np.zeros(self.rows, bool)
+        for task in tasks:
+            if task.allowed is not None:
+                allowed[task.row], held[task.row] = task.allowed, True
+        return jnp.asarray(allowed), jnp.asarray(held)
 
     def _table(self, pages: Sequence[Sequence[int]]) -> np.ndarray:
         """int32 [len(pages), M]; beyond a text's pages is the one that is nobody's."""
@@ -94,3 +111,12 @@ class Device:
         for line, own in zip(table, pages, strict=True):
             line[: len(own)] = own
         return table
+
+
+def token_set(tokens: Iterable[int], vocab: int) -> np.ndarray:
+    """A set of tokens, those below `vocab`: token i is bit i % 32 of word i // 32, uint32 [ceil(vocab / 32)]."""
+    found = np.zeros(-(-vocab // 32), np.uint32)
+    for token in tokens:
+        if token < vocab:
+            found[token // 32] |= np.uint32(1 << token % 32)
+    return found

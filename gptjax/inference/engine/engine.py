@@ -25,46 +25,17 @@ from typing import Any
 import jax
 
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.inference.constraints import Compiler, Constraint, Grammar
 from gptjax.inference.engine import programs
 from gptjax.inference.engine.device import Device, Task
-from gptjax.inference.engine.pages import Chain, Pages
+from gptjax.inference.engine.pages import Pages
 from gptjax.inference.engine.queue import FairQueue
 from gptjax.inference.engine.request import Generation, Request, Token
+from gptjax.inference.engine.running import Running
 from gptjax.types import Params, UserError
 
 DISPATCH = 0.03
 """Seconds that a call of `decode` should take: text flows, and the device seldom waits for the host."""
-
-
-@dataclasses.dataclass(eq=False)
-class _Running:
-    """A text that has a row."""
-
-    generation: Generation
-    row: int
-    chains: list[Chain]
-    """Chains of the whole pages of its prompt, without the last token."""
-    pages: list[int]
-    read: int
-    """Number of tokens of the prompt in the cache, once all calls have ended."""
-    replay: list[int]
-    """Its tokens from before it gave up its pages."""
-    length: int = 0
-    """Number of tokens in the cache, once all calls have ended."""
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        return self.generation.request.prompt
-
-    @property
-    def reading(self) -> bool:
-        """True: the prompt is not in the cache yet. Its last token is the first input of `decode`."""
-        return self.read < len(self.prompt) - 1
-
-    @property
-    def limit(self) -> int:
-        """Number of tokens in the cache at its end."""
-        return len(self.prompt) - 1 + self.generation.request.max_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +43,7 @@ class _Call:
     """A call of `decode` whose tokens were not looked at."""
 
     drawn: programs.Drawn
-    texts: list[tuple[_Running, int, int]]
+    texts: list[tuple[Running, int, int]]
     """Each with the number of its first token in the text, and the number of its tokens."""
 
 
@@ -124,11 +95,13 @@ class Engine:
         self.queue_limit, self._name = queue, name
         self._device = Device(model, params, rows, count, page, width, self.vocab)
         self._queue: FairQueue[Generation] = FairQueue()
-        self._running: list[_Running] = []  # in the order in which they joined
+        self._running: list[Running] = []  # in the order in which they joined
         self._free = list(range(rows - 1, -1, -1))
         self._calls: deque[_Call] = deque()
         self._changed = threading.Condition()
         self._cancelled: list[Generation] = []
+        self._compiler: Compiler | None = None
+        self._compiling = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = False
         self._step_seconds = 1.0
@@ -140,6 +113,14 @@ class Engine:
         """Number of tokens written."""
         self.preempted = 0
         """Number of times that a text had to give up its pages."""
+
+    def constraint(self, grammar: Grammar) -> Constraint:
+        """The constraint of a grammar, for requests. Takes some milliseconds, at most about a second. Raises UserError
+        for an invalid grammar, and for a model whose tokenizer cannot write every text."""
+        with self._compiling:
+            if self._compiler is None:
+                self._compiler = Compiler(self.tokenizer, self.vocab)
+        return self._compiler.compile(grammar)
 
     def submit(self, request: Request) -> Generation:
         """Ask for a text. Raises UserError for a request that can never be served, `Busy` if too many wait."""
@@ -256,7 +237,7 @@ class Engine:
                 self._queue.serve(generation.request.client, len(generation.request.prompt))
             self._running.append(text)
 
-    def _join(self, generation: Generation) -> _Running | None:
+    def _join(self, generation: Generation) -> Running | None:
         """A row for this text, with pages for its prompt. None: there are not enough."""
         request, pages = generation.request, self.pages
         before = request.prompt[:-1]
@@ -271,13 +252,13 @@ class Engine:
             return None
         mine = [page for page in (pages.take() for _ in range(needed)) if page is not None]
         read = len(found) * pages.size
-        text = _Running(generation, self._free.pop(), chains, found + mine, read, list(generation.stream.ids))
+        text = Running(generation, self._free.pop(), chains, found + mine, read, list(generation.stream.ids))
         text.length = len(before)
         generation.reused = max(generation.reused, read)
-        self._device.admit(text.row, request)
+        self._device.admit(text.row, request, generation.stream.stop_token_ids)
         return text
 
-    def _read(self, text: _Running) -> None:
+    def _read(self, text: Running) -> None:
         """Read the next page of a prompt, after those that another text has read by now."""
         size, before = self.pages.size, text.prompt[:-1]
         while text.reading and (found := self.pages.find(text.chains[text.read // size :][:1])):
@@ -296,24 +277,35 @@ class Engine:
         text.read += len(page)
 
     def _decode(self, hurry: bool) -> bool:
-        """Decode some tokens of every row. False: there is no row to decode."""
-        steps = 1 if hurry else max(1, min(programs.STEPS, int(DISPATCH / self._step_seconds)))
-        for text in list(self._running):
-            if text in self._running and not text.reading and text.length < text.limit:
-                self._make_room(text, min(text.length + steps, text.limit))
-        decoding = [text for text in self._running if not text.reading and text.length < text.limit]
-        if not decoding:
-            return False
+        """Decode some tokens of every row. False: there is no row to decode.
+
+        A text under a constraint waits here until its last token was looked at; the calls of the others, of one token
+        each while it is there, do not wait for it."""
+        constrained = any(not text.reading and text.generation.matcher is not None for text in self._running)
+        steps = 1 if hurry or constrained else max(1, min(programs.STEPS, int(DISPATCH / self._step_seconds)))
+        ready = [(text, count) for text in self._running if (count := text.ready(steps))]
+        for text, count in ready:
+            if text in self._running:
+                self._make_room(text, text.length + count)
         tasks, texts = [], []
-        for text in decoding:
-            first, count = text.length - len(text.prompt) + 1, min(steps, text.limit - text.length)
-            tasks.append(Task(text.row, text.pages, text.length + count, text.replay[first : first + count]))
+        for text, count in ready:
+            if text not in self._running:
+                continue
+            first = text.length - len(text.prompt) + 1
+            try:
+                allowed = text.allowed(first + count, self.vocab)
+            except Exception as error:
+                self._fail(text, error)
+                continue
+            tasks.append(Task(text.row, text.pages, text.length + count, text.replay[first : first + count], allowed))
             texts.append((text, first, count))
             text.length += count
+        if not tasks:
+            return False
         self._calls.append(_Call(self._device.decode(tasks, steps), texts))
         return True
 
-    def _make_room(self, text: _Running, length: int) -> None:
+    def _make_room(self, text: Running, length: int) -> None:
         """Pages for so many tokens. The youngest text with the lowest priority gives up its pages if there are none."""
         while len(text.pages) * self.pages.size < length:
             page = self.pages.take()
@@ -352,14 +344,22 @@ class Engine:
                 likely = zip(drawn.likely[row, i, :n].tolist(), drawn.likely_logprobs[row, i, :n].tolist(), strict=True)
                 tokens.append(Token(int(drawn.tokens[row, i]), float(drawn.logprobs[row, i]), tuple(likely)))
             if tokens:
-                generation.extend(tokens)
+                try:
+                    generation.extend(tokens)
+                except Exception as error:
+                    self._fail(text, error)
                 self.written += len(tokens)
                 with self._changed:
                     self._queue.serve(generation.request.client, len(tokens))
             if generation.finish is not None:
                 self._leave(text)
 
-    def _leave(self, text: _Running) -> None:
+    def _fail(self, text: Running, error: Exception) -> None:
+        """End a text whose constraint cannot go on."""
+        text.generation.end("error", f"constraint: {error}")
+        self._leave(text)
+
+    def _leave(self, text: Running) -> None:
         """Free a row and its pages."""
         if text in self._running:
             self._running.remove(text)

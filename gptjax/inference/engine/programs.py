@@ -47,6 +47,10 @@ class Rows:
     """bool [R]: rows with a bias."""
     compares: Array
     """bool [R]: rows that want the most likely tokens too."""
+    ends: Array
+    """uint32 [R, W], set of the tokens that end the text; see `members`."""
+    earliest: Array
+    """int32 [R]: none of them is drawn before this many tokens are in the cache."""
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +82,8 @@ def idle(config: Any, rows: int, pages: int, page: int, vocab: int) -> Rows:
         bias=jnp.zeros((rows, vocab), jnp.float32),
         biased=jnp.zeros(rows, bool),
         compares=jnp.zeros(rows, bool),
+        ends=jnp.zeros((rows, -(-vocab // 32)), jnp.uint32),
+        earliest=jnp.zeros(rows, jnp.int32),
     )
 
 
@@ -93,6 +99,8 @@ def admit(
     prompt: Array | np.ndarray,
     bias: Array | np.ndarray,
     compares: Array | bool,
+    ends: Array | np.ndarray,
+    earliest: Array | int,
 ) -> Rows:
     """Put a text into a row.
 
@@ -101,6 +109,8 @@ def admit(
     settings  of one row
     prompt    bool [V], tokens of the prompt
     bias      float32 [V]
+    ends      uint32 [W], set of the tokens that end the text
+    earliest  number of tokens in the cache before one of them may be drawn
     """
 
     def put(all: Array, one: Any) -> Array:
@@ -117,7 +127,24 @@ def admit(
         bias=put(rows.bias, bias),
         biased=put(rows.biased, (bias != 0).any()),
         compares=put(rows.compares, compares),
+        ends=put(rows.ends, ends),
+        earliest=put(rows.earliest, earliest),
     )
+
+
+def without(logits: Array, rows: Array, tokens: Array) -> Array:
+    """logits [R, V], minus infinity for the set uint32 [R, W] of tokens of each of the rows bool [R]."""
+
+    def remove(x: Array) -> Array:
+        return jnp.where(rows[:, None] & members(tokens, x.shape[1]), -jnp.inf, x)
+
+    return jax.lax.cond(rows.any(), remove, lambda x: x, logits)
+
+
+def members(tokens: Array, vocab: int) -> Array:
+    """bool [R, V] of sets of tokens: token i is bit i % 32 of word i // 32, uint32 [R, W]."""
+    bits = (tokens[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return (bits > 0).reshape(len(tokens), -1)[:, :vocab]
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="rows")
@@ -146,6 +173,8 @@ def decode(
     pages: Array | np.ndarray,
     limit: Array | np.ndarray,
     replayed: Array | np.ndarray,
+    allowed: Array,
+    held: Array,
     steps: Array | int,
     page: int,
 ) -> tuple[Rows, Drawn]:
@@ -154,6 +183,8 @@ def decode(
     pages     int32 [R, M], pages of each row
     limit     int32 [R]: a row is idle once it has this many tokens in the cache
     replayed  int32 [R, STEPS]: tokens to take in place of drawn ones; -1: draw
+    allowed   uint32 [R, W], set of tokens of which the rows in `held` draw
+    held      bool [R]
     page      number of slots of a page
     """
     pages, limit, replayed = jnp.asarray(pages), jnp.asarray(limit), jnp.asarray(replayed)
@@ -169,6 +200,8 @@ def decode(
         logits = logits[:, 0, :vocab].astype(jnp.float32)
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         changed = jax.lax.cond(rows.biased.any(), lambda x: x + rows.bias, lambda x: x, logits)
+        changed = without(changed, active & (rows.length < rows.earliest), rows.ends)
+        changed = without(changed, held, ~allowed)
         # The key of a draw depends on the text and the position alone.
         keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.length)
         token = sample(changed, keys, rows.settings, rows.seen)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.inference.constraints.constraint import Constraint
 from gptjax.inference.engine.programs import ALTERNATIVES
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.text import TextStream
@@ -40,6 +41,11 @@ class Request:
     """Token -> addition to its logit."""
     alternatives: int = 0
     """Number of most likely tokens to return with each token, at most `programs.ALTERNATIVES`."""
+    min_tokens: int = 0
+    """Number of tokens before one may be drawn that ends the text. A stop string, or a constraint that allows nothing
+    more, ends it all the same."""
+    constraint: Constraint | None = None
+    """Texts that are allowed; see `Engine.constraint`. The text ends where nothing more is."""
     priority: int = 0
     """Higher ones go first."""
     client: str = ""
@@ -55,6 +61,8 @@ class Request:
             raise UserError(f"prompt: got tokens {min(p)} to {max(p)}, must be 0 to {vocab - 1} for this model")
         if self.max_tokens < 1:
             raise UserError(f"max_tokens: got {self.max_tokens}, must be at least 1")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise UserError(f"min_tokens: got {self.min_tokens}, must be 0 to max_tokens, {self.max_tokens}")
         if length + self.max_tokens > context:
             raise UserError(
                 f"max_tokens: got {self.max_tokens} after a prompt of {length} tokens, must be at most "
@@ -94,6 +102,8 @@ class Generation:
         ends = request.stop_token_ids if request.stop_token_ids is not None else stop_token_ids
         self.request = request
         self.stream = TextStream(tokenizer, request.max_tokens, request.stop, ends)
+        self.matcher = None if request.constraint is None else request.constraint.start()
+        """State of the constraint after `tokens`; for the engine."""
         self.tokens: list[Token] = []
         self.finish: Finish | None = None
         self.error: str | None = None
@@ -139,12 +149,16 @@ class Generation:
             shown = text
 
     def extend(self, tokens: list[Token]) -> None:
-        """Append tokens; for the engine."""
+        """Append tokens; for the engine. Raises what the constraint raises."""
         with self._changed:
             for token in tokens:
                 if self.stream.finish is None:
                     self.stream.extend([token.id], [token.logprob])
                     self.tokens.append(token)
+                    if self.matcher is not None and token.id not in self.stream.stop_token_ids:
+                        self.matcher.accept(token.id)
+                        if self.matcher.finished:
+                            self.stream.finish = "stop"
             self.finish = self.stream.finish
         self._notify()
 

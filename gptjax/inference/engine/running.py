@@ -1,0 +1,65 @@
+"""A text that has a row of the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from gptjax.inference.engine.device import token_set
+from gptjax.inference.engine.pages import Chain
+from gptjax.inference.engine.request import Generation
+from gptjax.types import UserError
+
+
+@dataclasses.dataclass(eq=False)
+class Running:
+    """A text, its row and its pages."""
+
+    generation: Generation
+    row: int
+    chains: list[Chain]
+    """Chains of the whole pages of its prompt, without the last token."""
+    pages: list[int]
+    read: int
+    """Number of tokens of the prompt in the cache, once all calls have ended."""
+    replay: list[int]
+    """Its tokens from before it gave up its pages."""
+    length: int = 0
+    """Number of tokens in the cache, once all calls have ended."""
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.generation.request.prompt
+
+    @property
+    def reading(self) -> bool:
+        """True: the prompt is not in the cache yet. Its last token is the first input of `decode`."""
+        return self.read < len(self.prompt) - 1
+
+    @property
+    def limit(self) -> int:
+        """Number of tokens in the cache at its end."""
+        return len(self.prompt) - 1 + self.generation.request.max_tokens
+
+    def ready(self, steps: int) -> int:
+        """Number of tokens, at most `steps`, that can be decoded now."""
+        count = 0 if self.reading else min(steps, self.limit - self.length)
+        if self.generation.matcher is None:
+            return count
+        return min(count, len(self.prompt) + len(self.generation.tokens) - self.length)
+
+    def allowed(self, count: int, vocab: int) -> np.ndarray | None:
+        """Set of the tokens that may be drawn, by a call that ends after `count` tokens of the text. None: all. Raises
+        UserError if there is none, and what the constraint raises."""
+        matcher, stream = self.generation.matcher, self.generation.stream
+        if matcher is None or count <= len(self.generation.tokens):
+            return None
+        allowed = np.zeros(-(-vocab // 32), np.uint32)
+        matcher.fill(allowed)
+        ends = token_set(stream.stop_token_ids, vocab)
+        may_end = matcher.accepting and count > self.generation.request.min_tokens
+        allowed = (allowed & ~ends) | (ends if may_end else 0)
+        if not allowed.any():
+            raise UserError("allows no token here")
+        return allowed
