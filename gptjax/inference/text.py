@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from gptjax.data.tokenizers import Tokenizer
@@ -16,15 +16,23 @@ class TextStream:
     """A text during generation. Its state depends only on the ids, not on how many are added at a time."""
 
     def __init__(
-        self, tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], stop_token_ids: Iterable[int] | None = None
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        stop: Sequence[str],
+        stop_token_ids: Iterable[int] | None = None,
+        marks: Mapping[int, str] | None = None,
     ):
+        """marks: special tokens that are part of the text, and their texts; they end no text unless asked."""
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""
         self.finish: Finish | None = None
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
-        self.stop_token_ids = frozenset(tokenizer.specials.values() if stop_token_ids is None else stop_token_ids)
+        self._marks = {} if marks is None else {token: text.encode() for token, text in marks.items()}
+        ends = {*tokenizer.specials.values()} - self._marks.keys() if stop_token_ids is None else stop_token_ids
+        self.stop_token_ids = frozenset(ends)
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # buffers an incomplete character
 
@@ -38,7 +46,7 @@ class TextStream:
             if token in self.stop_token_ids:
                 self.finish = "stop"
                 return
-            self.text += self._decoder.decode(self._tokenizer.decode_bytes([token]))
+            self.text += self._decoder.decode(self._marks.get(token) or self._tokenizer.decode_bytes([token]))
             found = [(at + len(s), at) for s in self._stop if (at := self.text.find(s)) >= 0]
             if found:
                 # The first string to be complete, as if the text had arrived a character at a time.

@@ -10,6 +10,7 @@ from gptjax.inference.constraints.compiler import Compiler as Compiler
 from gptjax.inference.constraints.constraint import Constraint as Constraint
 from gptjax.inference.constraints.constraint import Matcher as Matcher
 from gptjax.inference.constraints.grammars import Choice as Choice
+from gptjax.inference.constraints.grammars import Compound as Compound
 from gptjax.inference.constraints.grammars import Ebnf as Ebnf
 from gptjax.inference.constraints.grammars import Grammar as Grammar
 from gptjax.inference.constraints.grammars import JsonSchema as JsonSchema

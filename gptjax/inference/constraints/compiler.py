@@ -138,12 +138,13 @@ class _Matcher(Matcher):
     """A text's state in a grammar."""
 
     def __init__(self, matcher: Any, vocab: int):
-        self._matcher = matcher
+        self._matcher, self._end = matcher, vocab
         self._mask = np.zeros(-(-(vocab + 1) // 32), np.uint32)  # with the end of the text
 
     def fill(self, mask: np.ndarray) -> None:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         _check(self._matcher)
+        self._mask[-1] &= ~np.uint32(1 << self._end % 32)
         mask[:] = self._mask[: len(mask)]
 
     def accept(self, token: int) -> None:

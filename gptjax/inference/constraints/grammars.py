@@ -69,6 +69,18 @@ class Ebnf:
         return _checked({"ebnf": self.grammar})
 
 
+@dataclasses.dataclass(frozen=True)
+class Compound:
+    """Texts of a grammar in llguidance's Lark, whose `@name` stands for a text of another one: parts of a reply."""
+
+    lark: str
+    parts: Mapping[str, Grammar]
+
+    def request(self) -> dict[str, Any]:
+        parts = {name: part.request() for name, part in self.parts.items()}
+        return _checked({"compound": {"lark": self.lark, "parts": parts}})
+
+
 def _checked(request: dict[str, Any]) -> dict[str, Any]:
     size = len(json.dumps(request))
     if size > SIZE:

@@ -46,6 +46,8 @@ class Request:
     more, ends it all the same."""
     constraint: Constraint | None = None
     """Texts that are allowed; see `Engine.constraint`. The text ends where nothing more is."""
+    marks: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """Special tokens that are part of the text, and their texts."""
     priority: int = 0
     """Higher ones go first."""
     client: str = ""
@@ -101,7 +103,7 @@ class Generation:
     def __init__(self, request: Request, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...] | None):
         ends = request.stop_token_ids if request.stop_token_ids is not None else stop_token_ids
         self.request = request
-        self.stream = TextStream(tokenizer, request.max_tokens, request.stop, ends)
+        self.stream = TextStream(tokenizer, request.max_tokens, request.stop, ends, request.marks)
         self.matcher = None if request.constraint is None else request.constraint.start()
         """State of the constraint after `tokens`; for the engine."""
         self.tokens: list[Token] = []
