@@ -87,6 +87,11 @@ class ScriptedServer:
         while not self.server.started:
             time.sleep(0.01)
 
+    def cut(self) -> None:
+        """Close all connections, as a bad network does."""
+        for connection in list(self.server.server_state.connections):
+            connection.loop.call_soon_threadsafe(connection.transport.abort)  # type: ignore
+
     def close(self) -> None:
         self.server.should_exit = True
         self.thread.join()

@@ -197,12 +197,14 @@ function stopAll() {
 let waiting = null;
 
 function whenUp() {
-  // Say that the server is down, and wait until it answers.
+  // Wait until the server answers, and say so if it takes a while.
   waiting ??= (async () => {
-    $("down").textContent = "The server does not answer. Your conversations can be read; trying again …";
-    $("down").hidden = false;
-    do await new Promise((resolve) => setTimeout(resolve, 1500));
-    while (!(await server.isUp()));
+    for (let pause = 200; ; pause = 1500) {
+      await new Promise((resolve) => setTimeout(resolve, pause));
+      if (await server.isUp()) break;
+      $("down").textContent = "The server does not answer. Your conversations can be read; trying again …";
+      $("down").hidden = false;
+    }
     $("down").hidden = true;
     waiting = null;
     if (!state.models.length) loadModels();
@@ -361,6 +363,7 @@ on("model", "change", () => {
   if (state.id) store.update(state.id, (conversation) => (conversation.model = $("model").value));
   refresh();
 });
+on("list", "click", () => openSide(false));
 on("open-side", "click", () => openSide(!document.body.classList.contains("side-open")));
 on("shade", "click", () => openSide(false));
 on("open-settings", "click", () => openSettings());

@@ -81,7 +81,7 @@ function element(conversation, message, last, state, act) {
   const siblings = children(conversation, message.parent);
   const comparing = state.comparing === message.parent && siblings.length > 1;
   const live = state.live.get(message.id);
-  const now = { last, comparing, editing: state.editing === message.id, tokens: state.tokens.get(message.id) };
+  const now = { last, comparing, live: Boolean(live), editing: state.editing === message.id, tokens: state.tokens.get(message.id) };
   const facts = comparing ? siblings : { ...message, text: live ? "" : message.text };
   const signature = JSON.stringify([facts, siblings.map((one) => one.id), { ...now, tokens: now.tokens?.length }]);
   const before = shown.get(message.id);
@@ -114,7 +114,8 @@ function fill(made, text, live) {
   const open = el("p", { className: "plain open" }, live ? live.rest : "");
   if (ready !== undefined) return made.replaceChildren(blocks(ready), open);
   made.replaceChildren(el("p", { className: "plain" }, text)); // readable also without the server
-  html(text).then((code) => made.replaceChildren(blocks(code)), () => {});
+  const again = () => shown.delete(made.closest("article")?.dataset.id);
+  html(text).then((code) => made.replaceChildren(blocks(code)), again);
 }
 
 export function grow(id, event, live) {
@@ -159,9 +160,12 @@ function footer(message, siblings, now, act) {
     }
     tools.append(iconButton("trash", "Delete from here", () => act.cut(message)));
   }
-  const facts = el("span", { className: "facts" }, factsOf(message));
-  if (message.usage) facts.title = `${message.usage.prompt_tokens} tokens read, ${message.first} s to the first token`;
-  made.append(facts, tools);
+  if (message.role === "assistant") {
+    const facts = el("span", { className: "facts" }, factsOf(message));
+    if (message.usage) facts.title = `${message.usage.prompt_tokens} tokens read, ${message.first} s to the first token`;
+    made.append(facts);
+  }
+  made.append(tools);
   return made;
 }
 
