@@ -28,7 +28,6 @@ from gptjax.serve import replies
 from gptjax.serve.errors import ApiError
 from gptjax.serve.markdown import Blocks
 from gptjax.serve.quotas import Charge
-from gptjax.types import UserError
 
 COUNT, BYTES, AGE = 100, 64 * 2**20, 3_600.0
 """Bounds of the finished replies that are kept: number for each client, bytes in all, seconds since their end."""
@@ -45,11 +44,12 @@ class LiveReply:
         """Bytes of its events."""
         self._events: list[str] = []
         self._changed = asyncio.Condition()
-        self._blocks = Blocks()
+        self._blocks, self._stopped = Blocks(), False
         self._task = asyncio.create_task(self._write(prefix))
 
     def stop(self) -> None:
         """End the text here."""
+        self._stopped = True
         self.engine.cancel(self.generation)
 
     async def read(self, start: int) -> AsyncIterator[tuple[int, str] | None]:
@@ -86,8 +86,8 @@ class LiveReply:
                 await self._add(text[shown:], tokens[counted:], True)
             usage, seconds = replies.usage([self.generation], 1), self._seconds()
             end = {"finish": finish, "usage": usage, "first": first or seconds, "seconds": seconds}
-            if finish == "error":
-                end = {"error": self.generation.error or "the engine is broken"}
+            if self.generation.error or (finish == "cancelled" and not self._stopped):
+                end = {"error": self.generation.error or "the server is stopping"}
         finally:
             self.stop()
             self._charge.settle(len(self.generation.request.prompt) + len(self.generation.tokens))
@@ -124,6 +124,11 @@ class LiveReplies:
     def __init__(self) -> None:
         self._replies: dict[str, LiveReply] = {}
 
+    @property
+    def running(self) -> int:
+        """Number of replies that are being written, whether anybody reads them or not."""
+        return sum(reply.ended == math.inf for reply in self._replies.values())
+
     def start(self, client: str, engine: Engine, request: Request, charge: Charge, prefix: str = "") -> LiveReply:
         """Begin a reply. Raises UserError as `Engine.submit` does.
 
@@ -133,7 +138,7 @@ class LiveReplies:
         """
         try:
             reply = LiveReply(client, engine, request, charge, prefix)
-        except UserError:
+        except Exception:
             charge.settle(0)
             raise
         self._forget_old(client)

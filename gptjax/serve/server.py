@@ -77,7 +77,9 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: True to stop."""
-        ended = self._service.draining and (not self._service.active or time.monotonic() > self._deadline)
+        ended = self._service.draining and (
+            not (self._service.active or self._service.live.running) or time.monotonic() > self._deadline
+        )
         stop = await super().on_tick(counter) or ended
         if stop:
             await asyncio.to_thread(self._service.close)  # what still runs is told so

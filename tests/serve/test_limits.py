@@ -130,6 +130,9 @@ def test_a_server_that_is_stopped_ends_its_replies(tmp_path):
     trust = ssl.create_default_context(cafile=cert)
     with httpx.Client(verify=trust, timeout=60) as client:
         assert client.get(f"{server.url}/ready").status_code == 200
+        asked = {"messages": TALK, "max_tokens": 150}
+        unread = client.post(f"{server.url}/page/replies", json=asked).json()["id"]
+        live = server.app.state.service.live.find(unread, "")
         with client.stream("POST", server.url + CHAT, json={**LONG, "stream": True}) as reply:
             lines = reply.iter_lines()
             next(lines)
@@ -139,6 +142,7 @@ def test_a_server_that_is_stopped_ends_its_replies(tmp_path):
             assert [*lines][-2] == "data: [DONE]"
     server.thread.join(20)
     assert not server.thread.is_alive()
+    assert live.generation.finish in ("stop", "length"), "one of the page's, which nobody reads, ends too"
 
 
 def test_a_server_does_not_wait_for_ever():

@@ -1,25 +1,14 @@
-// The page: conversations are the browser's (store.js), replies are the server's (server.js), view.js shows them.
+// The page: conversations are the browser's (store.js), replies are the server's (replies.js), view.js shows them.
 
+import { begin, current, resumeAll, state, stopAll, whenUp } from "./replies.js";
 import * as server from "./server.js";
 import * as store from "./store.js";
-import { $, draw, el, grow } from "./view.js";
+import { $, draw, el, say, toEnd } from "./view.js";
 
 const stored = (name) => JSON.parse(localStorage.getItem(`gptjax.${name}`) ?? "null");
 const keep = (name, value) => localStorage.setItem(`gptjax.${name}`, JSON.stringify(value));
 
-const state = {
-  id: location.hash.slice(1) || null, // the conversation on the screen; null: a new one
-  models: [],
-  settings: stored("settings") ?? {}, // of new conversations
-  live: new Map(), // message id -> {text, html, rest, tokens, next}: replies that are being written
-  tokens: new Map(), // message id -> tokens, where they are shown
-  editing: null,
-  comparing: null,
-  about: "",
-};
-
-const current = () => (state.id ? store.get(state.id) : null);
-const say = (text) => ($("status").textContent = text);
+Object.assign(state, { id: location.hash.slice(1) || null, settings: stored("settings") ?? {}, refresh, openSettings, loadModels });
 
 // Drawing
 
@@ -64,14 +53,6 @@ function drawModels(conversation) {
   state.about = model ? `${model.id} reads up to ${model.max_model_len.toLocaleString("en")} tokens.` : "";
 }
 
-function toEnd() {
-  $("talk").scrollTop = $("talk").scrollHeight;
-}
-
-function atEnd() {
-  return $("talk").scrollHeight - $("talk").scrollTop - $("talk").clientHeight < 80;
-}
-
 // Replies
 
 function send(text) {
@@ -92,125 +73,6 @@ function reply(conversation, parent) {
   begin(conversation, message, false);
   refresh();
   toEnd();
-}
-
-async function begin(conversation, message, further) {
-  // Ask the server for a reply, or to continue one.
-  const { system, ...sampling } = conversation.settings;
-  const said = store.path(conversation, further ? message.id : message.parent).map((m) => ({ role: m.role, content: m.text }));
-  const seed = crypto.getRandomValues(new Uint32Array(1))[0];
-  const fields = { model: conversation.model, messages: said, seed, ...sampling, continue: further };
-  if (system) said.unshift({ role: "system", content: system });
-  state.live.set(message.id, { text: "", html: "", rest: further ? message.text : "", tokens: [], next: 0 });
-  try {
-    const started = await server.start(fields);
-    store.updateMessage(conversation.id, message.id, { reply: started.id, left_out: started.left_out });
-    if (state.live.get(message.id)?.stopped) server.stop(started.id).catch(() => {});
-    follow(conversation.id, message.id, started.id);
-  } catch (error) {
-    end(conversation.id, message.id, { finish: "error", error: error.message });
-    if (error.status === 401) $("settings").showModal();
-    if (error instanceof server.Down) whenUp();
-  }
-}
-
-const followed = new Set();
-
-async function follow(conversation, message, reply) {
-  // Show a reply as it is written, through lost connections, to its end.
-  if (followed.has(reply)) return;
-  followed.add(reply);
-  const live = { text: "", html: "", rest: "", tokens: [], next: 0, saved: Date.now() };
-  state.live.set(message, live);
-  refresh();
-  for (;;) {
-    try {
-      for await (const [next, event] of server.events(reply, live.next)) {
-        live.next = next;
-        if ("error" in event) return end(conversation, message, { finish: "error", error: event.error, text: live.text });
-        if ("finish" in event) {
-          server.keepHtml(live.text, live.html);
-          return end(conversation, message, { ...event, text: live.text });
-        }
-        apply(conversation, message, live, event);
-      }
-    } catch (error) {
-      if (!(error instanceof server.Down)) {
-        const lost = error.status === 404;
-        return end(conversation, message, lost ? { finish: "lost" } : { finish: "error", error: error.message });
-      }
-      await whenUp();
-    }
-  }
-}
-
-function apply(conversation, message, live, event) {
-  const stay = atEnd();
-  if ("text" in event) {
-    live.text += event.text;
-    live.rest += event.text;
-    live.tokens.push(...event.tokens);
-  } else {
-    live.html += event.html;
-    live.rest = event.rest;
-  }
-  if (live.saved && Date.now() - live.saved > 1000) {
-    live.saved = Date.now();
-    store.updateMessage(conversation, message, { text: live.text });
-  }
-  grow(message, event, live);
-  if (stay) toEnd();
-}
-
-function end(conversation, message, fields) {
-  const stay = atEnd();
-  state.live.delete(message);
-  try {
-    store.updateMessage(conversation, message, fields);
-  } catch (error) {
-    $("down").textContent = error.message;
-    $("down").hidden = false;
-  }
-  if (conversation === state.id) say(fields.error ?? `Reply finished. ${(fields.text ?? "").slice(0, 1000)}`);
-  refresh();
-  if (stay) toEnd();
-}
-
-function resumeAll() {
-  // Follow what was being written when the page was closed, or is in another tab.
-  for (const conversation of store.all())
-    for (const message of Object.values(conversation.messages)) {
-      if (message.finish !== null || state.live.has(message.id)) continue;
-      if (message.reply) follow(conversation.id, message.id, message.reply);
-      else if (Date.now() - message.created > 60_000) store.updateMessage(conversation.id, message.id, { finish: "lost" });
-    }
-}
-
-function stopAll() {
-  for (const message of store.path(current() ?? { messages: {}, chosen: {} })) {
-    if (message.finish !== null) continue;
-    if (message.reply) server.stop(message.reply).catch(() => {});
-    else if (state.live.has(message.id)) state.live.get(message.id).stopped = true;
-  }
-}
-
-let waiting = null;
-
-function whenUp() {
-  // Wait until the server answers, and say so if it takes a while.
-  waiting ??= (async () => {
-    for (let pause = 200; ; pause = 1500) {
-      await new Promise((resolve) => setTimeout(resolve, pause));
-      if (await server.isUp()) break;
-      $("down").textContent = "The server does not answer. Your conversations can be read; trying again …";
-      $("down").hidden = false;
-    }
-    $("down").hidden = true;
-    waiting = null;
-    if (!state.models.length) loadModels();
-    refresh();
-  })();
-  return waiting;
 }
 
 async function loadModels() {

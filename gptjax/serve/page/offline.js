@@ -1,7 +1,7 @@
 // Service worker: keeps the page's own files, so that conversations can be read while the server is down.
 
 const CACHE = "gptjax-page";
-const FILES = ["../", "style.css", "icon.svg", "main.js", "store.js", "server.js", "view.js", "tokens.js"];
+const FILES = ["../", "style.css", "icon.svg", "main.js", "replies.js", "store.js", "server.js", "view.js", "tokens.js"];
 
 self.addEventListener("install", (event) => {
   self.skipWaiting();

@@ -26,7 +26,7 @@ async function call(method, path, body) {
   }
   if (reply.ok) return reply;
   const said = await reply.json().catch(() => null);
-  if (!said?.error && reply.status >= 502) throw new Down("The server does not answer."); // a proxy's words
+  if (reply.status >= 502) throw new Down(said?.error?.message ?? "The server does not answer."); // stopping, or a proxy's
   throw new Refused(reply.status, said?.error?.message ?? `status ${reply.status}`);
 }
 
@@ -36,7 +36,7 @@ export const models = async () => (await json("GET", "v1/models")).data;
 export const start = (fields) => json("POST", "page/replies", fields);
 export const stop = (reply) => call("POST", `page/replies/${reply}/stop`);
 export const forget = (reply) => call("DELETE", `page/replies/${reply}`);
-export const isUp = () => call("GET", "health").then(() => true, (error) => !(error instanceof Down));
+export const isUp = () => call("GET", "ready").then(() => true, (error) => !(error instanceof Down));
 
 export async function* events(reply, from) {
   // [number of the next event, event]. Throws `Down` when the connection is lost, `Refused` for an unknown reply.

@@ -6,6 +6,16 @@ import { tokenView } from "./tokens.js";
 
 export const $ = (id) => document.getElementById(id);
 
+export const say = (text) => ($("status").textContent = text); // to screen readers
+
+export function toEnd() {
+  $("talk").scrollTop = $("talk").scrollHeight;
+}
+
+export function atEnd() {
+  return $("talk").scrollHeight - $("talk").scrollTop - $("talk").clientHeight < 80;
+}
+
 export function el(tag, fields = {}, ...inside) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(fields)) {
@@ -61,7 +71,7 @@ export async function copyText(text, button) {
   });
   button.classList.add("done");
   setTimeout(() => button.classList.remove("done"), 1200);
-  $("status").textContent = "Copied";
+  say("Copied");
 }
 
 // Messages
