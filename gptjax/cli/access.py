@@ -6,11 +6,12 @@ import dataclasses
 import ipaddress
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 # Nothing heavier up here: --help must not wait for jax.
 if TYPE_CHECKING:
     from gptjax.serve.access import Policy
+    from gptjax.serve.filters import Filters
 
 KEY = "GPTJAX_API_KEY"
 
@@ -50,6 +51,13 @@ class Access:
     """Listen on a public address without API keys."""
     cors_origin: tuple[str, ...] = ()
     """Other sites whose pages may ask from a browser, such as https://example.org."""
+    mask: Literal["none", "inputs", "outputs", "both"] = "none"
+    """Replace e-mail addresses, telephone numbers, and numbers of cards and bank accounts by marks: in what clients
+    send, in what models write, or in both."""
+    mask_region: str = "US"
+    """Country, as ISO 3166 names it, of telephone numbers without a country code."""
+    refuse: Path | None = None
+    """File of phrases, one per line: requests with one are refused, replies end before it."""
     tls_cert: Path | None = None
     """File of a certificate, for HTTPS."""
     tls_key: Path | None = None
@@ -72,12 +80,21 @@ class Access:
                 raise UserError(f"cors_origin: got {origin}, must be a scheme and a host, such as https://example.org")
         return Policy(
             keys=keys,
+            filters=self._filters(),
             hosts=LOOPBACK if local else None,
             origins=self.cors_origin,
             requests=limits.requests,
             request_seconds=limits.request_seconds,
             queue_tokens=limits.queue_tokens,
         )
+
+    def _filters(self) -> Filters:
+        from gptjax.serve.filters import Filters, Mask, Refuse
+
+        masks = () if self.mask == "none" else (Mask(self.mask_region),)
+        refuse = () if self.refuse is None else (Refuse.of(self.refuse),)
+        inputs, outputs = (masks if self.mask in (side, "both") else () for side in ("inputs", "outputs"))
+        return Filters((*inputs, *refuse), (*outputs, *refuse))
 
     def tls(self) -> tuple[str, str] | None:
         """Files of the certificate and the key. Raises UserError for one without the other, or a bad one."""

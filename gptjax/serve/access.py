@@ -12,6 +12,7 @@ from starlette.requests import Request as HttpRequest
 
 from gptjax.inference.engine import Generation
 from gptjax.serve.errors import ApiError
+from gptjax.serve.filters import Filters
 from gptjax.serve.keys import ANYONE, Key, Keys
 from gptjax.types import UserError
 
@@ -27,6 +28,8 @@ class Policy:
     hosts: Sequence[str] | None = LOOPBACK
     """Names under which it may be asked, against pages of other sites that rebind a name of theirs to this address.
     None: any."""
+    filters: Filters = Filters()
+    """Filters of what clients send and of what models write."""
     origins: tuple[str, ...] = ()
     """Other sites whose pages may ask from a browser (CORS), such as https://example.org."""
     requests: int = 500

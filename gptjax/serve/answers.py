@@ -17,6 +17,7 @@ from gptjax.serve import fields as read_fields
 from gptjax.serve import replies
 from gptjax.serve.access import Client
 from gptjax.serve.errors import ApiError
+from gptjax.serve.filters import attach
 from gptjax.serve.service import Served, Service
 from gptjax.types import UserError
 
@@ -45,6 +46,8 @@ async def reply(
     n        number of choices of each
     ignored  names of unknown fields
     """
+    if form.logprobs and service.policy.filters.outputs:
+        raise ApiError(400, "logprobs: would show the tokens, which this server filters", "logprobs")
     tokens = sum(len(one.prompt) + n * one.max_tokens for one in asked)
     charge = service.quotas.admit(client.key, n * len(asked), tokens)
     client.at_end.callback(lambda: charge.settle(sum(client.usage)))
@@ -54,6 +57,7 @@ async def reply(
         for one in asked:
             for i in range(n):
                 texts.append(engine.submit(dataclasses.replace(one, choice=i)))
+                attach(texts[-1], service.policy.filters.outputs, engine.cancel)
     except UserError:
         for text in texts:
             engine.cancel(text)

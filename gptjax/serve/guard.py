@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from gptjax.inference.engine import Busy
 from gptjax.serve import access
 from gptjax.serve.errors import ApiError, of_user_error
+from gptjax.serve.filters import Refused
 from gptjax.serve.service import Service
 from gptjax.types import UserError
 
@@ -61,6 +62,8 @@ class Guard:
             quotas = service.quotas.headers(client.key)
         except Busy as error:
             response = failed(ApiError(429, str(error), code=BUSY))
+        except Refused as error:
+            response = failed(ApiError(400, str(error), code="content_filter"))
         except UserError as error:
             response = failed(of_user_error(error))
         except ApiError as error:

@@ -26,6 +26,7 @@ from typing import Any
 from gptjax.inference.engine import Engine, Generation, Request, Token
 from gptjax.serve import replies
 from gptjax.serve.errors import ApiError
+from gptjax.serve.filters import Filter, attach
 from gptjax.serve.markdown import Blocks
 from gptjax.serve.quotas import Charge
 
@@ -36,9 +37,12 @@ COUNT, BYTES, AGE = 100, 64 * 2**20, 3_600.0
 class LiveReply:
     """A reply while it is written and for a while after. All methods are the event loop's."""
 
-    def __init__(self, client: str, engine: Engine, request: Request, charge: Charge, prefix: str):
+    def __init__(
+        self, client: str, engine: Engine, request: Request, charge: Charge, prefix: str, filters: Sequence[Filter]
+    ):
         self.id, self.client, self.engine, self._charge = secrets.token_urlsafe(16), client, engine, charge
         self.generation: Generation = engine.submit(request)
+        attach(self.generation, filters, engine.cancel)
         self.started, self.ended = time.monotonic(), math.inf
         self.size = 0
         """Bytes of its events."""
@@ -121,7 +125,9 @@ class LiveReply:
 class LiveReplies:
     """The replies of all clients, by id."""
 
-    def __init__(self) -> None:
+    def __init__(self, filters: Sequence[Filter] = ()) -> None:
+        """filters: those of the replies."""
+        self._filters = filters
         self._replies: dict[str, LiveReply] = {}
 
     @property
@@ -137,7 +143,7 @@ class LiveReplies:
         prefix  text that it continues, shown before it
         """
         try:
-            reply = LiveReply(client, engine, request, charge, prefix)
+            reply = LiveReply(client, engine, request, charge, prefix, self._filters)
         except Exception:
             charge.settle(0)
             raise

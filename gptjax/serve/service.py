@@ -44,7 +44,7 @@ class Service:
 
     def __post_init__(self):
         rows = sum(served.engine.rows + served.engine.queue_limit for served in self.models.values())
-        self.live = LiveReplies()
+        self.live = LiveReplies(self.policy.filters.outputs)
         self.draining = False
         """True: the server is stopping, and takes no more requests."""
         self.active = 0

@@ -15,8 +15,11 @@ from gptjax.inference.sampling import Sampling
 from gptjax.inference.text import TextStream
 from gptjax.types import UserError
 
-Finish = Literal["stop", "length", "cancelled", "error"]
-"""Reason for the end of a text."""
+Finish = Literal["stop", "length", "cancelled", "error", "content_filter"]
+"""Reason for the end of a text; "content_filter" is a `View`'s."""
+View = Callable[[str, Finish | None], tuple[str, Finish | None]]
+"""Function of the text that can be shown so far and the reason for its end -> both as readers see them. Called with
+longer and longer texts, it returns longer and longer ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Generation:
         """Number of tokens of the prompt that were read from pages of earlier ones."""
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
+        self.view: View | None = None
+        """Changes what `snapshot` shows. The tokens are not shown then."""
 
     @property
     def text(self) -> str:
@@ -123,7 +128,10 @@ class Generation:
     def snapshot(self) -> tuple[str, list[Token], Finish | None]:
         """The text that can be shown, its tokens so far and the reason for its end, all of one moment."""
         with self._changed:
-            return self.text, list(self.tokens), self.finish
+            if self.view is None:
+                return self.text, list(self.tokens), self.finish
+            text, finish = self.view(self.text, self.finish)
+            return text, [], finish
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end. False: it has not come."""

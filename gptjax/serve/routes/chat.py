@@ -29,7 +29,7 @@ async def chat(service: Service, http: HttpRequest, client: Client) -> Response:
     def encode() -> tuple[int, ...]:  # templates and tokenizers take their time: not in the event loop
         roles = {"developer": "system"}
         said = [{**m, "role": roles.get(m.get("role", ""), m.get("role"))} for m in fields["messages"]]
-        talk = [*conversation(said, fields.get("tools"))]
+        talk = service.policy.filters.read_messages(conversation(said, fields.get("tools")))
         if not talk:
             raise UserError("messages: got none, must be at least one")
         variables = fields.get("chat_template_kwargs")

@@ -24,7 +24,10 @@ async def complete(service: Service, http: HttpRequest, client: Client) -> Respo
     def encode() -> list[tuple[int, ...]]:
         given = fields["prompt"]
         given = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
-        encoded = [served.model.encode_prompt(one) if isinstance(one, str) else one for one in given]
+        filters = service.policy.filters
+        if not all(isinstance(one, str) for one in given):
+            filters.read_ids()
+        encoded = [served.model.encode_prompt(filters.read(one)) if isinstance(one, str) else one for one in given]
         return [tuple(ids) for ids in encoded]
 
     prompts = await asyncio.to_thread(encode)

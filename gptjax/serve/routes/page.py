@@ -71,7 +71,7 @@ async def start(service: Service, http: HttpRequest, client: Client) -> Response
         raise ApiError(400, f"{ignored[0]}: unknown field, must be one of {', '.join(REPLY)}", ignored[0])
     name, served = service.choose(fields)
     require(fields, "messages")
-    request, prefix, left_out = await asyncio.to_thread(_request, served, fields, client)
+    request, prefix, left_out = await asyncio.to_thread(_request, service, served, fields, client)
     charge = service.quotas.admit(client.key, 1, len(request.prompt) + request.max_tokens)
     reply = service.live.start(client.key.digest, served.engine, request, charge, prefix)
     return JSONResponse({"id": reply.id, "model": name, "left_out": left_out, "prompt_tokens": len(request.prompt)})
@@ -113,9 +113,9 @@ async def markdown(service: Service, http: HttpRequest, client: Client) -> Respo
     return JSONResponse({"html": await asyncio.to_thread(lambda: [render(text) for text in fields["texts"]])})
 
 
-def _request(served: Served, fields: dict[str, Any], client: Client) -> tuple[Request, str, int]:
+def _request(service: Service, served: Served, fields: dict[str, Any], client: Client) -> tuple[Request, str, int]:
     """The engine's request, the text that it continues, and the number of messages that did not fit."""
-    talk, prefix = [*conversation(fields["messages"])], ""
+    talk, prefix = service.policy.filters.read_messages(conversation(fields["messages"])), ""
     if fields.get("continue"):
         if not talk or talk[-1].role != "assistant":
             raise UserError("messages: got none of the assistant's at the end, must be the one to continue")

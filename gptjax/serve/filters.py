@@ -1,0 +1,287 @@
+"""Filters of what clients send and of what models write: masks, refusals, and any object with the same two methods.
+
+    filters = Filters(inputs=(Mask(),), outputs=(Mask(), Refuse(("secret project",))))
+    make_app(models, filters=filters)
+
+A stream goes through the same filters as the whole text, with the same result: a filter says up to where no later text
+can change what it does, and only what comes after is held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from gptjax.data.chat import Message
+from gptjax.inference.engine import Generation
+from gptjax.inference.engine.request import Finish
+from gptjax.types import UserError
+
+
+class Refused(Exception):
+    """A text that may not be read or written. `kept` is what comes before."""
+
+    def __init__(self, kept: str = ""):
+        super().__init__("a filter of this server refuses the text")
+        self.kept = kept
+
+
+class Filter(Protocol):
+    """A filter of texts."""
+
+    def border(self, text: str) -> int:
+        """Number of characters after which `text` can be divided, whatever follows it: `filter(a + b)` is
+        `filter(a) + filter(b)` for a = text[:border] and every b that begins with the rest."""
+        ...
+
+    def __call__(self, text: str) -> str:
+        """The text as it may be read. Raises `Refused`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """Filters of a server, each applied after the one before it."""
+
+    inputs: tuple[Filter, ...] = ()
+    """Filters of messages, prompts and texts to embed. One that refuses is an error 400."""
+    outputs: tuple[Filter, ...] = ()
+    """Filters of replies. One that refuses ends the reply, with the reason "content_filter"."""
+
+    def read(self, text: str) -> str:
+        """A client's text as the model may read it. Raises `Refused`."""
+        for one in self.inputs:
+            text = one(text)
+        return text
+
+    def read_messages(self, messages: Sequence[Message]) -> list[Message]:
+        """A client's conversation as the model may read it. Raises `Refused`."""
+        return [m if m.content is None else dataclasses.replace(m, content=self.read(m.content)) for m in messages]
+
+    def read_ids(self) -> None:
+        """Raise `UserError` if there are filters, which token ids would pass by."""
+        if self.inputs:
+            raise UserError("prompt: got token ids, must be text: this server filters what it reads")
+
+
+class FilterStream:
+    """One text on its way through filters.
+
+    stream = FilterStream(filters.outputs)
+    shown = stream.push("my num") + stream.push("ber is ...") + stream.end()
+    """
+
+    def __init__(self, filters: Sequence[Filter]):
+        self._filters = filters
+        self._held = [""] * len(filters)
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that can be shown, beyond what was shown. Raises `Refused`, whose `kept` is what
+        can still be shown."""
+        return self._pass(text, end=False)
+
+    def end(self) -> str:
+        """The rest. Raises `Refused` likewise."""
+        return self._pass("", end=True)
+
+    def _pass(self, text: str, end: bool) -> str:
+        refused = False
+        for i, one in enumerate(self._filters):
+            text = self._held[i] + text
+            at = len(text) if end or refused else one.border(text)
+            self._held[i] = text[at:]
+            try:
+                text = one(text[:at])
+            except Refused as error:
+                text, refused = error.kept, True
+        if refused:
+            raise Refused(text)
+        return text
+
+
+def attach(text: Generation, filters: Sequence[Filter], cancel: Callable[[Generation], None]) -> None:
+    """Show this text only as filters let it. cancel: called if one refuses it."""
+    if not filters:
+        return
+    stream, seen, shown, refused = FilterStream(filters), 0, "", False
+
+    def view(whole: str, finish: Finish | None) -> tuple[str, Finish | None]:
+        nonlocal seen, shown, refused
+        try:
+            if not refused:
+                shown += stream.push(whole[seen:])
+                seen = len(whole)
+                if finish is not None:
+                    shown += stream.end()
+        except Refused as error:
+            shown, refused = shown + error.kept, True
+            if finish is None:
+                cancel(text)
+        return shown, "content_filter" if refused else finish
+
+    text.view = view
+
+
+WORD = re.compile(r"[\dA-Za-z_.%+＋@():/\-–]+")
+"""Characters of addresses and numbers."""
+JOINS = re.compile(r".*\d.*|[A-Z]{4}|[().+＋/\-–]+")
+"""Words that may go on after a space: groups of digits, and of letters in an IBAN."""
+RUN = 400
+"""Number of characters that are looked at together; an address has at most 320."""
+ADDRESS = re.compile(r"[A-Za-z0-9_.%+\-]+@[A-Za-z0-9\-]+(?:\.[A-Za-z0-9\-]+)*\.[A-Za-z]{2,}")
+ACCOUNT = re.compile(r"(?<![A-Za-z0-9])(?=([A-Za-z]{2}\d\d(?:[ \u00a0]?[A-Za-z0-9]){11,30}))")
+CARD = re.compile(r"(?<!\d)(?=(\d{4}([ \u00a0-])\d{4}\2\d{4}\2\d{1,7}|\d{4}[ -]\d{6}[ -]\d{5}|\d{13,19})(?!\d))")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Replaces e-mail addresses, telephone numbers that exist, and numbers of cards and bank accounts (IBAN) whose
+    checksums are right."""
+
+    region: str = "US"
+    """Country, as ISO 3166 names it, of telephone numbers without a country code."""
+
+    def __post_init__(self):
+        import phonenumbers
+
+        if self.region not in phonenumbers.SUPPORTED_REGIONS:
+            raise UserError(f"mask_region: got {self.region!r}, must be a country's two letters, such as US, DE or CN")
+
+    def border(self, text: str) -> int:
+        """The beginning of what may still be a part of an address or a number."""
+        start, open_at = 0, len(text)
+        while (run := _run(text, start)) is not None:
+            first, last, complete = run
+            open_at = len(text) if complete else first
+            start = last
+        return open_at
+
+    def __call__(self, text: str) -> str:
+        """The text with masks."""
+        parts, done = [], 0
+        while (run := _run(text, done)) is not None:
+            first, last, _ = run
+            parts += [text[done:first], self._mask(text[first:last])]
+            done = last
+        return "".join([*parts, text[done:]])
+
+    def _mask(self, run: str) -> str:
+        if "@" in run:
+            run = ADDRESS.sub("[e-mail]", run)
+        for pattern, length, mask in ((ACCOUNT, _account, "[bank account]"), (CARD, _card, "[card]")):
+            if _digits(run) >= 9:
+                run = _replace(run, pattern, length, mask)
+        if _digits(run) >= 5:
+            import phonenumbers
+
+            for found in reversed([*phonenumbers.PhoneNumberMatcher(run, self.region)]):
+                run = f"{run[: found.start]}[telephone]{run[found.end :]}"
+        return run
+
+
+def _run(text: str, start: int) -> tuple[int, int, bool] | None:
+    """Bounds of the next run of words that may be a number together, and True if nothing can be added to it."""
+    match = WORD.search(text, start)
+    if match is None:
+        return None
+    first = match.start()
+    while True:
+        if match.end() - first >= RUN:
+            return first, first + RUN, True
+        space = match.end()
+        while space < len(text) and text[space] in " \u00a0" and space - match.end() < 2:
+            space += 1
+        if not JOINS.fullmatch(match[0]):
+            return first, match.end(), match.end() < len(text)
+        following = WORD.match(text, space) if space > match.end() else None
+        if following is None:
+            return first, match.end(), space < len(text)
+        match = following
+
+
+def _digits(text: str) -> int:
+    return sum(map(str.isdecimal, text))
+
+
+def _replace(text: str, pattern: re.Pattern[str], length: Callable[[str], int], mask: str) -> str:
+    """The text with masks; of each candidate, so many characters are one. 0: it is none."""
+    parts, done = [], 0
+    for match in pattern.finditer(text):
+        if match.start() >= done and (size := length(match[1])):
+            parts += [text[done : match.start()], mask]
+            done = match.start() + size
+    return "".join([*parts, text[done:]])
+
+
+def _account(text: str) -> int:
+    """Length of the longest beginning that is an IBAN."""
+    from stdnum import iban
+
+    ends = (n for n in range(len(text), 14, -1) if text[n - 1].isalnum() and not text[n : n + 1].isalnum())
+    return next((n for n in ends if iban.is_valid(text[:n].replace("\u00a0", " "))), 0)
+
+
+def _card(text: str) -> int:
+    """Length of the number of a card."""
+    from stdnum import luhn
+
+    digits = "".join(str(int(c)) for c in text if c.isdecimal())
+    return len(text) if 13 <= len(digits) <= 19 and luhn.is_valid(digits) else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Refuse:
+    """Refuses texts with one of these phrases, in capitals or not."""
+
+    phrases: tuple[str, ...]
+
+    @classmethod
+    def of(cls, file: Path) -> Refuse:
+        """The phrases of a file, one per line. Raises UserError."""
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"refuse: got {file}, which cannot be read: {error}") from None
+        phrases = tuple(line.strip() for line in lines if line.strip())
+        if not phrases:
+            raise UserError(f"refuse: got {file}, which has no phrase, must have one per line")
+        return cls(phrases)
+
+    def border(self, text: str) -> int:
+        """The beginning of the longest end of the text that a phrase begins with; all of it if it has a phrase."""
+        folded = _fold(text)
+        if self._found(folded) is None:
+            longest = max(map(len, self._beginnings), default=0)
+            for at in range(max(0, len(text) - longest), len(text)):
+                if folded[at:] in self._beginnings:
+                    return at
+        return len(text)
+
+    def __call__(self, text: str) -> str:
+        """The text."""
+        found = self._found(_fold(text))
+        if found is not None:
+            raise Refused(text[:found])
+        return text
+
+    def _found(self, folded: str) -> int | None:
+        """Beginning of the phrase that ends first."""
+        found = ((at + len(phrase), at) for phrase in self._folded if (at := folded.find(phrase)) >= 0)
+        return min(found, default=(0, None))[1]
+
+    @functools.cached_property
+    def _folded(self) -> tuple[str, ...]:
+        return tuple(map(_fold, self.phrases))
+
+    @functools.cached_property
+    def _beginnings(self) -> frozenset[str]:
+        return frozenset(phrase[:i] for phrase in self._folded for i in range(1, len(phrase)))
+
+
+def _fold(text: str) -> str:
+    """The text in small letters, as long as before."""
+    return text.replace("İ", "i").lower()
