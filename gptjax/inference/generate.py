@@ -152,11 +152,12 @@ def decode(
         state, done = expand(carry[0]), carry[1]
         token = reshard(state.token[:, None], rules("batch", None))
         logits, cache = reader.apply({"params": params}, token, cache=state.cache)
-        logits = reshard(logits[:, 0], rules(None, None))[:, :vocab].astype(jnp.float32)
+        logits = reshard(logits[:, 0], rules(None, None)).astype(jnp.float32)
+        total, logits = jax.nn.logsumexp(logits, axis=-1), logits[:, :vocab]
         # The key of a draw depends on the sequence and the position alone.
         positions = reshard(state.cache.length, rules(None))
         drawn = sample(logits, jax.vmap(jax.random.fold_in)(state.keys, positions), sampling, state.seen)
-        logprob = jnp.take_along_axis(logits, drawn[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        logprob = jnp.take_along_axis(logits, drawn[:, None], 1)[:, 0] - total
         state = dataclasses.replace(
             state,
             token=drawn,

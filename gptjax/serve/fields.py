@@ -44,8 +44,9 @@ CHAT: dict[str, Any] = {
 COMPLETION: dict[str, Any] = {
     **COMMON,
     "prompt": (TEXT, [TEXT], [NATURAL], [[NATURAL]]),
-    "max_tokens": POSITIVE,
+    "max_tokens": NATURAL,
     "logprobs": NATURAL,
+    "echo": FLAG,
 }
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
@@ -54,7 +55,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "store": (False,),
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
     "audio": (),
     "functions": ([],),
@@ -120,6 +120,7 @@ def request(fields: Mapping[str, Any], prompt: tuple[int, ...], room: int, base:
         stop_token_ids=() if fields.get("ignore_eos") else None,
         bias={_token(name): value for name, value in fields.get("logit_bias", {}).items()},
         alternatives=wanted,
+        prompt_logprobs=bool(fields.get("echo")) and ("logprobs" in fields or asked == 0),
         priority=fields.get("priority", 0),
         client=client,
     )

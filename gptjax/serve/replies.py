@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -36,6 +37,10 @@ class Format:
         head = {"id": self.id, "object": self.chunk if chunk else self.kind, "created": self.created}
         return {**head, "model": self.model, "choices": choices, **more}
 
+    def lead(self, text: Generation) -> tuple[str, list[Token]]:
+        """Text and tokens before the first piece: none."""
+        return "", []
+
     def piece(self, index: int, text: str, tokens: Sequence[Token], finish: str | None, first: bool) -> dict[str, Any]:
         """A choice of a chunk."""
         raise NotImplementedError
@@ -46,7 +51,8 @@ class Format:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         data = self.tokenizer.decode_bytes([token])
-        return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, LOWEST), "bytes": list(data)}
+        known = None if math.isnan(logprob) else max(logprob, LOWEST)
+        return {"token": data.decode("utf-8", "replace"), "logprob": known, "bytes": list(data)}
 
 
 class Chat(Format):
@@ -78,6 +84,16 @@ class Completion(Format):
     kind = chunk = "text_completion"
     prefix = "cmpl"
 
+    def __init__(self, model: str, tokenizer: Tokenizer, logprobs: bool, alternatives: int, echo: bool):
+        super().__init__(model, tokenizer, logprobs, alternatives)
+        self.echo = echo
+
+    def lead(self, text: Generation) -> tuple[str, list[Token]]:
+        """The prompt, if it is to be repeated."""
+        if not self.echo:
+            return "", []
+        return self.tokenizer.decode(text.request.prompt), text.prompt
+
     def piece(self, index: int, text: str, tokens: Sequence[Token], finish: str | None, first: bool) -> dict[str, Any]:
         return self.whole(index, text, tokens, finish)
 
@@ -88,14 +104,16 @@ class Completion(Format):
         if not self.logprobs:
             return None
         shown = [self._token(token.id, token.logprob) for token in tokens]
-        likely = [
-            {one["token"]: one["logprob"] for one in (self._token(*pair) for pair in token.alternatives)}
-            for token in tokens
-        ]
+
+        def likely(token: Token) -> dict[str, float] | None:
+            """None: of a prompt's first token. Parts of characters may be shown alike; then the likeliest counts."""
+            pairs = [self._token(*pair) for pair in reversed(token.alternatives)]
+            return None if math.isnan(token.logprob) else {one["token"]: one["logprob"] for one in pairs}
+
         return {
             "tokens": [one["token"] for one in shown],
             "token_logprobs": [one["logprob"] for one in shown],
-            "top_logprobs": likely if self.alternatives else None,
+            "top_logprobs": [likely(token) for token in tokens] if self.alternatives else None,
         }
 
 
@@ -153,6 +171,9 @@ async def stream(
                 yield ": waiting\n\n"
                 continue
             i, piece, tokens, finish = change
+            if not started[i]:
+                before, earlier = form.lead(texts[i])
+                piece, tokens = before + piece, [*earlier, *tokens]
             choice = form.piece(i, piece, tokens, finish, not started[i])
             started[i] = True
             yield _event(form.envelope([choice], True, **more))
@@ -170,8 +191,10 @@ async def collect(form: Format, texts: Sequence[Generation], prompts: int) -> di
     """The whole reply."""
     async for _ in changes(texts):
         pass
-    snapshots = [text.snapshot() for text in texts]
-    choices = [form.whole(i, text, tokens, finish) for i, (text, tokens, finish) in enumerate(snapshots)]
+    choices = []
+    for i, generation in enumerate(texts):
+        (before, earlier), (text, tokens, finish) = form.lead(generation), generation.snapshot()
+        choices.append(form.whole(i, before + text, [*earlier, *tokens], finish))
     return form.envelope(choices, False, usage=usage(texts, prompts))
 
 

@@ -34,7 +34,7 @@ from gptjax.nn import (
 from gptjax.types import UserError
 
 TOKENIZER = Bytes().build(iter(()))
-SIZES = {"vocab": 272, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 32}
+SIZES = {"vocab": 280, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 32}
 BASE = TransformerConfig(**SIZES, positions=RoPE())
 CONFIGS = {
     "rope": BASE,
@@ -158,7 +158,7 @@ def test_its_log_probabilities_are_those_of_training(name):
         prompt, ids = text.request.prompt, [token.id for token in text.tokens]
         tokens = np.zeros((1, CONTEXT), np.int32)  # what comes after a token changes nothing before it
         tokens[0, : len(prompt) + len(ids)] = [*prompt, *ids]
-        logits = forward(tokens)[0, len(prompt) - 1 :][: len(ids), : TOKENIZER.vocab]
+        logits = forward(tokens)[0, len(prompt) - 1 :][: len(ids)]
         logprobs = jax.nn.log_softmax(logits)
         expected = np.take_along_axis(logprobs, np.asarray(ids)[:, None], 1)[:, 0]
         largest = max(float(jnp.abs(logits).max()), float(jnp.abs(logprobs).max()))
@@ -166,12 +166,47 @@ def test_its_log_probabilities_are_those_of_training(name):
         np.testing.assert_allclose([token.logprob for token in text.tokens], expected, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("name", cases(["rope", "window", "experts", "bfloat16"]))
+def test_log_probabilities_of_a_prompt_are_those_of_training(name):
+    """To the tolerance above, alone and beside others, cold and after the same prompt, with pages taken away."""
+    config = CONFIGS[name]
+    forward = jax.jit(lambda ids: config.build().apply({"params": params_of(config)}, ids)[0].astype(jnp.float32))
+    asked = [dataclasses.replace(r, prompt_logprobs=True, alternatives=3) for r in requests(6, seed=4)]
+    asked[1] = dataclasses.replace(asked[1], max_tokens=0, min_tokens=0)
+    asked += [Request((5,), 0, prompt_logprobs=True), Request((5, 6), 0, prompt_logprobs=True), *requests(3)]
+    on, small = engine(config), engine(config, pages=CONTEXT // PAGE + 3)
+    made = write(on, asked)
+    for again in (write(on, asked), write(small, asked), write(engine(config, rows=4), asked[::-1])[::-1]):
+        for one, other in zip(made, again, strict=True):
+            same(one, other)
+            assert repr(one.prompt) == repr(other.prompt)  # NaN is not itself
+    for text in made[:8]:
+        prompt = text.request.prompt
+        assert [token.id for token in text.prompt] == list(prompt)
+        assert np.isnan(text.prompt[0].logprob)
+        assert text.finish in ("length", "stop")
+        tokens = np.zeros((1, CONTEXT), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        logits = forward(tokens)[0, : len(prompt) - 1]
+        logprobs = np.asarray(jax.nn.log_softmax(logits))
+        largest = max(float(jnp.abs(logits).max(initial=0)), float(np.abs(logprobs).max(initial=0)))
+        atol = 10 * float(jnp.finfo(config.dtype).eps) * largest
+        expected = logprobs[range(len(prompt) - 1), prompt[1:]]
+        np.testing.assert_allclose([token.logprob for token in text.prompt[1:]], expected, rtol=0, atol=atol)
+        for token, row in zip(text.prompt[1:], logprobs, strict=True):
+            likely = [value for _, value in token.alternatives]
+            assert len(likely) == text.request.alternatives
+            np.testing.assert_allclose(likely, np.sort(row[: TOKENIZER.vocab])[::-1][: len(likely)], rtol=0, atol=atol)
+    assert not made[-1].prompt
+
+
 def test_nothing_is_compiled_while_it_runs():
     on = engine()
     on.warm_up()
-    names = "admit", "prefill", "decode"
+    names = "admit", "prefill", "score", "decode"
     before = [getattr(programs, name)._cache_size() for name in names]
-    write(on, requests(12, seed=5))
+    asked = requests(12, seed=5)
+    write(on, asked + [dataclasses.replace(request, prompt_logprobs=True) for request in asked])
     assert [getattr(programs, name)._cache_size() for name in names] == before
 
 
@@ -181,7 +216,7 @@ def test_no_program_copies_the_pool(name, rows):
     """A copy would cost more than all else: a pool has the size of all texts together."""
     config, pages = CONFIGS[name], 77
     model, params, table = config.build(), unstack(config, params_of(config)), np.zeros((rows, 8), np.int32)
-    state = programs.idle(config, rows, pages, PAGE, 272)
+    state = programs.idle(config, rows, pages, PAGE, TOKENIZER.vocab)
     limit, replayed = np.zeros(rows, np.int32), np.zeros((rows, programs.STEPS), np.int32)
     held = np.zeros((rows, 9), np.uint32), np.zeros(rows, bool)
     calls = (
@@ -269,7 +304,7 @@ def test_a_client_shares_pages_with_itself_alone():
     ("fields", "field"),
     [
         ({"prompt": ()}, "prompt"),
-        ({"prompt": (272,)}, "prompt"),
+        ({"prompt": (280,)}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"min_tokens": 5}, "min_tokens"),
         ({"max_tokens": CONTEXT}, "max_tokens"),

@@ -47,7 +47,6 @@ def slow_greedy(prompt, steps: int, positions: Positions):
     ids, logprobs = list(prompt), []
     for _ in range(steps):
         rows = full_forward(positions)(jnp.asarray([ids + [0] * (40 - len(ids))]))[0, len(ids) - 1, : TOKENIZER.vocab]
-        rows = rows - jax.nn.logsumexp(rows)
         ids.append(int(rows.argmax()))
         logprobs.append(float(rows.max()))
         if ids[-1] in TOKENIZER.specials.values():

@@ -148,6 +148,29 @@ def test_the_pages_reply_is_that_of_the_model_too(server):
     assert all(token[1] == token[2][0][1] for event in events for token in event.get("tokens", ())), "greedy"
 
 
+def test_a_prompt_is_scored_as_by_the_model(server, client):
+    """`echo` with log-probabilities, as evaluation harnesses ask: to float32 roundings those of the model itself."""
+    prompts = [model().encode_prompt("Once upon a time, 時間"), [1, 2, 3] * 30, [7]]
+    asked = {"model": "tiny", "prompt": prompts, "echo": True, "logprobs": 2}
+    reply = client.completions.create(**asked, max_tokens=1, temperature=0)
+    alone = client.completions.create(**asked, max_tokens=0)
+    for ids, choice, only in zip(prompts, reply.choices, alone.choices, strict=True):
+        text, found = model().tokenizer.decode(ids), choice.logprobs
+        assert (choice.text[: len(text)], only.text, only.finish_reason) == (text, text, "length")
+        assert found.token_logprobs[:-1] == only.logprobs.token_logprobs
+        assert len(found.tokens) == len(ids) + 1
+        assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+        np.testing.assert_allclose(found.token_logprobs[1:-1], model().logprobs(ids), atol=1e-4)
+        assert found.token_logprobs[-1] == max(found.top_logprobs[-1].values()), "the last one is greedy"
+    streamed = list(client.completions.create(**asked, max_tokens=3, temperature=0, stream=True))
+    whole = client.completions.create(**asked, max_tokens=3, temperature=0)
+    for i, choice in enumerate(whole.choices):
+        pieces = [chunk.choices[0] for chunk in streamed if chunk.choices[0].index == i]
+        assert "".join(piece.text for piece in pieces) == choice.text
+        assert [x for piece in pieces for x in piece.logprobs.token_logprobs] == choice.logprobs.token_logprobs
+    assert post(server, "/v1/completions", prompt="a", max_tokens=0).json()["error"]["param"] == "max_tokens"
+
+
 def test_asynchronous_clients_and_stop_strings(server):
     async def run():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:

@@ -83,6 +83,17 @@ class Device:
             table = self._table([pages])[0]
             self._state = programs.prefill(self.model, self._params, self._state, padded, np.int32(start), table)
 
+    def score(self, tokens: Sequence[int], start: int, pages: Sequence[int], compare: bool) -> programs.Drawn:
+        """As `read`, of all these tokens but the last, with the log-probabilities of all but the first, and the most
+        likely ones if `compare`. The result is on its way to the host."""
+        padded, following = np.full((2, self.page), -1, np.int32)
+        padded[: len(tokens) - 1], following[: len(tokens) - 1] = tokens[:-1], tokens[1:]
+        with on_mesh_of(self._mesh_of):
+            arguments = padded, np.int32(start), self._table([pages])[0], following, np.bool_(compare)
+            self._state, drawn = programs.score(self.model, self._params, self._state, *arguments)
+        jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        return drawn
+
     def decode(self, tasks: Sequence[Task], steps: int) -> programs.Drawn:
         """Decode up to `steps` tokens of these rows. The result is on its way to the host."""
         table: list[Sequence[int]] = [()] * self.rows

@@ -15,7 +15,6 @@ last one's tokens are looked at.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections import deque
@@ -30,21 +29,12 @@ from gptjax.inference.engine import programs
 from gptjax.inference.engine.device import Device, Task
 from gptjax.inference.engine.pages import Pages
 from gptjax.inference.engine.queue import FairQueue
-from gptjax.inference.engine.request import Generation, Request, Token
-from gptjax.inference.engine.running import Running
+from gptjax.inference.engine.request import Generation, Request
+from gptjax.inference.engine.running import Call, Running, tokens_of
 from gptjax.types import Params, UserError
 
 DISPATCH = 0.03
 """Seconds that a call of `decode` should take: text flows, and the device seldom waits for the host."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A call of `decode` whose tokens were not looked at."""
-
-    drawn: programs.Drawn
-    texts: list[tuple[Running, int, int]]
-    """Each with the number of its first token in the text, and the number of its tokens."""
 
 
 class Engine:
@@ -97,7 +87,7 @@ class Engine:
         self._queue: FairQueue[Generation] = FairQueue()
         self._running: list[Running] = []  # in the order in which they joined
         self._free = list(range(rows - 1, -1, -1))
-        self._calls: deque[_Call] = deque()
+        self._calls: deque[Call] = deque()
         self._changed = threading.Condition()
         self._cancelled: list[Generation] = []
         self._compiler: Compiler | None = None
@@ -129,6 +119,8 @@ class Engine:
         with self._changed:
             if self.broken is not None:
                 raise UserError(f"engine: got an error before, must be started again: {self.broken}")
+            if generation.finish is not None:
+                return generation
             if len(self._queue) >= self.queue_limit:
                 raise Busy(f"requests: got {len(self._queue)} that wait, must be at most {self.queue_limit}; try later")
             self._queue.push(generation, request)
@@ -184,7 +176,8 @@ class Engine:
         """Compile every program, before the first request."""
         page = self.pages.size
         length = min(page + 2, self.context - 1)
-        self.submit(Request((0,) * length, max_tokens=1, stop_token_ids=()))
+        for scores in (False, True):
+            self.submit(Request((0,) * length, max_tokens=1, stop_token_ids=(), prompt_logprobs=scores))
         self.run()
 
     @property
@@ -215,10 +208,9 @@ class Engine:
             self._leave(text)
         self._admit()
         reading = next((text for text in self._running if text.reading), None)
-        if reading is not None:
-            self._read(reading)
-        called = self._decode(hurry=reading is not None or len(self._queue) > 0)
-        if self._calls and (not called or len(self._calls) > 1):
+        called = reading is not None and self._read(reading)
+        called |= self._decode(hurry=reading is not None or len(self._queue) > 0)
+        while len(self._calls) > called:  # the last one stays under way
             self._look()
         self.last_round = time.monotonic()
         return self._busy
@@ -243,7 +235,7 @@ class Engine:
         before = request.prompt[:-1]
         # Not the name alone: a prefix of another client's must not show in the time to the first token.
         chains = list(pages.chains(pages.root(self._name, request.client), before))
-        found = pages.find(chains)
+        found = [] if request.prompt_logprobs else pages.find(chains)
         needed = -(-len(request.prompt) // pages.size) - len(found)
         if needed > pages.free:
             pages.hits -= len(found) * pages.size
@@ -258,16 +250,24 @@ class Engine:
         self._device.admit(text.row, request, generation.stream.stop_token_ids)
         return text
 
-    def _read(self, text: Running) -> None:
-        """Read the next page of a prompt, after those that another text has read by now."""
+    def _read(self, text: Running) -> bool:
+        """Read the next page of a prompt, after those that another text has read by now. True: there will be
+        log-probabilities to look at."""
         size, before = self.pages.size, text.prompt[:-1]
+        if text.generation.request.prompt_logprobs:
+            # Its pages stay its own: another program wrote them.
+            scored = text.prompt[text.read : text.read + size + 1]
+            drawn = self._device.score(scored, text.read, text.pages, text.generation.request.alternatives > 0)
+            self._calls.append(Call(drawn, [(text, text.read + 1, len(scored) - 1)], scores=True))
+            text.read += len(scored) - 1
+            return True
         while text.reading and (found := self.pages.find(text.chains[text.read // size :][:1])):
             self.pages.release(text.pages[text.read // size])
             text.pages[text.read // size] = found[0]
             text.read += size
             text.generation.reused = max(text.generation.reused, text.read)
         if not text.reading:
-            return
+            return False
         page = before[text.read : text.read + size]
         self._device.read(page, text.read, text.pages)
         number = text.read // size
@@ -275,6 +275,7 @@ class Engine:
             # Whoever reads it is later on the device.
             self.pages.share(text.chains[number], text.pages[number])
         text.read += len(page)
+        return False
 
     def _decode(self, hurry: bool) -> bool:
         """Decode some tokens of every row. False: there is no row to decode.
@@ -302,7 +303,7 @@ class Engine:
             text.length += count
         if not tasks:
             return False
-        self._calls.append(_Call(self._device.decode(tasks, steps), texts))
+        self._calls.append(Call(self._device.decode(tasks, steps), texts))
         return True
 
     def _make_room(self, text: Running, length: int) -> None:
@@ -331,26 +332,25 @@ class Engine:
         call = self._calls.popleft()
         started = time.perf_counter()
         drawn = jax.device_get(call.drawn)
-        steps = max((count for _, _, count in call.texts), default=1)
-        seconds = max(time.perf_counter() - started, 1e-5) / steps
-        self._step_seconds += 0.2 * (seconds - self._step_seconds)
+        if not call.scores:
+            steps = max((count for _, _, count in call.texts), default=1)
+            seconds = max(time.perf_counter() - started, 1e-5) / steps
+            self._step_seconds += 0.2 * (seconds - self._step_seconds)
         for text, first, count in call.texts:
-            generation, row = text.generation, text.row
+            generation = text.generation
             if generation.finish is not None:
                 continue
-            tokens = []
-            for i in range(max(len(text.replay) - first, 0), count):
-                n = generation.request.alternatives
-                likely = zip(drawn.likely[row, i, :n].tolist(), drawn.likely_logprobs[row, i, :n].tolist(), strict=True)
-                tokens.append(Token(int(drawn.tokens[row, i]), float(drawn.logprobs[row, i]), tuple(likely)))
-            if tokens:
+            alternatives = generation.request.alternatives
+            if call.scores:
+                generation.extend_prompt(tokens_of(drawn, 0, range(count), alternatives), first)
+            elif new := range(max(len(text.replay) - first, 0), count):
                 try:
-                    generation.extend(tokens)
+                    generation.extend(tokens_of(drawn, text.row, new, alternatives))
                 except Exception as error:
                     self._fail(text, error)
-                self.written += len(tokens)
+                self.written += len(new)
                 with self._changed:
-                    self._queue.serve(generation.request.client, len(tokens))
+                    self._queue.serve(generation.request.client, len(new))
             if generation.finish is not None:
                 self._leave(text)
 

@@ -165,6 +165,45 @@ def prefill(
     return dataclasses.replace(rows, layers=cast(Cache, cache).layers)
 
 
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="rows")
+def score(
+    model: Any,
+    params: Params,
+    rows: Rows,
+    tokens: Array | np.ndarray,
+    start: Array | int,
+    pages: Array | np.ndarray,
+    following: Array | np.ndarray,
+    compares: Array | bool,
+) -> tuple[Rows, Drawn]:
+    """As `prefill`, with the log-probabilities of the tokens that follow each, int32 [page]: a `Drawn` of one row.
+    compares: the most likely tokens are wanted too."""
+    vocab = rows.bias.shape[1]
+    cache = Cache(rows.layers, jnp.asarray(start)[None], len(pages) * len(tokens), jnp.asarray(pages)[None])
+    tokens, following = jnp.asarray(tokens)[None], jnp.asarray(following)[None]
+    real = (tokens >= 0).astype(jnp.int32)
+    logits, cache = model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))[..., :vocab]
+    values, ids = _most_likely(logprobs, compares)
+    chosen = jnp.take_along_axis(logprobs, jnp.maximum(following, 0)[..., None], -1)[..., 0]
+    return dataclasses.replace(rows, layers=cast(Cache, cache).layers), Drawn(following, chosen, ids, values)
+
+
+def _most_likely(logprobs: Array, wanted: Array | bool) -> tuple[Array, Array]:
+    """The ALTERNATIVES largest log-probabilities of [..., V], and their tokens; zeros if they are not wanted."""
+    *before, vocab = logprobs.shape
+    room = [(0, 0)] * len(before) + [(0, max(ALTERNATIVES - vocab, 0))]
+
+    def find(x: Array) -> tuple[Array, Array]:
+        values, ids = jax.lax.top_k(x, min(ALTERNATIVES, vocab))
+        return jnp.pad(values, room, constant_values=-jnp.inf), jnp.pad(ids, room)
+
+    def none(x: Array) -> tuple[Array, Array]:
+        return jnp.zeros((*before, ALTERNATIVES)), jnp.zeros((*before, ALTERNATIVES), jnp.int32)
+
+    return jax.lax.cond(wanted, find, none, logprobs)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "page"), donate_argnames="rows")
 def decode(
     model: Any,
@@ -197,8 +236,8 @@ def decode(
         cache = Cache(rows.layers, rows.length, size, pages)
         real = active[:, None].astype(jnp.int32)
         logits, cache = model.apply({"params": params}, rows.token[:, None], None, real, cache)
-        logits = logits[:, 0, :vocab].astype(jnp.float32)
-        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        logits = logits[:, 0].astype(jnp.float32)
+        total, logits = jax.nn.logsumexp(logits, axis=-1, keepdims=True), logits[:, :vocab]
         changed = jax.lax.cond(rows.biased.any(), lambda x: x + rows.bias, lambda x: x, logits)
         changed = without(changed, active & (rows.length < rows.earliest), rows.ends)
         changed = without(changed, held, ~allowed)
@@ -208,15 +247,7 @@ def decode(
         forced = jax.lax.dynamic_index_in_dim(replayed, i, axis=1, keepdims=False)
         token = jnp.where(forced >= 0, forced, token)
 
-        def alternatives(x: Array) -> tuple[Array, Array]:
-            values, ids = jax.lax.top_k(x, min(ALTERNATIVES, vocab))
-            values = jnp.pad(values, ((0, 0), (0, ALTERNATIVES - values.shape[1])), constant_values=-jnp.inf)
-            return values, jnp.pad(ids, ((0, 0), (0, ALTERNATIVES - ids.shape[1])))
-
-        def none(x: Array) -> tuple[Array, Array]:
-            return jnp.zeros((R, ALTERNATIVES)), jnp.zeros((R, ALTERNATIVES), jnp.int32)
-
-        values, ids = jax.lax.cond(rows.compares.any(), alternatives, none, logits - total)
+        values, ids = _most_likely(logits - total, rows.compares.any())
 
         def put(all: Array, one: Array) -> Array:
             return jax.lax.dynamic_update_index_in_dim(all, one, i, axis=1)

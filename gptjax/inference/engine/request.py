@@ -51,6 +51,8 @@ class Request:
     """Texts that are allowed; see `Engine.constraint`. The text ends where nothing more is."""
     marks: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Special tokens that are part of the text, and their texts."""
+    prompt_logprobs: bool = False
+    """Return the log-probabilities of the prompt's tokens too. Then all of the prompt is read anew."""
     priority: int = 0
     """Higher ones go first."""
     client: str = ""
@@ -64,8 +66,9 @@ class Request:
             raise UserError("prompt: got no tokens, must have at least one")
         if not 0 <= min(p) <= max(p) < vocab:
             raise UserError(f"prompt: got tokens {min(p)} to {max(p)}, must be 0 to {vocab - 1} for this model")
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens: got {self.max_tokens}, must be at least 1")
+        least = 0 if self.prompt_logprobs else 1
+        if self.max_tokens < least:
+            raise UserError(f"max_tokens: got {self.max_tokens}, must be at least {least}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise UserError(f"min_tokens: got {self.min_tokens}, must be 0 to max_tokens, {self.max_tokens}")
         if length + self.max_tokens > context:
@@ -90,7 +93,8 @@ class Token:
 
     id: int
     logprob: float
-    """Log-probability in nats under the model itself: before bias, penalties, temperature and filters."""
+    """Log-probability in nats under the model itself: before bias, penalties, temperature and filters. Of a prompt's
+    first token: NaN."""
     alternatives: tuple[tuple[int, float], ...] = ()
     """The most likely tokens and their log-probabilities."""
 
@@ -105,20 +109,24 @@ class Generation:
 
     def __init__(self, request: Request, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...] | None):
         ends = request.stop_token_ids if request.stop_token_ids is not None else stop_token_ids
+        self._changed = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
         self.request = request
         self.stream = TextStream(tokenizer, request.max_tokens, request.stop, ends, request.marks)
         self.matcher = None if request.constraint is None else request.constraint.start()
         """State of the constraint after `tokens`; for the engine."""
         self.tokens: list[Token] = []
+        self.prompt: list[Token] = []
+        """Tokens of the prompt that have their log-probabilities, if those were asked for."""
         self.finish: Finish | None = None
         self.error: str | None = None
         """The engine's error if it broke, or the reason why the text was cancelled."""
         self.reused = 0
         """Number of tokens of the prompt that were read from pages of earlier ones."""
-        self._changed = threading.Condition()
-        self._listeners: list[Callable[[], None]] = []
         self.view: View | None = None
         """Changes what `snapshot` shows. The tokens are not shown then."""
+        if request.prompt_logprobs:
+            self.extend_prompt([Token(request.prompt[0], math.nan)], 0)
 
     @property
     def text(self) -> str:
@@ -157,6 +165,14 @@ class Generation:
             if ended:
                 return
             shown = text
+
+    def extend_prompt(self, tokens: list[Token], first: int) -> None:
+        """Put tokens of the prompt at place `first`; for the engine."""
+        with self._changed:
+            self.prompt[first:] = tokens
+            if not self.request.max_tokens and len(self.prompt) == len(self.request.prompt):
+                self.finish = "length"
+        self._notify()
 
     def extend(self, tokens: list[Token]) -> None:
         """Append tokens; for the engine. Raises what the constraint raises."""

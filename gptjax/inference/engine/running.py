@@ -1,4 +1,4 @@
-"""A text that has a row of the engine."""
+"""Texts that have a row of the engine, and calls of its device that are under way."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import dataclasses
 
 import numpy as np
 
+from gptjax.inference.engine import programs
 from gptjax.inference.engine.device import token_set
 from gptjax.inference.engine.pages import Chain
-from gptjax.inference.engine.request import Generation
+from gptjax.inference.engine.request import Generation, Token
 from gptjax.types import UserError
 
 
@@ -63,3 +64,24 @@ class Running:
         if not allowed.any():
             raise UserError("allows no token here")
         return allowed
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of `decode` or `score` whose tokens were not looked at."""
+
+    drawn: programs.Drawn
+    texts: list[tuple[Running, int, int]]
+    """Each with the number of its first token in the text, or in the prompt, and the number of its tokens."""
+    scores: bool = False
+    """True: a call of `score`."""
+
+
+def tokens_of(drawn: programs.Drawn, row: int, places: range, alternatives: int) -> list[Token]:
+    """These tokens of a row, each with so many of the most likely ones."""
+    made = []
+    for i in places:
+        likely, logprobs = drawn.likely[row, i, :alternatives].tolist(), drawn.likely_logprobs[row, i].tolist()
+        pairs = tuple(zip(likely, logprobs, strict=False))
+        made.append(Token(int(drawn.tokens[row, i]), float(drawn.logprobs[row, i]), pairs))
+    return made

@@ -36,5 +36,6 @@ async def complete(service: Service, http: HttpRequest, client: Client) -> Respo
     n = read_fields.choices(fields, len(prompts))
     fields.setdefault("max_tokens", 16)  # OpenAI's default
     asked = [to_engine(served, fields, prompt, client) for prompt in prompts]
-    form = replies.Completion(name, served.model.tokenizer, "logprobs" in fields, asked[0].alternatives)
+    wants, echo = "logprobs" in fields, bool(fields.get("echo"))
+    form = replies.Completion(name, served.model.tokenizer, wants, asked[0].alternatives, echo)
     return await reply(service, http, client, served, form, asked, n, fields, ignored)
