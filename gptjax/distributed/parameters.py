@@ -114,8 +114,8 @@ def _key() -> Any:
 
 
 def flat(params: Params) -> dict[str, Any]:
-    """Name, such as "blocks/attention/q" -> array."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    """Name, such as "blocks/attention/q" -> array, or another object with a shape, such as a quantised array."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: hasattr(x, "shape"))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 

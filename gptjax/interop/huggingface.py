@@ -33,6 +33,7 @@ from gptjax.interop.families import CLASSIFYING, FAMILIES, Family, Fields, Piece
 from gptjax.interop.generation import of_sampling
 from gptjax.interop.multimodal import read_config
 from gptjax.interop.templates import ChatTemplate
+from gptjax.kernels.linear import PackedWeight
 from gptjax.nn import (
     GELU,
     BackboneConfig,
@@ -130,7 +131,7 @@ def save_hf(
 
 
 def _named(labels: Sequence[str]) -> dict[str, Any]:
-    """The fields of config.json that name the classes."""
+    """Fields that name the classes."""
     return {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
 
 
@@ -151,8 +152,8 @@ def read_labels(folder: str | Path) -> tuple[str, ...] | None:
 
 
 def read_append_eos(folder: str | Path, tokenizer: Tokenizer) -> bool:
-    """True if the folder's classifier reads the end token after a text. Classifiers of `transformers` pool the last
-    token that is not padding, which excludes an end token that is also the padding token."""
+    """True if the folder's classifier reads the end token after a text. `transformers` pools the last token that is not
+    padding, which excludes an end token that is also the padding token."""
     return tokenizers.appends_eos(folder, tokenizer) and read_config(folder).get("pad_token_id") != tokenizer.eos
 
 
@@ -251,6 +252,8 @@ def to_tensors(
         raise UserError(f"dtype: got {dtype!r}, must be one of {', '.join(DTYPES)}")
     family, fields = _expressed(config, model_type)
     leaves = flat(params)
+    if any(isinstance(leaf, PackedWeight) for leaf in leaves.values()):
+        raise UserError("params: got quantised weights, must be floats; use `save`")
     by_tensor: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces(family, _stacks(config), {name: leaf.shape for name, leaf in leaves.items()}):
         by_tensor[piece.tensor].append(piece)
@@ -393,6 +396,5 @@ def _check_names(family: Family, pieces: Iterable[Piece], tensors: Mapping[str, 
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few names, for a message."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

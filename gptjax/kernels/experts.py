@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.kernels import target
+from gptjax.kernels.linear import PackedWeight, linear
 from gptjax.types import Array
 
 BLOCKS = (512, 64)
@@ -46,10 +47,11 @@ class Dispatch:
         """Gather rows into assignments: [R, D] -> [A, D]; 0 for a dropped assignment."""
         return _take(y, self.row, self.assignment)
 
-    def dot(self, x: Array, w: Array, implementation: str | None = None) -> Array:
+    def dot(self, x: Array, w: Array | PackedWeight, implementation: str | None = None) -> Array:
         """Multiply each row by the matrix of its expert: x [R, D], w [E, D, F] -> [R, F]."""
         if self.capacity is None:
             return grouped_dot(x, w, self.sizes, implementation)
+        w = jnp.asarray(w)
         y = jnp.einsum("ECD,EDF->ECF", x.reshape(len(w), self.capacity, -1), w)
         return y.reshape(-1, w.shape[-1])
 
@@ -97,7 +99,7 @@ def _take_backward(back: Array, g: Array) -> tuple[Array, None, None]:
 _take.defvjp(lambda x, there, back: (_take(x, there, back), back), _take_backward)
 
 
-def grouped_dot(x: Array, w: Array, sizes: Array, implementation: str | None = None) -> Array:
+def grouped_dot(x: Array, w: Array | PackedWeight, sizes: Array, implementation: str | None = None) -> Array:
     """Grouped matrix product: x [R, D], w [E, D, F], sizes int32 [E] -> [R, F].
 
     The first sizes[0] rows are multiplied by w[0], the next sizes[1] by w[1] and so on; the remaining rows become 0. At
@@ -105,8 +107,10 @@ def grouped_dot(x: Array, w: Array, sizes: Array, implementation: str | None = N
 
     implementation  "ragged" (GPU): `jax.lax.ragged_dot`; "tiled" (TPU): the same with a kernel for the gradient of w;
                     "blocks" (CPU): a loop over blocks of rows, several times faster there, which does not read the
-                    matrices of empty groups. None: by the platform
+                    matrices of empty groups; quantised ones always take it. None: by the platform
     """
+    if isinstance(w, PackedWeight):
+        return _forward(x, w, sizes)[0]
     if implementation is None:
         implementation = {"cpu": "blocks", "tpu": "tiled"}.get(target.backend(), "ragged")
     return {"blocks": _in_blocks, "ragged": lax.ragged_dot, "tiled": _tiled}[implementation](x, w, sizes)
@@ -152,14 +156,14 @@ def _in_blocks(x: Array, w: Array, sizes: Array) -> Array:
     return _forward(x, w, sizes)[0]
 
 
-def _forward(x: Array, w: Array, sizes: Array) -> tuple[Array, Any]:
+def _forward(x: Array, w: Array | PackedWeight, sizes: Array) -> tuple[Array, Any]:
     blocks = _blocks(x)
 
     def group(e: Array, start: Array, end: Array, y: Array) -> Array:
-        matrix = lax.dynamic_index_in_dim(w, e, keepdims=False)
+        matrix = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, e, keepdims=False), w)
 
         def block(at: Array, size: int, y: Array) -> Array:
-            return _write(y, _read(x, at, size, end) @ matrix, at)
+            return _write(y, linear(_read(x, at, size, end), matrix), at)
 
         return _each_block(start, end, blocks, block, y)
 

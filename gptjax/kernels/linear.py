@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -10,8 +11,29 @@ from jax import lax
 from gptjax.types import Array
 
 
-def linear(x: Array, w: Array, out_sharding=None, contract: int = 1) -> Array:
+class PackedWeight:
+    """A weight that `linear` and `embed` use without an array of it. A subclass defines the products."""
+
+    shape: tuple[int, ...]
+    """As of the array: [*batch axes, *input axes, *output axes]; a table is [V, D]."""
+
+    def with_dtype(self, dtype: str) -> Any:
+        """This weight, with results in this compute dtype."""
+        raise NotImplementedError
+
+    def linear(self, x: Array, contract: int) -> Array:
+        """x [..., *C] times this weight [*C, *O] -> [..., *O]."""
+        raise NotImplementedError
+
+    def take(self, ids: Array) -> Array:
+        """Rows of a table: ids int [...] -> [..., D]."""
+        raise NotImplementedError
+
+
+def linear(x: Array, w: Array | PackedWeight, out_sharding=None, contract: int = 1) -> Array:
     """x [..., *C] times w [*C, *O] -> [..., *O]. contract: number of axes C. out_sharding: a PartitionSpec."""
+    if isinstance(w, PackedWeight):
+        return w.linear(x, contract)
     if out_sharding is not None:
         dims = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
         return lax.dot_general(x, w, (dims, ((), ())), out_sharding=out_sharding)

@@ -251,12 +251,21 @@ class LanguageModel(TextEncoder):
             raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to read longer texts")
         return dataclasses.replace(self, config=self.config.for_context_length(context), context=context)
 
+    def quantised(self, bits: int = 8, group: int | None = None, embeddings: bool = True) -> LanguageModel:
+        """This model with quantised weights; see `gptjax.inference.quantise.quantise_params`."""
+        from gptjax.inference.quantise import quantise_params
+
+        return dataclasses.replace(self, params=quantise_params(self.config, self.params, bits, group, embeddings))
+
     def with_adapter(self, folder: str | Path) -> LanguageModel:
         """This model with a PEFT adapter merged into its parameters; see `gptjax.interop.peft`."""
+        from gptjax.inference.quantise import is_quantised
         from gptjax.interop import peft
 
         if not isinstance(self.config, TransformerConfig):
             raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to take an adapter")
+        if is_quantised(self.params):
+            raise UserError("adapter: got one for quantised weights, must be merged first; then quantise the result")
         lora, adapters = peft.read(folder, self.config)
         return dataclasses.replace(self, params=lora.merge(self.params, adapters))
 

@@ -271,6 +271,7 @@ def _llama2c(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Mod
 
 
 def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: ShardingRules, kind: type[Model]) -> Model:
+    from gptjax.inference.quantise import from_arrays
     from gptjax.interop import safetensors
     from gptjax.interop.templates import ChatTemplate
 
@@ -284,13 +285,14 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
     def place(name: str, values: np.ndarray) -> jax.Array:
         matches = name in abstract and abstract[name].shape == values.shape  # otherwise the model's own check raises
         sharding = abstract[name].sharding if matches else None
-        leaf = jax.ShapeDtypeStruct(values.shape, dtype or values.dtype, sharding=sharding)
+        own = dtype if dtype and values.dtype == np.float32 and name in abstract else values.dtype
+        leaf = jax.ShapeDtypeStruct(values.shape, own, sharding=sharding)
         return safetensors.place(leaf, lambda _: values)
 
     try:
         # Opened here: of a damaged file numpy leaves it open.
         with open(path / "params.npz", "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            params = {name: place(name, file[name]) for name in file.files}
+            params = from_arrays(model, {name: place(name, file[name]) for name in file.files})
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
     settings = {name: config[name] for name in ("context", "decoder_start_token_id", "append_eos") if name in config}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import digest, to_json
@@ -46,13 +47,18 @@ class Model:
 
     def save(self, path: str | Path) -> None:
         """Write a new folder for `load`: config.json, params.npz, tokenizer/. Raises UserError if it exists."""
+        from gptjax.inference.quantise import to_arrays
+
         with _new_folder(path) as folder:
             config = {"model": to_json(self.config), "tokenizer": self.tokenizer.fingerprint, **self._settings}
             config = json.loads(json.dumps(config, default=dataclasses.asdict))
             config |= {"sha256": digest(config)}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             # numpy's format lacks bfloat16; float32 has the same values.
-            arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat(self.params).items()}
+            arrays: dict[str, Any] = {
+                name: np.asarray(x, np.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+                for name, x in to_arrays(self.params).items()
+            }
             np.savez(folder / "params.npz", **arrays)
             self.tokenizer.save(folder / "tokenizer")
 

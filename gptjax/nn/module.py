@@ -27,6 +27,7 @@ from flax.core import Scope
 
 from gptjax.distributed.parameters import Declared, Kind, ParamInfo
 from gptjax.distributed.sharding import ShardingRules
+from gptjax.kernels.linear import PackedWeight
 from gptjax.types import Array, Key, Params
 
 normal = jax.nn.initializers.normal(0.02)
@@ -95,6 +96,9 @@ class ParamFactory:
 
         if self._wanted("info"):
             self.tree.put_variable("info", self.prefix + name, Declared(info))
+        stored: Any = self.tree.get_variable("params", self.prefix + name)
+        if isinstance(stored, PackedWeight):  # `linear` and `embed` take it as it is
+            return stored.with_dtype(self.dtype)
         return jnp.asarray(self.tree.param(self.prefix + name, draw), self.dtype)  # accepts numpy parameters
 
     def scope(self, name: str) -> ParamFactory:

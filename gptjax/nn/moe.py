@@ -146,7 +146,7 @@ class MixtureOfExperts(MLP):
         B, T, D = x.shape
         # Sort by choice first: a capacity drops second choices before first ones.
         ids = jnp.moveaxis(ids, -1, 0).reshape(-1)
-        experts, assigned = len(params["down"]), jnp.sum(ids < self.experts)
+        experts, assigned = params["down"].shape[0], jnp.sum(ids < self.experts)
         if expert_axes:  # renumber, so that the device's own experts are 0 .. experts - 1
             own = (ids - lax.axis_index(expert_axes) * experts) % self.experts
             ids = jnp.where(ids < self.experts, own, self.experts)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
+from gptjax.distributed.parameters import flat
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn import cache as kv
 from gptjax.nn.backbone import Backbone
@@ -55,4 +55,4 @@ def make_cache(config: ModelConfig, batch: int, size: int, rules: ShardingRules 
 
 def count(params: Params) -> int:
     """Number of elements in a tree of parameters."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    return sum(int(np.prod(leaf.shape)) for leaf in flat(params).values())

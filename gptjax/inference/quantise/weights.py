@@ -1,0 +1,106 @@
+"""Quantisation of a decoder's parameters by rounding.
+
+Matrices get `bits` bits. The embeddings and the head get 8: they are read by index, or decide between close logits.
+Biases, norms, routers and position embeddings are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
+from gptjax.kernels.quantised import QuantisedArray, quantise
+from gptjax.nn import ModelConfig
+from gptjax.types import Params, UserError
+
+EMBEDDING = "embedding"
+"""Name of the token embeddings."""
+CODES, SCALES = "/codes", "/scales"
+"""Suffixes of the names of a quantised parameter's arrays."""
+
+
+def quantise_params(
+    config: ModelConfig,
+    params: Params,
+    bits: int = 8,
+    group: int | None = None,
+    embeddings: bool = True,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Params:
+    """Parameters with quantised matrices, each scale the largest magnitude of its group.
+
+    bits        8 or 4
+    group       inputs per scale. None, or where it does not divide their number: a scale per output
+    embeddings  quantise the token embeddings and the head too, to 8 bits
+    progress    called with the name of each parameter that was quantised
+
+    Raises UserError for parameters on a mesh, or quantised already.
+    """
+    if bits not in (8, 4):
+        raise UserError(f"bits: got {bits}, must be 8 or 4")
+    if group is not None and (group < 2 or group % 2):
+        raise UserError(f"group: got {group}, must be even and at least 2")
+    found = flat(params)
+    if any(isinstance(x, QuantisedArray) for x in found.values()):
+        raise UserError("params: got quantised ones, must be floats; quantise the original model")
+    if any(len(getattr(x, "devices", lambda: "1")()) > 1 for x in found.values()):
+        raise UserError("mesh: got parameters on several devices, must be on one: load the model without a mesh")
+
+    def change(name: str, x: Any, info: ParamInfo) -> Any:
+        kind = role(name, info)
+        if kind is None or (kind != "matrix" and not embeddings):
+            return x
+        whole = kind != "matrix"
+        size = (8, None) if whole else (bits, group)
+        y = _quantise(x, *size, info.inputs, info.batch, kind == "embedding")
+        progress(name)
+        return y
+
+    infos = flat(parameter_info(config.build()))
+    return nested({name: change(name, x, infos[name]) for name, x in found.items()})
+
+
+def role(name: str, info: ParamInfo) -> str | None:
+    """Role of a parameter that is quantised: matrix, embedding or head. None: it is not."""
+    if info.kind in ("matrix", "head"):
+        return info.kind
+    return "embedding" if name == EMBEDDING else None
+
+
+def is_quantised(params: Params) -> bool:
+    """True if any parameter is quantised."""
+    return any(isinstance(x, QuantisedArray) for x in flat(params).values())
+
+
+def to_arrays(params: Params) -> dict[str, Any]:
+    """Name -> array; a quantised one as its `CODES` and its `SCALES`."""
+    found: dict[str, Any] = {}
+    for name, x in flat(params).items():
+        if isinstance(x, QuantisedArray):
+            found |= {name + CODES: x.codes, name + SCALES: x.scales}
+        else:
+            found[name] = x
+    return found
+
+
+def from_arrays(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `to_arrays`: name -> parameter."""
+    names = [name.removesuffix(CODES) for name in arrays if name.endswith(CODES)]
+    halves = {name + half for name in names for half in (CODES, SCALES)}
+    found = {name: x for name, x in arrays.items() if name not in halves}
+    infos = flat(parameter_info(config.build())) if names else {}
+    for name in names:
+        if name not in infos or name + SCALES not in arrays:
+            raise UserError(f"params: got {name + CODES}, must be of a matrix of this model, with {name + SCALES}")
+        info = infos[name]
+        _, inputs, outputs = info.split(info.shape)
+        if table := role(name, info) == "embedding":
+            inputs, outputs = outputs, inputs
+        found[name] = QuantisedArray(arrays[name + CODES], arrays[name + SCALES], inputs, outputs, table)
+    return found
+
+
+_quantise = jax.jit(quantise, static_argnums=(1, 2, 3, 4, 5))
