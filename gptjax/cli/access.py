@@ -58,6 +58,8 @@ class Access:
     """Country, as ISO 3166 names it, of telephone numbers without a country code."""
     refuse: Path | None = None
     """File of phrases, one per line: requests with one are refused, replies end before it."""
+    audit: Path | None = None
+    """File for a log of who asked when, for which model and how many tokens, without content."""
     tls_cert: Path | None = None
     """File of a certificate, for HTTPS."""
     tls_key: Path | None = None
@@ -66,6 +68,7 @@ class Access:
     def policy(self, host: str, limits: Limits) -> Policy:
         """The rules for a server at this address. Raises UserError for a public one without keys."""
         from gptjax.serve.access import LOOPBACK, Policy
+        from gptjax.serve.audit import AuditLog
         from gptjax.serve.keys import Keys
         from gptjax.types import UserError
 
@@ -81,6 +84,7 @@ class Access:
         return Policy(
             keys=keys,
             filters=self._filters(),
+            audit=None if self.audit is None else AuditLog(self.audit),
             hosts=LOOPBACK if local else None,
             origins=self.cors_origin,
             requests=limits.requests,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
 from gptjax.inference.engine import Generation
+from gptjax.serve.audit import AuditLog
 from gptjax.serve.errors import ApiError
 from gptjax.serve.filters import Filters
 from gptjax.serve.keys import ANYONE, Key, Keys
@@ -30,6 +33,8 @@ class Policy:
     None: any."""
     filters: Filters = Filters()
     """Filters of what clients send and of what models write."""
+    audit: AuditLog | None = None
+    """Log of who asked when. None: none."""
     origins: tuple[str, ...] = ()
     """Other sites whose pages may ask from a browser (CORS), such as https://example.org."""
     requests: int = 500
@@ -46,6 +51,16 @@ class Client:
 
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
     """Our own name of the request."""
+    address: str = ""
+    method: str = ""
+    path: str = ""
+    route: str = ""
+    """The path as the table of routes has it."""
+    caller_id: str | None = None
+    """The client's own name of the request, which is only echoed."""
+    status: int = 0
+    """Status of the reply. 0: the client left before it."""
+    model: str = ""
     key: Key = ANYONE
     """Fair queues and shared prefixes are by its digest."""
     asked: float = dataclasses.field(default_factory=time.time)
@@ -54,6 +69,8 @@ class Client:
     """Texts that the engine writes for it."""
     tokens: int = 0
     """Number of tokens that were read for it beside the prompts of `texts`."""
+    detached: bool = False
+    """True: what it asked for goes on after the request; `Service.end` is called then."""
     at_end: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     """Calls when the request has ended, however it did."""
 
@@ -62,6 +79,24 @@ class Client:
         """Numbers of tokens read and written."""
         read = sum(len(text.request.prompt) for text in self.texts if text.request.choice == 0)
         return self.tokens + read, sum(len(text.tokens) for text in self.texts)
+
+    def record(self) -> dict[str, Any]:
+        """A line of the audit log."""
+        read, written = self.usage
+        return {
+            "time": datetime.datetime.fromtimestamp(self.asked, datetime.UTC).isoformat(timespec="milliseconds"),
+            "request": self.id,
+            **({} if self.caller_id is None else {"caller_id": self.caller_id}),
+            "key": self.key.name,
+            "address": self.address,
+            "method": self.method,
+            "path": self.path,
+            "model": self.model,
+            "status": self.status,
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "seconds": round(time.time() - self.asked, 3),
+        }
 
 
 def check_host(http: HttpRequest, hosts: Sequence[str] | None) -> None:

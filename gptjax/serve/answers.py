@@ -49,6 +49,7 @@ async def reply(
     if form.logprobs and service.policy.filters.outputs:
         raise ApiError(400, "logprobs: would show the tokens, which this server filters", "logprobs")
     tokens = sum(len(one.prompt) + n * one.max_tokens for one in asked)
+    client.model = form.model
     charge = service.quotas.admit(client.key, n * len(asked), tokens)
     client.at_end.callback(lambda: charge.settle(sum(client.usage)))
     texts: list[Generation] = client.texts

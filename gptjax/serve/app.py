@@ -59,6 +59,8 @@ def make_app(models: Mapping[str, Served], policy: Policy | None = None) -> Star
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(service.close)
+        if policy.audit is not None:
+            policy.audit.close()
 
     async def missing(http: HttpRequest, error: Exception) -> Response:
         return failed(ApiError(404, f"there is no {http.url.path}"))
@@ -69,9 +71,9 @@ def make_app(models: Mapping[str, Served], policy: Policy | None = None) -> Star
     async def broken(http: HttpRequest, error: Exception) -> Response:
         return failed(ApiError(500, "the server made a mistake; its log has more"))
 
-    table = [Route(path, Guard(service, *entry), methods=[method]) for (method, path), entry in ROUTES.items()]
+    table = [Route(path, Guard(service, path, *entry), methods=[method]) for (method, path), entry in ROUTES.items()]
     table += [
-        Route(path, Guard(service, endpoint, None, needs_key=False), methods=["GET"])
+        Route(path, Guard(service, path, endpoint, needs_key=False), methods=["GET"])
         for path, endpoint in OPEN_ROUTES.items()
     ]
     handlers: dict[Any, Any] = {404: missing, 405: wrong_method, 500: broken}

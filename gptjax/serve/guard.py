@@ -6,9 +6,10 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gptjax.inference.engine import Busy
 from gptjax.serve import access
@@ -31,21 +32,40 @@ class Guard:
     needs_key   False: open to all
     """
 
-    def __init__(self, service: Service, endpoint: Endpoint, scope: str | None, needs_key: bool = True):
-        self._service, self._endpoint, self._scope, self._needs_key = service, endpoint, scope, needs_key
+    def __init__(
+        self, service: Service, path: str, endpoint: Endpoint, scope: str | None = None, needs_key: bool = True
+    ):
+        self._service, self._path, self._endpoint = service, path, endpoint
+        self._scope, self._needs_key = scope, needs_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service, http, client = self._service, HttpRequest(scope, receive), access.Client()
+        service, http = self._service, HttpRequest(scope, receive)
+        client = access.Client(
+            address=http.client.host if http.client else "",
+            method=http.method,
+            path=http.url.path,
+            route=self._path,
+            caller_id=access.caller_id(http),
+        )
+
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                client.status = message["status"]
+            await send(message)
+
         service.active += self._needs_key
         try:
             async with asyncio.timeout(service.policy.request_seconds + LATE):
                 response = await self._answer(http, client)
-                await response(scope, receive, send)
+                await response(scope, receive, note)
+        except ClientDisconnect:
+            pass  # before its body was read
         except TimeoutError:
             _log.warning("request %s: the client does not read; the connection is closed", client.id)
         finally:
             service.active -= self._needs_key
-            client.at_end.close()
+            if not client.detached:
+                service.end(client)
 
     async def _answer(self, http: HttpRequest, client: access.Client) -> Response:
         service, quotas = self._service, {}
@@ -68,7 +88,7 @@ class Guard:
             response = failed(of_user_error(error))
         except ApiError as error:
             response = failed(error)
-        response.headers.update({**quotas, "x-request-id": access.caller_id(http) or client.id})
+        response.headers.update({**quotas, "x-request-id": client.caller_id or client.id})
         return response
 
 

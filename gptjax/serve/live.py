@@ -20,7 +20,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from gptjax.inference.engine import Engine, Generation, Request, Token
@@ -49,6 +49,8 @@ class LiveReply:
         self._events: list[str] = []
         self._changed = asyncio.Condition()
         self._blocks, self._stopped = Blocks(), False
+        self.at_end: Callable[[], None] = lambda: None
+        """Called when it has ended."""
         self._task = asyncio.create_task(self._write(prefix))
 
     def stop(self) -> None:
@@ -96,6 +98,7 @@ class LiveReply:
             self.stop()
             self._charge.settle(len(self.generation.request.prompt) + len(self.generation.tokens))
             self.ended = time.monotonic()
+            self.at_end()
             self._append(end)
             async with self._changed:
                 self._changed.notify_all()

@@ -13,9 +13,10 @@ from starlette.requests import Request as HttpRequest
 
 from gptjax.inference.engine import Engine
 from gptjax.models.language_model import LanguageModel
-from gptjax.serve.access import Policy
+from gptjax.serve.access import Client, Policy
 from gptjax.serve.errors import ApiError
 from gptjax.serve.live import LiveReplies
+from gptjax.serve.metrics import Metrics
 from gptjax.serve.quotas import Quotas
 
 BODY = 10 * 2**20
@@ -45,11 +46,21 @@ class Service:
     def __post_init__(self):
         rows = sum(served.engine.rows + served.engine.queue_limit for served in self.models.values())
         self.live = LiveReplies(self.policy.filters.outputs)
+        self.metrics = Metrics()
         self.draining = False
         """True: the server is stopping, and takes no more requests."""
         self.active = 0
         """Number of requests that are being answered."""
         self.quotas = Quotas(rows, self.policy.queue_tokens, shared=self.policy.keys.shared)
+
+    def end(self, client: Client) -> None:
+        """A request has ended: settle what it cost, and note it."""
+        for text in client.texts:
+            self.metrics.text(client.model, text)
+        self.metrics.reply(client.route, client.status)
+        if self.policy.audit is not None:
+            self.policy.audit.write(**client.record())
+        client.at_end.close()
 
     def close(self) -> None:
         """Stop the engines; what they write ends as cancelled."""

@@ -101,6 +101,8 @@ class Engine:
         """End of the last round, in seconds of `time.monotonic`."""
         self.written = 0
         """Number of tokens written."""
+        self.decode_calls = self.decode_rows = 0
+        """Numbers of calls of the decoding program, and of texts in them."""
         self.preempted = 0
         """Number of times that a text had to give up its pages."""
 
@@ -246,6 +248,7 @@ class Engine:
         read = len(found) * pages.size
         text = Running(generation, self._free.pop(), chains, found + mine, read, list(generation.stream.ids))
         text.length = len(before)
+        generation.began = generation.began or time.monotonic()
         generation.reused = max(generation.reused, read)
         self._device.admit(text.row, request, generation.stream.stop_token_ids)
         return text
@@ -304,6 +307,7 @@ class Engine:
         if not tasks:
             return False
         self._calls.append(Call(self._device.decode(tasks, steps), texts))
+        self.decode_calls, self.decode_rows = self.decode_calls + 1, self.decode_rows + len(tasks)
         return True
 
     def _make_room(self, text: Running, length: int) -> None:

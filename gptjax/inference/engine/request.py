@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
@@ -123,6 +124,12 @@ class Generation:
         """The engine's error if it broke, or the reason why the text was cancelled."""
         self.reused = 0
         """Number of tokens of the prompt that were read from pages of earlier ones."""
+        self.asked = time.monotonic()
+        """Time of the request, in seconds of `time.monotonic`."""
+        self.began: float | None = None
+        """Time when it was given a row. None: it waits, as for the first token and the end."""
+        self.first: float | None = None
+        self.ended: float | None = None
         self.view: View | None = None
         """Changes what `snapshot` shows. The tokens are not shown then."""
         if request.prompt_logprobs:
@@ -197,6 +204,10 @@ class Generation:
 
     def _notify(self) -> None:
         with self._changed:
+            if self.first is None and self.tokens:
+                self.first = time.monotonic()
+            if self.ended is None and self.finish is not None:
+                self.ended = time.monotonic()
             self._changed.notify_all()
             listeners = list(self._listeners)
         for listener in listeners:

@@ -74,6 +74,9 @@ async def start(service: Service, http: HttpRequest, client: Client) -> Response
     request, prefix, left_out = await asyncio.to_thread(_request, service, served, fields, client)
     charge = service.quotas.admit(client.key, 1, len(request.prompt) + request.max_tokens)
     reply = service.live.start(client.key.digest, served.engine, request, charge, prefix)
+    client.model, client.status, client.detached = name, 200, True
+    client.texts.append(reply.generation)
+    reply.at_end = lambda: service.end(client)
     return JSONResponse({"id": reply.id, "model": name, "left_out": left_out, "prompt_tokens": len(request.prompt)})
 
 

@@ -7,7 +7,6 @@ import time
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from gptjax.inference.engine import Engine
 from gptjax.serve.access import Client
 from gptjax.serve.errors import ApiError
 from gptjax.serve.service import Service
@@ -42,20 +41,5 @@ async def ready(service: Service, http: HttpRequest, client: Client) -> Response
 
 async def metrics(service: Service, http: HttpRequest, client: Client) -> Response:
     """Numbers for Prometheus."""
-    meanings = {
-        "requests_running": ("gauge", "Texts that have a row", lambda e: e.active),
-        "requests_waiting": ("gauge", "Requests that wait", lambda e: e.waiting),
-        "pages_used_ratio": ("gauge", "Part of the pages that have readers", _used),
-        "tokens_written_total": ("counter", "Tokens written", lambda e: e.written),
-        "prefix_tokens_reused_total": ("counter", "Tokens of prompts found in pages", lambda e: e.pages.hits),
-        "preemptions_total": ("counter", "Texts that gave up their pages", lambda e: e.preempted),
-    }
-    lines = []
-    for name, (kind, meaning, value) in meanings.items():
-        lines += [f"# HELP gptjax_{name} {meaning}", f"# TYPE gptjax_{name} {kind}"]
-        lines += [f'gptjax_{name}{{model="{m}"}} {value(served.engine)}' for m, served in service.models.items()]
+    lines = service.metrics.lines({name: served.engine for name, served in service.models.items()})
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
-
-
-def _used(engine: Engine) -> float:
-    return 1 - engine.pages.free / engine.pages.count
