@@ -23,6 +23,7 @@ def serve(
     pages: int | None = None,
     page: int = 64,
     queue: int = 1_000,
+    tool_format: str | None = None,
     limits: Annotated[Limits, tyro.conf.arg(name="")] = Limits(),
     access: Annotated[Access, tyro.conf.arg(name="")] = Access(),
 ) -> None:
@@ -37,6 +38,8 @@ def serve(
         pages: Number of pages in memory for keys and values. None: enough for all rows.
         page: Tokens per page. Prompts are read, and their beginnings shared, page by page.
         queue: Maximum number of requests that wait; more are refused with status 429.
+        tool_format: Way in which the models write calls of tools: hermes, llama, mistral, mistral_args, deepseek or
+            deepseek_markdown. None: the one that chat template and special tokens tell.
     """
     from gptjax.models.language_model import LanguageModel
     from gptjax.models.loading import load
@@ -66,10 +69,12 @@ def serve(
         _say(f"{name}: compiling")
         engine.warm_up()
         engine.start()
-        models[name] = Served(model, engine)
+        models[name] = Served(model, engine, tool_format)
+        calls = models[name].format.tools
         _say(
             f"{name}: ready after {time.perf_counter() - started:.1f} s; {rows} texts at a time, "
-            f"{engine.pages.count * page:,} tokens in memory, {engine.context:,} at most in a text"
+            f"{engine.pages.count * page:,} tokens in memory, {engine.context:,} at most in a text; "
+            f"calls of tools: {'unknown format' if calls is None else calls.name}"
         )
     server = Server(make_app(models, policy), host, port, limits.connections, limits.drain_seconds, tls)
     address = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"

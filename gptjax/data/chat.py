@@ -33,8 +33,8 @@ class Message:
     content: str | None
     """Text. None: the assistant only calls tools."""
     tool_calls: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), kw_only=True, hash=False)
-    """Calls of the assistant, as in OpenAI's API: `{"type": "function", "function": {"name": ..., "arguments": ...}}`.
-    Only a model's own chat template can write them."""
+    """Calls of the assistant, as in OpenAI's API: `{"type": "function", "function": {"name": ..., "arguments": ...}}`,
+    with arguments as an object, or as a text of JSON."""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True, hash=False)
     """Further fields for the chat template: those of `FIELDS`."""
     tools: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), kw_only=True, hash=False)
@@ -88,6 +88,8 @@ def _message(message: Message | Mapping[str, Any]) -> Message:
     if not isinstance(message, Mapping) or "role" not in message or not (calls or "content" in message):
         raise UserError(f"message: got {str(message)[:80]!r}, must have a role and a content")
     fields = {name: message[name] for name in FIELDS if message.get(name) is not None}
+    if message.get("reasoning") is not None:  # another name of it, which some servers write
+        fields.setdefault("reasoning_content", message["reasoning"])
     if message["role"] != "tool":
         fields.pop("name", None)  # of a person, in OpenAI's API
     content = _joined(message.get("content"))
@@ -114,13 +116,16 @@ def _objects(values: Any, field: str) -> tuple[Mapping[str, Any], ...]:
 
 def render(conversation: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
     """Token ids and their loss weights: 1 for the assistant's content and the "<|end|>" after it, 0 for everything
-    else. Raises `UserError` for a tokenizer without the markers, and for tools, which this format lacks."""
+    else. Tools, calls and their results are texts. Raises `UserError` for a tokenizer without the markers."""
     markers = _markers(tokenizer)
     ids, weights = [markers["<|bos|>"]], [0.0]
-    for message in conversation:
-        if message.content is None or message.tool_calls or message.tools or message.role == "tool":
-            raise UserError("tools: got a conversation with tools, which only a model's own chat template can write")
-        said = [*tokenizer.encode(message.content), markers["<|end|>"]]
+    messages = [*conversation]
+    if any(message.tools or message.tool_calls or message.role == "tool" for message in messages):
+        from gptjax.data.tool_text import tools_as_text
+
+        messages = tools_as_text(messages)
+    for message in messages:
+        said = [*tokenizer.encode(message.text), markers["<|end|>"]]
         ids += [markers[f"<|{message.role}|>"], *said]
         weights += [0.0, *[float(message.role == "assistant" and message.target)] * len(said)]
     return ids, weights

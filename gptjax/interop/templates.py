@@ -9,11 +9,13 @@ and output (`template_worker.py`). It is started once, and renders all templates
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +78,34 @@ class ChatTemplate:
         return _ask({"template": self.source, "variables": variables})["texts"]
 
     def _variables(self, conversation: Conversation, answering: bool) -> dict[str, Any]:
-        turns = [message.as_json() for message in conversation]
+        turns = [self._turn(message) for message in conversation]
         tools = [tool for message in conversation[:1] for tool in message.tools] or None
         for name, used in (("tools", tools), ("tool_calls", any(message.tool_calls for message in conversation))):
             if used and not self._reads(name):
                 raise UserError(f"{name}: got some, which the model's chat template does not read")
         standard = {"messages": turns, "tools": tools, "documents": None, "add_generation_prompt": answering}
         return standard | dict(self.tokens)
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """A message as the template reads it: arguments of calls are objects, or texts for a template that wants them.
+        A text that is no JSON object stands in one, so that it does not spoil the rest of the conversation."""
+        turn = message.as_json()
+        if message.tool_calls:
+            dump = json.dumps if self._wants_text else dict
+            turn["tool_calls"] = [_with_arguments(call, dump) for call in message.tool_calls]
+        return turn
+
+    @functools.cached_property
+    def _wants_text(self) -> bool:
+        """True: the template refuses arguments of calls that are objects, but not texts, as DeepSeek's does."""
+
+        def renders(arguments: Any) -> bool:
+            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            variables = {"messages": said, "tools": None, "documents": None, "add_generation_prompt": False}
+            return "texts" in _worker.ask({"template": self.source, "variables": [variables | dict(self.tokens)]})
+
+        return not renders({"a": 1}) and renders('{"a": 1}')
 
     def rows(self, conversation: Conversation) -> list[Conversation]:
         """Conversations to train in place of one. A template that writes an answer otherwise once others follow, such
@@ -143,6 +166,20 @@ class ChatTemplate:
         text = self.text(_harmless(messages, tokenizer), variables)
         with no_panic():
             return reader(tokenizer).encode(text, add_special_tokens=False).ids
+
+
+def _with_arguments(call: Mapping[str, Any], dump: Callable[[Any], Any]) -> dict[str, Any]:
+    """A call whose arguments are an object, or what `dump` makes of it."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or "arguments" not in function:
+        return dict(call)
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    if not isinstance(arguments, Mapping):
+        arguments = {"invalid_arguments": arguments} if arguments else {}
+    return {**call, "function": {**function, "arguments": dump(arguments)}}
 
 
 def _ends(conversation: Conversation) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from gptjax.inference.constraints import Constraint
 from gptjax.inference.engine import Generation, Request
 from gptjax.inference.sampling import Sampling
 from gptjax.serve import fields as read_fields
@@ -22,10 +23,17 @@ from gptjax.serve.service import Served, Service
 from gptjax.types import UserError
 
 
-def to_engine(served: Served, fields: Mapping[str, Any], prompt: tuple[int, ...], client: Client) -> Request:
+def to_engine(
+    served: Served,
+    fields: Mapping[str, Any],
+    prompt: tuple[int, ...],
+    client: Client,
+    constraint: Constraint | None = None,
+    marks: Mapping[int, str] | None = None,
+) -> Request:
     """The engine's request, with the sampling settings that the model's authors recommend where none are given."""
-    base = served.model.sampling or Sampling()
-    return read_fields.request(fields, prompt, served.engine.context - len(prompt), base, client.key.digest)
+    base, room = served.model.sampling or Sampling(), served.engine.context - len(prompt)
+    return read_fields.request(fields, prompt, room, base, client.key.digest, constraint, marks)
 
 
 async def reply(
@@ -35,7 +43,7 @@ async def reply(
     served: Served,
     form: replies.Format,
     asked: Sequence[Request],
-    n: int,
+    n: tuple[int, int],
     fields: Mapping[str, Any],
     ignored: Sequence[str],
 ) -> Response:
@@ -43,20 +51,21 @@ async def reply(
 
     form     shape of the reply
     asked    a request for each prompt
-    n        number of choices of each
+    n        number of choices of each, and of those that are written for them
     ignored  names of unknown fields
     """
     if form.logprobs and service.policy.filters.outputs:
         raise ApiError(400, "logprobs: would show the tokens, which this server filters", "logprobs")
-    tokens = sum(len(one.prompt) + n * one.max_tokens for one in asked)
     client.model = form.model
-    charge = service.quotas.admit(client.key, n * len(asked), tokens)
+    choices, best_of = n
+    tokens = sum(len(one.prompt) + best_of * one.max_tokens for one in asked)
+    charge = service.quotas.admit(client.key, best_of * len(asked), tokens)
     client.at_end.callback(lambda: charge.settle(sum(client.usage)))
     texts: list[Generation] = client.texts
     engine, headers = served.engine, {"x-ignored-fields": json.dumps(ignored)[:500]} if ignored else {}
     try:
         for one in asked:
-            for i in range(n):
+            for i in range(best_of):
                 texts.append(engine.submit(dataclasses.replace(one, choice=i)))
                 attach(texts[-1], service.policy.filters.outputs, engine.cancel)
     except UserError:
@@ -72,7 +81,7 @@ async def reply(
         headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     gone = asyncio.create_task(_gone(http))
-    done = asyncio.create_task(replies.collect(form, texts, len(asked)))
+    done = asyncio.create_task(replies.collect(form, texts, len(asked), choices))
     try:
         await asyncio.wait([gone, done], return_when=asyncio.FIRST_COMPLETED)
         if not done.done():

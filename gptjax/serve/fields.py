@@ -7,9 +7,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from gptjax.inference.constraints import Constraint
 from gptjax.inference.engine import Request
 from gptjax.inference.sampling import Sampling
 from gptjax.io.json_file import FLAG, INTEGER, NATURAL, NUMBER, OBJECT, POSITIVE, TEXT, Kind, check
+from gptjax.serve import structure
 from gptjax.serve.errors import ApiError
 
 SEED = Kind("an integer of 64 bits", lambda x: type(x) is int and -(2**63) <= x < 2**64)
@@ -28,12 +30,17 @@ COMMON: dict[str, Any] = {
     "seed": SEED,
     "logit_bias": {"*": NUMBER},
     "ignore_eos": FLAG,
+    "min_tokens": NATURAL,
+    "best_of": POSITIVE,
+    **structure.FIELDS,
     "priority": INTEGER,
 }
 CHAT: dict[str, Any] = {
     **COMMON,
     "messages": [OBJECT],
     "tools": [OBJECT],
+    "tool_choice": (TEXT, OBJECT),
+    "parallel_tool_calls": FLAG,
     "max_tokens": POSITIVE,
     "max_completion_tokens": POSITIVE,
     "logprobs": FLAG,
@@ -49,12 +56,10 @@ COMPLETION: dict[str, Any] = {
     "echo": FLAG,
 }
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "store": (False,),
-    "best_of": (1,),
     "suffix": ("",),
     "audio": (),
     "functions": ([],),
@@ -62,9 +67,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "web_search_options": (),
     "chat_template": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "min_tokens": (0,),
 }
 """Fields that are not supported, with the values that mean nothing."""
 HARMLESS = {"user", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
@@ -84,13 +86,22 @@ def read(body: Mapping[str, Any], schema: Mapping[str, Any]) -> tuple[dict[str, 
     return fields, sorted(set(body) - set(schema) - set(NEUTRAL) - HARMLESS)
 
 
-def request(fields: Mapping[str, Any], prompt: tuple[int, ...], room: int, base: Sampling, client: str) -> Request:
+def request(
+    fields: Mapping[str, Any],
+    prompt: tuple[int, ...],
+    room: int,
+    base: Sampling,
+    client: str,
+    constraint: Constraint | None = None,
+    marks: Mapping[int, str] | None = None,
+) -> Request:
     """The engine's request.
 
     prompt  token ids
     room    number of tokens that fit after it
     base    sampling settings that the model's authors recommend
     client  whom pages are shared with
+    marks   special tokens that are part of the reply
     """
     changes = {name: fields[name] for name in SAMPLING if name in fields}
     if changes.get("top_k", 1) <= 0:  # others' "no limit"
@@ -121,17 +132,26 @@ def request(fields: Mapping[str, Any], prompt: tuple[int, ...], room: int, base:
         bias={_token(name): value for name, value in fields.get("logit_bias", {}).items()},
         alternatives=wanted,
         prompt_logprobs=bool(fields.get("echo")) and ("logprobs" in fields or asked == 0),
+        min_tokens=fields.get("min_tokens", 0),
+        constraint=constraint,
+        marks=marks or {},
         priority=fields.get("priority", 0),
         client=client,
     )
 
 
-def choices(fields: Mapping[str, Any], texts: int = 1) -> int:
-    """Number of choices of each text."""
+def choices(fields: Mapping[str, Any], texts: int = 1) -> tuple[int, int]:
+    """Number of choices of each text, and of those that are written for them, of which they are the best."""
     n = fields.get("n", 1)
-    if n * texts > CHOICES:
-        raise ApiError(400, f"n: got {n} for {texts} prompts, must be at most {CHOICES} replies together", "n")
-    return n
+    best_of = fields.get("best_of", n)
+    name = "n" if best_of == n else "best_of"
+    if best_of < n:
+        raise ApiError(400, f"best_of: got {best_of}, must be at least n, which is {n}", "best_of")
+    if best_of > n and fields.get("stream"):
+        raise ApiError(400, f"best_of: got {best_of} of a stream, must be n, {n}", "best_of")
+    if best_of * texts > CHOICES:
+        raise ApiError(400, f"{name}: got {best_of} for {texts} prompts, must be at most {CHOICES} together", name)
+    return n, best_of
 
 
 def _token(name: str) -> int:

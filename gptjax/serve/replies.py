@@ -8,12 +8,13 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Generation, Token
 from gptjax.serve.errors import ApiError
+from gptjax.serve.tools import Taken
 
 HEARTBEAT = 10.0
 """Seconds without an event after which a comment is sent, so that nobody on the way takes the connection for dead."""
@@ -56,17 +57,30 @@ class Format:
 
 
 class Chat(Format):
-    """/v1/chat/completions"""
+    """/v1/chat/completions
+
+    taken  takes one choice apart
+    """
 
     kind, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
+    def __init__(self, model: str, tokenizer: Tokenizer, logprobs: bool, alternatives: int, taken: Callable[[], Taken]):
+        super().__init__(model, tokenizer, logprobs, alternatives)
+        self._new, self._taken = taken, dict[int, Taken]()
+
     def piece(self, index: int, text: str, tokens: Sequence[Token], finish: str | None, first: bool) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": text} if first else {"content": text} if text else {}
-        return {"index": index, "delta": delta, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+        taken = self._taken.setdefault(index, self._new()) if first else self._taken[index]
+        delta = taken.delta(text, finish)
+        if first:
+            delta = {"role": "assistant", "content": "", **delta}
+        logprobs = self._logprobs(tokens)
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": taken.finish(finish)}
 
     def whole(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+        taken = self._new()
+        message = {"role": "assistant", "refusal": None, **taken.message(text)}
+        logprobs = self._logprobs(tokens)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": taken.finish(finish)}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self.logprobs:
@@ -187,15 +201,22 @@ async def stream(
             cancel(text)
 
 
-async def collect(form: Format, texts: Sequence[Generation], prompts: int) -> dict[str, Any]:
-    """The whole reply."""
+async def collect(form: Format, texts: Sequence[Generation], prompts: int, n: int) -> dict[str, Any]:
+    """The whole reply, with the `n` best choices for each prompt: those with the highest mean log-probability."""
     async for _ in changes(texts):
         pass
+    each = len(texts) // prompts
+    groups = [texts[i : i + each] for i in range(0, len(texts), each)]
+    chosen = [text for group in groups for text in (sorted(group, key=_mean, reverse=True)[:n] if n < each else group)]
     choices = []
-    for i, generation in enumerate(texts):
+    for i, generation in enumerate(chosen):
         (before, earlier), (text, tokens, finish) = form.lead(generation), generation.snapshot()
         choices.append(form.whole(i, before + text, [*earlier, *tokens], finish))
     return form.envelope(choices, False, usage=usage(texts, prompts))
+
+
+def _mean(text: Generation) -> float:
+    return sum(max(token.logprob, LOWEST) for token in text.tokens) / max(len(text.tokens), 1)
 
 
 def _event(value: dict[str, Any]) -> str:

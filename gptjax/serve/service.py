@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from gptjax.inference.engine import Engine
+from gptjax.inference.formats import ReplyFormat, reply_format
 from gptjax.models.language_model import LanguageModel
 from gptjax.serve.access import Client, Policy
 from gptjax.serve.errors import ApiError
@@ -31,6 +33,15 @@ class Served:
 
     model: LanguageModel
     engine: Engine
+    tool_format: str | None = None
+    """Format of the model's calls of tools, a name of `gptjax.inference.formats.TOOLS`. None: the one that its chat
+    template and special tokens tell."""
+
+    @functools.cached_property
+    def format(self) -> ReplyFormat:
+        """Format of the model's calls and reasoning."""
+        template = self.model.template
+        return reply_format(None if template is None else template.source, self.model.tokenizer, self.tool_format)
 
 
 @dataclasses.dataclass(eq=False)

@@ -153,6 +153,23 @@ def test_files_of_a_glob_may_have_their_own_formats(tmp_path):
     assert list(ChatJsonl(str(tmp_path / "*.jsonl"), 0.0).documents("train")) == EXPECTED * len(ROWS)
 
 
-def test_our_own_format_has_no_tools():
-    with pytest.raises(UserError, match=r"tools: got a conversation with tools, which only a model's own"):
-        render((Message("tool", "3"),), data.Bytes().build(iter(())))
+def test_tools_are_texts_in_our_own_format():
+    """Only what the assistant writes is trained, its calls included."""
+    tokenizer = data.Bytes().build(iter(()))
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    said = [
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "3", "tool_call_id": "c"},
+        {"role": "tool", "content": "4", "tool_call_id": "c"},
+        {"role": "assistant", "content": "3"},
+    ]
+    talk = conversation(said, [{"type": "function", "function": {"name": "add"}}])
+    ids, weights = render(talk, tokenizer)
+    text = "".join(chr(i) if i < 256 else f"[{i}]" for i in ids)
+    one = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    results = "<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response>"
+    assert text.endswith(f"[258]1?[260][259]{one}\n{one}[260][258]{results}[260][259]3[260]")
+    assert text.startswith('[256][257]You may call these tools:\n<tools>\n{"type": "function", "function": {"name"')
+    trained = "".join(chr(i) if i < 256 else f"[{i}]" for i, weight in zip(ids, weights, strict=True) if weight)
+    assert trained == f"{one}\n{one}[260]3[260]"

@@ -40,12 +40,13 @@ def model(seed: int = 0) -> LanguageModel:
 class Server:
     """The application on a free port, in a thread."""
 
-    def __init__(self, **options):
-        self.engine = model().engine(rows=4, page=16, queue=options.pop("queue", 100))
+    def __init__(self, lm: LanguageModel | None = None, **options):
+        lm = lm or model()
+        self.engine = lm.engine(rows=4, page=16, queue=options.pop("queue", 100))
         self.engine.warm_up()
         self.engine.start()
         policy = options.pop("policy", None)
-        self.app = make_app({"tiny": Served(model(), self.engine)}, policy)
+        self.app = make_app({"tiny": Served(lm, self.engine)}, policy)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -203,7 +204,7 @@ BAD = [
     ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
     ({"logit_bias": {"99999": 1}}, 400, "bias"),
     ({"top_logprobs": 30, "logprobs": True}, 400, "alternatives"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"response_format": {"type": "xml"}}, 400, "response_format"),
     ({"chat_template": "{{ 1 }}"}, 400, "chat_template"),
     ({"model": "gpt-17"}, 404, "model"),
     ({"model": "\ud800"}, 404, "model"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from gptjax.data.chat import conversation
+from gptjax.inference.constraints import Constraint
 from gptjax.serve import fields as read_fields
-from gptjax.serve import replies
+from gptjax.serve import replies, structure, tools
 from gptjax.serve.access import Client
 from gptjax.serve.answers import reply, to_engine
 from gptjax.serve.errors import ApiError
@@ -26,19 +29,44 @@ async def chat(service: Service, http: HttpRequest, client: Client) -> Response:
     if "top_logprobs" in fields and not wants:
         raise ApiError(400, 'top_logprobs: got one without "logprobs": true', "top_logprobs")
 
-    def encode() -> tuple[int, ...]:  # templates and tokenizers take their time: not in the event loop
-        roles = {"developer": "system"}
-        said = [{**m, "role": roles.get(m.get("role", ""), m.get("role"))} for m in fields["messages"]]
-        talk = service.policy.filters.read_messages(conversation(said, fields.get("tools")))
+    offered, asked_for = tools.read(fields), structure.grammar(fields)
+    form = served.format
+    if offered.callable and form.tools is None:
+        raise ApiError(
+            400, "tools: got some for a model whose format of calls is not known; serve it with --tool_format"
+        )
+
+    def prepare() -> tuple[tuple[int, ...], bool, Constraint | None]:
+        """Prompt, True if it opens the reasoning, and constraint: all that takes time, not in the event loop."""
+        said = conversation([_plain(message) for message in fields["messages"]], offered.offered)
+        talk = service.policy.filters.read_messages(said)
         if not talk:
             raise UserError("messages: got none, must be at least one")
         variables = fields.get("chat_template_kwargs")
         if fields.get("truncation") == "auto":
             talk, _ = served.model.trim(talk, fields.get("max_completion_tokens", fields.get("max_tokens")))
-        return tuple(served.model.encode_chat(talk, variables))
+        prompt = tuple(served.model.encode_chat(talk, variables))
+        thinking = form.thinking(prompt, served.model.tokenizer)
+        grammar = offered.grammar(form, None if asked_for is None else asked_for[0])
+        if grammar is None:
+            return prompt, thinking, None
+        grammar = form.after_reasoning(grammar) if thinking else grammar
+        param = "tools" if asked_for is None else asked_for[1]
+        return prompt, thinking, structure.constraint(served.engine, grammar, param)
 
-    prompt = await asyncio.to_thread(encode)
+    def taken() -> tools.Taken:
+        reader = form.reader(bool(offered.callable), thinking)
+        return tools.Taken(reader, offered.named, 24 if form.tools is None else form.tools.id_length)
+
     n = read_fields.choices(fields)
-    asked = to_engine(served, fields, prompt, client)
-    form = replies.Chat(name, served.model.tokenizer, wants, asked.alternatives)
-    return await reply(service, http, client, served, form, [asked], n, fields, ignored)
+    prompt, thinking, constraint = await asyncio.to_thread(prepare)
+    asked = to_engine(served, fields, prompt, client, constraint, form.marks)
+    shape = replies.Chat(name, served.model.tokenizer, wants, asked.alternatives, taken)
+    return await reply(service, http, client, served, shape, [asked], n, fields, ignored)
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of OpenAI's API as `conversation` reads it."""
+    role = {"developer": "system"}.get(message.get("role", ""), message.get("role"))
+    empty = {"content": ""} if role == "assistant" and message.get("content") is None else {}
+    return {**message, "role": role, **empty}

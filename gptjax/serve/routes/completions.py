@@ -8,7 +8,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from gptjax.serve import fields as read_fields
-from gptjax.serve import replies
+from gptjax.serve import replies, structure
 from gptjax.serve.access import Client
 from gptjax.serve.answers import reply, to_engine
 from gptjax.serve.errors import ApiError
@@ -20,6 +20,8 @@ async def complete(service: Service, http: HttpRequest, client: Client) -> Respo
     fields, ignored = read_fields.read(await body(http), read_fields.COMPLETION)
     name, served = service.choose(fields)
     require(fields, "prompt")
+
+    asked_for = structure.grammar(fields)
 
     def encode() -> list[tuple[int, ...]]:
         given = fields["prompt"]
@@ -35,7 +37,10 @@ async def complete(service: Service, http: HttpRequest, client: Client) -> Respo
         raise ApiError(400, "prompt: got none, must be at least one", "prompt")
     n = read_fields.choices(fields, len(prompts))
     fields.setdefault("max_tokens", 16)  # OpenAI's default
-    asked = [to_engine(served, fields, prompt, client) for prompt in prompts]
+    constraint = None
+    if asked_for is not None:
+        constraint = await asyncio.to_thread(structure.constraint, served.engine, *asked_for)
+    asked = [to_engine(served, fields, prompt, client, constraint) for prompt in prompts]
     wants, echo = "logprobs" in fields, bool(fields.get("echo"))
     form = replies.Completion(name, served.model.tokenizer, wants, asked[0].alternatives, echo)
     return await reply(service, http, client, served, form, asked, n, fields, ignored)
