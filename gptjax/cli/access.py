@@ -32,11 +32,11 @@ class Limits:
     """Seconds for running replies after SIGTERM or Ctrl-C. Meanwhile /ready and new requests get status 503."""
 
     def __post_init__(self):
-        from gptjax.types import UserError
-
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None and value < (0 if field.name == "drain_seconds" else 1):
+                from gptjax.types import UserError
+
                 raise UserError(f"{field.name}: got {value}, must be at least 1")
 
 

@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gptjax.cli import keys, plan, run
+from gptjax.cli import access, keys, plan, run
 from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.convert import convert
 from gptjax.cli.serve import serve
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from gptjax.models.language_model import LanguageModel
 
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+OptionalModel = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PATH]")]
 Step = int | Literal["latest", "best"]
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
 
@@ -112,7 +114,10 @@ def generate(
 
 
 def chat(
-    path: Model,
+    path: OptionalModel = None,
+    url: str | None = None,
+    model: str | None = None,
+    key: str | None = None,
     system: str | None = None,
     template: tuple[str, ...] = (),
     step: Step = "latest",
@@ -122,15 +127,30 @@ def chat(
 
     Args:
         path: Run folder, or a folder written by LanguageModel.save.
+        url: Server to talk with, in place of a path: gptjax serve, or another with OpenAI's interface.
+        model: Model of the server. None: its first.
+        key: API key of the server. None: that of GPTJAX_API_KEY, which is not in the list of processes.
         system: System prompt.
         template: Variables of the model's chat template, as NAME=VALUE with a value of JSON: enable_thinking=false.
         step: Checkpoint of a run: latest, best (lowest validation loss), or a step.
     """
+    from gptjax.cli.chat_models import LocalModel, ServedModels
+    from gptjax.types import UserError
+
     options = {**sampling.options(), "template": _variables(template)}
-    model = _with_sampling(_load(path, step))
+    if url is not None:
+        if path is not None:
+            raise UserError(f"url: got {url} and the path {path}, must be one of them")
+        Chat(ServedModels(url, model, key or os.environ.get(access.KEY)), system, options).run()
+        return
+    if path is None:
+        raise UserError("path: got none, must be a path, or --url for a server")
+    if model is not None or key is not None:
+        raise UserError(f"{'key' if model is None else 'model'}: got one without --url, the server that it is for")
+    local = LocalModel(path, lambda path: _with_sampling(_load(path, step)))
     if _learned_no_chat(path):
         note(f"{path} was trained on text, not on conversations: its answers continue yours, as gptjax generate does")
-    Chat(model, system, options).run()
+    Chat(local, system, options).run()
 
 
 def _learned_no_chat(path: Path) -> bool:

@@ -27,7 +27,7 @@ from gptjax.inference.engine import Engine, Generation, Request, Token
 from gptjax.serve import replies
 from gptjax.serve.errors import ApiError
 from gptjax.serve.filters import Filter, attach
-from gptjax.serve.markdown import Blocks
+from gptjax.serve.markdown import blocks
 from gptjax.serve.quotas import Charge
 
 COUNT, BYTES, AGE = 100, 64 * 2**20, 3_600.0
@@ -48,7 +48,7 @@ class LiveReply:
         """Bytes of its events."""
         self._events: list[str] = []
         self._changed = asyncio.Condition()
-        self._blocks, self._stopped = Blocks(), False
+        self._blocks, self._stopped = blocks(), False
         self.at_end: Callable[[], None] = lambda: None
         """Called when it has ended."""
         self._task = asyncio.create_task(self._write(prefix))
@@ -109,9 +109,9 @@ class LiveReply:
         if text or tokens:
             self._append({"text": text, "tokens": [_shown(token, decode) for token in tokens]})
         slow = last or "\n" in text
-        blocks = await asyncio.to_thread(self._blocks.feed, text, last) if slow else self._blocks.feed(text)
-        for i, html in enumerate(blocks):
-            self._append({"html": html, "rest": self._blocks.rest if i == len(blocks) - 1 else ""})
+        done = await asyncio.to_thread(self._blocks.feed, text, last) if slow else self._blocks.feed(text)
+        for i, html in enumerate(done):
+            self._append({"html": html, "rest": self._blocks.rest if i == len(done) - 1 else ""})
         async with self._changed:
             self._changed.notify_all()
 

@@ -1,9 +1,8 @@
 """Markdown to HTML that can only be read: no scripts, styles, images or forms, and no links but to other sites.
 
-blocks = Blocks()
-blocks.feed("# Title\\n\\nSome *te")        # ["<h1>Title</h1>\\n"]
-blocks.rest                                # "Some *te"
-blocks.feed("xt*", last=True)              # ["<p>Some <em>text</em></p>\\n"]
+render("# Title\\n\\nSome *text*")            # ["<h1>Title</h1>\\n", "<p>Some <em>text</em></p>\\n"]
+growing = blocks()
+growing.feed("# Title\\n\\nSome *te")        # ["<h1>Title</h1>\\n"]
 
 markdown-it-py parses CommonMark with tables, Pygments highlights code, latex2mathml makes MathML of formulas, and nh3
 removes every element and attribute that is not listed here.
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import html
-import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +19,6 @@ from typing import Any
 import nh3
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
-from markdown_it.rules_block import StateBlock
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from mdit_py_plugins.dollarmath import dollarmath_plugin
@@ -29,6 +26,8 @@ from pygments import highlight
 from pygments.formatters.html import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
+
+from gptjax.serve.blocks import Blocks, grammar
 
 LIMIT, CODE_LIMIT = 10_000, 200_000
 """Maximum characters of a block, and of one of code, that is rendered; longer ones are shown as they are. There are
@@ -60,48 +59,12 @@ SCHEMES = ("https://", "http://", "mailto:")
 
 def render(text: str) -> list[str]:
     """The HTML of each block of a text."""
-    return Blocks().feed(text, last=True)
+    return blocks().feed(text, last=True)
 
 
-class Blocks:
-    """A text that grows. Each of its blocks is rendered once, when no later line can change it."""
-
-    def __init__(self) -> None:
-        self.rest = ""
-        """The text after the finished blocks."""
-        self._looked = 0
-        self._links: dict[str, Any] = {}
-
-    def feed(self, text: str, last: bool = False) -> list[str]:
-        """Append text. Returns the HTML of the blocks that it finished; `last` finishes all."""
-        self.rest += text.replace("\r\n", "\n").replace("\r", "\n")
-        whole = len(self.rest) if last else self.rest.rfind("\n") + 1
-        # An open block is looked at whenever it has grown by a part of itself, which adds up to a few times its length.
-        if not last and whole <= self._looked + self._looked // (10 if self._looked < LIMIT else 1):
-            return []
-        lines = re.findall(r"[^\n]*\n|[^\n]+", self.rest[:whole])
-        spans = self._spans(self.rest[:whole], len(lines), last)
-        found = [_render("".join(lines[first:end]), self._links) for first, end in spans]
-        done = sum(map(len, lines[: spans[-1][1]])) if spans else 0
-        self.rest, self._looked = self.rest[done:], whole - done
-        return found
-
-    def _spans(self, text: str, count: int, last: bool) -> list[tuple[int, int]]:
-        """Lines [first, end) of the finished blocks of a text of so many lines. Each reaches to the next."""
-        tokens = [t for t in _splitter().parse(text, self._links) if t.level == 0 and t.nesting >= 0 and t.map]
-        if not tokens:
-            return [(0, count)] if last and count else []
-        starts = [0, *(token.map[0] for token in tokens[1:] if token.map), count]
-        spans = list(itertools.pairwise(starts))
-        return spans if last or _closed(tokens[-1], count) else spans[:-1]
-
-
-def _closed(token: Token, count: int) -> bool:
-    """True if no line after the first `count` can belong to the block."""
-    first, end = token.map or (0, count)
-    if token.type == "fence":
-        return end - first == token.content.count("\n") + 2
-    return token.type in ("heading_open", "hr") or (token.type == "paragraph_open" and end < count)
+def blocks() -> Blocks[str]:
+    """The HTML of each block of a text that grows."""
+    return Blocks(_render)
 
 
 def _render(block: str, links: dict[str, Any]) -> str:
@@ -126,13 +89,11 @@ def _attribute(element: str, name: str, value: str) -> str | None:
 
 
 @functools.cache
-def _splitter() -> MarkdownIt:
-    return _grammar().disable(["inline", "text_join"])
-
-
-@functools.cache
 def _parser() -> MarkdownIt:
-    parser = _grammar()
+    parser = grammar()
+    dollarmath_plugin(parser, allow_labels=False, allow_space=False, allow_digits=False, double_inline=True)
+    parser.disable("math_block")  # `grammar` has its own
+    parser.inline.ruler.before("escape", "bracket_math", _bracket_inline)
     for kind in ("math_inline", "math_inline_double", "math_block"):
         parser.add_render_rule(kind, _formula)
     for kind, rule in (("fence", _code), ("code_block", _code), ("image", _image)):
@@ -140,15 +101,6 @@ def _parser() -> MarkdownIt:
     for kind in ("th_open", "td_open"):
         parser.add_render_rule(kind, _cell)
     return parser
-
-
-def _grammar() -> MarkdownIt:
-    parser = MarkdownIt("js-default", {"html": False, "maxNesting": 20})
-    dollarmath_plugin(parser, allow_labels=False, allow_space=False, allow_digits=False, double_inline=True)
-    parser.inline.ruler.before("escape", "bracket_math", _bracket_inline)
-    interrupts = ["paragraph", "reference", "blockquote", "list"]
-    parser.block.ruler.before("fence", "formula", _block_formula, {"alt": interrupts})
-    return parser.disable("math_block")
 
 
 _BRACKETS = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -162,28 +114,6 @@ def _bracket_inline(state: StateInline, silent: bool) -> bool:
         token.content = found[1] or found[2]
     state.pos = found.end() if found else state.pos
     return found is not None
-
-
-def _block_formula(state: StateBlock, start: int, end: int, silent: bool) -> bool:
-    r"""Lines from \[ to \], or $$ to $$. A formula that is open at the end of the text ends there, as code does."""
-
-    def line(i: int) -> str:
-        return state.src[state.bMarks[i] + state.tShift[i] : state.eMarks[i]].rstrip()
-
-    close = {"\\[": "\\]", "$$": "$$"}.get(line(start)[:2])
-    if close is None or state.is_code_block(start):
-        return False
-    lines, after = [line(start)[2:]], start + 1
-    while close not in lines[-1] and after < end:
-        lines, after = [*lines, line(after)], after + 1
-    content = "\n".join(lines)
-    if "\n\n" in content or (close in content and content.index(close) != len(content) - 2):
-        return False
-    if not silent:
-        token = state.push("math_block", "math", 0)
-        token.content, token.map = content.removesuffix(close), [start, after]
-    state.line = after
-    return True
 
 
 def _code(self: Any, tokens: Sequence[Token], i: int, options: Any, links: Any) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gptjax.cli import main
+from gptjax.cli.chat_models import LocalModel
 from gptjax.data import Bytes, ChatJsonl
 from gptjax.inference import Sampling
 from gptjax.interop.templates import ChatTemplate
@@ -117,24 +118,24 @@ def test_a_long_chat_is_trimmed_with_a_notice(run, path):
 
 
 def test_ctrl_c_ends_an_answer_not_the_chat(run, path, monkeypatch):
-    def interrupted(*_, **__):
+    def interrupted():
         yield "as I was say"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LanguageModel, "stream_chat", interrupted)
+    monkeypatch.setattr(LocalModel, "reply", lambda *_: (0, interrupted()))
     assert run("chat", path, stdin="hello\nhello\n") == (0, "as I was say\n" * 2, "")
 
 
 def test_an_answer_that_was_stopped_before_it_began_leaves_no_turn(run, path, monkeypatch):
     asked = []
 
-    def interrupted(_, messages, **__):
+    def interrupted(messages):
         asked.append([message.content for message in messages])
         if len(asked) == 1:
             raise KeyboardInterrupt
         yield "well"
 
-    monkeypatch.setattr(LanguageModel, "stream_chat", interrupted)
+    monkeypatch.setattr(LocalModel, "reply", lambda _, messages, options: (0, interrupted(messages)))
     code, out, err = run("chat", path, stdin="hello\nhi\nthere\n")
     assert (code, out, err) == (0, "\nwell\nwell\n", "(no answer; the message is not part of the conversation)\n")
     assert asked == [["hello"], ["hi"], ["hi", "well", "there"]]

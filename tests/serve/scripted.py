@@ -35,6 +35,7 @@ class ScriptedEngine:
         self.broken, self.last_round = None, time.monotonic()
 
     def submit(self, request: Request) -> Generation:
+        request.check(self.tokenizer.vocab, self.tokenizer.vocab, self.context)
         generation = Generation(request, self.tokenizer, None)
         self.prompts.append(self.tokenizer.decode(request.prompt))
         self.requests.append(request)
@@ -67,9 +68,10 @@ class ScriptedServer:
         keys: Sequence[str] = (),
         lm: LanguageModel | None = None,
         names: Sequence[str] = ("tiny", "other"),
+        context: int = 4096,
     ):
-        lm = lm or LanguageModel(model().config, model().params, model().tokenizer, context=4096)
-        self.engine = ScriptedEngine(lm.tokenizer, script)
+        lm = lm or LanguageModel(model().config, model().params, model().tokenizer, context=context)
+        self.engine = ScriptedEngine(lm.tokenizer, script, context)
         self.models = {name: Served(lm, self.engine) for name in names}  # type: ignore
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from gptjax.serve.markdown import Blocks, render
+from gptjax.serve.markdown import blocks, render
 
 TEXT = r"""# Title
 Some *text* with `code`, $x^2$ and \(y_i\), for $5 and $6.
@@ -74,21 +74,21 @@ def test_blocks_are_those_of_the_whole_text():
         assert found in joined
     assert '<a href="https://example.org"' in joined
     for seed in range(20):
-        draw, blocks, pieces, at = random.Random(seed), Blocks(), [], 0
+        draw, growing, pieces, at = random.Random(seed), blocks(), [], 0
         while at < len(TEXT):
             size = draw.randint(1, 12)
-            pieces += blocks.feed(TEXT[at : at + size])
+            pieces += growing.feed(TEXT[at : at + size])
             at += size
-        assert pieces + blocks.feed("", last=True) == whole
-        assert blocks.rest == ""
+        assert pieces + growing.feed("", last=True) == whole
+        assert growing.rest == ""
 
 
 def test_finished_blocks_come_before_the_text_ends():
-    blocks = Blocks()
-    assert blocks.feed("# A\nSome") == ["<h1>A</h1>\n"]
-    assert (blocks.feed(" text\n\n- a\n"), blocks.rest) == (["<p>Some text</p>\n"], "- a\n")
-    assert blocks.feed("```\nx = [\n") == ["<ul>\n<li>a</li>\n</ul>\n"]
-    assert blocks.feed("1]\n```\n") == ['<pre data-language=""><code>x = [\n1]\n</code></pre>\n']
+    growing = blocks()
+    assert growing.feed("# A\nSome") == ["<h1>A</h1>\n"]
+    assert (growing.feed(" text\n\n- a\n"), growing.rest) == (["<p>Some text</p>\n"], "- a\n")
+    assert growing.feed("```\nx = [\n") == ["<ul>\n<li>a</li>\n</ul>\n"]
+    assert growing.feed("1]\n```\n") == ['<pre data-language=""><code>x = [\n1]\n</code></pre>\n']
 
 
 def test_hostile_text_stays_text():
@@ -108,8 +108,8 @@ def test_hostile_text_stays_text():
     ids=lambda text: text[:4].strip(),
 )
 def test_no_text_takes_long(text):
-    started, blocks = time.process_time(), Blocks()
-    made = [html for at in range(0, len(text), 50) for html in blocks.feed(text[at : at + 50])]
-    made += blocks.feed("", last=True)
+    started, growing = time.process_time(), blocks()
+    made = [html for at in range(0, len(text), 50) for html in growing.feed(text[at : at + 50])]
+    made += growing.feed("", last=True)
     assert made
     assert time.process_time() - started < 5

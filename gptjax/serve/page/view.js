@@ -138,7 +138,7 @@ export function grow(id, event, live) {
   at.querySelector(".facts").textContent = `${live.tokens.length} tokens`;
 }
 
-const ENDS = { length: "stopped at the maximum", cancelled: "stopped", lost: "interrupted" };
+const ENDS = { length: "stopped at the maximum", cancelled: "stopped", lost: "interrupted", content_filter: "stopped by a filter" };
 
 function factsOf(message) {
   if (!message.usage) return message.finish === "lost" ? "interrupted" : "";
