@@ -41,6 +41,7 @@ def serve(
         tool_format: Way in which the models write calls of tools: hermes, llama, mistral, mistral_args, deepseek or
             deepseek_markdown. None: the one that chat template and special tokens tell.
     """
+    from gptjax.models.encoder_model import EncoderModel
     from gptjax.models.language_model import LanguageModel
     from gptjax.models.loading import load
     from gptjax.types import UserError
@@ -57,26 +58,39 @@ def serve(
         raise UserError(f"paths: got two folders named {twice}, must have different names")
     if not paths:
         raise UserError("paths: got none, must be at least one")
-    models = {}
-    for name, path in zip(names, paths, strict=True):
-        started = time.perf_counter()
-        _say(f"{name}: loading {path}")
-        model = load(path)
-        if not isinstance(model, LanguageModel):
-            raise UserError(f"paths: got {path}, a {type(model).__name__}, must be a language model")
+
+    def load_all() -> tuple[dict[str, Served], dict[str, EncoderModel]]:
+        models, encoders = {}, {}
+        for name, path in zip(names, paths, strict=True):
+            started = time.perf_counter()
+            _say(f"{name}: loading {path}")
+            model = load(path)
+            if isinstance(model, EncoderModel):
+                encoders[name] = model
+                continue
+            if not isinstance(model, LanguageModel):
+                raise UserError(f"paths: got {path}, a {type(model).__name__}, must be a language model or an encoder")
+            models[name] = begin(name, path, model, started)
+        return models, encoders
+
+    def begin(name: str, path: Path, model: LanguageModel, started: float) -> Served:
         options = {} if context is None else {"context": context}
         engine = model.engine(rows=rows, pages=pages, page=page, queue=queue, name=str(path.resolve()), **options)
         _say(f"{name}: compiling")
         engine.warm_up()
         engine.start()
-        models[name] = Served(model, engine, tool_format)
-        calls = models[name].format.tools
+        served = Served(model, engine, tool_format)
+        calls = served.format.tools
         _say(
             f"{name}: ready after {time.perf_counter() - started:.1f} s; {rows} texts at a time, "
             f"{engine.pages.count * page:,} tokens in memory, {engine.context:,} at most in a text; "
             f"calls of tools: {'unknown format' if calls is None else calls.name}"
         )
-    server = Server(make_app(models, policy), host, port, limits.connections, limits.drain_seconds, tls)
+        return served
+
+    models, encoders = load_all()
+    app = make_app(models, policy, encoders, load_all)
+    server = Server(app, host, port, limits.connections, limits.drain_seconds, tls)
     address = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
     _say(f"\nChat: {address}      OpenAI's interface: {address}/v1")
     server.run()

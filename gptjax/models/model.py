@@ -115,6 +115,10 @@ class TextEncoder(Model):
         embedder = Embedder(self._backbone, self.rules, pooling=pooling or Mean(), normalise=normalise)
         return self._forward_texts(embedder, texts, batch)
 
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens that `embed` reads of each text."""
+        return [len(self._add_bos_eos(ids)) for ids in self.tokenizer.encode_batch(texts)]
+
     @property
     def _backbone(self) -> BackboneConfig:
         """Configuration of the stack."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,16 +17,19 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gptjax.models.model import TextEncoder
 from gptjax.serve.access import Policy
 from gptjax.serve.errors import ApiError
 from gptjax.serve.guard import Endpoint, Guard, failed
-from gptjax.serve.routes import chat, completions, page, status, tokens
+from gptjax.serve.routes import admin, chat, completions, embeddings, page, status, tokens
 from gptjax.serve.service import Served, Service
 
 ROUTES: dict[tuple[str, str], tuple[Endpoint, str | None]] = {
     ("POST", "/v1/chat/completions"): (chat.chat, "chat"),
     ("POST", "/v1/completions"): (completions.complete, "completions"),
     ("GET", "/v1/models"): (status.list_models, None),
+    ("POST", "/v1/embeddings"): (embeddings.embed, "embeddings"),
+    ("POST", "/admin/reload"): (admin.reload, "admin"),
     ("POST", "/tokenize"): (tokens.tokenize, None),
     ("POST", "/detokenize"): (tokens.detokenize, None),
     ("GET", "/metrics"): (status.metrics, "metrics"),
@@ -46,14 +49,21 @@ OPEN_ROUTES: dict[str, Endpoint] = {
 """Routes that need no key: none says anything about anybody, and the page asks for the key."""
 
 
-def make_app(models: Mapping[str, Served], policy: Policy | None = None) -> Starlette:
+def make_app(
+    models: Mapping[str, Served],
+    policy: Policy | None = None,
+    encoders: Mapping[str, TextEncoder] | None = None,
+    load: Callable[[], tuple[Mapping[str, Served], Mapping[str, TextEncoder]]] | None = None,
+) -> Starlette:
     """The application.
 
-    models  by name; the first is the default of the page
-    policy  who may ask, how much, and what is kept. None: `Policy()`, anyone on this machine
+    models    by name; the first is the default of the page
+    policy    who may ask, how much, and what is kept. None: `Policy()`, anyone on this machine
+    encoders  models that only embed texts, by name. None: none
+    load      loads models and encoders anew, for /admin/reload. None: that is refused
     """
     policy = policy or Policy()
-    service = Service(models, policy)
+    service = Service(models, policy, encoders or {}, load)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -18,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gptjax.serve.errors import ApiError
 from gptjax.serve.service import Service
+from gptjax.types import one_line
 
 HEAD = 32 * 2**10
 """Maximum bytes of a request's line and headers."""
@@ -27,6 +31,9 @@ IDLE_SECONDS = 30
 """Seconds without a request after which a connection is closed."""
 CLOSING_SECONDS = 2
 """Seconds for what remains to be sent when the engine has stopped."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -67,6 +74,21 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service: Service = app.state.service
         self._drain, self._deadline = drain, 0.0
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen. From then on SIGHUP loads the models anew."""
+        await super().startup(sockets)
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _reload(self) -> None:
+        async def reload() -> None:
+            try:
+                await self._service.reload()
+            except Exception as error:
+                _log.error("the models stay as they are: %s", one_line(error))
+
+        self._reloading = asyncio.create_task(reload())
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Begin to stop, as SIGTERM and Ctrl-C do; the second time, stop."""

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -15,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 from gptjax.inference.engine import Engine
 from gptjax.inference.formats import ReplyFormat, reply_format
 from gptjax.models.language_model import LanguageModel
+from gptjax.models.model import TextEncoder
 from gptjax.serve.access import Client, Policy
 from gptjax.serve.errors import ApiError
 from gptjax.serve.live import LiveReplies
@@ -51,11 +52,19 @@ class Service:
     models: Mapping[str, Served]
     """By name; the first is the default."""
     policy: Policy = dataclasses.field(default_factory=Policy)
+    encoders: Mapping[str, TextEncoder] = dataclasses.field(default_factory=dict)
+    """Models that only embed texts, by name."""
+    load: Callable[[], tuple[Mapping[str, Served], Mapping[str, TextEncoder]]] | None = None
+    """Loads `models` and `encoders` anew. None: they stay."""
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
     def __post_init__(self):
         rows = sum(served.engine.rows + served.engine.queue_limit for served in self.models.values())
+        self.embedding = asyncio.Lock()
+        """Held while texts are embedded."""
+        self._reloading = asyncio.Lock()
+        self._former: set[asyncio.Task[None]] = set()
         self.live = LiveReplies(self.policy.filters.outputs)
         self.metrics = Metrics()
         self.draining = False
@@ -80,11 +89,43 @@ class Service:
 
     def choose(self, fields: Mapping[str, Any]) -> tuple[str, Served]:
         """The model that a request names. Raises `ApiError` for an unknown one."""
-        name = fields.get("model", next(iter(self.models)))
+        name = fields.get("model", next(iter(self.models), ""))
         if name not in self.models:
-            known = ", ".join(self.models)
-            raise ApiError(404, f"model: got {name!r}, must be one of {known}", "model", "model_not_found")
+            raise _unknown(name, self.models)
         return name, self.models[name]
+
+    def choose_encoder(self, fields: Mapping[str, Any]) -> tuple[str, TextEncoder, int | None]:
+        """The model that embeds for a request, and the maximum number of tokens of a text. Raises `ApiError`."""
+        name = fields.get("model", next(iter((*self.encoders, *self.models)), ""))
+        if name in self.encoders:
+            return name, self.encoders[name], self.encoders[name].config.max_positions
+        if name not in self.models:
+            raise _unknown(name, (*self.encoders, *self.models))
+        return name, self.models[name].model, self.models[name].engine.context
+
+    async def reload(self) -> None:
+        """Load the models anew. Running requests end with the former ones, which are closed then. Raises `ApiError`."""
+        if self.load is None:
+            raise ApiError(501, "this server cannot load its models anew")
+        async with self._reloading:
+            former = self.models
+            self.models, self.encoders = await asyncio.to_thread(self.load)
+        task = asyncio.create_task(_retire([served.engine for served in former.values()]))
+        self._former.add(task)
+        task.add_done_callback(self._former.discard)
+
+
+async def _retire(engines: Sequence[Engine]) -> None:
+    """Close engines once they have nothing to do."""
+    await asyncio.sleep(1)  # whoever chose one before has asked it by then
+    for engine in engines:
+        while engine.active or engine.waiting:
+            await asyncio.sleep(0.1)
+        await asyncio.to_thread(engine.close)
+
+
+def _unknown(name: str, known: Iterable[str]) -> ApiError:
+    return ApiError(404, f"model: got {name!r}, must be one of {', '.join(known)}", "model", "model_not_found")
 
 
 async def body(http: HttpRequest) -> dict[str, Any]:

@@ -45,8 +45,8 @@ class Server:
         self.engine = lm.engine(rows=4, page=16, queue=options.pop("queue", 100))
         self.engine.warm_up()
         self.engine.start()
-        policy = options.pop("policy", None)
-        self.app = make_app({"tiny": Served(lm, self.engine)}, policy)
+        parts = {name: options.pop(name) for name in ("policy", "encoders", "load") if name in options}
+        self.app = make_app({"tiny": Served(lm, self.engine)}, **parts)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

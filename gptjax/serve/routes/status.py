@@ -19,6 +19,7 @@ async def list_models(service: Service, http: HttpRequest, client: Client) -> Re
     """Names and contexts of the models."""
     about = {"object": "model", "created": service.started, "owned_by": "gptjax"}
     data = [{"id": name, **about, "max_model_len": served.engine.context} for name, served in service.models.items()]
+    data += [{"id": name, **about, "max_model_len": e.config.max_positions} for name, e in service.encoders.items()]
     return JSONResponse({"object": "list", "data": data})
 
 
