@@ -1,11 +1,12 @@
 """Replies of the page that live on the server: they go on without a reader, and are read again from any event.
 
-    reply = live.start(client, engine, request, charge)
+    reply = live.start(client, engine, request, charge, reader)
     async for event in reply.read(start=0): ...
 
 Events are JSON objects, in the order of their numbers:
 
     {"text": "Hel", "tokens": [["Hel", 0.9, [["Hel", 0.9], ["Y", 0.1]]]]}   text, and tokens with their probabilities
+    {"text": "", "thought": "The user ...", "tokens": [...]}                reasoning
     {"html": "<p>Hello.</p>", "rest": "* o"}                                a finished block, and the text after it
     {"finish": "stop", "usage": {...}, "first": 0.1, "seconds": 1.5}        the end: stop, length or cancelled; first:
                                                                             seconds to the first token
@@ -24,6 +25,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from gptjax.inference.engine import Engine, Generation, Request, Token
+from gptjax.inference.formats import Delta, Reader
 from gptjax.serve import replies
 from gptjax.serve.errors import ApiError
 from gptjax.serve.filters import Filter, attach
@@ -38,11 +40,19 @@ class LiveReply:
     """A reply while it is written and for a while after. All methods are the event loop's."""
 
     def __init__(
-        self, client: str, engine: Engine, request: Request, charge: Charge, prefix: str, filters: Sequence[Filter]
+        self,
+        client: str,
+        engine: Engine,
+        request: Request,
+        charge: Charge,
+        reader: Reader,
+        prefix: str,
+        filters: Sequence[Filter],
     ):
         self.id, self.client, self.engine, self._charge = secrets.token_urlsafe(16), client, engine, charge
         self.generation: Generation = engine.submit(request)
         attach(self.generation, filters, engine.cancel)
+        self._reader, self._shows_tokens = reader, not filters  # which tokens would pass by
         self.started, self.ended = time.monotonic(), math.inf
         self.size = 0
         """Bytes of its events."""
@@ -78,18 +88,18 @@ class LiveReply:
         shown = counted = 0
         first = None
         try:
-            await self._add(prefix, [])
+            await self._add(Delta(prefix), [])
             with contextlib.suppress(ApiError):  # the text's own end says why
                 async for change in replies.changes([self.generation]):
                     if change is None:
                         continue
                     _, piece, tokens, finish = change
                     first = first or self._seconds()
-                    await self._add(piece, tokens, finish is not None)
+                    await self._add(self._taken(piece, finish is not None), tokens, finish is not None)
                     shown, counted = shown + len(piece), counted + len(tokens)
             text, tokens, finish = self.generation.snapshot()
             if finish in ("cancelled", "error"):
-                await self._add(text[shown:], tokens[counted:], True)
+                await self._add(self._taken(text[shown:], True), tokens[counted:], True)
             usage, seconds = replies.usage([self.generation], 1), self._seconds()
             end = {"finish": finish, "usage": usage, "first": first or seconds, "seconds": seconds}
             if self.generation.error or (finish == "cancelled" and not self._stopped):
@@ -103,11 +113,18 @@ class LiveReply:
             async with self._changed:
                 self._changed.notify_all()
 
-    async def _add(self, text: str, tokens: Sequence[Token], last: bool = False) -> None:
+    def _taken(self, text: str, last: bool) -> Delta:
+        """The next part of the reply, taken apart."""
+        parts = [self._reader.feed(text), *([self._reader.close()] if last else [])]
+        return Delta("".join(part.content for part in parts), "".join(part.reasoning for part in parts))
+
+    async def _add(self, delta: Delta, tokens: Sequence[Token], last: bool = False) -> None:
         """Append text, and the blocks that it finished."""
-        decode = self.engine.tokenizer.decode_bytes
-        if text or tokens:
-            self._append({"text": text, "tokens": [_shown(token, decode) for token in tokens]})
+        text, decode = delta.content, self.engine.tokenizer.decode_bytes
+        if delta or tokens:
+            thought = {"thought": delta.reasoning} if delta.reasoning else {}
+            shown = [_shown(token, decode) for token in tokens if self._shows_tokens]
+            self._append({"text": text, **thought, "tokens": shown})
         slow = last or "\n" in text
         done = await asyncio.to_thread(self._blocks.feed, text, last) if slow else self._blocks.feed(text)
         for i, html in enumerate(done):
@@ -138,15 +155,18 @@ class LiveReplies:
         """Number of replies that are being written, whether anybody reads them or not."""
         return sum(reply.ended == math.inf for reply in self._replies.values())
 
-    def start(self, client: str, engine: Engine, request: Request, charge: Charge, prefix: str = "") -> LiveReply:
+    def start(
+        self, client: str, engine: Engine, request: Request, charge: Charge, reader: Reader, prefix: str = ""
+    ) -> LiveReply:
         """Begin a reply. Raises UserError as `Engine.submit` does.
 
         client  digest of the key whose alone it is
         charge  settled at its end
+        reader  takes it apart
         prefix  text that it continues, shown before it
         """
         try:
-            reply = LiveReply(client, engine, request, charge, prefix, self._filters)
+            reply = LiveReply(client, engine, request, charge, reader, prefix, self._filters)
         except Exception:
             charge.settle(0)
             raise

@@ -8,6 +8,7 @@ import pytest
 from scripted import ScriptedServer
 
 from gptjax.serve import live
+from gptjax.serve.filters import Refuse
 from gptjax.serve.markdown import render
 
 SAID = "# Title\n\nSome *text* here.\n\n```python\nx = [1]\n```\n\nThe end, 完"
@@ -90,6 +91,25 @@ def test_a_reply_continues_the_assistants_words(server, client):
     assert events[0][1] == {"text": begun, "tokens": []}
     assert "".join(event.get("text", "") for _, event in events) == begun + SAID
     assert [event["html"] for _, event in events if "html" in event] == render(begun + SAID)
+
+
+def test_reasoning_is_kept_apart(server, client):
+    said = "<think>\nHm. **Well**\n</think>\n\nThe *answer*"
+    server.engine.script = lambda prompt: said
+    events = [event for _, event in read(client, start(client)["id"])]
+    server.engine.script = lambda prompt: SAID
+    assert "".join(event.get("thought", "") for event in events) == "Hm. **Well**"
+    assert "".join(event.get("text", "") for event in events) == "The *answer*"
+    assert [event["html"] for event in events if "html" in event] == ["<p>The <em>answer</em></p>\n"]
+    assert sum(len(event.get("tokens", ())) for event in events) == len(said)
+
+
+def test_what_a_filter_holds_is_not_in_the_tokens(client, server, monkeypatch):
+    monkeypatch.setattr(server.app.state.service.live, "_filters", (Refuse(("Title",)),))
+    events = [event for _, event in read(client, start(client)["id"])]
+    assert events[-1]["finish"] == "content_filter"
+    assert "Title" not in json.dumps(events)
+    assert not any(event.get("tokens") for event in events)
 
 
 def test_a_reply_is_its_clients_alone(server, client):

@@ -27,6 +27,8 @@ $\\text{<img src=x onerror=alert(1)>}$
 
 def script(prompt: str) -> str:
     """The reply to a conversation: by its last word."""
+    if prompt.endswith("think"):
+        return "<think>\nLet me see\n</think>\n\n**Seen**\n"
     return HOSTILE if prompt.endswith("attack") else "word " * 60 if prompt.endswith("long") else SAID
 
 
@@ -246,6 +248,16 @@ def test_edits_and_other_replies_are_branches(tab, server):
     assert tab.replies[0].startswith("My own words, andSome bold text")
     tab.press("Delete from here")
     assert page.locator("article.assistant .count").inner_text() == "2/2"
+
+
+def test_reasoning_can_be_unfolded(tab, server):
+    tab.send("think")
+    tab.page.wait_for_selector("article.assistant strong")
+    assert tab.replies[0].split() == ["Thinking", "Seen"]
+    tab.page.reload()
+    tab.page.wait_for_selector("article.assistant strong")
+    tab.page.click(".thought summary")
+    assert tab.page.locator(".thought .plain").inner_text() == "Let me see"
 
 
 def test_settings_go_with_the_request(tab, server):

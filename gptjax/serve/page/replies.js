@@ -8,7 +8,7 @@ export const state = {
   id: null, // the conversation on the screen; null: a new one
   models: [],
   settings: {}, // of new conversations
-  live: new Map(), // message id -> {text, html, rest, tokens, next}: replies that are being written
+  live: new Map(), // message id -> {text, thought, html, rest, tokens, next}: replies that are being written
   tokens: new Map(), // message id -> tokens, where they are shown
   editing: null,
   comparing: null,
@@ -21,11 +21,11 @@ export async function begin(conversation, message, further) {
   // Ask the server for a reply, or to continue one.
   const { system, ...sampling } = conversation.settings;
   const before = store.path(conversation, further ? message.id : message.parent).filter((m) => m.text);
-  const said = before.map((m) => ({ role: m.role, content: m.text }));
+  const said = before.map((m) => ({ role: m.role, content: m.text, ...(m.thought && { reasoning_content: m.thought }) }));
   const seed = crypto.getRandomValues(new Uint32Array(1))[0];
   const fields = { model: conversation.model, messages: said, seed, ...sampling, continue: further };
   if (system) said.unshift({ role: "system", content: system });
-  state.live.set(message.id, { text: "", html: "", rest: further ? message.text : "", tokens: [], next: 0 });
+  state.live.set(message.id, { text: "", html: "", rest: further ? message.text : "", thought: "", tokens: [], next: 0 });
   try {
     const started = await server.start(fields);
     store.updateMessage(conversation.id, message.id, { reply: started.id, left_out: started.left_out });
@@ -44,17 +44,17 @@ async function follow(conversation, message, reply) {
   // Show a reply as it is written, through lost connections, to its end.
   if (followed.has(reply)) return;
   followed.add(reply);
-  const live = { text: "", html: "", rest: "", tokens: [], next: 0, saved: Date.now() };
+  const live = { text: "", thought: "", html: "", rest: "", tokens: [], next: 0, saved: Date.now() };
   state.live.set(message, live);
   state.refresh();
   for (;;) {
     try {
       for await (const [next, event] of server.events(reply, live.next)) {
         live.next = next;
-        if ("error" in event) return end(conversation, message, { finish: "error", error: event.error, text: live.text });
+        if ("error" in event) return end(conversation, message, { finish: "error", error: event.error, ...whole(live) });
         if ("finish" in event) {
           server.keepHtml(live.text, live.html);
-          return end(conversation, message, { ...event, text: live.text });
+          return end(conversation, message, { ...event, ...whole(live) });
         }
         apply(conversation, message, live, event);
       }
@@ -68,10 +68,13 @@ async function follow(conversation, message, reply) {
   }
 }
 
+const whole = (live) => ({ text: live.text, ...(live.thought && { thought: live.thought }) });
+
 function apply(conversation, message, live, event) {
   const stay = atEnd();
   if ("text" in event) {
     live.text += event.text;
+    live.thought += event.thought ?? "";
     live.rest += event.text;
     live.tokens.push(...event.tokens);
   } else {
@@ -80,7 +83,7 @@ function apply(conversation, message, live, event) {
   }
   if (live.saved && Date.now() - live.saved > 1000) {
     live.saved = Date.now();
-    store.updateMessage(conversation, message, { text: live.text });
+    store.updateMessage(conversation, message, whole(live));
   }
   grow(message, event, live);
   if (stay) toEnd();

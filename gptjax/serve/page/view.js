@@ -92,7 +92,7 @@ function element(conversation, message, last, state, act) {
   const comparing = state.comparing === message.parent && siblings.length > 1;
   const live = state.live.get(message.id);
   const now = { last, comparing, live: Boolean(live), editing: state.editing === message.id, tokens: state.tokens.get(message.id) };
-  const facts = comparing ? siblings : { ...message, text: live ? "" : message.text };
+  const facts = comparing ? siblings : { ...message, ...(live && { text: "", thought: "" }) };
   const signature = JSON.stringify([facts, siblings.map((one) => one.id), { ...now, tokens: now.tokens?.length }]);
   const before = shown.get(message.id);
   if (before?.signature === signature) return before.element;
@@ -116,7 +116,16 @@ function body(message, state) {
   if (tokens) made.append(tokenView(tokens));
   else if (message.role === "user") made.append(el("p", { className: "plain" }, message.text));
   else fill(made, message.text, state.live.get(message.id));
+  const thought = state.live.get(message.id)?.thought || message.thought;
+  if (thought) think(made, thought, !message.text && message.finish === null);
   return made;
+}
+
+function think(body, thought, open) {
+  // Show a reply's reasoning before its text; it is open while there is nothing else.
+  const before = body.querySelector(":scope > .thought");
+  if (before) before.lastChild.textContent = thought;
+  else body.prepend(el("details", { className: "thought", open }, el("summary", {}, "Thinking"), el("p", { className: "plain" }, thought)));
 }
 
 function fill(made, text, live) {
@@ -125,7 +134,8 @@ function fill(made, text, live) {
   if (ready !== undefined) return made.replaceChildren(blocks(ready), open);
   made.replaceChildren(el("p", { className: "plain" }, text)); // readable also without the server
   const again = () => shown.delete(made.closest("article")?.dataset.id);
-  html(text).then((code) => made.replaceChildren(blocks(code)), again);
+  const plain = made.lastChild;
+  html(text).then((code) => plain.replaceWith(blocks(code)), again);
 }
 
 export function grow(id, event, live) {
@@ -133,9 +143,10 @@ export function grow(id, event, live) {
   const at = shown.get(id)?.element;
   const open = at?.querySelector(".body > .open");
   if (!open) return;
+  if (event.thought) think(open.parentNode, live.thought, true);
   if (event.html) open.before(blocks(event.html));
   open.textContent = live.rest;
-  at.querySelector(".facts").textContent = `${live.tokens.length} tokens`;
+  if (live.tokens.length) at.querySelector(".facts").textContent = `${live.tokens.length} tokens`;
 }
 
 const ENDS = { length: "stopped at the maximum", cancelled: "stopped", lost: "interrupted", content_filter: "stopped by a filter" };

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from gptjax.data.chat import conversation
 from gptjax.inference.engine import Request
+from gptjax.inference.formats import Reader
 from gptjax.io.json_file import FLAG, OBJECT, POSITIVE, TEXT
 from gptjax.serve import fields as read_fields
 from gptjax.serve.access import Client
@@ -71,9 +72,9 @@ async def start(service: Service, http: HttpRequest, client: Client) -> Response
         raise ApiError(400, f"{ignored[0]}: unknown field, must be one of {', '.join(REPLY)}", ignored[0])
     name, served = service.choose(fields)
     require(fields, "messages")
-    request, prefix, left_out = await asyncio.to_thread(_request, service, served, fields, client)
+    request, reader, prefix, left_out = await asyncio.to_thread(_request, service, served, fields, client)
     charge = service.quotas.admit(client.key, 1, len(request.prompt) + request.max_tokens)
-    reply = service.live.start(client.key.digest, served.engine, request, charge, prefix)
+    reply = service.live.start(client.key.digest, served.engine, request, charge, reader, prefix)
     client.model, client.status, client.detached = name, 200, True
     client.texts.append(reply.generation)
     reply.at_end = lambda: service.end(client)
@@ -116,8 +117,11 @@ async def markdown(service: Service, http: HttpRequest, client: Client) -> Respo
     return JSONResponse({"html": await asyncio.to_thread(lambda: [render(text) for text in fields["texts"]])})
 
 
-def _request(service: Service, served: Served, fields: dict[str, Any], client: Client) -> tuple[Request, str, int]:
-    """The engine's request, the text that it continues, and the number of messages that did not fit."""
+def _request(
+    service: Service, served: Served, fields: dict[str, Any], client: Client
+) -> tuple[Request, Reader, str, int]:
+    """The engine's request, the reader of its text, the text that it continues, and the number of messages that did
+    not fit."""
     talk, prefix = service.policy.filters.read_messages(conversation(fields["messages"])), ""
     if fields.get("continue"):
         if not talk or talk[-1].role != "assistant":
@@ -125,13 +129,18 @@ def _request(service: Service, served: Served, fields: dict[str, Any], client: C
         prefix = talk.pop().text
     if not talk:
         raise UserError("messages: got none, must be at least one")
-    model = served.model
-    begun = tuple(model.tokenizer.encode(prefix))
-    wanted = fields.get("max_tokens")
+    model, form = served.model, served.format
+    begun, wanted = tuple(model.tokenizer.encode(prefix)), fields.get("max_tokens")
     kept, left_out = model.trim(talk, len(begun) + wanted if wanted else None)
-    prompt = (*model.encode_chat(kept), *begun)
-    asked = {**fields, "top_logprobs": LIKELY}
-    return to_engine(served, asked, prompt, client), prefix, left_out
+    prompt = tuple(model.encode_chat(kept))
+    thinking = form.thinking(prompt, model.tokenizer)
+    if prefix and thinking:  # what is continued comes after the reasoning
+        close, thinking = form.reasoning.close, False
+        mark = next((i for i, text in form.marks.items() if text == close), None)
+        end = model.tokenizer.encode("\n\n" if mark is not None else f"{close}\n\n")
+        begun = (*(() if mark is None else (mark,)), *end, *begun)
+    asked = to_engine(served, {**fields, "top_logprobs": LIKELY}, (*prompt, *begun), client, marks=form.marks)
+    return asked, form.reader(False, thinking), prefix, left_out
 
 
 @functools.cache
