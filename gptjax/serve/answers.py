@@ -77,11 +77,11 @@ async def reply(
     client.at_end.callback(loop.call_later(seconds, lambda: [engine.cancel(text, reason) for text in texts]).cancel)
     if fields.get("stream"):
         include_usage = fields.get("stream_options", {}).get("include_usage", False)
-        events = replies.stream(form, texts, len(asked), include_usage, engine.cancel)
+        events = form.stream(texts, len(asked), include_usage, engine.cancel)
         headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     gone = asyncio.create_task(_gone(http))
-    done = asyncio.create_task(replies.collect(form, texts, len(asked), choices))
+    done = asyncio.create_task(form.collect(texts, len(asked), choices))
     try:
         await asyncio.wait([gone, done], return_when=asyncio.FIRST_COMPLETED)
         if not done.done():

@@ -21,13 +21,14 @@ from gptjax.models.model import TextEncoder
 from gptjax.serve.access import Policy
 from gptjax.serve.errors import ApiError
 from gptjax.serve.guard import Endpoint, Guard, failed
-from gptjax.serve.routes import admin, chat, completions, embeddings, page, status, tokens
+from gptjax.serve.routes import admin, chat, completions, embeddings, page, responses, status, tokens
 from gptjax.serve.service import Served, Service
 
 ROUTES: dict[tuple[str, str], tuple[Endpoint, str | None]] = {
     ("POST", "/v1/chat/completions"): (chat.chat, "chat"),
     ("POST", "/v1/completions"): (completions.complete, "completions"),
     ("GET", "/v1/models"): (status.list_models, None),
+    ("POST", "/v1/responses"): (responses.respond, "chat"),
     ("POST", "/v1/embeddings"): (embeddings.embed, "embeddings"),
     ("POST", "/admin/reload"): (admin.reload, "admin"),
     ("POST", "/tokenize"): (tokens.tokenize, None),

@@ -38,6 +38,14 @@ class Format:
         head = {"id": self.id, "object": self.chunk if chunk else self.kind, "created": self.created}
         return {**head, "model": self.model, "choices": choices, **more}
 
+    def stream(self, texts: Sequence[Generation], prompts: int, include_usage: bool, cancel: Any) -> AsyncIterator[str]:
+        """The reply as server-sent events, as `stream` makes them."""
+        return stream(self, texts, prompts, include_usage, cancel)
+
+    async def collect(self, texts: Sequence[Generation], prompts: int, n: int) -> dict[str, Any]:
+        """The whole reply, as `collect` makes it."""
+        return await collect(self, texts, prompts, n)
+
     def lead(self, text: Generation) -> tuple[str, list[Token]]:
         """Text and tokens before the first piece: none."""
         return "", []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -23,6 +23,18 @@ from gptjax.types import UserError
 async def chat(service: Service, http: HttpRequest, client: Client) -> Response:
     """A conversation's next message."""
     fields, ignored = read_fields.read(await body(http), read_fields.CHAT)
+    return await answer(service, http, client, fields, ignored, replies.Chat)
+
+
+async def answer(
+    service: Service,
+    http: HttpRequest,
+    client: Client,
+    fields: Mapping[str, Any],
+    ignored: Sequence[str],
+    form_of_reply: Callable[..., replies.Format],
+) -> Response:
+    """Answer a conversation. form_of_reply: called with the arguments of `replies.Chat`."""
     name, served = service.choose(fields)
     require(fields, "messages")
     wants = fields.get("logprobs", False)
@@ -61,7 +73,7 @@ async def chat(service: Service, http: HttpRequest, client: Client) -> Response:
     n = read_fields.choices(fields)
     prompt, thinking, constraint = await asyncio.to_thread(prepare)
     asked = to_engine(served, fields, prompt, client, constraint, form.marks)
-    shape = replies.Chat(name, served.model.tokenizer, wants, asked.alternatives, taken)
+    shape = form_of_reply(name, served.model.tokenizer, wants, asked.alternatives, taken)
     return await reply(service, http, client, served, shape, [asked], n, fields, ignored)
 
 
