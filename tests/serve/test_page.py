@@ -3,14 +3,12 @@
 import json
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from scripted import ScriptedServer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 
 SAID = "Some **bold** text, $x^2$ and `code`.\n\n```python\nx = [1]\n```\n\n- one\n- two\n"
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(1)> ![p](https://evil.example/p.png)
@@ -42,7 +40,12 @@ def server():
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        own = playwright.chromium.executable_path  # if `playwright install chromium` was run
+        programs = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+        program = next((path for path in (*programs, own) if path and Path(path).exists()), None)
+        if program is None:
+            pytest.skip("there is no chromium on this machine")
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 
@@ -174,14 +177,14 @@ def test_the_server_may_go_and_come_back(browser):
         page.wait_for_selector(".open:has-text('word')")
         threading.Thread(target=server.engine.close).start()
         server.close()
-        page.wait_for_selector("#down:not([hidden])")
+        page.wait_for_selector("#warning:not([hidden])")
         page.reload()
-        page.wait_for_selector("#down:not([hidden])")
+        page.wait_for_selector("#warning:not([hidden])")
         assert len(tab.replies) == 2
         assert "bold" in tab.replies[0]
         server.engine.pause = 0.0
         server.start()
-        page.wait_for_selector("#down", state="hidden")
+        page.wait_for_selector("#warning", state="hidden")
         page.wait_for_selector("article.assistant strong")
         tab.done()
         assert "interrupted" in page.locator(".facts").last.inner_text()
@@ -324,6 +327,15 @@ def test_conversations_are_searched_exported_deleted_and_imported(tab, tmp_path)
     with page.expect_event("dialog") as dialog:
         page.set_input_files("#file", file)
     assert "Not imported: messages in a circle" in dialog.value.message
+
+
+def test_a_full_storage_loses_no_text(tab):
+    page = tab.page
+    page.evaluate("for (let n = 1 << 22; n; n >>= 1) try { localStorage['x' + n] = 'x'.repeat(n) } catch {}")
+    page.fill("#text", "My words")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#warning:has-text('storage is full')")
+    assert page.input_value("#text") == "My words"
 
 
 def test_a_wrong_key_is_asked_for(browser):

@@ -3,7 +3,7 @@
 import { begin, current, resumeAll, state, stopAll, whenUp } from "./replies.js";
 import * as server from "./server.js";
 import * as store from "./store.js";
-import { $, draw, el, say, toEnd } from "./view.js";
+import { $, draw, el, say, toEnd, warn } from "./view.js";
 
 const stored = (name) => JSON.parse(localStorage.getItem(`gptjax.${name}`) ?? "null");
 const keep = (name, value) => localStorage.setItem(`gptjax.${name}`, JSON.stringify(value));
@@ -192,8 +192,12 @@ function submit() {
   const text = $("text").value;
   const running = current() && store.path(current()).some((m) => m.finish === null);
   if (running || !text.trim()) return;
-  $("text").value = "";
-  send(text);
+  try {
+    send(text);
+    $("text").value = "";
+  } catch (error) {
+    warn(error.message); // the browser's storage is full: the text stays
+  }
 }
 
 const on = (id, event, action) => $(id).addEventListener(event, action);

@@ -2,7 +2,7 @@
 
 import * as server from "./server.js";
 import * as store from "./store.js";
-import { $, atEnd, grow, say, toEnd } from "./view.js";
+import { atEnd, grow, say, toEnd, warn } from "./view.js";
 
 export const state = {
   id: null, // the conversation on the screen; null: a new one
@@ -83,21 +83,24 @@ function apply(conversation, message, live, event) {
   }
   if (live.saved && Date.now() - live.saved > 1000) {
     live.saved = Date.now();
-    store.updateMessage(conversation, message, whole(live));
+    keep(conversation, message, whole(live));
   }
   grow(message, event, live);
   if (stay) toEnd();
 }
 
-function end(conversation, message, fields) {
-  const stay = atEnd();
-  state.live.delete(message);
+function keep(conversation, message, fields) {
   try {
     store.updateMessage(conversation, message, fields);
   } catch (error) {
-    $("down").textContent = error.message;
-    $("down").hidden = false;
+    warn(error.message); // the browser's storage is full
   }
+}
+
+function end(conversation, message, fields) {
+  const stay = atEnd();
+  state.live.delete(message);
+  keep(conversation, message, fields);
   if (conversation === state.id) say(fields.error ?? `Reply finished. ${(fields.text ?? "").slice(0, 1000)}`);
   state.refresh();
   if (stay) toEnd();
@@ -129,10 +132,9 @@ export function whenUp() {
     for (let pause = 200; ; pause = 1500) {
       await new Promise((resolve) => setTimeout(resolve, pause));
       if (await server.isUp()) break;
-      $("down").textContent = "The server does not answer. Your conversations can be read; trying again …";
-      $("down").hidden = false;
+      warn("The server does not answer. Your conversations can be read; trying again …");
     }
-    $("down").hidden = true;
+    warn("");
     waiting = null;
     if (!state.models.length) state.loadModels();
     state.refresh();

@@ -11,7 +11,7 @@ const cache = new Map(); // id -> [stored text, value]
 
 export const newId = () => crypto.getRandomValues(new Uint32Array(3)).reduce((id, part) => id + part.toString(36), "");
 
-export function get(id) {
+function peek(id) {
   const text = localStorage.getItem(PREFIX + id);
   if (text === null) return null;
   if (cache.get(id)?.[0] !== text) {
@@ -21,12 +21,15 @@ export function get(id) {
       return null; // of another version, or damaged: left alone
     }
   }
-  return structuredClone(cache.get(id)[1]);
+  return cache.get(id)[1];
 }
 
+export const get = (id) => structuredClone(peek(id)); // to be changed and written
+
 export function all() {
+  // To be read only: many conversations are not copied.
   const ids = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX)).map((key) => key.slice(PREFIX.length));
-  return ids.map(get).filter(Boolean).sort((a, b) => b.changed - a.changed);
+  return ids.map(peek).filter(Boolean).sort((a, b) => b.changed - a.changed);
 }
 
 export function create(model, settings) {

@@ -6,6 +6,12 @@ import { tokenView } from "./tokens.js";
 
 export const $ = (id) => document.getElementById(id);
 
+export function warn(text) {
+  // Say something above the messages until `warn("")`.
+  $("warning").textContent = text;
+  $("warning").hidden = !text;
+}
+
 export const say = (text) => ($("status").textContent = text); // to screen readers
 
 export function toEnd() {
