@@ -14,19 +14,29 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gptjax.models.model import TextEncoder
-from gptjax.serve.access import Policy
+from gptjax.serve import openapi
+from gptjax.serve.access import Client, Policy
 from gptjax.serve.errors import ApiError
 from gptjax.serve.guard import Endpoint, Guard, failed
 from gptjax.serve.routes import admin, chat, completions, embeddings, page, responses, status, tokens
 from gptjax.serve.service import Served, Service
 
+
+async def describe(service: Service, http: HttpRequest, client: Client) -> Response:
+    """This interface, as an OpenAPI document."""
+    routes = [(method, path, endpoint, True) for (method, path), (endpoint, _) in ROUTES.items()]
+    routes += [("GET", path, endpoint, False) for path, endpoint in OPEN_ROUTES.items()]
+    return JSONResponse(openapi.document([(m, p, (e.__doc__ or "").partition("\n")[0], k) for m, p, e, k in routes]))
+
+
 ROUTES: dict[tuple[str, str], tuple[Endpoint, str | None]] = {
     ("POST", "/v1/chat/completions"): (chat.chat, "chat"),
     ("POST", "/v1/completions"): (completions.complete, "completions"),
+    ("GET", "/openapi.json"): (describe, None),
     ("GET", "/v1/models"): (status.list_models, None),
     ("POST", "/v1/responses"): (responses.respond, "chat"),
     ("POST", "/v1/embeddings"): (embeddings.embed, "embeddings"),

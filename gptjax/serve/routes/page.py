@@ -43,6 +43,7 @@ REPLY: dict[str, Any] = {
     "max_tokens": POSITIVE,
     "continue": FLAG,
 }
+MARKDOWN = {"texts": [TEXT]}
 LIKELY = 5
 """Number of likely tokens shown with each token."""
 RENDERED = 200_000
@@ -110,7 +111,7 @@ async def forget(service: Service, http: HttpRequest, client: Client) -> Respons
 
 async def markdown(service: Service, http: HttpRequest, client: Client) -> Response:
     """HTML of texts in Markdown, a list of blocks for each."""
-    fields, _ = read_fields.read(await body(http), {"texts": [TEXT]})
+    fields, _ = read_fields.read(await body(http), MARKDOWN)
     require(fields, "texts")
     if sum(map(len, fields["texts"])) > RENDERED:
         raise ApiError(413, f"texts: must have at most {RENDERED:,} characters together", "texts")

@@ -13,11 +13,13 @@ from gptjax.serve.access import Client
 from gptjax.serve.errors import ApiError
 from gptjax.serve.service import Service, body, require
 
+TOKENIZE = {"model": TEXT, "prompt": TEXT, "add_special_tokens": FLAG}
+DETOKENIZE = {"model": TEXT, "tokens": [NATURAL]}
+
 
 async def tokenize(service: Service, http: HttpRequest, client: Client) -> Response:
     """Token ids of a text."""
-    schema = {"model": TEXT, "prompt": TEXT, "add_special_tokens": FLAG}
-    fields, _ = read_fields.read(await body(http), schema)
+    fields, _ = read_fields.read(await body(http), TOKENIZE)
     _, served = service.choose(fields)
     require(fields, "prompt")
     model = served.model
@@ -28,7 +30,7 @@ async def tokenize(service: Service, http: HttpRequest, client: Client) -> Respo
 
 async def detokenize(service: Service, http: HttpRequest, client: Client) -> Response:
     """Text of token ids."""
-    fields, _ = read_fields.read(await body(http), {"model": TEXT, "tokens": [NATURAL]})
+    fields, _ = read_fields.read(await body(http), DETOKENIZE)
     _, served = service.choose(fields)
     require(fields, "tokens")
     if fields["tokens"] and max(fields["tokens"]) >= served.model.tokenizer.vocab:
