@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -190,6 +190,7 @@ def generate(
     stop: Sequence[str] = (),
     batch: int = 32,
     stop_token_ids: Sequence[int] | None = None,
+    marks: Mapping[int, str] | None = None,
 ) -> list[Completion]:
     """Generate `samples` completions of each prompt (token ids); completions of one prompt are adjacent.
 
@@ -198,6 +199,7 @@ def generate(
     stop            strings that end a text and are not part of it
     batch           number of sequences at a time; affects only speed and memory
     stop_token_ids  tokens that end a text. None: all special tokens
+    marks           special tokens that are part of a text, and their texts
 
     Raises UserError for a prompt that is empty, has unknown tokens, or does not fit the model's positions.
     """
@@ -211,7 +213,7 @@ def generate(
     for start in range(0, len(order), step):
         group = order[start : start + step]
         for i in group:
-            rows[i] = _rows(tokenizer, rooms[i], stop, samples, stop_token_ids)
+            rows[i] = _rows(tokenizer, rooms[i], stop, samples, stop_token_ids, marks)
         steps = (lambda: 16) if stop else (lambda: 1 << 30)  # stop strings are checked on the host
         run = _run(
             model,
@@ -321,11 +323,16 @@ def round_up(n: int) -> int:
 
 
 def _rows(
-    tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str], samples: int, stop_token_ids: Sequence[int] | None
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    stop: Sequence[str],
+    samples: int,
+    stop_token_ids: Sequence[int] | None,
+    marks: Mapping[int, str] | None = None,
 ) -> list[TextStream]:
     if isinstance(stop, str) or not all(stop):
         raise UserError(f"stop: got {stop!r}, must be a sequence of strings, none of them empty")
-    return [TextStream(tokenizer, max_tokens, stop, stop_token_ids) for _ in range(samples)]
+    return [TextStream(tokenizer, max_tokens, stop, stop_token_ids, marks) for _ in range(samples)]
 
 
 def _room(model: Any, prompt: Sequence[int], max_tokens: int | None) -> int:

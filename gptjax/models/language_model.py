@@ -33,6 +33,7 @@ from gptjax.types import Array, Params, UserError
 
 if TYPE_CHECKING:
     from gptjax.inference.engine import Engine
+    from gptjax.inference.formats import ReplyFormat
     from gptjax.interop.templates import ChatTemplate
 
 CONTEXT = 2_048
@@ -127,13 +128,17 @@ class LanguageModel(TextEncoder):
         stop: Sequence[str] = (),
         sampling: Sampling | None = None,
         template: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         **fields: Any,
     ) -> Message:
         """Reply as the assistant. Messages beyond the context are dropped as in `trim`.
 
-        template  variables of the chat template: `template={"enable_thinking": False}`"""
-        ids, max_tokens = self._chat_prompt(messages, max_tokens, template)
-        sampling = self._sampling(sampling, **fields)
+        template  variables of the chat template: `template={"enable_thinking": False}`
+        tools     JSON schemas of tools, as in OpenAI's API; the message's `tool_calls` are the calls of them
+
+        Reasoning, such as between <think> and </think>, is the message's field "reasoning_content"."""
+        ids, max_tokens = self._chat_prompt(conversation(messages, tools), max_tokens, template)
+        sampling, plain = self._sampling(sampling, **fields), self.template is None and not tools
         (done,) = generate(
             self._module,
             self._decode_params,
@@ -144,8 +149,19 @@ class LanguageModel(TextEncoder):
             seed=seed,
             stop=stop,
             stop_token_ids=self.stop_token_ids,
+            marks=None if plain else self.reply_format.marks,
         )
-        return Message("assistant", done.text)
+        if plain and not done.text.lstrip().startswith("<"):  # there is nothing to take apart
+            return Message("assistant", done.text)
+        thinking = self.reply_format.thinking(ids, self.tokenizer)
+        return self.reply_format.message(done.text, bool(tools), thinking)
+
+    @functools.cached_property
+    def reply_format(self) -> ReplyFormat:
+        """Format of the model's calls and reasoning, as its chat template and special tokens tell."""
+        from gptjax.inference.formats import reply_format
+
+        return reply_format(None if self.template is None else self.template.source, self.tokenizer)
 
     def stream_chat(
         self,
@@ -206,10 +222,12 @@ class LanguageModel(TextEncoder):
                     f"messages: got {length} tokens that cannot be dropped, must be at most {max(room, 0)} to leave "
                     f"room for an answer in the model's context of {window}; shorten them or max_tokens"
                 )
+            tools = kept[0].tools
             del kept[oldest]
-            # An answer is dropped with its question.
-            while oldest < len(kept) - 1 and kept[oldest].role == "assistant":
+            # An answer is dropped with its question, with its calls of tools and their results.
+            while oldest < len(kept) - 1 and kept[oldest].role in ("assistant", "tool"):
                 del kept[oldest]
+            kept[0] = dataclasses.replace(kept[0], tools=tools)
         return kept, total - len(kept)
 
     def _check_length(self, length: int) -> None:

@@ -41,6 +41,8 @@ class Served:
     @functools.cached_property
     def format(self) -> ReplyFormat:
         """Format of the model's calls and reasoning."""
+        if self.tool_format is None:
+            return self.model.reply_format
         template = self.model.template
         return reply_format(None if template is None else template.source, self.model.tokenizer, self.tool_format)
 
@@ -65,6 +67,8 @@ class Service:
         """Held while texts are embedded."""
         self._reloading = asyncio.Lock()
         self._former: set[asyncio.Task[None]] = set()
+        self.compiling = asyncio.Lock()
+        """For constraints: one at a time, so that slow ones do not take all threads."""
         self.live = LiveReplies(self.policy.filters.outputs)
         self.metrics = Metrics()
         self.draining = False

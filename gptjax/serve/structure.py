@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Mapping
@@ -44,13 +45,17 @@ def grammar(fields: Mapping[str, Any]) -> tuple[Grammar, str] | None:
     return next(((value, name) for name, value in found.items()), None)
 
 
-def constraint(engine: Engine, asked: Grammar, param: str) -> Constraint:
-    """The engine's constraint; takes up to a second. Raises `ApiError`, which names the field, for a grammar that is
-    invalid, too large or takes too long."""
-    try:
-        return engine.constraint(asked)
-    except UserError as error:
-        raise ApiError(400, f"{param}: {error}", param) from None
+async def constraint(compiling: asyncio.Lock, engine: Engine, asked: Grammar, param: str) -> Constraint:
+    """The engine's constraint. Raises `ApiError`, which names the field, for a grammar that is invalid, too large or
+    takes too long.
+
+    compiling  held while it is compiled: slow grammars take one thread together
+    """
+    async with compiling:
+        try:
+            return await asyncio.to_thread(engine.constraint, asked)
+        except UserError as error:
+            raise ApiError(400, f"{param}: {error}", param) from None
 
 
 def _grammar(kind: str, value: Any, param: str) -> Grammar | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import pytest
 
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import to_json
-from gptjax.data.chat import Message
+from gptjax.data.chat import Message, conversation
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.inference import Sampling
 from gptjax.interop import tokenizers
+from gptjax.models import language_model
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.loading import load
 from gptjax.nn import Backbone, Last, LearnedPositions, Mean, Positions, RoPE, Transformer, TransformerConfig
@@ -168,6 +170,22 @@ def test_chat_answers_after_the_assistant_marker():
     answer = LM.chat(messages, 12, temperature=0)
     assert answer.role == "assistant"
     assert answer.content == "".join(LM.stream_chat([Message("user", "hello")], 12, temperature=0))
+
+
+def test_a_reply_is_a_message_with_calls_and_reasoning(monkeypatch):
+    text = 'Hm.</think>\n\nSo.<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    monkeypatch.setattr(language_model, "generate", lambda *args, **options: [SimpleNamespace(text="<think>" + text)])
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    reply = LM.chat([Message("user", "1?")], tools=tools)
+    (call,) = reply.tool_calls
+    assert (reply.content, reply.fields) == ("So.", {"reasoning_content": "Hm."})
+    assert call["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    assert LM.chat([Message("user", "1?")]).content == text.partition("\n\n")[2]
+    talk = [Message("user", "1?"), reply, Message("tool", "2", fields={"tool_call_id": call["id"]})]
+    assert "<tool_call>" in LM.tokenizer.decode(LM.encode_chat(talk))
+    lm = dataclasses.replace(LM, context=500)
+    kept, dropped = lm.trim(conversation([*talk, Message("assistant", "x" * 40), Message("user", "2?")], tools))
+    assert (len(kept), dropped, [*kept[0].tools]) == (1, 4, tools), "a call goes with its result, and tools stay"
 
 
 def test_long_conversations_lose_their_oldest_messages_but_not_the_system_message():

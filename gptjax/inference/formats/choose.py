@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from gptjax.data.chat import Message
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.constraints import Compound, Grammar, JsonSchema
 from gptjax.inference.formats.deepseek import DeepSeek, DeepSeekMarkdown
@@ -44,6 +45,17 @@ class ReplyFormat:
     def reader(self, tools: bool, thinking: bool) -> Reader:
         """A reader of one reply. tools: the model may call some."""
         return Reader(self.tools if tools else None, self.reasoning, thinking)
+
+    def message(self, text: str, tools: bool, thinking: bool) -> Message:
+        """The message of a whole reply."""
+        reader = self.reader(tools, thinking)
+        deltas = [reader.feed(text), reader.close()]
+        content, reasoning = "".join(d.content for d in deltas), "".join(d.reasoning for d in deltas)
+        functions = ({"name": name, "arguments": arguments} for name, arguments in reader.calls)
+        # Nine letters and digits, as Mistral's templates ask.
+        calls = [{"id": f"call{i:05d}", "type": "function", "function": f} for i, f in enumerate(functions)]
+        fields = {"reasoning_content": reasoning} if reasoning else {}
+        return Message("assistant", content or (None if calls else ""), tool_calls=tuple(calls), fields=fields)
 
     def calls(self, tools: Mapping[str, Mapping | None], parallel: bool) -> Grammar:
         """Replies that are calls of these tools, each with the JSON schema of its arguments; one call if not

@@ -10,7 +10,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from gptjax.data.chat import conversation
-from gptjax.inference.constraints import Constraint
 from gptjax.serve import fields as read_fields
 from gptjax.serve import replies, structure, tools
 from gptjax.serve.access import Client
@@ -48,8 +47,7 @@ async def answer(
             400, "tools: got some for a model whose format of calls is not known; serve it with --tool_format"
         )
 
-    def prepare() -> tuple[tuple[int, ...], bool, Constraint | None]:
-        """Prompt, True if it opens the reasoning, and constraint: all that takes time, not in the event loop."""
+    def encode() -> tuple[int, ...]:  # templates and tokenizers take their time: not in the event loop
         said = conversation([_plain(message) for message in fields["messages"]], offered.offered)
         talk = service.policy.filters.read_messages(said)
         if not talk:
@@ -57,21 +55,19 @@ async def answer(
         variables = fields.get("chat_template_kwargs")
         if fields.get("truncation") == "auto":
             talk, _ = served.model.trim(talk, fields.get("max_completion_tokens", fields.get("max_tokens")))
-        prompt = tuple(served.model.encode_chat(talk, variables))
-        thinking = form.thinking(prompt, served.model.tokenizer)
-        grammar = offered.grammar(form, None if asked_for is None else asked_for[0])
-        if grammar is None:
-            return prompt, thinking, None
-        grammar = form.after_reasoning(grammar) if thinking else grammar
-        param = "tools" if asked_for is None else asked_for[1]
-        return prompt, thinking, structure.constraint(served.engine, grammar, param)
+        return tuple(served.model.encode_chat(talk, variables))
 
     def taken() -> tools.Taken:
         reader = form.reader(bool(offered.callable), thinking)
         return tools.Taken(reader, offered.named, 24 if form.tools is None else form.tools.id_length)
 
     n = read_fields.choices(fields)
-    prompt, thinking, constraint = await asyncio.to_thread(prepare)
+    prompt, constraint = await asyncio.to_thread(encode), None
+    thinking = form.thinking(prompt, served.model.tokenizer)
+    if (grammar := offered.grammar(form, asked_for and asked_for[0])) is not None:
+        grammar = form.after_reasoning(grammar) if thinking else grammar
+        param = asked_for[1] if asked_for else "tools"
+        constraint = await structure.constraint(service.compiling, served.engine, grammar, param)
     asked = to_engine(served, fields, prompt, client, constraint, form.marks)
     shape = form_of_reply(name, served.model.tokenizer, wants, asked.alternatives, taken)
     return await reply(service, http, client, served, shape, [asked], n, fields, ignored)

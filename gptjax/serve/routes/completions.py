@@ -39,7 +39,7 @@ async def complete(service: Service, http: HttpRequest, client: Client) -> Respo
     fields.setdefault("max_tokens", 16)  # OpenAI's default
     constraint = None
     if asked_for is not None:
-        constraint = await asyncio.to_thread(structure.constraint, served.engine, *asked_for)
+        constraint = await structure.constraint(service.compiling, served.engine, *asked_for)
     asked = [to_engine(served, fields, prompt, client, constraint) for prompt in prompts]
     wants, echo = "logprobs" in fields, bool(fields.get("echo"))
     form = replies.Completion(name, served.model.tokenizer, wants, asked[0].alternatives, echo)
