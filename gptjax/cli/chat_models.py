@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gptjax.cli.chat import note
 from gptjax.types import UserError
 
 # Nothing heavier up here: --help must not wait for jax.
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from gptjax.models.language_model import LanguageModel
 
 CONTEXT = 8_192
-"""Maximum number of tokens of a conversation, for models with a longer context: memory for all is taken at once."""
+"""Maximum number of tokens of a conversation, unless more are asked for: memory for all is taken at once."""
 SECONDS = 60.0
 """Seconds without a word from the server after which the connection counts as lost."""
 Reply = tuple[int, Generator[str, None, Any]]
@@ -51,11 +52,12 @@ class LocalModel:
     """A model of this machine, over the engine, which reads only what is new in a conversation. One with recurrent
     layers, whose state is not in the engine's pages, goes through `LanguageModel.stream_chat`.
 
-    load  of a path. Raises UserError
+    load     of a path. Raises UserError
+    context  maximum number of tokens of a conversation. None: the model's, at most `CONTEXT`
     """
 
-    def __init__(self, path: Path, load: Callable[[Path], LanguageModel]):
-        self._load = load
+    def __init__(self, path: Path, load: Callable[[Path], LanguageModel], context: int | None = None):
+        self._load, self._context = load, context
         self._engine: Engine | None = None
         self.choose(str(path))
 
@@ -66,7 +68,8 @@ class LocalModel:
         model = self._load(Path(name))
         if self._engine is not None:
             self._engine.close()
-        self._model, self.name = dataclasses.replace(model, context=min(CONTEXT, model.context or CONTEXT)), name
+        context = self._context or CONTEXT
+        self._model, self.name = dataclasses.replace(model, context=min(context, model.context or context)), name
         try:
             self._engine = self._model.engine(rows=1)
             self._engine.start()
@@ -186,13 +189,18 @@ def _drop_half(messages: Sequence[Message]) -> list[Message]:
 
 def _pieces(response: Any) -> Generator[str, None, None]:
     """Text of a stream of chunks."""
+    thinking = False
     with response:
         for event in _events(response):
             if "error" in event:
                 raise UserError(str(event["error"].get("message")))
             for choice in event.get("choices", ()):
-                if piece := choice.get("delta", {}).get("content"):
-                    yield piece
+                delta = choice.get("delta", {})
+                if delta.get("reasoning_content") and not thinking:
+                    thinking = True
+                    note("thinking")
+                if delta.get("content"):
+                    yield delta["content"]
 
 
 def _events(response: Any) -> Iterator[dict[str, Any]]:

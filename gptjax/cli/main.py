@@ -120,6 +120,7 @@ def chat(
     key: str | None = None,
     system: str | None = None,
     template: tuple[str, ...] = (),
+    context: int | None = None,
     step: Step = "latest",
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = SamplingOptions(),
 ) -> None:
@@ -132,6 +133,8 @@ def chat(
         key: API key of the server. None: that of GPTJAX_API_KEY, which is not in the list of processes.
         system: System prompt.
         template: Variables of the model's chat template, as NAME=VALUE with a value of JSON: enable_thinking=false.
+        context: Maximum number of tokens of the conversation; older messages are left out. None: the model's, at most
+            8,192. Not with --url.
         step: Checkpoint of a run: latest, best (lowest validation loss), or a step.
     """
     from gptjax.cli.chat_models import LocalModel, ServedModels
@@ -141,13 +144,18 @@ def chat(
     if url is not None:
         if path is not None:
             raise UserError(f"url: got {url} and the path {path}, must be one of them")
+        if context is not None or step != "latest":
+            name = "step" if context is None else "context"
+            raise UserError(f"{name}: got one with --url, must be given to the server")
         Chat(ServedModels(url, model, key or os.environ.get(access.KEY)), system, options).run()
         return
     if path is None:
         raise UserError("path: got none, must be a path, or --url for a server")
     if model is not None or key is not None:
         raise UserError(f"{'key' if model is None else 'model'}: got one without --url, the server that it is for")
-    local = LocalModel(path, lambda path: _with_sampling(_load(path, step)))
+    if context is not None and context < 1:
+        raise UserError(f"context: got {context}, must be at least 1")
+    local = LocalModel(path, lambda path: _with_sampling(_load(path, step)), context)
     if _learned_no_chat(path):
         note(f"{path} was trained on text, not on conversations: its answers continue yours, as gptjax generate does")
     Chat(local, system, options).run()

@@ -21,6 +21,8 @@ from scripted import ScriptedServer
 
 
 def script(prompt: str) -> str:
+    if prompt.endswith("think"):
+        return "<think>\nHm.\n</think>\n\nSo."
     return "**Bold** words.\n\n- one\n" if prompt.endswith("list") else f"You said {prompt[-5:]}"
 
 
@@ -72,6 +74,10 @@ def test_the_older_half_is_left_out_when_it_is_too_long(run, server):
     assert "messages no longer fit the model's context and are left out)" in err
     assert "(messages: got " in err or "(max_tokens: got " in err
     assert out.endswith("You said still\n")
+
+
+def test_reasoning_is_announced_and_not_part_of_the_answer(run):
+    assert run("think") == (0, "So.\n", "(thinking)\n")
 
 
 @pytest.mark.parametrize(

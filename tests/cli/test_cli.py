@@ -115,6 +115,8 @@ def test_a_long_chat_is_trimmed_with_a_notice(run, path):
     assert (code, out.count("\n")) == (0, 4)
     assert "(the oldest 2 messages no longer fit the model's context and are left out)" in err
     assert "(messages: got " in err, "a message too long by itself is refused, and the chat goes on"
+    assert "left out" not in run("chat", path, *GREEDY, stdin="short\nshort")[2]
+    assert "(the oldest 2 messages" in run("chat", path, *GREEDY, "--context", "24", stdin="short\nshort")[2]
 
 
 def test_ctrl_c_ends_an_answer_not_the_chat(run, path, monkeypatch):
@@ -176,6 +178,9 @@ def test_tokenizers_are_trained_and_reported_on(run, tmp_path):
         (["generate", "PATH", "--temperature", "nan"], "error: --temperature: got 'nan', must be a finite number\n"),
         (["generate", "PATH", "--top-p=-inf"], "error: --top-p: got '-inf', must be a finite number\n"),
         (["tokenizer", "train", "x", "--out", "y", "--vocab", "1e9"], "error: --vocab: got '1e9', must be an integer"),
+        (["chat", "PATH", "--context", "0"], "error: --context: got 0, must be at least 1"),
+        (["chat", "PATH", "--key", "x"], "error: --key: got one without --url"),
+        (["chat", "--url", "http://x", "--context", "9"], "error: --context: got one with --url"),
         (["chatt"], "chat"),
     ],
 )

@@ -321,6 +321,8 @@ def test_conversations_are_searched_exported_deleted_and_imported(tab, tmp_path)
     page.set_input_files("#file", file)
     page.wait_for_selector("article.assistant strong")
     assert page.locator("#list a").count() == 2
+    page.reload()
+    assert page.locator(".facts").last.inner_text().startswith(f"{len(SAID.encode())} tokens")
     wrong = json.loads(file.read_text())
     wrong["conversations"][0]["messages"] = {"x": {"id": "x", "parent": "x", "role": "user", "text": "", "created": 1}}
     file.write_text(json.dumps(wrong))

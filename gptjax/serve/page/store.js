@@ -113,7 +113,8 @@ export function imported(text) {
     throw new Error("not a file of exported conversations");
   const found = file.conversations.map(check);
   for (const conversation of found) {
-    for (const message of Object.values(conversation.messages)) message.finish ??= message.role === "user" ? undefined : "lost";
+    for (const message of Object.values(conversation.messages))
+      if (message.role === "assistant") Object.assign(message, { reply: null, finish: message.finish ?? "lost" }); // another server's
     const here = get(conversation.id);
     if (here && JSON.stringify(here) !== JSON.stringify(conversation)) conversation.id = newId();
     write(conversation);
@@ -121,28 +122,44 @@ export function imported(text) {
   return found;
 }
 
-const is = (value, type) => typeof value === type;
+const is = (value, type) => value !== null && typeof value === type;
+const ID = /^[A-Za-z0-9]{1,40}$/;
+const FIELDS = { // of a message, beside id, parent and role
+  text: "string", created: "number", model: "string", thought: "string", finish: "string", error: "string",
+  seconds: "number", first: "number", left_out: "number",
+};
 
 function check(c) {
-  // The known fields of a conversation, each of its type. Throws for anything else.
+  // The known fields of a conversation, each of its type. Throws for what is none.
   const good =
-    c?.version === VERSION && /^\w{1,40}$/.test(c.id) && is(c.title, "string") && is(c.created, "number") && is(c.changed, "number") &&
+    c?.version === VERSION && ID.test(c.id) && is(c.title, "string") && is(c.created, "number") && is(c.changed, "number") &&
     is(c.model, "string") && is(c.settings, "object") && is(c.messages, "object") && is(c.chosen, "object");
   if (!good) throw new Error("not a conversation of this version");
   const messages = {};
-  for (const [id, m] of Object.entries(c.messages)) {
-    if (!/^\w{1,40}$/.test(id) || m.id !== id || !["user", "assistant"].includes(m.role) || !is(m.text, "string") || !is(m.created, "number"))
-      throw new Error("a message that is not one");
-    if (m.parent !== "" && !(m.parent in c.messages)) throw new Error("a message without its parent");
-    messages[id] = m;
-  }
+  for (const [id, m] of Object.entries(c.messages)) messages[id] = checkMessage(id, m);
   for (const m of Object.values(messages)) {
     const seen = new Set();
-    for (let at = m; at; at = messages[at.parent]) {
+    for (let at = m; at.parent !== ""; at = messages[at.parent]) {
       if (seen.has(at.id)) throw new Error("messages in a circle");
+      if (!Object.hasOwn(messages, at.parent)) throw new Error("a message without its parent");
       seen.add(at.id);
     }
   }
-  const { version, id, title, created, changed, model, settings, chosen } = c;
+  const chosen = Object.fromEntries(Object.entries(c.chosen).filter(([, child]) => Object.hasOwn(messages, child)));
+  const { version, id, title, created, changed, model, settings } = c;
   return { version, id, title, created, changed, model, settings, messages, chosen };
+}
+
+function checkMessage(id, m) {
+  const good = ID.test(id) && m?.id === id && ["user", "assistant"].includes(m.role) && is(m.text, "string") && is(m.created, "number");
+  if (!good || !is(m.parent, "string")) throw new Error("a message that is not one");
+  const found = { id, parent: m.parent, role: m.role };
+  for (const [name, type] of Object.entries(FIELDS)) if (is(m[name], type)) found[name] = m[name];
+  if (m.role === "assistant") {
+    found.finish ??= m.finish === null ? null : "lost"; // null: it is being written
+    found.reply = is(m.reply, "string") && /^[\w-]{1,64}$/.test(m.reply) ? m.reply : null;
+    const { prompt_tokens, completion_tokens } = m.usage ?? {};
+    if (is(prompt_tokens, "number") && is(completion_tokens, "number")) found.usage = { prompt_tokens, completion_tokens };
+  }
+  return found;
 }
