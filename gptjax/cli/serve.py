@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -23,6 +23,8 @@ def serve(
     pages: int | None = None,
     page: int = 64,
     queue: int = 1_000,
+    draft: str | None = None,
+    guesses: int = 4,
     tool_format: str | None = None,
     limits: Annotated[Limits, tyro.conf.arg(name="")] = Limits(),
     access: Annotated[Access, tyro.conf.arg(name="")] = Access(),
@@ -38,9 +40,13 @@ def serve(
         pages: Number of pages in memory for keys and values. None: enough for all rows.
         page: Tokens per page. Prompts are read, and their beginnings shared, page by page.
         queue: Maximum number of requests that wait; more are refused with status 429.
+        draft: Speculation: ngram guesses the next tokens from the text so far; the folder of a smaller model with the
+            same tokenizer lets that model guess. None: no speculation.
+        guesses: Number of guesses at a time.
         tool_format: Way in which the models write calls of tools: hermes, llama, mistral, mistral_args, deepseek or
             deepseek_markdown. None: the one that chat template and special tokens tell.
     """
+    from gptjax.inference.engine import NGram
     from gptjax.models.encoder_model import EncoderModel
     from gptjax.models.language_model import LanguageModel
     from gptjax.models.loading import load
@@ -74,7 +80,11 @@ def serve(
         return models, encoders
 
     def begin(name: str, path: Path, model: LanguageModel, started: float) -> Served:
-        options = {} if context is None else {"context": context}
+        options: dict[str, Any] = {} if context is None else {"context": context}
+        if draft == "ngram":
+            options["draft"] = NGram(guesses)
+        elif draft is not None:
+            options["draft"] = model.draft(load(draft), guesses)
         engine = model.engine(rows=rows, pages=pages, page=page, queue=queue, name=str(path.resolve()), **options)
         _say(f"{name}: compiling")
         engine.warm_up()

@@ -32,7 +32,7 @@ from gptjax.nn import LongRoPE, RoPE, TransformerConfig, unstack
 from gptjax.types import Array, Params, UserError
 
 if TYPE_CHECKING:
-    from gptjax.inference.engine import Engine
+    from gptjax.inference.engine import DraftModel, Engine
     from gptjax.inference.formats import ReplyFormat
     from gptjax.interop.templates import ChatTemplate
 
@@ -261,6 +261,17 @@ class LanguageModel(TextEncoder):
 
         options = {"context": self._max_length or CONTEXT, "stop_token_ids": self.stop_token_ids, **options}
         return Engine(self._module, self._decode_params, self.tokenizer, **options)
+
+    def draft(self, smaller: Any, guesses: int = 4) -> DraftModel:
+        """A smaller language model that guesses tokens for this one's engine: `lm.engine(draft=lm.draft(smaller))`.
+        Raises UserError for another tokenizer."""
+        from gptjax.inference.engine import DraftModel
+
+        if not isinstance(smaller, LanguageModel):
+            raise UserError(f"draft: got a {type(smaller).__name__}, must be a language model")
+        if smaller.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise UserError("draft: got a model with another tokenizer, must have the same one")
+        return DraftModel(smaller._module, smaller._decode_params, guesses)
 
     def for_context_length(self, context: int) -> LanguageModel:
         """This model for a longer context than it was loaded for, in tokens: LongRoPE (Phi-3) has other frequencies

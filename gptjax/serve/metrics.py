@@ -22,6 +22,7 @@ ENGINE: dict[str, tuple[str, str, Callable[[Engine], float]]] = {
         lambda e: e.decode_rows,
     ),
     "tokens_written_total": ("counter", "Tokens written", lambda e: e.written),
+    "passes_total": ("counter", "Passes per text; tokens per pass is the accepted length", lambda e: e.passes),
     "prefix_tokens_reused_total": ("counter", "Tokens of prompts found in pages", lambda e: e.pages.hits),
     "preemptions_total": ("counter", "Texts that gave up their pages", lambda e: e.preempted),
 }

@@ -13,7 +13,7 @@ import pytest
 
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.inference.constraints import Compiler, Constraint, JsonSchema, Regex
-from gptjax.inference.engine import Busy, Engine, Request, programs
+from gptjax.inference.engine import Busy, Engine, NGram, Request, programs
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.nn import (
@@ -210,18 +210,20 @@ def test_nothing_is_compiled_while_it_runs():
     assert [getattr(programs, name)._cache_size() for name in names] == before
 
 
+@pytest.mark.parametrize("draft", [None, NGram(3)], ids=["plain", "draft"])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", ["rope", "latent"])
-def test_no_program_copies_the_pool(name, rows):
+def test_no_program_copies_the_pool(name, rows, draft):
     """A copy would cost more than all else: a pool has the size of all texts together."""
     config, pages = CONFIGS[name], 77
     model, params, table = config.build(), unstack(config, params_of(config)), np.zeros((rows, 8), np.int32)
-    state = programs.idle(config, rows, pages, PAGE, TOKENIZER.vocab)
-    limit, replayed = np.zeros(rows, np.int32), np.zeros((rows, programs.STEPS), np.int32)
+    models = model, params, draft, {}
+    state = programs.idle(config, rows, pages, PAGE, TOKENIZER.vocab, draft, CONTEXT)
+    limit, replayed = np.zeros(rows, np.int32), np.zeros((rows, programs.STEPS * 4), np.int32)
     held = np.zeros((rows, 9), np.uint32), np.zeros(rows, bool)
     calls = (
-        programs.decode.lower(model, params, state, table, limit, replayed, *held, np.int32(1), page=PAGE),
-        programs.prefill.lower(model, params, state, np.zeros(PAGE, np.int32), np.int32(0), table[0]),
+        programs.decode.lower(*models, state, table, limit, replayed, *held, np.int32(1), page=PAGE),
+        programs.prefill.lower(*models, state, np.zeros(PAGE, np.int32), np.int32(0), table[0]),
     )
     for call in calls:
         text = call.compile().as_text()

@@ -16,6 +16,7 @@ import numpy as np
 from gptjax.distributed.sharding import on_mesh_of
 from gptjax.inference.engine import programs
 from gptjax.inference.engine.request import Request
+from gptjax.inference.engine.speculation import Draft
 from gptjax.inference.sampling import SamplingRows
 from gptjax.nn import unstack
 from gptjax.types import Array, Params
@@ -40,22 +41,37 @@ class Device:
     """`rows` rows and `pages` pages of `page` tokens; a text has at most `width` pages.
 
     vocab  tokens from this one on are never drawn
+    draft  guesses tokens
     """
 
-    def __init__(self, model: Any, params: Params, rows: int, pages: int, page: int, width: int, vocab: int):
+    def __init__(
+        self,
+        model: Any,
+        params: Params,
+        rows: int,
+        pages: int,
+        page: int,
+        width: int,
+        vocab: int,
+        draft: Draft | None = None,
+    ):
         self.model, self.rows, self.pages, self.page, self.width, self.vocab = model, rows, pages, page, width, vocab
         self._mesh_of = params
         with on_mesh_of(params):
-            self._params = unstack(model.config, params)
-            self._state = programs.idle(model.config, rows, pages + 1, page, vocab)  # the last is nobody's
+            self._models = model, unstack(model.config, params), draft, {} if draft is None else draft.params
+            # The last page is nobody's.
+            self._state = programs.idle(model.config, rows, pages + 1, page, vocab, draft, width * page)
             self._free = self._held(())
+        self.guesses = 0 if draft is None else draft.tokens
+        """Number of guesses at a time."""
 
     def admit(self, row: int, request: Request, ends: Iterable[int]) -> None:
         """Give a row to a text, of whose prompt all but the last token will be in its pages when it is decoded.
 
         ends  tokens that end the text"""
         prompt, bias = np.zeros(self.vocab, bool), np.zeros(self.vocab, np.float32)
-        known = np.asarray(request.prompt)
+        known, history = np.asarray(request.prompt), np.zeros(self._state.history.shape[1], np.int32)
+        history[: len(known)] = known[: len(history)]
         prompt[known[known < self.vocab]] = True
         for token, value in request.bias.items():
             bias[token] = value
@@ -73,6 +89,7 @@ class Device:
                 np.bool_(request.alternatives > 0),
                 token_set(ends, self.vocab),
                 np.int32(len(request.prompt) - 1 + request.min_tokens),
+                history,
             )
 
     def read(self, tokens: Sequence[int], start: int, pages: Sequence[int]) -> None:
@@ -81,7 +98,7 @@ class Device:
         padded[: len(tokens)] = tokens
         with on_mesh_of(self._mesh_of):
             table = self._table([pages])[0]
-            self._state = programs.prefill(self.model, self._params, self._state, padded, np.int32(start), table)
+            self._state = programs.prefill(*self._models, self._state, padded, np.int32(start), table)
 
     def score(self, tokens: Sequence[int], start: int, pages: Sequence[int], compare: bool) -> programs.Drawn:
         """As `read`, of all these tokens but the last, with the log-probabilities of all but the first, and the most
@@ -90,21 +107,22 @@ class Device:
         padded[: len(tokens) - 1], following[: len(tokens) - 1] = tokens[:-1], tokens[1:]
         with on_mesh_of(self._mesh_of):
             arguments = padded, np.int32(start), self._table([pages])[0], following, np.bool_(compare)
-            self._state, drawn = programs.score(self.model, self._params, self._state, *arguments)
+            self._state, drawn = programs.score(*self._models, self._state, *arguments)
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         return drawn
 
     def decode(self, tasks: Sequence[Task], steps: int) -> programs.Drawn:
-        """Decode up to `steps` tokens of these rows. The result is on its way to the host."""
+        """Decode up to `steps` tokens of these rows, and their guesses. The result is on its way to the host."""
         table: list[Sequence[int]] = [()] * self.rows
-        limit, replayed = np.zeros(self.rows, np.int32), np.full((self.rows, programs.STEPS), -1, np.int32)
+        most = programs.STEPS * (1 + self.guesses)
+        limit, replayed = np.zeros(self.rows, np.int32), np.full((self.rows, most), -1, np.int32)
         for task in tasks:
             table[task.row], limit[task.row] = task.pages, task.limit
             replayed[task.row, : len(task.replay)] = task.replay
         with on_mesh_of(self._mesh_of):
             held = self._held(tasks) if any(task.allowed is not None for task in tasks) else self._free
             arguments = self._table(table), limit, replayed, *held, np.int32(steps)
-            self._state, drawn = programs.decode(self.model, self._params, self._state, *arguments, page=self.page)
+            self._state, drawn = programs.decode(*self._models, self._state, *arguments, page=self.page)
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         return drawn
 

@@ -31,6 +31,7 @@ from gptjax.inference.engine.pages import Pages
 from gptjax.inference.engine.queue import FairQueue
 from gptjax.inference.engine.request import Generation, Request
 from gptjax.inference.engine.running import Call, Running, tokens_of
+from gptjax.inference.engine.speculation import Draft
 from gptjax.types import Params, UserError
 
 DISPATCH = 0.03
@@ -47,6 +48,7 @@ class Engine:
     queue            maximum number of requests that wait
     stop_token_ids   tokens that end a text. None: all special tokens
     name             of the weights: prefixes are shared among texts of one name
+    draft            guesses tokens, for speculative decoding: `NGram()`, or a `DraftModel`. None: no speculation
 
     Raises UserError for a model that cannot be served so.
     """
@@ -64,6 +66,7 @@ class Engine:
         queue: int = 1_000,
         stop_token_ids: Sequence[int] | None = None,
         name: str = "",
+        draft: Draft | None = None,
     ):
         config = model.config
         for option, value in (("rows", rows), ("page", page), ("queue", queue)):
@@ -81,9 +84,11 @@ class Engine:
         if count < width:
             raise UserError(f"pages: got {count}, must be at least {width}, for one text of {self.context} tokens")
         self.vocab = min(tokenizer.vocab, config.vocab)
+        if draft is not None:
+            draft.check(self.vocab, self.context)
         self.pages = Pages(count, page)
         self.queue_limit, self._name = queue, name
-        self._device = Device(model, params, rows, count, page, width, self.vocab)
+        self._device = Device(model, params, rows, count, page, width, self.vocab, draft)
         self._queue: FairQueue[Generation] = FairQueue()
         self._running: list[Running] = []  # in the order in which they joined
         self._free = list(range(rows - 1, -1, -1))
@@ -103,6 +108,8 @@ class Engine:
         """Number of tokens written."""
         self.decode_calls = self.decode_rows = 0
         """Numbers of calls of the decoding program, and of texts in them."""
+        self.passes = 0
+        """Number of times that the model ran for a text; with speculation there are fewer than tokens."""
         self.preempted = 0
         """Number of times that a text had to give up its pages."""
 
@@ -261,7 +268,7 @@ class Engine:
             # Its pages stay its own: another program wrote them.
             scored = text.prompt[text.read : text.read + size + 1]
             drawn = self._device.score(scored, text.read, text.pages, text.generation.request.alternatives > 0)
-            self._calls.append(Call(drawn, [(text, text.read + 1, len(scored) - 1)], scores=True))
+            self._calls.append(Call(drawn, [(text, len(scored) - 1)]))
             text.read += len(scored) - 1
             return True
         while text.reading and (found := self.pages.find(text.chains[text.read // size :][:1])):
@@ -287,7 +294,8 @@ class Engine:
         each while it is there, do not wait for it."""
         constrained = any(not text.reading and text.generation.matcher is not None for text in self._running)
         steps = 1 if hurry or constrained else max(1, min(programs.STEPS, int(DISPATCH / self._step_seconds)))
-        ready = [(text, count) for text in self._running if (count := text.ready(steps))]
+        most = steps * (1 + self._device.guesses)
+        ready = [(text, count) for text in self._running if (count := text.ready(most, self._device.guesses > 0))]
         for text, count in ready:
             if text in self._running:
                 self._make_room(text, text.length + count)
@@ -295,19 +303,20 @@ class Engine:
         for text, count in ready:
             if text not in self._running:
                 continue
-            first = text.length - len(text.prompt) + 1
+            written = text.length - len(text.prompt) + 1
             try:
-                allowed = text.allowed(first + count, self.vocab)
+                allowed = text.allowed(written + count, self.vocab)
             except Exception as error:
                 self._fail(text, error)
                 continue
-            tasks.append(Task(text.row, text.pages, text.length + count, text.replay[first : first + count], allowed))
-            texts.append((text, first, count))
+            replay = text.replay[written : written + count]
+            tasks.append(Task(text.row, text.pages, text.length + count, replay, allowed))
+            texts.append((text, count))
             text.length += count
         if not tasks:
             return False
-        self._calls.append(Call(self._device.decode(tasks, steps), texts))
         self.decode_calls, self.decode_rows = self.decode_calls + 1, self.decode_rows + len(tasks)
+        self._calls.append(Call(self._device.decode(tasks, steps), texts, steps))
         return True
 
     def _make_room(self, text: Running, length: int) -> None:
@@ -336,20 +345,24 @@ class Engine:
         call = self._calls.popleft()
         started = time.perf_counter()
         drawn = jax.device_get(call.drawn)
-        if not call.scores:
-            steps = max((count for _, _, count in call.texts), default=1)
-            seconds = max(time.perf_counter() - started, 1e-5) / steps
+        if call.steps:
+            seconds = max(time.perf_counter() - started, 1e-5) / call.steps
             self._step_seconds += 0.2 * (seconds - self._step_seconds)
-        for text, first, count in call.texts:
-            generation = text.generation
+        for text, most in call.texts:
+            generation, row = text.generation, text.row if call.steps else 0
             if generation.finish is not None:
                 continue
-            alternatives = generation.request.alternatives
-            if call.scores:
-                generation.extend_prompt(tokens_of(drawn, 0, range(count), alternatives), first)
-            elif new := range(max(len(text.replay) - first, 0), count):
+            count, alternatives = int(drawn.count[row]), generation.request.alternatives
+            if not call.steps:
+                generation.extend_prompt(tokens_of(drawn, row, range(count), alternatives), text.scored)
+                text.scored += count
+            else:
+                text.length -= most - count
+                self.passes += int(drawn.passes[row])
+                new = range(min(max(len(text.replay) - text.written, 0), count), count)
+                text.written += count
                 try:
-                    generation.extend(tokens_of(drawn, text.row, new, alternatives))
+                    generation.extend(tokens_of(drawn, row, new, alternatives))
                 except Exception as error:
                     self._fail(text, error)
                 self.written += len(new)

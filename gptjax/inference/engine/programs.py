@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.inference.engine.speculation import Draft
 from gptjax.inference.sampling import Sampling, SamplingRows, Seen, sample, unseen
 from gptjax.nn import Cache, make_cache
 from gptjax.types import Array, Key, Params
@@ -51,26 +52,47 @@ class Rows:
     """uint32 [R, W], set of the tokens that end the text; see `members`."""
     earliest: Array
     """int32 [R]: none of them is drawn before this many tokens are in the cache."""
+    history: Array
+    """int32 [R, S], tokens of prompt and text up to `token`, for speculation; without it S is 0."""
+    draft: tuple[Any, ...]
+    """Cache entries of the draft model, in the same pages."""
+
+    def draw(self, logits: Array, ahead: Array | int, seen: Seen) -> Array:
+        """The token int32 [R] after float32 logits [R, V'] of a position `ahead` of the next one."""
+        position, logits = self.length + ahead, logits[:, : self.bias.shape[1]]
+        changed = jax.lax.cond(self.biased.any(), lambda x: x + self.bias, lambda x: x, logits)
+        changed = without(changed, position < self.earliest, self.ends)
+        # The key of a draw depends on the text and the position alone.
+        return sample(changed, jax.vmap(jax.random.fold_in)(self.keys, position), self.settings, seen)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Tokens of one call of `decode`; a row's number of them is known to the caller."""
+    """Tokens of one call of `decode`: N = STEPS (1 + K) of each row at most, with K guesses at a time."""
 
     tokens: Array
-    """int32 [R, STEPS]."""
+    """int32 [R, N]."""
     logprobs: Array
-    """float32 [R, STEPS], under the model itself: before bias, penalties, temperature and filters."""
+    """float32 [R, N], under the model itself: before bias, penalties, temperature and filters."""
     likely: Array
-    """int32 [R, STEPS, ALTERNATIVES], the most likely tokens, where they are wanted."""
+    """int32 [R, N, ALTERNATIVES], the most likely tokens, where they are wanted."""
     likely_logprobs: Array
-    """float32 [R, STEPS, ALTERNATIVES]."""
+    """float32 [R, N, ALTERNATIVES]."""
+    count: Array
+    """int32 [R], number of tokens."""
+    passes: Array
+    """int32 [R], number of times that the model ran for them."""
 
 
-def idle(config: Any, rows: int, pages: int, page: int, vocab: int) -> Rows:
-    """Rows without texts, and an empty pool of pages, the last of them nobody's. vocab: tokens from this one on are
-    never sampled."""
+def idle(
+    config: Any, rows: int, pages: int, page: int, vocab: int, draft: Draft | None = None, context: int = 0
+) -> Rows:
+    """Rows without texts, and an empty pool of pages, the last of them nobody's.
+
+    vocab    tokens from this one on are never sampled
+    context  maximum number of tokens of a row, for the draft
+    """
     cache = make_cache(config, pages, page)
     return Rows(
         layers=cache.layers,
@@ -84,6 +106,8 @@ def idle(config: Any, rows: int, pages: int, page: int, vocab: int) -> Rows:
         compares=jnp.zeros(rows, bool),
         ends=jnp.zeros((rows, -(-vocab // 32)), jnp.uint32),
         earliest=jnp.zeros(rows, jnp.int32),
+        history=jnp.zeros((rows, 0 if draft is None else context), jnp.int32),
+        draft=() if draft is None else draft.init_cache(pages, page),
     )
 
 
@@ -101,6 +125,7 @@ def admit(
     compares: Array | bool,
     ends: Array | np.ndarray,
     earliest: Array | int,
+    history: Array | np.ndarray,
 ) -> Rows:
     """Put a text into a row.
 
@@ -111,6 +136,7 @@ def admit(
     bias      float32 [V]
     ends      uint32 [W], set of the tokens that end the text
     earliest  number of tokens in the cache before one of them may be drawn
+    history   int32 [S], the prompt
     """
 
     def put(all: Array, one: Any) -> Array:
@@ -129,6 +155,7 @@ def admit(
         compares=put(rows.compares, compares),
         ends=put(rows.ends, ends),
         earliest=put(rows.earliest, earliest),
+        history=put(rows.history, history),
     )
 
 
@@ -147,9 +174,16 @@ def members(tokens: Array, vocab: int) -> Array:
     return (bits > 0).reshape(len(tokens), -1)[:, :vocab]
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="rows")
+@functools.partial(jax.jit, static_argnames=("model", "draft"), donate_argnames="rows")
 def prefill(
-    model: Any, params: Params, rows: Rows, tokens: Array | np.ndarray, start: Array | int, pages: Array | np.ndarray
+    model: Any,
+    params: Params,
+    draft: Draft | None,
+    draft_params: Params,
+    rows: Rows,
+    tokens: Array | np.ndarray,
+    start: Array | int,
+    pages: Array | np.ndarray,
 ) -> Rows:
     """Read a page of a prompt into the pool.
 
@@ -157,18 +191,36 @@ def prefill(
     start   position of the first
     pages   int32 [M], the text's pages
     """
-    tokens, pages = jnp.asarray(tokens)[None], jnp.asarray(pages)[None]
-    cache = Cache(rows.layers, jnp.asarray(start)[None], pages.shape[1] * tokens.shape[1], pages)
-    real = (tokens >= 0).astype(jnp.int32)
     # These logits are unused, so the compiler drops the head, the largest matrix product.
-    _, cache = model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
-    return dataclasses.replace(rows, layers=cast(Cache, cache).layers)
+    rows, _ = _read(model, params, draft, draft_params, rows, tokens, start, pages)
+    return rows
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="rows")
+def _read(
+    model: Any,
+    params: Params,
+    draft: Draft | None,
+    draft_params: Params,
+    rows: Rows,
+    tokens: Array | np.ndarray,
+    start: Array | int,
+    pages: Array | np.ndarray,
+) -> tuple[Rows, Array]:
+    """`prefill`, and the logits [1, page, V]."""
+    tokens, start, pages = jnp.asarray(tokens)[None], jnp.asarray(start)[None], jnp.asarray(pages)[None]
+    real = (tokens >= 0).astype(jnp.int32)
+    cache = Cache(rows.layers, start, pages.shape[1] * tokens.shape[1], pages)
+    logits, cache = model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
+    entries = rows.draft if draft is None else draft.read(draft_params, rows.draft, tokens, start, pages)
+    return dataclasses.replace(rows, layers=cast(Cache, cache).layers, draft=entries), logits
+
+
+@functools.partial(jax.jit, static_argnames=("model", "draft"), donate_argnames="rows")
 def score(
     model: Any,
     params: Params,
+    draft: Draft | None,
+    draft_params: Params,
     rows: Rows,
     tokens: Array | np.ndarray,
     start: Array | int,
@@ -178,15 +230,13 @@ def score(
 ) -> tuple[Rows, Drawn]:
     """As `prefill`, with the log-probabilities of the tokens that follow each, int32 [page]: a `Drawn` of one row.
     compares: the most likely tokens are wanted too."""
-    vocab = rows.bias.shape[1]
-    cache = Cache(rows.layers, jnp.asarray(start)[None], len(pages) * len(tokens), jnp.asarray(pages)[None])
-    tokens, following = jnp.asarray(tokens)[None], jnp.asarray(following)[None]
-    real = (tokens >= 0).astype(jnp.int32)
-    logits, cache = model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
-    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))[..., :vocab]
+    rows, logits = _read(model, params, draft, draft_params, rows, tokens, start, pages)
+    following = jnp.asarray(following)[None]
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))[..., : rows.bias.shape[1]]
     values, ids = _most_likely(logprobs, compares)
     chosen = jnp.take_along_axis(logprobs, jnp.maximum(following, 0)[..., None], -1)[..., 0]
-    return dataclasses.replace(rows, layers=cast(Cache, cache).layers), Drawn(following, chosen, ids, values)
+    count = (following >= 0).sum(1)
+    return rows, Drawn(following, chosen, ids, values, count, jnp.ones_like(count))
 
 
 def _most_likely(logprobs: Array, wanted: Array | bool) -> tuple[Array, Array]:
@@ -204,10 +254,12 @@ def _most_likely(logprobs: Array, wanted: Array | bool) -> tuple[Array, Array]:
     return jax.lax.cond(wanted, find, none, logprobs)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "page"), donate_argnames="rows")
+@functools.partial(jax.jit, static_argnames=("model", "draft", "page"), donate_argnames="rows")
 def decode(
     model: Any,
     params: Params,
+    draft: Draft | None,
+    draft_params: Params,
     rows: Rows,
     pages: Array | np.ndarray,
     limit: Array | np.ndarray,
@@ -217,62 +269,83 @@ def decode(
     steps: Array | int,
     page: int,
 ) -> tuple[Rows, Drawn]:
-    """Decode up to `steps` tokens of every row.
+    """Decode up to `steps` tokens of every row, or with K guesses of a draft up to `steps` (1 + K).
 
     pages     int32 [R, M], pages of each row
     limit     int32 [R]: a row is idle once it has this many tokens in the cache
-    replayed  int32 [R, STEPS]: tokens to take in place of drawn ones; -1: draw
-    allowed   uint32 [R, W], set of tokens of which the rows in `held` draw
+    replayed  int32 [R, N]: tokens to take in place of drawn ones; -1: draw
+    allowed   uint32 [R, W], set of tokens of which the rows in `held` draw their first token; they draw no other
     held      bool [R]
     page      number of slots of a page
     """
     pages, limit, replayed = jnp.asarray(pages), jnp.asarray(limit), jnp.asarray(replayed)
     R, vocab = rows.bias.shape
-    size = pages.shape[1] * page
+    T, size, row = 1 if draft is None else 1 + draft.tokens, pages.shape[1] * page, jnp.arange(len(rows.length))
 
-    def step(i: Array, carry: tuple[Rows, Drawn]) -> tuple[Rows, Drawn]:
+    def step(_: Array, carry: tuple[Rows, Drawn]) -> tuple[Rows, Drawn]:
         rows, drawn = carry
-        active = rows.length < limit
+        tokens = rows.token[:, None]
+        if draft is not None:
+            entries, guesses = draft.propose(draft_params, rows, pages, limit, page)
+            rows, tokens = dataclasses.replace(rows, draft=entries), jnp.concatenate([tokens, guesses], axis=1)
+        real = (tokens >= 0) & (rows.length[:, None] + jnp.arange(T) < limit[:, None])
+        real = jnp.cumprod(real.astype(jnp.int32), axis=1)  # padding is at the end
         cache = Cache(rows.layers, rows.length, size, pages)
-        real = active[:, None].astype(jnp.int32)
-        logits, cache = model.apply({"params": params}, rows.token[:, None], None, real, cache)
-        logits = logits[:, 0].astype(jnp.float32)
-        total, logits = jax.nn.logsumexp(logits, axis=-1, keepdims=True), logits[:, :vocab]
-        changed = jax.lax.cond(rows.biased.any(), lambda x: x + rows.bias, lambda x: x, logits)
-        changed = without(changed, active & (rows.length < rows.earliest), rows.ends)
-        changed = without(changed, held, ~allowed)
-        # The key of a draw depends on the text and the position alone.
-        keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.length)
-        token = sample(changed, keys, rows.settings, rows.seen)
-        forced = jax.lax.dynamic_index_in_dim(replayed, i, axis=1, keepdims=False)
-        token = jnp.where(forced >= 0, forced, token)
+        logits, cache = model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
+        logits = logits.astype(jnp.float32)
+        totals = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
-        values, ids = _most_likely(logits - total, rows.compares.any())
+        def draw(j: Array | int, carry: tuple[Drawn, Seen, Array, Array]) -> tuple[Drawn, Seen, Array, Array]:
+            """The token after input `j`, in the rows where that is the token drawn before it."""
+            drawn, seen, alive, last = carry
+            x = jax.lax.dynamic_index_in_dim(logits, j, axis=1, keepdims=False)[:, :vocab]
+            total = jax.lax.dynamic_index_in_dim(totals, j, axis=1, keepdims=False)
+            token = rows.draw(without(x, held, ~allowed), j, seen)
+            forced = jnp.take_along_axis(replayed, drawn.count[:, None], 1, mode="clip")[:, 0]
+            token = jnp.where(forced >= 0, forced, token)
+            values, ids = _most_likely(x - total, rows.compares.any())
+            place = jnp.where(alive, drawn.count, replayed.shape[1])
 
-        def put(all: Array, one: Array) -> Array:
-            return jax.lax.dynamic_update_index_in_dim(all, one, i, axis=1)
+            def put(all: Array, one: Array) -> Array:
+                return all.at[row, place].set(one, mode="drop")
 
-        logprob = jnp.take_along_axis(logits - total, token[:, None], 1)[:, 0]
-        drawn = Drawn(
-            put(drawn.tokens, token),
-            put(drawn.logprobs, logprob),
-            put(drawn.likely, ids),
-            put(drawn.likely_logprobs, values),
-        )
-        cache = cast(Cache, cache)
-        rows = dataclasses.replace(
-            rows,
-            layers=cache.layers,
-            length=cache.length,
-            token=jnp.where(active, token, rows.token),
-            seen=rows.seen.add(jnp.where(active, token, vocab)),
-        )
+            drawn = dataclasses.replace(
+                drawn,
+                tokens=put(drawn.tokens, token),
+                logprobs=put(drawn.logprobs, jnp.take_along_axis(x - total, token[:, None], 1)[:, 0]),
+                likely=put(drawn.likely, ids),
+                likely_logprobs=put(drawn.likely_logprobs, values),
+                count=drawn.count + alive,
+            )
+            seen = seen.add(jnp.where(alive, token, vocab))
+            last = jnp.where(alive, token, last)
+            if T > 1:
+                after = jnp.minimum(j + 1, T - 1)
+                guess, is_real = (jax.lax.dynamic_index_in_dim(x, after, 1, keepdims=False) for x in (tokens, real))
+                alive &= (token == guess) & (is_real > 0) & (j + 1 < T) & ~held
+            return drawn, seen, alive, last
+
+        active = rows.length < limit
+        before, start = drawn.count, (drawn, rows.seen, active, rows.token)
+        drawn, seen, _, last = draw(0, start) if T == 1 else jax.lax.fori_loop(0, T, draw, start)
+        drawn, new = dataclasses.replace(drawn, passes=drawn.passes + active), drawn.count - before
+        history = rows.history
+        if draft is not None:
+            j = jnp.arange(T)
+            written = jnp.take_along_axis(drawn.tokens, before[:, None] + j, 1, mode="clip")
+            place = jnp.where(j < new[:, None], rows.length[:, None] + 1 + j, history.shape[1])
+            history = history.at[row[:, None], place].set(written, mode="drop")
+        layers, length = cast(Cache, cache).layers, rows.length + new
+        rows = dataclasses.replace(rows, layers=layers, length=length, token=last, seen=seen, history=history)
         return rows, drawn
 
+    N = STEPS * T
     nothing = Drawn(
-        jnp.zeros((R, STEPS), jnp.int32),
-        jnp.zeros((R, STEPS), jnp.float32),
-        jnp.zeros((R, STEPS, ALTERNATIVES), jnp.int32),
-        jnp.zeros((R, STEPS, ALTERNATIVES), jnp.float32),
+        tokens=jnp.zeros((R, N), jnp.int32),
+        logprobs=jnp.zeros((R, N), jnp.float32),
+        likely=jnp.zeros((R, N, ALTERNATIVES), jnp.int32),
+        likely_logprobs=jnp.zeros((R, N, ALTERNATIVES), jnp.float32),
+        count=jnp.zeros(R, jnp.int32),
+        passes=jnp.zeros(R, jnp.int32),
     )
     return jax.lax.fori_loop(0, steps, step, (rows, nothing))

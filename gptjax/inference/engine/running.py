@@ -27,7 +27,11 @@ class Running:
     replay: list[int]
     """Its tokens from before it gave up its pages."""
     length: int = 0
-    """Number of tokens in the cache, once all calls have ended."""
+    """Maximum number of tokens in the cache, once all calls have ended. They may write fewer only with speculation."""
+    written: int = 0
+    """Number of tokens of the text whose calls were looked at."""
+    scored: int = 1
+    """Number of tokens of the prompt whose log-probabilities were looked at, if they are wanted."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -43,9 +47,13 @@ class Running:
         """Number of tokens in the cache at its end."""
         return len(self.prompt) - 1 + self.generation.request.max_tokens
 
-    def ready(self, steps: int) -> int:
-        """Number of tokens, at most `steps`, that can be decoded now."""
-        count = 0 if self.reading else min(steps, self.limit - self.length)
+    def ready(self, most: int, guesses: bool) -> int:
+        """Number of tokens, at most `most`, that can be decoded now.
+
+        guesses: a call may write fewer, so that tokens to replay are known only when none is under way."""
+        count = 0 if self.reading else min(most, self.limit - self.length)
+        if guesses and self.written < len(self.replay) and self.length > len(self.prompt) - 1 + self.written:
+            return 0
         if self.generation.matcher is None:
             return count
         return min(count, len(self.prompt) + len(self.generation.tokens) - self.length)
@@ -71,10 +79,10 @@ class Call:
     """A call of `decode` or `score` whose tokens were not looked at."""
 
     drawn: programs.Drawn
-    texts: list[tuple[Running, int, int]]
-    """Each with the number of its first token in the text, or in the prompt, and the number of its tokens."""
-    scores: bool = False
-    """True: a call of `score`."""
+    texts: list[tuple[Running, int]]
+    """Each with the maximum number of its tokens."""
+    steps: int = 0
+    """Number of passes. 0: a call of `score`."""
 
 
 def tokens_of(drawn: programs.Drawn, row: int, places: range, alternatives: int) -> list[Token]:

@@ -1,0 +1,148 @@
+"""Speculative decoding: guess the next tokens cheaply, and let the model read them all at once (Leviathan et al. 2023,
+arXiv:2211.17192).
+
+The model draws a token after every guess, with the key of that position, as it would without guesses. A guess counts if
+it is the token that was drawn before it. So a text is the one that is written without speculation, sampled or greedy,
+up to the rounding of another program; a good guess saves a pass, and a bad one costs only its part of the pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.nn import Cache, make_cache, unstack
+from gptjax.types import Array, Params, UserError
+
+if TYPE_CHECKING:
+    from gptjax.inference.engine.programs import Rows
+
+
+class Draft(Protocol):
+    """Guesses of the next tokens. Hashed by the compiled programs, so its parameters are an argument."""
+
+    @property
+    def tokens(self) -> int:
+        """K, number of guesses at a time."""
+        ...
+
+    @property
+    def params(self) -> Params:
+        """Parameters, of which the methods get those on the device."""
+        ...
+
+    def check(self, vocab: int, context: int) -> None:
+        """Raise UserError if it cannot guess for a model with this vocabulary and context."""
+        ...
+
+    def init_cache(self, pages: int, page: int) -> tuple[Any, ...]:
+        """Empty cache entries, in as many pages as the model's."""
+        ...
+
+    def read(self, params: Params, layers: tuple[Any, ...], tokens: Array, start: Array, pages: Array) -> Any:
+        """`layers` after a page of a prompt, as `programs.prefill` has it."""
+        ...
+
+    def propose(self, params: Params, rows: Rows, pages: Array, limit: Array, page: int) -> tuple[Any, Array]:
+        """Cache entries after the guesses, and these, int32 [R, K]; -1: none. Arguments as of `programs.decode`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NGram:
+    """Guess that the text goes on as after the last earlier place with the same tokens (prompt lookup decoding, Saxena
+    2023). Costs next to nothing, and helps where texts repeat their prompt: summaries, edits, code, extraction."""
+
+    tokens: int = 4
+    """Number of guesses at a time."""
+    longest: int = 3
+    """Number of tokens that should be the same; fewer, down to one, if there is no such place."""
+
+    def __post_init__(self):
+        for name in ("tokens", "longest"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: got {getattr(self, name)}, must be at least 1")
+
+    @property
+    def params(self) -> Params:
+        return {}
+
+    def check(self, vocab: int, context: int) -> None:
+        pass
+
+    def init_cache(self, pages: int, page: int) -> tuple[Any, ...]:
+        return ()
+
+    def read(self, params: Params, layers: tuple[Any, ...], tokens: Array, start: Array, pages: Array) -> Any:
+        return layers
+
+    def propose(self, params: Params, rows: Rows, pages: Array, limit: Array, page: int) -> tuple[Any, Array]:
+        text, last = rows.history, rows.length[:, None]  # the next input token is at `last`
+        places = jnp.arange(text.shape[1])
+        after = jnp.zeros_like(last)
+        for n in range(self.longest, 0, -1):
+            same = (places + n <= last) & (last >= n)  # the place must end before `last`
+            for k in range(n):
+                wanted = jnp.take_along_axis(text, jnp.maximum(last - n + 1 + k, 0), 1)
+                same &= jnp.roll(text, -k, 1) == wanted
+            after = jnp.where(after > 0, after, jnp.where(same, places + n, 0).max(1, keepdims=True))
+        period = jnp.maximum(last + 1 - after, 1)  # a text that repeats itself goes on doing so
+        found = jnp.take_along_axis(text, after + jnp.arange(self.tokens) % period, 1)
+        return rows.draft, jnp.where(after > 0, found, -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DraftModel:
+    """Guesses of a smaller model with the same tokenizer. It draws with the model's own keys and settings, so that the
+    guesses of a similar distribution are mostly the same tokens."""
+
+    model: Any
+    """Its module."""
+    params: Params
+    """Its parameters."""
+    tokens: int = 4
+    """Number of guesses at a time."""
+
+    def __post_init__(self):
+        if self.tokens < 1:
+            raise UserError(f"tokens: got {self.tokens}, must be at least 1")
+        object.__setattr__(self, "params", unstack(self.model.config, self.params))
+
+    def check(self, vocab: int, context: int) -> None:
+        config = self.model.config
+        if config.vocab < vocab:
+            raise UserError(f"draft: got a model of {config.vocab} tokens, must have the tokenizer's {vocab}")
+        if (config.max_positions or context) < context:
+            raise UserError(
+                f"draft: got a model of {config.max_positions} positions, must have at least {context}, the context"
+            )
+        if not all(block.attention.paged for block in config.stack().blocks):
+            raise UserError("draft: got recurrent layers, must have none: their state is not in pages")
+
+    def init_cache(self, pages: int, page: int) -> tuple[Any, ...]:
+        return make_cache(self.model.config, pages, page).layers
+
+    def read(self, params: Params, layers: tuple[Any, ...], tokens: Array, start: Array, pages: Array) -> Any:
+        cache = Cache(layers, start, pages.shape[1] * tokens.shape[1], pages)
+        real = (tokens >= 0).astype(jnp.int32)
+        _, cache = self.model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
+        return cast(Cache, cache).layers
+
+    def propose(self, params: Params, rows: Rows, pages: Array, limit: Array, page: int) -> tuple[Any, Array]:
+        size = pages.shape[1] * page
+
+        def step(k: Array, carry: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
+            layers, token, guesses = carry
+            cache = Cache(layers, rows.length + k, size, pages)
+            real = (rows.length + k < limit)[:, None].astype(jnp.int32)
+            logits, cache = self.model.apply({"params": params}, token[:, None], None, real, cache)
+            token = rows.draw(logits[:, 0].astype(jnp.float32), k, rows.seen)
+            return cast(Cache, cache).layers, token, jax.lax.dynamic_update_index_in_dim(guesses, token, k, axis=1)
+
+        # One step more than there are guesses: the last guess must be in the cache too, if it counts.
+        guesses = jnp.zeros((len(rows.length), self.tokens + 1), jnp.int32)
+        layers, _, guesses = jax.lax.fori_loop(0, self.tokens + 1, step, (rows.draft, rows.token, guesses))
+        return layers, guesses[:, :-1]

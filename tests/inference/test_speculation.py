@@ -1,0 +1,104 @@
+"""Speculation changes no text: only the number of passes that it takes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_engine import CONFIGS, CONTEXT, PAGE, TOKENIZER, cases, engine, params_of, requests, same, write
+
+from gptjax.inference.engine import DraftModel, NGram, Request, programs
+from gptjax.inference.sampling import Sampling
+from gptjax.models.language_model import LanguageModel
+from gptjax.nn import LSTM, LearnedPositions, RecurrentConfig
+from gptjax.types import UserError
+
+SMALL = dataclasses.replace(CONFIGS["rope"], layers=1)
+
+
+def drafts(name):
+    """Guesses from the text, of another model, and of the model itself."""
+    other, itself = (DraftModel(config.build(), params_of(config), 3) for config in (SMALL, CONFIGS[name]))
+    return {"n-gram": NGram(4), "other": other, "itself": itself}
+
+
+def long_requests():
+    """Requests of all settings and constraints, and one whose text repeats itself."""
+    asked = [dataclasses.replace(request, stop_token_ids=()) for request in requests(10, seed=8)]
+    return [*asked, Request(tuple(b"one two three " * 5), 40, Sampling(temperature=0), stop_token_ids=())]
+
+
+@pytest.mark.parametrize("name", cases(["rope", "window", "latent", "experts", "alibi", "bfloat16"]))
+def test_texts_are_those_without_speculation(name):
+    """To the token; log-probabilities to roundings of another program. (A router, or bfloat16, may round to another
+    choice: those are compared up to the first difference.)"""
+    config, asked = CONFIGS[name], long_requests()
+    plain = engine(config)
+    expected, exact = write(plain, asked), name not in ("experts", "bfloat16")
+    assert plain.passes == plain.written
+    atol = 1e-4 if config.dtype == "float32" else 0.3
+    for kind, draft in drafts(name).items():
+        on = engine(config, draft=draft)
+        equal = 0
+        for one, other in zip(expected, write(on, asked), strict=True):
+            a, b = ([token.id for token in text.tokens] for text in (one, other))
+            equal += a == b
+            n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            logprobs = ([token.logprob for token in text.tokens[:n]] for text in (one, other))
+            np.testing.assert_allclose(*logprobs, atol=atol)
+            assert one.finish == other.finish or not exact
+        assert equal == len(asked) if exact else equal > len(asked) // 2
+        if kind == "itself":
+            assert on.written > 1.5 * on.passes, "most guesses are right, but for limits, penalties, constraints"
+
+
+@pytest.mark.parametrize("kind", ["n-gram", "other"])
+def test_a_text_has_the_bits_that_it_has_alone(kind):
+    """Guesses come at other places of a pass when a text is read again: that changes no bit either."""
+    config, draft, asked = CONFIGS["rope"], drafts("rope")[kind], long_requests()
+    alone = []
+    for request in asked:
+        alone += write(engine(config, draft=draft), [request])
+    together, busy = (engine(config, draft=draft, pages=pages) for pages in (None, CONTEXT // PAGE + 3))
+    for on in (together, together, busy):
+        for one, other in zip(alone, write(on, asked), strict=True):
+            same(one, other)
+    assert busy.preempted > 0
+    assert together.pages.hits > 0
+
+
+def test_guesses_from_the_text_save_passes():
+    asked = Request(tuple(b"abcdefgh" * 8), 48, Sampling(temperature=0), stop_token_ids=())
+    on = engine(draft=NGram(4))
+    write(on, [dataclasses.replace(asked, bias={i: -100.0 for i in range(256) if i not in b"ab"})])
+    assert on.passes < on.written / 2
+
+
+def test_nothing_is_compiled_while_it_runs():
+    on = engine(draft=drafts("rope")["other"])
+    on.warm_up()
+    names = "admit", "prefill", "score", "decode"
+    before = [getattr(programs, name)._cache_size() for name in names]
+    asked = long_requests()
+    write(on, asked + [dataclasses.replace(request, prompt_logprobs=True) for request in asked])
+    assert [getattr(programs, name)._cache_size() for name in names] == before
+
+
+def test_drafts_that_do_not_fit_are_refused():
+    params = params_of(SMALL)
+    short = dataclasses.replace(SMALL, vocab=100)
+    with pytest.raises(UserError, match=r"^draft: got a model of 100 tokens, must have the tokenizer's 261"):
+        engine(draft=DraftModel(short.build(), params))
+    few = dataclasses.replace(SMALL, positions=LearnedPositions(64))
+    with pytest.raises(UserError, match=r"^draft: got a model of 64 positions, must have at least 128"):
+        engine(draft=DraftModel(few.build(), params))
+    recurrent = RecurrentConfig(vocab=280, layers=1, width=16, attention=LSTM())
+    with pytest.raises(UserError, match=r"^draft: got recurrent layers"):
+        engine(draft=DraftModel(recurrent.build(), jax.tree.map(np.zeros_like, params)))
+    lm = LanguageModel(SMALL, params, TOKENIZER)
+    other = LanguageModel(SMALL, params, TOKENIZER.with_specials(["<|new|>"]))
+    assert lm.draft(lm, 2).tokens == 2
+    with pytest.raises(UserError, match=r"^draft: got a model with another tokenizer"):
+        lm.draft(other)
+    with pytest.raises(UserError, match=r"^tokens: got 0, must be at least 1"):
+        NGram(0)
