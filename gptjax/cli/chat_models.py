@@ -6,7 +6,7 @@ import dataclasses
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,7 @@ from gptjax.types import UserError
 if TYPE_CHECKING:
     from gptjax.data.chat import Message
     from gptjax.inference.engine import Engine
+    from gptjax.inference.formats import Reader
     from gptjax.models.language_model import LanguageModel
 
 CONTEXT = 8_192
@@ -96,17 +97,20 @@ class LocalModel:
         from gptjax.inference.generate import DEFAULT_TOKENS
         from gptjax.inference.sampling import Sampling
 
+        form = self._model.reply_format
         ids = tuple(self._model.encode_chat(messages, template))
+        reader = form.reader(False, form.thinking(ids, self._model.tokenizer))
         request = Request(
             ids,
             min(max_tokens or DEFAULT_TOKENS, engine.context - len(ids)),
             dataclasses.replace(self._model.sampling or Sampling(), **sampling),
             seed % 2**32,
             stop=tuple(stop),
+            marks=form.marks,
         )
         text = engine.submit(request)
         try:
-            yield from text
+            yield from _content(_taken(reader, text))
         finally:
             engine.cancel(text)
         if text.error is not None:
@@ -187,20 +191,39 @@ def _drop_half(messages: Sequence[Message]) -> list[Message]:
     return [*system, *(turns[starts[len(starts) // 2] :] if len(starts) > 1 else turns)]
 
 
+def _taken(reader: Reader, pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Text and reasoning of each piece."""
+    for piece in pieces:
+        delta = reader.feed(piece)
+        yield delta.content, delta.reasoning
+    delta = reader.close()
+    yield delta.content, delta.reasoning
+
+
 def _pieces(response: Any) -> Generator[str, None, None]:
     """Text of a stream of chunks."""
-    thinking = False
     with response:
-        for event in _events(response):
-            if "error" in event:
-                raise UserError(str(event["error"].get("message")))
-            for choice in event.get("choices", ()):
-                delta = choice.get("delta", {})
-                if delta.get("reasoning_content") and not thinking:
-                    thinking = True
-                    note("thinking")
-                if delta.get("content"):
-                    yield delta["content"]
+        yield from _content(_deltas(response))
+
+
+def _content(deltas: Iterable[tuple[str, str]]) -> Generator[str, None, None]:
+    """The texts of (text, reasoning). The reasoning is announced and not shown."""
+    thinking = False
+    for content, reasoning in deltas:
+        if reasoning and not thinking:
+            thinking = True
+            note("thinking")
+        if content:
+            yield content
+
+
+def _deltas(response: Any) -> Iterator[tuple[str, str]]:
+    for event in _events(response):
+        if "error" in event:
+            raise UserError(str(event["error"].get("message")))
+        for choice in event.get("choices", ()):
+            delta = choice.get("delta", {})
+            yield delta.get("content") or "", delta.get("reasoning_content") or ""
 
 
 def _events(response: Any) -> Iterator[dict[str, Any]]:

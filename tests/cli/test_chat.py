@@ -15,6 +15,9 @@ from rich.console import Console
 
 from gptjax.cli import main
 from gptjax.cli.chat import show_markdown
+from gptjax.cli.chat_models import LocalModel
+from gptjax.data.chat import Message
+from gptjax.models.language_model import LanguageModel
 
 sys.path.append(str(Path(__file__).parents[1] / "serve"))
 from scripted import ScriptedServer
@@ -76,8 +79,14 @@ def test_the_older_half_is_left_out_when_it_is_too_long(run, server):
     assert out.endswith("You said still\n")
 
 
-def test_reasoning_is_announced_and_not_part_of_the_answer(run):
+def test_reasoning_is_announced_and_not_part_of_the_answer(run, server, monkeypatch, capsys):
     assert run("think") == (0, "So.\n", "(thinking)\n")
+    monkeypatch.setattr(LanguageModel, "engine", lambda *_, **__: server.engine)
+    local = LocalModel(Path("some"), lambda path: server.models["tiny"].model)
+    options = {"max_tokens": None, "seed": 0, "stop": (), "template": {}}
+    left_out, pieces = local.reply([Message("user", "think")], options)
+    assert (left_out, "".join(pieces)) == (0, "So.")
+    assert capsys.readouterr().err == "(thinking)\n"
 
 
 @pytest.mark.parametrize(

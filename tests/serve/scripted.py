@@ -55,6 +55,9 @@ class ScriptedEngine:
     def cancel(self, generation: Generation) -> None:
         generation.end("cancelled")
 
+    def start(self) -> None:
+        """Nothing to do: each text has a thread."""
+
     def close(self) -> None:
         self.go.set()
 
