@@ -60,6 +60,12 @@ class Access:
     """File of phrases, one per line: requests with one are refused, replies end before it."""
     audit: Path | None = None
     """File for a log of who asked when, for which model and how many tokens, without content."""
+    store: Path | None = None
+    """File for the responses of /v1/responses, encrypted; clients refer to them with `previous_response_id`."""
+    store_key: Path | None = None
+    """File of its key, which `gptjax store key` makes. None: GPTJAX_STORE_KEY."""
+    store_days: float | None = None
+    """Days after which responses are deleted. None: never."""
     tls_cert: Path | None = None
     """File of a certificate, for HTTPS."""
     tls_key: Path | None = None
@@ -67,6 +73,7 @@ class Access:
 
     def policy(self, host: str, limits: Limits) -> Policy:
         """The rules for a server at this address. Raises UserError for a public one without keys."""
+        from gptjax.cli.store import open_store
         from gptjax.serve.access import LOOPBACK, Policy
         from gptjax.serve.audit import AuditLog
         from gptjax.serve.keys import Keys
@@ -86,6 +93,8 @@ class Access:
             filters=self._filters(),
             audit=None if self.audit is None else AuditLog(self.audit),
             hosts=LOOPBACK if local else None,
+            store=None if self.store is None else open_store(self.store, self.store_key),
+            store_days=self.store_days,
             origins=self.cors_origin,
             requests=limits.requests,
             request_seconds=limits.request_seconds,

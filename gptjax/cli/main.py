@@ -6,6 +6,7 @@ gptjax chat         talk with a model
 gptjax generate     continue a prompt
 gptjax serve        answer over HTTP: OpenAI's interface, and a page to chat in
 gptjax keys         add, list and revoke the API keys of a server
+gptjax store        export and delete the conversations that a server keeps
 gptjax eval         measure a model
 gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax tokenizer    train a tokenizer, or report on one
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gptjax.cli import access, keys, plan, run
+from gptjax.cli import access, keys, plan, run, store
 from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.convert import convert
 from gptjax.cli.serve import serve
@@ -277,6 +278,7 @@ COMMANDS: dict[str, Any] = {"chat": chat, "generate": generate, "serve": serve, 
 """Commands whose arguments are those of a function."""
 GROUPS: dict[str, dict[str, Any]] = {
     "tokenizer": {"train": train_tokenizer, "report": report_tokenizer},
+    "store": {"key": store.key, "export": store.export, "delete": store.delete},
     "keys": {"add": keys.add, "list": keys.list_keys, "revoke": keys.revoke},
 }
 """Commands of commands."""

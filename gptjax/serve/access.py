@@ -17,6 +17,7 @@ from gptjax.serve.audit import AuditLog
 from gptjax.serve.errors import ApiError
 from gptjax.serve.filters import Filters
 from gptjax.serve.keys import ANYONE, Key, Keys
+from gptjax.serve.store import Store
 from gptjax.types import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -35,6 +36,10 @@ class Policy:
     """Filters of what clients send and of what models write."""
     audit: AuditLog | None = None
     """Log of who asked when. None: none."""
+    store: Store | None = None
+    """Store of responses, which clients then refer to. None: nothing is kept."""
+    store_days: float | None = None
+    """Days after which they are deleted. None: never."""
     origins: tuple[str, ...] = ()
     """Other sites whose pages may ask from a browser (CORS), such as https://example.org."""
     requests: int = 500

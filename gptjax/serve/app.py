@@ -22,6 +22,7 @@ from gptjax.serve import openapi
 from gptjax.serve.access import Client, Policy
 from gptjax.serve.errors import ApiError
 from gptjax.serve.guard import Endpoint, Guard, failed
+from gptjax.serve.keys import DAY
 from gptjax.serve.routes import admin, chat, completions, embeddings, page, responses, status, tokens
 from gptjax.serve.service import Served, Service
 
@@ -39,6 +40,8 @@ ROUTES: dict[tuple[str, str], tuple[Endpoint, str | None]] = {
     ("GET", "/openapi.json"): (describe, None),
     ("GET", "/v1/models"): (status.list_models, None),
     ("POST", "/v1/responses"): (responses.respond, "chat"),
+    ("GET", "/v1/responses/{id}"): (responses.get, "chat"),
+    ("DELETE", "/v1/responses/{id}"): (responses.delete, "chat"),
     ("POST", "/v1/embeddings"): (embeddings.embed, "embeddings"),
     ("POST", "/admin/reload"): (admin.reload, "admin"),
     ("POST", "/tokenize"): (tokens.tokenize, None),
@@ -60,6 +63,13 @@ OPEN_ROUTES: dict[str, Endpoint] = {
 """Routes that need no key: none says anything about anybody, and the page asks for the key."""
 
 
+async def _forget(policy: Policy) -> None:
+    """Delete what is older than the policy keeps it, every hour."""
+    while policy.store is not None and policy.store_days is not None:
+        await asyncio.to_thread(policy.store.delete, older_than=policy.store_days * DAY)
+        await asyncio.sleep(3_600)
+
+
 def make_app(
     models: Mapping[str, Served],
     policy: Policy | None = None,
@@ -78,10 +88,13 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        forgetting = asyncio.create_task(_forget(policy))
         yield
+        forgetting.cancel()
         await asyncio.to_thread(service.close)
-        if policy.audit is not None:
-            policy.audit.close()
+        for record in (policy.audit, policy.store):
+            if record is not None:
+                record.close()
 
     async def missing(http: HttpRequest, error: Exception) -> Response:
         return failed(ApiError(404, f"there is no {http.url.path}"))

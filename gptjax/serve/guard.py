@@ -64,7 +64,9 @@ class Guard:
             _log.warning("request %s: the client does not read; the connection is closed", client.id)
         finally:
             service.active -= self._needs_key
-            if not client.detached:
+            if not self._needs_key:  # probes are not noted
+                client.at_end.close()
+            elif not client.detached:
                 service.end(client)
 
     async def _answer(self, http: HttpRequest, client: access.Client) -> Response:

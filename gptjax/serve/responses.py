@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from gptjax.inference.engine import Generation
@@ -48,10 +48,8 @@ def read(body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def as_chat(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The body of the conversation's request. Raises `ApiError` for items and tools that there cannot be."""
     found: dict[str, Any] = {name: fields[name] for name in SAME if name in fields}
-    given = fields["input"]
     system = [{"role": "system", "content": fields["instructions"]}] if "instructions" in fields else []
-    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    found["messages"] = [*system, *_messages(items)]
+    found["messages"] = [*system, *_messages(items(fields["input"]))]
     if "tools" in fields:
         found["tools"] = [_tool(tool) for tool in fields["tools"]]
     choice = fields.get("tool_choice")
@@ -67,6 +65,23 @@ def as_chat(fields: Mapping[str, Any]) -> dict[str, Any]:
         schema = {name: value for name, value in kind.items() if name != "type"}
         found["response_format"] = {**kind, "json_schema": schema} if kind.get("type") == "json_schema" else kind
     return found
+
+
+def items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items of a request's `input`."""
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def with_texts(item: Mapping[str, Any], read: Callable[[str], str]) -> dict[str, Any]:
+    """The item with other texts."""
+    changed = dict(item)
+    for name in ("content", "output", "summary"):
+        value = item.get(name)
+        if isinstance(value, str):
+            changed[name] = read(value)
+        elif isinstance(value, list):
+            changed[name] = [{**part, "text": read(part.get("text") or "")} for part in value]
+    return changed
 
 
 def _messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -197,15 +212,14 @@ class Responses(replies.Chat):
     """/v1/responses
 
     asked  the fields of the request
+    keep   called with the whole response before its end is told
     """
 
     prefix = "resp"
 
-    def __init__(self, asked: Mapping[str, Any], *arguments: Any):
+    def __init__(self, asked: Mapping[str, Any], keep: Callable[[dict[str, Any]], Awaitable[None]], *arguments: Any):
         super().__init__(*arguments)
-        self.id, self._asked = self.id.replace("-", "_"), asked
-        self.done: Callable[[dict[str, Any]], None] = lambda response: None
-        """Called with the whole response."""
+        self.id, self._asked, self._keep = self.id.replace("-", "_"), asked, keep
 
     async def stream(
         self, texts: Sequence[Generation], prompts: int, include_usage: bool, cancel: Any
@@ -234,7 +248,7 @@ class Responses(replies.Chat):
                 if finish is not None:
                     for fields in output.end():
                         yield event(fields)
-                    response = self._finished(output, text, finish)
+                    response = await self._finished(output, text, finish)
                     yield event({"type": f"response.{response['status']}", "response": response})
         except ApiError as error:
             told = {"code": "server_error", "message": error.message}
@@ -250,9 +264,9 @@ class Responses(replies.Chat):
         whole, _, finish = text.snapshot()
         output.feed(self._new().delta(whole, finish))
         output.end()
-        return self._finished(output, text, finish or "stop")
+        return await self._finished(output, text, finish or "stop")
 
-    def _finished(self, output: Output, text: Generation, finish: str) -> dict[str, Any]:
+    async def _finished(self, output: Output, text: Generation, finish: str) -> dict[str, Any]:
         used = replies.usage([text], 1)
         usage = {
             "input_tokens": used["prompt_tokens"],
@@ -264,7 +278,7 @@ class Responses(replies.Chat):
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish)
         details = {} if reason is None else {"incomplete_details": {"reason": reason}}
         response = self._response(output, "completed" if reason is None else "incomplete", usage=usage, **details)
-        self.done(response)
+        await self._keep(response)
         return response
 
     def _response(self, output: Output, status: str, **fields: Any) -> dict[str, Any]:
