@@ -43,8 +43,8 @@ def serve(
         draft: Speculation: ngram guesses the next tokens from the text so far; the folder of a smaller model with the
             same tokenizer lets that model guess. None: no speculation.
         guesses: Number of guesses at a time.
-        tool_format: Way in which the models write calls of tools: hermes, llama, mistral, mistral_args, deepseek or
-            deepseek_markdown. None: the one that chat template and special tokens tell.
+        tool_format: Way in which the models write calls of tools: hermes, llama, mistral, mistral_args, deepseek,
+            deepseek_markdown or harmony. None: the one that chat template and special tokens tell.
     """
     from gptjax.inference.engine import NGram
     from gptjax.models.encoder_model import EncoderModel

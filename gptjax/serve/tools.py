@@ -9,7 +9,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptjax.inference.constraints import Compound, Grammar
+from gptjax.inference.constraints import Grammar
 from gptjax.inference.formats import CallDelta, Reader, ReplyFormat
 from gptjax.io.json_file import OBJECT, TEXT, check
 from gptjax.serve.errors import ApiError
@@ -34,14 +34,10 @@ class Tools:
     parallel: bool
     """True: there may be several calls."""
 
-    def grammar(self, form: ReplyFormat, answer: Grammar | None) -> Grammar | None:
-        """The grammar of a reply whose text, if it calls no tool, is of the grammar `answer`."""
-        if not self.callable or (not self.required and answer is None):
-            return answer
-        calls = form.calls(self.callable, self.parallel)
-        if self.required or answer is None:
-            return calls
-        return Compound("start: @answer | @calls", {"answer": answer, "calls": calls})
+    def calls(self, form: ReplyFormat, structured: bool) -> Grammar | None:
+        """The grammar of calls, if the reply must be some, or may be some in place of an answer with a structure."""
+        wanted = self.callable and (self.required or structured)
+        return form.calls(self.callable, self.parallel) if wanted else None
 
 
 def read(fields: Mapping[str, Any]) -> Tools:

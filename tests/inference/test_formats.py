@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 
 from gptjax.data.tokenizers.bytes import Bytes
-from gptjax.inference.constraints import Compiler, JsonSchema
+from gptjax.inference.constraints import Choice, Compiler, Compound
 from gptjax.inference.formats import TOOLS, Reader, Reasoning, ReplyFormat, reply_format
 
 THINK = Reasoning("<think>", "</think>")
@@ -118,7 +119,7 @@ def test_a_reply_is_the_same_wherever_it_is_cut(name):
         assert read(form, [text[:cut], text[cut:]]) == tuple(expected), text[:cut]
 
 
-@pytest.mark.parametrize("form", TOOLS)
+@pytest.mark.parametrize("form", [name for name in TOOLS if name != "harmony"])
 def test_garbage_is_the_same_wherever_it_is_cut(form):
     draw = random.Random(0)
     pieces = [text for kind, text, *_ in REPLIES.values() if kind == form] + [*TOOLS[form].marks, "<think>", "</think>"]
@@ -130,7 +131,7 @@ def test_garbage_is_the_same_wherever_it_is_cut(form):
 
 
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("name", TOOLS)
+@pytest.mark.parametrize("name", [name for name in TOOLS if name != "harmony"])
 def test_calls_are_read_as_they_are_written_and_as_they_are_held_to(name, special):
     """With the marks as special tokens, and as text; after reasoning that the prompt opened, and without."""
     form = TOOLS[name]
@@ -141,8 +142,10 @@ def test_calls_are_read_as_they_are_written_and_as_they_are_held_to(name, specia
     tools = {"weather": SCHEMA, "now": None}
     grammar, compiler, draw = format.calls(tools, parallel=True), Compiler(tokenizer, tokenizer.vocab), random.Random(1)
     several = 0
+    opened = [i for i, mark in marks.items() if mark == THINK.open] or [*b"<think>"]
+    prompt = [*opened, *b"\n"]
     for thinking in (False, True):
-        constraint = compiler.compile(format.after_reasoning(grammar) if thinking else grammar)
+        constraint = compiler.compile(format.held(None, grammar, prompt if thinking else [], tokenizer))
         for _ in range(12):
             matcher, ids = constraint.start(), []
             if thinking:
@@ -186,4 +189,43 @@ def test_formats_are_told_by_templates_and_special_tokens():
     start = [*b"assistant", plain.vocab]
     assert form.thinking([*start, 10], plain)
     assert not form.thinking([*start, *b"Hm", plain.vocab + 1, *b"\n\n"], plain)
-    assert form.after_reasoning(JsonSchema({})).lark.startswith("start: thought <[262]>")
+    said = [*b"<think>", *plain.with_specials(("<|assistant|>",)).specials.values()]
+    assert not form.thinking(said, plain), "what a user says opens nothing"
+    yes = Choice(("yes",))
+    for prompt, rule in (([*start, 10], "thought reply"), ([1], "(<[261]> thought)? reply"), ([261, 262, 10], "reply")):
+        held = form.held(yes, None, prompt, plain)
+        assert isinstance(held, Compound)
+        assert held.lark.startswith(f"start: {rule}\n")
+
+
+CHANNELS = (
+    "<|channel|>analysis<|message|>Rome, then.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+    '<|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}'
+)
+
+
+def test_channels_are_reasoning_content_and_calls():
+    def read(parts: list[str], tools: bool = True):
+        reader = form.reader(tools, False)
+        deltas = [*map(reader.feed, parts), reader.close()]
+        return "".join(d.content for d in deltas), "".join(d.reasoning for d in deltas), reader.calls
+
+    tokenizer = Bytes(TOOLS["harmony"].marks).build(iter(()))
+    form = reply_format("<|channel|>", tokenizer)
+    expected = "I look.", "Rome, then.", [("weather", '{"city": "Rome"}')]
+    for cut in range(len(CHANNELS)):
+        assert read([CHANNELS[:cut], CHANNELS[cut:]]) == expected
+    assert read([*CHANNELS]) == expected
+    assert read(["Hello."]) == ("Hello.", "", [])
+    assert read([CHANNELS], tools=False) == ('I look.{"city": "Rome"}', "Rome, then.", [])
+    compiler = Compiler(tokenizer, tokenizer.vocab)
+    held = form.held(Choice(("yes",)), form.calls({"now": None, "weather": SCHEMA}, True), [1], tokenizer)
+    assert held is not None
+    for text in ("<|channel|>final<|message|>yes", CHANNELS.replace("commentary<|message|>I look", "x")):
+        matcher = compiler.compile(held).start()
+        text = text.replace("<|end|><|start|>assistant<|channel|>x.", "").replace('"city"', '"c"')
+        parts = re.split("(" + "|".join(map(re.escape, tokenizer.specials)) + ")", text)
+        for part in parts:
+            for token in [tokenizer.specials[part]] if part in tokenizer.specials else part.encode():
+                matcher.accept(token)
+        assert matcher.finished, text

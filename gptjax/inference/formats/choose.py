@@ -11,6 +11,7 @@ from gptjax.data.chat import Message
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.constraints import Compound, Grammar, JsonSchema
 from gptjax.inference.formats.deepseek import DeepSeek, DeepSeekMarkdown
+from gptjax.inference.formats.harmony import Harmony
 from gptjax.inference.formats.hermes import Hermes
 from gptjax.inference.formats.llama import Llama
 from gptjax.inference.formats.mistral import Mistral, MistralArguments
@@ -20,7 +21,8 @@ from gptjax.inference.formats.tool_format import ToolFormat
 from gptjax.types import UserError
 
 TOOLS: dict[str, ToolFormat] = {
-    form.name: form for form in (MistralArguments(), Mistral(), DeepSeekMarkdown(), DeepSeek(), Hermes(), Llama())
+    form.name: form
+    for form in (Harmony(), MistralArguments(), Mistral(), DeepSeekMarkdown(), DeepSeek(), Hermes(), Llama())
 }
 """By name, in the order in which they are looked for."""
 TAIL = 64
@@ -36,15 +38,60 @@ class ReplyFormat:
     reasoning: Reasoning
     marks: Mapping[int, str]
     """Special tokens that are part of a reply, and their texts."""
+    reasons: bool = False
+    """True: chat template or special tokens have the marks of the reasoning."""
 
     def thinking(self, prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
         """True: the reply to this prompt begins inside of the reasoning, which the template has opened."""
-        parts = [self.marks.get(i, "").encode() or tokenizer.decode_bytes([i]) for i in prompt[-TAIL:]]
-        return self.reasoning.opened(b"".join(parts).decode("utf-8", "replace"))
+        return self.reasoning.opened(self._end(prompt, tokenizer))
+
+    def _end(self, prompt: Sequence[int], tokenizer: Tokenizer) -> str:
+        """The end of a prompt, with its special tokens, which no text of a message stands for."""
+        specials = dict.fromkeys(tokenizer.specials.values(), b"\x00")
+        specials |= {i: mark.encode() for i, mark in self.marks.items()}
+        parts = [specials.get(i) or tokenizer.decode_bytes([i]) for i in prompt[-TAIL:]]
+        return b"".join(parts).decode("utf-8", "replace")
 
     def reader(self, tools: bool, thinking: bool) -> Reader:
         """A reader of one reply. tools: the model may call some."""
+        if isinstance(self.tools, Harmony):
+            return self.tools.reader(tools)
         return Reader(self.tools if tools else None, self.reasoning, thinking)
+
+    def held(
+        self, answer: Grammar | None, calls: Grammar | None, prompt: Sequence[int], tokenizer: Tokenizer
+    ) -> Grammar | None:
+        """The grammar of a reply to this prompt. Its reasoning is free: what the prompt has opened is closed first, and
+        a model that reasons may do so unless the prompt has closed it.
+
+        answer  grammar of an answer. None: there is none, or any, if there are no calls either
+        calls   grammar of the calls that may take its place, as `calls` makes it
+        """
+        if answer is None and calls is None:
+            return None
+        kinds = {"answer": answer, "calls": calls}
+        parts = {name: grammar for name, grammar in kinds.items() if grammar is not None}
+        before = "" if self.tools is None else self._literal(self.tools.answer)
+        either = " | ".join(f"{before if name == 'answer' else ''} @{name}" for name in parts)
+        begin, close = (self.tools and self.tools.thought) or dataclasses.astuple(self.reasoning)
+        end = self._end(prompt, tokenizer)
+        if self.reasoning.opened(end):
+            start = "thought reply"
+        else:
+            may = self.reasons and not end.rstrip().endswith(self.reasoning.close)
+            start = f"({self._literal(begin)} thought)? reply" if may else "reply"
+        lark = f"start: {start}\nreply: {either}\n"
+        if "thought" not in start:
+            return Compound(lark, parts)
+        return Compound(lark + self._thought(close), parts)
+
+    def _thought(self, close: str) -> str:
+        """Rules of free text up to a mark."""
+        first = next((mark for mark in self.marks.values() if close.startswith(mark)), None)
+        if first is not None:
+            return f"thought: text {self._literal(close)} space?\ntext: /(?s:.*)/\nspace: /\\n{{1,2}}/"
+        mark = re.escape(close).replace("/", r"\/")
+        return f"thought: text space?\ntext[lazy]: /(?s:.*){mark}/\nspace: /\\n{{1,2}}/"
 
     def message(self, text: str, tools: bool, thinking: bool) -> Message:
         """The message of a whole reply."""
@@ -63,7 +110,7 @@ class ReplyFormat:
         if self.tools is None:
             raise UserError("tools: got some for a model whose format of calls is not known; give one by --tool_format")
         first, middle, last = map(self._literal, self.tools.between)
-        more = f"({middle} one)*" if parallel else ""
+        more = f"({middle} one)*" if parallel and not self.tools.single else ""
         each = []
         for i, name in enumerate(tools):
             before, after = map(self._literal, self.tools.around(name))
@@ -71,16 +118,6 @@ class ReplyFormat:
         lark = f"start: {first} one {more} {last}\none: " + "\n  | ".join(each)
         schemas = {f"arguments{i}": {"type": "object", **(schema or {})} for i, schema in enumerate(tools.values())}
         return Compound(lark, {name: JsonSchema(schema) for name, schema in schemas.items()})
-
-    def after_reasoning(self, grammar: Grammar) -> Grammar:
-        """Replies whose reasoning, which the prompt has opened, is free, and whose answer is of this grammar."""
-        close = self.reasoning.close
-        if close in self.marks.values():
-            rules = f"start: thought {self._literal(close)} space? @answer\nthought: /(?s:.*)/"
-        else:
-            mark = re.escape(close).replace("/", r"\/")
-            rules = f"start: thought space? @answer\nthought[lazy]: /(?s:.*){mark}/"
-        return Compound(rules + "\nspace: /\\n{1,2}/", {"answer": grammar})
 
     def _literal(self, text: str) -> str:
         """A text in Lark, with its special tokens as such."""
@@ -101,9 +138,10 @@ def reply_format(source: str | None, tokenizer: Tokenizer, tools: str | None = N
     known = TOOLS["hermes"] if source is None else _known(source, tokenizer)
     form = TOOLS[tools] if tools is not None else known
     texts = (source or "", " ".join(tokenizer.specials))
-    reasoning = next((kind for kind in KINDS if any(kind.open in text for text in texts)), KINDS[0])
+    known_reasoning = next((kind for kind in KINDS if any(kind.open in text for text in texts)), None)
+    reasoning, reasons = known_reasoning or KINDS[0], known_reasoning is not None or isinstance(form, Harmony)
     marks = {reasoning.open, reasoning.close, *(form.marks if form is not None else ())}
-    return ReplyFormat(form, reasoning, {i: name for name, i in tokenizer.specials.items() if name in marks})
+    return ReplyFormat(form, reasoning, {i: name for name, i in tokenizer.specials.items() if name in marks}, reasons)
 
 
 def _known(source: str, tokenizer: Tokenizer) -> ToolFormat | None:

@@ -91,7 +91,7 @@ class Reader:
 
     def _think(self) -> bool:
         assert self._reasoning is not None
-        at, end = _find(self._rest, (self._reasoning.close,), self._ended)
+        at, end = find_mark(self._rest, (self._reasoning.close,), self._ended)
         text = self._rest[:at]
         if not self._said:
             text = text.lstrip("\n")
@@ -116,7 +116,7 @@ class Reader:
                 return self._go(self._call, self._rest)
             if not self._rest.strip() and not self._ended:
                 return False
-        at, mark = _find(self._rest, marks, self._ended)
+        at, mark = find_mark(self._rest, marks, self._ended)
         self._say(self._rest[:at])
         self._rest = self._rest[at:]
         if mark is not None:
@@ -220,7 +220,7 @@ class _Value:
         return len(text)
 
 
-def _find(text: str, marks: Sequence[str], ended: bool) -> tuple[int, str | None]:
+def find_mark(text: str, marks: Sequence[str], ended: bool) -> tuple[int, str | None]:
     """Place of the first of these marks, and which it is; or the place from which one may begin, and None."""
     found = [(at, mark) for mark in marks if (at := text.find(mark)) >= 0]
     if found:

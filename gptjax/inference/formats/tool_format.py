@@ -28,12 +28,18 @@ class ToolFormat:
     """True: a reply that begins with a brace is a block, too."""
     end: ClassVar[str | None] = None
     """End of a block. None: that of the reply."""
-    header: ClassVar[re.Pattern[str]]
+    header: ClassVar[re.Pattern[str]] = re.compile(r"(?!)")
     """Beginning of a call, up to its arguments."""
     rest: ClassVar[re.Pattern[str]] = re.compile(r"\A[\s}\];]*")
     """Text between the arguments of the last call and the end of the block. What else is there is content."""
     between: ClassVar[tuple[str, str, str]] = ("", "", "")
     """Texts before the first call, between two, and after the last, as a model writes them."""
+    single: ClassVar[bool] = False
+    """True: a reply has one call."""
+    answer: ClassVar[str] = ""
+    """Text before an answer that calls no tool."""
+    thought: ClassVar[tuple[str, str] | None] = None
+    """Marks of the reasoning, if they belong to the format. None: those of `Reasoning`."""
     id_length: ClassVar[int] = 24
     """Number of letters and digits of a call's identity."""
 

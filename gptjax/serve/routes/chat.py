@@ -43,9 +43,7 @@ async def answer(
     offered, asked_for = tools.read(fields), structure.grammar(fields)
     form = served.format
     if offered.callable and form.tools is None:
-        raise ApiError(
-            400, "tools: got some for a model whose format of calls is not known; serve it with --tool_format"
-        )
+        raise ApiError(400, "tools: got some for a model of unknown format; serve it with --tool_format", "tools")
 
     def encode() -> tuple[int, ...]:  # templates and tokenizers take their time: not in the event loop
         said = conversation([_plain(message) for message in fields["messages"]], offered.offered)
@@ -64,10 +62,11 @@ async def answer(
     n = read_fields.choices(fields)
     prompt, constraint = await asyncio.to_thread(encode), None
     thinking = form.thinking(prompt, served.model.tokenizer)
-    if (grammar := offered.grammar(form, asked_for and asked_for[0])) is not None:
-        grammar = form.after_reasoning(grammar) if thinking else grammar
-        param = asked_for[1] if asked_for else "tools"
-        constraint = await structure.constraint(service.compiling, served.engine, grammar, param)
+    answer_of, param = asked_for or (None, "tools")
+    calls = offered.calls(form, answer_of is not None)
+    held = form.held(None if offered.required else answer_of, calls, prompt, served.model.tokenizer)
+    if held is not None:
+        constraint = await structure.constraint(service.compiling, served.engine, held, param)
     asked = to_engine(served, fields, prompt, client, constraint, form.marks)
     shape = form_of_reply(name, served.model.tokenizer, wants, asked.alternatives, taken)
     return await reply(service, http, client, served, shape, [asked], n, fields, ignored)
