@@ -22,6 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gptjax.interop import packed
 from gptjax.types import UserError
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -113,10 +114,12 @@ def dequantised(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | N
     if config is None:
         return tensors
     method, block = config.get("quant_method"), config.get("weight_block_size") or ()
+    if method in packed.METHODS:
+        return packed.unpack(tensors, config)
     if method != "mxfp4" and (method, len(block)) != ("fp8", 2):
         raise UserError(
-            f"config.json: quantization_config: got {method}, must be mxfp4 or fp8 with a weight_block_size; "
-            "use the model's bfloat16 version"
+            f"config.json: quantization_config: got {method}, must be {', '.join(packed.METHODS)}, mxfp4, or fp8 "
+            "with a weight_block_size; use the model's bfloat16 version"
         )
     codes, scales = ("_blocks", "_scales") if method == "mxfp4" else ("", "_scale_inv")
     found = [name.removesuffix(scales) for name in tensors if name.endswith(scales)]

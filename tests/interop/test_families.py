@@ -226,8 +226,8 @@ def test_what_nobody_needs_is_passed_over():
         ),
         (
             "quantization_config",
-            {"quant_method": "gptq"},
-            "config.json: quantization_config: got gptq, must be mxfp4 or ",
+            {"quant_method": "hqq"},
+            "config.json: quantization_config: got hqq, must be compressed-tensors, gptq, awq, bitsandbytes, mxfp4, ",
         ),
     ],
 )
