@@ -9,6 +9,7 @@ gptjax keys         add, list and revoke the API keys of a server
 gptjax store        export and delete the conversations that a server keeps
 gptjax eval         measure a model
 gptjax convert      write a model in another format: Hugging Face, GGUF or ours
+gptjax quantize     write a model with weights of 8 or 4 bits, and report what that costs
 gptjax tokenizer    train a tokenizer, or report on one
 """
 
@@ -29,6 +30,7 @@ import tyro
 from gptjax.cli import access, keys, plan, run, store
 from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.convert import convert
+from gptjax.cli.quantize import quantize
 from gptjax.cli.serve import serve
 from gptjax.distributed import processes
 
@@ -274,7 +276,14 @@ def _with_sampling(model: LanguageModel) -> LanguageModel:
     return dataclasses.replace(model, sampling=model.sampling or Sampling(temperature=0.8, top_p=0.95))
 
 
-COMMANDS: dict[str, Any] = {"chat": chat, "generate": generate, "serve": serve, "eval": evaluate, "convert": convert}
+COMMANDS: dict[str, Any] = {
+    "chat": chat,
+    "generate": generate,
+    "serve": serve,
+    "eval": evaluate,
+    "convert": convert,
+    "quantize": quantize,
+}
 """Commands whose arguments are those of a function."""
 GROUPS: dict[str, dict[str, Any]] = {
     "tokenizer": {"train": train_tokenizer, "report": report_tokenizer},

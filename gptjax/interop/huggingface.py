@@ -14,7 +14,7 @@ import dataclasses
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,16 @@ import numpy as np
 
 from gptjax.config import differences
 from gptjax.data.tokenizers import MissingTokenizer, Tokenizer
-from gptjax.distributed.parameters import declared, flat, nested
+from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.inference.sampling import Sampling
-from gptjax.interop import multimodal, quantised, safetensors, schema, tokenizers
+from gptjax.interop import compressed, multimodal, quantised, safetensors, schema, tokenizers
+from gptjax.interop.compressed import Exported
 from gptjax.interop.essence import essence, summarise
 from gptjax.interop.families import CLASSIFYING, FAMILIES, Family, Fields, Piece, pieces
 from gptjax.interop.generation import of_sampling
 from gptjax.interop.multimodal import read_config
 from gptjax.interop.templates import ChatTemplate
-from gptjax.kernels.linear import PackedWeight
 from gptjax.nn import (
     GELU,
     BackboneConfig,
@@ -167,13 +167,15 @@ def from_tensors(
     `load_hf`."""
     fields = Fields(fields)
     _, config, found, tensors = matched(fields, tensors, rules)
-    abstract = declared(config.build(rules))
+    abstract, infos = declared(config.build(rules)), flat(parameter_info(config.build(rules)))
     by_leaf: dict[str, dict[tuple[int, ...], Piece]] = defaultdict(dict)
     for piece in found:
         by_leaf[piece.leaf][piece.index] = piece
 
-    def load(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def load(name: str, leaf: jax.ShapeDtypeStruct) -> Any:
         stack = [piece for _, piece in sorted(by_leaf[name].items())]
+        if dtype is None and (kept := compressed.quantised_leaf(stack, tensors, leaf, infos[name])) is not None:
+            return kept
         own = jnp.result_type(*{tensors[piece.tensor].dtype for piece in stack})
         leaf = jax.ShapeDtypeStruct(leaf.shape, dtype or own, sharding=leaf.sharding)
         shape = leaf.shape[len(stack[0].index) :]
@@ -196,6 +198,8 @@ def matched(
     tensors = quantised.dequantised(multimodal.text_tensors(tensors), fields.get("quantization_config"))
     schema.check_sizes(fields, tensors)
     family = _family(fields["model_type"])
+    if family.model_type == "gpt2" and fields.get("quantization_config"):
+        raise UserError("config.json: quantization_config: got one for gpt2, whose programs disagree on the layout")
     config = _read(family, fields)
     tensors = safetensors.Renamed(tensors, {_current(name, family.former): name for name in tensors})
     if not any(name.startswith(family.prefix) for name in tensors):
@@ -211,38 +215,6 @@ def tensor_pieces(family: Family, config: ModelConfig, rules: ShardingRules = Sh
     return pieces(family, _stacks(config), {name: leaf.shape for name, leaf in declared(config.build(rules)).items()})
 
 
-@dataclasses.dataclass(frozen=True)
-class Exported(Mapping[str, np.ndarray]):
-    """Name -> tensor, assembled from parameters on access."""
-
-    pieces: Mapping[str, list[Piece]]
-    leaves: Mapping[str, Any]
-    dtype: np.dtype
-
-    @property
-    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Name -> shape and dtype."""
-        return {name: jax.ShapeDtypeStruct(pieces[0].shape, self.dtype) for name, pieces in self.pieces.items()}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        tensor = np.empty(self.pieces[name][0].shape, self.dtype)
-        for piece in self.pieces[name]:
-            leaf = self.leaves[piece.leaf]
-            view = piece.view(tensor)
-            values = np.asarray(leaf[piece.index] if piece.index else leaf).reshape(view.shape)
-            with np.errstate(over="ignore"):
-                view[...] = values
-            if values.dtype != tensor.dtype and np.any(np.isinf(view) & np.isfinite(values)):
-                raise UserError(f"dtype: {name} has values too large for {tensor.dtype}; choose float32 or bfloat16")
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.pieces)
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-
 def to_tensors(
     config: ModelConfig, params: Params, dtype: str = "float32", model_type: str | None = None
 ) -> tuple[dict[str, Any], Exported]:
@@ -252,14 +224,14 @@ def to_tensors(
         raise UserError(f"dtype: got {dtype!r}, must be one of {', '.join(DTYPES)}")
     family, fields = _expressed(config, model_type)
     leaves = flat(params)
-    if any(isinstance(leaf, PackedWeight) for leaf in leaves.values()):
-        raise UserError("params: got quantised weights, must be floats; use `save`")
     by_tensor: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces(family, _stacks(config), {name: leaf.shape for name, leaf in leaves.items()}):
         by_tensor[piece.tensor].append(piece)
     if lacking := leaves.keys() - {piece.leaf for group in by_tensor.values() for piece in group}:
         raise UserError(f"params: got {_some(lacking)}, for which {family.model_type} has no name")
-    return fields, Exported(by_tensor, leaves, jnp.dtype(dtype))
+    exported = Exported(by_tensor, leaves, jnp.dtype(dtype))
+    quantised = compressed.config(exported, family.head)
+    return fields if quantised is None else {**fields, "quantization_config": quantised}, exported
 
 
 def expressing(config: ModelConfig, model_type: str | None = None) -> Family:

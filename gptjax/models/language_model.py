@@ -300,10 +300,13 @@ class LanguageModel(TextEncoder):
 
     def save_gguf(self, path: str | Path, dtype: str = "f16") -> None:
         """Write a file for llama.cpp; see `gptjax.interop.gguf.write.write`."""
+        from gptjax.inference.quantise import is_quantised
         from gptjax.interop import huggingface
         from gptjax.interop.gguf.write import write
         from gptjax.interop.templates import jinja_source
 
+        if is_quantised(self.params):
+            raise UserError('params: got quantised weights, must be floats; GGUF has types of its own: dtype="q8_0"')
         fields, tensors = huggingface.to_tensors(self.config, self.params)
         fields = {"max_position_embeddings": self._max_length or 2_048, **fields}
         source = jinja_source(self.template, self.tokenizer)

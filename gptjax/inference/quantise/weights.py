@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
-from gptjax.kernels.quantised import QuantisedArray, quantise
+from gptjax.kernels.quantised import BITS, QuantisedArray, quantise
 from gptjax.nn import ModelConfig
 from gptjax.types import Params, UserError
 
@@ -39,28 +40,35 @@ def quantise_params(
 
     Raises UserError for parameters on a mesh, or quantised already.
     """
-    if bits not in (8, 4):
-        raise UserError(f"bits: got {bits}, must be 8 or 4")
+    check(params, bits, group)
+    infos, found = flat(parameter_info(config.build())), {}
+    for name, x in flat(params).items():
+        found[name] = quantised(name, x, infos[name], bits, group, embeddings)
+        if found[name] is not x:
+            progress(name)
+    return nested(found)
+
+
+def check(params: Params, bits: int, group: int | None) -> None:
+    """Raise UserError for parameters that cannot be quantised, and for another number of bits or group."""
+    if bits not in BITS:
+        raise UserError(f"bits: got {bits}, must be {' or '.join(map(str, BITS))}")
     if group is not None and (group < 2 or group % 2):
         raise UserError(f"group: got {group}, must be even and at least 2")
     found = flat(params)
     if any(isinstance(x, QuantisedArray) for x in found.values()):
         raise UserError("params: got quantised ones, must be floats; quantise the original model")
-    if any(len(getattr(x, "devices", lambda: "1")()) > 1 for x in found.values()):
+    if any(isinstance(x, jax.Array) and len(x.devices()) > 1 for x in found.values()):
         raise UserError("mesh: got parameters on several devices, must be on one: load the model without a mesh")
 
-    def change(name: str, x: Any, info: ParamInfo) -> Any:
-        kind = role(name, info)
-        if kind is None or (kind != "matrix" and not embeddings):
-            return x
-        whole = kind != "matrix"
-        size = (8, None) if whole else (bits, group)
-        y = _quantise(x, *size, info.inputs, info.batch, kind == "embedding")
-        progress(name)
-        return y
 
-    infos = flat(parameter_info(config.build()))
-    return nested({name: change(name, x, infos[name]) for name, x in found.items()})
+def quantised(name: str, x: Any, info: ParamInfo, bits: int, group: int | None, embeddings: bool) -> Any:
+    """A parameter, rounded if it is one that is quantised."""
+    kind = role(name, info)
+    if kind is None or (kind != "matrix" and not embeddings):
+        return x
+    size = (bits, group) if kind == "matrix" else (8, None)
+    return _quantise(x, *size, info.inputs, info.batch, kind == "embedding")
 
 
 def role(name: str, info: ParamInfo) -> str | None:
@@ -68,6 +76,21 @@ def role(name: str, info: ParamInfo) -> str | None:
     if info.kind in ("matrix", "head"):
         return info.kind
     return "embedding" if name == EMBEDDING else None
+
+
+def errors(config: ModelConfig, params: Params, small: Params) -> dict[str, float]:
+    """Relative error |W - Q| / |W| of each quantised matrix, by name; of stacked ones with the layer's number."""
+    infos, floats, found = flat(parameter_info(config.build())), flat(params), {}
+    for name, q in flat(small).items():
+        if not isinstance(q, QuantisedArray):
+            continue
+        w, rounded = (np.asarray(x, np.float32) for x in (floats[name], q))
+        for index in np.ndindex(w.shape[: infos[name].batch]):
+            label = "".join(f" [{i}]" for i in index)
+            found[name + label] = float(
+                np.linalg.norm(w[index] - rounded[index]) / max(np.linalg.norm(w[index]), 1e-30)
+            )
+    return found
 
 
 def is_quantised(params: Params) -> bool:
