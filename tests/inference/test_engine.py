@@ -218,7 +218,7 @@ def test_no_program_copies_the_pool(name, rows, draft):
     config, pages = CONFIGS[name], 77
     model, params, table = config.build(), unstack(config, params_of(config)), np.zeros((rows, 8), np.int32)
     models = model, params, draft, {}
-    state = programs.idle(config, rows, pages, PAGE, TOKENIZER.vocab, draft, CONTEXT)
+    state = programs.idle(model, rows, pages, PAGE, TOKENIZER.vocab, draft, CONTEXT)
     limit, replayed = np.zeros(rows, np.int32), np.zeros((rows, programs.STEPS * 4), np.int32)
     held = np.zeros((rows, 9), np.uint32), np.zeros(rows, bool)
     calls = (

@@ -55,12 +55,14 @@ class Device:
         vocab: int,
         draft: Draft | None = None,
     ):
+        # Rows are on all devices; heads, experts and the hidden sizes are sharded as the parameters are.
+        model = model.clone(rules=dataclasses.replace(model.rules, batch=None, sequence=None))
         self.model, self.rows, self.pages, self.page, self.width, self.vocab = model, rows, pages, page, width, vocab
         self._mesh_of = params
         with on_mesh_of(params):
             self._models = model, unstack(model.config, params), draft, {} if draft is None else draft.params
             # The last page is nobody's.
-            self._state = programs.idle(model.config, rows, pages + 1, page, vocab, draft, width * page)
+            self._state = programs.idle(model, rows, pages + 1, page, vocab, draft, width * page)
             self._free = self._held(())
         self.guesses = 0 if draft is None else draft.tokens
         """Number of guesses at a time."""

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.distributed.sharding import reshard
 from gptjax.inference.engine.speculation import Draft
 from gptjax.inference.sampling import Sampling, SamplingRows, Seen, sample, unseen
 from gptjax.nn import Cache, make_cache
@@ -86,14 +87,14 @@ class Drawn:
 
 
 def idle(
-    config: Any, rows: int, pages: int, page: int, vocab: int, draft: Draft | None = None, context: int = 0
+    model: Any, rows: int, pages: int, page: int, vocab: int, draft: Draft | None = None, context: int = 0
 ) -> Rows:
     """Rows without texts, and an empty pool of pages, the last of them nobody's.
 
     vocab    tokens from this one on are never sampled
     context  maximum number of tokens of a row, for the draft
     """
-    cache = make_cache(config, pages, page)
+    cache = make_cache(model.config, pages, page, model.rules)
     return Rows(
         layers=cache.layers,
         length=jnp.zeros(rows, jnp.int32),
@@ -231,6 +232,7 @@ def score(
     """As `prefill`, with the log-probabilities of the tokens that follow each, int32 [page]: a `Drawn` of one row.
     compares: the most likely tokens are wanted too."""
     rows, logits = _read(model, params, draft, draft_params, rows, tokens, start, pages)
+    logits = reshard(logits, model.rules(None, None, None))
     following = jnp.asarray(following)[None]
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))[..., : rows.bias.shape[1]]
     values, ids = _most_likely(logprobs, compares)
@@ -292,7 +294,7 @@ def decode(
         real = jnp.cumprod(real.astype(jnp.int32), axis=1)  # padding is at the end
         cache = Cache(rows.layers, rows.length, size, pages)
         logits, cache = model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
-        logits = logits.astype(jnp.float32)
+        logits = reshard(logits, model.rules(None, None, None)).astype(jnp.float32)
         totals = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
         def draw(j: Array | int, carry: tuple[Drawn, Seen, Array, Array]) -> tuple[Drawn, Seen, Array, Array]:

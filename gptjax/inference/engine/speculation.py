@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import jax
 import jax.numpy as jnp
 
+from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.nn import Cache, make_cache, unstack
 from gptjax.types import Array, Params, UserError
 
@@ -109,7 +110,10 @@ class DraftModel:
     def __post_init__(self):
         if self.tokens < 1:
             raise UserError(f"tokens: got {self.tokens}, must be at least 1")
-        object.__setattr__(self, "params", unstack(self.model.config, self.params))
+        with on_mesh_of(self.params):
+            object.__setattr__(self, "params", unstack(self.model.config, self.params))
+        rules = dataclasses.replace(self.model.rules, batch=None, sequence=None)
+        object.__setattr__(self, "model", self.model.clone(rules=rules))
 
     def check(self, vocab: int, context: int) -> None:
         config = self.model.config
@@ -123,7 +127,7 @@ class DraftModel:
             raise UserError("draft: got recurrent layers, must have none: their state is not in pages")
 
     def init_cache(self, pages: int, page: int) -> tuple[Any, ...]:
-        return make_cache(self.model.config, pages, page).layers
+        return make_cache(self.model.config, pages, page, self.model.rules).layers
 
     def read(self, params: Params, layers: tuple[Any, ...], tokens: Array, start: Array, pages: Array) -> Any:
         cache = Cache(layers, start, pages.shape[1] * tokens.shape[1], pages)
@@ -139,6 +143,7 @@ class DraftModel:
             cache = Cache(layers, rows.length + k, size, pages)
             real = (rows.length + k < limit)[:, None].astype(jnp.int32)
             logits, cache = self.model.apply({"params": params}, token[:, None], None, real, cache)
+            logits = reshard(logits, self.model.rules(None, None, None))
             token = rows.draw(logits[:, 0].astype(jnp.float32), k, rows.seen)
             return cast(Cache, cache).layers, token, jax.lax.dynamic_update_index_in_dim(guesses, token, k, axis=1)
 

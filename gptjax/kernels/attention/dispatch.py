@@ -65,7 +65,8 @@ def attention(
     """
     if mask.pages is not None:
         implementation = "paged"  # the named one is for whole sequences
-    k, v = sharding.with_heads_of(q, k, v)
+    else:
+        k, v = sharding.with_heads_of(q, k, v)
     case = q, k, v, mask, Options(bias, sinks, scale, softcap, dropout if key is not None else 0.0, key)
     if implementation is None or (implementation in CONTEXT_PARALLEL and not sharding.sequence_axes(q)):
         implementation = _choose(*case)

@@ -63,6 +63,11 @@ def sequence_axes(q: Array) -> tuple[str, ...]:
     return _names(_spec(q)[1])
 
 
+def head_axes(x: Array) -> tuple[str, ...]:
+    """The mesh axes over which the heads of x [B, S, K, H] are sharded."""
+    return _names(_spec(x)[2])
+
+
 def num_shards(x: Array, axis: int) -> int:
     """Number of shards of this axis of x."""
     sizes = get_abstract_mesh().shape
