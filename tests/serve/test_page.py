@@ -159,9 +159,13 @@ def test_a_reply_survives_reload_and_is_in_every_tab(tab, server, browser, gate)
     for one in (tab, second):
         one.done()
         assert one.replies == [("word " * 60).strip()]
-    second.send("Hi")
-    page.wait_for_selector("article:nth-child(4) strong")
-    assert tab.replies == second.replies, "and what one sends, the other shows"
+    server.engine.pause = 0.02
+    second.send("long", wait=False)
+    page.wait_for_selector("article:nth-child(4) .open:has-text('word')")
+    server.engine.pause = 0.0
+    for one in (tab, second):
+        one.done()
+        assert one.replies == [("word " * 60).strip()] * 2, "and what one sends, the other shows as it comes"
     assert not second.wrong
 
 
@@ -205,6 +209,8 @@ def test_a_lost_connection_is_taken_up_again(tab, server, gate):
     gate.set()
     tab.done()
     assert tab.replies == [("word " * 60).strip()]
+    kept = tab.page.evaluate("Object.values(localStorage).join()")
+    assert f'"text":{json.dumps("word " * 60)}' in kept, "each event is read once"
     tab.wrong.clear()  # the browser's own words about the network
 
 
