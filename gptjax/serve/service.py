@@ -8,7 +8,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
@@ -16,14 +16,18 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.formats import ReplyFormat, reply_format
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.model import TextEncoder
+from gptjax.serve import fields
 from gptjax.serve.access import Client, Policy
 from gptjax.serve.errors import ApiError
 from gptjax.serve.live import LiveReplies
 from gptjax.serve.metrics import Metrics
 from gptjax.serve.quotas import Quotas
 
+Result = TypeVar("Result")
 BODY = 10 * 2**20
 """Maximum bytes of a request's body."""
+LARGE = 2**16
+"""Bytes of a body beyond which it is not read in the event loop."""
 BODY_SECONDS = 30.0
 """Seconds that a client may take for it."""
 
@@ -132,6 +136,18 @@ def _unknown(name: str, known: Iterable[str]) -> ApiError:
     return ApiError(404, f"model: got {name!r}, must be one of {', '.join(known)}", "model", "model_not_found")
 
 
+async def fields_of(http: HttpRequest, table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a request's body, and the names of unknown ones, as `fields.read`. Raises as that and `body`."""
+    value = await body(http)
+    return await apart(http, lambda: fields.read(value, table))
+
+
+async def apart(http: HttpRequest, read: Callable[[], Result]) -> Result:
+    """The function's result. For a large body it is called in a thread: others must not wait for it."""
+    size = http.headers.get("content-length", "")
+    return read() if size.isdecimal() and int(size) <= LARGE else await asyncio.to_thread(read)
+
+
 async def body(http: HttpRequest) -> dict[str, Any]:
     """The request's JSON object. Raises `ApiError` for anything else."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -147,7 +163,7 @@ async def body(http: HttpRequest) -> dict[str, Any]:
     except TimeoutError:
         raise ApiError(408, f"the body took longer than {BODY_SECONDS:g} s") from None
     try:
-        value = json.loads(data.decode())
+        value = await apart(http, lambda: json.loads(data.decode()))
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not JSON in UTF-8") from None
     if not isinstance(value, dict):

@@ -83,6 +83,27 @@ def test_heads_that_are_too_long_or_no_http(server):
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def test_values_without_end_are_the_clients_fault(server):
+    sent = {"content-type": "application/json"}
+    deep = '{"a":' * 900 + "[]" + "}" * 900
+    for path, field, value in (
+        (CHAT, "messages", '[{"role": "user", "content": %s}]'),
+        (CHAT, "tools", '[{"type": "function", "function": {"name": "f", "parameters": %s}}]'),
+        (CHAT, "response_format", '{"type": "json_schema", "json_schema": {"name": "f", "schema": %s}}'),
+        (CHAT, "chat_template_kwargs", "%s"),
+        ("/v1/responses", "input", '[{"type": "function_call_output", "output": [%s]}]'),
+        ("/v1/embeddings", "input", "[%s]"),
+    ):
+        rest = {"messages": TALK, "max_tokens": 1} if path == CHAT else {}
+        data = f'{json.dumps(rest)[:-1]}{", " if rest else ""}"{field}": {value % deep}}}'
+        reply = httpx.post(server.url + path, content=data, headers=sent, timeout=60)
+        assert reply.status_code in (200, 400), (field, reply.text)
+    many = {"prompt": "x", "stop": ["a"] * 10**6}
+    assert httpx.post(f"{server.url}/v1/completions", json=many, timeout=60).json()["error"]["param"] == "stop"
+    assert httpx.post(f"{server.url}/tokenize", json={"prompt": "a" * 2_000_000}).status_code == 413
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
 def test_connections_and_requests_are_limited(server):
     opened = [connect(server) for _ in range(20)]
     time.sleep(0.2)

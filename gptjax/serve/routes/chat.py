@@ -15,13 +15,13 @@ from gptjax.serve import replies, structure, tools
 from gptjax.serve.access import Client
 from gptjax.serve.answers import reply, to_engine
 from gptjax.serve.errors import ApiError
-from gptjax.serve.service import Service, body, require
+from gptjax.serve.service import Service, fields_of, require
 from gptjax.types import UserError
 
 
 async def chat(service: Service, http: HttpRequest, client: Client) -> Response:
     """A conversation's next message."""
-    fields, ignored = read_fields.read(await body(http), read_fields.CHAT)
+    fields, ignored = await fields_of(http, read_fields.CHAT)
     return await answer(service, http, client, fields, ignored, replies.Chat)
 
 

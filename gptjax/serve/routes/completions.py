@@ -12,12 +12,12 @@ from gptjax.serve import replies, structure
 from gptjax.serve.access import Client
 from gptjax.serve.answers import reply, to_engine
 from gptjax.serve.errors import ApiError
-from gptjax.serve.service import Service, body, require
+from gptjax.serve.service import Service, fields_of, require
 
 
 async def complete(service: Service, http: HttpRequest, client: Client) -> Response:
     """Texts to continue."""
-    fields, ignored = read_fields.read(await body(http), read_fields.COMPLETION)
+    fields, ignored = await fields_of(http, read_fields.COMPLETION)
     name, served = service.choose(fields)
     require(fields, "prompt")
 

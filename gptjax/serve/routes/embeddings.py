@@ -11,10 +11,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from gptjax.io.json_file import NATURAL, POSITIVE, TEXT
-from gptjax.serve import fields as read_fields
 from gptjax.serve.access import Client
 from gptjax.serve.errors import ApiError
-from gptjax.serve.service import Service, body, require
+from gptjax.serve.service import Service, fields_of, require
 
 FIELDS: dict[str, Any] = {
     "model": TEXT,
@@ -28,7 +27,7 @@ TEXTS = 2_048
 
 async def embed(service: Service, http: HttpRequest, client: Client) -> Response:
     """A vector for each text."""
-    fields, _ = read_fields.read(await body(http), FIELDS)
+    fields, _ = await fields_of(http, FIELDS)
     require(fields, "input")
     name, model, context = service.choose_encoder(fields)
     texts = [fields["input"]] if isinstance(fields["input"], str) else fields["input"]

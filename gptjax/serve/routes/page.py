@@ -20,7 +20,7 @@ from gptjax.serve.access import Client
 from gptjax.serve.answers import to_engine
 from gptjax.serve.errors import ApiError
 from gptjax.serve.markdown import render
-from gptjax.serve.service import Served, Service, body, require
+from gptjax.serve.service import Served, Service, fields_of, require
 from gptjax.types import UserError
 
 FOLDER = Path(__file__).parents[1] / "page"
@@ -67,8 +67,7 @@ async def asset(service: Service, http: HttpRequest, client: Client) -> Response
 
 async def start(service: Service, http: HttpRequest, client: Client) -> Response:
     """Begin a reply to a conversation, or continue its last message, the assistant's. Returns its id."""
-    given = await body(http)
-    fields, ignored = read_fields.read(given, REPLY)
+    fields, ignored = await fields_of(http, REPLY)
     if ignored:
         raise ApiError(400, f"{ignored[0]}: unknown field, must be one of {', '.join(REPLY)}", ignored[0])
     name, served = service.choose(fields)
@@ -111,7 +110,7 @@ async def forget(service: Service, http: HttpRequest, client: Client) -> Respons
 
 async def markdown(service: Service, http: HttpRequest, client: Client) -> Response:
     """HTML of texts in Markdown, a list of blocks for each."""
-    fields, _ = read_fields.read(await body(http), MARKDOWN)
+    fields, _ = await fields_of(http, MARKDOWN)
     require(fields, "texts")
     if sum(map(len, fields["texts"])) > RENDERED:
         raise ApiError(413, f"texts: must have at most {RENDERED:,} characters together", "texts")

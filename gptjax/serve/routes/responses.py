@@ -15,13 +15,14 @@ from gptjax.serve import responses
 from gptjax.serve.access import Client
 from gptjax.serve.errors import ApiError
 from gptjax.serve.routes.chat import answer
-from gptjax.serve.service import Service, body, require
+from gptjax.serve.service import Service, apart, body, require
 from gptjax.serve.store import Store
 
 
 async def respond(service: Service, http: HttpRequest, client: Client) -> Response:
     """A response to items, and to the response before them."""
-    fields, ignored = responses.read(await body(http))
+    given = await body(http)
+    fields, ignored = await apart(http, lambda: responses.read(given))
     require(fields, "input")
     store, previous = service.policy.store, fields.get("previous_response_id")
     if store is None:
