@@ -96,6 +96,13 @@ class ChatTemplate:
         return turn
 
     @functools.cached_property
+    def _marks(self) -> tuple[str, ...]:
+        """Marks of reasoning, calls and results that the template has. They need not be special tokens."""
+        from gptjax.inference.formats import marks
+
+        return tuple(mark for mark in marks() if mark in self.source)
+
+    @functools.cached_property
     def _wants_text(self) -> bool:
         """True: the template refuses arguments of calls that are objects, but not texts, as DeepSeek's does."""
 
@@ -122,7 +129,7 @@ class ChatTemplate:
     def render(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
         """Token ids of one of `rows`, and their loss weights: 1 for what the assistant writes after each prompt, up to
         the special token that ends it, and 0 for all else."""
-        turns = _harmless(conversation, tokenizer)
+        turns = _harmless(conversation, tokenizer, self._marks)
         ends, spans = _ends(turns), []
         asked = [(turns[: end - answering], bool(answering)) for end in ends for answering in (1, 0)]
         text, *parts = self._texts([(turns, False), *asked])
@@ -163,7 +170,7 @@ class ChatTemplate:
         """The ids of `text`. A message cannot end its own turn: a special token that its content spells out is split by
         a word joiner (U+2060)."""
 
-        text = self.text(_harmless(messages, tokenizer), variables)
+        text = self.text(_harmless(messages, tokenizer, self._marks), variables)
         with no_panic():
             return reader(tokenizer).encode(text, add_special_tokens=False).ids
 
@@ -187,19 +194,24 @@ def _ends(conversation: Conversation) -> list[int]:
     return [i for i, message in enumerate(conversation, 1) if message.role == "assistant" and message.target]
 
 
-def _harmless(messages: Iterable[Message], tokenizer: Tokenizer) -> Conversation:
-    """Messages in which no text spells out a special token: a word joiner splits it."""
+def _harmless(messages: Iterable[Message], tokenizer: Tokenizer, marks: Iterable[str]) -> Conversation:
+    """Messages in which no text spells out a special token: a word joiner splits it. marks: others that neither users
+    nor tools may spell out."""
+    marks = tuple(marks)
 
-    def split(value: Any) -> Any:
+    def split(value: Any, names: Iterable[str] = tuple(tokenizer.specials)) -> Any:
         if isinstance(value, str):
-            for name in tokenizer.specials:
+            for name in names:
                 value = value.replace(name, name[:1] + JOINER + name[1:])
         elif isinstance(value, Mapping):
             return {split(name): split(inner) for name, inner in value.items()}
         return type(value)(map(split, value)) if isinstance(value, list | tuple) else value
 
     read = "content", "tool_calls", "fields", "tools"
-    return tuple(dataclasses.replace(m, **{name: split(getattr(m, name)) for name in read}) for m in messages)
+    found = [dataclasses.replace(m, **{name: split(getattr(m, name)) for name in read}) for m in messages]
+    return tuple(
+        dataclasses.replace(m, content=split(m.content, marks)) if m.role in ("user", "tool") else m for m in found
+    )
 
 
 _worker = Worker(Path(__file__).with_name("template_worker.py"))

@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from gptjax.data.chat import Message
 from gptjax.inference.engine import Generation
@@ -60,7 +60,29 @@ class Filters:
 
     def read_messages(self, messages: Sequence[Message]) -> list[Message]:
         """A client's conversation as the model may read it. Raises `Refused`."""
-        return [m if m.content is None else dataclasses.replace(m, content=self.read(m.content)) for m in messages]
+        return [self._message(message) for message in messages]
+
+    def _message(self, message: Message) -> Message:
+        """A message with its text, its reasoning and the arguments of its calls as they may be read."""
+        fields, name = message.fields, "reasoning_content"
+        if name in fields:
+            fields = {**fields, name: self._inside(fields[name])}
+        calls = [self._inside(call, "function", "arguments") for call in message.tool_calls]
+        return dataclasses.replace(
+            message, content=self._inside(message.content), fields=fields, tool_calls=tuple(calls)
+        )
+
+    def _inside(self, value: Any, *path: str) -> Any:
+        """The texts at this path of a JSON value, as they may be read; all there are at its end."""
+        if path and isinstance(value, Mapping):
+            return {name: self._inside(inner, *path[1:]) if name == path[0] else inner for name, inner in value.items()}
+        if path:
+            return value
+        if isinstance(value, Mapping):
+            return {name: self._inside(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._inside(inner) for inner in value]
+        return self.read(value) if isinstance(value, str) else value
 
     def read_ids(self) -> None:
         """Raise `UserError` if there are filters, which token ids would pass by."""

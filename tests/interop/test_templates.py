@@ -228,3 +228,11 @@ def test_a_call_cannot_end_its_turn():
     assert [i for i in ids if i in tokenizer.specials.values()] == [
         tokenizer.specials[name] for name in ("<|assistant|>", "<|end|>", "<|assistant|>")
     ]
+
+
+def test_marks_that_are_no_special_tokens_are_not_written_by_users_and_tools():
+    """The model's own reasoning in its message stays what the template looks for."""
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{# <think></think> #}{% endfor %}")
+    said = [{"role": role, "content": "a</think>b<b>"} for role in ("user", "tool", "assistant", "system")]
+    ids = template.prompt(conversation(said), Bytes().build(iter(())))
+    assert bytes(ids).decode() == "a<\u2060/think>b<b>" * 2 + "a</think>b<b>" * 2

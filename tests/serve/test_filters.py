@@ -115,3 +115,11 @@ def test_what_is_read_and_written_is_filtered():
 
 
 FORBIDDEN = [{"role": "user", "content": "Something forbidden"}]
+
+
+def test_calls_and_reasoning_of_a_conversation_are_read_too():
+    call = {"id": "call_650-253-0000", "type": "function", "function": {"name": "f", "arguments": '{"a": "x@y.com"}'}}
+    said = Message("assistant", None, tool_calls=(call,), fields={"reasoning_content": "x@y.com", "name": "n"})
+    (read,) = Filters(inputs=(Mask(),)).read_messages([said])
+    assert read.fields == {"reasoning_content": "[e-mail]", "name": "n"}
+    assert read.tool_calls == ({**call, "function": {"name": "f", "arguments": '{"a": "[e-mail]"}'}},)

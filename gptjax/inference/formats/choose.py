@@ -25,6 +25,8 @@ TOOLS: dict[str, ToolFormat] = {
     for form in (Harmony(), MistralArguments(), Mistral(), DeepSeekMarkdown(), DeepSeek(), Hermes(), Llama())
 }
 """By name, in the order in which they are looked for."""
+RESULTS = "<tool_response>", "</tool_response>", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"
+"""Marks of the results of calls."""
 TAIL = 64
 """Number of tokens of a prompt's end that are read."""
 
@@ -125,6 +127,12 @@ class ReplyFormat:
         parts = re.split("(" + "|".join(map(re.escape, ids)) + ")", text) if ids else [text]
         found = [f"<[{ids[part]}]>" if part in ids else json.dumps(part, ensure_ascii=False) for part in parts if part]
         return " ".join(found)
+
+
+def marks() -> set[str]:
+    """Marks of all formats: of reasoning, calls of tools and their results."""
+    reasoning = {mark for kind in KINDS for mark in dataclasses.astuple(kind)}
+    return {*reasoning, *RESULTS, *(mark for form in TOOLS.values() for mark in form.marks)}
 
 
 def reply_format(source: str | None, tokenizer: Tokenizer, tools: str | None = None) -> ReplyFormat:
