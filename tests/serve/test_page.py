@@ -97,12 +97,6 @@ def tab(browser, server):
     assert not tab.wrong
 
 
-@pytest.fixture
-def gate(server):
-    """Holds the model before its next token while it is clear."""
-    return server.engine.go
-
-
 def test_a_reply_streams_and_is_rendered(tab, server):
     page = tab.page
     tab.send("Hi")
@@ -144,8 +138,8 @@ def test_stop_ends_the_reply_where_it_is(tab, server):
     assert 10 <= len(tab.replies[0]) < 299
 
 
-def test_a_reply_survives_reload_and_is_in_every_tab(tab, server, browser, gate):
-    page = tab.page
+def test_a_reply_survives_reload_and_is_in_every_tab(tab, server, browser):
+    page, gate = tab.page, server.engine.go
     server.engine.pause = 0.005
     tab.send("long", wait=False)
     page.wait_for_selector(".open:has-text('word word')")
@@ -199,7 +193,8 @@ def test_the_server_may_go_and_come_back(browser):
         server.close()
 
 
-def test_a_lost_connection_is_taken_up_again(tab, server, gate):
+def test_a_lost_connection_is_taken_up_again(tab, server):
+    gate = server.engine.go
     server.engine.pause = 0.005
     tab.send("long", wait=False)
     tab.page.wait_for_selector(".open:has-text('word word')")
@@ -360,13 +355,9 @@ def test_a_wrong_key_is_asked_for(browser):
         server.close()
 
 
-@pytest.fixture(scope="module")
-def axe():
-    return pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark", "phone"])
-def test_it_is_accessible(browser, server, axe, scheme):
+def test_it_is_accessible(browser, server, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
     phone = {"viewport": {"width": 360, "height": 700}, "has_touch": True, "is_mobile": True}
     tab = Tab(browser, server, **(phone if scheme == "phone" else {"color_scheme": scheme}))
     page = tab.open().page
