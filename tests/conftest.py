@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         # Tiny programs: compiling them takes longer than running them.
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",  # these take most of a compilation's time
     ]
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "gptjax-test-compilation-cache"))
@@ -23,19 +24,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 
 SHARED = Path(os.environ.get("GPTJAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-
-
-FIRST = ("train/test_processes.py", "plan/", "train/", "test_experiment.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of long tests first, so that at the end of a run all cores have something left to do."""
-
-    def place(item: pytest.Item) -> int:
-        path = item.path.relative_to(Path(__file__).parent).as_posix()
-        return next((i for i, prefix in enumerate(FIRST) if path.startswith(prefix)), len(FIRST))
-
-    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="module")

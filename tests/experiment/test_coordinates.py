@@ -57,8 +57,8 @@ def test_coordinates_are_flat_with_mup_and_grow_without():
 
 def test_the_base_is_the_standard_model():
     mup = dataclasses.replace(CONFIG, parametrisation=MuP(base_width=32))
-    params = Transformer(CONFIG).init(jax.random.key(0), TOKENS)
-    jax.tree.map(np.testing.assert_array_equal, Transformer(mup).init(jax.random.key(0), TOKENS), params)
+    params = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), TOKENS)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(Transformer(mup).init)(jax.random.key(0), TOKENS), params)
     logits, _ = Transformer(CONFIG).apply(params, TOKENS)
     np.testing.assert_array_equal(Transformer(mup).apply(params, TOKENS)[0], logits)
 
@@ -66,7 +66,9 @@ def test_the_base_is_the_standard_model():
 def test_mup_is_its_table():
     wide = TransformerConfig(64, 2, 128, 2, tie_embeddings=False, parametrisation=MuP(base_width=32, base_head_size=16))
     plain = TransformerConfig(64, 2, 128, 2, tie_embeddings=False)
-    params, standard = (Transformer(config).init(jax.random.key(0), TOKENS)["params"] for config in (wide, plain))
+    params, standard = (
+        jax.jit(Transformer(config).init)(jax.random.key(0), TOKENS)["params"] for config in (wide, plain)
+    )
     for name, scale in (("blocks", 1 / 2), ("embedding", 1), ("head", 1)):
         matrices = [jax.tree.leaves(tree[name]) for tree in (params, standard)]
         for x, y in zip(*matrices, strict=True):
@@ -98,7 +100,9 @@ def test_every_hidden_matrix_is_scaled(name):
     or with that of its fan-in, and has a quarter of the learning rate; no other parameter does."""
     plain = EVERY[name]
     wide = dataclasses.replace(plain, parametrisation=MuP(base_width=8))
-    params, standard = (flat(config.build().init(jax.random.key(0), TOKENS)["params"]) for config in (wide, plain))
+    params, standard = (
+        flat(jax.jit(config.build().init)(jax.random.key(0), TOKENS)["params"]) for config in (wide, plain)
+    )
     optimizer = Lion(learning_rate=1.0, schedule=Constant(), weight_decay=0.0, clip=None).build(
         1, parameter_info(wide.build()), wide.width_multiplier
     )
@@ -118,8 +122,8 @@ def test_every_hidden_matrix_is_scaled(name):
 def test_at_its_base_every_model_is_the_standard_one(name):
     plain = EVERY[name]
     base = dataclasses.replace(plain, parametrisation=MuP(base_width=32, base_head_size=plain.H))
-    params = plain.build().init(jax.random.key(0), TOKENS)
-    jax.tree.map(np.testing.assert_array_equal, base.build().init(jax.random.key(0), TOKENS), params)
+    params = jax.jit(plain.build().init)(jax.random.key(0), TOKENS)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(base.build().init)(jax.random.key(0), TOKENS), params)
     logits, _ = plain.build().apply(params, TOKENS)
     np.testing.assert_array_equal(base.build().apply(params, TOKENS)[0], logits)
 

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from family_cases import CASES, KINDS, saved
@@ -112,7 +113,7 @@ def comparable(model, family):
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # theirs are not ours to mend
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (" " in case)) for case in CASES])
 def test_every_spelling_is_read_as_transformers_reads_it(case, tmp_path):
     """`transformers` reads each file and writes what it understood; both must be the same model to us. What it does
     not read, and what we refuse, is not compared: no other exception, and most files are read by both."""
@@ -150,7 +151,7 @@ def error(tmp_path, transformers, torch, auto):
         ours, inputs = {"source": tokens}, {**inputs, "decoder_input_ids": inputs["input_ids"]}
     with torch.inference_mode():
         expected = theirs(**inputs).logits.double().numpy()
-    got = np.asarray(config.build().apply({"params": params}, tokens, **ours)[0], np.float64)
+    got = np.asarray(jax.jit(config.build().apply)({"params": params}, tokens, **ours)[0], np.float64)
     return config, params, np.abs(got - expected).max() / np.abs(expected).max()
 
 

@@ -287,7 +287,7 @@ def test_what_training_needs_is_not_asked_of_a_family():
 
 def test_parameters_come_to_lie_as_the_rules_say(tmp_path):
     config, _, _ = tiny()
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
     save_hf(tmp_path / "one", config, params, dtype="bfloat16")
     rules = ShardingRules(embed="fsdp", heads="tensor", ffn="tensor", vocab="tensor")
     with jax.set_mesh(MeshConfig(data=2, fsdp=2, tensor=2).make()):
@@ -301,7 +301,7 @@ def test_parameters_come_to_lie_as_the_rules_say(tmp_path):
 @pytest.mark.parametrize("dtype", ["int8", "bool", "fp16", "f16", "float64", "complex64", "float8_e4m3fn", "", None])
 def test_a_dtype_that_holds_no_weights_is_refused(dtype, tmp_path):
     config, _, _ = tiny()
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
     with pytest.raises(UserError, match=r"^dtype: got .*, must be one of float32, bfloat16, float16$"):
         save_hf(tmp_path / "model", config, params, dtype=dtype)
     assert not (tmp_path / "model").exists()
@@ -313,7 +313,7 @@ def test_a_dtype_that_holds_no_weights_is_refused(dtype, tmp_path):
 )
 def test_no_weight_becomes_infinite(dtype, largest, beyond, tmp_path):
     config, _, _ = tiny()
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
     down = params["blocks"]["mlp"]["down"]
     params["blocks"]["mlp"]["down"] = down.at[0, 0, 0].set(largest)
     save_hf(tmp_path / "model", config, params, dtype=dtype)

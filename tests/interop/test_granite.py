@@ -23,7 +23,7 @@ def test_a_model_in_mup_is_a_granite(base, scale, tmp_path):
     config = TransformerConfig(
         **SIZES, parametrisation=MuP(base_width=base, base_head_size=4), logit_scale=scale, embedding_scale=3.0
     )
-    params = jax.tree.map(lambda x: x * 20, config.build().init(jax.random.key(0), TOKENS)["params"])
+    params = jax.tree.map(lambda x: x * 20, jax.jit(config.build().init)(jax.random.key(0), TOKENS)["params"])
     save_hf(tmp_path, config, params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert type(theirs).__name__ == "GraniteForCausalLM"

@@ -190,7 +190,7 @@ def test_a_model_trains_as_on_one_device(name):
     tokens = random.integers(0, 48, (B, T + 1), np.int32)
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in (10, 5, 13, 4)])[None].repeat(B, 0)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], (SEGMENTS > 0).astype("f4"), SEGMENTS, positions)
-    params = MODELS[name].build().init(jax.random.key(0), batch.tokens)["params"]
+    params = jax.jit(MODELS[name].build().init)(jax.random.key(0), batch.tokens)["params"]
 
     def gradients(model, params, batch):
         def loss(params):

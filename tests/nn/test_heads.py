@@ -47,7 +47,7 @@ def test_pooling_takes_what_it_says(pooling):
 @pytest.mark.parametrize("pooling", [First(), Mean(), Last()])
 def test_packed_texts_are_classified_as_each_alone(config, pooling):
     model = Classifier(ClassifierConfig(config, 3, pooling))
-    params = jax.tree.map(lambda p: 3 * p, model.init(jax.random.key(0), TOKENS)["params"])
+    params = jax.tree.map(lambda p: 3 * p, jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
     packed = jnp.concatenate([TOKENS[:1, :6], TOKENS[1:2, :4], TOKENS[2:3, :2]], 1)
     positions = jnp.concatenate([jnp.arange(6), jnp.arange(4), jnp.arange(2)])[None]
     segments = jnp.array([[1] * 6 + [2] * 4 + [0] * 2])
@@ -60,11 +60,11 @@ def test_packed_texts_are_classified_as_each_alone(config, pooling):
 
 def test_a_language_models_parameters_fit():
     """The backbone's hidden states are what the language model's head reads; an embedder pools them."""
-    params = Transformer(DECODER).init(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(Transformer(DECODER).init)(jax.random.key(0), TOKENS)["params"]
     x, _ = Backbone(DECODER).apply({"params": params}, TOKENS)
     logits, _ = Transformer(DECODER).apply({"params": params}, TOKENS)
     np.testing.assert_allclose(x @ params["head"], logits, **CLOSE)
-    fresh = Classifier(ClassifierConfig(DECODER, 3)).init(jax.random.key(1), TOKENS)["params"]
+    fresh = jax.jit(Classifier(ClassifierConfig(DECODER, 3)).init)(jax.random.key(1), TOKENS)["params"]
     assert fresh.keys() - params.keys() == {"classifier"}
     vectors = Embedder(DECODER, pooling=Last()).apply({"params": params}, TOKENS)[0][:, 0]
     expected = x[:, -1] / jnp.linalg.norm(x[:, -1], axis=-1, keepdims=True)
@@ -74,7 +74,7 @@ def test_a_language_models_parameters_fit():
 def test_a_mesh_changes_nothing():
     config = ClassifierConfig(ENCODER, 3, Mean())
     model = Classifier(config)
-    params = model.init(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
     expected, _ = model.apply({"params": params}, TOKENS)
     with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         sharded = Classifier(config, DEFAULT_RULES)

@@ -22,7 +22,7 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 def test_without_its_heads_it_is_the_transformer():
     model = CONFIG.build()
-    params = model.init(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
     plain, _ = Transformer(TransformerConfig(**SIZES)).apply({"params": params}, TOKENS)
     logits, _ = model.apply({"params": params}, TOKENS)
     np.testing.assert_array_equal(logits, plain)
@@ -83,7 +83,7 @@ def test_all_heads_learn():
 
 
 def test_flops_count_the_heads():
-    params = CONFIG.build().init(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(CONFIG.build().init)(jax.random.key(0), TOKENS)["params"]
     blocks = sum(p.size for p in jax.tree.leaves(params["blocks"]) if p.ndim > 2)
     heads = sum(p.size for i in range(2) for p in jax.tree.leaves(params[f"ahead_{i}"]) if p.ndim > 1)
     assert CONFIG.flops(0) == 6 * (blocks + heads + 3 * params["head"].size)

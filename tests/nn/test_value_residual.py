@@ -28,7 +28,7 @@ def test_the_equation(first):
     """In a row of one token attention is its values, and o of them what it puts out."""
     config = dataclasses.replace(CONFIG, leading_layers=first)
     model = Transformer(config)
-    params = jax.tree.map(lambda p: 3 * p, model.init(jax.random.key(0), TOKENS)["params"])
+    params = jax.tree.map(lambda p: 3 * p, jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
     blocks = config.unstack(params)["blocks"]
     for i, own in enumerate((0.9, 0.2, 0.7)):
         blocks[f"layer_{i}"]["attention"]["values_scale"] = jnp.float32(own)
@@ -45,7 +45,7 @@ def test_the_equation(first):
 
 def test_the_scan_computes_what_the_layers_do_one_by_one():
     model = Transformer(CONFIG)
-    params = jax.tree.map(lambda p: 3 * p, model.init(jax.random.key(0), TOKENS)["params"])
+    params = jax.tree.map(lambda p: 3 * p, jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
     logits, _ = model.apply({"params": params}, TOKENS)
     alone, _ = model.apply({"params": CONFIG.unstack(params)}, TOKENS)
     np.testing.assert_allclose(logits, alone, rtol=2e-5, atol=2e-5)
