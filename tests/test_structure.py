@@ -117,6 +117,17 @@ def test_files_can_be_read_in_one_go():
     assert {path.name: lines for path in files if (lines := len(path.read_text().splitlines())) > 400} == {}
 
 
+def test_functions_can_be_read_at_a_glance():
+    """At most 80 lines, without signature and docstring."""
+    long = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                start = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.body[0].lineno
+                long[f"{path.name}: {node.name}"] = (node.end_lineno or start) - start + 1
+    assert {name: lines for name, lines in long.items() if lines > 80} == {}
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_steps_of_an_experiment_lower_without_devices_or_data(name):
     """For TPUs, on a mesh that shares out the batch, the parameters and the layers."""

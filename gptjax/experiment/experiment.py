@@ -172,22 +172,40 @@ class Experiment:
                                 accept_changes=accept_changes,
                             )
                     of = run_folder.identity(folder, name)
-                    stored = run_folder.StoredResults(folder / "report" / f"{name}.json", of, stage.evaluations)
-                    results[name] = stored.read() or []
-                    if stage.evaluations and not results[name]:
-                        with sharding.use(mesh):
-                            trained = self._trained(folder, name, pretrained, of["step"], params)(
-                                nested(declared(model))
-                            )
-                        evaluated = self._kind(self.model, trained, tokenizer, rules=self.rules)
-                        results[name] = _evaluate(name, stage, evaluated, console)
-                        stored.write(results[name])
+                    trained = self._trained(folder, name, pretrained, of["step"], params)
+                    results[name] = self._results(folder, of, mesh, model, trained, tokenizer, console)
             if jax.process_index() == 0:
                 report.write(folder, results, {name: stage.objective.unit for name, stage in self.stages.items()})
                 console.print(f"\nDone. Report: {_short(folder / 'report' / 'report.md')}")
                 console.print("\n".join(["\nNow try:", *(f"  {line}" for line in self._uses(_short(folder)))]))
             processes.barrier("the report is written")
             return 0
+
+    def _results(
+        self,
+        folder: Path,
+        of: run_folder.Identity,
+        mesh: jax.sharding.Mesh,
+        model: Module,
+        trained: Callable[[Params], Params],
+        tokenizer: Tokenizer,
+        console: Console,
+    ) -> list[Result]:
+        """Results of a stage's evaluations: those stored, or measured and stored.
+
+        of       identity of the stage's last checkpoint
+        trained  abstract parameters -> the stage's, on the mesh"""
+        name = of["stage"]
+        evaluations = self.stages[name].evaluations
+        stored = run_folder.StoredResults(folder / "report" / f"{name}.json", of, evaluations)
+        results = stored.read() or []
+        if evaluations and not results:
+            with sharding.use(mesh):
+                params = trained(nested(declared(model)))
+            evaluated = self._kind(self.model, params, tokenizer, rules=self.rules)
+            results = _evaluate(name, self.stages[name], evaluated, console)
+            stored.write(results)
+        return results
 
     def _uses(self, folder: str) -> list[str]:
         """Commands for the trained model; Python for one that no command knows."""

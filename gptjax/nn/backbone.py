@@ -88,29 +88,13 @@ class Backbone(nn.Module):
 
         if table is None:
             table = param("embedding", (c.vocab, c.width), ("vocab", "embed"), kind="embedding")
-        x = embed(table, tokens, rules("vocab", None), rules("batch", "sequence", None))
-        x = x * c.embedding_scale if c.embedding_scale != 1 else x
-        if c.token_types:
-            kinds = param("type_embedding", (c.token_types, c.width), (None, "embed"), kind="embedding")
-            token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-            x = x + embed(kinds, token_types, rules(None, None), rules("batch", "sequence", None))
-        x = c.positions(param.child("positions"), x, positions)
-        param.capture("positions_output", x)
-        if c.embedding_norm is not None:
-            x = c.embedding_norm(param.child("embedding_norm"), x)
-            param.capture("embedding_norm_output", x)
+        x = self._embed(param, table, tokens, positions, token_types)
         x = dropout(x, c.dropout, None if key is None else jax.random.fold_in(key, 0))
 
-        if cache is None:
-            mask = Mask(causal=c.causal, query_segments=segments, key_segments=segments, prefix=prefix)
-        else:
+        if cache is not None:
             segments = jnp.ones_like(tokens) if segments is None else segments
-            mask = Mask(offset=cache.length, query_segments=segments)
-            if prefix is not None:
-                seen = jnp.zeros((len(tokens), cache.size, 1), bool, out_sharding=rules("batch", None, None))
-                mask = dataclasses.replace(mask, prefix=kv.write(seen, prefix[:, :, None], mask)[:, :, 0])
-            mask = dataclasses.replace(mask, pages=cache.pages)
             source_segments = cache.source_segments
+        mask = self._mask(tokens, segments, cache, prefix)
         if source_segments is not None and segments is None:
             segments = jnp.ones_like(tokens)
         encoder_mask = Mask(causal=False, query_segments=segments, key_segments=source_segments)
@@ -144,6 +128,35 @@ class Backbone(nn.Module):
             x = c.norm(param.child("norm"), x)
             param.capture("norm_output", x)
         return self.head(x, table, context, **options), cache
+
+    def _embed(
+        self, param: ParamFactory, table: Array, tokens: Array, positions: Array, token_types: Array | None
+    ) -> Array:
+        """Input of the first block [B, T, D]: embeddings of tokens, of their types and positions, normalised."""
+        c, rules = self.backbone, self.rules
+        x = embed(table, tokens, rules("vocab", None), rules("batch", "sequence", None))
+        x = x * c.embedding_scale if c.embedding_scale != 1 else x
+        if c.token_types:
+            kinds = param("type_embedding", (c.token_types, c.width), (None, "embed"), kind="embedding")
+            token_types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x = x + embed(kinds, token_types, rules(None, None), rules("batch", "sequence", None))
+        x = c.positions(param.child("positions"), x, positions)
+        param.capture("positions_output", x)
+        if c.embedding_norm is not None:
+            x = c.embedding_norm(param.child("embedding_norm"), x)
+            param.capture("embedding_norm_output", x)
+        return x
+
+    def _mask(self, tokens: Array, segments: Array | None, cache: Cache | None, prefix: Array | None) -> Mask:
+        """Tokens that each token attends to, of this call or of the cache."""
+        if cache is None:
+            return Mask(causal=self.backbone.causal, query_segments=segments, key_segments=segments, prefix=prefix)
+        mask = Mask(offset=cache.length, query_segments=segments)
+        if prefix is not None:
+            spec = self.rules("batch", None, None)
+            seen = jnp.zeros((len(tokens), cache.size, 1), bool, out_sharding=spec)
+            mask = dataclasses.replace(mask, prefix=kv.write(seen, prefix[:, :, None], mask)[:, :, 0])
+        return dataclasses.replace(mask, pages=cache.pages)
 
     def _bias(self, param: ParamFactory, distance: Array) -> Array | None:
         """Addition to the scores, [N, T, S] for distances [T, S], or [B, N, T, S] for [B, T, S]. None: nothing."""

@@ -75,25 +75,13 @@ def pipeline(
     by_stage = copies, stages, rows // stages, *x.shape[1:]
     scattered = rows % stages == 0  # otherwise there are too few sequences: every stage has them all
 
-    def exchange(x: Array) -> Array:
-        """All-to-all of x [copies, stages, B / copies / stages, T, D] over the stages. It replaces all_gather, whose
-        gradient jax cannot lower beside explicit axes. As many bytes are sent."""
-        move = functools.partial(lax.all_to_all, axis_name=axes, split_axis=1, concat_axis=1, tiled=True)
-        spec = jax.typeof(x).sharding.spec
-        if not (sharded := {name for part in spec for name in axes_of(part)}):
-            return move(x)
-        # Also over the axes that shard x: otherwise XLA gathers it.
-        return jax.shard_map(move, in_specs=spec, out_specs=spec, axis_names=sharded, check_vma=False)(x)
-
     def run(params: Params, each: Any, x: Array, context: Context) -> tuple[Array, Any, Any]:
         here = lax.axis_index(axes)
         if scattered:
-            x = exchange(jnp.repeat(x, stages, axis=1))
+            x = _exchange(jnp.repeat(x, stages, axis=1), axes)
             x = jnp.reshape(x, (copies * rows, *x.shape[3:]), out_sharding=PartitionSpec(others, *x_spec[1:]))
-        xs, contexts = (
-            split_microbatches(x, microbatches),
-            context.map_batch(functools.partial(split_microbatches, count=microbatches)),
-        )
+        xs = split_microbatches(x, microbatches)
+        contexts = context.map_batch(functools.partial(split_microbatches, count=microbatches))
         if x0_is_x:
             contexts = dataclasses.replace(contexts, x0=xs)
 
@@ -102,26 +90,13 @@ def pipeline(
             one = functools.partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
             return layers(jnp.where(here == 0, one(xs), arrived), contexts.map_batch(one), params, each, number)
 
-        def tick(carry: tuple[Array, Array, Any], time: Array) -> tuple[Any, None]:
-            arrived, done, sums = carry
-            number = jnp.clip(time - here, 0, microbatches - 1)
-            y, *more = work(arrived, number)
-            # Before its first microbatch and after its last, a stage's output is discarded.
-            valid = number == time - here
-            done = jnp.where(valid, lax.dynamic_update_index_in_dim(done, y, number, 0), done)
-            sums = jax.tree.map(lambda total, one: total + jnp.where(valid, one, 0), sums, more)
-            return (lax.ppermute(y, axes, [(i, i + 1) for i in range(stages - 1)]), done, sums), None
-
-        _, *more = jax.eval_shape(work, xs[0], here)
-        sums = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), more)
-        (_, done, sums), _ = lax.scan(tick, (xs[0], xs, sums), jnp.arange(microbatches + stages - 1))
+        done, (losses, updates) = _schedule(work, xs, here, axes, stages)
         done = done.swapaxes(0, 1).reshape(x.shape)
         if scattered:
             done = jnp.reshape(done, by_stage, out_sharding=PartitionSpec(others, None, None, *x_spec[1:]))
-            done = exchange(done)[:, -1:]
+            done = _exchange(done, axes)[:, -1:]
         else:
             done = lax.psum(jnp.where(here == stages - 1, done, 0), axes)
-        losses, updates = sums
         return done, jax.tree.map(lambda total: lax.psum(total, axes) / microbatches, losses), updates
 
     sharded, replicated = PartitionSpec(axes), PartitionSpec()
@@ -132,6 +107,45 @@ def pipeline(
     run_stages = partial_map(run, axes, (sharded, sharded, ends, replicated), (ends, replicated, sharded))
     y, losses, updates = run_stages(params, each, x, context)
     return jax.reshard(jnp.reshape(y, shape, out_sharding=spec), x_spec), losses, updates
+
+
+def _schedule(
+    work: Callable[[Array, Array], tuple[Array, Any, Any]], xs: Array, here: Array, axes: tuple[str, ...], stages: int
+) -> tuple[Array, tuple[Any, Any]]:
+    """Microbatches xs [M, B / M, T, D] through this stage, tick by tick.
+
+    work  (input from the stage before, microbatch number) -> output, losses and updates
+    here  number of this stage
+
+    Returns this stage's outputs, like `xs`, and the sums of losses and updates over microbatches.
+    """
+    microbatches = len(xs)
+
+    def tick(carry: tuple[Array, Array, Any], time: Array) -> tuple[Any, None]:
+        arrived, done, sums = carry
+        number = jnp.clip(time - here, 0, microbatches - 1)
+        y, *more = work(arrived, number)
+        # Before its first microbatch and after its last, a stage's output is discarded.
+        valid = number == time - here
+        done = jnp.where(valid, lax.dynamic_update_index_in_dim(done, y, number, 0), done)
+        sums = jax.tree.map(lambda total, one: total + jnp.where(valid, one, 0), sums, more)
+        return (lax.ppermute(y, axes, [(i, i + 1) for i in range(stages - 1)]), done, sums), None
+
+    _, *more = jax.eval_shape(work, xs[0], here)
+    sums = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), more)
+    (_, done, (losses, updates)), _ = lax.scan(tick, (xs[0], xs, sums), jnp.arange(microbatches + stages - 1))
+    return done, (losses, updates)
+
+
+def _exchange(x: Array, axes: tuple[str, ...]) -> Array:
+    """All-to-all of x [copies, S, B / copies / S, T, D] over the stages, the mesh `axes`. It replaces all_gather, whose
+    gradient jax cannot lower beside explicit axes. As many bytes are sent."""
+    move = functools.partial(lax.all_to_all, axis_name=axes, split_axis=1, concat_axis=1, tiled=True)
+    spec = jax.typeof(x).sharding.spec
+    if not (sharded := {name for part in spec for name in axes_of(part)}):
+        return move(x)
+    # Also over the axes that shard x: otherwise XLA gathers it.
+    return jax.shard_map(move, in_specs=spec, out_specs=spec, axis_names=sharded, check_vma=False)(x)
 
 
 def _over(axes: tuple[str, ...], x: Array) -> Array:

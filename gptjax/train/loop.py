@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.checkpoint.checkpoint import Checkpoints, Restored
 from gptjax.distributed import sharding
 from gptjax.monitor.display import Display
 from gptjax.monitor.metrics import MetricsLogger
@@ -87,17 +87,10 @@ def train(
         read = {"train": getattr(batches, "fingerprint", None), "validation": getattr(validation, "fingerprint", None)}
         checkpoints = stack.enter_context(Checkpoints(folder, max_to_keep=stage.max_to_keep))
         stack.callback(batches.close)
-        abstract, restored = jax.eval_shape(functions.init_state, *frozen), None
-        if checkpoints.steps():
-            restored = checkpoints.restore(abstract)
-            if restored.extra["tokenizer"] != tokenizer.fingerprint:
-                raise UserError(f"tokenizer: the checkpoint in {folder} was trained with another one; restore that one")
-            others = [split for split in read if read[split] != restored.extra["data"][split]]
-            if others and not accept_changes:
-                raise UserError(
-                    f"{name}.data: the {' and '.join(others)} documents are not those of the checkpoint in {folder}; "
-                    "restore the files of the source, or resume anyway with --accept_changes"
-                )
+        abstract = jax.eval_shape(functions.init_state, *frozen)
+        restored = checkpoints.restore(abstract) if checkpoints.steps() else None
+        if restored is not None:
+            _check_same(restored, name, tokenizer, read, folder, accept_changes)
             state = restored.state
             batches.restore(restored.extra["input"])
         elif init is not None:
@@ -139,6 +132,25 @@ def train(
                     raise
                 bad, state, due = error.step, None, False  # a traceback would keep the state in device memory
             state, rollbacks = run.roll_back(abstract, batches, bad, rollbacks)
+
+
+def _check_same(
+    restored: Restored,
+    name: str,
+    tokenizer: Tokenizer,
+    data: dict[str, str | None],
+    folder: Path,
+    accept_changes: bool,
+) -> None:
+    """Raise UserError if a checkpoint was trained with another tokenizer or, unless accepted, on other data."""
+    if restored.extra["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"tokenizer: the checkpoint in {folder} was trained with another one; restore that one")
+    others = [split for split in data if data[split] != restored.extra["data"][split]]
+    if others and not accept_changes:
+        raise UserError(
+            f"{name}.data: the {' and '.join(others)} documents are not those of the checkpoint in {folder}; "
+            "restore the files of the source, or resume anyway with --accept_changes"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
