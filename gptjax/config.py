@@ -41,7 +41,7 @@ def allow(*modules: ModuleType) -> None:
     allowed_modules.update(module.__name__ for module in modules)
 
 
-def modules(config: Any) -> set[ModuleType]:
+def modules(config: object) -> set[ModuleType]:
     """Modules outside gptjax that define the classes of a configuration."""
     inside = config.values() if isinstance(config, dict) else config if isinstance(config, tuple) else ()
     if is_config(config):
@@ -52,7 +52,7 @@ def modules(config: Any) -> set[ModuleType]:
     return found
 
 
-def to_json(config: Any) -> Any:
+def to_json(config: object) -> Any:
     """Convert a configuration to JSON types: a dataclass becomes `{"class": "gptjax.nn.RoPE", "theta": 1e4}` and a
     tuple a list. Raises UserError, naming the value, for what `from_json` could not restore."""
     return _to_json(config, "configuration")
@@ -115,7 +115,7 @@ def _from_json(data: Any, name: str) -> Any:
     return cls(**fields)
 
 
-def _find_class(path: Any, name: str) -> Any:
+def _find_class(path: object, name: str) -> Any:
     module_name, _, class_name = str(path).rpartition(".")
     if (cls := exported(module_name, class_name)) is not None:
         return cls
@@ -145,7 +145,7 @@ def _public_name(cls: type) -> str | None:
     return next((f"{p}.{cls.__name__}" for p in packages if exported(p, cls.__name__) is cls), None)
 
 
-def digest(data: Any) -> str:
+def digest(data: object) -> str:
     """SHA-256, in hex, of a value of JSON types."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
@@ -158,12 +158,12 @@ def check_name(name: str, field: str) -> None:
         )
 
 
-def differences(a: Any, b: Any) -> list[str]:
+def differences(a: object, b: object) -> list[str]:
     """List the changes from a to b, one line each: `model.layers: 4 → 12`. Empty if they are equal."""
     return list(_differences(a, b, ""))
 
 
-def _differences(a: Any, b: Any, name: str) -> Iterator[str]:
+def _differences(a: object, b: object, name: str) -> Iterator[str]:
     inside_a, inside_b = children(a), children(b)
     if type(a) is type(b) and inside_a and inside_b:
         for key in inside_a | inside_b:
@@ -178,7 +178,7 @@ def _differences(a: Any, b: Any, name: str) -> Iterator[str]:
         yield f"{name or 'configuration'}: {short(a)} → {short(b)}"
 
 
-def is_config(value: Any) -> bool:
+def is_config(value: object) -> bool:
     """True for a dataclass instance."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
@@ -188,12 +188,12 @@ def fields_of(value: Any) -> Iterator[dataclasses.Field]:
     return (field for field in dataclasses.fields(value) if field.init)
 
 
-def lends_keys(value: Any) -> bool:
+def lends_keys(value: object) -> bool:
     """True for a dict of dataclasses, which contributes its keys and not its own name to paths."""
     return isinstance(value, dict) and len(value) > 0 and all(is_config(item) for item in value.values())
 
 
-def children(value: Any) -> dict[str, Any]:
+def children(value: object) -> dict[str, Any]:
     """The direct children of a value, by name. Empty for a leaf; a tuple of leaves is a leaf too."""
     if is_config(value):
         inside = {}
@@ -213,7 +213,7 @@ def children(value: Any) -> dict[str, Any]:
     return {}
 
 
-def leaf_paths(value: Any, name: str = "") -> Iterator[str]:
+def leaf_paths(value: object, name: str = "") -> Iterator[str]:
     """Paths of the leaves of a configuration."""
     inside = children(value)
     if not inside and name:
@@ -222,13 +222,13 @@ def leaf_paths(value: Any, name: str = "") -> Iterator[str]:
         yield from leaf_paths(item, f"{name}.{key}" if name else key)
 
 
-def path_of(config: Any, name: str) -> str | None:
+def path_of(config: object, name: str) -> str | None:
     """Path of the field of this name in a configuration. None: there is none, or there are several."""
     found = [path for path, _ in paths(config) if path.rpartition(".")[2] == name]
     return found[0] if len(found) == 1 else None
 
 
-def paths(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def paths(value: object, name: str = "") -> Iterator[tuple[str, Any]]:
     """Paths of all values of a configuration, of leaves or not, with the values."""
     for key, item in children(value).items():
         path = f"{name}.{key}" if name else key
@@ -236,7 +236,7 @@ def paths(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from paths(item, path)
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """`repr` of a value, of 100 characters at most."""
     text = repr(value)
     return text if len(text) <= 100 else text[:99] + "…"

@@ -42,7 +42,7 @@ class ConversationFormat(abc.ABC):
     """Format of the rows of a table of conversations."""
 
     @abc.abstractmethod
-    def recognises(self, row: Any) -> bool:
+    def recognises(self, row: object) -> bool:
         """True if a row has the fields of this format."""
 
     @abc.abstractmethod
@@ -58,7 +58,7 @@ class OpenAIMessages(ConversationFormat):
     messages: str = "messages"
     """Field with the messages."""
 
-    def recognises(self, row: Any) -> bool:
+    def recognises(self, row: object) -> bool:
         messages = _field(row, self.messages, default=None)
         return isinstance(messages, list) and not _is_shared(messages)
 
@@ -75,7 +75,7 @@ class ShareGPT(ConversationFormat):
     conversations: str = "conversations"
     """Field with the messages."""
 
-    def recognises(self, row: Any) -> bool:
+    def recognises(self, row: object) -> bool:
         messages = _field(row, self.conversations, default=None)
         return isinstance(messages, list) and _is_shared(messages)
 
@@ -98,7 +98,7 @@ class Alpaca(ConversationFormat):
     output: str = "output"
     """Field with the output."""
 
-    def recognises(self, row: Any) -> bool:
+    def recognises(self, row: object) -> bool:
         return isinstance(row, Mapping) and {self.instruction, self.output} <= row.keys()
 
     def conversation(self, row: Any) -> Conversation:

@@ -193,6 +193,6 @@ def _json_rows(path: Path, invalid: Literal["error", "skip"]) -> Iterator[tuple[
         yield number, line, value
 
 
-def _is_row(item: Any) -> bool:
+def _is_row(item: object) -> bool:
     """True if an item of a list is a row, such as a conversation, and no message of one."""
     return isinstance(item, list) or (isinstance(item, dict) and "role" not in item)

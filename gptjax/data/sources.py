@@ -193,7 +193,7 @@ class LabelledJsonl:
         return Example(value[self.text], self.classes.index(value[self.label]))
 
 
-def fingerprint(source: Any, *state: Any) -> str:
+def fingerprint(source: Any, *state: object) -> str:
     """SHA-256, in hex, of a source's class, its fields and the state of its files."""
     content = [type(source).__name__, dataclasses.asdict(source), *state]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -178,7 +178,7 @@ def encode_texts(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[Enc
     return (Encoded(add_bos_eos(ids, tokenizer)) for _, ids in encoded(documents, str, tokenizer))
 
 
-def expect(kinds: type | tuple[type, ...], documents: Iterator[Any], source: Any) -> Iterator[Any]:
+def expect(kinds: type | tuple[type, ...], documents: Iterator[Any], source: object) -> Iterator[Any]:
     """Yield the documents. Raises UserError for one of another class."""
     for document in documents:
         if not isinstance(document, kinds):
@@ -186,7 +186,7 @@ def expect(kinds: type | tuple[type, ...], documents: Iterator[Any], source: Any
         yield document
 
 
-def _unexpected(kind: type, kinds: type | tuple[type, ...], source: Any) -> UserError:
+def _unexpected(kind: type, kinds: type | tuple[type, ...], source: object) -> UserError:
     names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
     return UserError(f"source: got {source}, whose documents are {kind.__name__}, must be {names}")
 
@@ -241,7 +241,7 @@ def tokenize(
     return store
 
 
-def _tell(store: Store, source: Any, split: Split) -> None:
+def _tell(store: Store, source: object, split: Split) -> None:
     """Log the treatment of documents. Raises UserError if none has a target."""
     done = _listed(store.notes)
     total = len(store.offsets) - 1 + store.notes.get(DROPPED, 0)

@@ -21,7 +21,7 @@ from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, on_mesh_of, reshard
 from gptjax.evals.documents import held_out
 from gptjax.kernels.cross_entropy import cross_entropy
-from gptjax.protocols import Evaluation, ModelConfig, Source, Split, Tokenizer
+from gptjax.protocols import Evaluation, ModelConfig, Module, Source, Split, Tokenizer
 from gptjax.types import Array, Params, Result, UserError
 
 
@@ -119,7 +119,7 @@ def _windows(ids: list[int], length: int) -> Iterator[tuple[list[int], int]]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(model: Any, params: Params, tokens: Array, targets: Array, weights: Array) -> Array:
+def _nats(model: Module, params: Params, tokens: Array, targets: Array, weights: Array) -> Array:
     tokens, targets, weights = (reshard(x, model.rules("batch", None)) for x in (tokens, targets, weights))
     logits, _ = model.apply({"params": params}, tokens)
     nll, _ = cross_entropy(logits, targets)

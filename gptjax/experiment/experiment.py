@@ -23,7 +23,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -305,7 +304,7 @@ class Experiment:
                     evaluation.check(tokenizer)
 
 
-def _evaluate(name: str, stage: Stage, model: Any, console: Console) -> list[Result]:
+def _evaluate(name: str, stage: Stage, model: Model, console: Console) -> list[Result]:
     """Run a stage's evaluations, with a line for each."""
     results = []
     for evaluation in stage.evaluations:

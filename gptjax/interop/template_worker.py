@@ -98,12 +98,12 @@ class PublicNamespace(Namespace):
             _check_public(name)
         Namespace.__init__(self, attributes)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_public(name)
         super().__setitem__(name, value)
 
 
-def _check_public(name: Any) -> None:
+def _check_public(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(f"a namespace cannot have the attribute {name!r}")
 

@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     accepts: Callable[[Any], bool]
 
 
-def _integer(value: Any, least: int) -> bool:
+def _integer(value: object, least: int) -> bool:
     return type(value) is int and least <= value < 2**31
 
 
@@ -58,13 +58,13 @@ def check_regular(folder: Path) -> None:
             raise UserError(f"path: got {folder}, where {file.name} is not a regular file; delete it")
 
 
-def check(value: Any, schema: Schema, where: str) -> None:
+def check(value: object, schema: Schema, where: str) -> None:
     """Raise UserError, with the path of the field, for a value of another type than the schema's. where: the file."""
     if wrong := _wrong(value, schema, where):
         raise UserError(wrong)
 
 
-def _wrong(value: Any, schema: Schema, where: str) -> str | None:
+def _wrong(value: object, schema: Schema, where: str) -> str | None:
     """Error message for a value that does not fit the schema, or None."""
     if value is None:
         return None
@@ -95,6 +95,6 @@ def _name(schema: Schema) -> str:
     return "a list" if isinstance(schema, list) else "an object"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**100 else "a very large integer"
     return text if len(text) <= 100 else text[:99] + "…"

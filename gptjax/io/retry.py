@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from gptjax.types import UserError, one_line
 
@@ -50,7 +50,7 @@ def call(function: Callable[[], Item], task: str) -> Item:
             _wait(failures, task, error)
 
 
-def stream(start: Callable[[], Iterator[Item]], source: Any) -> Iterator[Item]:
+def stream(start: Callable[[], Iterator[Item]], source: object) -> Iterator[Item]:
     """Documents of the iterator `start()`, which is started again after transient errors and resumed where it broke.
 
     It must give the same documents every time: those given already are skipped. Raises UserError, naming the source,

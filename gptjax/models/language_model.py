@@ -29,6 +29,7 @@ from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, roun
 from gptjax.inference.sampling import Sampling
 from gptjax.models.model import TextEncoder, forward
 from gptjax.nn import LongRoPE, RoPE, TransformerConfig, unstack
+from gptjax.protocols import Module
 from gptjax.types import Array, Params, UserError
 
 if TYPE_CHECKING:
@@ -332,7 +333,7 @@ class LanguageModel(TextEncoder):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprobs(model: Any, params: Params, tokens: Array) -> Array:
+def _logprobs(model: Module, params: Params, tokens: Array) -> Array:
     """Log-probabilities of tokens[:, 1:], [B, T] -> [B, T - 1]."""
     logits = reshard(forward(model, params, tokens)[0], model.rules(None, None, None))[:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]

@@ -33,6 +33,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.model import Model
 from gptjax.nn import LoRA, ModelConfig, TransformerConfig
+from gptjax.protocols import Module
 from gptjax.types import Params, UserError, one_line
 
 M = TypeVar("M", bound=Model)
@@ -126,7 +127,7 @@ def restore_stage_params(
     checkpoints: Path,
     adapters: Mapping[str, LoRA | None],
     stage: str,
-    model: Any,
+    model: Module,
     abstract: Params | None = None,
     pretrained: Callable[[Params | None], Params] | None = None,
     step: int | None = None,
@@ -159,7 +160,7 @@ def restore_stage_params(
     return restored if lora is None else dataclasses.replace(restored, state=jax.jit(lora.merge)(base, restored.state))
 
 
-def init_from_pretrained(path: str | Path, model: Any, tokenizer: Tokenizer, seed: int = 0) -> Params:
+def init_from_pretrained(path: str | Path, model: Module, tokenizer: Tokenizer, seed: int = 0) -> Params:
     """Initialise a model's parameters, sharded by its rules, from the model in `path`. Parameters that it lacks, such
     as a classifier's head, are initialised from the seed. Raises UserError if architectures or tokenizers differ."""
     found = load(path, "float32", model.rules, kind=Model)

@@ -23,6 +23,7 @@ from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, fetch, on_
 from gptjax.inference.generate import round_up
 from gptjax.io import atomic
 from gptjax.nn import BackboneConfig, ModelConfig
+from gptjax.protocols import Module
 from gptjax.types import Array, Params, UserError
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class TextEncoder(Model):
         return self.config
 
     def _forward_texts(
-        self, module: Any, texts: str | Sequence[str], batch: int, length: int | None = None
+        self, module: Module, texts: str | Sequence[str], batch: int, length: int | None = None
     ) -> np.ndarray:
         """Outputs of a module of `nn.heads` for texts, float32 [n, ...], from their first `length` tokens."""
         ids = [
@@ -162,7 +163,9 @@ class TextEncoder(Model):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def forward(module: Any, params: Params, tokens: Array | np.ndarray, segments: Array | np.ndarray | None = None) -> Any:
+def forward(
+    module: Module, params: Params, tokens: Array | np.ndarray, segments: Array | np.ndarray | None = None
+) -> Any:
     """Forward pass of tokens int32 [B, T], with their segments [B, T], on the parameters' mesh."""
     rules = module.rules.for_batch_size(len(tokens))
     rows = [x if x is None else reshard(x, rules("batch", None)) for x in (tokens, segments)]

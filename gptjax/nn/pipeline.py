@@ -33,16 +33,16 @@ from jax.sharding import PartitionSpec
 from gptjax.distributed.partial_map import partial_map
 from gptjax.distributed.sharding import axes_of, split_microbatches
 from gptjax.nn.block import Context
-from gptjax.types import Array, Params, UserError
+from gptjax.types import Array, Key, Params, UserError
 
-Layers = Callable[[Array, Context, Params, Any, Array], tuple[Array, Any, Any]]
+Layers = Callable[[Array, Context, Params, Key | None, Array], tuple[Array, Any, Any]]
 """(x [B / M, T, D], context, params, each, microbatch number) -> x after the layers, losses and updates (`scan`)."""
 
 
 def pipeline(
     layers: Layers,
     params: Params,
-    each: Any,
+    each: Key | None,
     x: Array,
     context: Context,
     axes: tuple[str, ...],
@@ -75,7 +75,7 @@ def pipeline(
     by_stage = copies, stages, rows // stages, *x.shape[1:]
     scattered = rows % stages == 0  # otherwise there are too few sequences: every stage has them all
 
-    def run(params: Params, each: Any, x: Array, context: Context) -> tuple[Array, Any, Any]:
+    def run(params: Params, each: Key | None, x: Array, context: Context) -> tuple[Array, Any, Any]:
         here = lax.axis_index(axes)
         if scattered:
             x = _exchange(jnp.repeat(x, stages, axis=1), axes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -71,7 +71,13 @@ def _layers(
 
 
 def _stage(
-    pattern: Any, unroll: bool, x: Array, context: Context, params: Params, keys: Key | None, number: Array
+    pattern: Callable[..., Any],
+    unroll: bool,
+    x: Array,
+    context: Context,
+    params: Params,
+    keys: Key | None,
+    number: Array,
 ) -> tuple[Array, dict[str, Array], dict[str, Any]]:
     """Microbatch `number` through the layers of one pipeline stage."""
     keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -38,7 +37,7 @@ class StopSignal:
     def now(self) -> bool:
         return self.is_set
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int, frame: object) -> None:
         if self.is_set:
             raise KeyboardInterrupt
         self.is_set = True
@@ -55,7 +54,7 @@ class _SynchronisedStopSignal(StopSignal):
         self.agreed = self.agreed or multihost_utils.reached_preemption_sync_point(next(_sync_points))
         return self.agreed
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int, frame: object) -> None:
         super().__call__(number, frame)
         os.kill(os.getpid(), signal.SIGTERM)
 

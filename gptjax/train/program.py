@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +30,9 @@ class Program:
     """(*frozen) -> initial parameters to train: the model's, or adapters of `frozen`."""
     create_state: Callable[[Params], State]
     """Parameters to train -> state before the first step."""
-    step: Any
+    step: jax.stages.Wrapped
     """(state, batch, *frozen) -> (state, metrics), jitted. The state is donated."""
-    evaluate: Any
+    evaluate: jax.stages.Wrapped
     """(params, batch, *frozen) -> metrics without dropout, jitted."""
     merge: Callable[..., Params]
     """(params, *frozen) -> parameters of the model."""

@@ -28,7 +28,7 @@ def make_step(
     accumulate: int = 1,
     ema: float | None = None,
     divergence: Stop = Stop(),
-) -> Callable[..., tuple[State, Metrics]]:
+) -> jax.stages.Wrapped:
     """Make the jitted function (state, batch, *frozen) -> (state, metrics). It donates the state.
 
     objective   an `Objective`, (apply, params, batch, key, *frozen) -> metrics; `frozen` is not trained

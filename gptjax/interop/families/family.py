@@ -51,7 +51,7 @@ class Fields(dict[str, Any]):
         """The field; the default if it is missing. Raises UserError for null."""
         return Fields({name: default, **self})[name]
 
-    def only(self, **values: Any) -> None:
+    def only(self, **values: object) -> None:
         """Raise UserError for a field with a value other than the supported one."""
         for name, value in values.items():
             if (got := self.get(name)) is not None and got != value:

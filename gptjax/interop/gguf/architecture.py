@@ -99,7 +99,7 @@ class Keys:
             raise UserError(f"tensors: {name}: got shape {got}, must be {shape} by the metadata")
         return np.asarray(self._tensors[name], np.float32)
 
-    def only(self, key: str, *values: Any) -> None:
+    def only(self, key: str, *values: object) -> None:
         """Raise UserError for a key with a value other than the supported ones."""
         self._unread.discard(key)
         if key in self._metadata and (got := self._metadata[key]) not in values:
@@ -127,7 +127,7 @@ WITHOUT_EFFECT = {"context_length", "vocab_size", "rope.scaling.finetuned"}
 """Keys that do not change what a model computes."""
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
