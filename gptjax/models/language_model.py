@@ -287,6 +287,12 @@ class LanguageModel(TextEncoder):
 
         return dataclasses.replace(self, params=quantise_params(self.config, self.params, bits, group, embeddings))
 
+    def with_cache_dtype(self, dtype: str | None) -> LanguageModel:
+        """This model with keys and values cached in int8 or float8_e4m3fn. None: in the compute dtype."""
+        if not isinstance(self.config, TransformerConfig):
+            raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to have a cache")
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, cache_dtype=dtype))
+
     def with_adapter(self, folder: str | Path) -> LanguageModel:
         """This model with a PEFT adapter merged into its parameters; see `gptjax.interop.peft`."""
         from gptjax.inference.quantise import is_quantised

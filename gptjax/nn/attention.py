@@ -124,7 +124,7 @@ class MultiHeadAttention(Attention):
             k, v = (x.swapaxes(1, 2) for x in encoder_output)
         if cache is not None:
             k, v = (kv.write(old, new, mask) for old, new in zip(cache, (k, v), strict=True))
-            cache, k, v = (k, v), k.swapaxes(1, 2), v.swapaxes(1, 2)
+            cache, (k, v) = (k, v), (kv.read(entry, mask, q.dtype).swapaxes(1, 2) for entry in (k, v))
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)
         sinks = param("sinks", (N,), ("heads",), normal, decays=True) if self.sinks else None
@@ -150,11 +150,19 @@ class MultiHeadAttention(Attention):
 
     def init_cache(
         self, batch: int, size: int, width: int, dtype: str = "float32", rules: ShardingRules = ShardingRules()
-    ) -> tuple[Array, Array]:
-        """Keys and values, [B, K, S, H] each: the layout in which attention reads them."""
+    ) -> tuple[Any, Any]:
+        """Keys and values, [B, K, S, H] each: the layout in which attention reads them. A dtype of 8 bits gives
+        `cache.ScaledEntry`."""
         _, K, H = self._sizes()
         sharding = rules("batch", rules.axis_if_divisible("kv_heads", K), None, None)
-        keys, values = (jnp.zeros((batch, K, size, H), dtype, out_sharding=sharding) for _ in range(2))
+
+        def empty(width: int, dtype: str) -> Array:
+            return jnp.zeros((batch, K, size, width), dtype, out_sharding=sharding)
+
+        if dtype in kv.LARGEST:
+            keys, values = (kv.ScaledEntry(empty(H, dtype), empty(1, "float32")) for _ in range(2))
+        else:
+            keys, values = (empty(H, dtype) for _ in range(2))
         return keys, values
 
     def init_cross_cache(self, param: ParamFactory, encoder_output: Array) -> tuple[Array, Array]:

@@ -34,14 +34,58 @@ class Cache:
     """int32 [B, S'], segments of the source of an encoder-decoder. Tokens attend to their own segment."""
 
 
-def write(entry: Array, new: Array, mask: Mask) -> Array:
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+"""Dtype of 8 bits -> its largest number."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaledEntry:
+    """Cached vectors of H numbers in 8 bits, each with its own scale. Indexing gives floats, so that attention reads
+    blocks of it like those of an array."""
+
+    codes: Array
+    """[..., S, H], of a dtype in `LARGEST`."""
+    scales: Array
+    """float32 [..., S, 1]: largest magnitude of the vector over that of the dtype."""
+    dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+    """Dtype of the floats."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def swapaxes(self, i: int, j: int) -> ScaledEntry:
+        """This entry with two axes exchanged, neither of them the last."""
+        return dataclasses.replace(self, codes=self.codes.swapaxes(i, j), scales=self.scales.swapaxes(i, j))
+
+    def __getitem__(self, index: Any) -> Array:
+        return (self.codes[index].astype(jnp.float32) * self.scales[index]).astype(self.dtype)
+
+
+def read(entry: Any, mask: Mask, dtype: Any) -> Any:
+    """An entry as attention takes it: an array, or in pages an `ScaledEntry`, of which it reads a block at a time."""
+    if not isinstance(entry, ScaledEntry):
+        return entry
+    entry = dataclasses.replace(entry, dtype=str(jnp.dtype(dtype)))
+    return entry[...] if mask.pages is None else entry
+
+
+def write(entry: Any, new: Array, mask: Mask) -> Any:
     """`entry` with T new tokens per row, after those that it has.
 
-    entry  [B, ..., S, H], or [P, ..., S', H] in pages
+    entry  [B, ..., S, H], or [P, ..., S', H] in pages; an array or an `ScaledEntry`
     new    [B, T, ..., H]
     mask   `offset` int32 [B] or scalar, the number of tokens before; `query_segments` int32 [B, T], 0 for padding,
            which is not written; `pages`: what is not written goes to the last page, which must be nobody's
     """
+    if isinstance(entry, ScaledEntry):
+        new = new.astype(jnp.float32)
+        dtype = entry.codes.dtype
+        scales = jnp.max(jnp.abs(new), -1, keepdims=True) / LARGEST[str(dtype)]
+        codes = jnp.clip(new / jnp.where(scales > 0, scales, 1), -LARGEST[str(dtype)], LARGEST[str(dtype)])
+        codes = (jnp.round(codes) if dtype == jnp.int8 else codes).astype(dtype)
+        return ScaledEntry(write(entry.codes, codes, mask), write(entry.scales, scales, mask), entry.dtype)
     B, T = new.shape[:2]
     slots = jnp.broadcast_to(jnp.reshape(mask.start, (-1, 1)) + jnp.arange(T), (B, T))
     size = entry.shape[-2]

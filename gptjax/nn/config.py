@@ -107,6 +107,8 @@ class BackboneConfig(ModelConfig):
     """Number of pipeline microbatches. None: one per pipeline stage."""
     dtype: str = "float32"
     """Compute dtype: float32 or bfloat16. Parameters are float32 and cast when used."""
+    cache_dtype: str | None = None
+    """Dtype of cached keys and values: int8 or float8_e4m3fn, with a scale per token and head. None: compute dtype."""
 
     def __post_init__(self):
         for field in ("vocab", "layers", "width", "heads"):
@@ -154,6 +156,8 @@ class BackboneConfig(ModelConfig):
             raise UserError(f"model.remat: got {self.remat!r}, must be None or one of {', '.join(POLICIES)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"model.dtype: got {self.dtype!r}, must be float32 or bfloat16")
+        if self.cache_dtype not in (None, "int8", "float8_e4m3fn"):
+            raise UserError(f"model.cache_dtype: got {self.cache_dtype!r}, must be int8, float8_e4m3fn or none")
 
     @property
     def H(self) -> int:

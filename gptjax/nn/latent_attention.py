@@ -95,8 +95,8 @@ class MultiHeadLatentAttention(Attention):
             v = linear(latent, to_value, heads)
         else:
             q = jnp.einsum("BTNH,RNH->BTNR", q, to_key, out_sharding=heads)
-            cache = kv.write(cache, jnp.concatenate([latent, shared], -1), mask)
-            k = v = cache[:, :, None]
+            entry: Array = kv.write(cache, jnp.concatenate([latent, shared], -1), mask)
+            cache, k, v = entry, entry[:, :, None], entry[:, :, None]
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)
         y = attention(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from gptjax.distributed.parameters import flat
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn import cache as kv
+from gptjax.nn.attention import MultiHeadAttention
 from gptjax.nn.backbone import Backbone
 from gptjax.nn.block import Context
 from gptjax.nn.cache import Cache
 from gptjax.nn.config import BackboneConfig, ModelConfig
-from gptjax.types import Array, Params
+from gptjax.types import Array, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +27,14 @@ class TransformerConfig(BackboneConfig):
         return Transformer(self, rules)
 
     def init_cache(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
-        blocks = self.stack(rules).blocks
-        return tuple(block.attention.init_cache(batch, size, self.width, self.dtype, rules) for block in blocks)
+        parts = [block.attention for block in self.stack(rules).blocks]
+        other = next((type(part).__name__ for part in parts if not isinstance(part, MultiHeadAttention)), None)
+        if self.cache_dtype is not None and other:
+            raise UserError(f"model.cache_dtype: got {self.cache_dtype}, must be none with {other}")
+        if self.cache_dtype is not None and not jax.sharding.get_abstract_mesh().empty:
+            raise UserError(f"model.cache_dtype: got {self.cache_dtype}, must be none on a mesh")
+        dtype = self.cache_dtype or self.dtype
+        return tuple(part.init_cache(batch, size, self.width, dtype, rules) for part in parts)
 
 
 class Transformer(Backbone):

@@ -13,12 +13,15 @@ import gptjax
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.inference import Sampling
 from gptjax.inference.engine import Request
+from gptjax.inference.generate import generate
 from gptjax.inference.quantise import gptq_params, quantise_params
 from gptjax.inference.quantise.gptq import calibrated
+from gptjax.kernels.attention import Mask
 from gptjax.kernels.embedding import embed
 from gptjax.kernels.linear import linear
 from gptjax.kernels.quantised import QuantisedArray, quantise
 from gptjax.nn import LayerOverrides, MixtureOfExperts, TransformerConfig
+from gptjax.nn import cache as kv
 from gptjax.types import UserError
 
 TOKENIZER = Bytes().build(iter(()))
@@ -117,9 +120,7 @@ def test_the_engine_and_generation_and_whole_sequences_agree(small):
     texts = [engine.submit(Request(p, max_tokens=6, stop_token_ids=(), sampling=greedy)) for p in prompts]
     engine.run()
     for prompt, text in zip(prompts, texts, strict=True):
-        alone = gptjax.inference.generate.generate(
-            small.config.build(), small.params, small.tokenizer, [prompt], 6, greedy, stop_token_ids=()
-        )[0]
+        alone = generate(small.config.build(), small.params, small.tokenizer, [prompt], 6, greedy, stop_token_ids=())[0]
         assert alone.ids == tuple(token.id for token in text.tokens)
         # The cache's products are float32; a last bit there can move an input to the next of 255 steps.
         np.testing.assert_allclose(alone.logprobs, small.logprobs([*prompt, *alone.ids])[len(prompt) - 1 :], atol=0.1)
@@ -183,6 +184,47 @@ def test_calibration_quantises_the_matrices_of_every_layer(lm):
     # Its inputs are those of the float model: nothing before it is quantised.
     first = a["blocks"]["leading_0"]["attention"]["q"], b["blocks"]["leading_0"]["attention"]["q"]
     assert (np.asarray(first[0].codes) != np.asarray(first[1].codes)).any()
+
+
+@pytest.mark.parametrize("dtype", kv.LARGEST)
+def test_a_cached_vector_is_rounded_to_numbers_of_its_dtype(dtype):
+    new = np.random.default_rng(7).standard_normal((2, 3, 4, 8)).astype(np.float32)  # [B, T, K, H]
+    empty = kv.ScaledEntry(jnp.zeros((2, 4, 5, 8), dtype), jnp.zeros((2, 4, 5, 1)))
+    entry = kv.write(empty, new, Mask(offset=jnp.array([1, 0])))
+    got = np.asarray(kv.read(entry, Mask(), "float32"))
+    top = np.abs(new).max(-1, keepdims=True)
+    # Half a step: of int8 the same everywhere; of e4m3 2^-4 of a number, and 2^-10 of the scale below the normal ones.
+    bound = top / 127 / 2 if dtype == "int8" else np.maximum(np.abs(new) / 16, top / 448 / 1024)
+    for row, start in enumerate((1, 0)):
+        found = got[row, :, start : start + 3].swapaxes(0, 1)
+        assert np.all(np.abs(found - new[row]) <= bound[row] * (1 + 1e-5))
+    assert not got[0, :, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("int8", 0.2), pytest.param("float8_e4m3fn", 1.0, marks=pytest.mark.slow)]
+)
+def test_a_text_from_a_small_cache_is_its_own_alone_and_among_others(dtype, error, lm):
+    small = lm.with_cache_dtype(dtype)
+    prompts = [(1, 2, 3), (7, 8, 9, 10, 11), (5,)]
+    engine = small.engine(rows=3, page=8)
+
+    def texts(prompts):
+        requests = [Request(p, max_tokens=6, stop_token_ids=(), sampling=Sampling(temperature=0)) for p in prompts]
+        started = [engine.submit(request) for request in requests]
+        engine.run()
+        return [[(token.id, token.logprob) for token in text.tokens] for text in started]
+
+    together = texts(prompts)
+    assert [texts([prompt])[0] for prompt in prompts] == together
+    for prompt, text in zip(prompts, together, strict=True):
+        ids, logprobs = zip(*text, strict=True)
+        # int8 moves keys and values by 1/254 of their largest number, a score of some units by a few hundredths; e4m3
+        # by 1/16 of each, which averages out over 8 numbers.
+        np.testing.assert_allclose(logprobs, lm.logprobs([*prompt, *ids])[len(prompt) - 1 :], atol=error)
+        model, greedy = small.config.build(), Sampling(temperature=0)
+        alone = generate(model, small.params, TOKENIZER, [prompt], 6, greedy, stop_token_ids=())
+        np.testing.assert_allclose(alone[0].logprobs, logprobs, atol=0.1 * error)
 
 
 @pytest.mark.real
