@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ def serve(
     pages: int | None = None,
     page: int = 64,
     queue: int = 1_000,
+    adapter: tuple[str, ...] = (),
     draft: str | None = None,
     guesses: int = 4,
     tool_format: str | None = None,
@@ -40,6 +42,8 @@ def serve(
         pages: Number of pages in memory for keys and values. None: enough for all rows.
         page: Tokens per page. Prompts are read, and their beginnings shared, page by page.
         queue: Maximum number of requests that wait; more are refused with status 429.
+        adapter: NAME=FOLDER: LoRA adapters in PEFT's format beside the model, without a copy of it; each is served as
+            a model of that name.
         draft: Speculation: ngram guesses the next tokens from the text so far; the folder of a smaller model with the
             same tokenizer lets that model guess. None: no speculation.
         guesses: Number of guesses at a time.
@@ -65,6 +69,12 @@ def serve(
     if not paths:
         raise UserError("paths: got none, must be at least one")
 
+    adapters = {name: folder for name, _, folder in (one.partition("=") for one in adapter)}
+    if not all(adapters.values()) or len(adapters) < len(adapter) or not adapters.keys().isdisjoint(names):
+        raise UserError(f"adapter: got {' '.join(adapter)}, must be NAME=FOLDER, each name another")
+    if adapters and len(paths) > 1:
+        raise UserError(f"adapter: got {' '.join(adapter)} with {len(paths)} models, must be with one")
+
     def load_all() -> tuple[dict[str, Served], dict[str, EncoderModel]]:
         models, encoders = {}, {}
         for name, path in zip(names, paths, strict=True):
@@ -77,6 +87,7 @@ def serve(
             if not isinstance(model, LanguageModel):
                 raise UserError(f"paths: got {path}, a {type(model).__name__}, must be a language model or an encoder")
             models[name] = begin(name, path, model, started)
+            models |= {one: dataclasses.replace(models[name], adapter=one) for one in adapters}
         return models, encoders
 
     def begin(name: str, path: Path, model: LanguageModel, started: float) -> Served:
@@ -85,7 +96,9 @@ def serve(
             options["draft"] = NGram(guesses)
         elif draft is not None:
             options["draft"] = model.draft(load(draft), guesses)
-        engine = model.engine(rows=rows, pages=pages, page=page, queue=queue, name=str(path.resolve()), **options)
+        engine = model.engine(
+            rows=rows, pages=pages, page=page, queue=queue, name=str(path.resolve()), adapters=adapters, **options
+        )
         _say(f"{name}: compiling")
         engine.warm_up()
         engine.start()

@@ -257,9 +257,17 @@ class LanguageModel(TextEncoder):
         return chat_prompt(messages, self.tokenizer)
 
     def engine(self, **options: Any) -> Engine:
-        """An engine that writes many texts of this model at a time; see `gptjax.inference.engine.Engine`."""
-        from gptjax.inference.engine import Engine
+        """An engine that writes many texts of this model at a time; see `gptjax.inference.engine.Engine`.
 
+        `adapters` may be folders in PEFT's format: `lm.engine(adapters={"pirate": "adapters/pirate"})`."""
+        from gptjax.inference.engine import Engine
+        from gptjax.interop import peft
+
+        adapters: dict[str, Any] = dict(options.pop("adapters", {}))
+        for name, adapter in adapters.items():
+            if isinstance(adapter, (str, Path)):
+                adapters[name] = peft.read(adapter, self._decoder_config("take an adapter"))
+        options = {"adapters": adapters, **options}
         options = {"context": self._max_length or CONTEXT, "stop_token_ids": self.stop_token_ids, **options}
         return Engine(self._module, self._decode_params, self.tokenizer, **options)
 
@@ -277,9 +285,13 @@ class LanguageModel(TextEncoder):
     def for_context_length(self, context: int) -> LanguageModel:
         """This model for a longer context than it was loaded for, in tokens: LongRoPE (Phi-3) has other frequencies
         beyond the original length."""
+        config = self._decoder_config("read longer texts").for_context_length(context)
+        return dataclasses.replace(self, config=config, context=context)
+
+    def _decoder_config(self, use: str) -> TransformerConfig:
         if not isinstance(self.config, TransformerConfig):
-            raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to read longer texts")
-        return dataclasses.replace(self, config=self.config.for_context_length(context), context=context)
+            raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to {use}")
+        return self.config
 
     def quantised(self, bits: int = 8, group: int | None = None, embeddings: bool = True) -> LanguageModel:
         """This model with quantised weights; see `gptjax.inference.quantise.quantise_params`."""
@@ -298,11 +310,9 @@ class LanguageModel(TextEncoder):
         from gptjax.inference.quantise import is_quantised
         from gptjax.interop import peft
 
-        if not isinstance(self.config, TransformerConfig):
-            raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to take an adapter")
         if is_quantised(self.params):
             raise UserError("adapter: got one for quantised weights, must be merged first; then quantise the result")
-        lora, adapters = peft.read(folder, self.config)
+        lora, adapters = peft.read(folder, self._decoder_config("take an adapter"))
         return dataclasses.replace(self, params=lora.merge(self.params, adapters))
 
     def save_gguf(self, path: str | Path, dtype: str = "f16") -> None:

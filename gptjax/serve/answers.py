@@ -33,7 +33,8 @@ def to_engine(
 ) -> Request:
     """The engine's request, with the sampling settings that the model's authors recommend where none are given."""
     base, room = served.model.sampling or Sampling(), served.engine.context - len(prompt)
-    return read_fields.request(fields, prompt, room, base, client.key.digest, constraint, marks)
+    asked = read_fields.request(fields, prompt, room, base, client.key.digest, constraint, marks)
+    return dataclasses.replace(asked, adapter=served.adapter)
 
 
 async def reply(

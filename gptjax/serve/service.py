@@ -41,6 +41,8 @@ class Served:
     tool_format: str | None = None
     """Format of the model's calls of tools, a name of `gptjax.inference.formats.TOOLS`. None: the one that its chat
     template and special tokens tell."""
+    adapter: str | None = None
+    """Adapter of the engine's that all replies under this name use. None: no adapter."""
 
     @functools.cached_property
     def format(self) -> ReplyFormat:
@@ -66,7 +68,9 @@ class Service:
     """Seconds since 1970."""
 
     def __post_init__(self):
-        rows = sum(served.engine.rows + served.engine.queue_limit for served in self.models.values())
+        rows = sum(
+            served.engine.rows + served.engine.queue_limit for served in self.models.values() if not served.adapter
+        )
         self.embedding = asyncio.Lock()
         """Held while texts are embedded."""
         self._reloading = asyncio.Lock()
@@ -109,6 +113,8 @@ class Service:
             return name, self.encoders[name], self.encoders[name].config.max_positions
         if name not in self.models:
             raise _unknown(name, (*self.encoders, *self.models))
+        if self.models[name].adapter is not None:
+            raise ApiError(400, f"model: got the adapter {name}, must be a model of its own to embed", "model")
         return name, self.models[name].model, self.models[name].engine.context
 
     async def reload(self) -> None:

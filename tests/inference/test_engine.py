@@ -223,7 +223,7 @@ def test_no_program_copies_the_pool(name, rows, draft):
     held = np.zeros((rows, 9), np.uint32), np.zeros(rows, bool)
     calls = (
         programs.decode.lower(*models, state, table, limit, replayed, *held, np.int32(1), page=PAGE),
-        programs.prefill.lower(*models, state, np.zeros(PAGE, np.int32), np.int32(0), table[0]),
+        programs.prefill.lower(*models, state, np.zeros(PAGE, np.int32), np.int32(0), table[0], np.int32(0)),
     )
     for call in calls:
         text = call.compile().as_text()

@@ -1,7 +1,7 @@
 """Continuous batching: many texts at a time, in pages that they share."""
 
-from gptjax.inference.engine.engine import Busy as Busy
 from gptjax.inference.engine.engine import Engine as Engine
+from gptjax.inference.engine.request import Busy as Busy
 from gptjax.inference.engine.request import Generation as Generation
 from gptjax.inference.engine.request import Request as Request
 from gptjax.inference.engine.request import Token as Token

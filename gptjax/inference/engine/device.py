@@ -6,7 +6,7 @@ Calls return before they are done. Each takes what the last one leaves, so they 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,10 @@ import numpy as np
 
 from gptjax.distributed.sharding import on_mesh_of
 from gptjax.inference.engine import programs
+from gptjax.inference.engine.adapters import Adapter, attach
 from gptjax.inference.engine.request import Request
 from gptjax.inference.engine.speculation import Draft
 from gptjax.inference.sampling import SamplingRows
-from gptjax.nn import unstack
 from gptjax.types import Array, Params
 
 
@@ -41,7 +41,8 @@ class Device:
     """`rows` rows and `pages` pages of `page` tokens; a text has at most `width` pages.
 
     vocab  tokens from this one on are never drawn
-    draft  guesses tokens
+    draft     guesses tokens
+    adapters  by name; their numbers are 1, 2, ... in this order
     """
 
     def __init__(
@@ -54,23 +55,30 @@ class Device:
         width: int,
         vocab: int,
         draft: Draft | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
     ):
         # Rows are on all devices; heads, experts and the hidden sizes are sharded as the parameters are.
         model = model.clone(rules=dataclasses.replace(model.rules, batch=None, sequence=None))
         self.model, self.rows, self.pages, self.page, self.width, self.vocab = model, rows, pages, page, width, vocab
         self._mesh_of = params
         with on_mesh_of(params):
-            self._models = model, unstack(model.config, params), draft, {} if draft is None else draft.params
+            self._models = (
+                model,
+                attach(model.config, params, adapters or {}),
+                draft,
+                {} if draft is None else draft.params,
+            )
             # The last page is nobody's.
             self._state = programs.idle(model, rows, pages + 1, page, vocab, draft, width * page)
             self._free = self._held(())
         self.guesses = 0 if draft is None else draft.tokens
         """Number of guesses at a time."""
 
-    def admit(self, row: int, request: Request, ends: Iterable[int]) -> None:
+    def admit(self, row: int, request: Request, ends: Iterable[int], adapter: int) -> None:
         """Give a row to a text, of whose prompt all but the last token will be in its pages when it is decoded.
 
-        ends  tokens that end the text"""
+        ends     tokens that end the text
+        adapter  number of its adapter, or 0"""
         prompt, bias = np.zeros(self.vocab, bool), np.zeros(self.vocab, np.float32)
         known, history = np.asarray(request.prompt), np.zeros(self._state.history.shape[1], np.int32)
         history[: len(known)] = known[: len(history)]
@@ -92,23 +100,35 @@ class Device:
                 token_set(ends, self.vocab),
                 np.int32(len(request.prompt) - 1 + request.min_tokens),
                 history,
+                np.int32(adapter),
             )
 
-    def read(self, tokens: Sequence[int], start: int, pages: Sequence[int]) -> None:
+    def read(self, tokens: Sequence[int], start: int, pages: Sequence[int], adapter: int) -> None:
         """Read at most a page of tokens into the page of these that position `start` begins."""
         padded = np.full(self.page, -1, np.int32)
         padded[: len(tokens)] = tokens
         with on_mesh_of(self._mesh_of):
             table = self._table([pages])[0]
-            self._state = programs.prefill(*self._models, self._state, padded, np.int32(start), table)
+            self._state = programs.prefill(
+                *self._models, self._state, padded, np.int32(start), table, np.int32(adapter)
+            )
 
-    def score(self, tokens: Sequence[int], start: int, pages: Sequence[int], compare: bool) -> programs.Drawn:
+    def score(
+        self, tokens: Sequence[int], start: int, pages: Sequence[int], adapter: int, compare: bool
+    ) -> programs.Drawn:
         """As `read`, of all these tokens but the last, with the log-probabilities of all but the first, and the most
         likely ones if `compare`. The result is on its way to the host."""
         padded, following = np.full((2, self.page), -1, np.int32)
         padded[: len(tokens) - 1], following[: len(tokens) - 1] = tokens[:-1], tokens[1:]
         with on_mesh_of(self._mesh_of):
-            arguments = padded, np.int32(start), self._table([pages])[0], following, np.bool_(compare)
+            arguments = (
+                padded,
+                np.int32(start),
+                self._table([pages])[0],
+                np.int32(adapter),
+                following,
+                np.bool_(compare),
+            )
             self._state, drawn = programs.score(*self._models, self._state, *arguments)
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         return drawn

@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,10 +26,11 @@ import jax
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.constraints import Compiler, Constraint, Grammar
 from gptjax.inference.engine import programs
+from gptjax.inference.engine.adapters import Adapter
 from gptjax.inference.engine.device import Device, Task
 from gptjax.inference.engine.pages import Pages
 from gptjax.inference.engine.queue import FairQueue
-from gptjax.inference.engine.request import Generation, Request
+from gptjax.inference.engine.request import Busy, Generation, Request
 from gptjax.inference.engine.running import Call, Running, tokens_of
 from gptjax.inference.engine.speculation import Draft
 from gptjax.types import Params, UserError
@@ -48,6 +49,7 @@ class Engine:
     queue            maximum number of requests that wait
     stop_token_ids   tokens that end a text. None: all special tokens
     name             of the weights: prefixes are shared among texts of one name
+    adapters         LoRA adapters by name, of which each request may choose one
     draft            guesses tokens, for speculative decoding: `NGram()`, or a `DraftModel`. None: no speculation
 
     Raises UserError for a model that cannot be served so.
@@ -67,6 +69,7 @@ class Engine:
         stop_token_ids: Sequence[int] | None = None,
         name: str = "",
         draft: Draft | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
     ):
         config = model.config
         for option, value in (("rows", rows), ("page", page), ("queue", queue)):
@@ -88,7 +91,8 @@ class Engine:
             draft.check(self.vocab, self.context)
         self.pages = Pages(count, page)
         self.queue_limit, self._name = queue, name
-        self._device = Device(model, params, rows, count, page, width, self.vocab, draft)
+        self._device = Device(model, params, rows, count, page, width, self.vocab, draft, adapters)
+        self._adapters = {None: 0, **{name: i for i, name in enumerate(adapters or {}, 1)}}
         self._queue: FairQueue[Generation] = FairQueue()
         self._running: list[Running] = []  # in the order in which they joined
         self._free = list(range(rows - 1, -1, -1))
@@ -124,6 +128,8 @@ class Engine:
     def submit(self, request: Request) -> Generation:
         """Ask for a text. Raises UserError for a request that can never be served, `Busy` if too many wait."""
         request.check(self._device.model.config.vocab, self.vocab, self.context)
+        if request.adapter not in self._adapters:
+            raise UserError(f"adapter: got {request.adapter}, must be one of {', '.join(filter(None, self._adapters))}")
         generation = Generation(request, self.tokenizer, self.stop_token_ids)
         with self._changed:
             if self.broken is not None:
@@ -243,7 +249,8 @@ class Engine:
         request, pages = generation.request, self.pages
         before = request.prompt[:-1]
         # Not the name alone: a prefix of another client's must not show in the time to the first token.
-        chains = list(pages.chains(pages.root(self._name, request.client), before))
+        adapter = self._adapters[request.adapter]
+        chains = list(pages.chains(pages.root(self._name, request.client, str(adapter)), before))
         found = [] if request.prompt_logprobs else pages.find(chains)
         needed = -(-len(request.prompt) // pages.size) - len(found)
         if needed > pages.free:
@@ -253,11 +260,11 @@ class Engine:
             return None
         mine = [page for page in (pages.take() for _ in range(needed)) if page is not None]
         read = len(found) * pages.size
-        text = Running(generation, self._free.pop(), chains, found + mine, read, list(generation.stream.ids))
+        text = Running(generation, self._free.pop(), adapter, chains, found + mine, read, list(generation.stream.ids))
         text.length = len(before)
         generation.began = generation.began or time.monotonic()
         generation.reused = max(generation.reused, read)
-        self._device.admit(text.row, request, generation.stream.stop_token_ids)
+        self._device.admit(text.row, request, generation.stream.stop_token_ids, adapter)
         return text
 
     def _read(self, text: Running) -> bool:
@@ -267,7 +274,8 @@ class Engine:
         if text.generation.request.prompt_logprobs:
             # Its pages stay its own: another program wrote them.
             scored = text.prompt[text.read : text.read + size + 1]
-            drawn = self._device.score(scored, text.read, text.pages, text.generation.request.alternatives > 0)
+            compare = text.generation.request.alternatives > 0
+            drawn = self._device.score(scored, text.read, text.pages, text.adapter, compare)
             self._calls.append(Call(drawn, [(text, len(scored) - 1)]))
             text.read += len(scored) - 1
             return True
@@ -279,7 +287,7 @@ class Engine:
         if not text.reading:
             return False
         page = before[text.read : text.read + size]
-        self._device.read(page, text.read, text.pages)
+        self._device.read(page, text.read, text.pages, text.adapter)
         number = text.read // size
         if len(page) == size:
             # Whoever reads it is later on the device.
@@ -371,8 +379,7 @@ class Engine:
             if generation.finish is not None:
                 self._leave(text)
 
-    def _fail(self, text: Running, error: Exception) -> None:
-        """End a text whose constraint cannot go on."""
+    def _fail(self, text: Running, error: Exception) -> None:  # its constraint cannot go on
         text.generation.end("error", f"constraint: {error}")
         self._leave(text)
 
@@ -391,7 +398,3 @@ class Engine:
             waiting = list(self._queue)
         for generation in [*(text.generation for text in self._running), *waiting]:
             generation.end("error", error)
-
-
-class Busy(UserError):
-    """Too many requests wait."""

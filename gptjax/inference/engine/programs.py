@@ -17,6 +17,7 @@ import numpy as np
 from gptjax.distributed.sharding import reshard
 from gptjax.inference.engine.speculation import Draft
 from gptjax.inference.sampling import Sampling, SamplingRows, Seen, sample, unseen
+from gptjax.kernels.adapted import with_rows
 from gptjax.nn import Cache, make_cache
 from gptjax.types import Array, Key, Params
 
@@ -57,6 +58,8 @@ class Rows:
     """int32 [R, S], tokens of prompt and text up to `token`, for speculation; without it S is 0."""
     draft: tuple[Any, ...]
     """Cache entries of the draft model, in the same pages."""
+    adapter: Array
+    """int32 [R], number of the adapter of each row; 0: none."""
 
     def draw(self, logits: Array, ahead: Array | int, seen: Seen) -> Array:
         """The token int32 [R] after float32 logits [R, V'] of a position `ahead` of the next one."""
@@ -109,6 +112,7 @@ def idle(
         earliest=jnp.zeros(rows, jnp.int32),
         history=jnp.zeros((rows, 0 if draft is None else context), jnp.int32),
         draft=() if draft is None else draft.init_cache(pages, page),
+        adapter=jnp.zeros(rows, jnp.int32),
     )
 
 
@@ -127,6 +131,7 @@ def admit(
     ends: Array | np.ndarray,
     earliest: Array | int,
     history: Array | np.ndarray,
+    adapter: Array | int,
 ) -> Rows:
     """Put a text into a row.
 
@@ -138,6 +143,7 @@ def admit(
     ends      uint32 [W], set of the tokens that end the text
     earliest  number of tokens in the cache before one of them may be drawn
     history   int32 [S], the prompt
+    adapter   number of its adapter
     """
 
     def put(all: Array, one: Any) -> Array:
@@ -157,6 +163,7 @@ def admit(
         ends=put(rows.ends, ends),
         earliest=put(rows.earliest, earliest),
         history=put(rows.history, history),
+        adapter=put(rows.adapter, adapter),
     )
 
 
@@ -185,15 +192,17 @@ def prefill(
     tokens: Array | np.ndarray,
     start: Array | int,
     pages: Array | np.ndarray,
+    adapter: Array | int,
 ) -> Rows:
     """Read a page of a prompt into the pool.
 
-    tokens  int32 [page], -1 for padding at the end
-    start   position of the first
-    pages   int32 [M], the text's pages
+    tokens   int32 [page], -1 for padding at the end
+    start    position of the first
+    pages    int32 [M], the text's pages
+    adapter  number of the text's adapter
     """
     # These logits are unused, so the compiler drops the head, the largest matrix product.
-    rows, _ = _read(model, params, draft, draft_params, rows, tokens, start, pages)
+    rows, _ = _read(model, params, draft, draft_params, rows, tokens, start, pages, adapter)
     return rows
 
 
@@ -206,10 +215,11 @@ def _read(
     tokens: Array | np.ndarray,
     start: Array | int,
     pages: Array | np.ndarray,
+    adapter: Array | int,
 ) -> tuple[Rows, Array]:
     """`prefill`, and the logits [1, page, V]."""
     tokens, start, pages = jnp.asarray(tokens)[None], jnp.asarray(start)[None], jnp.asarray(pages)[None]
-    real = (tokens >= 0).astype(jnp.int32)
+    real, params = (tokens >= 0).astype(jnp.int32), with_rows(params, jnp.asarray(adapter)[None])
     cache = Cache(rows.layers, start, pages.shape[1] * tokens.shape[1], pages)
     logits, cache = model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
     entries = rows.draft if draft is None else draft.read(draft_params, rows.draft, tokens, start, pages)
@@ -226,12 +236,13 @@ def score(
     tokens: Array | np.ndarray,
     start: Array | int,
     pages: Array | np.ndarray,
+    adapter: Array | int,
     following: Array | np.ndarray,
     compares: Array | bool,
 ) -> tuple[Rows, Drawn]:
     """As `prefill`, with the log-probabilities of the tokens that follow each, int32 [page]: a `Drawn` of one row.
     compares: the most likely tokens are wanted too."""
-    rows, logits = _read(model, params, draft, draft_params, rows, tokens, start, pages)
+    rows, logits = _read(model, params, draft, draft_params, rows, tokens, start, pages, adapter)
     logits = reshard(logits, model.rules(None, None, None))
     following = jnp.asarray(following)[None]
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))[..., : rows.bias.shape[1]]
@@ -281,6 +292,7 @@ def decode(
     page      number of slots of a page
     """
     pages, limit, replayed = jnp.asarray(pages), jnp.asarray(limit), jnp.asarray(replayed)
+    params = with_rows(params, rows.adapter)
     R, vocab = rows.bias.shape
     T, size, row = 1 if draft is None else 1 + draft.tokens, pages.shape[1] * page, jnp.arange(len(rows.length))
 

@@ -54,6 +54,8 @@ class Request:
     """Special tokens that are part of the text, and their texts."""
     prompt_logprobs: bool = False
     """Return the log-probabilities of the prompt's tokens too. Then all of the prompt is read anew."""
+    adapter: str | None = None
+    """Name of an adapter of the engine's. None: the model without one."""
     priority: int = 0
     """Higher ones go first."""
     client: str = ""
@@ -212,3 +214,7 @@ class Generation:
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
+
+
+class Busy(UserError):
+    """Too many requests wait."""

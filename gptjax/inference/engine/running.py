@@ -19,6 +19,8 @@ class Running:
 
     generation: Generation
     row: int
+    adapter: int
+    """Number of its adapter, or 0."""
     chains: list[Chain]
     """Chains of the whole pages of its prompt, without the last token."""
     pages: list[int]

@@ -42,5 +42,7 @@ async def ready(service: Service, http: HttpRequest, client: Client) -> Response
 
 async def metrics(service: Service, http: HttpRequest, client: Client) -> Response:
     """Numbers for Prometheus."""
-    lines = service.metrics.lines({name: served.engine for name, served in service.models.items()})
+    lines = service.metrics.lines(
+        {name: served.engine for name, served in service.models.items() if not served.adapter}
+    )
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
