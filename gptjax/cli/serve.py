@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -24,6 +24,7 @@ def serve(
     pages: int | None = None,
     page: int = 64,
     queue: int = 1_000,
+    cache_dtype: Literal["int8", "float8_e4m3fn"] | None = None,
     adapter: tuple[str, ...] = (),
     draft: str | None = None,
     guesses: int = 4,
@@ -42,6 +43,7 @@ def serve(
         pages: Number of pages in memory for keys and values. None: enough for all rows.
         page: Tokens per page. Prompts are read, and their beginnings shared, page by page.
         queue: Maximum number of requests that wait; more are refused with status 429.
+        cache_dtype: Type of keys and values in memory. None: the model's. int8 takes about a quarter of float32.
         adapter: NAME=FOLDER: LoRA adapters in PEFT's format beside the model, without a copy of it; each is served as
             a model of that name.
         draft: Speculation: ngram guesses the next tokens from the text so far; the folder of a smaller model with the
@@ -92,6 +94,7 @@ def serve(
 
     def begin(name: str, path: Path, model: LanguageModel, started: float) -> Served:
         options: dict[str, Any] = {} if context is None else {"context": context}
+        model = model if cache_dtype is None else model.with_cache_dtype(cache_dtype)
         if draft == "ngram":
             options["draft"] = NGram(guesses)
         elif draft is not None:
