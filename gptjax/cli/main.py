@@ -10,6 +10,7 @@ gptjax store        export and delete the conversations that a server keeps
 gptjax eval         measure a model
 gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax quantize     write a model with weights of 8 or 4 bits, and report what that costs
+gptjax prune        write a model without its smallest weights, and report what that costs
 gptjax tokenizer    train a tokenizer, or report on one
 """
 
@@ -30,6 +31,7 @@ import tyro
 from gptjax.cli import access, keys, plan, run, store
 from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.convert import convert
+from gptjax.cli.prune import prune
 from gptjax.cli.quantize import quantize
 from gptjax.cli.serve import serve
 from gptjax.distributed import processes
@@ -283,6 +285,7 @@ COMMANDS: dict[str, Any] = {
     "eval": evaluate,
     "convert": convert,
     "quantize": quantize,
+    "prune": prune,
 }
 """Commands whose arguments are those of a function."""
 GROUPS: dict[str, dict[str, Any]] = {

@@ -59,7 +59,7 @@ def quantize(
     if method == "round" and calibration is not None:
         raise UserError(f"calibration: got {calibration}, must not be given for the method round; use --method gptq")
     lm = load(path, step=step)
-    evaluation = _evaluation(lm, path, text)
+    evaluation = evaluation_of(lm, path, text)
     group = group or (None if bits == 8 else _group(lm))
     settings = {"bits": bits, "group": group, "embeddings": to == "gptjax", "progress": lambda name: print(name)}
     if method == "gptq":
@@ -78,7 +78,7 @@ def quantize(
     print(f"\n{report}\n{out} is written, with this report in {REPORT}")
 
 
-def _evaluation(lm: LanguageModel, path: str, text: str | None) -> Any:
+def evaluation_of(lm: LanguageModel, path: str, text: str | None) -> Any:
     """The evaluation of bits per byte. None: there is neither a text nor a run's evaluation."""
     import json
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptjax.optim.adafactor import Adafactor
     from gptjax.optim.groups import Group, Groups, HasAxis, HasKind, MaxAxes, Predicate
+    from gptjax.optim.keep_zeros import KeepZeros
     from gptjax.optim.muon import Muon
     from gptjax.optim.optimizers import AdamW, Lion, Optimizer
     from gptjax.optim.schedules import Constant, Cosine, Linear, Schedule, WarmupStableDecay
@@ -24,6 +25,7 @@ __all__ = [
     "Groups",
     "HasAxis",
     "HasKind",
+    "KeepZeros",
     "Linear",
     "Lion",
     "MaxAxes",
@@ -42,6 +44,7 @@ _HOME = {
     "HasKind": "gptjax.optim.groups",
     "MaxAxes": "gptjax.optim.groups",
     "Predicate": "gptjax.optim.groups",
+    "KeepZeros": "gptjax.optim.keep_zeros",
     "Muon": "gptjax.optim.muon",
     "AdamW": "gptjax.optim.optimizers",
     "Lion": "gptjax.optim.optimizers",

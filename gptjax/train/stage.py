@@ -24,7 +24,7 @@ class Stage:
     objective: Objective
     """Loss to minimise: `objectives.NextToken`, ..."""
     optimizer: Optimizer
-    """Optimizer: `optim.AdamW`, `optim.Muon`, ..., or `optim.Groups` of them."""
+    """Optimizer: `optim.AdamW`, `optim.Muon`, ..., `optim.Groups` of them, or `optim.KeepZeros` of a pruned model."""
     steps: int
     """Number of optimizer steps, one batch each."""
     init_from: Literal["latest", "best"] = "latest"

@@ -75,9 +75,8 @@ class Engine:
         for option, value in (("rows", rows), ("page", page), ("queue", queue)):
             if value < 1:
                 raise UserError(f"{option}: got {value}, must be at least 1")
-        limit = config.max_positions
-        self.context = min(n for n in (context, limit, 1 << 30) if n is not None)
-        if context is None and limit is None:
+        self.context = min(n for n in (context, config.max_positions, 1 << 30) if n is not None)
+        if context is None and config.max_positions is None:
             raise UserError("context: got none, must be given for a model without a maximum number of positions")
         if not all(block.attention.paged for block in config.stack().blocks):
             raise UserError("model: got recurrent layers, must have none: their state is not in pages; use generate")
@@ -189,8 +188,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile every program, before the first request."""
-        page = self.pages.size
-        length = min(page + 2, self.context - 1)
+        length = min(self.pages.size + 2, self.context - 1)
         for scores in (False, True):
             self.submit(Request((0,) * length, max_tokens=1, stop_token_ids=(), prompt_logprobs=scores))
         self.run()
@@ -369,13 +367,15 @@ class Engine:
                 self.passes += int(drawn.passes[row])
                 new = range(min(max(len(text.replay) - text.written, 0), count), count)
                 text.written += count
+                before = len(generation.tokens)
                 try:
                     generation.extend(tokens_of(drawn, row, new, alternatives))
                 except Exception as error:
                     self._fail(text, error)
-                self.written += len(new)
+                added = len(generation.tokens) - before  # without what was decoded after the end
+                self.written += added
                 with self._changed:
-                    self._queue.serve(generation.request.client, len(new))
+                    self._queue.serve(generation.request.client, added)
             if generation.finish is not None:
                 self._leave(text)
 
