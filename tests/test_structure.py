@@ -117,6 +117,12 @@ def test_files_can_be_read_in_one_go():
     assert {path.name: lines for path in files if (lines := len(path.read_text().splitlines())) > 400} == {}
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """There are no packages of tests: a process that imports one by its name must find that one."""
+    names = [path.name for path in ROOT.glob("tests/**/*.py") if path.name != "conftest.py"]
+    assert [name for name in set(names) if names.count(name) > 1] == []
+
+
 def test_functions_can_be_read_at_a_glance():
     """At most 80 lines, without signature and docstring."""
     long = {}

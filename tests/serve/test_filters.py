@@ -102,7 +102,7 @@ def test_what_is_read_and_written_is_filtered():
                 (choice,) = json.loads(event[6:])["choices"]
                 streamed += choice["delta"].get("content", "")
                 ends.add(choice["finish_reason"])
-            assert (streamed, ends) == (shown, {None, end})
+            assert (streamed, ends | {None}) == (shown, {None, end})  # a short one may come in one piece
         assert ask(messages=TALK, logprobs=True).json()["error"]["param"] == "logprobs"
         assert ask("/v1/completions", prompt=[1, 2]).json()["error"]["param"] == "prompt"
         for path, body in (("/v1/completions", {"prompt": "FORBIDDEN"}), ("/page/replies", {"messages": FORBIDDEN})):

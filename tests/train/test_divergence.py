@@ -113,8 +113,9 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 
 @functools.cache
-def usual(folder: Path, absent: tuple[int, ...], steps: int) -> list[Any]:
-    return run(folder / f"{absent}", Skip(window=8), data=Data(absent=absent), steps=steps)[0]
+def usual(folder: Path, absent: tuple[int, ...], steps: int, policy: Stop = Skip(window=8)) -> list[Any]:
+    """A run of the same policy, and so of the same program, that never sees those batches."""
+    return run(folder / f"{absent}", policy, data=Data(absent=absent), steps=steps)[0]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_skip_is_a_run_without_that_batch(tmp_path, folder, factor):
 def test_roll_back_is_a_run_without_that_window(tmp_path, folder):
     """Two bad batches, both after the checkpoint of step 3: those up to each are left out."""
     params, lines = run(tmp_path, RollBack(window=8), data=Data(bad=(4, 6)), log_every=2)
-    assert same(params, usual(folder, (3, 4, 5, 6), 12))
+    assert same(params, usual(folder, (3, 4, 5, 6), 12, RollBack(window=8)))
     told = [line for line in lines if "rolled_back_from" in line]
     assert [(line["step"], line["rolled_back_from"], line["batches_skipped"]) for line in told] == [(4, 5, 4)]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
