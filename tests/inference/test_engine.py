@@ -217,13 +217,13 @@ def test_no_program_copies_the_pool(name, rows, draft):
     """A copy would cost more than all else: a pool has the size of all texts together."""
     config, pages = CONFIGS[name], 77
     model, params, table = config.build(), unstack(config, params_of(config)), np.zeros((rows, 8), np.int32)
-    models = model, params, draft, {}
-    state = programs.idle(model, rows, pages, PAGE, TOKENIZER.vocab, draft, CONTEXT)
+    models = programs.Models(model, params, draft)
+    state = programs.idle(models, rows, pages, PAGE, TOKENIZER.vocab, CONTEXT)
     limit, replayed = np.zeros(rows, np.int32), np.zeros((rows, programs.STEPS * 4), np.int32)
     held = np.zeros((rows, 9), np.uint32), np.zeros(rows, bool)
     calls = (
-        programs.decode.lower(*models, state, table, limit, replayed, *held, np.int32(1), page=PAGE),
-        programs.prefill.lower(*models, state, np.zeros(PAGE, np.int32), np.int32(0), table[0], np.int32(0)),
+        programs.decode.lower(models, state, table, limit, replayed, *held, np.int32(1), page=PAGE),
+        programs.prefill.lower(models, state, np.zeros(PAGE, np.int32), np.int32(0), table[0], np.int32(0)),
     )
     for call in calls:
         text = call.compile().as_text()

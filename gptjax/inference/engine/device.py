@@ -62,14 +62,10 @@ class Device:
         self.model, self.rows, self.pages, self.page, self.width, self.vocab = model, rows, pages, page, width, vocab
         self._mesh_of = params
         with on_mesh_of(params):
-            self._models = (
-                model,
-                attach(model.config, params, adapters or {}),
-                draft,
-                {} if draft is None else draft.params,
-            )
+            own, draft_params = attach(model.config, params, adapters or {}), {} if draft is None else draft.params
+            self._models = programs.Models(model, own, draft, draft_params)
             # The last page is nobody's.
-            self._state = programs.idle(model, rows, pages + 1, page, vocab, draft, width * page)
+            self._state = programs.idle(self._models, rows, pages + 1, page, vocab, width * page)
             self._free = self._held(())
         self.guesses = 0 if draft is None else draft.tokens
         """Number of guesses at a time."""
@@ -109,9 +105,7 @@ class Device:
         padded[: len(tokens)] = tokens
         with on_mesh_of(self._mesh_of):
             table = self._table([pages])[0]
-            self._state = programs.prefill(
-                *self._models, self._state, padded, np.int32(start), table, np.int32(adapter)
-            )
+            self._state = programs.prefill(self._models, self._state, padded, np.int32(start), table, np.int32(adapter))
 
     def score(
         self, tokens: Sequence[int], start: int, pages: Sequence[int], adapter: int, compare: bool
@@ -129,7 +123,7 @@ class Device:
                 following,
                 np.bool_(compare),
             )
-            self._state, drawn = programs.score(*self._models, self._state, *arguments)
+            self._state, drawn = programs.score(self._models, self._state, *arguments)
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         return drawn
 
@@ -144,7 +138,7 @@ class Device:
         with on_mesh_of(self._mesh_of):
             held = self._held(tasks) if any(task.allowed is not None for task in tasks) else self._free
             arguments = self._table(table), limit, replayed, *held, np.int32(steps)
-            self._state, drawn = programs.decode(*self._models, self._state, *arguments, page=self.page)
+            self._state, drawn = programs.decode(self._models, self._state, *arguments, page=self.page)
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         return drawn
 

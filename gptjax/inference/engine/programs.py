@@ -29,6 +29,21 @@ ALTERNATIVES = 20
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Models:
+    """A model, and the draft that guesses for it."""
+
+    model: Any = dataclasses.field(metadata={"static": True})
+    """Its module."""
+    params: Params
+    """Its parameters, unstacked."""
+    draft: Draft | None = dataclasses.field(default=None, metadata={"static": True})
+    """None: no speculation."""
+    draft_params: Params = dataclasses.field(default_factory=dict)
+    """Parameters of the draft."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """R rows on the device. A row is idle, or decodes a text."""
 
@@ -89,15 +104,13 @@ class Drawn:
     """int32 [R], number of times that the model ran for them."""
 
 
-def idle(
-    model: Any, rows: int, pages: int, page: int, vocab: int, draft: Draft | None = None, context: int = 0
-) -> Rows:
+def idle(models: Models, rows: int, pages: int, page: int, vocab: int, context: int = 0) -> Rows:
     """Rows without texts, and an empty pool of pages, the last of them nobody's.
 
     vocab    tokens from this one on are never sampled
     context  maximum number of tokens of a row, for the draft
     """
-    cache = make_cache(model.config, pages, page, model.rules)
+    draft, cache = models.draft, make_cache(models.model.config, pages, page, models.model.rules)
     return Rows(
         layers=cache.layers,
         length=jnp.zeros(rows, jnp.int32),
@@ -182,12 +195,9 @@ def members(tokens: Array, vocab: int) -> Array:
     return (bits > 0).reshape(len(tokens), -1)[:, :vocab]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "draft"), donate_argnames="rows")
+@functools.partial(jax.jit, donate_argnames="rows")
 def prefill(
-    model: Any,
-    params: Params,
-    draft: Draft | None,
-    draft_params: Params,
+    models: Models,
     rows: Rows,
     tokens: Array | np.ndarray,
     start: Array | int,
@@ -202,15 +212,12 @@ def prefill(
     adapter  number of the text's adapter
     """
     # These logits are unused, so the compiler drops the head, the largest matrix product.
-    rows, _ = _read(model, params, draft, draft_params, rows, tokens, start, pages, adapter)
+    rows, _ = _read(models, rows, tokens, start, pages, adapter)
     return rows
 
 
 def _read(
-    model: Any,
-    params: Params,
-    draft: Draft | None,
-    draft_params: Params,
+    models: Models,
     rows: Rows,
     tokens: Array | np.ndarray,
     start: Array | int,
@@ -219,19 +226,18 @@ def _read(
 ) -> tuple[Rows, Array]:
     """`prefill`, and the logits [1, page, V]."""
     tokens, start, pages = jnp.asarray(tokens)[None], jnp.asarray(start)[None], jnp.asarray(pages)[None]
-    real, params = (tokens >= 0).astype(jnp.int32), with_rows(params, jnp.asarray(adapter)[None])
+    real, params = (tokens >= 0).astype(jnp.int32), with_rows(models.params, jnp.asarray(adapter)[None])
     cache = Cache(rows.layers, start, pages.shape[1] * tokens.shape[1], pages)
-    logits, cache = model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
-    entries = rows.draft if draft is None else draft.read(draft_params, rows.draft, tokens, start, pages)
+    logits, cache = models.model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
+    entries = rows.draft
+    if models.draft is not None:
+        entries = models.draft.read(models.draft_params, entries, tokens, start, pages)
     return dataclasses.replace(rows, layers=cast(Cache, cache).layers, draft=entries), logits
 
 
-@functools.partial(jax.jit, static_argnames=("model", "draft"), donate_argnames="rows")
+@functools.partial(jax.jit, donate_argnames="rows")
 def score(
-    model: Any,
-    params: Params,
-    draft: Draft | None,
-    draft_params: Params,
+    models: Models,
     rows: Rows,
     tokens: Array | np.ndarray,
     start: Array | int,
@@ -242,8 +248,8 @@ def score(
 ) -> tuple[Rows, Drawn]:
     """As `prefill`, with the log-probabilities of the tokens that follow each, int32 [page]: a `Drawn` of one row.
     compares: the most likely tokens are wanted too."""
-    rows, logits = _read(model, params, draft, draft_params, rows, tokens, start, pages, adapter)
-    logits = reshard(logits, model.rules(None, None, None))
+    rows, logits = _read(models, rows, tokens, start, pages, adapter)
+    logits = reshard(logits, models.model.rules(None, None, None))
     following = jnp.asarray(following)[None]
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))[..., : rows.bias.shape[1]]
     values, ids = _most_likely(logprobs, compares)
@@ -267,12 +273,9 @@ def _most_likely(logprobs: Array, wanted: Array | bool) -> tuple[Array, Array]:
     return jax.lax.cond(wanted, find, none, logprobs)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "draft", "page"), donate_argnames="rows")
+@functools.partial(jax.jit, static_argnames="page", donate_argnames="rows")
 def decode(
-    model: Any,
-    params: Params,
-    draft: Draft | None,
-    draft_params: Params,
+    models: Models,
     rows: Rows,
     pages: Array | np.ndarray,
     limit: Array | np.ndarray,
@@ -292,7 +295,7 @@ def decode(
     page      number of slots of a page
     """
     pages, limit, replayed = jnp.asarray(pages), jnp.asarray(limit), jnp.asarray(replayed)
-    params = with_rows(params, rows.adapter)
+    model, draft, params = models.model, models.draft, with_rows(models.params, rows.adapter)
     R, vocab = rows.bias.shape
     T, size, row = 1 if draft is None else 1 + draft.tokens, pages.shape[1] * page, jnp.arange(len(rows.length))
 
@@ -300,7 +303,7 @@ def decode(
         rows, drawn = carry
         tokens = rows.token[:, None]
         if draft is not None:
-            entries, guesses = draft.propose(draft_params, rows, pages, limit, page)
+            entries, guesses = draft.propose(models.draft_params, rows, pages, limit, page)
             rows, tokens = dataclasses.replace(rows, draft=entries), jnp.concatenate([tokens, guesses], axis=1)
         real = (tokens >= 0) & (rows.length[:, None] + jnp.arange(T) < limit[:, None])
         real = jnp.cumprod(real.astype(jnp.int32), axis=1)  # padding is at the end
