@@ -9,7 +9,7 @@ A text has the bits that it would have alone. Its prompt is read a page at a tim
 program whoever else is there; pages that an earlier prompt left are those that it would have written; its draws depend
 on its seed and the position. A text that has to give up its pages is read again, and its own tokens are decoded again.
 
-A round reads at most one page of a prompt and decodes a few tokens of every row. The next round is under way before the
+A round reads a few pages of prompts and decodes a few tokens of every row. The next round is under way before the
 last one's tokens are looked at.
 """
 
@@ -45,7 +45,7 @@ class Engine:
     rows             number of texts at a time
     context          maximum number of tokens of a prompt and its text. None: the model's
     pages            number of pages of the pool. None: enough for all rows
-    page             tokens per page, and of a prompt per round
+    page             tokens per page
     queue            maximum number of requests that wait
     stop_token_ids   tokens that end a text. None: all special tokens
     name             of the weights: prefixes are shared among texts of one name
@@ -213,16 +213,16 @@ class Engine:
         return bool(self._running or len(self._queue) or self._calls or self._cancelled)
 
     def run_round(self) -> bool:
-        """Read a page of a prompt and decode; False: there is nothing to do."""
+        """Read some pages of prompts and decode; False: there is nothing to do."""
         with self._changed:
             cancelled, self._cancelled = self._cancelled, []
         for text in [text for text in self._running if text.generation in cancelled]:
             text.generation.end("cancelled")
             self._leave(text)
         self._admit()
-        reading = next((text for text in self._running if text.reading), None)
-        called = reading is not None and self._read(reading)
-        called |= self._decode(hurry=reading is not None or len(self._queue) > 0)
+        reading = [text for text in self._running if text.reading][: programs.READS]
+        called = sum(map(self._read, reading)) > 0
+        called |= self._decode(hurry=bool(reading) or len(self._queue) > 0)
         while len(self._calls) > called:  # the last one stays under way
             self._look()
         self.last_round = time.monotonic()

@@ -23,6 +23,9 @@ from gptjax.types import Array, Key, Params
 
 STEPS = 8
 """Maximum number of tokens per row and call of `decode`."""
+READS = 4
+"""Maximum number of prompts of which a page is read between two calls of `decode`, which takes as long for one row as
+for all."""
 ALTERNATIVES = 20
 """Number of most likely tokens that can be returned with each token."""
 
