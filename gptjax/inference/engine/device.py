@@ -40,7 +40,7 @@ class Task:
 class Device:
     """`rows` rows and `pages` pages of `page` tokens; a text has at most `width` pages.
 
-    vocab  tokens from this one on are never drawn
+    vocab     tokens from this one on are never drawn
     draft     guesses tokens
     adapters  by name; their numbers are 1, 2, ... in this order
     """

@@ -132,19 +132,17 @@ class Reader:
         assert self._tools is not None
         if self._next():
             return True
-        end = self._tools.end
-        at = self._rest.find(end) if end is not None else -1
-        if at < 0 and not self._ended:
+        if (found := self._end(self._tools.end)) is None:
             return False
-        body, end = (self._rest, "") if end is None or at < 0 else (self._rest[:at], end)
+        at, size = found
+        body, end = self._rest[:at], self._rest[at : at + size]
         calls = self._tools.whole(body)
         if calls is None:
             self._say(self._block + body + end)
         else:
             self.calls += calls
             self._held = ""
-        self._rest = self._rest[len(body) + len(end) :]
-        return self._go(self._write, self._rest)
+        return self._go(self._write, self._rest[at + size :])
 
     def _arguments(self) -> bool:
         used = self._json.feed(self._rest)
@@ -158,13 +156,18 @@ class Reader:
         assert self._tools is not None
         if self._next():
             return True
-        end = self._tools.end
-        at = self._rest.find(end) if end is not None else -1
-        if at < 0 and not self._ended:
+        if (found := self._end(self._tools.end)) is None:
             return False
-        stop, skipped = (len(self._rest), 0) if end is None or at < 0 else (at, len(end))
-        self._say(self._tools.rest.sub("", self._rest[:stop], count=1).strip())
-        return self._go(self._write, self._rest[stop + skipped :])
+        at, size = found
+        self._say(self._tools.rest.sub("", self._rest[:at], count=1).strip())
+        return self._go(self._write, self._rest[at + size :])
+
+    def _end(self, mark: str | None) -> tuple[int, int] | None:
+        """Place and length of a block's end; without a mark, of the text's. None: it has not come."""
+        at = self._rest.find(mark) if mark is not None else -1
+        if mark is not None and at >= 0:
+            return at, len(mark)
+        return (len(self._rest), 0) if self._ended else None
 
     def _next(self) -> bool:
         """Read the header of a call, if it comes next."""
