@@ -6,19 +6,12 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.generation import GenerationMode
-from test_serve import TALK, Server
+from test_serve import TALK
 
 from gptjax.serve import openapi
 from gptjax.serve.app import OPEN_ROUTES, ROUTES
 
 OPERATIONS = [*ROUTES, *(("GET", path) for path in OPEN_ROUTES)]
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,23 +7,10 @@ import openai
 import pydantic
 import pytest
 from scripted import ScriptedServer
-from test_serve import TALK, Server, model
+from test_serve import TALK, model
 from test_tools import CALL, TOOLS
 
 FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def events(url: str, **body) -> list[dict]:

@@ -62,19 +62,6 @@ class Server:
         self.thread.join()
 
 
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def post(server: Server, path: str = "/v1/chat/completions", **body):
     return httpx.post(server.url + path, json=body, timeout=60)
 
