@@ -4,7 +4,10 @@ import dataclasses
 import functools
 import random
 import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +282,15 @@ def test_a_thread_writes_and_pieces_are_the_text():
     finally:
         on.close()
     assert threading.active_count() < 50
+
+
+def test_a_program_may_end_while_it_writes():
+    writing = (
+        "import test_engine as t; on = t.engine(); on.start(); "
+        "next(iter(on.submit(t.Request((65,), 120, stop_token_ids=()))))"
+    )
+    ended = subprocess.run([sys.executable, "-c", writing], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2_000:]
 
 
 def test_clients_are_served_fairly():

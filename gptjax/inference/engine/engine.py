@@ -15,6 +15,7 @@ last one's tokens are looked at.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import deque
@@ -159,7 +160,7 @@ class Engine:
             pass
 
     def start(self) -> None:
-        """Write in a thread of its own, until `close`."""
+        """Write in a thread of its own, until `close`, or the end of the program."""
 
         def loop() -> None:
             while True:
@@ -175,9 +176,11 @@ class Engine:
 
         self._thread = threading.Thread(target=loop, name="engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # Python ends other threads inside of calls to the device, which aborts
 
     def close(self) -> None:
         """Stop the thread. Texts that are not finished end as cancelled."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -232,11 +235,7 @@ class Engine:
         """Give rows to those who wait, while there are rows and pages for their prompts."""
         while self._free:
             with self._changed:
-                generation = self._queue.peek()
-                if generation is None:
-                    return
-                text = self._join(generation)
-                if text is None:
+                if (generation := self._queue.peek()) is None or (text := self._join(generation)) is None:
                     return
                 self._queue.pop()
                 self._queue.serve(generation.request.client, len(generation.request.prompt))
