@@ -29,7 +29,7 @@ FLOORS = (
     {"config", "distributed", "io", "kernels"},
     {"protocols"},
     {"nn", "data", "objectives", "optim"},
-    {"inference", "monitor", "checkpoint"},
+    {"inference", "monitor", "checkpoint", "tasks"},
     {"train"},
     {"evals", "interop"},
     {"models"},

@@ -1,0 +1,23 @@
+"""Tasks: items to learn from, to be evaluated on and to be rewarded for.
+
+Names are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptjax.tasks.task import Choices, ChoiceTask, Generation, Reply, Score, Task
+
+__all__ = ["ChoiceTask", "Choices", "Generation", "Reply", "Score", "Task"]
+
+_NAMES = {"gptjax.tasks.task": "ChoiceTask Choices Generation Reply Score Task"}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'gptjax.tasks' has no attribute {name!r}")
