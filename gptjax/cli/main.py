@@ -12,6 +12,7 @@ gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax quantize     write a model with weights of 8 or 4 bits, and report what that costs
 gptjax prune        write a model without its smallest weights, and report what that costs
 gptjax tokenizer    train a tokenizer, or report on one
+gptjax data         look at training data
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gptjax.cli import access, keys, plan, run, store
+from gptjax.cli import access, data, keys, plan, run, store
 from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.convert import convert
 from gptjax.cli.prune import prune
@@ -317,8 +318,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return run.main(arguments)
     if name == "plan":
         return plan.main(arguments)
+    if name == "data":
+        return data.main(arguments)
     if name not in COMMANDS and name not in GROUPS:
-        near = difflib.get_close_matches(name, ("run", "plan", *COMMANDS, *GROUPS), n=1)
+        near = difflib.get_close_matches(name, ("run", "plan", "data", *COMMANDS, *GROUPS), n=1)
         return run.fail(f"no command {name!r}{f'; the nearest: {near[0]}' if near else ''}; see gptjax --help")
     if name in GROUPS:
         subcommands = {word: _later(function) for word, function in GROUPS[name].items()}

@@ -10,15 +10,14 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from gptjax.data.dataset import Dataset, PackedSequences
+from gptjax.data.dataset import Dataset
 from gptjax.data.packing import BestFit, Packing
-from gptjax.data.store import DROPPED, TRUNCATED, Encoded, Tokens, tokenize
+from gptjax.data.store import DROPPED, TRUNCATED, Encode, Encoded
 from gptjax.data.tokenizers import CHAT_SPECIALS
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
-from gptjax.protocols import Source, Split, Tokenizer
+from gptjax.protocols import Tokenizer
 from gptjax.types import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -170,12 +169,8 @@ class Chat(Dataset):
     """Chat template of the model, which writes the conversations: `gptjax.load(path).template`. None: the format of
     `gptjax.data.chat`."""
 
-    def sequences(
-        self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path
-    ) -> PackedSequences:
-        encode = ConversationEncoder(self.length, self.too_long, self.template)
-        store = tokenize(source, tokenizer, split, cache_dir, encode, self.document_type)
-        return PackedSequences(store, self.packing.plan(store.offsets, self.length))
+    def encodings(self) -> tuple[Encode, ...]:
+        return (ConversationEncoder(self.length, self.too_long, self.template),)
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Token ids of a conversation in which the user says `text`, up to the assistant's turn."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -12,9 +11,9 @@ import numpy as np
 from gptjax.data.dataset import Dataset, PackedSequences
 from gptjax.data.packing import NoPacking, Packing
 from gptjax.data.sources import Example
-from gptjax.data.store import Encoded, Tokens, encoded, tokenize
+from gptjax.data.store import Encode, Encoded, Store, encoded
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
-from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
+from gptjax.protocols import ModelConfig, Tokenizer
 from gptjax.types import Batch, Labelled, UserError
 
 
@@ -33,10 +32,11 @@ class Classify(Dataset):
         if self.packing != NoPacking():
             raise UserError(f"packing: got {self.packing}, must be NoPacking(): a sequence has one label")
 
-    def sequences(
-        self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path
-    ) -> LabelledSequences:
-        store = tokenize(source, tokenizer, split, cache_dir, encode_examples, self.document_type)
+    def encodings(self) -> tuple[Encode, ...]:
+        return (encode_examples,)
+
+    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> LabelledSequences:
+        (store,) = stores
         assert store.labels is not None
         return LabelledSequences(PackedSequences(store, self.packing.plan(store.offsets, self.length)), store.labels)
 
@@ -52,7 +52,7 @@ class Classify(Dataset):
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)
-        for source in self._mix.sources:
+        for source in self.mix.sources:
             classes, known = getattr(source, "classes", None), getattr(model, "classes", None)
             if classes is not None and len(classes) != known:
                 raise UserError(f"data.source.classes: got {len(classes)}, must be {known}, as many as model.classes")

@@ -1,7 +1,7 @@
 """Base class of data: documents of a source are tokenised once, packed into sequences, shuffled and mixed.
 
-A kind of data is a file with a subclass that defines its stored documents (`sequences`), its batches (`empty`) and its
-prompt. `pretrain.py` is the simplest.
+A kind of data is a file with a subclass that defines its stored documents (`encodings`), their sequences (`packed`),
+its batches (`empty`) and its prompt. `pretrain.py` is the simplest.
 
 The batch of a step is a pure function of data, seed and step. So the position in the data is one number, the same for
 any number of processes, and each process makes only its own part of the global batch.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -22,7 +22,7 @@ import numpy as np
 from gptjax.data.batches import Batches, ValidationBatches
 from gptjax.data.mix import Mix, order
 from gptjax.data.packing import Concatenate, Packing, Plan, fill
-from gptjax.data.store import Store, Tokens, combine, expect
+from gptjax.data.store import Encode, Store, Tokens, combine, expect, tokenize
 from gptjax.io import retry
 from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
 from gptjax.types import Batch, UserError
@@ -102,10 +102,24 @@ class Dataset(abc.ABC):
                 raise UserError(f"{field}: got {getattr(self, field)}, must be at least 1")
 
     @abc.abstractmethod
+    def encodings(self) -> tuple[Encode, ...]:
+        """Encodings of a document: each is stored on its own."""
+
+    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> Sequences:
+        """Sequences of one source, whose documents are stored in each of `encodings`."""
+        (store,) = stores
+        return PackedSequences(store, self.packing.plan(store.offsets, self.length))
+
+    def stores(self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path) -> list[Store]:
+        """Tokens of one source in each of `encodings`, made now unless stored."""
+        encodings = self.encodings()
+        return [tokenize(source, tokenizer, split, cache_dir, encode, self.document_type) for encode in encodings]
+
     def sequences(
         self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path
     ) -> Sequences:
         """Sequences of one source, tokenised now unless stored."""
+        return self.packed(self.stores(source, tokenizer, split, cache_dir), tokenizer)
 
     @abc.abstractmethod
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -154,7 +168,7 @@ class Dataset(abc.ABC):
         if seed < 0:
             raise UserError(f"seed: got {seed}, must not be negative")
         local = self._shard_size(shard, num_shards)
-        mix = self._mix
+        mix = self.mix
         rows = [self.sequences(source, tokenizer, split, cache_dir) for source in mix.sources]
         ordered = order(list(map(len, rows)), mix.weights, seed if self.shuffle else None)
 
@@ -179,11 +193,11 @@ class Dataset(abc.ABC):
         """All sequences of a split once, in order, or `sequences` of them at equal distances; of a mixture, those of
         the sources that have a validation split. None: no source has one. Raises as `batches`."""
         local = self._shard_size(shard, num_shards)
-        sources = self._mix.sources
+        sources = self.mix.sources
         if split == "validation":
             sources = [source for source in sources if getattr(source, "validation", None) != 0]
-            if sources and len(sources) < len(self._mix.sources):
-                without = [str(source) for source in self._mix.sources if source not in sources]
+            if sources and len(sources) < len(self.mix.sources):
+                without = [str(source) for source in self.mix.sources if source not in sources]
                 log.warning("no validation split, and no part in the validation loss: %s", ", ".join(without))
         if not sources:
             return None
@@ -205,7 +219,8 @@ class Dataset(abc.ABC):
         return batch
 
     @property
-    def _mix(self) -> Mix:
+    def mix(self) -> Mix:
+        """The source, as a mixture."""
         return self.source if isinstance(self.source, Mix) else Mix((self.source,), (1.0,))
 
     def _shard_size(self, shard: int, num_shards: int) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,9 +12,9 @@ from gptjax.data.dataset import Dataset
 from gptjax.data.files import Where, file_state, find_files, read_json
 from gptjax.data.packing import BestFit, Concatenate, Packing, Pieces, Plan, fill
 from gptjax.data.sources import check_fraction, fingerprint, of_split
-from gptjax.data.store import Encoded, Store, Tokens, combine, encoded, tokenize
+from gptjax.data.store import Encode, Encoded, Store, combine, encoded
 from gptjax.data.tokenizers.tokenizer import add_bos_eos, decoder_start
-from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
+from gptjax.protocols import ModelConfig, Split, Tokenizer
 from gptjax.types import Batch, Pair, UserError
 
 
@@ -95,15 +94,11 @@ class Pairs(Dataset):
         """Source tokens per sequence."""
         return self.source_length or self.length
 
-    def sequences(
-        self, source: Source | Tokens, tokenizer: Tokenizer, split: Split, cache_dir: str | Path
-    ) -> PairedSequences:
-        if tokenizer.eos is None:
-            raise UserError("tokenizer: got one without an eos token, must have one: it ends a target")
-        sources, targets = (
-            tokenize(source, tokenizer, split, cache_dir, encode, self.document_type)
-            for encode in (encode_sources, encode_targets)
-        )
+    def encodings(self) -> tuple[Encode, ...]:
+        return (encode_sources, encode_targets)
+
+    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> PairedSequences:
+        sources, targets = stores
         # Pack by the longer side, as a fraction of its sequence: then both sides fit.
         longest = np.maximum(
             np.minimum(np.diff(targets.offsets), self.length),
@@ -140,9 +135,10 @@ def encode_sources(documents: Iterator[TextPair], tokenizer: Tokenizer) -> Itera
 
 def encode_targets(documents: Iterator[TextPair], tokenizer: Tokenizer) -> Iterator[Encoded]:
     """Encode targets as the decoder predicts them."""
-    eos = [] if tokenizer.eos is None else [tokenizer.eos]
+    if tokenizer.eos is None:
+        raise UserError("tokenizer: got one without an eos token, must have one: it ends a target")
     for _, ids in encoded(documents, lambda pair: pair.target, tokenizer):
-        yield Encoded([*ids, *eos])
+        yield Encoded([*ids, tokenizer.eos])
 
 
 @dataclasses.dataclass(frozen=True)
