@@ -16,6 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import mmap
@@ -184,6 +185,15 @@ def expect(kinds: type | tuple[type, ...], documents: Iterator[Any], source: obj
         if not isinstance(document, kinds):
             raise _unexpected(type(document), kinds, source)
         yield document
+
+
+def held_out(source: Source[Document], split: Split, count: int | None, kind: type[Document]) -> list[Document]:
+    """First `count` documents of a split (None: all), all of class `kind`, to evaluate on. Raises UserError for another
+    class, or if there are none."""
+    documents = list(itertools.islice(expect(kind, source.documents(split), source), count))
+    if not documents:
+        raise UserError(f"source: {source} has no text in its {split} split to evaluate on")
+    return documents
 
 
 def _unexpected(kind: type, kinds: type | tuple[type, ...], source: object) -> UserError:

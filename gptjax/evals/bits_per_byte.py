@@ -7,22 +7,17 @@ byte of text compare models with different tokenizers, and with a standard compr
 from __future__ import annotations
 
 import dataclasses
-import functools
 import lzma
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
+from gptjax.data.store import held_out
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
-from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, on_mesh_of, reshard
-from gptjax.evals.documents import held_out
-from gptjax.kernels.cross_entropy import cross_entropy
-from gptjax.protocols import Evaluation, ModelConfig, Module, Source, Split, Tokenizer
-from gptjax.types import Array, Params, Result, UserError
+from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
+from gptjax.evals import likelihood
+from gptjax.protocols import Evaluation, ModelConfig, Source, Split, Tokenizer
+from gptjax.types import Params, Result, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +70,12 @@ def negative_log_likelihood(
     tokenizer: Tokenizer,
     documents: Iterable[str],
     length: int,
-    batch: int = 16,
+    batch: int = likelihood.TOKENS,
     rules: ShardingRules = DEFAULT_RULES,
 ) -> tuple[float, int]:
     """Total negative log-likelihood of the documents in nats, and the number of tokens counted.
 
-    It runs on the mesh of the parameters, sharded by `rules`, in microbatches of `batch` sequences, rounded up to a
-    multiple of the mesh's shards of a batch.
+    It runs on the mesh of the parameters, sharded by `rules`, in batches of `batch` tokens.
 
     Every token of every document is counted once, `eos` included, each document by itself. Documents longer than
     `length` are read in overlapping windows: all but the first tokens have at least length / 2 tokens of context.
@@ -89,38 +83,14 @@ def negative_log_likelihood(
     limit = config.max_positions
     length = min(length, limit) if limit else length
     windows = [w for ids in tokenizer.encode_batch(documents) for w in _windows(add_bos_eos(ids, tokenizer), length)]
-    windows.sort(key=lambda w: len(w[0]))
-    total = 0.0
-    with on_mesh_of(params):
-        shards = rules.num_shards("batch", dict(jax.sharding.get_mesh().shape))
-        batch = -(-batch // shards) * shards
-        model = config.build(rules.for_batch_size(batch))
-        for rows in (windows[i : i + batch] for i in range(0, len(windows), batch)):
-            # Round up to a few sizes, to limit recompilation.
-            size = min(length, max(16, 2 ** math.ceil(math.log2(len(rows[-1][0])))))
-            tokens, targets = np.zeros((2, batch, size), np.int32)
-            weights = np.zeros((batch, size), np.float32)
-            for row, (ids, new) in enumerate(rows):
-                n = len(ids) - 1
-                tokens[row, :n], targets[row, :n] = ids[:-1], ids[1:]
-                weights[row, n - new : n] = 1
-            total += float(_nats(model, params, tokens, targets, weights))
-    return total, sum(new for _, new in windows)
+    scored = likelihood.score(config, params, windows, rules, batch)
+    return -math.fsum(window.logprob for window in scored), sum(window.tokens for window in scored)
 
 
-def _windows(ids: list[int], length: int) -> Iterator[tuple[list[int], int]]:
-    """(ids, number of new ones at the end): windows of at most length + 1 ids, half a window apart."""
+def _windows(ids: list[int], length: int) -> Iterator[likelihood.Continuation]:
+    """Windows of at most length + 1 ids, half a window apart; the last ids of each are new."""
     if len(ids) > 1:
-        first = ids[: length + 1]
-        yield first, len(first) - 1
+        yield likelihood.Continuation(tuple(ids[:1]), tuple(ids[1 : length + 1]))
     for end in range(length + 1, len(ids), stride := max(length // 2, 1)):
-        new = ids[end : end + stride]
-        yield ids[max(end + len(new) - length - 1, 0) : end + len(new)], len(new)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _nats(model: Module, params: Params, tokens: Array, targets: Array, weights: Array) -> Array:
-    tokens, targets, weights = (reshard(x, model.rules("batch", None)) for x in (tokens, targets, weights))
-    logits, _ = model.apply({"params": params}, tokens)
-    nll, _ = cross_entropy(logits, targets)
-    return jnp.sum(nll * weights)
+        new = tuple(ids[end : end + stride])
+        yield likelihood.Continuation(tuple(ids[max(end + len(new) - length - 1, 0) : end]), new)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from gptjax.data.pairs import TextPair
-from gptjax.evals.documents import held_out
+from gptjax.data.store import held_out
 from gptjax.protocols import Evaluation, Source, Split, Tokenizer
 from gptjax.types import Result
 

@@ -60,7 +60,7 @@ def framed(text: str) -> list[int]:
 
 
 def test_short_documents_are_what_numpy_counts(params):
-    nats, tokens = negative_log_likelihood(CONFIG, params, TOKENIZER, SHORT, 32, batch=3)
+    nats, tokens = negative_log_likelihood(CONFIG, params, TOKENIZER, SHORT, 32, batch=3 * 32)
     assert tokens == sum(len(framed(text)) - 1 for text in SHORT)
     assert nats == pytest.approx(sum(in_numpy(params, framed(text), 1) for text in SHORT), rel=1e-5)
 
