@@ -30,6 +30,7 @@ EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax.objectives": None,
     "gptjax.optim": None,
     "gptjax.train.divergence": ("RollBack", "Skip", "Stop"),
+    "gptjax.train.stage": ("EarlyStopping",),
 }
 """Package -> classes of ours that a saved configuration may name. None: every frozen dataclass that it exports."""
 allowed_modules: set[str] = set()

@@ -85,7 +85,8 @@ class Source(Config, Protocol[Document_co]):
 
 class BatchIterator(Protocol):
     """Endless batches whose position can be saved and restored. A run is resumed only on the same data if they, and the
-    validation batches, have a `fingerprint`. Their size is shown before the first step if they have
+    validation batches, have a `fingerprint`; a stage may be so many epochs long if they have `epoch`, a number of
+    sequences. Their size is shown before the first step if they have
     `describe(sequences)`, as `gptjax.data.Batches` do."""
 
     def __next__(self) -> Batch:

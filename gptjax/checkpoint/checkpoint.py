@@ -184,6 +184,22 @@ class Checkpoints:
         except OSError as error:
             raise self._failure(step, error) from error
 
+    def end_at(self, step: int, extra: Mapping[str, Any]) -> None:
+        """Make a checkpoint the newest: add to its `extra`, then delete the later ones, oldest first, so that an
+        interrupted call can be repeated."""
+        self.wait()
+        try:
+            if jax.process_index() == 0:
+                content = manifest.read(self.folder / str(step)) or {}
+                extra = json.loads(json.dumps(extra))
+                manifest.amend(self.folder / str(step), extra={**content.get("extra", {}), **extra})
+                for later in self._committed():
+                    if later > step:
+                        manifest.delete(self.folder / str(later))
+            processes.barrier("later checkpoints are deleted")
+        except OSError as error:
+            raise self._failure(step, error) from error
+
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
 

@@ -70,6 +70,11 @@ class Batches(Iterator[Batch]):
                 for start in range(0, self._steps * self._local, self._local):
                     yield jax.tree.map(lambda x: x[start : start + self._local], block)  # noqa: B023
 
+    @property
+    def epoch(self) -> float:
+        """Number of sequences until every source has been read once."""
+        return max(self._epochs)
+
     def describe(self, sequences: int) -> str:
         """Number of epochs in so many sequences, and size of the data."""
         epochs = sorted({float(f"{sequences / epoch:.2g}") for epoch in self._epochs})

@@ -132,24 +132,25 @@ class Experiment:
             self._check_evaluations(folder, tokenizer)
             model, mesh = self.model.build(self.rules), self.mesh.make()
             with sharding.use(mesh):
-                self._check_data(folder, tokenizer, model, console)
+                stages = self._read_data(folder, tokenizer, model, console)
             pretrained = self._pretrained(model, tokenizer)
             first = next(iter(self.stages))
             init, origin = pretrained, run_folder.pretrained_identity(folder, first, self.init_from)
             previous, params = None, None  # stage, and its trained parameters if they are at hand
             results: dict[str, list[Result]] = {}
             with MetricsLogger(folder, self.wandb, to_json(self)) as records:
-                for name, stage in self.stages.items():
+                for name, stage in stages.items():
                     if previous is not None:
                         origin = run_folder.identity(folder, previous, stage.init_from)
                         init = self._trained(folder, previous, pretrained, origin["step"], params)
                     previous, params, checkpoints = name, None, folder / "checkpoints" / name
                     run_folder.set_stale_aside(folder, name, origin, accept_changes, console)
                     with Checkpoints(checkpoints) as saved:
-                        done = saved.complete(stage.steps)
+                        last = run_folder.ended(stage, saved)
+                        done = last is not None and saved.complete(last)
                     if done and profile is not None:
                         console.print(
-                            f"profile: {name} has done its {stage.steps:,} steps, so there is none to trace; "
+                            f"profile: {name} has done its {last:,} steps, so there is none to trace; "
                             "choose another folder with --out"
                         )
                     if not done:
@@ -239,8 +240,9 @@ class Experiment:
     ) -> Callable[[Params], Params]:
         """Abstract parameters -> those of a stage at a step, sharded alike: the trained `params` if they are at hand
         and the step is its last, else those of the checkpoint."""
-        if params is not None and step == self.stages[name].steps:
-            return lambda _: params
+        with Checkpoints(folder / "checkpoints" / name) as saved:
+            if params is not None and step == saved.latest_step():
+                return lambda _: params
         adapters = {name: stage.adapter for name, stage in self.stages.items()}
         model, checkpoints = self.model.build(self.rules), folder / "checkpoints"
         return lambda abstract: (
@@ -281,18 +283,21 @@ class Experiment:
                         "and less than the maximum of model.positions"
                     )
 
-    def _check_data(self, folder: Path, tokenizer: Tokenizer, model: Module, console: Console) -> None:
-        """Raise UserError for data of a later stage that cannot be trained on, before the first stage is trained; its
-        texts are tokenised. Call it with the mesh set."""
-        cache, waiting = cache_dir() / "tokens", []
-        for name, stage in self.stages.items():
-            with Checkpoints(folder / "checkpoints" / name) as saved:
-                if saved.latest_step() != stage.steps:
-                    waiting.append(name)
-        for name in waiting[1:]:  # the first one's are read next
+    def _read_data(self, folder: Path, tokenizer: Tokenizer, model: Module, console: Console) -> dict[str, Stage]:
+        """The stages, with `steps` in place of `epochs`. Raises UserError for data of a later stage that cannot be
+        trained on, before the first stage is trained; its texts are tokenised. Call it with the mesh set."""
+        cache, stages, waiting = cache_dir() / "tokens", dict(self.stages), 0
+        for name, stage in stages.items():
+            if stage.epochs is None:
+                with Checkpoints(folder / "checkpoints" / name) as saved:
+                    waiting += (unfinished := run_folder.ended(stage, saved) is None)
+                if not unfinished or waiting == 1:  # the data of the first one that is unfinished are read next
+                    continue
             with console.status(f"reading the data of {name} ..."):
-                batches, _ = self.stages[name].read(name, tokenizer, model.rules, self.seed, cache)
+                batches, _ = stage.read(name, tokenizer, model.rules, self.seed, cache)
+            stages[name] = stage.with_steps(name, batches)
             batches.close()
+        return stages
 
     def _check_evaluations(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Raise UserError for an evaluation that cannot be run, before training."""

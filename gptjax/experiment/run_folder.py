@@ -22,6 +22,7 @@ from gptjax.config import allow, differences, digest, from_json, modules, to_jso
 from gptjax.distributed import processes
 from gptjax.io import atomic
 from gptjax.protocols import Evaluation
+from gptjax.train.stage import validation_losses
 from gptjax.types import Result, UserError, one_line
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def _with_changeable(experiment: Experiment, before: Experiment) -> Experiment:
     """The previous configuration, with this one's values of the fields that may change."""
 
     def free(stage: Stage, now: Stage | None) -> Stage:
-        return stage if now is None else _with(stage, now, CHANGEABLE_OF_STAGES)
+        decisive = ("evaluate_every",) if stage.early_stopping is not None else ()
+        return stage if now is None else _with(stage, now, [f for f in CHANGEABLE_OF_STAGES if f not in decisive])
 
     stages = {name: free(stage, experiment.stages.get(name)) for name, stage in before.stages.items()}
     return dataclasses.replace(_with(before, experiment, CHANGEABLE), stages=stages)
@@ -114,6 +116,17 @@ def _with_changeable(experiment: Experiment, before: Experiment) -> Experiment:
 def _with(config: Any, other: Any, fields: Sequence[str]) -> Any:
     """The configuration with the other's values of these fields."""
     return dataclasses.replace(config, **{field: getattr(other, field) for field in fields})
+
+
+def ended(stage: Stage, saved: Checkpoints) -> int | None:
+    """Step of the last checkpoint of a stage that has been trained to its end. None: it has not. No file is verified.
+
+    stage  with `steps`"""
+    last = saved.latest_step()
+    if last is None or (stage.early_stopping is not None and last != saved.best_step()):
+        return None
+    content = saved.content(last) or {}
+    return last if stage.ends(last, validation_losses(last, content.get("loss"), content.get("extra", {}))) else None
 
 
 Identity = dict[str, Any]

@@ -53,13 +53,13 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
             lines += ["", "no time estimate: the CPU's peak rates are unknown"]
         else:
             times = estimate(step, target, devices)
-            lines += ["", *_time(times, useful, tokens, stage.steps, target)]
+            lines += ["", *_time(times, useful, tokens, stage.last_step, target)]
     return "\n".join(lines)
 
 
 def summed(experiment: Experiment, times: dict[str, Estimate], target: Target) -> list[str]:
     """Time and price of all stages together."""
-    steps = {name: experiment.stages[name].steps for name in times}
+    steps = {name: experiment.stages[name].last_step for name in times}
     low = sum(steps[name] * time.best for name, time in times.items())
     high = sum(steps[name] * time.worst for name, time in times.items())
     return [f"all {len(times)} stages".ljust(21) + f"{_hours(low)} to {_hours(high)}", _price(low, high, target)]

@@ -27,7 +27,7 @@ from gptjax.protocols import BatchIterator, Module, Tokenizer
 from gptjax.train.divergence import Diverged, Skip
 from gptjax.train.preemption import StopSignal, signals
 from gptjax.train.program import Program, program
-from gptjax.train.stage import Stage
+from gptjax.train.stage import Stage, validation_losses
 from gptjax.train.state import State, device_bytes, parameter_count
 from gptjax.types import Batch, Metrics, Params, UserError
 
@@ -70,7 +70,8 @@ def train(
     Ctrl-C or SIGTERM finishes the step, or aborts the evaluation, saves a checkpoint, and raises KeyboardInterrupt. The
     resumed run has bitwise the same results and records as an uninterrupted one. In a multi-process job any process may
     get the signal: all stop after the same step. Raises `Diverged` if the loss is not finite and the stage's policy
-    cannot recover. Numbers that are not finite are never saved.
+    cannot recover. Numbers that are not finite are never saved. With early stopping, the last checkpoint and the
+    parameters are those of the lowest validation loss.
     """
     tokens, flops = stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
     saves, samples = (stage.save_every,), (stage.evaluate_every,)
@@ -81,7 +82,7 @@ def train(
         frozen, init = (init(jax.eval_shape(functions.init_params)),), None
 
     with contextlib.ExitStack() as stack:
-        display = stack.enter_context(Display(name, stage.steps, tokens, flops, pauses))
+        display = stack.enter_context(Display(name, stage.last_step, tokens, flops, pauses))
         with display.phase("reading the data"):
             batches, validation = stage.read(name, tokenizer, model.rules, seed, cache)
         read = {"train": getattr(batches, "fingerprint", None), "validation": getattr(validation, "fingerprint", None)}
@@ -99,11 +100,15 @@ def train(
             state = jax.jit(functions.init_state)(*frozen)
         done = int(state.step)
         rollbacks = [] if restored is None else restored.extra.get("rollbacks", [])
-        records.resume(name, done)
+        losses = [] if restored is None else validation_losses(restored.step, restored.loss, restored.extra)
         # The run was interrupted before the checkpoint's evaluation.
         due = restored is not None and restored.loss is None and validation is not None and stage.evaluates(done)
-        if done >= stage.steps and not due:
-            return functions.merge(state.eval_params, *frozen)
+        keep_best = functools.partial(_keep_best, stage, checkpoints, abstract, display.note)
+        if stage.ends(done, losses) and not due:
+            records.resume(name, max([done, *dict(losses)]))  # those after the best checkpoint too
+            return functions.merge(keep_best(state, losses).eval_params, *frozen)
+        records.resume(name, done)
+        losses = [entry for entry in losses if entry[0] <= done]
 
         stopping = stack.enter_context(signals(display.note))
         start = start if restored is None else f"step {done:,} of {folder}"
@@ -116,17 +121,19 @@ def train(
         tracing = stack.enter_context(Profile(profile, records.folder / "profile" / name, done, display.note))
         watchdog = stack.enter_context(Watchdog(records.folder, name, stage.hang_timeout, done))
         hosts, clock = StragglerDetector(), Clock(done, tokens, flops)
-        rates = np.asarray(jax.vmap(stage.optimizer.learning_rate_schedule(stage.steps))(jnp.arange(stage.steps)))
+        schedule = stage.optimizer.learning_rate_schedule(stage.last_step)
+        rates = np.asarray(jax.vmap(schedule)(jnp.arange(stage.last_step)))
         instruments = tracing, clock, hosts, watchdog
         run = _Run(
-            stage, name, functions, frozen, checkpoints, records, display, to_global, sample, rates, *instruments
+            *(stage, name, functions, frozen, checkpoints, records, display, to_global, sample, rates, losses),
+            *instruments,
         )
         while True:
             try:
                 if due:
                     run.catch_up(state, validation, stopping)
                 state = run.steps(state, batches, validation, stopping, extra | {"rollbacks": rollbacks})
-                return functions.merge(state.eval_params, *frozen)
+                return functions.merge(keep_best(state, losses).eval_params, *frozen)
             except Diverged as error:
                 if len(rollbacks) >= stage.divergence.rollbacks or not checkpoints.steps():
                     raise
@@ -167,6 +174,8 @@ class _Run:
     to_global: Callable[[Batch], Batch]
     sample: Sampler | None
     rates: np.ndarray
+    losses: list[tuple[int, float]]
+    """(step, validation loss) of the evaluations so far."""
     tracing: Profile
     clock: Clock
     hosts: StragglerDetector
@@ -179,6 +188,7 @@ class _Run:
         if losses is None:
             raise KeyboardInterrupt
         self.checkpoints.rank(done, losses["validation_loss"])
+        self.losses.append((done, losses["validation_loss"]))
 
     def steps(
         self,
@@ -191,7 +201,7 @@ class _Run:
         """Train from this state to the end of the stage. Raises `Diverged`, and KeyboardInterrupt after a signal."""
         stage, done = self.stage, int(state.step)
         last = None  # step and metrics, still on the devices
-        while done < stage.steps:
+        while not stage.ends(done, self.losses):
             self.clock.lap("host")
             batch = next(batches)
             self.clock.lap("input")
@@ -203,10 +213,10 @@ class _Run:
             self.tracing.dispatched(done, metrics)
             if last is not None:  # metrics of an earlier step, while the devices run this one
                 self.report(*last)
-            last = (done, metrics) if done % stage.log_every == 0 or done == stage.steps else None
+            last = (done, metrics) if done % stage.log_every == 0 or done == stage.last_step else None
             stopped = stopping.now()  # once per step: a signal may arrive at any time
             evaluating = stage.evaluates(done) and not stopped  # a preemption notice is short
-            saving = done % stage.save_every == 0 or done == stage.steps or stopped
+            saving = stage.saves(done) or stopped
             self.watchdog.beat(done, pause=evaluating or saving)
             if evaluating or saving:
                 if last is not None:
@@ -215,11 +225,13 @@ class _Run:
                 self.check(done, divide(metrics))
             losses = self.evaluate(state, done, validation, stopping) if evaluating else {}
             stopped |= losses is None
-            loss = (losses or {}).get("validation_loss")
+            if (loss := (losses or {}).get("validation_loss")) is not None:
+                self.losses.append((done, loss))
             if saving or stopped:
                 with self.display.phase("saving"):
                     self.records.store()
-                    self.checkpoints.save(done, state, extra | {"input": batches.state()}, loss)
+                    known = {"input": batches.state(), "losses": self.losses[: -1 if loss is not None else None]}
+                    self.checkpoints.save(done, state, extra | known, loss)
                 self.clock.lap("checkpoint")
             if stopped:
                 with self.display.phase("saving"):
@@ -239,6 +251,7 @@ class _Run:
         regular = [step for step in steps if step % self.stage.save_every == 0]  # excludes checkpoints of interruptions
         restored = self.checkpoints.restore(abstract, max(regular or steps))
         batches.restore(restored.extra["input"])
+        self.losses[:] = [entry for entry in self.losses if entry[0] <= restored.step]
         passed = bad - restored.step
         out = passed + sum(count for step, count in before if step == restored.step)
         for _ in range(out):
@@ -319,6 +332,25 @@ class _Run:
             )
 
 
+def _keep_best(
+    stage: Stage,
+    checkpoints: Checkpoints,
+    abstract: State,
+    note: Callable[[str], None],
+    state: State,
+    losses: list[tuple[int, float]],
+) -> State:
+    """State of a stage that has ended: with early stopping that of its best checkpoint, which becomes the last."""
+    best = checkpoints.best_step()
+    if stage.early_stopping is None or best is None or best == checkpoints.latest_step():
+        return state
+    last = losses[-1][0]
+    early = f"stopped at step {last:,}, " if last < stage.last_step else ""
+    note(f"{early}the lowest validation loss is {dict(losses)[best]:.4f}, of step {best:,}, which is kept")
+    checkpoints.end_at(best, {"losses": losses})
+    return checkpoints.restore(abstract, best).state
+
+
 def divide(metrics: Metrics) -> dict[str, float]:
     """Fetch metrics from the devices and divide each sum by its weight."""
     fetched = jax.device_get(metrics)
@@ -353,12 +385,16 @@ def _summary(
     unit, divisor = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
     parts = ", ".join(f"{part} {size / divisor:.1f}" for part, size in memory.items() if size)
     describe = getattr(batches, "describe", None)
-    data = "" if describe is None else f": {describe(stage.steps * stage.data.batch)}"
+    data = "" if describe is None else f": {describe(stage.last_step * stage.data.batch)}"
+    early = ""
+    if (rule := stage.early_stopping) is not None:
+        delta = f" by more than {rule.min_delta:g}" if rule.min_delta else ""
+        early = f"; or until {rule.patience} evaluations in a row do not lower the validation loss{delta}"
     return [
         f"{name}: {type(config).__name__}, {parameter_count(state.params):,} parameters{of}{layers}",
         f"  devices  {max(mesh.size, 1)} x {jax.devices()[0].device_kind}{f', mesh {axes}' if axes else ''}",
         f"  memory   {total / divisor:.1f}{f' of {limit / divisor:.1f}' if limit else ''} {unit} per device, without "
         f"activations: {parts}",
-        f"  data     {stage.steps:,} steps of {stage.data.batch * stage.data.length:,} tokens{data}",
+        f"  data     {stage.last_step:,} steps of {stage.data.batch * stage.data.length:,} tokens{data}{early}",
         f"  start    {start}",
     ]

@@ -49,7 +49,7 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
     """
     info = parameter_info(model)
     trained = info if stage.adapter is None else stage.adapter.info(info)
-    optimizer = stage.optimizer.build(stage.steps, trained, model.config.width_multiplier)
+    optimizer = stage.optimizer.build(stage.last_step, trained, model.config.width_multiplier)
     objective: Callable[..., Metrics] = stage.objective
 
     def init_params() -> Params:

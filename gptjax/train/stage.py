@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from gptjax.config import path_of
 from gptjax.distributed.sharding import ShardingRules, data_shard
@@ -13,6 +14,34 @@ from gptjax.nn import LoRA
 from gptjax.protocols import BatchIterator, Data, Evaluation, ModelConfig, Objective, Optimizer, Tokenizer
 from gptjax.train.divergence import Stop
 from gptjax.types import Batch, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStopping:
+    """End a stage after `patience` evaluations without an improvement; its best checkpoint becomes its last (Prechelt
+    1998, "Early stopping - but when?"). Every evaluation saves a checkpoint."""
+
+    patience: int = 3
+    """Number of consecutive evaluations without an improvement that ends the stage."""
+    min_delta: float = 0.0
+    """Minimum decrease of the lowest validation loss so far that counts as an improvement."""
+
+    def __post_init__(self):
+        if self.patience < 1:
+            raise UserError(f"early_stopping.patience: got {self.patience}, must be at least 1")
+        if not 0 <= self.min_delta < math.inf:
+            raise UserError(f"early_stopping.min_delta: got {self.min_delta}, must be 0 or more")
+
+    def stops(self, losses: Sequence[tuple[int, float]]) -> bool:
+        """True if the last `patience` losses are no improvement. A pure function of the losses so far, which every
+        checkpoint has: a resumed run ends at the same step.
+
+        losses  (step, validation loss) of the evaluations so far"""
+        lowest, waited = math.inf, 0
+        for _, loss in losses:
+            improved = loss < lowest - self.min_delta
+            lowest, waited = (loss, 0) if improved else (lowest, waited + 1)
+        return waited >= self.patience
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +54,13 @@ class Stage:
     """Loss to minimise: `objectives.NextToken`, ..."""
     optimizer: Optimizer
     """Optimizer: `optim.AdamW`, `optim.Muon`, ..., `optim.Groups` of them, or `optim.KeepZeros` of a pruned model."""
-    steps: int
-    """Number of optimizer steps, one batch each."""
+    steps: int | None = None
+    """Number of optimizer steps, one batch each. None: `epochs` says it."""
+    epochs: float | None = None
+    """Number of passes over the training data; of a mixture, over the source that lasts longest. The number of steps is
+    known, and the learning-rate schedule with it, before the first step. None: `steps` says it."""
+    early_stopping: EarlyStopping | None = None
+    """End before that if the validation loss no longer falls: `EarlyStopping(patience=3)`. None: do not."""
     init_from: Literal["latest", "best"] = "latest"
     """Checkpoint of the previous stage to start from: its last, or the best by validation loss."""
     adapter: LoRA | None = None
@@ -59,16 +93,13 @@ class Stage:
     """Evaluations after the last step: `evals.BitsPerByte`, `evals.Answers`, ..."""
 
     def __post_init__(self):
-        for field in (
-            "steps",
-            "accumulate",
-            "evaluate_every",
-            "eval_sequences",
-            "save_every",
-            "max_to_keep",
-            "log_every",
-        ):
-            if getattr(self, field) < 1:
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(f"steps: got {self.steps} and epochs {self.epochs}, must be one of the two, the other None")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise UserError(f"epochs: got {self.epochs}, must be more than 0")
+        counts = ("steps", "accumulate", "evaluate_every", "eval_sequences", "save_every", "max_to_keep", "log_every")
+        for field in counts:
+            if (count := getattr(self, field)) is not None and count < 1:
                 raise UserError(f"{field}: got {getattr(self, field)}, must be at least 1")
         if not self.hang_timeout > 0:
             raise UserError(f"hang_timeout: got {self.hang_timeout}, must be more than 0")
@@ -105,11 +136,45 @@ class Stage:
         shard, num_shards = data_shard(rules)
         try:
             batches = self.data.batches(tokenizer, "train", seed, cache, shard, num_shards)
-            return batches, self.data.evaluation(tokenizer, "validation", cache, shard, num_shards, self.eval_sequences)
+            held_out = self.data.evaluation(tokenizer, "validation", cache, shard, num_shards, self.eval_sequences)
         except UserError as error:
             field, _, reason = str(error).partition(":")
             path = path_of(self.data, field)
             raise UserError(str(error) if path is None else f"{name}.data.{path}:{reason}") from error
+        if held_out is None and self.early_stopping is not None:
+            raise UserError(f"{name}.early_stopping: got one, must be None: the data have no validation split")
+        return batches, held_out
+
+    def with_steps(self, name: str, batches: BatchIterator) -> Self:
+        """The stage `name` with `steps` in place of `epochs` of these batches. Raises UserError if they do not know the
+        length of an epoch."""
+        if self.epochs is None:
+            return self
+        if (epoch := getattr(batches, "epoch", None)) is None:
+            data = type(self.data).__name__
+            raise UserError(f"{name}.epochs: got {self.epochs}, must be None: {data} knows no epochs; give steps")
+        return dataclasses.replace(self, steps=math.ceil(self.epochs * epoch / self.data.batch), epochs=None)
+
+    @property
+    def last_step(self) -> int:
+        """Number of steps. Raises UserError for `epochs` that are not yet known in steps."""
+        if self.steps is None:
+            raise UserError(
+                f"epochs: got {self.epochs}, must be steps: how many they are is not known without the data"
+            )
+        return self.steps
+
+    def ends(self, step: int, losses: Sequence[tuple[int, float]]) -> bool:
+        """True if there is no step after this one.
+
+        losses  (step, validation loss) of the evaluations so far"""
+        reached = max([step, *(at for at, _ in losses)])
+        return reached >= self.last_step or (self.early_stopping is not None and self.early_stopping.stops(losses))
+
+    def saves(self, step: int) -> bool:
+        """True if there is a checkpoint after this step."""
+        early = self.early_stopping is not None and self.samples(step)
+        return early or step % self.save_every == 0 or step == self.last_step
 
     def evaluates(self, step: int) -> bool:
         """True if there is a validation loss after this step."""
@@ -117,4 +182,11 @@ class Stage:
 
     def samples(self, step: int) -> bool:
         """True if there are text samples after this step."""
-        return step % self.evaluate_every == 0 or step == self.steps
+        return step % self.evaluate_every == 0 or step == self.last_step
+
+
+def validation_losses(step: int, loss: float | None, extra: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """(step, validation loss) of the evaluations that a checkpoint knows: the earlier ones, its own and, after early
+    stopping, later ones."""
+    known = dict(extra.get("losses", [])) | ({} if loss is None else {step: loss})
+    return sorted(known.items())
