@@ -23,6 +23,7 @@ from gptjax.types import UserError
 EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax": ("Experiment", "MeshConfig", "ShardingRules", "Stage"),
     "gptjax.data": None,
+    "gptjax.data.prepare": None,
     "gptjax.evals": None,
     "gptjax.interop.templates": ("ChatTemplate",),
     "gptjax.monitor.metrics": ("WandB",),

@@ -102,7 +102,8 @@ class Access:
         )
 
     def _filters(self) -> Filters:
-        from gptjax.serve.filters import Filters, Mask, Refuse
+        from gptjax.data.masks import Mask
+        from gptjax.serve.filters import Filters, Refuse
 
         masks = () if self.mask == "none" else (Mask(self.mask_region),)
         refuse = () if self.refuse is None else (Refuse.of(self.refuse),)

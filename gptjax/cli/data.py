@@ -1,5 +1,6 @@
 """`gptjax data COMMAND`: look at training data, and prepare them.
 
+gptjax data clean       clean files of texts, with a report
 gptjax data show        print sequences as the model will read them, with the trained tokens marked
 
 `gptjax data COMMAND --help` describes a command.
@@ -11,7 +12,7 @@ import difflib
 import importlib
 from collections.abc import Sequence
 
-COMMANDS = {"show": "gptjax.cli.data_show"}
+COMMANDS = {"clean": "gptjax.cli.data_clean", "show": "gptjax.cli.data_show"}
 """Command -> module, whose `main(arguments)` runs it and returns the exit code."""
 
 

@@ -12,7 +12,7 @@ gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax quantize     write a model with weights of 8 or 4 bits, and report what that costs
 gptjax prune        write a model without its smallest weights, and report what that costs
 gptjax tokenizer    train a tokenizer, or report on one
-gptjax data         look at training data
+gptjax data         clean texts, and look at training data
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ import pytest
 from test_serve import TALK, Server, model
 
 from gptjax.data.chat import Message
+from gptjax.data.masks import Mask
 from gptjax.serve.access import Policy
-from gptjax.serve.filters import Filters, FilterStream, Mask, Refuse, Refused
+from gptjax.serve.filters import Filters, FilterStream, Refuse, Refused
 
 MASKED = [
     ("Write to jane.doe+x@mail.example.com, please", "Write to [e-mail], please"),

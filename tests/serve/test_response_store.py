@@ -10,9 +10,10 @@ import pytest
 from test_serve import Server
 
 from gptjax.cli.main import main
+from gptjax.data.masks import Mask
 from gptjax.serve import keys as keys_file
 from gptjax.serve.access import Policy
-from gptjax.serve.filters import Filters, Mask
+from gptjax.serve.filters import Filters
 from gptjax.serve.keys import DAY, Key, Keys
 from gptjax.serve.store import Store, new_key
 from gptjax.types import UserError

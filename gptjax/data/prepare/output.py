@@ -1,0 +1,128 @@
+"""Cleaning of files into files: `gptjax data clean`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from gptjax.config import digest
+from gptjax.data.prepare.pipeline import documents_of
+from gptjax.data.prepare.report import Report
+from gptjax.data.prepare.run import clean, fingerprint, write_report
+from gptjax.data.prepare.steps import CorpusStep, Document, Step
+from gptjax.data.sources import Text
+from gptjax.data.tables import Csv, Jsonl, Parquet
+from gptjax.io import atomic
+from gptjax.types import UserError, one_line
+
+Format = Literal["jsonl", "jsonl.gz", "parquet"]
+
+
+def source_of(path: str, text: str) -> Any:
+    """Source of all documents of a file or glob, by the ending of its name."""
+    name = path.removesuffix(".gz")
+    for ending, kind in ((".parquet", Parquet), (".csv", Csv), (".tsv", Csv), (".jsonl", Jsonl), (".json", Jsonl)):
+        if name.endswith(ending):
+            return kind(path, text=text, validation=0.0)
+    if name.endswith((".txt", ".md")):
+        return Text(path, validation=0.0)
+    raise UserError(
+        f"files: got {path}, must end in .jsonl, .json, .parquet, .csv, .tsv, .txt or .md (with .gz or not)"
+    )
+
+
+def clean_files(
+    paths: Sequence[str],
+    out: Path,
+    steps: Sequence[Step | CorpusStep],
+    text: str = "text",
+    format: Format = "jsonl.gz",
+    shard: int = 256,
+    processes: int = 1,
+    module: Path | None = None,
+) -> Report:
+    """Clean files into shards in the folder `out`, with report.md and report.json. A start after an interruption does
+    not repeat what is done. Raises UserError if `out` is complete, or of other files or steps.
+
+    text    column with the text; the other columns are kept
+    shard   megabytes of text per shard
+    module  Python file that defines classes of steps, or None
+    """
+    if shard < 1:
+        raise UserError(f"shard: got {shard}, must be at least 1 megabyte")
+    if (out / "report.json").exists():
+        raise UserError(f"out: got {out}, which holds a complete cleaning; choose another folder")
+    sources = [source_of(path, text) for path in paths]
+    made_from = fingerprint(steps, digest([source.fingerprint() for source in sources]))
+
+    def documents() -> Iterator[Document]:
+        for source in sources:
+            yield from documents_of(source, "train")
+
+    with atomic.usable(out, "out", "choose another folder"):
+        work = out / "unfinished"
+        report, kept = clean(documents, steps, work, made_from, processes, module)
+        if not report.kept:
+            atomic.write_text(out / "report.md", report.markdown())
+            shutil.rmtree(work)
+            raise UserError(f"recipe: keeps none of {report.documents} documents; see {out / 'report.md'}")
+        for number, rows in enumerate(_shards(kept, text, shard * 1_000_000)):
+            with atomic.new(out / f"{number:05}.{format}") as partial:
+                _WRITERS[format](partial, rows)
+        write_report(report, out)
+        shutil.rmtree(work)
+    return report
+
+
+def _shards(documents: Iterator[Document], text: str, size: int) -> Iterator[list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    characters = 0
+    for document in documents:
+        rows.append({text: document.text, **document.fields})
+        characters += len(document.text)
+        if characters >= size:
+            yield rows
+            rows, characters = [], 0
+    if rows:
+        yield rows
+
+
+def _jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _gzip(path: Path, rows: list[dict[str, Any]]) -> None:
+    # Without a time and a name in its header, the same rows are the same bytes.
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def _parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("format: parquet needs the pyarrow library; pip install 'gptjax[hf]'") from None
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = pyarrow.array([row.get(name) for row in rows])
+        except pyarrow.ArrowException as error:
+            raise UserError(
+                f"format: parquet cannot hold the column {name!r} ({one_line(error)}); choose jsonl"
+            ) from None
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+_WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
+    "jsonl": _jsonl,
+    "jsonl.gz": _gzip,
+    "parquet": _parquet,
+}
