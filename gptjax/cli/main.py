@@ -8,6 +8,7 @@ gptjax serve        answer over HTTP: OpenAI's interface, and a page to chat in
 gptjax keys         add, list and revoke the API keys of a server
 gptjax store        export and delete the conversations that a server keeps
 gptjax eval         measure a model
+gptjax compare      let people, or a model, choose between the replies of models, blind
 gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax quantize     write a model with weights of 8 or 4 bits, and report what that costs
 gptjax prune        write a model without its smallest weights, and report what that costs
@@ -31,6 +32,7 @@ import tyro
 
 from gptjax.cli import access, data, keys, plan, run, store
 from gptjax.cli.chat import Chat, note, show
+from gptjax.cli.compare import compare
 from gptjax.cli.convert import convert
 from gptjax.cli.prune import prune
 from gptjax.cli.quantize import quantize
@@ -284,6 +286,7 @@ COMMANDS: dict[str, Any] = {
     "generate": generate,
     "serve": serve,
     "eval": evaluate,
+    "compare": compare,
     "convert": convert,
     "quantize": quantize,
     "prune": prune,

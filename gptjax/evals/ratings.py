@@ -74,14 +74,19 @@ class Verdict:
     """As in `Vote`."""
 
 
+def latest(votes: Iterable[Vote]) -> list[Vote]:
+    """The votes that count: the last one of each judge on a pair of replies in one order."""
+    return list({(vote.item, vote.left, vote.right, vote.judge): vote for vote in votes}.values())
+
+
 def verdicts(votes: Iterable[Vote]) -> list[Verdict]:
-    """One verdict per judge, item and pair. The last vote in each order counts."""
-    seen: dict[tuple[str, tuple[str, str], str], dict[str, float]] = defaultdict(dict)
-    for vote in votes:
-        seen[vote.item, vote.pair, vote.judge][vote.left] = vote.outcome
+    """One verdict per judge, item and pair."""
+    seen: dict[tuple[str, tuple[str, str], str], set[float]] = defaultdict(set)
+    for vote in latest(votes):
+        seen[vote.item, vote.pair, vote.judge].add(vote.outcome)
     return [
-        Verdict(item, pair, judge, outcomes.pop() if len(outcomes := set(orders.values())) == 1 else 0.5)
-        for (item, pair, judge), orders in seen.items()
+        Verdict(item, pair, judge, outcomes.pop() if len(outcomes) == 1 else 0.5)
+        for (item, pair, judge), outcomes in seen.items()
     ]
 
 
@@ -153,7 +158,8 @@ def win_rate(found: Sequence[Verdict], model: str, other: str) -> Interval:
     pair = (model, other) if model < other else (other, model)
     mine = [verdict for verdict in found if verdict.pair == pair]
     values = [verdict.outcome if pair[0] == model else 1 - verdict.outcome for verdict in mine]
-    return mean(values, [verdict.item for verdict in mine])
+    share = mean(values, [verdict.item for verdict in mine])
+    return dataclasses.replace(share, low=max(share.low, 0.0), high=min(share.high, 1.0))
 
 
 def agreement(found: Sequence[Verdict]) -> float | None:

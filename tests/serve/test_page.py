@@ -1,14 +1,10 @@
 """The page in a real browser: Chromium, without a window."""
 
 import json
-import shutil
 import threading
-from pathlib import Path
 
 import pytest
 from scripted import ScriptedServer
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 SAID = "Some **bold** text, $x^2$ and `code`.\n\n```python\nx = [1]\n```\n\n- one\n- two\n"
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(1)> ![p](https://evil.example/p.png)
@@ -35,19 +31,6 @@ def server():
     server = ScriptedServer(script)
     yield server
     server.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        own = playwright.chromium.executable_path  # if `playwright install chromium` was run
-        programs = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-        program = next((path for path in (*programs, own) if path and Path(path).exists()), None)
-        if program is None:
-            pytest.skip("there is no chromium on this machine")
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 class Tab:
