@@ -30,6 +30,8 @@ EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax.nn": None,
     "gptjax.objectives": None,
     "gptjax.optim": None,
+    "gptjax.inference": ("Sampling",),
+    "gptjax.tasks": None,
     "gptjax.train.divergence": ("RollBack", "Skip", "Stop"),
     "gptjax.train.stage": ("EarlyStopping",),
 }

@@ -5,7 +5,7 @@ N heads, K key/value heads, H head size, F hidden, V vocabulary, L layers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -79,6 +79,9 @@ class Result:
     """Name -> number; units in the name."""
     markdown: str
     """The finding, to read."""
+    items: tuple[Mapping[str, Any], ...] = ()
+    """Results of single items, of JSON types: with "item", its "cluster" and its "outcome" if they have a mean. A run
+    writes them as JSON lines beside its report."""
 
 
 class UserError(ValueError):

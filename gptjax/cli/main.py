@@ -7,7 +7,7 @@ gptjax generate     continue a prompt
 gptjax serve        answer over HTTP: OpenAI's interface, and a page to chat in
 gptjax keys         add, list and revoke the API keys of a server
 gptjax store        export and delete the conversations that a server keeps
-gptjax eval         measure a model
+gptjax eval         measure a model on texts and tasks, or compare two
 gptjax compare      let people, or a model, choose between the replies of models, blind
 gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax quantize     write a model with weights of 8 or 4 bits, and report what that costs
@@ -34,6 +34,7 @@ from gptjax.cli import access, data, keys, plan, run, store
 from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.compare import compare
 from gptjax.cli.convert import convert
+from gptjax.cli.eval import evaluate
 from gptjax.cli.prune import prune
 from gptjax.cli.quantize import quantize
 from gptjax.cli.serve import serve
@@ -197,27 +198,6 @@ def _variables(given: Sequence[str]) -> dict[str, Any]:
     return variables
 
 
-def evaluate(path: Model, text: str | None = None, step: Step = "latest") -> None:
-    """Evaluate a model: bits per byte, compared with `xz -9`, on a text file; or the evaluations of its experiment.
-
-    Args:
-        path: Run folder, or a folder written by LanguageModel.save.
-        text: Text file to evaluate on. None: the evaluations of the run's stages.
-        step: Checkpoint of a run: latest, best (lowest validation loss), or a step.
-    """
-    from gptjax.data import Text
-    from gptjax.evals import BitsPerByte
-
-    model = _load(path, step)
-    if text is not None:
-        evaluations = [BitsPerByte(Text(text, validation=0.0), split="train", length=model.context or 256)]
-    else:
-        evaluations = _evaluations(path)
-    for evaluation in evaluations:
-        result = evaluation(model)
-        print(f"# {result.title}\n\n{result.markdown}\n")
-
-
 def train_tokenizer(files: Files, out: Path, vocab: int = 4_096, kind: Literal["bpe", "unigram"] = "bpe") -> None:
     """Train a lossless SentencePiece tokenizer.
 
@@ -255,17 +235,6 @@ def _documents(files: Sequence[str]) -> Generator[str]:
 
     for file in files:
         yield from Text(file, validation=0.0).documents("train")
-
-
-def _evaluations(path: Path) -> list[Any]:
-    from gptjax.config import from_json
-    from gptjax.types import UserError
-
-    experiment = json.loads((path / "config.json").read_text()).get("experiment")
-    evaluations = [e for s in experiment["stages"].values() for e in s["evaluations"]] if experiment else []
-    if not evaluations:
-        raise UserError(f"text: got none, and {path} names no evaluation; give a text file with --text")
-    return [from_json(evaluation) for evaluation in evaluations]
 
 
 def _load(path: Path, step: Step) -> LanguageModel:

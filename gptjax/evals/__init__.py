@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from gptjax.evals.answers import Answers
     from gptjax.evals.bits_per_byte import BitsPerByte
     from gptjax.evals.exact_match import ExactMatch
+    from gptjax.evals.generative import Generative
     from gptjax.types import Result
 
-__all__ = ["Accuracy", "Answers", "BitsPerByte", "ExactMatch", "Result"]
+__all__ = ["Accuracy", "Answers", "BitsPerByte", "ExactMatch", "Generative", "Result"]
 
 _NAMES = {
     "gptjax.evals.accuracy": "Accuracy",
     "gptjax.evals.answers": "Answers",
     "gptjax.evals.bits_per_byte": "BitsPerByte",
     "gptjax.evals.exact_match": "ExactMatch",
+    "gptjax.evals.generative": "Generative",
     "gptjax.types": "Result",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

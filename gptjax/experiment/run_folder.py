@@ -218,7 +218,11 @@ class StoredResults:
 
     def write(self, results: Sequence[Result]) -> None:
         if jax.process_index() == 0:
-            values = [dataclasses.asdict(result) for result in results]
+            for number, result in enumerate(results):
+                if result.items:
+                    lines = "".join(json.dumps(item) + "\n" for item in result.items)
+                    atomic.write_text(self.path.with_suffix(f".{number}.jsonl"), lines)
+            values = [{k: v for k, v in dataclasses.asdict(result).items() if k != "items"} for result in results]
             content = {"checkpoint": self.of, "evaluations": self._configuration, "results": values}
             atomic.write_text(self.path, json.dumps(content, indent=2) + "\n")
 

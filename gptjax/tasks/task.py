@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from gptjax.data.chat import Conversation
 from gptjax.types import UserError
 
-Status = Literal["scored", "not found", "cut off", "timed out", "failed"]
+Status = Literal["scored", "not found", "cut off", "too long", "timed out", "failed"]
 """Course of scoring a reply.
 
     scored     right or wrong
     not found  no answer could be extracted
     cut off    the reply ended at its maximum length, without an answer
+    too long   the prompt leaves no room for a reply in the model's context
     timed out  the scorer, such as a program's tests, took too long
     failed     the scorer itself raised an error
 """
@@ -56,6 +59,8 @@ class Score:
     """Course of the scoring."""
     extracted: str | None = dataclasses.field(default=None, kw_only=True)
     """The answer that was found in the reply."""
+    note: str = dataclasses.field(default="", kw_only=True)
+    """Reason why there is no score, for people."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.outcome <= 1:
@@ -72,15 +77,12 @@ class Generation:
     """Maximum length of a reply, in tokens."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply, besides the model's own end of a message."""
+    text_stop: tuple[str, ...] = ("\nQuestion:",)
+    """Texts that end the reply of a model that continues `Task.text`."""
 
 
 class Task(abc.ABC):
     """Items with a prompt, a right reply and a score. Base class of frozen dataclasses."""
-
-    figure: ClassVar[str] = "accuracy"
-    """Name of the mean outcome."""
-    version: ClassVar[int] = 1
-    """Raised whenever prompts or scores change, so that figures of two versions are never compared."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -94,17 +96,38 @@ class Task(abc.ABC):
     def score(self, i: int, reply: Reply) -> Score:
         """Score of a reply to `prompt(i)`."""
 
-    @abc.abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256, in hex, that changes when items, prompts or scores may have changed."""
+        """SHA-256, in hex, of the class, its version and all examples, wherever their file lies."""
+        digest = hashlib.sha256(f"{type(self).__name__} {self.version}".encode())
+        for i in range(len(self)):
+            digest.update(json.dumps([message.as_json() for message in self.example(i)]).encode())
+        return digest.hexdigest()
 
     def prompt(self, i: int) -> Conversation:
         """Item `i` up to the assistant's reply."""
         return self.example(i)[:-1]
 
+    def text(self, i: int) -> str:
+        """Prompt of item `i` for a model that continues texts and cannot converse."""
+        return as_text(self.prompt(i))
+
+    def figures(self, replies: Mapping[int, Sequence[str]]) -> Mapping[str, float]:
+        """Figures of all replies together, such as BLEU, by name. replies: item -> its replies, as many for each."""
+        return {}
+
     def cluster(self, i: int) -> str:
         """Name of what the item shares with others, such as a passage. Intervals count clusters, not items."""
         return str(i)
+
+    @property
+    def figure(self) -> str:
+        """Name of the mean outcome."""
+        return "accuracy"
+
+    @property
+    def version(self) -> int:
+        """Raised whenever prompts or scores change, so that figures of two versions are never compared."""
+        return 1
 
     @property
     def name(self) -> str:
@@ -115,6 +138,20 @@ class Task(abc.ABC):
     def generation(self) -> Generation:
         """Maximum length and stops of a reply."""
         return Generation()
+
+
+def unanswered(reply: Reply, parts: Mapping[str, float] | None = None) -> Score:
+    """Score of a reply in which no answer was found."""
+    return Score(0.0, parts=parts or {}, status="not found" if reply.finished else "cut off")
+
+
+def as_text(messages: Conversation) -> str:
+    """A conversation up to the assistant's reply, as a text: "Question: ...\\nAnswer:". Examples before it are parted
+    by empty lines."""
+    names = {"user": "Question: ", "assistant": "Answer: "}
+    lines = [names.get(message.role, "") + message.text for message in messages]
+    ends = ["\n" if message.role == "user" else "\n\n" for message in messages]
+    return "".join(line + end for line, end in zip(lines, ends, strict=True)) + "Answer:"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,11 +146,11 @@ def test_an_answer_that_was_stopped_before_it_began_leaves_no_turn(run, path, mo
 def test_eval_measures_a_text(run, path, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some text to measure " * 5)
-    code, out, _ = run("eval", path, "--text", str(text))
+    code, out, _ = run("eval", path, "--on", str(text))
     assert code == 0
     assert "bits per byte" in out
     code, _, err = run("eval", path)
-    assert (code, err.startswith("error: text: got none, and")) == (2, True)
+    assert (code, err.startswith("error: on: got none, and")) == (2, True)
 
 
 def test_tokenizers_are_trained_and_reported_on(run, tmp_path):

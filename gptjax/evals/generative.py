@@ -1,0 +1,330 @@
+"""Generative evaluation: a model writes replies to the prompts of a task, and the task scores them.
+
+    evaluation = Generative(tasks.Gsm8k("gsm8k/test.jsonl"), items=200)
+    evaluation(lm).values["accuracy"]
+    evaluation.run(lm, "evals/gsm8k.jsonl")       # keeps each reply as it is scored; the same command again resumes
+
+Replies come from the engine and are scored in other processes meanwhile. Every reply ends in one of several ways, which
+are counted apart: right or wrong, no answer found, cut off, timed out, failed.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from gptjax.config import digest, to_json
+from gptjax.data import chat
+from gptjax.evals import intervals
+from gptjax.evals.replies import Form, Prompt, Written, form_of, prompts, write
+from gptjax.inference.sampling import Sampling
+from gptjax.protocols import Evaluation, Tokenizer
+from gptjax.tasks.scorers import Scorers
+from gptjax.tasks.task import Generation, Reply, Score, Task
+from gptjax.types import Result, UserError
+
+Record = dict[str, Any]
+"""A scored reply, of JSON types: item, sample, cluster, prompt, reply, outcome, value, parts, status, ..."""
+Progress = Callable[[int, int, float], None]
+"""Function of the number of scored replies, of all, and the mean outcome so far."""
+CHECKED = 8
+"""Number of items whose right replies must score 1 before anything else is done."""
+COUNTS: tuple[str, ...] = (
+    "right",
+    "partly right",
+    "wrong",
+    "not found",
+    "cut off",
+    "too long",
+    "timed out",
+    "failed",
+)
+"""Ends of a reply."""
+SHOWN = 3
+"""Number of replies in the Markdown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generative(Evaluation):
+    """Score of a model's replies to a task: `Generative(task)(language_model) -> Result`."""
+
+    task: Task
+    """Task with prompts and scores: `tasks.Gsm8k`, ..."""
+    items: int | None = None
+    """Number of items, the first of the task. None: all."""
+    samples: int = 1
+    """Replies to each item. More than one also give pass@k, the probability that one of k is right."""
+    sampling: Sampling = Sampling(temperature=0.0)
+    """Sampling settings. The default is greedy."""
+    max_tokens: int | None = None
+    """Maximum length of a reply, in tokens. None: the task's."""
+    seed: int = 0
+    """Random seed of the replies."""
+    form: Form | None = None
+    """Form of the prompts: "chat", the model's conversation format, or "text", to be continued. None: "chat" if the
+    model has a template or the chat markers, else "text"."""
+    rows: int = 16
+    """Number of replies that are written at a time."""
+    workers: int = 2
+    """Number of processes that score."""
+    timeout: float = 30.0
+    """Seconds that a score may take."""
+
+    def __post_init__(self) -> None:
+        for name in ("items", "samples", "max_tokens", "rows", "workers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}: got {value}, must be at least 1")
+        if self.form not in (None, "chat", "text"):
+            raise UserError(f"form: got {self.form!r}, must be chat or text")
+        if self.samples > 1 and self.sampling.greedy:
+            raise UserError(
+                f"samples: got {self.samples} at temperature 0, where all are the same; must be 1, or set a temperature"
+            )
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raise UserError for a task without items, one whose own right replies do not score 1, and a tokenizer that
+        cannot write the prompts."""
+        import jax
+
+        if jax.process_count() > 1:
+            raise UserError(
+                "evaluations: got Generative in a job of several processes, must be one: the engine's rounds "
+                "depend on the clock; use gptjax eval on the trained model"
+            )
+        chosen = self._chosen()
+        some = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, min(CHECKED, len(chosen)), dtype=int))]
+        with Scorers(self.task, self.workers, self.timeout) as scorers:
+            replies = [self.task.example(i)[-1].text for i in some]
+            futures = [scorers.submit(i, Reply(reply)) for i, reply in zip(some, replies, strict=True)]
+            for i, reply, future in zip(some, replies, futures, strict=True):
+                score = future.result()
+                if score.outcome != 1:
+                    found = f" ({score.note})" if score.note else ""
+                    raise UserError(
+                        f"task: {self.task.name} gives its own right reply to item {i}, {reply[-60:]!r}, "
+                        f"{score.outcome:g}, {score.status}{found}; must be 1"
+                    )
+        for i in some:
+            if self.form == "chat" or (self.form is None and "<|assistant|>" in tokenizer.specials):
+                chat.prompt(self.task.prompt(i), tokenizer)
+            text = self.task.text(i)
+            if "".join(tokenizer.decode(tokenizer.encode(text)).split()) != "".join(text.split()):
+                raise UserError(f"task: {self.task.name}: the tokenizer cannot write the prompt of item {i}")
+
+    def __call__(self, model: Any) -> Result:
+        return self.run(model)
+
+    def run(self, model: Any, path: str | Path | None = None, progress: Progress | None = None, of: str = "") -> Result:
+        """Evaluate a language model.
+
+        path      file of JSON lines for the scored replies. One of the same evaluation, model and prompts is resumed;
+                  another raises UserError
+        progress  called after every reply
+        of        identity of the model, for the file
+        """
+        form = self.form or form_of(model)
+        asked = prompts(model, self.task, self._chosen(), form)
+        signature = self.signature(form, asked)
+        store = _Store(None if path is None else Path(path), {"signature": signature, "model": of})
+        records = store.read()
+        left = [(p, s) for p in asked for s in range(self.samples) if (p.item, s) not in records]
+        total = 0.0 + sum(record["outcome"] for record in records.values())
+        if left:
+            with store, Scorers(self.task, self.workers, self.timeout) as scorers:
+                for record in self._records(model, left, form, scorers):
+                    records[record["item"], record["sample"]] = record
+                    store.add(record)
+                    total += record["outcome"]
+                    if progress is not None:
+                        progress(len(records), len(asked) * self.samples, total / len(records))
+        return self._result([records[p.item, s] for p in asked for s in range(self.samples)], signature, form)
+
+    def signature(self, form: Form, asked: Sequence[Prompt]) -> str:
+        """All that a figure depends on but the model, as "name:value|name:value": figures of two signatures are not to
+        be compared."""
+        told = [[m.as_json() for m in p.messages] if form == "chat" else self.task.text(p.item) for p in asked]
+        generation, sampling = self._generation(), {k: v for k, v in to_json(self.sampling).items() if k != "class"}
+        default = dataclasses.asdict(Sampling())
+        values = {
+            "task": self.task.name,
+            "version": self.task.version,
+            "data": self.task.fingerprint()[:12],
+            **dict(_flat(to_json(self.task), "task.")),
+            "form": form,
+            "prompts": digest(told)[:12],
+            "items": len(asked),
+            "samples": self.samples,
+            "max_tokens": generation.max_tokens,
+            "stop": json.dumps(generation.stop if form == "chat" else generation.text_stop),
+            **{k: v for k, v in sampling.items() if k == "temperature" or v != default[k]},
+            "seed": self.seed,
+            "gptjax": importlib.metadata.version("gptjax"),
+        }
+        return "|".join(f"{name}:{value}" for name, value in values.items())
+
+    def _chosen(self) -> range:
+        count = len(self.task)
+        if not count:
+            raise UserError(f"task: {self.task.name} has no items, must have at least one")
+        return range(min(count, self.items or count))
+
+    def _generation(self) -> Generation:
+        generation = self.task.generation
+        return dataclasses.replace(generation, max_tokens=self.max_tokens or generation.max_tokens)
+
+    def _records(self, model: Any, left: list[tuple[Prompt, int]], form: Form, scorers: Scorers) -> Iterator[Record]:
+        """Scored replies, as they come."""
+        scoring: collections.deque[tuple[Written, Future[Score]]] = collections.deque()
+        for written in write(model, left, self._generation(), self.sampling, form, self.seed, self.rows):
+            if written.fits:
+                scoring.append((written, scorers.submit(written.prompt.item, written.reply)))
+            else:
+                yield self._record(written, Score(0.0, status="too long"))
+            while scoring and scoring[0][1].done():
+                written, future = scoring.popleft()
+                yield self._record(written, future.result())
+        for written, future in scoring:
+            yield self._record(written, future.result())
+
+    def _record(self, written: Written, score: Score) -> Record:
+        item = written.prompt.item
+        return {
+            "item": item,
+            "sample": written.sample,
+            "cluster": self.task.cluster(item),
+            "prompt": [message.as_json() for message in written.prompt.messages],
+            "reply": written.reply.text,
+            "finished": written.reply.finished,
+            "tokens": written.tokens,
+            **dataclasses.asdict(score),
+        }
+
+    def _result(self, records: Sequence[Record], signature: str, form: Form) -> Result:
+        outcomes, clusters = [r["outcome"] for r in records], [r["cluster"] for r in records]
+        figure = intervals.mean(outcomes, clusters)
+        name = self.task.figure
+        values = {name: figure.mean, f"{name}_low": figure.low, f"{name}_high": figure.high}
+        rows = [(name, f"{figure:.1%}")]
+        parts = {part for record in records for part in record["parts"]}
+        for part in sorted(parts):
+            interval = intervals.mean([r["parts"].get(part, 0.0) for r in records], clusters)
+            values[part] = interval.mean
+            rows.append((part, f"{interval:.1%}"))
+        for k in _powers(self.samples):
+            interval = self._pass_at(records, k)
+            values[f"pass@{k}"] = interval.mean
+            rows.append((f"pass@{k}", f"{interval:.1%}"))
+        by_item: dict[int, list[str]] = {}
+        for record in records:
+            by_item.setdefault(record["item"], []).append(record["reply"])
+        for part, value in self.task.figures(by_item).items():
+            values[part] = value
+            rows.append((part, f"{value:.4g}"))
+        counts = _counts(records)
+        values |= {"items": len(by_item), "clusters": figure.clusters, "replies": len(records)}
+        values |= {status.replace(" ", "_"): count for status, count in counts.items()}
+        table = ["| figure | mean, 95 % interval |", "|---|---|", *(f"| {n} | {text} |" for n, text in rows)]
+        how = ", ".join(f"{count:,} {status}" for status, count in counts.items() if count)
+        markdown = [*table, "", f"Replies: {how}.", "", f"Signature: `{signature}`", *_shown(records)]
+        return Result(self.task.name, values, "\n".join(markdown), tuple(records))
+
+    def _pass_at(self, records: Sequence[Record], k: int) -> intervals.Interval:
+        """Probability that one of k replies is right, unbiased (Chen et al. 2021, arXiv:2107.03374)."""
+        right: dict[int, int] = collections.Counter()
+        for record in records:
+            right[record["item"]] += record["outcome"] == 1
+        clusters = [self.task.cluster(item) for item in right]
+        return intervals.mean([pass_at(self.samples, count, k) for count in right.values()], clusters)
+
+
+def pass_at(n: int, right: int, k: int) -> float:
+    """1 - C(n - right, k) / C(n, k): probability that one of k is right, out of n of which so many are."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def _powers(samples: int) -> list[int]:
+    """1, 2, 4, ... and `samples`; none for one sample."""
+    return [] if samples == 1 else sorted({*(1 << i for i in range(samples.bit_length())), samples})
+
+
+def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Names and values of the settings of a task, and of those in it."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif name not in ("class", "path"):
+            yield prefix + name, value
+
+
+def _counts(records: Sequence[Record]) -> dict[str, int]:
+    """Number of replies that ended in each way. They add up to all."""
+    counts = dict.fromkeys(COUNTS, 0)
+    for record in records:
+        status = record["status"]
+        if status == "scored":
+            status = {0: "wrong", 1: "right"}.get(record["outcome"], "partly right")
+        counts[status] += 1
+    return counts
+
+
+def _shown(records: Sequence[Record]) -> list[str]:
+    lines = []
+    for record in records[:SHOWN]:
+        prompt, reply = record["prompt"][-1]["content"], record["reply"].strip() or "(nothing)"
+        kind = record["status"] if record["status"] != "scored" else f"scored {record['outcome']:g}"
+        lines += ["", f"Item {record['item']}, {kind}:", "", *_quote(prompt), ">", *_quote(f"Reply: {reply}")]
+    return lines
+
+
+def _quote(text: str) -> list[str]:
+    return [f"> {line}" for line in text.strip().splitlines()]
+
+
+class _Store:
+    """File of scored replies: a line with what they are of, then one of each reply."""
+
+    def __init__(self, path: Path | None, of: dict[str, str]):
+        self._path, self._of = path, of
+        self._file: IO[str] | None = None
+
+    def read(self) -> dict[tuple[int, int], Record]:
+        """Replies so far. Raises UserError if the file is of something else. A line that was cut off is removed."""
+        if self._path is None:
+            return {}
+        content = self._path.read_bytes() if self._path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._of) + "\n")
+            return {}
+        try:
+            first, *records = map(json.loads, whole.decode().splitlines())
+        except ValueError as error:
+            raise UserError(f"out: {self._path} is damaged ({error}); move it away to begin again") from None
+        if first != self._of:
+            raise UserError(f"out: {self._path} is of {first}, not of {self._of}; choose another folder")
+        if len(whole) < len(content):
+            self._path.write_bytes(whole)
+        return {(record["item"], record["sample"]): record for record in records}
+
+    def add(self, record: Record) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def __enter__(self) -> None:
+        if self._path is not None:
+            self._file = self._path.open("a")
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
