@@ -115,11 +115,12 @@ def _objects(values: Any, field: str) -> tuple[Mapping[str, Any], ...]:
 
 def render(conversation: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
     """Token ids and their loss weights: 1 for the assistant's content and the "<|end|>" after it, 0 for everything
-    else. Tools, calls and their results are texts. Raises `UserError` for a tokenizer without the markers."""
+    else. Tools, calls, their results and reasoning are texts. Raises `UserError` for a tokenizer without the
+    markers."""
     markers = _markers(tokenizer)
     ids, weights = [markers["<|bos|>"]], [0.0]
     messages = [*conversation]
-    if any(message.tools or message.tool_calls or message.role == "tool" for message in messages):
+    if any(m.tools or m.tool_calls or m.role == "tool" or "reasoning_content" in m.fields for m in messages):
         from gptjax.data.tool_text import tools_as_text
 
         messages = tools_as_text(messages)
@@ -139,7 +140,7 @@ def prompt(messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
 class ConversationTemplate(Protocol):
     """A model's own conversation format: `gptjax.interop.templates.ChatTemplate`."""
 
-    def rows(self, conversation: Conversation) -> list[Conversation]:
+    def rows(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Conversation]:
         """Conversations to train in place of one: each begins as all of its prompts do."""
         ...
 
@@ -199,7 +200,7 @@ class ConversationEncoder:
                 yield Encoded(ids, [1.0] * len(ids))
                 continue
             try:
-                rows = [document] if self.template is None else self.template.rows(document)
+                rows = [document] if self.template is None else self.template.rows(document, tokenizer)
                 yield from (self._encode(row, tokenizer) for row in rows)
             except UserError as error:
                 raise UserError(f"source: conversation {number}: {error}") from None

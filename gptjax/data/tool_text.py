@@ -1,5 +1,6 @@
-"""Tools as text, for conversations in the format of `gptjax.data.chat`, which has no markers for them. The texts are
-those of Hermes and Qwen: tools in the system message, calls in the assistant's, results in the user's."""
+"""Tools and reasoning as text, for conversations in the format of `gptjax.data.chat`, which has no markers for them.
+The texts are those of Hermes and Qwen: tools in the system message, reasoning and calls in the assistant's, results in
+the user's."""
 
 from __future__ import annotations
 
@@ -21,16 +22,19 @@ For each call, write its name and its arguments as JSON:
 {{"name": NAME, "arguments": ARGUMENTS}}
 </tool_call>"""
 CALL = '<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
+THOUGHT = "<think>\n{thought}\n</think>\n\n"
 RESULT = "<tool_response>\n{result}\n</tool_response>"
 
 
 def tools_as_text(conversation: Iterable[Message]) -> list[Message]:
-    """The conversation without tools, calls and messages of tools; texts stand for them."""
+    """The conversation without tools, calls, messages of tools and reasoning; texts stand for them."""
     found: list[Message] = []
     results = False
     for message in conversation:
         calls = [_call(call) for call in message.tool_calls]
         content = "\n".join([*filter(None, [message.text]), *calls]) if calls else message.text
+        if thought := message.fields.get("reasoning_content"):
+            content = THOUGHT.format(thought=thought) + content
         plain, tools = dataclasses.replace(message, content=content, tools=(), tool_calls=()), message.tools
         if message.role == "tool":
             result = RESULT.format(result=message.text)

@@ -2,8 +2,10 @@
 network, and Jinja's sandbox limits neither time nor memory; a process can be limited, and ended, whatever runs in it.
 
     {"template": SOURCE}                             ->  {} or {"invalid": REASON}
-    {"template": SOURCE, "variables": [{...}, ...]}  ->  {"texts": [TEXT, ...]} or {"refused": REASON}
-                                                         or {"limit": REASON}
+    {"template": SOURCE, "variables": [{...}, ...]}  ->  {"texts": [TEXT, ...], "spans": [[[START, END], ...], ...]}
+                                                         or {"refused": REASON} or {"limit": REASON}
+
+The spans are those of a text's generation blocks.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 from typing import Any, NoReturn
 
 import jinja2
@@ -21,6 +24,8 @@ from jinja2.utils import Namespace
 
 CHARACTERS = 1 << 24
 """Length of a text."""
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+"""Around the text of a generation block while it is rendered: code points that Unicode keeps out of all text."""
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +35,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         template = _compile(request["template"])
         if "variables" not in request:
             return {}
-        kind, texts, size = "refused", [], 0
+        kind, texts, spans, size = "refused", [], [], 0
+        if "generation" in request["template"] and _holds_marks(request["variables"]):
+            return {"refused": "got the code point U+FDD0 or U+FDD1, which is no character"}
         for variables in request["variables"]:
             pieces = []
             for piece in template.generate(**variables):
@@ -38,14 +45,38 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 size += len(piece)
                 if size > CHARACTERS:
                     return {"limit": f"writes more than {CHARACTERS:,} characters"}
-            texts.append("".join(pieces))
-        return {"texts": texts}
+            text, found = _without_marks("".join(pieces))
+            texts.append(text)
+            spans.append(found)
+        return {"texts": texts, "spans": spans}
     except MemoryError:
         raise
     except RecursionError:
         return {"limit": "is nested without end"}
     except Exception as error:  # whatever a template does, it is the template's doing
         return {kind: str(error) or type(error).__name__}
+
+
+def _holds_marks(value: Any) -> bool:
+    """True if a text in a value has `OPEN` or `CLOSE`."""
+    if isinstance(value, str):
+        return OPEN in value or CLOSE in value
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_holds_marks, inner))
+
+
+def _without_marks(text: str) -> tuple[str, list[list[int]]]:
+    """The text without `OPEN` and `CLOSE`, and the spans between them."""
+    plain, spans, size = [], [], 0
+    for piece in re.split(f"({OPEN}|{CLOSE})", text):
+        if piece == OPEN:
+            spans.append([size, size])
+        elif piece == CLOSE:
+            spans[-1][1] = size
+        else:
+            plain.append(piece)
+            size += len(piece)
+    return "".join(plain), spans
 
 
 @functools.lru_cache(maxsize=16)
@@ -65,7 +96,8 @@ def _compile(source: str) -> jinja2.Template:
 
 
 class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, which marks the assistant's text: a scope with the same text."""
+    """{% generation %} ... {% endgeneration %}, which marks the assistant's text: a scope with the same text, between
+    `OPEN` and `CLOSE`."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -75,7 +107,7 @@ class Generation(Extension):
         return CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
 
     def _content(self, caller: Any) -> str:
-        return caller()
+        return OPEN + caller().replace(OPEN, "").replace(CLOSE, "") + CLOSE
 
 
 class Dict:

@@ -23,7 +23,7 @@ from gptjax.config import digest
 from gptjax.data.chat import Conversation, Message
 from gptjax.data.tokenizers import CHAT_SPECIALS, Tokenizer
 from gptjax.data.tokenizers.huggingface import no_panic
-from gptjax.interop.tokenizer_json import reader
+from gptjax.interop.tokenizer_json import canonical, reader
 from gptjax.io.worker import Worker
 from gptjax.types import UserError
 
@@ -35,6 +35,15 @@ NATIVE = (
 """The format of `gptjax.data.chat`, as a template."""
 JOINER = "\u2060"
 """A character without width or meaning, inserted into text that spells out a special token."""
+
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names by which templates read the reasoning of a message."""
+_PROBE = "gptjax_probe"
+_ENDLESS = (
+    "template: got one that ends an answer without a special token, so that the model would not learn to stop; write "
+    "one after it"
+)
 
 
 def jinja_source(template: ChatTemplate | None, tokenizer: Tokenizer) -> str | None:
@@ -69,13 +78,17 @@ class ChatTemplate:
         that exceeds its limits.
 
         variables  values of the template's own variables, such as enable_thinking, and of tools and documents"""
-        (text,) = self._texts([(tuple(messages), True)], self._checked(variables or {}))
+        ((text, _),) = self._written([(tuple(messages), True)], self._checked(variables or {}))
         return text
 
-    def _texts(self, asked: Sequence[tuple[Conversation, bool]], given: Mapping[str, Any] | None = None) -> list[str]:
-        """Conversations, each with True to write it up to the assistant's next message."""
+    def _written(
+        self, asked: Sequence[tuple[Conversation, bool]], given: Mapping[str, Any] | None = None
+    ) -> list[tuple[str, list[tuple[int, int]]]]:
+        """Texts of conversations, each with True to write it up to the assistant's next message, and the spans of
+        their generation blocks."""
         variables = [self._variables(*each) | dict(given or {}) for each in asked]
-        return _ask({"template": self.source, "variables": variables})["texts"]
+        found = _ask({"template": self.source, "variables": variables})
+        return list(zip(found["texts"], found["spans"], strict=True))
 
     def _variables(self, conversation: Conversation, answering: bool) -> dict[str, Any]:
         turns = [self._turn(message) for message in conversation]
@@ -88,8 +101,13 @@ class ChatTemplate:
 
     def _turn(self, message: Message) -> dict[str, Any]:
         """A message as the template reads it: arguments of calls are objects, or texts for a template that wants them.
-        A text that is no JSON object stands in one, so that it does not spoil the rest of the conversation."""
+        A text that is no JSON object stands in one, so that it does not spoil the rest of the conversation. Content is
+        a list of parts for a template that leaves out texts."""
         turn = message.as_json()
+        if (thought := turn.get("reasoning_content")) is not None:
+            turn |= {name: thought for name in REASONING if self._reads(name)}
+        if isinstance(message.content, str) and self._wants_parts:
+            turn["content"] = [{"type": "text", "text": message.content}]
         if message.tool_calls:
             dump = json.dumps if self._wants_text else dict
             turn["tool_calls"] = [_with_arguments(call, dump) for call in message.tool_calls]
@@ -103,6 +121,29 @@ class ChatTemplate:
         return tuple(mark for mark in marks() if mark in self.source)
 
     @functools.cached_property
+    def _tagged(self) -> bool:
+        """True: the template marks what the assistant writes."""
+        return re.search(r"{%[-+]?\s*generation\b", self.source) is not None
+
+    @functools.cached_property
+    def _reasons(self) -> bool:
+        """True: the template reads the reasoning of a message."""
+        return any(map(self._reads, REASONING))
+
+    @functools.cached_property
+    def _wants_parts(self) -> bool:
+        """True: the template writes content that is a list of parts, but refuses texts or leaves them out, as Idefics
+        3's does."""
+
+        def writes(content: object) -> bool:
+            variables = {"messages": [{"role": "user", "content": content}], "tools": None, "documents": None}
+            asked = [variables | {"add_generation_prompt": True} | dict(self.tokens)]
+            (text,) = _worker.ask({"template": self.source, "variables": asked}).get("texts", [""])
+            return _PROBE in text
+
+        return not writes(_PROBE) and writes([{"type": "text", "text": _PROBE}])
+
+    @functools.cached_property
     def _wants_text(self) -> bool:
         """True: the template refuses arguments of calls that are objects, but not texts, as DeepSeek's does."""
 
@@ -114,41 +155,106 @@ class ChatTemplate:
 
         return not renders({"a": 1}) and renders('{"a": 1}')
 
-    def rows(self, conversation: Conversation) -> list[Conversation]:
+    def rows(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Conversation]:
         """Conversations to train in place of one. A template that writes an answer otherwise once others follow, such
         as without its reasoning, has each answer trained alone, after what it is asked then."""
         ends = _ends(conversation)
         if not ends:
             return [conversation]
-        texts = self._texts([(conversation[:end], False) for end in ends])
-        if all(texts[-1].startswith(text) for text in texts):
+        if any(m.target and m.fields.get("reasoning_content") for m in conversation) and not self._reasons:
+            raise UserError(
+                "reasoning_content: got some, which the model's chat template does not read; leave it out, or write it "
+                "into the content"
+            )
+        names = _names(tokenizer)
+        texts = [text for text, _ in self._written([(conversation[:end], False) for end in ends])]
+        if all(self._end(text, texts[-1], names) is not None for text in texts):
             return [conversation[: ends[-1]]]
         quiet = [dataclasses.replace(message, target=False) for message in conversation]
         return [(*quiet[: end - 1], conversation[end - 1]) for end in ends]
 
     def render(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-        """Token ids of one of `rows`, and their loss weights: 1 for what the assistant writes after each prompt, up to
-        the special token that ends it, and 0 for all else."""
+        """Token ids of one of `rows`, and their loss weights: 1 for what the assistant writes, and 0 for all else.
+
+        A template with generation blocks says so itself. Without them it is what follows each prompt, up to the special
+        token that ends it; where none does, up to the special token with which the next turn begins, as in GLM 4.5.
+        Raises UserError for an answer that no special token ends, and for one that does not begin as its prompt."""
         turns = _harmless(conversation, tokenizer, self._marks)
-        ends, spans = _ends(turns), []
-        asked = [(turns[: end - answering], bool(answering)) for end in ends for answering in (1, 0)]
-        text, *parts = self._texts([(turns, False), *asked])
-        for end, before, after in zip(ends, parts[::2], parts[1::2], strict=True):
-            if not (after.startswith(before) and text.startswith(after)):
-                raise UserError(
-                    f"template: got one whose prompt is not how its conversation begins, up to message {end}, so that "
-                    "the answer cannot be trained"
-                )
-            spans.append((len(before), len(after)))
+        text, spans = self._blocks(turns, tokenizer) if self._tagged else self._answers(turns, tokenizer)
         with no_panic():
             encoded = reader(tokenizer).encode(text, add_special_tokens=False)
-        weights, special = [0.0] * len(encoded.ids), set(tokenizer.specials.values())
+        weights = [0.0] * len(text)
         for start, end in spans:
-            inside = [i for i, (at, _) in enumerate(encoded.offsets) if start <= at < end]
-            last = max((i for i in inside if encoded.ids[i] in special), default=None)
-            for i in inside:
-                weights[i] = float(last is None or i <= last)
-        return encoded.ids, weights
+            weights[start:end] = [1.0] * (end - start)
+        found = [weights[at] for at, _ in encoded.offsets]
+        if spans and not any(found):
+            raise UserError("template: got one that leaves no token of the answers to train; give another")
+        return encoded.ids, found
+
+    def _answers(self, turns: Conversation, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the span of each answer that is a target."""
+        names, ends = _names(tokenizer), _ends(turns)
+        asked = [(turns[: end - answering], bool(answering)) for end in ends for answering in (1, 0)]
+        (text, _), *parts = self._written([(turns, False), *asked])
+        spans = []
+        for end, (before, _), (after, _) in zip(ends, parts[::2], parts[1::2], strict=True):
+            start, stop = _start(before, text, end), self._end(after, text, names)
+            if stop is None:
+                raise _other_prompt(end)
+            answer = text[start:stop].rstrip()
+            if answer.endswith(names):
+                spans.append((start, start + len(answer)))
+                continue
+            if stop == len(text):
+                text += self._next_turn(turns[end - 1], names)
+            following = next((name for name in names if text.startswith(name, stop)), None)
+            if following is None:
+                raise UserError(_ENDLESS)
+            spans.append((start, stop + len(following)))
+        return text, spans
+
+    def _blocks(self, turns: Conversation, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and its generation blocks, of the answers that are targets."""
+        names = _names(tokenizer)
+        ends = [i for i, message in enumerate(turns, 1) if message.role == "assistant"]
+        asked = [(turns[: end - answering], bool(answering)) for end in ends for answering in (1, 0)]
+        (text, blocks), *parts = self._written([(turns, False), *asked])
+        stops = [self._end(after, text, names) for after, _ in parts[1::2]]
+        kept, first = [], 0
+        for end, (before, _), stop in zip(ends, parts[::2], [*stops[:-1], len(text)], strict=True):
+            message = turns[end - 1]
+            if stop is None:
+                if any(m.target for m in turns[:end] if m.role == "assistant"):
+                    raise _other_prompt(end)
+                continue
+            own, first = [block for block in blocks if first <= block[0] < stop], stop
+            if not message.target:
+                continue
+            _start(before, text, end)
+            if not any(end > start for start, end in own):
+                raise UserError(f"template: got one whose generation blocks leave out message {end}, an assistant's")
+            if not text[own[-1][0] : own[-1][1]].rstrip().endswith(names):
+                raise UserError(_ENDLESS)
+            kept += own
+        return text, kept
+
+    def _next_turn(self, message: Message, names: tuple[str, ...]) -> str:
+        """The special token with which the turn after this message begins, or ""."""
+        asked = Message("user", "x"), Message("assistant", "y", tool_calls=message.tool_calls)
+        follower = Message("tool" if message.tool_calls else "user", "z")
+        (before, _), (after, _) = self._written([(asked, False), ((*asked, follower), False)])
+        return next((name for name in names if after.startswith(before + name)), "")
+
+    def _end(self, part: str, text: str, names: tuple[str, ...]) -> int | None:
+        """Length of the part of a conversation in the text of all of it, without a token that ends only the last
+        message, after its own end. None: the whole begins otherwise."""
+        if text.startswith(part):
+            return len(part)
+        for tail in self.tokens.values():
+            rest = part.removesuffix(tail)
+            if tail and rest != part and text.startswith(rest) and rest.rstrip().endswith(names):
+                return len(rest)
+        return None
 
     def _checked(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """The variables. Raises UserError for one that the template does not read, or that is not JSON."""
@@ -189,6 +295,31 @@ def _with_arguments(call: Mapping[str, Any], dump: Callable[[Any], Any]) -> dict
     return {**call, "function": {**function, "arguments": dump(arguments)}}
 
 
+def _names(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Texts of the special tokens, longer ones first."""
+    return tuple(sorted(canonical(tokenizer).values(), key=len, reverse=True))
+
+
+def _other_prompt(end: int) -> UserError:
+    return UserError(
+        f"template: got one whose prompt is not how its conversation begins, up to message {end}, so that the answer "
+        "cannot be trained"
+    )
+
+
+def _start(prompt: str, text: str, end: int) -> int:
+    """Length of a prompt in the text that has its answer, message `end`; without the reasoning that it opens, or leaves
+    empty, if the answer reasons otherwise. Raises UserError if the text begins otherwise."""
+    from gptjax.inference.formats.reasoning import KINDS
+
+    for kind in (None, *KINDS):
+        opened = "" if kind is None else rf"(?:{re.escape(kind.open)}\s*)?(?:{re.escape(kind.close)}\s*)?"
+        head = re.sub(f"(?:{opened})$", "", prompt)
+        if text.startswith(head):
+            return len(head)
+    raise _other_prompt(end)
+
+
 def _ends(conversation: Conversation) -> list[int]:
     """Number of messages up to each of the assistant's that is a target."""
     return [i for i, message in enumerate(conversation, 1) if message.role == "assistant" and message.target]
@@ -220,7 +351,7 @@ _worker = Worker(Path(__file__).with_name("template_worker.py"))
 def _ask(request: dict[str, Any]) -> dict[str, Any]:
     """The worker's answer. Raises UserError for an invalid template, refused messages or an exceeded limit."""
     found = {
-        kind: found if kind == "texts" else " ".join(found.split())[:300]
+        kind: found if kind in ("texts", "spans") else " ".join(found.split())[:300]
         for kind, found in _worker.ask(request).items()
     }
     if "invalid" in found:

@@ -9,7 +9,8 @@ import pytest
 
 import gptjax
 from gptjax import Experiment, Stage, data, optim
-from gptjax.data.chat import ConversationEncoder, Message, conversation
+from gptjax.data.chat import ConversationEncoder, Message, conversation, render
+from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.interop import tokenizers
 from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import TransformerConfig
@@ -59,7 +60,7 @@ def test_targets_are_the_generations_of_transformers(tokenizer, tmp_path):
     tokenizers.save(tokenizer, tmp_path, 512, template)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     expected = theirs.apply_chat_template(TALK, tools=TOOLS, return_dict=True, return_assistant_tokens_mask=True)
-    (row,) = template.rows(conversation(TALK, TOOLS))
+    (row,) = template.rows(conversation(TALK, TOOLS), tokenizer)
     ids, weights = template.render(row, tokenizer)
     assert ids == list(expected["input_ids"])
     assert weights == [float(mask) for mask in expected["assistant_masks"]]
@@ -70,7 +71,7 @@ def test_every_answer_follows_its_prompt(tokenizer):
     """The prompt of a chat is how the trained row begins, and a message of weight 0 is context."""
     template = ChatTemplate(HERMES, {"bos_token": "<|bos|>"})
     talk = conversation([message | {"weight": int(i != 2)} for i, message in enumerate(TALK)], TOOLS)
-    (row,) = template.rows(talk)
+    (row,) = template.rows(talk, tokenizer)
     ids, weights = template.render(row, tokenizer)
     starts = np.flatnonzero(np.diff(weights, prepend=0) > 0)
     assert len(starts) == 2
@@ -84,7 +85,7 @@ def test_an_answer_that_is_written_otherwise_later_is_trained_alone(tokenizer):
     talk = conversation(
         [m | ({"reasoning_content": "Hm."} if m["role"] == "assistant" else {}) for m in (TALK[1], *TALK[4:])]
     )
-    rows = template.rows(talk)
+    rows = template.rows(talk, tokenizer)
     assert [len(row) for row in rows] == [2, 4]
     for row in rows:
         ids, weights = template.render(row, tokenizer)
@@ -92,7 +93,7 @@ def test_an_answer_that_is_written_otherwise_later_is_trained_alone(tokenizer):
         assert ids[:start] == template.prompt(row[:-1], tokenizer)
         assert all(weights[start:])
         assert tokenizer.decode(ids[start:]) == f"<think>Hm.</think>{row[-1].content}"
-    assert template.rows(talk[:2]) == [talk[:2]]
+    assert template.rows(talk[:2], tokenizer) == [talk[:2]]
 
 
 @pytest.mark.parametrize("length", [64, 128, 400])
@@ -152,3 +153,51 @@ def test_a_template_whose_prompt_is_another_is_refused(tokenizer):
     refusing = ConversationEncoder(9, "drop", ChatTemplate("{{ raise_exception('no robots') }}"))
     with pytest.raises(UserError, match=r"^source: conversation 2: messages: refused .* no robots"):
         list(refusing(iter(["text", conversation(TALK[4:])]), tokenizer))
+
+
+def test_a_template_that_ends_no_answer_or_reads_no_reasoning_is_refused(tokenizer):
+    """A model that was trained so would not stop, or not reason, without a word."""
+    endless = ChatTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    (row,) = endless.rows(conversation(TALK[5:]), tokenizer)
+    prompted = ChatTemplate(endless.source + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    with pytest.raises(UserError, match=r"^template: got one that ends an answer without a special token"):
+        prompted.render(row, tokenizer)
+    tagged = prompted.source.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+    with pytest.raises(UserError, match=r"^template: got one that ends an answer without a special token"):
+        ChatTemplate(tagged).render(row, tokenizer)
+    nothing = "{% generation %}{% endgeneration %}"
+    unmarked = HERMES.replace("{% generation %}", "").replace("{% endgeneration %}", nothing)
+    with pytest.raises(UserError, match=r"^template: .* leave out message 2, an assistant's"):
+        ChatTemplate(unmarked).render(row, tokenizer)
+    thinking = conversation([TALK[5], TALK[6] | {"reasoning_content": "Hm."}])
+    with pytest.raises(UserError, match=r"^reasoning_content: got some, which the model's chat template does not read"):
+        ChatTemplate(HERMES).rows(thinking, tokenizer)
+    ids, weights = render(thinking, tokenizer)  # our own format writes it as text
+    assert tokenizer.decode(np.array(ids)[np.array(weights) > 0]) == "<think>\nHm.\n</think>\n\n Bye\n"
+
+
+def test_content_reaches_a_template_that_reads_parts_alone(tokenizer):
+    """As Idefics 3's, which leaves a text out."""
+    parts = ChatTemplate(
+        "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}<|end|>"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    ids, weights = parts.render(conversation(TALK[5:]), tokenizer)
+    assert tokenizer.decode(ids) == "Thanks Bye\n"
+    assert tokenizer.decode(np.array(ids)[np.array(weights) > 0]) == " Bye\n"
+
+
+@pytest.mark.parametrize("says", ["template", "own format", "text"])
+def test_there_is_one_bos_by_every_road(tokenizer, says):
+    """Also where a text spells it out."""
+    talk = conversation([{"role": "user", "content": "a<|bos|>b"}, *TALK[4:]])
+    roads = {
+        "template": lambda: ChatTemplate(HERMES, {"bos_token": "<|bos|>"}).render(talk, tokenizer)[0],
+        "own format": lambda: render(talk, tokenizer)[0],
+        "text": lambda: add_bos_eos(tokenizer.encode("a<|bos|>b"), tokenizer),
+    }
+    ids = roads[says]()
+    assert ids[0] == tokenizer.bos
+    assert ids.count(tokenizer.bos) == 1
+    assert ids.count(tokenizer.eos) == (1 if says == "text" else len(talk))
