@@ -9,6 +9,7 @@ gptjax keys         add, list and revoke the API keys of a server
 gptjax store        export and delete the conversations that a server keeps
 gptjax eval         measure a model on texts and tasks, or compare two
 gptjax compare      let people, or a model, choose between the replies of models, blind
+gptjax lm-eval      measure a model with lm-eval's tasks; the options are lm-eval's
 gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax quantize     write a model with weights of 8 or 4 bits, and report what that costs
 gptjax prune        write a model without its smallest weights, and report what that costs
@@ -292,8 +293,12 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return plan.main(arguments)
     if name == "data":
         return data.main(arguments)
+    if name == "lm-eval":
+        from gptjax.cli import lm_eval
+
+        return lm_eval.main(arguments)
     if name not in COMMANDS and name not in GROUPS:
-        near = difflib.get_close_matches(name, ("run", "plan", "data", *COMMANDS, *GROUPS), n=1)
+        near = difflib.get_close_matches(name, ("run", "plan", "data", "lm-eval", *COMMANDS, *GROUPS), n=1)
         return run.fail(f"no command {name!r}{f'; the nearest: {near[0]}' if near else ''}; see gptjax --help")
     if name in GROUPS:
         subcommands = {word: _later(function) for word, function in GROUPS[name].items()}

@@ -198,8 +198,8 @@ class LanguageModel(TextEncoder):
     ) -> tuple[list[int], int | None]:
         """Token ids of the messages that fit, and the maximum number of tokens of a reply."""
         ids = self.encode_chat(self.trim(messages, max_tokens, template)[0], template)
-        if self._max_length is not None:
-            max_tokens = min(max_tokens or DEFAULT_TOKENS, self._max_length - len(ids))
+        if self.max_length is not None:
+            max_tokens = min(max_tokens or DEFAULT_TOKENS, self.max_length - len(ids))
         return ids, max_tokens
 
     def trim(
@@ -212,7 +212,7 @@ class LanguageModel(TextEncoder):
         if not kept:
             raise UserError("messages: got none, must be at least one")
         total = len(kept)
-        window = self._max_length
+        window = self.max_length
         if window is None:
             return kept, 0
         room = window - (max_tokens or min(DEFAULT_TOKENS, window // 2))
@@ -268,7 +268,7 @@ class LanguageModel(TextEncoder):
             if isinstance(adapter, (str, Path)):
                 adapters[name] = peft.read(adapter, self._decoder_config("take an adapter"))
         options = {"adapters": adapters, **options}
-        options = {"context": self._max_length or CONTEXT, "stop_token_ids": self.stop_token_ids, **options}
+        options = {"context": self.max_length or CONTEXT, "stop_token_ids": self.stop_token_ids, **options}
         return Engine(self._module, self._decode_params, self.tokenizer, **options)
 
     def draft(self, smaller: Any, guesses: int = 4) -> DraftModel:
@@ -325,7 +325,7 @@ class LanguageModel(TextEncoder):
         if is_quantised(self.params):
             raise UserError('params: got quantised weights, must be floats; GGUF has types of its own: dtype="q8_0"')
         fields, tensors = huggingface.to_tensors(self.config, self.params)
-        fields = {"max_position_embeddings": self._max_length or 2_048, **fields}
+        fields = {"max_position_embeddings": self.max_length or 2_048, **fields}
         source = jinja_source(self.template, self.tokenizer)
         write(path, fields, tensors, self.tokenizer, dtype, source)
 
@@ -344,7 +344,8 @@ class LanguageModel(TextEncoder):
             return unstack(self.config, self.params)
 
     @property
-    def _max_length(self) -> int | None:
+    def max_length(self) -> int | None:
+        """Maximum number of tokens of a text: of its positions and of `context`. None: no limit."""
         return min((n for n in (self.config.max_positions, self.context) if n is not None), default=None)
 
 
