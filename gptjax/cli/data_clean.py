@@ -4,6 +4,7 @@
     gptjax data clean zh.parquet cleaned --recipe chinese           of another recipe
     gptjax data clean a.jsonl b.txt cleaned --recipe steps.py       of one's own: STEPS of a Python file
     gptjax data clean a.jsonl cleaned --text body --format parquet
+    gptjax data clean a.jsonl cleaned --decontaminate gsm8k.jsonl arc.jsonl
 
 Files are .jsonl, .json, .parquet, .csv, .tsv, .txt or .md, gzipped (.gz) or not; the other columns are kept. The
 report, OUT/report.md and OUT/report.json, has what each step dropped and changed, with examples. Start an interrupted
@@ -29,6 +30,8 @@ class Options:
 
     recipe: str = "fineweb"
     """Steps: fineweb, c4, gopher, chinese, unique, or a Python file that defines STEPS."""
+    decontaminate: tuple[str, ...] = ()
+    """Files of evaluation items: documents that hold one are dropped, after the other steps."""
     text: str = "text"
     """Column with the text."""
     format: Literal["jsonl", "jsonl.gz", "parquet"] = "jsonl.gz"
@@ -48,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     options, files = parse_options(Options(), arguments)
 
+    from gptjax.data.prepare.decontaminate import Decontaminate
     from gptjax.data.prepare.output import clean_files
     from gptjax.data.prepare.recipes import load_recipe
     from gptjax.types import UserError
@@ -58,6 +62,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("files: got fewer than two, must be files to read, then the folder to write")
     *paths, out = files
     steps, module = load_recipe(options.recipe)
+    if options.decontaminate:
+        steps = (*steps, Decontaminate(options.decontaminate))
     processes = os.cpu_count() or 1 if options.processes is None else options.processes
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     report = clean_files(paths, Path(out), steps, options.text, options.format, options.shard, processes, module)

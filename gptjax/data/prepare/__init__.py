@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptjax.data.prepare.chinese import ChineseQuality, ChineseRepetition
+    from gptjax.data.prepare.decontaminate import Decontaminate
     from gptjax.data.prepare.duplicates import ExactDuplicates, NearDuplicates
     from gptjax.data.prepare.gopher import GopherQuality, GopherRepetition
     from gptjax.data.prepare.language import Language
@@ -31,6 +32,7 @@ __all__ = [
     "ChineseQuality",
     "ChineseRepetition",
     "CorpusStep",
+    "Decontaminate",
     "Document",
     "Drop",
     "Edit",
@@ -52,6 +54,7 @@ __all__ = [
 
 _NAMES = {
     "gptjax.data.prepare.chinese": "ChineseQuality ChineseRepetition",
+    "gptjax.data.prepare.decontaminate": "Decontaminate",
     "gptjax.data.prepare.duplicates": "ExactDuplicates NearDuplicates",
     "gptjax.data.prepare.gopher": "GopherQuality GopherRepetition",
     "gptjax.data.prepare.language": "Language",

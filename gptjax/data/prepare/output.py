@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +50,7 @@ def clean_files(
     not repeat what is done. Raises UserError if `out` is complete, or of other files or steps.
 
     text    column with the text; the other columns are kept
-    shard   megabytes of text per shard
+    shard   megabytes of text per shard, which is held in memory for Parquet
     module  Python file that defines classes of steps, or None
     """
     if shard < 1:
@@ -78,42 +79,45 @@ def clean_files(
     return report
 
 
-def _shards(documents: Iterator[Document], text: str, size: int) -> Iterator[list[dict[str, Any]]]:
-    rows: list[dict[str, Any]] = []
-    characters = 0
+def _shards(documents: Iterator[Document], text: str, size: int) -> Iterator[Iterator[dict[str, Any]]]:
+    """Rows of each shard, to be read before those of the next."""
+
+    def rows(first: Document) -> Iterator[dict[str, Any]]:
+        characters = 0
+        for document in itertools.chain([first], documents):
+            yield {text: document.text, **document.fields}
+            characters += len(document.text)
+            if characters >= size:
+                return
+
     for document in documents:
-        rows.append({text: document.text, **document.fields})
-        characters += len(document.text)
-        if characters >= size:
-            yield rows
-            rows, characters = [], 0
-    if rows:
-        yield rows
+        yield rows(document)
 
 
-def _jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+def _jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _gzip(path: Path, rows: list[dict[str, Any]]) -> None:
+def _gzip(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     # Without a time and a name in its header, the same rows are the same bytes.
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def _parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+def _parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    table = [*rows]
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError("format: parquet needs the pyarrow library; pip install 'gptjax[hf]'") from None
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(name for row in table for name in row))
     columns = {}
     for name in names:
         try:
-            columns[name] = pyarrow.array([row.get(name) for row in rows])
+            columns[name] = pyarrow.array([row.get(name) for row in table])
         except pyarrow.ArrowException as error:
             raise UserError(
                 f"format: parquet cannot hold the column {name!r} ({one_line(error)}); choose jsonl"
@@ -121,7 +125,7 @@ def _parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     parquet.write_table(pyarrow.table(columns), path)
 
 
-_WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
+_WRITERS: dict[str, Callable[[Path, Iterator[dict[str, Any]]], None]] = {
     "jsonl": _jsonl,
     "jsonl.gz": _gzip,
     "parquet": _parquet,
