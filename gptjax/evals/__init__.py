@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from gptjax.evals.bits_per_byte import BitsPerByte
     from gptjax.evals.exact_match import ExactMatch
     from gptjax.evals.generative import Generative
+    from gptjax.evals.multiple_choice import MultipleChoice
     from gptjax.types import Result
 
-__all__ = ["Accuracy", "Answers", "BitsPerByte", "ExactMatch", "Generative", "Result"]
+__all__ = ["Accuracy", "Answers", "BitsPerByte", "ExactMatch", "Generative", "MultipleChoice", "Result"]
 
 _NAMES = {
     "gptjax.evals.accuracy": "Accuracy",
@@ -24,6 +25,7 @@ _NAMES = {
     "gptjax.evals.bits_per_byte": "BitsPerByte",
     "gptjax.evals.exact_match": "ExactMatch",
     "gptjax.evals.generative": "Generative",
+    "gptjax.evals.multiple_choice": "MultipleChoice",
     "gptjax.types": "Result",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -13,7 +13,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, fetch, on_mesh_of, reshard
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.nn import Cache, make_cache
-from gptjax.protocols import ModelConfig, Module
+from gptjax.protocols import ModelConfig, Module, Tokenizer
 from gptjax.types import Array, Params, UserError
 
 TOKENS = 4_096
@@ -78,6 +78,27 @@ def score(
         Likelihood(float(logprob), bool(greedy), len(request.ids))
         for (logprob, greedy), request in zip(found, requests, strict=True)
     ]
+
+
+def encode(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
+    """Token ids of (context, continuation), divided as lm-eval does: spaces at the end of a context go to the
+    continuation, both are encoded as one text, and the continuation is what follows as many tokens as the context has
+    alone. `bos` comes first, once; before a continuation without a context it is `eos` if the tokenizer has no `bos`.
+    """
+    moved = [(context[: (n := len(context.rstrip()))], context[n:] + text) for context, text in pairs]
+    contexts = list(dict.fromkeys(context for context, _ in moved))
+    ids = dict(zip(contexts, tokenizer.encode_batch(contexts), strict=True))
+    wholes = tokenizer.encode_batch([context + text for context, text in moved])
+    first = [tokenizer.bos] if tokenizer.bos is not None else []
+    found = []
+    for (context, text), whole in zip(moved, wholes, strict=True):
+        head = first + ids[context] or [tokenizer.eos]
+        if head[0] is None:
+            raise UserError("tokenizer: got one without bos and eos, must have one to score a text without a context")
+        if len(whole) <= len(ids[context]):
+            raise UserError(f"continuation: got {text!r} after {context[-40:]!r}, must add at least one token")
+        found.append(Continuation(tuple(cast(list[int], head)), tuple(whole[len(ids[context]) :])))
+    return found
 
 
 def cut(request: Continuation, length: int) -> Continuation:

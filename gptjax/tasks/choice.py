@@ -17,7 +17,7 @@ from gptjax.data.chat import Conversation, Message
 from gptjax.data.files import Where
 from gptjax.tasks import extract
 from gptjax.tasks.rows import field, read_items
-from gptjax.tasks.task import Choices, ChoiceTask, Generation, Reply, Score, unanswered
+from gptjax.tasks.task import Choices, ChoiceTask, Generation, Normalisation, Reply, Score, unanswered
 from gptjax.types import UserError
 
 ASKED = "\n\nAnswer with the letter of the right option."
@@ -92,6 +92,11 @@ class MultipleChoice(ChoiceTask):
         item = self.questions[i]
         context = f"Question: {item.question}\nAnswer:"
         return Choices(tuple((context, f" {option}") for option in item.options), item.answer, "Answer:")
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """By characters: lm-eval's acc_norm, by which ARC, PIQA and HellaSwag are compared."""
+        return "character"
 
     def cluster(self, i: int) -> str:
         return extract.fold(self.questions[i].question)
@@ -170,6 +175,11 @@ class Mmlu(MultipleChoice):
         answer = field(row, "answer", kind=(int, str))
         number = index(answer, options) if isinstance(answer, str) else answer
         return Question(field(row, "question"), tuple(options), number, row.get("subject", "").replace("_", " "))
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """None: the options are letters."""
+        return "none"
 
     def choices(self, i: int) -> Choices:
         item = self.questions[i]

@@ -171,8 +171,18 @@ class Choices:
             raise UserError(f"answer: got {self.answer}, must be from 0 to {len(self.options) - 1}")
 
 
+Normalisation = Literal["none", "character", "byte", "token", "mutual information"]
+"""Treatment of the log-likelihoods of options: as they are, divided by the option's characters, bytes in UTF-8 or
+tokens, or less the log-likelihood without a question."""
+
+
 class ChoiceTask(Task):
     """A task whose items have options. `example` asks for one of them in a conversation."""
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """The treatment by which the task's figure chooses an option. Evaluations report all."""
+        return "none"
 
     @abc.abstractmethod
     def choices(self, i: int) -> Choices:
