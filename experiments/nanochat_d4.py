@@ -16,7 +16,7 @@ scores. `nanochat_hf` is the form that can be exported.
 400 steps: a validation loss of 3.77, and 1.56 bits per byte on held-out documentation (`xz -9`: 2.51).
 """
 
-from gptjax import Experiment, Stage, data, evals, objectives, optim
+from gptjax import Expect, Experiment, Stage, data, evals, objectives, optim
 from gptjax.nn import (
     LayerOverrides,
     MultiHeadAttention,
@@ -68,4 +68,8 @@ experiment = Experiment(
             evaluations=(evals.BitsPerByte(data.PyDocs()),),
         ),
     },
+    expect=(
+        Expect("pretrain/validation_loss", above=3.6, below=3.9),
+        Expect("pretrain/Held-out text/bits_per_byte", above=1.48, below=1.62),
+    ),
 )

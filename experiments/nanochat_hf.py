@@ -11,7 +11,7 @@ angles of the sign that nanochat has.
 400 steps: a validation loss of 3.75, and 1.55 bits per byte on held-out documentation (`xz -9`: 2.51).
 """
 
-from gptjax import Experiment, Stage, data, evals, objectives, optim
+from gptjax import Expect, Experiment, Stage, data, evals, objectives, optim
 from gptjax.nn import MultiHeadAttention, ReLUSquared, RMSNorm, RoPE, TransformerConfig
 
 VOCAB = 4_096
@@ -45,4 +45,8 @@ experiment = Experiment(
             evaluations=(evals.BitsPerByte(data.PyDocs()),),
         ),
     },
+    expect=(
+        Expect("pretrain/validation_loss", above=3.6, below=3.9),
+        Expect("pretrain/Held-out text/bits_per_byte", above=1.48, below=1.62),
+    ),
 )

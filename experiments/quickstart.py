@@ -10,7 +10,7 @@ On two CPU cores: 5 to 9 minutes in total; 1.53 bits per byte on held-out docume
 the right style but made-up content.
 """
 
-from gptjax import Experiment, Stage, data, evals, objectives, optim
+from gptjax import Expect, Experiment, Stage, data, evals, objectives, optim
 from gptjax.nn import TransformerConfig
 
 experiment = Experiment(
@@ -40,4 +40,5 @@ experiment = Experiment(
             evaluations=(evals.Answers(data.PyDocsChat()),),
         ),
     },
+    expect=(Expect("bits_per_byte", above=1.45, below=1.6),),
 )

@@ -8,7 +8,7 @@ batch 12, no dropout, 90 % of the text for training and the rest for validation.
 it is 1.77, with a learning rate of 3e-3 (with nanoGPT's own, 1e-3, it is 1.92 over the whole validation text).
 """
 
-from gptjax import Experiment, Stage, data, objectives, optim
+from gptjax import Expect, Experiment, Stage, data, objectives, optim
 from gptjax.nn import GELU, LayerNorm, LearnedPositions, TransformerConfig
 
 experiment = Experiment(
@@ -45,4 +45,5 @@ experiment = Experiment(
             prompts=("\n",),
         )
     },
+    expect=(Expect("pretrain/validation_loss", below=1.88),),
 )

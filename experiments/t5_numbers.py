@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 
-from gptjax import Experiment, Stage, data, evals, objectives, optim
+from gptjax import Expect, Experiment, Stage, data, evals, objectives, optim
 from gptjax.data.sources import held_out
 from gptjax.nn import EncoderConfig, EncoderDecoderConfig, MultiHeadAttention, ReLU, T5Bias, TransformerConfig
 from gptjax.protocols import Split
@@ -101,4 +101,5 @@ experiment = Experiment(
             evaluations=(evals.ExactMatch(Numbers(), documents=1_000),),
         )
     },
+    expect=(Expect("train/validation_loss", below=0.02), Expect("exact_match", above=0.85)),
 )

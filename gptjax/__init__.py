@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gptjax.data.chat import Message
     from gptjax.distributed.sharding import MeshConfig, ShardingRules
     from gptjax.experiment.experiment import Experiment, Stage
+    from gptjax.experiment.report import Expect
     from gptjax.inference.sampling import Sampling
     from gptjax.models.classifier_model import ClassifierModel
     from gptjax.models.encoder_model import EncoderModel
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClassifierModel",
     "EncoderModel",
+    "Expect",
     "Experiment",
     "LanguageModel",
     "MeshConfig",
@@ -47,6 +49,7 @@ __all__ = [
 _HOME = {
     "ClassifierModel": "gptjax.models.classifier_model",
     "EncoderModel": "gptjax.models.encoder_model",
+    "Expect": "gptjax.experiment.report",
     "Experiment": "gptjax.experiment.experiment",
     "LanguageModel": "gptjax.models.language_model",
     "MeshConfig": "gptjax.distributed.sharding",

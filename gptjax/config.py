@@ -25,6 +25,7 @@ EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax.data": None,
     "gptjax.data.prepare": None,
     "gptjax.evals": None,
+    "gptjax.experiment.report": ("Expect",),
     "gptjax.interop.templates": ("ChatTemplate",),
     "gptjax.monitor.metrics": ("WandB",),
     "gptjax.nn": None,

@@ -9,6 +9,9 @@ python -m experiments quickstart --model.layers 12 --out runs/deep
 python -m experiments quickstart --model.positions ALiBi --out runs/alibi
 python -m experiments quickstart --print                show the configuration and stop
 python -m experiments path/to/mine.py                   an experiment outside this folder, in runs/mine
+python -m experiments quickstart --folds 10             cross-validate, in runs/quickstart-folds
+python -m experiments quickstart --sweep pretrain.optimizer.learning_rate=1e-3,5e-3 --seeds 3
+python -m experiments check quickstart                  train it anew, and compare with what it promises
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import tyro
 
@@ -56,6 +59,33 @@ class Options:
     """Be one of several processes: jax.distributed.initialize(). The default is True in a TPU slice of several hosts,
     under srun and mpirun, and where JAX_COORDINATOR_ADDRESS is set."""
 
+    folds: int | None = None
+    """Cross-validate: train one run per fold, in FOLDER/folds, and report all of them."""
+    fold: Annotated[str | None, tyro.conf.arg(metavar="I:K")] = None
+    """Hold out fold I of K, from 0, in place of the sources' validation splits."""
+    sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="OPTION=VALUE,...")] = ()
+    """Train one run per value, in FOLDER/runs, and report all of them; LOW:HIGH is a range to search. May be repeated:
+    then of all combinations."""
+    seeds: int | None = None
+    """Train each of these runs with so many seeds."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """Settings of a sweep: all combinations, or so many trials, drawn at random or suggested by Optuna."""
+    trials: int = 20
+    """Number of settings to draw."""
+    figure: str | None = None
+    """Figure to compare runs by, such as bits_per_byte. None: the validation loss of the last stage."""
+    maximise: Flag = False
+    """The figure is the better the higher it is."""
+    worker: Annotated[str | None, tyro.conf.arg(metavar="I:N")] = None
+    """Train every N-th run, from the I-th (1 to N): one of N machines with a common folder."""
+    stop_on_failure: Flag = False
+    """End a study at the first run that fails. The default goes on with the others."""
+
+    @property
+    def is_study(self) -> bool:
+        """True if there is more than one run."""
+        return bool(self.folds is not None or self.sweep or self.seeds is not None)
+
     @property
     def folder(self) -> Path:
         """`out`. Raises UserError for a bucket."""
@@ -90,7 +120,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
             print(f"{__doc__}\n{_listing(program)}" if arguments else _listing(program))
             return 0
         name, *rest = arguments
-        if (mistake := catalogue.load_error(name)) is not None:
+        if name != "check" and (mistake := catalogue.load_error(name)) is not None:
             return fail(mistake)
         command = f"{program} {shlex.join(arguments)}"
 
@@ -100,8 +130,19 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         from gptjax.train.divergence import Diverged
 
         try:
+            if name == "check":
+                from gptjax.cli import check
+
+                return check.main(rest, program)
             default = Options(str(Path("runs") / Path(name).stem), distributed=processes.is_multi_process())
             options, experiment = _parse(name, rest, default, program)
+            if options.is_study and not options.print:
+                from gptjax.cli import study
+
+                if all(word.partition("=")[0] != "--out" for word in rest):
+                    kind = "folds" if options.folds is not None and not options.sweep else "sweep"
+                    options = dataclasses.replace(options, out=f"{options.out}-{kind}")
+                return study.run(name, rest, options, experiment)
             if options.print:
                 return _print(experiment)
             if options.coordinates:
@@ -131,7 +172,24 @@ def _parse(name: str, arguments: list[str], default: Options, program: str) -> t
     _ = options.folder, options.steps  # mistakes in them are shown before an experiment is loaded
     module = catalogue.load(name)
     about = f"{(module.__doc__ or '').strip()}\n\n{describe_options(default)}"
-    return options, override(module.experiment, overrides, f"{program} {name}", about)
+    experiment = override(module.experiment, overrides, f"{program} {name}", about)
+    if options.fold is not None:
+        from gptjax.data.folds import with_fold
+
+        index, count = pair("fold", options.fold)
+        stages = with_fold(experiment.stages, index, count)
+        experiment = dataclasses.replace(experiment, stages=stages)
+    return options, experiment
+
+
+def pair(field: str, text: str) -> tuple[int, int]:
+    """Two numbers, as in 3:10. Raises UserError."""
+    from gptjax.types import UserError
+
+    first, _, second = text.partition(":")
+    if not (first.isdecimal() and second.isdecimal()):
+        raise UserError(f"{field}: got {text}, must be two numbers, such as 3:10")
+    return int(first), int(second)
 
 
 def _print(experiment: Experiment) -> int:

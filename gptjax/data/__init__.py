@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gptjax.data.classify import Classify
     from gptjax.data.conversations import Alpaca, ChatJsonl, Conversations, OpenAIMessages, ShareGPT
     from gptjax.data.dataset import Dataset
+    from gptjax.data.folds import Fold
     from gptjax.data.hf_dataset import HFDataset
     from gptjax.data.mix import Mix
     from gptjax.data.packing import BestFit, Concatenate, NoPacking
@@ -58,6 +59,7 @@ __all__ = [
     "Csv",
     "Dataset",
     "Example",
+    "Fold",
     "HFDataset",
     "Jsonl",
     "LabelledJsonl",
@@ -91,6 +93,7 @@ _NAMES = {
     "gptjax.data.classify": "Classify",
     "gptjax.data.conversations": "Alpaca ChatJsonl Conversations OpenAIMessages ShareGPT",
     "gptjax.data.dataset": "Dataset",
+    "gptjax.data.folds": "Fold",
     "gptjax.data.hf_dataset": "HFDataset",
     "gptjax.data.mix": "Mix",
     "gptjax.data.packing": "BestFit Concatenate NoPacking",

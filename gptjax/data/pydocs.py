@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gptjax.data.chat import Conversation
     from gptjax.data.pydocs_builder import Doc
 
+SPLITS: tuple[Split, ...] = ("train", "validation")
 LIMIT = 300
 """Maximum length of an answer, in characters."""
 QUESTIONS = {
@@ -50,8 +51,11 @@ class PyDocs:
 
     def documents(self, split: Split) -> Iterator[str]:
         for doc in _docs(self, split):
-            heading = "" if doc.kind == "topic" else f"# {_heading(doc)}\n\n"
-            yield f"{heading}{doc.text}\n"
+            yield _page(doc)
+
+    def keyed(self) -> Iterator[tuple[str, str]]:
+        """All documents, each with the key whose hash decides about its split."""
+        return ((doc.key, _page(doc)) for split in SPLITS for doc in _docs(self, split))
 
     def fingerprint(self) -> str:
         return _content(self)
@@ -71,6 +75,10 @@ class PyDocsChat:
     def documents(self, split: Split) -> Iterator[Conversation]:
         for doc in _docs(self, split):
             yield from conversations(doc)
+
+    def keyed(self) -> Iterator[tuple[str, Conversation]]:
+        """All conversations, each with the key whose hash decides about its split: that of the documentation."""
+        return ((doc.key, chat) for split in SPLITS for doc in _docs(self, split) for chat in conversations(doc))
 
     def questions(self, n: int) -> list[tuple[str, str]]:
         """Up to `n` validation questions, each with the documentation's answer."""
@@ -141,6 +149,10 @@ def _title(doc: Doc) -> str:
     return doc.text.split("\n", 1)[0].strip().lower()
 
 
+def _page(doc: Doc) -> str:
+    return f"{doc.text}\n" if doc.kind == "topic" else f"# {_heading(doc)}\n\n{doc.text}\n"
+
+
 def _heading(doc: Doc) -> str:
     called = doc.signature or doc.name
     return called if doc.kind == "function" else f"{doc.kind} {called}"
@@ -155,7 +167,7 @@ def _docs(source: PyDocs | PyDocsChat, split: Split) -> Iterator[Doc]:
 def _content(source: PyDocs | PyDocsChat) -> str:
     """SHA-256, in hex, of all documents: independent of their location, different for each Python version."""
     content = hashlib.sha256()
-    for split in ("train", "validation"):
+    for split in SPLITS:
         for document in source.documents(split):
             content.update(f"{split} {document!r}\n".encode())
     return content.hexdigest()

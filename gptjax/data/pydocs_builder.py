@@ -56,8 +56,13 @@ class Doc:
     text: str
 
     @property
+    def key(self) -> str:
+        """Last part of the name. Documentation with the same one is in the same split."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def split(self) -> Literal["train", "validation"]:
-        return "validation" if held_out(self.name.rpartition(".")[2], VALIDATION) else "train"
+        return "validation" if held_out(self.key, VALIDATION) else "train"
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

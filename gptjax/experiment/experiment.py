@@ -74,6 +74,8 @@ class Experiment:
     init_from: str | None = None
     """Model to initialise the first stage from, as for `gptjax.load`, with the same architecture and tokenizer; a
     classifier's head is initialised from `seed`. None: initialise everything from `seed`."""
+    expect: tuple[report.Expect, ...] = ()
+    """Expected results, which the report and `python -m experiments check NAME` compare with the measured ones."""
 
     def __post_init__(self):
         if not self.stages:
@@ -175,7 +177,10 @@ class Experiment:
                     trained = self._trained(folder, name, pretrained, of["step"], params)
                     results[name] = self._results(folder, of, mesh, model, trained, tokenizer, console)
             if jax.process_index() == 0:
-                report.write(folder, results, {name: stage.objective.unit for name, stage in self.stages.items()})
+                units = {name: stage.objective.unit for name, stage in self.stages.items()}
+                report.write(folder, results, units, self.expect)
+                for checked in report.check(folder, self.expect):
+                    console.print(f"expected: {report.verdict(*checked)}")
                 console.print(f"\nDone. Report: {_short(folder / 'report' / 'report.md')}")
                 console.print("\n".join(["\nNow try:", *(f"  {line}" for line in self._uses(_short(folder)))]))
             processes.barrier("the report is written")

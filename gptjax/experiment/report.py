@@ -3,8 +3,12 @@ links, so that the folder can be moved."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,15 +16,96 @@ from urllib.parse import quote
 import numpy as np
 
 from gptjax.monitor import metrics, times
-from gptjax.types import Result
+from gptjax.types import Result, UserError
 
+VALIDATION_LOSS = "validation_loss"
 Records = list[dict[str, Any]]
 """Lines of metrics.jsonl."""
 TRAINING, VALIDATION, INK = "#4878a8", "#d1581b", "#444444"
 
 
-def write(folder: Path, results: dict[str, list[Result]], units: Mapping[str, str]) -> None:
-    """Write `folder/report/report.md` and a PNG for each stage, from the run's metrics.jsonl and these results.
+@dataclasses.dataclass(frozen=True)
+class Expect:
+    """Expected result of an experiment: bounds of a figure. The report says whether it holds, and
+    `python -m experiments check NAME` runs the experiment again and says it."""
+
+    figure: str
+    """Figure of the report, as STAGE/validation_loss or STAGE/EVALUATION/NAME, or an ending of it that no other has,
+    such as bits_per_byte."""
+    below: float | None = None
+    """Upper bound, excluded. None: none."""
+    above: float | None = None
+    """Lower bound, excluded. None: none."""
+
+    def __post_init__(self):
+        if self.above is None and self.below is None:
+            raise UserError(f"expect: got no bound of {self.figure}, must be below, above or both")
+
+    def __str__(self) -> str:
+        bounds = {"above": self.above, "below": self.below}
+        return f"{self.figure} {' and '.join(f'{name} {x:g}' for name, x in bounds.items() if x is not None)}"
+
+    def holds(self, value: float) -> bool:
+        """True if the value is within the bounds; NaN is not."""
+        above = self.above is None or value > self.above
+        return not math.isnan(value) and above and (self.below is None or value < self.below)
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """Figures of a run, by name: STAGE/validation_loss, of the stage's last checkpoint, and STAGE/EVALUATION/NAME of
+    each value of each evaluation. Raises UserError for a folder without a run."""
+    try:
+        stages = json.loads((folder / "config.json").read_bytes())["experiment"]["stages"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"run: got {folder}, must be a run folder, with a config.json") from None
+    records, found = metrics.read(folder), {}
+    for stage, config in stages.items():
+        losses = [line["validation_loss"] for line in records if line["stage"] == stage and "validation_loss" in line]
+        if losses:
+            early = config.get("early_stopping") is not None
+            found[f"{stage}/{VALIDATION_LOSS}"] = min(losses) if early else losses[-1]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            for result in json.loads((folder / "report" / f"{stage}.json").read_bytes())["results"]:
+                found |= {f"{stage}/{result['title']}/{name}": value for name, value in result["values"].items()}
+    return found
+
+
+def find_figure(known: Iterable[str], name: str) -> str:
+    """Full name of a figure, given in full or by an ending that no other has. Raises UserError."""
+    names = list(known)
+    found = [full for full in names if f"/{full}".endswith(f"/{name}")]
+    if len(found) != 1:
+        wrong = f"could be {' or '.join(found)}" if found else f"must be one of: {', '.join(names) or 'none yet'}"
+        raise UserError(f"figure: got {name}, {wrong}")
+    return found[0]
+
+
+def check(folder: Path, expected: Iterable[Expect]) -> list[tuple[Expect, float, bool]]:
+    """(expectation, measured value, whether it holds) for each. A figure that the run lacks is NaN and does not
+    hold."""
+    measured = figures(folder)
+    values = [(expect, _value(measured, expect.figure)) for expect in expected]
+    return [(expect, value, expect.holds(value)) for expect, value in values]
+
+
+def verdict(expect: Expect, value: float, holds: bool) -> str:
+    """Line about an expectation."""
+    measured = "not measured" if math.isnan(value) else f"{value:.4g}"
+    return f"{expect}: {'holds' if holds else 'DOES NOT HOLD'} ({measured})"
+
+
+def _value(measured: Mapping[str, float], name: str) -> float:
+    try:
+        return measured[find_figure(measured, name)]
+    except UserError:
+        return math.nan
+
+
+def write(
+    folder: Path, results: dict[str, list[Result]], units: Mapping[str, str], expected: Iterable[Expect] = ()
+) -> None:
+    """Write `folder/report/report.md` and a PNG for each stage, from the run's metrics.jsonl and these results, which
+    are stored.
 
     units  unit of each stage's mean loss: "token" (default), "text"
     """
@@ -36,6 +121,8 @@ def write(folder: Path, results: dict[str, list[Result]], units: Mapping[str, st
         for result in found:
             lines += [f"### {result.title}\n", result.markdown, ""]
         lines += _samples(records)
+    if checked := check(folder, expected):
+        lines += ["## Expected results\n", *(f"- {verdict(*one)}" for one in checked), ""]
     (target / "report.md").write_text("\n".join(lines))
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LOCK = "run.lock"
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
-CHANGEABLE = ("mesh", "rules", "wandb", "init_from")
+CHANGEABLE = ("mesh", "rules", "wandb", "init_from", "expect")
 """Fields that do not affect training, except for the rounding of sums: a run may be resumed with other values. (The
 model of `init_from` is known by its content.)"""
 CHANGEABLE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_timeout", "prompts")
