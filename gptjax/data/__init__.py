@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gptjax.data.dataset import Dataset
     from gptjax.data.folds import Fold
     from gptjax.data.hf_dataset import HFDataset
-    from gptjax.data.mix import Mix
+    from gptjax.data.mix import Mix, Reweight
     from gptjax.data.packing import BestFit, Concatenate, NoPacking
     from gptjax.data.pairs import Pairs, PairsJsonl, TextPair
     from gptjax.data.pretrain import Pretrain
@@ -75,6 +75,7 @@ __all__ = [
     "Pretrain",
     "PyDocs",
     "PyDocsChat",
+    "Reweight",
     "ShareGPT",
     "Text",
     "TextPair",
@@ -95,7 +96,7 @@ _NAMES = {
     "gptjax.data.dataset": "Dataset",
     "gptjax.data.folds": "Fold",
     "gptjax.data.hf_dataset": "HFDataset",
-    "gptjax.data.mix": "Mix",
+    "gptjax.data.mix": "Mix Reweight",
     "gptjax.data.packing": "BestFit Concatenate NoPacking",
     "gptjax.data.pairs": "Pairs PairsJsonl TextPair",
     "gptjax.data.pretrain": "Pretrain",

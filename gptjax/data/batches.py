@@ -28,7 +28,8 @@ class Batches(Iterator[Batch]):
         steps: int,
         fingerprint: str,
         tokens: int,
-        epochs: Sequence[float],
+        epochs: Callable[[int], list[float]],
+        epoch: float,
     ):
         """Batches that `make` returns.
 
@@ -38,11 +39,13 @@ class Batches(Iterator[Batch]):
         steps  n, batches per call of `make`: many for small batches, to save calls
         fingerprint  SHA-256, in hex, of the data
         tokens  number of tokens of all sources
-        epochs  for each source, number of sequences of the mixture that are one epoch of it
+        epochs  number of sequences -> epochs of each source in them
+        epoch   number of sequences until every source has been read once
         """
         self.fingerprint = fingerprint
         self._make, self._size, self._local, self._steps = make, size, local, steps
         self._tokens, self._epochs = tokens, epochs
+        self.epoch = epoch
         self._sequence = 0
         self._made: Generator[Batch] | None = None
 
@@ -70,14 +73,9 @@ class Batches(Iterator[Batch]):
                 for start in range(0, self._steps * self._local, self._local):
                     yield jax.tree.map(lambda x: x[start : start + self._local], block)  # noqa: B023
 
-    @property
-    def epoch(self) -> float:
-        """Number of sequences until every source has been read once."""
-        return max(self._epochs)
-
     def describe(self, sequences: int) -> str:
         """Number of epochs in so many sequences, and size of the data."""
-        epochs = sorted({float(f"{sequences / epoch:.2g}") for epoch in self._epochs})
+        epochs = sorted({float(f"{count:.2g}") for count in self._epochs(sequences)})
         several = f"{epochs[0]:g} to " if len(epochs) > 1 else ""
         return f"{several}{epochs[-1]:g} epochs of {self._tokens:,} tokens"
 

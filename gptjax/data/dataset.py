@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 
 from gptjax.data.batches import Batches, ValidationBatches
-from gptjax.data.mix import Mix, order
+from gptjax.data.mix import Mix, epochs, longest_epoch, order
 from gptjax.data.packing import Concatenate, Packing, Plan, fill
 from gptjax.data.store import Encode, Store, Tokens, combine, expect, tokenize
 from gptjax.io import retry
@@ -170,16 +171,17 @@ class Dataset(abc.ABC):
         local = self._shard_size(shard, num_shards)
         mix = self.mix
         rows = [self.sequences(source, tokenizer, split, cache_dir) for source in mix.sources]
-        ordered = order(list(map(len, rows)), mix.weights, seed if self.shuffle else None)
+        sizes, phases = list(map(len, rows)), mix.phases(self.batch)
+        ordered = order(sizes, phases, seed if self.shuffle else None)
 
         def make(first: np.ndarray) -> Batch:
             position = first[:, None] + shard * local + np.arange(local)
             return self._make(rows, *ordered(position.reshape(-1)), position.size)
 
         steps = max(1, 2**14 // (local * self.length))
-        epochs = [len(row) * sum(mix.weights) / weight for row, weight in zip(rows, mix.weights, strict=True)]
+        read = functools.partial(epochs, sizes, phases), longest_epoch(sizes, phases)
         fingerprint, tokens = combine(*(row.fingerprint for row in rows)), sum(row.tokens for row in rows)
-        return Batches(make, self.batch, local, steps, fingerprint, tokens, epochs)
+        return Batches(make, self.batch, local, steps, fingerprint, tokens, *read)
 
     def evaluation(
         self,

@@ -14,7 +14,7 @@ import pytest
 from letters import BYTES, END, Letters, Talks, assert_equal, join, segments_of, stored, take
 
 from gptjax.data.chat import Chat, Message, render
-from gptjax.data.mix import Mix, permute
+from gptjax.data.mix import Mix, Phase, Reweight, epochs, longest_epoch, order, permute
 from gptjax.data.packing import BestFit, Concatenate
 from gptjax.data.pretrain import Pretrain
 from gptjax.data.sources import Text
@@ -208,6 +208,51 @@ def test_a_mix_keeps_its_proportions_and_repeats_what_runs_out(tmp_path):
         assert abs(got[200] - share) < 0.06
 
 
+def test_a_curriculum_changes_the_weights_at_its_steps_and_repeats_no_sequence_before_an_epoch_ends():
+    sizes, batch = [500, 40, 300], 10
+    source = Mix(
+        (Letters(),) * 3, (3, 1, 0), (Reweight(20, (1, 1, 2)), Reweight(50, (0, 0, 1)), Reweight(60, (1, 0, 1)))
+    )
+    phases = source.phases(batch)
+    which, index = order(sizes, phases, 0)(np.arange(900))
+    for start, end, weights in [
+        (0, 200, (3, 1, 0)),
+        (200, 500, (1, 1, 2)),
+        (500, 600, (0, 0, 1)),
+        (600, 900, (1, 0, 1)),
+    ]:
+        counts = np.bincount(which[start:end], minlength=3)
+        assert np.abs(counts - (end - start) * np.array(weights) / sum(weights)).max() <= 1
+    for source_number, size in enumerate(sizes):
+        read = index[which == source_number]
+        for epoch in range(len(read) // size + 1):
+            part = read[epoch * size : (epoch + 1) * size]
+            assert len({*part}) == len(part)
+            assert set(part // size) <= {epoch}
+    shuffled = np.random.default_rng(0).permutation(900)
+    again = order(sizes, phases, 0)(shuffled)
+    assert all(np.array_equal(a, b[shuffled]) for a, b in zip(again, (which, index), strict=True))
+    assert np.allclose(epochs(sizes, phases, 900), np.bincount(which) / sizes, atol=3 / 40)
+    until = int(longest_epoch(sizes, phases))
+    assert min(epochs(sizes, phases, until - 1)) < 1 <= min(epochs(sizes, phases, until))
+    assert longest_epoch(sizes, [*phases, Phase(900, (0.0, 1.0, 1.0))]) == float("inf")
+    plain, later = ([Phase(0, (3, 2, 1)), *more] for more in ([], [Phase(900, (1, 1, 1))]))
+    same = zip(order(sizes, plain, 0)(shuffled), order(sizes, later, 0)(shuffled), strict=True)
+    assert all(np.array_equal(a, b) for a, b in same)
+
+
+def test_a_curriculum_resumes(tmp_path):
+    source = Mix((Letters(30, "a"), Letters(30, "b")), (1, 0), (Reweight(3, (1, 3)),))
+    data = Pretrain(source, length=16, batch=4)
+    whole = data.batches(BYTES, "train", 0, tmp_path)
+    expected = take(whole, 6)
+    b = BYTES.encode("b")[0]
+    assert [(batch.tokens == b).any() for batch in expected] == [False] * 3 + [True] * 3
+    whole.restore({"sequence": 8})
+    assert all(np.array_equal(x.tokens, y.tokens) for x, y in zip(take(whole, 4), expected[2:], strict=True))
+    whole.close()
+
+
 def test_permute_is_a_permutation_that_looks_random():
     for size in (1, 2, 3, 10, 97, 1000):
         assert sorted(permute(np.arange(size), size, (0, 1))) == list(range(size))
@@ -282,4 +327,8 @@ def test_bad_input_is_named(tmp_path):
         data.batches(BYTES, "train", -1, tmp_path)
     with pytest.raises(UserError, match="weights: got"):
         Mix((Letters(),), (1.0, 2.0))
+    with pytest.raises(UserError, match=r"^weights: got 0 for source 1"):
+        Mix((Letters(), Letters(5)), (1.0, 0.0))
+    with pytest.raises(UserError, match=r"^schedule: got the steps \[5, 5\]"):
+        Mix((Letters(),), (1.0,), (Reweight(5, (1.0,)), Reweight(5, (2.0,))))
     assert not list(Path(tmp_path).glob("*.partial"))
