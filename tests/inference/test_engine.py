@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,8 @@ def params_of(config: TransformerConfig):
 
 def engine(config: TransformerConfig = BASE, **options) -> Engine:
     options = {"rows": 4, "context": CONTEXT, "page": PAGE, **options}
-    return Engine(config.build(), params_of(config), TOKENIZER, **options)
+    with mock.patch.object(programs, "CHUNK", PAGE // 2):
+        return Engine(config.build(), params_of(config), TOKENIZER, **options)
 
 
 @functools.cache
@@ -215,18 +217,22 @@ def test_nothing_is_compiled_while_it_runs():
 
 @pytest.mark.parametrize("draft", [None, NGram(3)], ids=["plain", "draft"])
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("name", ["rope", "latent"])
-def test_no_program_copies_the_pool(name, rows, draft):
+@pytest.mark.parametrize(("name", "page"), [("rope", 16), ("latent", 16), ("latent", 64)])
+def test_no_program_copies_the_pool(name, page, rows, draft):
     """A copy would cost more than all else: a pool has the size of all texts together."""
     config, pages = CONFIGS[name], 77
     model, params, table = config.build(), unstack(config, params_of(config)), np.zeros((rows, 8), np.int32)
     models = programs.Models(model, params, draft)
-    state = programs.idle(models, rows, pages, PAGE, TOKENIZER.vocab, CONTEXT)
+    state = programs.idle(models, rows, pages, page, TOKENIZER.vocab, CONTEXT)
     limit, replayed = np.zeros(rows, np.int32), np.zeros((rows, programs.STEPS * 4), np.int32)
     held = np.zeros((rows, 9), np.uint32), np.zeros(rows, bool)
+    none = np.zeros(programs.CHUNKS, np.int32)
+    chunks = programs.Chunks(
+        np.zeros((len(none), programs.CHUNK), np.int32), none, np.zeros((len(none), 8), np.int32), none
+    )
     calls = (
-        programs.decode.lower(models, state, table, limit, replayed, *held, np.int32(1), page=PAGE),
-        programs.prefill.lower(models, state, np.zeros(PAGE, np.int32), np.int32(0), table[0], np.int32(0)),
+        programs.decode.lower(models, state, table, limit, replayed, *held, np.int32(1)),
+        programs.prefill.lower(models, state, chunks),
     )
     for call in calls:
         text = call.compile().as_text()
@@ -336,6 +342,8 @@ def test_bad_requests_name_the_field(fields, field):
 def test_what_it_cannot_do_is_refused():
     with pytest.raises(UserError, match=r"^pages: got 7, must be at least 8"):
         engine(pages=7)
+    with pytest.raises(UserError, match=r"^page: got 20, must be at most 8 or a multiple of it"):
+        engine(page=20)
     with pytest.raises(UserError, match=r"^context: got none"):
         engine(context=None)
     recurrent = RecurrentConfig(vocab=272, layers=1, width=16, attention=LSTM())

@@ -23,6 +23,20 @@ from gptjax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A part of a prompt to read at a time."""
+
+    tokens: Sequence[int]
+    """At most `Device.chunk`."""
+    start: int
+    """Position of the first, a multiple of it."""
+    pages: Sequence[int]
+    """Pages of the text."""
+    adapter: int
+    """Number of its adapter, or 0."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A row's part in a call of `decode`."""
 
@@ -60,6 +74,8 @@ class Device:
         # Rows are on all devices; heads, experts and the hidden sizes are sharded as the parameters are.
         model = model.clone(rules=dataclasses.replace(model.rules, batch=None, sequence=None))
         self.model, self.rows, self.pages, self.page, self.width, self.vocab = model, rows, pages, page, width, vocab
+        self.chunk = min(page, programs.CHUNK)
+        """Maximum number of tokens of a `Chunk`."""
         self._mesh_of = params
         with on_mesh_of(params):
             own, draft_params = attach(model.config, params, adapters or {}), {} if draft is None else draft.params
@@ -99,31 +115,21 @@ class Device:
                 np.int32(adapter),
             )
 
-    def read(self, tokens: Sequence[int], start: int, pages: Sequence[int], adapter: int) -> None:
-        """Read at most a page of tokens into the page of these that position `start` begins."""
-        padded = np.full(self.page, -1, np.int32)
-        padded[: len(tokens)] = tokens
-        with on_mesh_of(self._mesh_of):
-            table = self._table([pages])[0]
-            self._state = programs.prefill(self._models, self._state, padded, np.int32(start), table, np.int32(adapter))
+    def read(self, chunks: Sequence[Chunk]) -> None:
+        """Read chunks of prompts, in this order."""
+        for i in range(0, len(chunks), programs.CHUNKS):
+            with on_mesh_of(self._mesh_of):
+                placed = self._chunks(chunks[i : i + programs.CHUNKS], programs.CHUNKS)
+                self._state = programs.prefill(self._models, self._state, placed)
 
-    def score(
-        self, tokens: Sequence[int], start: int, pages: Sequence[int], adapter: int, compare: bool
-    ) -> programs.Drawn:
-        """As `read`, of all these tokens but the last, with the log-probabilities of all but the first, and the most
-        likely ones if `compare`. The result is on its way to the host."""
-        padded, following = np.full((2, self.page), -1, np.int32)
-        padded[: len(tokens) - 1], following[: len(tokens) - 1] = tokens[:-1], tokens[1:]
+    def score(self, chunks: Sequence[Chunk], following: Sequence[int], compare: bool) -> programs.Drawn:
+        """As `read`, of at most a page of one prompt, with the log-probabilities of the tokens that follow each, and
+        the most likely ones if `compare`. The result is on its way to the host."""
+        padded = np.full(self.page, -1, np.int32)
+        padded[: len(following)] = following
         with on_mesh_of(self._mesh_of):
-            arguments = (
-                padded,
-                np.int32(start),
-                self._table([pages])[0],
-                np.int32(adapter),
-                following,
-                np.bool_(compare),
-            )
-            self._state, drawn = programs.score(self._models, self._state, *arguments)
+            placed = self._chunks(chunks, self.page // self.chunk)
+            self._state, drawn = programs.score(self._models, self._state, placed, padded, np.bool_(compare))
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         return drawn
 
@@ -138,7 +144,7 @@ class Device:
         with on_mesh_of(self._mesh_of):
             held = self._held(tasks) if any(task.allowed is not None for task in tasks) else self._free
             arguments = self._table(table), limit, replayed, *held, np.int32(steps)
-            self._state, drawn = programs.decode(self._models, self._state, *arguments, page=self.page)
+            self._state, drawn = programs.decode(self._models, self._state, *arguments)
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         return drawn
 
@@ -149,6 +155,14 @@ class Device:
             if task.allowed is not None:
                 allowed[task.row], held[task.row] = task.allowed, True
         return jnp.asarray(allowed), jnp.asarray(held)
+
+    def _chunks(self, chunks: Sequence[Chunk], count: int) -> programs.Chunks:
+        """So many chunks, the last of them empty if there are fewer."""
+        tokens, start, adapter = np.full((count, self.chunk), -1, np.int32), *np.zeros((2, count), np.int32)
+        for i, chunk in enumerate(chunks):
+            tokens[i, : len(chunk.tokens)], start[i], adapter[i] = chunk.tokens, chunk.start, chunk.adapter
+        missing: list[Sequence[int]] = [()] * (count - len(chunks))
+        return programs.Chunks(tokens, start, self._table([*(chunk.pages for chunk in chunks), *missing]), adapter)
 
     def _table(self, pages: Sequence[Sequence[int]]) -> np.ndarray:
         """int32 [len(pages), M]; beyond a text's pages is the one that is nobody's."""

@@ -5,11 +5,11 @@
     engine.run()                                            # or `start` it in a thread of its own
     [text.text for text in texts]
 
-A text has the bits that it would have alone. Its prompt is read a page at a time, at the same places of the same
-program whoever else is there; pages that an earlier prompt left are those that it would have written; its draws depend
+A text has the bits that it would have alone. Its prompt is read in chunks, at the same places of the same program
+whoever else is there; pages that an earlier prompt left are those that it would have written; its draws depend
 on its seed and the position. A text that has to give up its pages is read again, and its own tokens are decoded again.
 
-A round reads a few pages of prompts and decodes a few tokens of every row. The next round is under way before the
+A round reads some chunks of prompts and decodes a few tokens of every row. The next round is under way before the
 last one's tokens are looked at.
 """
 
@@ -30,6 +30,7 @@ from gptjax.inference.engine import programs
 from gptjax.inference.engine.adapters import Adapter
 from gptjax.inference.engine.device import Device, Task
 from gptjax.inference.engine.pages import Pages
+from gptjax.inference.engine.prefill import prefill
 from gptjax.inference.engine.queue import FairQueue
 from gptjax.inference.engine.request import Busy, Generation, Request
 from gptjax.inference.engine.running import Call, Running, tokens_of
@@ -46,7 +47,7 @@ class Engine:
     rows             number of texts at a time
     context          maximum number of tokens of a prompt and its text. None: the model's
     pages            number of pages of the pool. None: enough for all rows
-    page             tokens per page
+    page             tokens per page, at most 16 or a multiple of it
     queue            maximum number of requests that wait
     stop_token_ids   tokens that end a text. None: all special tokens
     name             of the weights: prefixes are shared among texts of one name
@@ -76,6 +77,8 @@ class Engine:
         for option, value in (("rows", rows), ("page", page), ("queue", queue)):
             if value < 1:
                 raise UserError(f"{option}: got {value}, must be at least 1")
+        if page > programs.CHUNK and page % programs.CHUNK:
+            raise UserError(f"page: got {page}, must be at most {programs.CHUNK} or a multiple of it")
         self.context = min(n for n in (context, config.max_positions, 1 << 30) if n is not None)
         if context is None and config.max_positions is None:
             raise UserError("context: got none, must be given for a model without a maximum number of positions")
@@ -216,16 +219,16 @@ class Engine:
         return bool(self._running or len(self._queue) or self._calls or self._cancelled)
 
     def run_round(self) -> bool:
-        """Read some pages of prompts and decode; False: there is nothing to do."""
+        """Read some chunks of prompts and decode; False: there is nothing to do."""
         with self._changed:
             cancelled, self._cancelled = self._cancelled, []
         for text in [text for text in self._running if text.generation in cancelled]:
             text.generation.end("cancelled")
             self._leave(text)
         self._admit()
-        reading = [text for text in self._running if text.reading][: programs.READS]
-        called = sum(map(self._read, reading)) > 0
-        called |= self._decode(hurry=bool(reading) or len(self._queue) > 0)
+        reading = [text for text in self._running if text.reading]
+        self._calls += (scored := prefill(self._device, self.pages, reading))
+        called = self._decode(hurry=bool(reading)) or len(scored) > 0
         while len(self._calls) > called:  # the last one stays under way
             self._look()
         self.last_round = time.monotonic()
@@ -263,34 +266,6 @@ class Engine:
         generation.reused = max(generation.reused, read)
         self._device.admit(text.row, request, generation.stream.stop_token_ids, adapter)
         return text
-
-    def _read(self, text: Running) -> bool:
-        """Read the next page of a prompt, after those that another text has read by now. True: there will be
-        log-probabilities to look at."""
-        size, before = self.pages.size, text.prompt[:-1]
-        if text.generation.request.prompt_logprobs:
-            # Its pages stay its own: another program wrote them.
-            scored = text.prompt[text.read : text.read + size + 1]
-            compare = text.generation.request.alternatives > 0
-            drawn = self._device.score(scored, text.read, text.pages, text.adapter, compare)
-            self._calls.append(Call(drawn, [(text, len(scored) - 1)]))
-            text.read += len(scored) - 1
-            return True
-        while text.reading and (found := self.pages.find(text.chains[text.read // size :][:1])):
-            self.pages.release(text.pages[text.read // size])
-            text.pages[text.read // size] = found[0]
-            text.read += size
-            text.generation.reused = max(text.generation.reused, text.read)
-        if not text.reading:
-            return False
-        page = before[text.read : text.read + size]
-        self._device.read(page, text.read, text.pages, text.adapter)
-        number = text.read // size
-        if len(page) == size:
-            # Whoever reads it is later on the device.
-            self.pages.share(text.chains[number], text.pages[number])
-        text.read += len(page)
-        return False
 
     def _decode(self, hurry: bool) -> bool:
         """Decode some tokens of every row. False: there is no row to decode.

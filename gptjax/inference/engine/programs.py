@@ -23,9 +23,12 @@ from gptjax.types import Array, Key, Params
 
 STEPS = 8
 """Maximum number of tokens per row and call of `decode`."""
+CHUNK = 16
+"""T, maximum number of tokens of a chunk of a prompt."""
+CHUNKS = 4
+"""C, number of chunks per call of `prefill`: of one prompt or of several."""
 READS = 4
-"""Maximum number of prompts of which a page is read between two calls of `decode`, which takes as long for one row as
-for all."""
+"""Maximum number of calls of `prefill` between two calls of `decode`, which takes as long for one row as for all."""
 ALTERNATIVES = 20
 """Number of most likely tokens that can be returned with each token."""
 
@@ -78,6 +81,8 @@ class Rows:
     """Cache entries of the draft model, in the same pages."""
     adapter: Array
     """int32 [R], number of the adapter of each row; 0: none."""
+    page: int = dataclasses.field(metadata={"static": True})
+    """Number of slots of a page."""
 
     def draw(self, logits: Array, ahead: Array | int, seen: Seen) -> Array:
         """The token int32 [R] after float32 logits [R, V'] of a position `ahead` of the next one."""
@@ -86,6 +91,22 @@ class Rows:
         changed = without(changed, position < self.earliest, self.ends)
         # The key of a draw depends on the text and the position alone.
         return sample(changed, jax.vmap(jax.random.fold_in)(self.keys, position), self.settings, seen)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Tokens of C chunks of prompts, which are read at the same time. Every layer writes the keys and values of all
+    before it reads any, so that chunks may follow one another in one prompt."""
+
+    tokens: Array | np.ndarray
+    """int32 [C, T], -1 for padding at the end; a chunk may be empty."""
+    start: Array | np.ndarray
+    """int32 [C], position of the first."""
+    pages: Array | np.ndarray
+    """int32 [C, M], pages of the chunk's text."""
+    adapter: Array | np.ndarray
+    """int32 [C], number of the text's adapter."""
 
 
 @jax.tree_util.register_dataclass
@@ -129,6 +150,7 @@ def idle(models: Models, rows: int, pages: int, page: int, vocab: int, context: 
         history=jnp.zeros((rows, 0 if draft is None else context), jnp.int32),
         draft=() if draft is None else draft.init_cache(pages, page),
         adapter=jnp.zeros(rows, jnp.int32),
+        page=page,
     )
 
 
@@ -199,61 +221,33 @@ def members(tokens: Array, vocab: int) -> Array:
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
-def prefill(
-    models: Models,
-    rows: Rows,
-    tokens: Array | np.ndarray,
-    start: Array | int,
-    pages: Array | np.ndarray,
-    adapter: Array | int,
-) -> Rows:
-    """Read a page of a prompt into the pool.
-
-    tokens   int32 [page], -1 for padding at the end
-    start    position of the first
-    pages    int32 [M], the text's pages
-    adapter  number of the text's adapter
-    """
+def prefill(models: Models, rows: Rows, chunks: Chunks) -> Rows:
+    """Read chunks of prompts into the pool."""
     # These logits are unused, so the compiler drops the head, the largest matrix product.
-    rows, _ = _read(models, rows, tokens, start, pages, adapter)
-    return rows
+    return _read(models, rows, chunks)[0]
 
 
-def _read(
-    models: Models,
-    rows: Rows,
-    tokens: Array | np.ndarray,
-    start: Array | int,
-    pages: Array | np.ndarray,
-    adapter: Array | int,
-) -> tuple[Rows, Array]:
-    """`prefill`, and the logits [1, page, V]."""
-    tokens, start, pages = jnp.asarray(tokens)[None], jnp.asarray(start)[None], jnp.asarray(pages)[None]
-    real, params = (tokens >= 0).astype(jnp.int32), with_rows(models.params, jnp.asarray(adapter)[None])
-    cache = Cache(rows.layers, start, pages.shape[1] * tokens.shape[1], pages)
+def _read(models: Models, rows: Rows, chunks: Chunks) -> tuple[Rows, Array]:
+    """`prefill`, and the logits [C, T, V]."""
+    tokens, start, pages = jnp.asarray(chunks.tokens), jnp.asarray(chunks.start), jnp.asarray(chunks.pages)
+    real, params = (tokens >= 0).astype(jnp.int32), with_rows(models.params, jnp.asarray(chunks.adapter))
+    cache = Cache(rows.layers, start, pages.shape[1] * rows.page, pages)
     logits, cache = models.model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
     entries = rows.draft
     if models.draft is not None:
-        entries = models.draft.read(models.draft_params, entries, tokens, start, pages)
+        entries = models.draft.read(models.draft_params, rows, chunks)
     return dataclasses.replace(rows, layers=cast(Cache, cache).layers, draft=entries), logits
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
 def score(
-    models: Models,
-    rows: Rows,
-    tokens: Array | np.ndarray,
-    start: Array | int,
-    pages: Array | np.ndarray,
-    adapter: Array | int,
-    following: Array | np.ndarray,
-    compares: Array | bool,
+    models: Models, rows: Rows, chunks: Chunks, following: Array | np.ndarray, compares: Array | bool
 ) -> tuple[Rows, Drawn]:
-    """As `prefill`, with the log-probabilities of the tokens that follow each, int32 [page]: a `Drawn` of one row.
-    compares: the most likely tokens are wanted too."""
-    rows, logits = _read(models, rows, tokens, start, pages, adapter)
+    """As `prefill`, of chunks that follow one another, with the log-probabilities of the tokens that follow each token,
+    int32 [C T]: a `Drawn` of one row. compares: the most likely tokens are wanted too."""
+    rows, logits = _read(models, rows, chunks)
     logits = reshard(logits, models.model.rules(None, None, None))
-    following = jnp.asarray(following)[None]
+    logits, following = logits.reshape(1, -1, logits.shape[-1]), jnp.asarray(following)[None]
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))[..., : rows.bias.shape[1]]
     values, ids = _most_likely(logprobs, compares)
     chosen = jnp.take_along_axis(logprobs, jnp.maximum(following, 0)[..., None], -1)[..., 0]
@@ -276,7 +270,7 @@ def _most_likely(logprobs: Array, wanted: Array | bool) -> tuple[Array, Array]:
     return jax.lax.cond(wanted, find, none, logprobs)
 
 
-@functools.partial(jax.jit, static_argnames="page", donate_argnames="rows")
+@functools.partial(jax.jit, donate_argnames="rows")
 def decode(
     models: Models,
     rows: Rows,
@@ -286,7 +280,6 @@ def decode(
     allowed: Array,
     held: Array,
     steps: Array | int,
-    page: int,
 ) -> tuple[Rows, Drawn]:
     """Decode up to `steps` tokens of every row, or with K guesses of a draft up to `steps` (1 + K).
 
@@ -295,18 +288,17 @@ def decode(
     replayed  int32 [R, N]: tokens to take in place of drawn ones; -1: draw
     allowed   uint32 [R, W], set of tokens of which the rows in `held` draw their first token; they draw no other
     held      bool [R]
-    page      number of slots of a page
     """
     pages, limit, replayed = jnp.asarray(pages), jnp.asarray(limit), jnp.asarray(replayed)
     model, draft, params = models.model, models.draft, with_rows(models.params, rows.adapter)
     R, vocab = rows.bias.shape
-    T, size, row = 1 if draft is None else 1 + draft.tokens, pages.shape[1] * page, jnp.arange(len(rows.length))
+    T, size, row = 1 if draft is None else 1 + draft.tokens, pages.shape[1] * rows.page, jnp.arange(len(rows.length))
 
     def step(_: Array, carry: tuple[Rows, Drawn]) -> tuple[Rows, Drawn]:
         rows, drawn = carry
         tokens = rows.token[:, None]
         if draft is not None:
-            entries, guesses = draft.propose(models.draft_params, rows, pages, limit, page)
+            entries, guesses = draft.propose(models.draft_params, rows, pages, limit)
             rows, tokens = dataclasses.replace(rows, draft=entries), jnp.concatenate([tokens, guesses], axis=1)
         real = (tokens >= 0) & (rows.length[:, None] + jnp.arange(T) < limit[:, None])
         real = jnp.cumprod(real.astype(jnp.int32), axis=1)  # padding is at the end

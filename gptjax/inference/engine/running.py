@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from gptjax.inference.engine import programs
-from gptjax.inference.engine.device import token_set
+from gptjax.inference.engine.device import Chunk, token_set
 from gptjax.inference.engine.pages import Chain
 from gptjax.inference.engine.request import Generation, Token
 from gptjax.types import UserError
@@ -48,6 +48,14 @@ class Running:
     def limit(self) -> int:
         """Number of tokens in the cache at its end."""
         return len(self.prompt) - 1 + self.generation.request.max_tokens
+
+    def next_chunks(self, most: int, size: int, page: int) -> list[Chunk]:
+        """The next chunks of the prompt, at most so many of `size` tokens and up to the end of a page: read now."""
+        start, end = self.read, min(len(self.prompt) - 1, self.read // page * page + page, self.read + most * size)
+        self.read = end
+        return [
+            Chunk(self.prompt[i : min(i + size, end)], i, self.pages, self.adapter) for i in range(start, end, size)
+        ]
 
     def ready(self, most: int, guesses: bool) -> int:
         """Number of tokens, at most `most`, that can be decoded now.

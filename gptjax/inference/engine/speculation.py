@@ -19,7 +19,7 @@ from gptjax.nn import Cache, make_cache, unstack
 from gptjax.types import Array, Params, UserError
 
 if TYPE_CHECKING:
-    from gptjax.inference.engine.programs import Rows
+    from gptjax.inference.engine.programs import Chunks, Rows
 
 
 class Draft(Protocol):
@@ -43,11 +43,11 @@ class Draft(Protocol):
         """Empty cache entries, in as many pages as the model's."""
         ...
 
-    def read(self, params: Params, layers: tuple[Any, ...], tokens: Array, start: Array, pages: Array) -> Any:
-        """`layers` after a page of a prompt, as `programs.prefill` has it."""
+    def read(self, params: Params, rows: Rows, chunks: Chunks) -> tuple[Any, ...]:
+        """Cache entries after chunks of prompts, as `programs.prefill` has them."""
         ...
 
-    def propose(self, params: Params, rows: Rows, pages: Array, limit: Array, page: int) -> tuple[Any, Array]:
+    def propose(self, params: Params, rows: Rows, pages: Array, limit: Array) -> tuple[Any, Array]:
         """Cache entries after the guesses, and these, int32 [R, K]; -1: none. Arguments as of `programs.decode`."""
         ...
 
@@ -77,10 +77,10 @@ class NGram:
     def init_cache(self, pages: int, page: int) -> tuple[Any, ...]:
         return ()
 
-    def read(self, params: Params, layers: tuple[Any, ...], tokens: Array, start: Array, pages: Array) -> Any:
-        return layers
+    def read(self, params: Params, rows: Rows, chunks: Chunks) -> tuple[Any, ...]:
+        return rows.draft
 
-    def propose(self, params: Params, rows: Rows, pages: Array, limit: Array, page: int) -> tuple[Any, Array]:
+    def propose(self, params: Params, rows: Rows, pages: Array, limit: Array) -> tuple[Any, Array]:
         text, last = rows.history, rows.length[:, None]  # the next input token is at `last`
         places = jnp.arange(text.shape[1])
         after = jnp.zeros_like(last)
@@ -129,14 +129,15 @@ class DraftModel:
     def init_cache(self, pages: int, page: int) -> tuple[Any, ...]:
         return make_cache(self.model.config, pages, page, self.model.rules).layers
 
-    def read(self, params: Params, layers: tuple[Any, ...], tokens: Array, start: Array, pages: Array) -> Any:
-        cache = Cache(layers, start, pages.shape[1] * tokens.shape[1], pages)
+    def read(self, params: Params, rows: Rows, chunks: Chunks) -> tuple[Any, ...]:
+        tokens, pages = jnp.asarray(chunks.tokens), jnp.asarray(chunks.pages)
+        cache = Cache(rows.draft, jnp.asarray(chunks.start), pages.shape[1] * rows.page, pages)
         real = (tokens >= 0).astype(jnp.int32)
         _, cache = self.model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
         return cast(Cache, cache).layers
 
-    def propose(self, params: Params, rows: Rows, pages: Array, limit: Array, page: int) -> tuple[Any, Array]:
-        size = pages.shape[1] * page
+    def propose(self, params: Params, rows: Rows, pages: Array, limit: Array) -> tuple[Any, Array]:
+        size = pages.shape[1] * rows.page
 
         def step(k: Array, carry: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
             layers, token, guesses = carry

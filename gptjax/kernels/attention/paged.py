@@ -69,7 +69,9 @@ def _attention(
     (B, T, N, H), page = q.shape, k.shape[1]
     K, width = N if heads is not None else k.shape[2], v.shape[-1]
     groups = N // K
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as they lie in memory: of another order XLA would make a copy
+    # As they lie in memory: of another order, or with an axis of one head, XLA would make a copy.
+    one = k.shape[2] == 1
+    k, v = (x[:, :, 0] if one else x.swapaxes(1, 2) for x in (k, v))
     count = -(-BLOCK // page)  # pages of a block
     size = count * page
     blocks = -(-pages.shape[1] // count)
@@ -83,8 +85,8 @@ def _attention(
     position = jnp.tile(start[:, None] + jnp.arange(T), (1, groups))[:, None, :, None]  # [B, 1, G T, 1]
 
     def read(pool: Array, ids: Array) -> Array:
-        """[P, K, S', H] -> a block's [B, K, S, H]."""
-        block = pool[ids].swapaxes(1, 2)
+        """[P, K, S', H] -> a block's [B, K, S, H]; of one head the pool is [P, S', H]."""
+        block = pool[ids][:, None] if one else pool[ids].swapaxes(1, 2)
         block = block if heads is None else block[:, heads]
         return block.reshape(B, K, size, pool.shape[-1])
 

@@ -1,0 +1,56 @@
+"""Chunked prefill: prompts are read in turns, some chunks a round (Agrawal et al. 2023, arXiv:2308.16369)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from gptjax.inference.engine import programs
+from gptjax.inference.engine.device import Chunk, Device
+from gptjax.inference.engine.pages import Pages
+from gptjax.inference.engine.running import Call, Running
+
+
+def prefill(device: Device, pages: Pages, texts: Sequence[Running]) -> list[Call]:
+    """Read chunks of these prompts, a page of each in turn. Returns calls with log-probabilities to look at."""
+    chunks, calls = [], []
+    turns, room = deque(texts), programs.READS * programs.CHUNKS
+    while turns and room > 0:
+        text = turns.popleft()
+        if text.generation.request.prompt_logprobs:
+            call, count = _score(device, pages.size, text)
+            calls.append(call)
+        else:
+            new = _next_chunks(device, pages, text, room)
+            chunks, count = chunks + new, len(new)
+        room -= count
+        if text.reading:
+            turns.append(text)
+    device.read(chunks)
+    return calls
+
+
+def _score(device: Device, size: int, text: Running) -> tuple[Call, int]:
+    """Read a page of a prompt for its log-probabilities. Its pages stay its own: another program wrote them. Returns
+    the call and its number of chunks."""
+    first, compare = text.read + 1, text.generation.request.alternatives > 0
+    chunks = text.next_chunks(size, device.chunk, size)
+    following = text.prompt[first : text.read + 1]
+    return Call(device.score(chunks, following, compare), [(text, len(following))]), len(chunks)
+
+
+def _next_chunks(device: Device, pages: Pages, text: Running, most: int) -> list[Chunk]:
+    """Chunks of a page of a prompt, after the pages that another text has read by now."""
+    size = pages.size
+    while text.reading and text.read % size == 0 and (found := pages.find(text.chains[text.read // size :][:1])):
+        pages.release(text.pages[text.read // size])
+        text.pages[text.read // size] = found[0]
+        text.read += size
+        text.generation.reused = max(text.generation.reused, text.read)
+    if not text.reading:
+        return []
+    number, chunks = text.read // size, text.next_chunks(most, device.chunk, size)
+    if text.read == (number + 1) * size:
+        # Whoever reads it is later on the device, or in the same call.
+        pages.share(text.chains[number], text.pages[number])
+    return chunks
