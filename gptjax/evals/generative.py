@@ -159,6 +159,7 @@ class Generative(Evaluation):
             "version": self.task.version,
             "data": self.task.fingerprint()[:12],
             **dict(_flat(to_json(self.task), "task.")),
+            **({"scorer": self.task.scorer} if self.task.scorer else {}),
             "form": form,
             "prompts": digest(told)[:12],
             "items": len(asked),

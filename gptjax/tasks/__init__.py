@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptjax.tasks.arithmetic import Gsm8k, MultiArith
     from gptjax.tasks.choice import Arc, ArcChallenge, ArcEasy, Mmlu, Piqa
+    from gptjax.tasks.code import HumanEval
     from gptjax.tasks.combine import FewShot, Mixture, Slice
+    from gptjax.tasks.conversations import TaskConversations
+    from gptjax.tasks.letters import CountLetters, Spelling
+    from gptjax.tasks.overlap import Summarise, Translate
+    from gptjax.tasks.polarity import SentencePolarity
+    from gptjax.tasks.squad import Squad
     from gptjax.tasks.task import Choices, ChoiceTask, Generation, Reply, Score, Task
 
 __all__ = [
@@ -20,23 +26,37 @@ __all__ = [
     "ArcEasy",
     "ChoiceTask",
     "Choices",
+    "CountLetters",
     "FewShot",
     "Generation",
     "Gsm8k",
+    "HumanEval",
     "Mixture",
     "Mmlu",
     "MultiArith",
     "Piqa",
     "Reply",
     "Score",
+    "SentencePolarity",
     "Slice",
+    "Spelling",
+    "Squad",
+    "Summarise",
     "Task",
+    "TaskConversations",
+    "Translate",
 ]
 
 _NAMES = {
     "gptjax.tasks.arithmetic": "Gsm8k MultiArith",
     "gptjax.tasks.choice": "Arc ArcChallenge ArcEasy Mmlu Piqa",
+    "gptjax.tasks.code": "HumanEval",
     "gptjax.tasks.combine": "FewShot Mixture Slice",
+    "gptjax.tasks.conversations": "TaskConversations",
+    "gptjax.tasks.letters": "CountLetters Spelling",
+    "gptjax.tasks.overlap": "Summarise Translate",
+    "gptjax.tasks.polarity": "SentencePolarity",
+    "gptjax.tasks.squad": "Squad",
     "gptjax.tasks.task": "ChoiceTask Choices Generation Reply Score Task",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -46,6 +46,10 @@ class Slice(Task):
         return self.task.version
 
     @property
+    def scorer(self) -> str:
+        return self.task.scorer
+
+    @property
     def name(self) -> str:
         return self.task.name
 
@@ -101,6 +105,10 @@ class FewShot(Task):
     @property
     def version(self) -> int:
         return self.task.version
+
+    @property
+    def scorer(self) -> str:
+        return self.task.scorer
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gptjax.data.chat import Conversation
 from gptjax.types import UserError
@@ -84,6 +84,9 @@ class Generation:
 class Task(abc.ABC):
     """Items with a prompt, a right reply and a score. Base class of frozen dataclasses."""
 
+    graded: ClassVar[bool] = False
+    """True: outcomes between 0 and 1 measure an overlap, of which wrong replies have some too."""
+
     @abc.abstractmethod
     def __len__(self) -> int:
         """Number of items."""
@@ -128,6 +131,11 @@ class Task(abc.ABC):
     def version(self) -> int:
         """Raised whenever prompts or scores change, so that figures of two versions are never compared."""
         return 1
+
+    @property
+    def scorer(self) -> str:
+        """Name, version and settings of the library that scores, such as sacrebleu's signature, or ""."""
+        return ""
 
     @property
     def name(self) -> str:

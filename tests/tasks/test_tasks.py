@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import zipfile
 from decimal import Decimal
 
 import pytest
 
 from gptjax import tasks
-from gptjax.tasks import Reply, extract
+from gptjax.config import from_json, to_json
+from gptjax.tasks import Reply, Score, extract
+from gptjax.tasks.stress import stress
 from gptjax.types import UserError
 
 ROWS = {
@@ -41,30 +45,145 @@ ROWS = {
             "answer": "false",
         },
     ],
+    "Squad": [
+        {"context": "Rollo was a Norman of Rouen.", "question": "Who?", "answers": {"text": ["Rollo", "a Norman"]}},
+        {
+            "data": [
+                {
+                    "paragraphs": [
+                        {
+                            "context": "Paris is in France.",
+                            "qas": [
+                                {"question": "Paris?", "answers": [{"text": "in France"}]},
+                                {"question": "Rome?", "answers": [], "is_impossible": True},
+                            ],
+                        }
+                    ]
+                }
+            ]
+        },
+    ],
+    "Summarise": [
+        {"document": "It rained all day in Oslo. People stayed in.", "summary": "Oslo had rain. All stayed at home."},
+        {"article": "The cat sat on the mat and slept.", "highlights": "A cat slept."},
+    ],
+    "Translate": [
+        {"source": "Guten Morgen, Welt.", "target": "Good morning, world."},
+        {"translation": {"source": "Die Katze schläft.", "target": "The cat is asleep."}},
+    ],
+    "HumanEval": [
+        {
+            "prompt": f"def {name}(x):\n    'Number of x.'\n",
+            "canonical_solution": f"    return {solution}\n",
+            "test": f"def check(candidate):\n    assert candidate(3) == {result}\n",
+            "entry_point": name,
+        }
+        for name, solution, result in (("half", "x / 2", 1.5), ("twice", "2 * x", 6))
+    ],
     "Mmlu": [{"question": "2 + 2?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "abstract_algebra"}],
 }
 
 
 def written(name: str, folder) -> tasks.Task:
+    """The task with its rows in a file."""
+    if name in ("Spelling", "CountLetters"):
+        return getattr(tasks, name)(12)
+    if name == "SentencePolarity":
+        with zipfile.ZipFile(folder / "polarity.zip", "w") as archive:
+            for ending, lines in (("neg", "dull .\na bore , caf\xe9\n"), ("pos", "good !\nfine .\nrare .\n")):
+                archive.writestr(f"sentence_polarity/rt-polarity.{ending}", lines.encode("latin-1"))
+        return tasks.SentencePolarity(str(folder / "polarity.zip"))
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
-    return getattr(tasks, name)(str(path))
+    confined = {"unconfined": True} if name == "HumanEval" else {}  # its programs are ours
+    return getattr(tasks, name)(str(path), **confined)
 
 
-@pytest.fixture(params=ROWS)
+@pytest.fixture(params=[*ROWS, "SentencePolarity", "Spelling", "CountLetters"])
 def task(request, tmp_path) -> tasks.Task:
     return written(request.param, tmp_path)
 
 
 def test_right_replies_score_one_and_others_nothing(task):
-    assert len(task) == len(ROWS[task.name])
+    assert len(task) == len(ROWS.get(task.name, range(12))) or task.name in ("SentencePolarity", "Squad")
     for i in range(len(task)):
         *asked, reply = task.example(i)
         assert tuple(asked) == task.prompt(i)
         assert task.score(i, Reply(reply.text)).outcome == 1
         assert task.score(i, Reply("")).status == "not found"
-        assert task.score(i, Reply("I am still", finished=False)).status == "cut off"
-        assert task.score(i, Reply(asked[-1].text)).outcome == 0
+        assert task.score(i, Reply("", finished=False)).status == "cut off"
+        assert task.text(i).strip()
+    assert stress(task) == []
+
+
+def test_a_scorer_that_pays_for_bad_replies_is_found():
+    """Each kind of bad reply finds the scorer that takes it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Generous(tasks.CountLetters):
+        def score(self, i, reply):
+            return Score(float(self.example(i)[-1].text.rpartition(" ")[2] in reply.text))
+
+    assert {kind for _, kind, _ in stress(Generous(4))} >= {"numbers", "among many"}
+
+
+def test_every_shipped_task_is_tried():
+    shipped = {n for n in tasks.__all__ if isinstance(c := getattr(tasks, n), type) and issubclass(c, tasks.Task)}
+    others = {"Task", "ChoiceTask", "Arc", "ArcChallenge", "Slice", "FewShot", "Mixture"}
+    assert shipped - others == {*ROWS, "SentencePolarity", "Spelling", "CountLetters"}
+
+
+def test_spans_are_compared_as_squad_does(tmp_path):
+    task = written("Squad", tmp_path)
+    assert [task.cluster(i) for i in range(3)].count(task.cluster(1)) == 2
+    assert task.example(2)[-1].text == "unanswerable"
+    assert "unanswerable" in task.prompt(0)[0].text
+    assert task.score(0, Reply("The ROLLO!")).outcome == 1
+    found = task.score(0, Reply("Norman Rollo"))
+    assert (found.outcome, found.parts["f1"]) == (0, pytest.approx(2 / 3))
+
+
+def test_overlap_is_that_of_the_libraries(tmp_path):
+    summaries, translations = written("Summarise", tmp_path), written("Translate", tmp_path)
+    from rouge_score import rouge_scorer
+
+    reply = "All stayed at home. Oslo had rain."
+    lines = "Oslo had rain.\nAll stayed at home.", "All stayed at home.\nOslo had rain."
+    library = rouge_scorer.RougeScorer(["rougeL", "rougeLsum"]).score(*lines)
+    found = summaries.score(0, Reply(reply))
+    assert found.outcome == library["rougeLsum"].fmeasure == 1
+    assert found.parts["rougeL"] == library["rougeL"].fmeasure < 1
+    import sacrebleu
+
+    said = ["Good morning, world.", "The cat sleeps."]
+    right = [["Good morning, world.", "The cat is asleep."]]
+    figures = translations.figures({i: [text] for i, text in enumerate(said)})
+    assert figures["bleu"] == sacrebleu.corpus_bleu(said, right).score
+    assert figures["chrf"] == sacrebleu.corpus_chrf(said, right).score
+    assert "tok:13a" in translations.scorer
+
+
+def test_chinese_is_not_scored_by_words_of_english(tmp_path):
+    path = tmp_path / "zh.jsonl"
+    row = {"source": "Good morning.", "target": "早上好，世界。", "document": "天气很好。", "summary": "天气好。"}
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match="must be zh or ja-mecab"):
+        len(tasks.Translate(str(path)))
+    task = tasks.Translate(str(path), tokenize="zh")
+    assert task.figures({0: ["早上好，世界。"]})["bleu"] == pytest.approx(100)
+    with pytest.raises(UserError, match="words: got en, which finds none"):
+        tasks.Summarise(str(path)).score(0, Reply("天气好。"))
+    assert tasks.Summarise(str(path), "zh").score(0, Reply("天气好。")).outcome == 1
+
+
+def test_a_chat_stage_trains_on_a_task():
+    source = tasks.TaskConversations(tasks.CountLetters(40))
+    train, held_out = ([*source.documents(split)] for split in ("train", "validation"))
+    assert len(train) + len(held_out) == 40
+    assert not {example[0].text for example in train} & {example[0].text for example in held_out}
+    assert source.questions(2) == [(example[0].text, example[1].text) for example in held_out[:2]]
+    assert source.fingerprint() != tasks.TaskConversations(tasks.CountLetters(41)).fingerprint()
+    assert from_json(to_json(source)) == source
 
 
 def test_options_of_other_files_are_read_and_compared(tmp_path):

@@ -1,0 +1,110 @@
+"""Questions about passages: SQuAD."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+import re
+import string
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gptjax.data.chat import Conversation, Message
+from gptjax.data.files import Where
+from gptjax.tasks.rows import field, read_items
+from gptjax.tasks.task import Generation, Reply, Score, Task, unanswered
+
+ASKED = "\nAnswer with the shortest words of the passage that answer it, and nothing else."
+NONE = "unanswerable"
+OR_NONE = f' If it does not answer it, say "{NONE}".'
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """A question about a passage."""
+
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    """Right answers. Empty: the passage has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Squad(Task):
+    """SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016, arXiv:1606.05250): its JSON file, or rows with "context", "question"
+    and "answers": {"text": [...]}. The outcome is exact match with one of the answers, `parts` has F1 too, both without
+    case, punctuation and articles. Questions about one passage form a cluster."""
+
+    path: str
+    """File of the questions, a glob or a URL."""
+
+    @functools.cached_property
+    def questions(self) -> tuple[Passage, ...]:
+        """All questions. Raises UserError, with file and line, for a row without one."""
+        return tuple(itertools.chain.from_iterable(read_items(self.path, _read)))
+
+    @functools.cached_property
+    def unanswerable(self) -> bool:
+        """True: some questions have no answer (SQuAD 2.0), and all prompts allow for it."""
+        return not all(item.answers for item in self.questions)
+
+    @property
+    def figure(self) -> str:
+        return "exact_match"
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def example(self, i: int) -> Conversation:
+        item = self.questions[i]
+        asked = f"{item.context}\n\nQuestion: {item.question}{ASKED}{OR_NONE if self.unanswerable else ''}"
+        return Message("user", asked), Message("assistant", item.answers[0] if item.answers else NONE)
+
+    def text(self, i: int) -> str:
+        item = self.questions[i]
+        return f"{item.context}\n\nQuestion: {item.question}\nAnswer:"
+
+    def score(self, i: int, reply: Reply) -> Score:
+        answers = self.questions[i].answers or (NONE,)
+        said = normalised(reply.text)
+        if not said:
+            return unanswered(reply, {"f1": 0.0})
+        exact = float(any(said == normalised(answer) for answer in answers))
+        parts = {"f1": max(f1(said, normalised(answer)) for answer in answers)}
+        return Score(exact, parts=parts, extracted=" ".join(said))
+
+    def cluster(self, i: int) -> str:
+        return hashlib.sha256(self.questions[i].context.encode()).hexdigest()[:16]
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(max_tokens=48, text_stop=("\n",))
+
+
+def normalised(text: str) -> list[str]:
+    """Words in lower case, without punctuation and articles, as SQuAD's own script has them."""
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def f1(said: list[str], right: list[str]) -> float:
+    """Harmonic mean of precision and recall of words."""
+    common = sum((collections.Counter(said) & collections.Counter(right)).values())
+    return 2 * common / (len(said) + len(right)) if common else float(said == right)
+
+
+def _read(where: Where, row: Any) -> list[Passage]:
+    if isinstance(row, Mapping) and "data" in row:
+        paragraphs = (p for article in row["data"] for p in field(article, "paragraphs", kind=list))
+        return [item for paragraph in paragraphs for item in _questions(paragraph)]
+    texts = field(field(row, "answers", kind=Mapping), "text", kind=list)
+    return [Passage(field(row, "context"), field(row, "question"), tuple(texts))]
+
+
+def _questions(paragraph: Any) -> Iterator[Passage]:
+    for asked in field(paragraph, "qas", kind=list):
+        answers = tuple(field(answer, "text") for answer in field(asked, "answers", kind=list))
+        yield Passage(field(paragraph, "context"), field(asked, "question"), answers)
