@@ -9,6 +9,7 @@ gptjax keys         add, list and revoke the API keys of a server
 gptjax store        export and delete the conversations that a server keeps
 gptjax eval         measure a model on texts and tasks, or compare two
 gptjax compare      let people, or a model, choose between the replies of models, blind
+gptjax leaderboard  write a page of runs with their sizes, times, figures and curves
 gptjax lm-eval      measure a model with lm-eval's tasks; the options are lm-eval's
 gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax quantize     write a model with weights of 8 or 4 bits, and report what that costs
@@ -36,6 +37,7 @@ from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.compare import compare
 from gptjax.cli.convert import convert
 from gptjax.cli.eval import evaluate
+from gptjax.cli.leaderboard import leaderboard
 from gptjax.cli.prune import prune
 from gptjax.cli.quantize import quantize
 from gptjax.cli.serve import serve
@@ -257,6 +259,7 @@ COMMANDS: dict[str, Any] = {
     "serve": serve,
     "eval": evaluate,
     "compare": compare,
+    "leaderboard": leaderboard,
     "convert": convert,
     "quantize": quantize,
     "prune": prune,
