@@ -103,7 +103,7 @@ def _without_validation(source: Any) -> Any:
 
 
 def _key(document: Any) -> str:
-    """What documents that belong together have in common."""
+    """Key that documents which belong together share."""
     if isinstance(document, str):
         return document
     if isinstance(document, Example):

@@ -213,7 +213,7 @@ def trials(settings: Sequence[Settings], seeds: int | None, first_seed: int, fol
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended, in a file beside its folder."""
+    """End of a run, in a file beside its folder."""
 
     arguments: list[str]
     code: int
