@@ -2,6 +2,7 @@
 
 gptjax data clean       clean files of texts, with a report
 gptjax data show        print sequences as the model will read them, with the trained tokens marked
+gptjax data synthesise  write a model's replies to prompts made from rows
 
 `gptjax data COMMAND --help` describes a command.
 """
@@ -12,7 +13,11 @@ import difflib
 import importlib
 from collections.abc import Sequence
 
-COMMANDS = {"clean": "gptjax.cli.data_clean", "show": "gptjax.cli.data_show"}
+COMMANDS = {
+    "clean": "gptjax.cli.data_clean",
+    "show": "gptjax.cli.data_show",
+    "synthesise": "gptjax.cli.data_synthesise",
+}
 """Command -> module, whose `main(arguments)` runs it and returns the exit code."""
 
 
