@@ -1,5 +1,6 @@
 """Tests run on 8 virtual CPU devices, with a compilation cache that outlives the run."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -15,15 +16,23 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",  # these take most of a compilation's time
+        "--xla_cpu_parallel_codegen_split_count=1",  # 32 modules of a tiny program take a third longer than one
     ]
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "gptjax-test-compilation-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # walking pytest's stack for every traced operation
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
 SHARED = Path(os.environ.get("GPTJAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what all tests share, mostly imported modules, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
