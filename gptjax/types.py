@@ -65,6 +65,13 @@ class Labelled(Batch):
     labels: Array | np.ndarray
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PreferencePairs(Batch):
+    """A batch of pairs of conversations, one pair per sequence: segment 1 has the chosen reply, segment 2 the rejected
+    one. Only the tokens of the replies have a weight."""
+
+
 Loss = Callable[[Params, Batch, Key | None], Metrics]
 """An objective of a certain model: metrics whose "loss" entry is the (sum, weight) to minimise. No key: no dropout."""
 

@@ -7,6 +7,7 @@ data.Pretrain(data.Mix((data.PyDocs(), data.Text("books/*.txt")), weights=(3, 1)
 data.Chat(data.ChatJsonl("conversations.jsonl"), length=512, batch=32)
 data.Chat(data.Conversations(data.HFDataset("HuggingFaceH4/ultrachat_200k", train="train_sft")), length=512, batch=32)
 data.Classify(data.LabelledJsonl("reviews.jsonl", classes=("good", "bad")), length=256, batch=32)
+data.Preferences(data.PreferencesJsonl("chosen.jsonl"), length=1_024, batch=16)
 
 Names are imported on first use.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from gptjax.data.mix import Mix, Reweight
     from gptjax.data.packing import BestFit, Concatenate, NoPacking
     from gptjax.data.pairs import Pairs, PairsJsonl, TextPair
+    from gptjax.data.preferences import Preference, Preferences, PreferencesJsonl
     from gptjax.data.pretrain import Pretrain
     from gptjax.data.pydocs import PyDocs, PyDocsChat
     from gptjax.data.show import Piece, pieces
@@ -72,6 +74,9 @@ __all__ = [
     "PairsJsonl",
     "Parquet",
     "Piece",
+    "Preference",
+    "Preferences",
+    "PreferencesJsonl",
     "Pretrain",
     "PyDocs",
     "PyDocsChat",
@@ -99,6 +104,7 @@ _NAMES = {
     "gptjax.data.mix": "Mix Reweight",
     "gptjax.data.packing": "BestFit Concatenate NoPacking",
     "gptjax.data.pairs": "Pairs PairsJsonl TextPair",
+    "gptjax.data.preferences": "Preference Preferences PreferencesJsonl",
     "gptjax.data.pretrain": "Pretrain",
     "gptjax.data.pydocs": "PyDocs PyDocsChat",
     "gptjax.data.show": "Piece pieces",

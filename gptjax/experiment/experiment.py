@@ -84,8 +84,12 @@ class Experiment:
             check_name(name, "stages")
             if not isinstance(stage, Stage):
                 raise UserError(f"stages: got a value of type {type(stage).__name__} for {name}, must be a Stage")
-        if (first := next(iter(self.stages))) and self.stages[first].adapter is not None and self.init_from is None:
-            raise UserError(f"{first}.adapter: got one, must be none: without `init_from` there is nothing to adapt")
+        if (first := next(iter(self.stages))) and self.stages[first].has_frozen and self.init_from is None:
+            field = "objective" if self.stages[first].adapter is None else "adapter"
+            raise UserError(
+                f"{first}.{field}: got {type(getattr(self.stages[first], field)).__name__}, must be of a later stage, "
+                "or `init_from` be given: there is no trained model to begin with"
+            )
         for name, stage in self.stages.items():
             with _naming(name):
                 stage.check(self.model)

@@ -107,7 +107,7 @@ def write(
     """Write `folder/report/report.md` and a PNG for each stage, from the run's metrics.jsonl and these results, which
     are stored.
 
-    units  unit of each stage's mean loss: "token" (default), "text"
+    units  unit of each stage's mean loss: "token" (default), "text", "pair"
     """
     target = folder / "report"
     target.mkdir(exist_ok=True)

@@ -83,10 +83,12 @@ class LoRA:
         return {name: self.merge(w, adapters[name]) if name in adapters else w for name, w in params.items()}
 
     def objective(self, objective: Callable[..., Metrics]) -> Callable[..., Metrics]:
-        """(apply, adapters, batch, key, params) -> metrics of the objective for the merged parameters."""
+        """(apply, adapters, batch, key, params) -> metrics of the objective for the merged parameters. `params` are
+        also the reference of an objective that has one."""
+        reference = getattr(objective, "reference", False)
 
         def adapted(apply: Callable, adapters: Params, batch: Batch, key: Key | None, params: Params) -> Metrics:
-            return objective(apply, self.merge(params, adapters), batch, key)
+            return objective(apply, self.merge(params, adapters), batch, key, *((params,) if reference else ()))
 
         return adapted
 

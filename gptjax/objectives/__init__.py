@@ -13,11 +13,24 @@ if TYPE_CHECKING:
     from gptjax.objectives.masked_tokens import MaskedTokens
     from gptjax.objectives.multi_token import MultiToken
     from gptjax.objectives.next_token import NextToken
+    from gptjax.objectives.preference import CPO, DPO, IPO, ORPO, SimPO
     from gptjax.objectives.sequence_to_sequence import SequenceToSequence
 
-__all__ = ["Classification", "MaskedTokens", "MultiToken", "NextToken", "SequenceToSequence"]
+__all__ = [
+    "CPO",
+    "DPO",
+    "IPO",
+    "ORPO",
+    "Classification",
+    "MaskedTokens",
+    "MultiToken",
+    "NextToken",
+    "SequenceToSequence",
+    "SimPO",
+]
 
 _HOME = {
+    **dict.fromkeys(("CPO", "DPO", "IPO", "ORPO", "SimPO"), "gptjax.objectives.preference"),
     "Classification": "gptjax.objectives.classification",
     "MaskedTokens": "gptjax.objectives.masked_tokens",
     "MultiToken": "gptjax.objectives.multi_token",

@@ -77,7 +77,7 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
     # A mesh is set for one device too: kernels read the target platform from it.
     with jax.set_mesh(mesh):
         functions, frozen = program(stage, model), ()
-        if stage.adapter is not None:
+        if stage.has_frozen:
             frozen = (_on_mesh(jax.eval_shape(functions.init_params), mesh),)
         state = _on_mesh(jax.eval_shape(functions.init_state, *frozen), mesh)
         batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)

@@ -77,8 +77,8 @@ def train(
     saves, samples = (stage.save_every,), (stage.evaluate_every,)
     pauses = {"evaluating": saves + samples, "sampling": samples, "saving": saves}
     functions, frozen = program(stage, model, seed), ()
-    if stage.adapter is not None:
-        assert init is not None, "adapters need parameters to adapt"
+    if stage.has_frozen:
+        assert init is not None, "a stage with frozen parameters needs those of another"
         frozen, init = (init(jax.eval_shape(functions.init_params)),), None
 
     with contextlib.ExitStack() as stack:
@@ -373,7 +373,7 @@ def _summary(
     state  abstract, with shardings"""
     config, mesh = model.config, jax.sharding.get_mesh()
     layers = f" in {number} layers" if (number := getattr(config, "layers", None)) else ""
-    of = f" of adapters to {parameter_count(frozen):,}" if frozen else ""
+    of = f" of adapters to {parameter_count(frozen):,}" if stage.adapter is not None else ""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     memory = {
         "parameters": device_bytes((state.params, frozen)),

@@ -22,12 +22,13 @@ from gptjax.types import Metrics, Params
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Functions of arrays. `frozen`: the model's parameters if adapters are trained, else nothing."""
+    """Functions of arrays. `frozen`: the model's parameters at the stage's start, if adapters of them are trained or
+    they are the reference of the objective; else nothing."""
 
     init_params: Callable[[], Params]
     """() -> initial parameters of the model."""
     init_trainable: Callable[..., Params]
-    """(*frozen) -> initial parameters to train: the model's, or adapters of `frozen`."""
+    """(*frozen) -> initial parameters to train: the model's, a copy of `frozen`, or adapters of it."""
     create_state: Callable[[Params], State]
     """Parameters to train -> state before the first step."""
     step: jax.stages.Wrapped
@@ -61,7 +62,10 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         key, _ = jax.random.split(jax.random.key(seed))
         return train_state.create(params, optimizer, key, stage.ema is not None, stage.divergence.statistics())
 
-    init_trainable, merge = init_params, _identity
+    init_trainable: Callable[..., Params] = init_params
+    merge: Callable[..., Params] = _trained
+    if stage.objective.reference:
+        init_trainable = lambda reference: reference  # noqa: E731
     if (adapter := stage.adapter) is not None:
         objective = adapter.objective(objective)
         init_trainable = lambda params: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
@@ -77,5 +81,5 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
     )
 
 
-def _identity(params: Params) -> Params:
+def _trained(params: Params, *frozen: Params) -> Params:
     return params

@@ -156,6 +156,11 @@ class Stage:
         return dataclasses.replace(self, steps=math.ceil(self.epochs * epoch / self.data.batch), epochs=None)
 
     @property
+    def has_frozen(self) -> bool:
+        """True: the stage takes parameters that it does not train, those at its start."""
+        return self.adapter is not None or self.objective.reference
+
+    @property
     def last_step(self) -> int:
         """Number of steps. Raises UserError for `epochs` that are not yet known in steps."""
         if self.steps is None:

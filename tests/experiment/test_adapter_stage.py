@@ -83,5 +83,5 @@ def test_adapters_of_a_pretrained_model(tmp_path, monkeypatch):
 
 
 def test_adapters_need_something_to_adapt():
-    with pytest.raises(UserError, match=r"first.adapter: got one, must be none"):
+    with pytest.raises(UserError, match=r"first.adapter: got LoRA, must be of a later stage"):
         dataclasses.replace(EXPERIMENT, stages={"first": EXPERIMENT.stages["adapt"]})

@@ -1,0 +1,218 @@
+"""Preference data: prompts, each with a reply that people chose and one that they rejected."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from gptjax.data import chat
+from gptjax.data.chat import Conversation, ConversationTemplate, Message, conversation
+from gptjax.data.dataset import Dataset
+from gptjax.data.files import Where, file_state, find_files, read_json
+from gptjax.data.packing import NoPacking, Packing, Pieces, fill
+from gptjax.data.sources import check_fraction, fingerprint, of_split
+from gptjax.data.store import DROPPED, TRUNCATED, Encode, Encoded, Store
+from gptjax.protocols import Split, Tokenizer
+from gptjax.types import Batch, PreferencePairs, UserError
+
+log = logging.getLogger(__name__)
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two conversations that begin alike, with `prompt`, and end with different replies of the assistant."""
+
+    prompt: Conversation
+    chosen: Message
+    rejected: Message
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferencesJsonl:
+    """Preferences in JSON lines, one pair per line, with "chosen", "rejected" and perhaps "prompt". Each is a list of
+    messages, or a text; without a prompt, lists that begin alike, or texts in the form of Anthropic's data,
+    "\\n\\nHuman: ... \\n\\nAssistant: ...".
+
+    Pairs with equal replies, with an empty one, or with different prompts are left out, and their number is logged."""
+
+    path: str
+    """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
+    validation: float = 0.1
+    """Fraction of the pairs held out for validation, chosen by a hash of the first message, so that no conversation is
+    in both splits. 0: none."""
+    invalid: Literal["error", "skip"] = "error"
+    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
+
+    def __post_init__(self) -> None:
+        check_fraction(self.validation)
+
+    def documents(self, split: Split) -> Iterator[Preference]:
+        left_out: dict[str, int] = {}
+
+        def pairs() -> Iterator[tuple[str, Preference]]:
+            for path in find_files(self.path):
+                for where, row in read_json(path, self.invalid):
+                    pair, reason = _pair(where, row)
+                    if pair is None:
+                        left_out[reason] = left_out.get(reason, 0) + 1
+                    else:
+                        yield json.dumps(pair.prompt[0].as_json(), sort_keys=True), pair
+
+        yield from of_split(pairs(), split, self.path, self.validation)
+        for reason, count in left_out.items():
+            log.warning("%s: left out %d pairs with %s", self.path, count, reason)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self, *file_state(self.path))
+
+
+def _pair(where: Where, row: Any) -> tuple[Preference | None, str]:
+    """The pair of a row, or None and the reason."""
+    try:
+        sides = [_side(row, name) for name in ("chosen", "rejected")]
+    except UserError as error:
+        raise UserError(f"path: {where}: {error}") from None
+    (*prompt, chosen), (*other, rejected) = sides
+    if prompt != other:
+        return None, "different prompts"
+    if not prompt or chosen.role != "assistant" or rejected.role != "assistant":
+        raise UserError(f"path: {where}: got a pair without a prompt or an assistant's reply, must have both")
+    if not (chosen.text.strip() or chosen.tool_calls) or not (rejected.text.strip() or rejected.tool_calls):
+        return None, "an empty reply"
+    if chosen.as_json() == rejected.as_json():
+        return None, "equal replies"
+    return Preference(tuple(prompt), chosen, rejected), ""
+
+
+def _side(row: Any, name: str) -> Conversation:
+    """The whole conversation of one side."""
+    if not isinstance(row, Mapping) or not {"chosen", "rejected"} <= row.keys():
+        found = f"the fields {', '.join(row)}" if isinstance(row, Mapping) else type(row).__name__
+        raise UserError(f'got {found}, must have "chosen" and "rejected"')
+    prompt, reply = row.get("prompt"), row[name]
+    if prompt is None and isinstance(reply, str):
+        if not reply.startswith("\n\nHuman:"):
+            raise UserError(f'{name}: got a text without a "prompt", must begin with "\\n\\nHuman:"')
+        _, *parts = _TURN.split(reply)
+        roles = {"Human": "user", "Assistant": "assistant"}
+        turns = zip(parts[::2], parts[1::2], strict=True)
+        return tuple(Message(roles[speaker], text.strip()) for speaker, text in turns)
+    if isinstance(reply, str):
+        reply = [{"role": "assistant", "content": reply}]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(reply, list) or not isinstance(prompt, list | None):
+        raise UserError(f"{name}: got {type(reply).__name__}, must be a text or a list of messages")
+    tools = row.get("tools")
+    return conversation([*(prompt or []), *reply], json.loads(tools) if isinstance(tools, str) else tools)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferences(Dataset):
+    """Pairs of replies to a prompt, one pair per sequence: the chosen conversation, then the rejected one, each with
+    positions from 0 and without sight of the other. A data source is `PreferencesJsonl`. Targets are the replies.
+
+    Of a pair that is longer than a sequence the oldest turns of the prompt are left out, but no system message; a reply
+    is never cut: pairs that do not fit even so are left out and counted."""
+
+    batch_type: ClassVar[type[Batch]] = PreferencePairs
+    document_type: ClassVar[type | tuple[type, ...]] = Preference
+    separator: ClassVar[str] = "\n"
+
+    packing: Packing = NoPacking()
+    """Packing of pairs into sequences: one per sequence."""
+    template: ConversationTemplate | None = None
+    """Chat template of the model, as in `Chat`. None: the format of `gptjax.data.chat`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.packing != NoPacking():
+            raise UserError(f"packing: got {self.packing}, must be NoPacking(): a sequence has one pair")
+
+    def encodings(self) -> tuple[Encode, ...]:
+        return (PreferenceEncoder(self.length, self.template),)
+
+    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> PreferenceSequences:
+        (store,) = stores
+        assert store.labels is not None
+        return PreferenceSequences(store, store.labels)
+
+    def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Token ids of a conversation in which the user says `text`, up to the assistant's turn."""
+        return chat.Chat(self.source, template=self.template).prompt(tokenizer, text)
+
+    def texts_of(self, document: Preference) -> Iterable[str]:
+        return (message.text for message in (*document.prompt, document.chosen, document.rejected))
+
+    def empty(self, size: int) -> PreferencePairs:
+        return PreferencePairs(**vars(super().empty(size)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceEncoder:
+    """Encoding of a pair as one document: the chosen conversation, then the rejected one. Its label is the length of
+    the first."""
+
+    length: int
+    """Maximum tokens of a pair."""
+    template: ConversationTemplate | None = None
+    """As in `Preferences`."""
+
+    def __call__(self, documents: Iterator[Preference], tokenizer: Tokenizer) -> Iterator[Encoded]:
+        for number, pair in enumerate(documents, 1):
+            try:
+                yield self._encode(pair, tokenizer)
+            except UserError as error:
+                raise UserError(f"source: pair {number}: {error}") from None
+
+    def _encode(self, pair: Preference, tokenizer: Tokenizer) -> Encoded:
+        context = tuple(dataclasses.replace(message, target=False) for message in pair.prompt)
+        first = next((i for i, message in enumerate(context) if message.role != "system"), 0)
+        starts = [first, *(i for i in range(first + 1, len(context)) if context[i].role == "user")]
+        for start in starts:
+            kept = (*context[:first], *context[start:])
+            kept = (dataclasses.replace(kept[0], tools=context[0].tools), *kept[1:])
+            sides = [self._render((*kept, reply), tokenizer) for reply in (pair.chosen, pair.rejected)]
+            ids, weights = sides[0][0] + sides[1][0], sides[0][1] + sides[1][1]
+            if len(ids) <= self.length:
+                note = None if start == first else TRUNCATED
+                return Encoded(ids, weights, label=len(sides[0][0]), note=note)
+        return Encoded([], label=0, note=DROPPED)
+
+    def _render(self, said: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+        return (chat.render if self.template is None else self.template.render)(said, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceSequences:
+    """Sequences of one pair each: sequence d is document d."""
+
+    store: Store
+    chosen: np.ndarray
+    """int32 [D], tokens of the chosen conversation."""
+
+    @property
+    def fingerprint(self) -> str:
+        return self.store.fingerprint
+
+    @property
+    def tokens(self) -> int:
+        return int(self.store.offsets[-1])
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def fill(self, batch: PreferencePairs, at: np.ndarray, index: np.ndarray) -> None:
+        pair = index % len(self)
+        start, end = self.store.offsets[pair], self.store.offsets[pair + 1]
+        starts = np.stack([start, start + self.chosen[pair]], 1).reshape(-1)
+        ends = np.stack([start + self.chosen[pair], end], 1).reshape(-1)
+        row = np.repeat(np.arange(len(index)), 2)
+        fill(batch, at, self.store, Pieces(row, starts, ends - starts, np.zeros(len(row), bool)))
