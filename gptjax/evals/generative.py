@@ -93,13 +93,7 @@ class Generative(Evaluation):
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise UserError for a task without items, one whose own right replies do not score 1, and a tokenizer that
         cannot write the prompts."""
-        import jax
-
-        if jax.process_count() > 1:
-            raise UserError(
-                "evaluations: got Generative in a job of several processes, must be one: the engine's rounds "
-                "depend on the clock; use gptjax eval on the trained model"
-            )
+        _check_one_process()
         chosen = self._chosen()
         some = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, min(CHECKED, len(chosen)), dtype=int))]
         with Scorers(self.task, self.workers, self.timeout) as scorers:
@@ -113,12 +107,15 @@ class Generative(Evaluation):
                         f"task: {self.task.name} gives its own right reply to item {i}, {reply[-60:]!r}, "
                         f"{score.outcome:g}, {score.status}{found}; must be 1"
                     )
+        converses = self.form == "chat" or (self.form is None and "<|assistant|>" in tokenizer.specials)
         for i in some:
-            if self.form == "chat" or (self.form is None and "<|assistant|>" in tokenizer.specials):
-                chat.prompt(self.task.prompt(i), tokenizer)
-            text = self.task.text(i)
-            if "".join(tokenizer.decode(tokenizer.encode(text)).split()) != "".join(text.split()):
-                raise UserError(f"task: {self.task.name}: the tokenizer cannot write the prompt of item {i}")
+            messages, texts = self.task.prompt(i), [self.task.text(i)]
+            if converses:
+                chat.prompt(messages, tokenizer)
+                texts = [message.text for message in messages]
+            for text in texts:
+                if "".join(tokenizer.decode(tokenizer.encode(text)).split()) != "".join(text.split()):
+                    raise UserError(f"task: {self.task.name}: the tokenizer cannot write the prompt of item {i}")
 
     def __call__(self, model: Any) -> Result:
         return self.run(model)
@@ -131,6 +128,7 @@ class Generative(Evaluation):
         progress  called after every reply
         of        identity of the model, for the file
         """
+        _check_one_process()
         form = self.form or form_of(model)
         asked = prompts(model, self.task, self._chosen(), form)
         signature = self.signature(form, asked)
@@ -245,6 +243,16 @@ class Generative(Evaluation):
             right[record["item"]] += record["outcome"] == 1
         clusters = [self.task.cluster(item) for item in right]
         return intervals.mean([pass_at(self.samples, count, k) for count in right.values()], clusters)
+
+
+def _check_one_process() -> None:
+    import jax
+
+    if jax.process_count() > 1:
+        raise UserError(
+            "evaluations: got Generative in a job of several processes, must be one, as the engine's rounds depend on "
+            "a clock; use gptjax eval on the trained model"
+        )
 
 
 def pass_at(n: int, right: int, k: int) -> float:

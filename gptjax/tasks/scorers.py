@@ -48,7 +48,7 @@ class Scorers:
         except Exception as error:
             raise UserError(f"task: {task.name} cannot be sent to another process ({one_line(error)})") from None
         self.timeout = timeout
-        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()  # those that were started first
         self._all = [_Process(modules, content) for _ in range(workers)]
         for process in self._all:
             self._idle.put(process)

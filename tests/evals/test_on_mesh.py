@@ -18,6 +18,7 @@ from gptjax.models.language_model import LanguageModel
 from gptjax.nn import TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.protocols import Evaluation
+from gptjax.tasks import Score, Task
 from gptjax.types import Result
 
 
@@ -51,6 +52,20 @@ class Placement(Evaluation):
         return Result("Placement", {"devices": len(up.sharding.device_set), "largest_whole": whole}, "")
 
 
+@dataclasses.dataclass(frozen=True)
+class Repeat(Task):
+    """Numbers to repeat. A reply of an even length is half right."""
+
+    def __len__(self):
+        return 3
+
+    def example(self, i):
+        return data.Message("user", f"{i} times?"), data.Message("assistant", f"{i} times")
+
+    def score(self, i, reply):
+        return Score(1.0 if reply.text == f"{i} times" else len(reply.text) % 2 / 2)
+
+
 STAGE = Stage(
     data=data.Chat(data.Mix((Talks(), Talks(texts=True)), (1, 1)), length=32, batch=8),
     objective=NextToken(),
@@ -59,7 +74,12 @@ STAGE = Stage(
     evaluate_every=4,
     eval_sequences=8,
     prompts=(),
-    evaluations=(Placement(), evals.BitsPerByte(Talks(texts=True)), evals.Answers(Talks(), count=2, max_tokens=6)),
+    evaluations=(
+        Placement(),
+        evals.BitsPerByte(Talks(texts=True)),
+        evals.Answers(Talks(), count=2, max_tokens=6),
+        evals.Generative(Repeat(), max_tokens=6, workers=1),
+    ),
 )
 EXPERIMENT = Experiment(
     model=TransformerConfig(vocab=64, layers=2, width=16, heads=2),
@@ -99,11 +119,15 @@ def test_parameters_stay_sharded(run):
 
 def test_results_are_those_of_one_device(run):
     folder, one = run
-    _, bits, answers = results(folder)
+    _, bits, answers, replies = results(folder)
     for name, value in STAGE.evaluations[1](one).values.items():
         # A sum of some 700 terms of 1 to 8 nats, of logits that differ by the rounding of sums of 16 to 64 products.
         np.testing.assert_allclose(bits.values[name], value, rtol=1e-5)
     assert answers == STAGE.evaluations[2](one)
+    again = STAGE.evaluations[3](one)
+    assert replies == dataclasses.replace(again, items=())
+    lines = (folder / "report" / "chat.3.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == json.loads(json.dumps(again.items))
 
 
 def test_a_stage_that_lacks_its_evaluations_is_restored_on_the_mesh(run, monkeypatch):
