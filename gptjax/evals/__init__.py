@@ -12,17 +12,19 @@ if TYPE_CHECKING:
     from gptjax.evals.accuracy import Accuracy
     from gptjax.evals.answers import Answers
     from gptjax.evals.bits_per_byte import BitsPerByte
+    from gptjax.evals.core import Core
     from gptjax.evals.exact_match import ExactMatch
     from gptjax.evals.generative import Generative
     from gptjax.evals.multiple_choice import MultipleChoice
     from gptjax.types import Result
 
-__all__ = ["Accuracy", "Answers", "BitsPerByte", "ExactMatch", "Generative", "MultipleChoice", "Result"]
+__all__ = ["Accuracy", "Answers", "BitsPerByte", "Core", "ExactMatch", "Generative", "MultipleChoice", "Result"]
 
 _NAMES = {
     "gptjax.evals.accuracy": "Accuracy",
     "gptjax.evals.answers": "Answers",
     "gptjax.evals.bits_per_byte": "BitsPerByte",
+    "gptjax.evals.core": "Core",
     "gptjax.evals.exact_match": "ExactMatch",
     "gptjax.evals.generative": "Generative",
     "gptjax.evals.multiple_choice": "MultipleChoice",
