@@ -144,6 +144,16 @@ def test_a_pipeline_is_a_source_and_keeps_the_splits_apart(tmp_path):
     batches.close()
 
 
+def test_the_report_does_not_have_what_is_masked(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Write to jane@mail.example.com, please."}) + "\n")
+    report = prepare.clean_files([str(tmp_path / "a.jsonl")], tmp_path / "out", (prepare.MaskPersonal(),))
+    assert report.steps[0].edits == {"e-mail": 1}
+    for name in ("report.md", "report.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "jane" not in text
+        assert "Write to [e-mail], please." in text
+
+
 def test_a_list_that_changes_is_another_cleaning(tmp_path):
     corpus(tmp_path / "a.jsonl")
     words = tmp_path / "words.txt"

@@ -131,7 +131,7 @@ def test_repair():
 
 def test_personal_data_has_the_masks_of_the_service():
     edit = MaskPersonal()("Write to a.b@mail.example.com or [e-mail], call 650-253-0000.")
-    assert edit == Edit("Write to [e-mail] or [e-mail], call [telephone].", {"e-mail": 1, "telephone": 1})
+    assert edit == Edit("Write to [e-mail] or [e-mail], call [telephone].", {"e-mail": 1, "telephone": 1}, private=True)
 
 
 def test_word_lists(tmp_path):

@@ -225,14 +225,15 @@ def _make_part(phase: Phase, path: Path, chunk: list[Document]) -> int:
     counts = [StepReport(type(step).__name__) for step in phase.steps]
     kept = [done for document in chunk if (done := clean_one(document, phase.steps, counts)) is not None]
     offsets, at = np.zeros(len(kept), np.int64), 0
-    with open(path.with_suffix(".jsonl"), "wb") as file:
+    with atomic.new(path.with_suffix(".jsonl")) as partial, open(partial, "wb") as file:
         for i, document in enumerate(kept):
             row = {"text": document.text, "split": document.split, "fields": dict(document.fields)}
             offsets[i] = at
             at += file.write(json.dumps(row, ensure_ascii=False, default=_plain).encode("utf-8") + b"\n")
     corpus = phase.corpus
     signatures = np.zeros(len(kept)) if corpus is None else corpus.signature([document.text for document in kept])
-    np.savez(path.with_suffix(".npz"), offsets=offsets, signatures=signatures)
+    with atomic.new(path.with_suffix(".npz")) as partial, open(partial, "wb") as file:
+        np.savez(file, offsets=offsets, signatures=signatures)
     done = {"kept": len(kept), "steps": [count.to_json() for count in counts]}
     atomic.write_text(path.with_suffix(".json"), json.dumps(done, ensure_ascii=False))
     return len(chunk)
@@ -245,11 +246,12 @@ def clean_one(document: Document, steps: Sequence[Step], counts: Sequence[StepRe
         if isinstance(result, Drop):
             count.drop(before, result.reason)
             return None
-        after, reasons = (result.text, result.reasons) if isinstance(result, Edit) else (result, {})
+        edit = result if isinstance(result, Edit) else Edit(result, {})
+        after = edit.text
         if not after.strip():
             count.drop(before, "empty")
             return None
-        count.keep(before, after, reasons)
+        count.keep(before, after, edit.reasons, edit.private)
         if after != before:
             document = dataclasses.replace(document, text=after)
     return document

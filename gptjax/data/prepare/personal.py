@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import re
@@ -10,7 +11,7 @@ from gptjax.data.masks import Mask
 from gptjax.data.prepare.steps import Edit, Step
 from gptjax.types import UserError
 
-_MASKED = re.compile(r"\[(?:e-mail|telephone|card|bank account)\]")
+_MASKED = re.compile(r"(?<=\[)(?:e-mail|telephone|card|bank account)(?=\])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,8 @@ class MaskPersonal(Step):
         masked = _mask(self.region)(text)
         if masked == text:
             return text
-        before = _MASKED.findall(text)
-        counts = {name[1:-1]: 0 for name in _MASKED.findall(masked)}
-        for name in _MASKED.findall(masked):
-            counts[name[1:-1]] += 1
-        for name in before:
-            counts[name[1:-1]] -= 1
-        return Edit(masked, {name: count for name, count in counts.items() if count})
+        counts = collections.Counter(_MASKED.findall(masked)) - collections.Counter(_MASKED.findall(text))
+        return Edit(masked, counts, private=True)
 
 
 @functools.cache

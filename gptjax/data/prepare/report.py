@@ -11,6 +11,8 @@ from gptjax.data.prepare.steps import Table
 
 EXAMPLES = 3
 """Examples of each reason of a step: the first ones."""
+PRIVATE = "(not shown)"
+"""In place of texts that a report must not have."""
 WIDTH = 160
 """Characters of a text that an example shows."""
 
@@ -51,7 +53,7 @@ class StepReport:
     """Changes by reason."""
     examples: dict[str, list[Example]] = dataclasses.field(default_factory=dict)
 
-    def keep(self, before: str, after: str, reasons: Mapping[str, int] | None = None) -> None:
+    def keep(self, before: str, after: str, reasons: Mapping[str, int] | None = None, private: bool = False) -> None:
         """Count a document that is kept."""
         self.documents += 1
         self.kept += 1
@@ -60,7 +62,8 @@ class StepReport:
             self.changed += 1
             for reason, count in (reasons or {"changed": 1}).items():
                 self.edits[reason] = self.edits.get(reason, 0) + count
-                self._show(reason, Example.of(before, after))
+                example = Example.of(before, after)
+                self._show(reason, dataclasses.replace(example, before=PRIVATE) if private else example)
 
     def drop(self, text: str, reason: str) -> None:
         """Count a document that is dropped."""

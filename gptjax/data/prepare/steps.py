@@ -31,6 +31,8 @@ class Edit:
 
     text: str
     reasons: Mapping[str, int]
+    private: bool = False
+    """Do not show the text before in the report."""
 
 
 @dataclasses.dataclass(frozen=True)
