@@ -97,15 +97,16 @@ def alone(config: TransformerConfig) -> tuple[list[tuple[float, float]], dict[st
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [
-        (DENSE, MeshConfig(data=8)),
-        (DENSE, MeshConfig(fsdp=8, data=1)),
         (DENSE, MeshConfig(data=2, fsdp=4)),
-        (DENSE, MeshConfig(data=2, tensor=4)),
         (DENSE, MeshConfig(data=2, fsdp=2, tensor=2)),
         (DENSE, MeshConfig(fsdp=2, context=2, tensor=2)),
         (DENSE, MeshConfig(pipeline=2, fsdp=2, context=2)),
-        (EXPERTS, MeshConfig(data=2, expert=4)),
         (EXPERTS, MeshConfig(expert=2, fsdp=2, tensor=2)),
+        # One axis, each of which is above with others.
+        pytest.param(DENSE, MeshConfig(data=8), marks=pytest.mark.slow),
+        pytest.param(DENSE, MeshConfig(fsdp=8, data=1), marks=pytest.mark.slow),
+        pytest.param(DENSE, MeshConfig(data=2, tensor=4), marks=pytest.mark.slow),
+        pytest.param(EXPERTS, MeshConfig(data=2, expert=4), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -177,7 +178,11 @@ def assert_passed_on(sent: int, rounds: int, n: int, own: int, tokens: int) -> N
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(data=1, context=8), MeshConfig(data=2, context=4), MeshConfig(data=1, fsdp=2, context=4)],
+    [
+        MeshConfig(data=2, context=4),
+        MeshConfig(data=1, fsdp=2, context=4),
+        pytest.param(MeshConfig(data=1, context=8), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_context_parallel_passes_keys_on_and_never_gathers_rows(mesh):
@@ -213,7 +218,7 @@ def test_context_with_fsdp_and_tensor_parallel_sends_what_all_do():
     [
         MeshConfig(data=4, pipeline=2),
         MeshConfig(data=1, pipeline=2, fsdp=2, context=2),
-        MeshConfig(data=2, pipeline=2, tensor=2),
+        pytest.param(MeshConfig(data=2, pipeline=2, tensor=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )

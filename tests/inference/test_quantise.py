@@ -228,6 +228,7 @@ def test_a_text_from_a_small_cache_is_its_own_alone_and_among_others(dtype, erro
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_stories_lose_little(shared):
     """Bits per byte of the stories: at most 0.3 % more with 8 bits, 12 % with 4 of a model of 260,032 parameters."""
     folder = shared / "models" / "stories260k"

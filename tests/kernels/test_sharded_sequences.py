@@ -183,7 +183,11 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    # Windows and biases are those of the products above.
+    ["ring", "experts", "latent", *(pytest.param(name, marks=pytest.mark.slow) for name in ("windows", "ALiBi"))],
+)
 def test_a_model_trains_as_on_one_device(name):
     """Loss and every gradient, to float32's rounding in 2 layers of sums over 64 numbers."""
     random = np.random.default_rng(1)

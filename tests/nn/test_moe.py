@@ -114,8 +114,17 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    ("rules", "how"),
+    [("standard", how) for how in HOW]
+    + [(rules, "blocks") for rules in RULES if rules != "standard"]
+    + [
+        pytest.param(rules, how, marks=pytest.mark.slow)
+        for rules in RULES
+        for how in HOW
+        if rules != "standard" and how != "blocks"
+    ],
+)
 def test_a_mesh_changes_nothing(rules, how):
     part = MixtureOfExperts(router=Sigmoid(groups=4, top_groups=2, load_balance=0.1), shared=1, **HOW[how])
     params = parameters(part, bias=True)
