@@ -10,6 +10,7 @@ gptjax store        export and delete the conversations that a server keeps
 gptjax eval         measure a model on texts and tasks, or compare two
 gptjax compare      let people, or a model, choose between the replies of models, blind
 gptjax leaderboard  write a page of runs with their sizes, times, figures and curves
+gptjax scaling      fit the scaling law of a series of runs, and choose a size for a budget
 gptjax lm-eval      measure a model with lm-eval's tasks; the options are lm-eval's
 gptjax convert      write a model in another format: Hugging Face, GGUF or ours
 gptjax quantize     write a model with weights of 8 or 4 bits, and report what that costs
@@ -40,6 +41,7 @@ from gptjax.cli.eval import evaluate
 from gptjax.cli.leaderboard import leaderboard
 from gptjax.cli.prune import prune
 from gptjax.cli.quantize import quantize
+from gptjax.cli.scaling import scaling
 from gptjax.cli.serve import serve
 from gptjax.distributed import processes
 
@@ -260,6 +262,7 @@ COMMANDS: dict[str, Any] = {
     "eval": evaluate,
     "compare": compare,
     "leaderboard": leaderboard,
+    "scaling": scaling,
     "convert": convert,
     "quantize": quantize,
     "prune": prune,

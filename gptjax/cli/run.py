@@ -23,6 +23,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import tyro
@@ -59,6 +60,8 @@ class Options:
     """Be one of several processes: jax.distributed.initialize(). The default is True in a TPU slice of several hosts,
     under srun and mpirun, and where JAX_COORDINATOR_ADDRESS is set."""
 
+    depth: int | None = None
+    """Number of layers, from which sizes, tokens, batch and rates follow; of an experiment with `at_depth`."""
     folds: int | None = None
     """Cross-validate: train one run per fold, in FOLDER/folds, and report all of them."""
     fold: Annotated[str | None, tyro.conf.arg(metavar="I:K")] = None
@@ -172,7 +175,8 @@ def _parse(name: str, arguments: list[str], default: Options, program: str) -> t
     _ = options.folder, options.steps  # mistakes in them are shown before an experiment is loaded
     module = catalogue.load(name)
     about = f"{(module.__doc__ or '').strip()}\n\n{describe_options(default)}"
-    experiment = override(module.experiment, overrides, f"{program} {name}", about)
+    experiment = module.experiment if options.depth is None else _at_depth(name, module, options.depth)
+    experiment = override(experiment, overrides, f"{program} {name}", about)
     if options.fold is not None:
         from gptjax.data.folds import with_fold
 
@@ -180,6 +184,15 @@ def _parse(name: str, arguments: list[str], default: Options, program: str) -> t
         stages = with_fold(experiment.stages, index, count)
         experiment = dataclasses.replace(experiment, stages=stages)
     return options, experiment
+
+
+def _at_depth(name: str, module: ModuleType, depth: int) -> Experiment:
+    """The experiment at a depth. Raises UserError if it has no dial."""
+    from gptjax.types import UserError
+
+    if not hasattr(module, "at_depth"):
+        raise UserError(f"depth: got {depth}, but {name} has no function at_depth, as nanochat_d4 has")
+    return module.at_depth(depth)
 
 
 def pair(field: str, text: str) -> tuple[int, int]:

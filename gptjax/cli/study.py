@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from gptjax.cli.options import override, parse_options
 from gptjax.cli.run import Options, pair
-from gptjax.config import leaf_paths, paths
+from gptjax.config import paths
 from gptjax.data.folds import with_fold
 from gptjax.experiment import study, study_report
 from gptjax.experiment.study import Outcome, Trial
@@ -46,7 +46,8 @@ def run(name: str, arguments: Sequence[str], options: Options, experiment: Exper
     _, overrides = parse_options(Options(options.out), arguments)
     planned = list(_trials(options, experiment, study_folder, dry=True))
     for trial in planned:  # a mistake in any of them is shown before the first one is trained
-        override(experiment, trial.arguments[: len(trial.settings)], "sweep", "")
+        settings = [f"--{path}={value}" for path, value in trial.settings.items() if path != "depth"]
+        override(experiment, settings, "sweep", "")
     if options.folds is not None:
         for index in range(options.folds):
             with_fold(experiment.stages, index, options.folds)
@@ -91,16 +92,20 @@ def _check(options: Options, experiment: Experiment) -> None:
             raise UserError(f"{field}: got {getattr(options, field)} with several runs, must be None")
     if options.coordinates or options.distributed:
         raise UserError("a study runs on one machine: neither --coordinates nor --distributed fit; see --worker")
-    if any(name.partition(".")[0] == "seed" for name in study.parse_sweep(options.sweep, list(leaf_paths(experiment)))):
+    if any(name.partition(".")[0] == "seed" for name in study.parse_sweep(options.sweep, _known(experiment))):
         raise UserError("sweep: got seed, must be another option; --seeds trains each setting with several")
+
+
+def _known(experiment: Experiment) -> list[str]:
+    """Paths of all options of an experiment, and the dial."""
+    return ["depth", *(path for path, _ in paths(experiment))]
 
 
 def _trials(options: Options, experiment: Experiment, folder: Path, dry: bool = False) -> Iterator[Trial]:
     """The runs of the study. Optuna is asked for each setting after the runs of those before it.
 
     dry  settings that are not suggested yet are drawn"""
-    known = [path for path, _ in paths(experiment)]
-    choices = study.parse_sweep(options.sweep, known)
+    choices = study.parse_sweep(options.sweep, _known(experiment))
     more = options.seeds, experiment.seed, options.folds
     if options.search == "grid" or not choices:
         yield from study.trials(study.grid(choices), *more)

@@ -91,6 +91,20 @@ def test_the_page_is_sorted_and_needs_nothing_else(runs, tmp_path, capsys):
         page([summarise(runs / "a", "a")], "bits")
 
 
+def test_the_scaling_of_runs_is_printed_and_drawn(tmp_path, capsys):
+    """Runs of one number of tokens have a law of compute."""
+    for layers in (1, 2, 4, 8, 16):
+        run(tmp_path / "runs" / str(layers), layers, 2.0 + layers**-0.5)
+    command = ["scaling", str(tmp_path / "runs"), "--figure", "chat/validation_loss"]
+    assert main.main([*command, "--out", str(tmp_path / "s.png"), "--budget", "1e9", "1e10"]) == 0
+    said = capsys.readouterr().out
+    assert "fitted to 5 runs" in said
+    assert said.count(" FLOPs: ") == 2
+    assert (tmp_path / "s.png").exists()
+    assert main.main([*command[:2], "--figure", "validation_loss"]) == 2
+    assert "could be pretrain/validation_loss or chat/validation_loss" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_click_on_a_column_sorts_by_it(runs, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api")
