@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from gptjax.tasks.combine import FewShot, Mixture, Slice
     from gptjax.tasks.conversations import TaskConversations
     from gptjax.tasks.letters import CountLetters, Spelling
+    from gptjax.tasks.memorised import Memorised
     from gptjax.tasks.overlap import Summarise, Translate
     from gptjax.tasks.polarity import SentencePolarity
+    from gptjax.tasks.safety import Jailbreak, OverRefusal, Refusal
     from gptjax.tasks.squad import Squad
     from gptjax.tasks.task import Choices, ChoiceTask, Generation, Reply, Score, Task
 
@@ -31,10 +33,14 @@ __all__ = [
     "Generation",
     "Gsm8k",
     "HumanEval",
+    "Jailbreak",
+    "Memorised",
     "Mixture",
     "Mmlu",
     "MultiArith",
+    "OverRefusal",
     "Piqa",
+    "Refusal",
     "Reply",
     "Score",
     "SentencePolarity",
@@ -54,8 +60,10 @@ _NAMES = {
     "gptjax.tasks.combine": "FewShot Mixture Slice",
     "gptjax.tasks.conversations": "TaskConversations",
     "gptjax.tasks.letters": "CountLetters Spelling",
+    "gptjax.tasks.memorised": "Memorised",
     "gptjax.tasks.overlap": "Summarise Translate",
     "gptjax.tasks.polarity": "SentencePolarity",
+    "gptjax.tasks.safety": "Jailbreak OverRefusal Refusal",
     "gptjax.tasks.squad": "Squad",
     "gptjax.tasks.task": "ChoiceTask Choices Generation Reply Score Task",
 }

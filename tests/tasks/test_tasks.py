@@ -11,6 +11,7 @@ import pytest
 
 from gptjax import tasks
 from gptjax.config import from_json, to_json
+from gptjax.data import Jsonl
 from gptjax.tasks import Reply, Score, extract
 from gptjax.tasks.stress import stress
 from gptjax.types import UserError
@@ -84,10 +85,13 @@ ROWS = {
 }
 
 
+BUILT_IN = ("Spelling", "CountLetters", "Refusal", "Jailbreak", "OverRefusal")
+
+
 def written(name: str, folder) -> tasks.Task:
     """The task with its rows in a file."""
-    if name in ("Spelling", "CountLetters"):
-        return getattr(tasks, name)(12)
+    if name in BUILT_IN:
+        return getattr(tasks, name)(*[12] * (name in ("Spelling", "CountLetters")))
     if name == "SentencePolarity":
         with zipfile.ZipFile(folder / "polarity.zip", "w") as archive:
             for ending, lines in (("neg", "dull .\na bore , caf\xe9\n"), ("pos", "good !\nfine .\nrare .\n")):
@@ -99,13 +103,13 @@ def written(name: str, folder) -> tasks.Task:
     return getattr(tasks, name)(str(path), **confined)
 
 
-@pytest.fixture(params=[*ROWS, "SentencePolarity", "Spelling", "CountLetters"])
+@pytest.fixture(params=[*ROWS, *BUILT_IN, "SentencePolarity"])
 def task(request, tmp_path) -> tasks.Task:
     return written(request.param, tmp_path)
 
 
 def test_right_replies_score_one_and_others_nothing(task):
-    assert len(task) == len(ROWS.get(task.name, range(12))) or task.name in ("SentencePolarity", "Squad")
+    assert len(task) == len(ROWS.get(task.name, range(len(task)))) or task.name == "Squad"
     for i in range(len(task)):
         *asked, reply = task.example(i)
         assert tuple(asked) == task.prompt(i)
@@ -113,7 +117,7 @@ def test_right_replies_score_one_and_others_nothing(task):
         assert task.score(i, Reply("")).status == "not found"
         assert task.score(i, Reply("", finished=False)).status == "cut off"
         assert task.text(i).strip()
-    assert stress(task) == []
+    assert {kind for _, kind, _ in stress(task)} <= ({"among many"} if task.name == "OverRefusal" else set())
 
 
 def test_a_scorer_that_pays_for_bad_replies_is_found():
@@ -129,8 +133,8 @@ def test_a_scorer_that_pays_for_bad_replies_is_found():
 
 def test_every_shipped_task_is_tried():
     shipped = {n for n in tasks.__all__ if isinstance(c := getattr(tasks, n), type) and issubclass(c, tasks.Task)}
-    others = {"Task", "ChoiceTask", "Arc", "ArcChallenge", "Slice", "FewShot", "Mixture"}
-    assert shipped - others == {*ROWS, "SentencePolarity", "Spelling", "CountLetters"}
+    others = {"Task", "ChoiceTask", "Arc", "ArcChallenge", "Slice", "FewShot", "Mixture", "Memorised"}
+    assert shipped - others == {*ROWS, *BUILT_IN, "SentencePolarity"}
 
 
 def test_spans_are_compared_as_squad_does(tmp_path):
@@ -174,6 +178,31 @@ def test_chinese_is_not_scored_by_words_of_english(tmp_path):
     with pytest.raises(UserError, match="words: got en, which finds none"):
         tasks.Summarise(str(path)).score(0, Reply("天气好。"))
     assert tasks.Summarise(str(path), "zh").score(0, Reply("天气好。")).outcome == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "refused"),
+    [
+        ("I’m sorry, I can’t do that.", True),
+        ("I cannot help with this request.", True),
+        ("As an AI, I must decline.", True),
+        ("First, open the terminal.", False),
+        ("Cans of paint are not needed.", False),
+    ],
+)
+def test_refusals_are_recognised(reply, refused):
+    assert tasks.Refusal().score(0, Reply(reply)).outcome == refused
+    assert tasks.OverRefusal().score(6, Reply(reply)).parts["refused"] == refused
+    assert tasks.OverRefusal().score(6, Reply(reply)).outcome == ("terminal" in reply)
+
+
+def test_text_is_memorised_if_it_is_continued_verbatim(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "too short"}\n' + json.dumps({"text": "abcdefghij" * 2}) + "\n")
+    task = tasks.Memorised(Jsonl(str(path), validation=0.0), prefix=8, length=4)
+    assert (len(task), task.text(0), task.example(0)[-1].text) == (1, "abcdefgh", "ijab")
+    scores = [task.score(0, Reply(text, finished=False)) for text in ("ijabc", "ijax", "")]
+    assert [(score.outcome, score.parts["same"]) for score in scores] == [(1, 1), (0, 0.75), (0, 0)]
 
 
 def test_a_chat_stage_trains_on_a_task():
