@@ -116,6 +116,7 @@ def test_an_interrupted_cleaning_is_resumed(tmp_path, monkeypatch):
     assert len(log.read_text()) == 26
     assert main([*command, "unique"]) == 2  # the work of other steps
     (tmp_path / "go").touch()
+    (tmp_path / "out" / "00007.jsonl.gz").touch()  # a shard of a smaller size, written before an interruption
     assert main([*command, str(tmp_path / "own2.py")]) == 0
     assert len(log.read_text()) == 26 + 20  # the first two parts are not made again
     assert [row["text"] for row in read(tmp_path / "out")] == [text.upper() for text in texts]
@@ -168,9 +169,12 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     corpus(tmp_path / "a.jsonl")
     file, out = str(tmp_path / "a.jsonl"), str(tmp_path / "out")
     (tmp_path / "bad.py").write_text("STEPS = [1]")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "00000.jsonl").touch()
     for arguments, words in [
         ([file], "files: got fewer than two"),
         (["a.pdf", out], "files: got a.pdf, must end in"),
+        ([file, str(tmp_path / "full")], "which holds other files; choose another folder"),
         ([file, out, "--recipe", "fine"], "recipe: got fine, must be one of fineweb,"),
         ([file, out, "--recipe", str(tmp_path / "bad.py")], "must define STEPS"),
         ([file, out, "--text", "body"], 'must have a text in "body"'),

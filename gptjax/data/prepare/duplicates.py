@@ -48,7 +48,7 @@ class NearDuplicates(CorpusStep):
 
     A document's n-grams of words (of characters in Chinese) are hashed by MinHash (Broder 1997); documents with one of
     `bands` bands of `rows` values in common are candidates: at similarity s, a share of 1 - (1 - s^rows)^bands of the
-    pairs. Only a kept document drops others, so a chain of small changes does not drop all of its links. Takes 24 bytes
+    pairs. Only a kept document drops others, so a chain of small changes does not drop all of its links. Takes 32 bytes
     of memory per document, and more for candidates."""
 
     n: int = 5

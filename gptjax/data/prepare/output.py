@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ def clean_files(
         raise UserError(f"shard: got {shard}, must be at least 1 megabyte")
     if (out / "report.json").exists():
         raise UserError(f"out: got {out}, which holds a complete cleaning; choose another folder")
+    if out.exists() and not {path.name for path in out.iterdir()} <= {"unfinished", "report.md", *_shards_of(out)}:
+        raise UserError(f"out: got {out}, which holds other files; choose another folder")
     sources = [source_of(path, text) for path in paths]
     made_from = fingerprint(steps, digest([source.fingerprint() for source in sources]))
 
@@ -71,12 +74,21 @@ def clean_files(
             atomic.write_text(out / "report.md", report.markdown())
             shutil.rmtree(work)
             raise UserError(f"recipe: keeps none of {report.documents} documents; see {out / 'report.md'}")
+        for name in _shards_of(out):  # of an interrupted cleaning, perhaps of another size
+            (out / name).unlink()
         for number, rows in enumerate(_shards(kept, text, shard * 1_000_000)):
             with atomic.new(out / f"{number:05}.{format}") as partial:
                 _WRITERS[format](partial, rows)
         write_report(report, out)
         shutil.rmtree(work)
     return report
+
+
+def _shards_of(out: Path) -> set[str]:
+    """Names of the shards of an unfinished cleaning in a folder."""
+    if not (out / "unfinished").exists():
+        return set()
+    return {path.name for path in out.iterdir() if re.fullmatch(r"\d{5}\.(jsonl|jsonl\.gz|parquet)", path.name)}
 
 
 def _shards(documents: Iterator[Document], text: str, size: int) -> Iterator[Iterator[dict[str, Any]]]:

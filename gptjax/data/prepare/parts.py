@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import decimal
+import functools
 import importlib.util
 import itertools
 import json
@@ -80,11 +81,19 @@ class Parts:
     def text(self, document: int) -> str:
         """The text of a document, by its number."""
         part = bisect.bisect_right(self.starts, document) - 1
-        with np.load(self._path(part, ".npz")) as arrays:
-            offset = int(arrays["offsets"][document - self.starts[part]])
+        offset = int(self._offsets[part][document - self.starts[part]])
         with open(self._path(part, ".jsonl"), "rb") as file:
             file.seek(offset)
             return json.loads(file.readline())["text"]
+
+    @functools.cached_property
+    def _offsets(self) -> list[np.ndarray]:
+        """Start of each document in the file of its part."""
+        found = []
+        for part in range(self.count):
+            with np.load(self._path(part, ".npz")) as arrays:
+                found.append(arrays["offsets"])
+        return found
 
     def documents(self, without: Container[int] = ()) -> Iterator[Document]:
         """The documents in their order, without those of these numbers."""
