@@ -16,8 +16,9 @@ import tyro
 
 if TYPE_CHECKING:
     from gptjax.evals.generative import Generative
+    from gptjax.evals.multiple_choice import MultipleChoice
     from gptjax.models.language_model import LanguageModel
-    from gptjax.tasks import Task
+    from gptjax.tasks import ChoiceTask, Task
     from gptjax.types import Result
 
 Paths = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH [PATH]")]
@@ -34,7 +35,8 @@ def evaluate(
     temperature: float | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
-    form: Literal["chat", "text"] | None = None,
+    form: Literal["chat", "text", "likelihood"] | None = None,
+    core: Path | None = None,
     out: Path | None = None,
     step: Step = "latest",
 ) -> None:
@@ -42,7 +44,8 @@ def evaluate(
 
     Args:
         paths: Run folder, or a folder written by LanguageModel.save; or two of them, to be compared on --tasks.
-        on: Text file for bits per byte, beside those of `xz -9`.
+        on: File for bits per byte and perplexity, beside `xz -9`: a text, or a table (.jsonl, .csv, .parquet) whose
+            column "text" has a document in each row.
         tasks: Tasks and their files, gsm8k=test.jsonl,arc_easy=easy.jsonl: classes of gptjax.tasks by name, in any case
             and with or without _; your own as module:Class=FILE.
         limit: Number of items of each task, the first ones. None: all.
@@ -51,7 +54,9 @@ def evaluate(
         temperature: Sampling temperature. None: 0, greedy, for one sample, else 1.
         max_tokens: Maximum length of a reply. None: the task's.
         seed: Random seed of replies and examples.
-        form: Form of the prompts: the model's conversation format, or a text to be continued. None: chat if it can.
+        form: Form of the prompts: the model's conversation format, or a text to be continued; or the likelihoods of a
+            task's options, without a reply. None: chat if it can.
+        core: Folder of DCLM's bundle, for CORE.
         out: Folder for the report (Markdown, JSON) and every reply. The same command again resumes. None: only shown.
         step: Checkpoint of a run: latest, best (lowest validation loss), or a step.
     """
@@ -62,20 +67,28 @@ def evaluate(
         raise UserError(f"paths: got {len(paths)}, must be a model, or two to compare")
     if len(paths) == 2 and not tasks:
         raise UserError("tasks: got none with two models, must be those to compare them on")
-    from gptjax.evals import Generative
-
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
     sampling = Sampling(temperature=temperature)
-    evaluations = [
-        Generative(task, limit, samples, sampling, max_tokens, seed, form) for task in _tasks(tasks, shots, seed)
-    ]
+    if form == "likelihood":
+        from gptjax.evals import MultipleChoice
+
+        evaluations = [MultipleChoice(_with_options(task), limit, shots, seed) for task in _tasks(tasks, 0, seed)]
+    else:
+        from gptjax.evals import Generative
+
+        chosen = _tasks(tasks, shots, seed)
+        evaluations = [Generative(task, limit, samples, sampling, max_tokens, seed, form) for task in chosen]
     names = _names(paths)
     results = {name: [] for name in names}
     for name, path in zip(names, paths, strict=True):
         model = _load(path, step)
         results[name] += _run_tasks(model, evaluations, path, step, None if out is None else out / name)
-        if on is not None or not tasks:
+        if core is not None:
+            from gptjax.evals import Core
+
+            results[name].append(Core(str(core), limit)(model))
+        if on is not None or not (tasks or core):
             results[name] += [evaluation(model) for evaluation in _of_text(model, path, on)]
     text = _report(results)
     print(text)
@@ -84,9 +97,15 @@ def evaluate(
 
 
 def _run_tasks(
-    model: LanguageModel, evaluations: Sequence[Generative], path: Path, step: Step, out: Path | None
+    model: LanguageModel,
+    evaluations: Sequence[Generative | MultipleChoice],
+    path: Path,
+    step: Step,
+    out: Path | None,
 ) -> list[Result]:
     """Results of tasks, with the progress of each on standard error."""
+    from gptjax.evals import MultipleChoice
+    from gptjax.io import atomic
     from gptjax.models.identity import content_digest
 
     found = []
@@ -96,8 +115,23 @@ def _run_tasks(
     for number, evaluation in enumerate(evaluations):
         name = evaluation.task.name
         file = None if out is None else out / f"{number}-{re.sub('[^A-Za-z0-9_-]+', '-', name)}.jsonl"
-        found.append(evaluation.run(model, file, _progress(name), of))
+        if not isinstance(evaluation, MultipleChoice):
+            found.append(evaluation.run(model, file, _progress(name), of))
+            continue
+        found.append(evaluation(model))
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(file, "".join(json.dumps(dict(item)) + "\n" for item in found[-1].items))
     return found
+
+
+def _with_options(task: Task) -> ChoiceTask:
+    from gptjax.tasks import ChoiceTask
+    from gptjax.types import UserError
+
+    if not isinstance(task, ChoiceTask):
+        raise UserError(f"form: got likelihood for {task.name}, must be chat or text: its items have no options")
+    return task
 
 
 def _progress(name: str) -> Callable[[int, int, float], None]:
@@ -160,11 +194,14 @@ def _of_text(model: LanguageModel, path: Path, on: str | None) -> list[Any]:
     """Evaluations of a text, or those of the run."""
     from gptjax.config import from_json
     from gptjax.data import Text
+    from gptjax.data.guess import TABLES
     from gptjax.evals import BitsPerByte
     from gptjax.types import UserError
 
     if on is not None:
-        return [BitsPerByte(Text(on, validation=0.0), split="train", length=model.context or 256)]
+        suffix = Path(on).with_suffix("").suffix if on.endswith(".gz") else Path(on).suffix
+        source = TABLES[suffix](on, validation=0.0) if suffix in TABLES else Text(on, validation=0.0)
+        return [BitsPerByte(source, split="train", length=model.max_length or 256)]
     file = path / "config.json"
     experiment = json.loads(file.read_text()).get("experiment") if file.exists() else None
     evaluations = [e for s in experiment["stages"].values() for e in s["evaluations"]] if experiment else []

@@ -66,23 +66,6 @@ def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None, le
     return Interval(m, m - half, m + half, n, count)
 
 
-def ratio(sums: Sequence[float], counts: Sequence[int], level: float = LEVEL) -> Interval:
-    """Mean of values that are known by their sum in each cluster, such as nats of a document's tokens: sum(sums) /
-    sum(counts), with the interval of `mean`. Raises UserError without values."""
-    if len(sums) != len(counts):
-        raise UserError(f"counts: got {len(counts)}, must be {len(sums)}, one of each sum")
-    kept = [(total, count) for total, count in zip(sums, counts, strict=True) if count]
-    if not kept:
-        raise UserError("items: got none, must be at least one")
-    x, n = np.array(kept, np.float64).T
-    m, count = float(x.sum() / n.sum()), len(kept)
-    if count == 1:
-        return Interval(m, -math.inf, math.inf, int(n.sum()), 1)
-    residuals = x - m * n
-    half = _student(count, level) * math.sqrt(count / (count - 1) * float(residuals @ residuals)) / n.sum()
-    return Interval(m, m - half, m + half, int(n.sum()), count)
-
-
 def difference(
     a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None = None, level: float = LEVEL
 ) -> Difference:

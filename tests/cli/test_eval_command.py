@@ -76,3 +76,25 @@ def test_a_model_is_evaluated_and_the_command_resumes(tmp_path, capsys):
     assert file.read_text().splitlines() == lines
     assert main([*command, "--seed", "1"]) == 2
     assert "choose another folder" in capsys.readouterr().err
+
+
+def test_likelihoods_of_options_and_of_documents(tmp_path, capsys):
+    tokenizer = Bytes().build([])
+    config = TransformerConfig(vocab=tokenizer.vocab, layers=1, width=16, heads=2)
+    params = config.build().init(jax.random.key(1), jax.numpy.zeros((1, 2), int))["params"]
+    LanguageModel(config, params, tokenizer, context=256).save(tmp_path / "model")
+    choices = {"text": ["red", "blue"], "label": ["A", "B"]}
+    rows = [{"question": f"sky {i}?", "choices": choices, "answerKey": "AB"[i % 2]} for i in range(6)]
+    (tmp_path / "arc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "texts.jsonl").write_text('{"text": "a b"}\n{"text": "c d e"}\n{"text": "f"}\n')
+    command = ["eval", str(tmp_path / "model"), "--tasks", f"arc_easy={tmp_path / 'arc.jsonl'}", "--shots", "1"]
+    command += ["--form", "likelihood", "--on", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "**accuracy_per_character**" in shown
+    assert "on 3 held-out documents" in shown
+    items = (tmp_path / "out" / "model" / "0-ArcEasy.jsonl").read_text().splitlines()
+    assert [json.loads(item)["answer"] for item in items] == [0, 1, 0, 1, 0, 1]
+    command[command.index("--tasks") + 1] = "spelling"
+    assert main(command) == 2
+    assert "form: got likelihood for Spelling" in capsys.readouterr().err

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from gptjax import data
 from gptjax.evals import BitsPerByte
-from gptjax.evals.bits_per_byte import negative_log_likelihood
+from gptjax.evals.bits_per_byte import log_likelihoods
 from gptjax.models.language_model import LanguageModel
 from gptjax.nn import LearnedPositions, Transformer, TransformerConfig
 from gptjax.types import UserError
@@ -53,6 +54,11 @@ def in_numpy(params, ids: list[int], first: int) -> float:
     logits = np.asarray(forward(params, padded)[0], np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return -sum(logp[i - 1, ids[i]] for i in range(first, len(ids)))
+
+
+def negative_log_likelihood(*arguments, **options) -> tuple[float, int]:
+    found = log_likelihoods(*arguments, **options)
+    return -sum(document.logprob for document in found), sum(document.tokens for document in found)
 
 
 def framed(text: str) -> list[int]:
@@ -105,3 +111,31 @@ def test_a_model_that_knows_nothing_spends_log_v_a_token(params, texts):
 def test_no_text_is_a_mistake(params):
     with pytest.raises(UserError, match=r"^source: .* has no text in its validation split"):
         BitsPerByte(Texts(()))(LanguageModel(CONFIG, params, TOKENIZER))
+
+
+def test_perplexities_and_their_intervals_count_documents(params):
+    texts = SHORT + LONG
+    stride = 3
+    result = BitsPerByte(Texts(texts), length=LENGTH, stride=stride)(LanguageModel(CONFIG, params, TOKENIZER))
+    nats, counts = [], []
+    for text in texts:
+        ids, total, start = framed(text), 0.0, 1
+        for end in (LENGTH + 1, *range(LENGTH + 1 + stride, len(ids) + stride, stride)):
+            end = min(end, len(ids))
+            if end > start:
+                window = ids[max(0, end - LENGTH - 1) : end]
+                total, start = total + in_numpy(params, window, len(window) - (end - start)), end
+        nats.append(total)
+        counts.append(len(ids) - 1)
+    words = [len(text.split()) for text in texts]
+    assert result.values["perplexity_per_token"] == pytest.approx(np.exp(sum(nats) / sum(counts)), rel=1e-4)
+    assert result.values["perplexity_per_word"] == pytest.approx(np.exp(sum(nats) / sum(words)), rel=1e-3)
+    rate = sum(nats) / sum(counts)
+    residuals = np.array(nats) - rate * np.array(counts)
+    n = len(texts)
+    half = stats.t.ppf(0.975, n - 1) * np.sqrt(n / (n - 1) * (residuals**2).sum()) / sum(counts)
+    ends = result.values["perplexity_per_token_low"], result.values["perplexity_per_token_high"]
+    np.testing.assert_allclose(np.log(ends), [rate - half, rate + half], rtol=1e-4)
+    assert result.values["bits_per_byte_low"] < result.values["bits_per_byte"] < result.values["bits_per_byte_high"]
+    with pytest.raises(UserError, match=r"^stride: got 17, must be 1 to 16"):
+        BitsPerByte(Texts(texts), length=LENGTH, stride=17)
