@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptjax.data.batches import Batches, ValidationBatches
+    from gptjax.data.canaries import WithCanaries
     from gptjax.data.chat import Chat, Conversation, Message
     from gptjax.data.classify import Classify
     from gptjax.data.conversations import Alpaca, ChatJsonl, Conversations, OpenAIMessages, ShareGPT
@@ -89,12 +90,14 @@ __all__ = [
     "TrainCharacters",
     "TrainSentencePiece",
     "ValidationBatches",
+    "WithCanaries",
     "load_tokenizer",
     "pieces",
 ]
 
 _NAMES = {
     "gptjax.data.batches": "Batches ValidationBatches",
+    "gptjax.data.canaries": "WithCanaries",
     "gptjax.data.chat": "Chat Conversation Message",
     "gptjax.data.classify": "Classify",
     "gptjax.data.conversations": "Alpaca ChatJsonl Conversations OpenAIMessages ShareGPT",

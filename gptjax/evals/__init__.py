@@ -14,11 +14,22 @@ if TYPE_CHECKING:
     from gptjax.evals.bits_per_byte import BitsPerByte
     from gptjax.evals.core import Core
     from gptjax.evals.exact_match import ExactMatch
+    from gptjax.evals.exposure import Exposure
     from gptjax.evals.generative import Generative
     from gptjax.evals.multiple_choice import MultipleChoice
     from gptjax.types import Result
 
-__all__ = ["Accuracy", "Answers", "BitsPerByte", "Core", "ExactMatch", "Generative", "MultipleChoice", "Result"]
+__all__ = [
+    "Accuracy",
+    "Answers",
+    "BitsPerByte",
+    "Core",
+    "ExactMatch",
+    "Exposure",
+    "Generative",
+    "MultipleChoice",
+    "Result",
+]
 
 _NAMES = {
     "gptjax.evals.accuracy": "Accuracy",
@@ -26,6 +37,7 @@ _NAMES = {
     "gptjax.evals.bits_per_byte": "BitsPerByte",
     "gptjax.evals.core": "Core",
     "gptjax.evals.exact_match": "ExactMatch",
+    "gptjax.evals.exposure": "Exposure",
     "gptjax.evals.generative": "Generative",
     "gptjax.evals.multiple_choice": "MultipleChoice",
     "gptjax.types": "Result",
