@@ -62,6 +62,8 @@ class Options:
 
     depth: int | None = None
     """Number of layers, from which sizes, tokens, batch and rates follow; of an experiment with `at_depth`."""
+    variant: str | None = None
+    """One of the experiment's `variants`, by name."""
     folds: int | None = None
     """Cross-validate: train one run per fold, in FOLDER/folds, and report all of them."""
     fold: Annotated[str | None, tyro.conf.arg(metavar="I:K")] = None
@@ -175,7 +177,7 @@ def _parse(name: str, arguments: list[str], default: Options, program: str) -> t
     _ = options.folder, options.steps  # mistakes in them are shown before an experiment is loaded
     module = catalogue.load(name)
     about = f"{(module.__doc__ or '').strip()}\n\n{describe_options(default)}"
-    experiment = module.experiment if options.depth is None else _at_depth(name, module, options.depth)
+    experiment = _chosen(name, module, options)
     experiment = override(experiment, overrides, f"{program} {name}", about)
     if options.fold is not None:
         from gptjax.data.folds import with_fold
@@ -186,10 +188,19 @@ def _parse(name: str, arguments: list[str], default: Options, program: str) -> t
     return options, experiment
 
 
-def _at_depth(name: str, module: ModuleType, depth: int) -> Experiment:
-    """The experiment at a depth. Raises UserError if it has no dial."""
+def _chosen(name: str, module: ModuleType, options: Options) -> Experiment:
+    """The experiment, or its variant, or the one at a depth. Raises UserError if it has none."""
     from gptjax.types import UserError
 
+    depth, variant = options.depth, options.variant
+    if variant is not None:
+        known = getattr(module, "variants", {})
+        if depth is not None or variant not in known:
+            must = f"one of: {', '.join(known)}" if known else f"None: {name} has no `variants`, as polarity has"
+            raise UserError(f"variant: got {variant}, must be {must if depth is None else 'None with --depth'}")
+        return known[variant]
+    if depth is None:
+        return module.experiment
     if not hasattr(module, "at_depth"):
         raise UserError(f"depth: got {depth}, but {name} has no function at_depth, as nanochat_d4 has")
     return module.at_depth(depth)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 OWN = ("folds", "sweep", "seeds", "search", "trials", "figure", "maximise", "worker", "stop_on_failure", "out")
 """Options of a study, which its runs do not get."""
+CHOOSING = ("depth", "variant")
+"""Options of the launcher that can be swept: they choose the experiment."""
 CHILD = "import sys; from gptjax.cli.study import child; sys.exit(child(sys.argv[1:]))"
 
 
@@ -46,7 +48,7 @@ def run(name: str, arguments: Sequence[str], options: Options, experiment: Exper
     _, overrides = parse_options(Options(options.out), arguments)
     planned = list(_trials(options, experiment, study_folder, dry=True))
     for trial in planned:  # a mistake in any of them is shown before the first one is trained
-        settings = [f"--{path}={value}" for path, value in trial.settings.items() if path != "depth"]
+        settings = [f"--{path}={value}" for path, value in trial.settings.items() if path not in CHOOSING]
         override(experiment, settings, "sweep", "")
     if options.folds is not None:
         for index in range(options.folds):
@@ -97,8 +99,8 @@ def _check(options: Options, experiment: Experiment) -> None:
 
 
 def _known(experiment: Experiment) -> list[str]:
-    """Paths of all options of an experiment, and the dial."""
-    return ["depth", *(path for path, _ in paths(experiment))]
+    """Paths of all options of an experiment, and those of the launcher that choose one."""
+    return [*CHOOSING, *(path for path, _ in paths(experiment))]
 
 
 def _trials(options: Options, experiment: Experiment, folder: Path, dry: bool = False) -> Iterator[Trial]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -208,3 +209,23 @@ def test_a_fold_of_an_experiment_is_in_its_configuration():
     source = experiment.stages["chat"].data.source
     assert source == data.Fold(data.PyDocsChat(), 2, 5)
     assert to_json(experiment)["stages"]["pretrain"]["evaluations"][0]["source"]["index"] == 2
+
+
+def test_a_variant_of_an_experiment_is_chosen_by_name(tmp_path, capsys):
+    """And its sentences can be divided into folds."""
+    with zipfile.ZipFile(tmp_path / "polarity.zip", "w") as archive:
+        for ending, word in (("neg", "bad"), ("pos", "good")):
+            lines = "".join(f"a {word} film {i} .\n" for i in range(40))
+            archive.writestr(f"rt-polarity.{ending}", lines)
+    path = f"--train.data.source.path={tmp_path / 'polarity.zip'}"
+    _, experiment = run._parse("polarity", ["--variant", "regularised", "--fold", "1:4", path], run.Options("o"), "p")
+    stage = experiment.stages["train"]
+    assert stage.early_stopping is not None
+    assert stage.objective.label_smoothing == 0.1
+    parts = {split: list(stage.data.source.documents(split)) for split in ("train", "validation")}
+    assert len(parts["train"]) + len(parts["validation"]) == 80
+    assert {(example.text.split()[1], example.label) for example in parts["train"]} == {("bad", 0), ("good", 1)}
+    assert run.main(["polarity", "--variant", "bret", "--print"]) == 2
+    assert "error: --variant: got bret, must be one of: rnn, transformer, bert, " in capsys.readouterr().err
+    assert run.main(["quickstart", "--variant", "bert", "--print"]) == 2
+    assert "must be None: quickstart has no `variants`, as polarity has" in capsys.readouterr().err
