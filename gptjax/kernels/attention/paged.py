@@ -15,7 +15,7 @@ from gptjax.kernels.attention.plain import dot
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array
 
-BLOCK = 128
+BLOCK = 64
 """Minimum number of keys per block."""
 
 
