@@ -96,7 +96,7 @@ class Generative(Evaluation):
         _check_one_process()
         chosen = self._chosen()
         some = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, min(CHECKED, len(chosen)), dtype=int))]
-        with Scorers(self.task, self.workers, self.timeout) as scorers:
+        with Scorers(self.task, 1, self.timeout) as scorers:
             replies = [self.task.example(i)[-1].text for i in some]
             futures = [scorers.submit(i, Reply(reply)) for i, reply in zip(some, replies, strict=True)]
             for i, reply, future in zip(some, replies, futures, strict=True):
