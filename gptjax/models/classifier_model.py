@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.models.model import TextEncoder
-from gptjax.nn import BackboneConfig, ClassifierConfig
+from gptjax.nn import BackboneConfig, ClassifierConfig, ModelConfig
 from gptjax.types import UserError
 
 
@@ -53,6 +55,18 @@ class ClassifierModel(TextEncoder):
     @property
     def _settings(self) -> dict[str, Any]:
         return {"labels": self.labels, "append_eos": self.append_eos}
+
+    @classmethod
+    def settings_of_hf(cls, path: Path, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+        from gptjax.interop import huggingface
+
+        return {"labels": huggingface.read_labels(path), "append_eos": huggingface.read_append_eos(path, tokenizer)}
+
+    @classmethod
+    def settings_of_run(cls, data: dict[str, Any]) -> dict[str, Any]:
+        source = data.get("source")
+        classes = source.get("classes") if isinstance(source, dict) else None
+        return {"labels": tuple(map(str, classes))} if classes else {}
 
     def _add_bos_eos(self, ids: Sequence[int]) -> list[int]:
         return add_bos_eos(ids, self.tokenizer, self.append_eos)

@@ -21,14 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.config import from_json
 from gptjax.data.chat import Message, conversation
 from gptjax.data.chat import prompt as chat_prompt
+from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
 from gptjax.models.model import TextEncoder, forward
-from gptjax.nn import LongRoPE, RoPE, TransformerConfig, unstack
+from gptjax.nn import LongRoPE, ModelConfig, RoPE, TransformerConfig, unstack
 from gptjax.protocols import Module
 from gptjax.types import Array, Params, UserError
 
@@ -334,6 +336,24 @@ class LanguageModel(TextEncoder):
         names = ("context", "template", "stop_token_ids", "sampling")
         return {name: getattr(self, name) for name in names}
 
+    @classmethod
+    def settings_of_hf(cls, path: Path, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+        from gptjax.interop import generation, huggingface, tokenizers
+
+        stated = huggingface.read_config(path).get("max_position_embeddings")
+        if config.max_positions is not None:  # the field is the size of the table then
+            stated = tokenizers.load_max_length(path)
+        return {
+            "context": loaded_context(config, stated),
+            "template": tokenizers.load_template(path),
+            "stop_token_ids": generation.read_stop_token_ids(path, config.vocab),
+            "sampling": generation.read_sampling(path),
+        }
+
+    @classmethod
+    def settings_of_run(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {"context": data.get("length"), "template": from_json(data.get("template"))}
+
     def _sampling(self, sampling: Sampling | None, **fields: Any) -> Sampling:
         return dataclasses.replace(sampling or self.sampling or Sampling(), **fields)
 
@@ -347,6 +367,15 @@ class LanguageModel(TextEncoder):
     def max_length(self) -> int | None:
         """Maximum number of tokens of a text: of its positions and of `context`. None: no limit."""
         return min((n for n in (self.config.max_positions, self.context) if n is not None), default=None)
+
+
+def loaded_context(config: ModelConfig, stated: int | None) -> int | None:
+    """Context of a model that is just loaded, in tokens: that which its files state, or the shorter one that a LongRoPE
+    was trained with first, which `LanguageModel.for_context_length` extends."""
+    positions = getattr(config, "positions", None)
+    if isinstance(positions, RoPE) and isinstance(positions.scaling, LongRoPE):
+        return positions.scaling.length
+    return stated
 
 
 @functools.partial(jax.jit, static_argnums=0)

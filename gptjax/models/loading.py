@@ -30,7 +30,7 @@ from gptjax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
-from gptjax.models.language_model import LanguageModel
+from gptjax.models.language_model import LanguageModel, loaded_context
 from gptjax.models.model import Model
 from gptjax.nn import LoRA, ModelConfig, TransformerConfig
 from gptjax.protocols import Module
@@ -213,47 +213,23 @@ def checked_class(kind: type[Model], config: type[ModelConfig], path: Path) -> t
 def _hf(
     path: Path, dtype: str | None, rules: ShardingRules, kind: type[Model], given: Tokenizer | None = None
 ) -> Model:
-    from gptjax.interop import generation, huggingface, tokenizers
-    from gptjax.models.classifier_model import ClassifierModel
-    from gptjax.models.encoder_model import EncoderModel
-    from gptjax.models.text_to_text import TextToText
-    from gptjax.nn import ClassifierConfig, EncoderConfig, EncoderDecoderConfig, LongRoPE, RoPE
+    from gptjax.interop import huggingface, tokenizers
 
-    checked_class(kind, huggingface.read_kind(path), path)
+    found = checked_class(kind, huggingface.read_kind(path), path)
     config, params = huggingface.load_hf(path, dtype, rules)
     tokenizer = tokenizers.load(path, config.vocab) if given is None else given
-    if isinstance(config, ClassifierConfig):
-        about = huggingface.read_labels(path), huggingface.read_append_eos(path, tokenizer)
-        return ClassifierModel(config, params, tokenizer, *about, rules=rules)
-    if isinstance(config, EncoderConfig):
-        return EncoderModel(config, params, tokenizer, rules=rules)
-    stop_token_ids, sampling = generation.read_stop_token_ids(path, config.vocab), generation.read_sampling(path)
-    if isinstance(config, EncoderDecoderConfig):
-        return TextToText(
-            config, params, tokenizer, generation.read_decoder_start_token_id(path), stop_token_ids, rules=rules
-        )
-    assert isinstance(config, TransformerConfig)
-    context = huggingface.read_config(path).get("max_position_embeddings")
-    if config.max_positions is not None:  # the field is the size of the table then
-        context = tokenizers.load_max_length(path)
-    if isinstance(config.positions, RoPE) and isinstance(scaling := config.positions.scaling, LongRoPE):
-        context = scaling.length  # extended by `LanguageModel.for_context_length`
-    template = tokenizers.load_template(path)
-    return LanguageModel(config, params, tokenizer, context, template, stop_token_ids, sampling, rules=rules)
+    return found(config, params, tokenizer, rules=rules, **found.settings_of_hf(path, config, tokenizer))
 
 
 def _gguf(file: Path, dtype: str | None, rules: ShardingRules, kind: type[Model], given: Tokenizer | None) -> Model:
     from gptjax.interop import huggingface
     from gptjax.interop.gguf.read import read
-    from gptjax.nn import LongRoPE, RoPE
 
     checked_class(kind, TransformerConfig, file)
     fields, tensors, text = read(file)
     config, params = huggingface.from_tensors(fields, tensors, dtype, rules)
     assert isinstance(config, TransformerConfig)
-    context = config.max_positions or fields["max_position_embeddings"]
-    if isinstance(config.positions, RoPE) and isinstance(scaling := config.positions.scaling, LongRoPE):
-        context = scaling.length
+    context = loaded_context(config, config.max_positions or fields["max_position_embeddings"])
     tokenizer = text.tokenizer if given is None else given
     return LanguageModel(config, params, tokenizer, context, text.template, text.stop_token_ids, rules=rules)
 

@@ -76,6 +76,16 @@ class Model:
         """Settings that a folder stores beside the configuration, by field name."""
         return {}
 
+    @classmethod
+    def settings_of_hf(cls, path: Path, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Settings, by field name, in the files of a folder for `transformers`."""
+        return {}
+
+    @classmethod
+    def settings_of_run(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Settings, by field name, from the data of a run's stage, as JSON."""
+        return {}
+
     @property
     def _module(self) -> Any:
         return self.config.build(self.rules)

@@ -14,7 +14,6 @@ from gptjax.data.tokenizers import load_tokenizer
 from gptjax.distributed.parameters import declared, nested
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.models.identity import content_digest
-from gptjax.models.language_model import LanguageModel
 from gptjax.models.loading import (
     Step,
     checked_class,
@@ -75,12 +74,7 @@ def load_run(
     )
     _check_config(path, name, experiment, restored.extra)
     tokenizer = trained_tokenizer(path, restored.extra["tokenizer"])
-    settings = {}
-    if found is LanguageModel:
-        settings = {"context": data.get("length"), "template": from_json(data.get("template"))}
-    elif isinstance(source := data.get("source"), dict) and source.get("classes"):
-        settings["labels"] = tuple(map(str, source["classes"]))
-    return found(model, restored.state, tokenizer, rules=rules, **settings)
+    return found(model, restored.state, tokenizer, rules=rules, **found.settings_of_run(data))
 
 
 def _step(checkpoints: Checkpoints, step: Step) -> int | None:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.tokenizer import add_bos_eos, decoder_start
 from gptjax.distributed.sharding import on_mesh_of
 from gptjax.inference.generate import Completion
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.sequence_to_sequence import generate_targets
 from gptjax.models.model import Model
-from gptjax.nn import EncoderDecoderConfig, unstack
+from gptjax.nn import EncoderDecoderConfig, ModelConfig, unstack
 from gptjax.types import Params
 
 
@@ -72,6 +74,15 @@ class TextToText(Model):
     @property
     def _settings(self) -> dict[str, Any]:
         return {"decoder_start_token_id": self._decoder_start_token_id, "stop_token_ids": self._stop_token_ids}
+
+    @classmethod
+    def settings_of_hf(cls, path: Path, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+        from gptjax.interop import generation
+
+        return {
+            "decoder_start_token_id": generation.read_decoder_start_token_id(path),
+            "stop_token_ids": generation.read_stop_token_ids(path, config.vocab),
+        }
 
     @functools.cached_property
     def _decode_params(self) -> Params:

@@ -16,6 +16,7 @@ from gptjax.config import to_json
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.distributed.parameters import flat
 from gptjax.distributed.sharding import MeshConfig, ShardingRules
+from gptjax.models import loading
 from gptjax.models.language_model import LanguageModel
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.types import UserError
@@ -66,6 +67,21 @@ def test_parameters_are_sharded_over_the_devices_and_compute_the_same(model, fol
         # Sums in another order, of 24 terms at most, through 2 layers.
         np.testing.assert_allclose(lm.logits(TOKENS), before, rtol=1e-5, atol=1e-5 * np.abs(before).max())
         assert lm.generate("hello", 8, temperature=0)[0].text == text
+
+
+@KINDS
+def test_one_place_decides_the_class_and_is_asked_once(folders, kind, monkeypatch):
+    asked, decide = [], loading.model_class
+    monkeypatch.setattr(loading, "model_class", lambda config: asked.append(config) or decide(config))
+    found = gptjax.load(folders[kind], kind=loading.Model)
+    assert asked == [TransformerConfig]
+    assert type(found) is LanguageModel
+    monkeypatch.setattr(loading, "model_class", lambda _: Own)
+    assert type(gptjax.load(folders[kind], kind=Own)) is Own
+
+
+class Own(LanguageModel):
+    """A class that nothing in loading knows of."""
 
 
 @KINDS
