@@ -2,12 +2,14 @@
 
     python benchmarks/serve.py                               # 6 x 384 and GPT-2 124M
     python benchmarks/serve.py --size 6x384 --turns 5
+    python benchmarks/serve.py --size 6x384 --continuous     # transformers' continuous batching too, which is slow
 
 The weights are a random GPT-2; texts are greedy and end at their length. In a turn every number is measured once, one
 after the other; ratios are of one turn, and medians over the turns are given.
 
     one stream          tokens a second of one text: an engine of one row, `generate`, transformers' `generate`
-    32 streams          tokens a second of 32 texts at a time: an engine of 32 rows, transformers' `generate`, batch 32
+    32 streams          tokens a second of 32 texts at a time: an engine of 32 rows, transformers' `generate`, batch 32,
+                        transformers' `generate_batch`
     prefix              seconds to the first token of a prompt of 960 tokens, read before or not
     first token         seconds to the first token of a prompt of 64 while 16 texts are written, and while none is
 """
@@ -30,6 +32,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from decode_cpu import SIZES, parameters, peer  # noqa: E402
+from transformers import GenerationConfig  # noqa: E402
 
 from gptjax.inference.engine import Engine, Generation, Request  # noqa: E402
 from gptjax.inference.generate import generate  # noqa: E402
@@ -71,7 +74,7 @@ def texts_of(engine: Engine, given: Sequence[tuple[int, ...]], new: int) -> list
     return texts
 
 
-def measure(name: str, turns: int) -> Iterator[str]:
+def measure(name: str, turns: int, continuous: bool = False) -> Iterator[str]:
     config, new = SIZES[name]
     positions = LearnedPositions(CONTEXT)
     config = TransformerConfig(
@@ -86,6 +89,12 @@ def measure(name: str, turns: int) -> Iterator[str]:
         with torch.inference_mode():
             options = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
             return theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, PROMPT:].tolist()
+
+    def batched(given: Sequence[tuple[int, ...]]) -> None:
+        settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        done = theirs.generate_batch([list(prompt) for prompt in given], generation_config=settings)
+        assert len(done) == len(given)
+        assert all(len(one.generated_tokens) == new for one in done.values())
 
     def written(given: Sequence[tuple[int, ...]]) -> Any:
         return generate(model, params, tokenizer, given, new, GREEDY, stop_token_ids=())
@@ -106,6 +115,8 @@ def measure(name: str, turns: int) -> Iterator[str]:
         times["transformers, one stream"], _ = timed(transformers, one)
         times["engine, 32 streams"], texts = timed(texts_of, many, all, new)
         times["transformers, 32 streams"], expected = timed(transformers, all)
+        if continuous:
+            times["continuous batching, 32 streams"], _ = timed(batched, all)
         (long,) = prompts(1, 961, vocab, 200 + turn)
         times["first token of 960, cold"] = first_token(single, long)
         single.run()
@@ -146,6 +157,11 @@ def measure(name: str, turns: int) -> Iterator[str]:
         f"{speed('engine, 32 streams', 32)} tok/s | {speed('transformers, 32 streams', 32)} tok/s | "
         f"{ratio('transformers, 32 streams', 'engine, 32 streams')} |"
     )
+    if continuous:
+        yield "| | 32 streams: engine / transformers' continuous batching | " + (
+            f"{speed('engine, 32 streams', 32)} tok/s | {speed('continuous batching, 32 streams', 32)} tok/s | "
+            f"{ratio('continuous batching, 32 streams', 'engine, 32 streams')} |"
+        )
     yield f"| | first token of 960: cold / prefix found | {milliseconds('first token of 960, cold')} | " + (
         f"{milliseconds('first token of 960, warm')} | "
         f"{ratio('first token of 960, cold', 'first token of 960, warm')} |"
@@ -164,13 +180,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), help="models (default: all)")
     parser.add_argument("--turns", type=int, default=3, help="turns of each (default 3)")
+    parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching too")
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print(f"# {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, jax {jax.__version__}")
     print("| model | measured | first | second | ratio, median (range) |")
     print("|---|---|---:|---:|---:|")
     for name in arguments.size:
-        for line in measure(name, arguments.turns):
+        for line in measure(name, arguments.turns, arguments.continuous):
             print(line, flush=True)
 
 
