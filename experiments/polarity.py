@@ -8,7 +8,14 @@ training sentences by heart: the validation loss falls and then rises, in the cu
 `label_smoothing`, `weight_decay`, `small` and `early_stopping` is one remedy for the Transformer; `regularised` has all
 of them. Validation losses are without label smoothing, so that they compare.
 
-Not timed on an idle machine, and no result is promised.
+One run of each on one split, 1,004 sentences held out, where one class makes 51.4 %:
+
+                    validation loss, last (lowest)      accuracy
+    transformer     0.719 (0.551, step 600)             71.6 %
+    rnn             0.579 (0.526, step 600)             74.6 %
+    regularised     0.552 (0.552, step 900)             72.7 %
+
+The other variants were not run to the end; not timed on an idle machine.
 """
 
 import dataclasses
@@ -49,7 +56,7 @@ class Sentences:
 
 RNN = RecurrentConfig(vocab=VOCAB, layers=1, width=96)
 TRANSFORMER = TransformerConfig(vocab=VOCAB, layers=2, width=96, heads=4)
-BERT = EncoderConfig(vocab=VOCAB, layers=2, width=96, heads=4, positions=LearnedPositions(LENGTH))
+BERT = EncoderConfig(vocab=VOCAB, layers=2, width=96, heads=4, positions=LearnedPositions(256))
 SMALL = dataclasses.replace(TRANSFORMER, layers=1, width=32, heads=2)
 
 
