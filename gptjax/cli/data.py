@@ -1,6 +1,7 @@
 """`gptjax data COMMAND`: look at training data, and prepare them.
 
 gptjax data clean       clean files of texts, with a report
+gptjax data prepare     tokenise before a run, in several processes or machines
 gptjax data show        print sequences as the model will read them, with the trained tokens marked
 gptjax data synthesise  write a model's replies to prompts made from rows
 
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "clean": "gptjax.cli.data_clean",
+    "prepare": "gptjax.cli.data_prepare",
     "show": "gptjax.cli.data_show",
     "synthesise": "gptjax.cli.data_synthesise",
 }

@@ -75,7 +75,7 @@ def _show(name: str, dataset: Dataset, tokenizer: Tokenizer, seed: int, options:
     from gptjax.data.files import cache_dir
     from gptjax.data.show import as_table, as_text, statistics
 
-    logging.getLogger("gptjax.data.store").setLevel(logging.ERROR)  # its counts are printed
+    logging.getLogger("gptjax.data.shards").setLevel(logging.ERROR)  # its counts are printed
     cache = str(cache_dir() / "tokens")
     print(f"# {name}")
     lines = list(statistics(dataset, tokenizer, options.split, cache))

@@ -24,12 +24,15 @@ class Target:
     """Seed of the order of the sequences."""
 
 
-def load_target(path: str, tokenizer: str | None, overrides: Sequence[str], program: str) -> Target:
+def load_target(
+    path: str, tokenizer: str | None, overrides: Sequence[str], program: str, tokens: str | None = None
+) -> Target:
     """Load what `path` names: an experiment, a run's folder, or a file or glob of texts.
 
     tokenizer  tokenizer to use, as for `load_tokenizer`; of a model's folder, also its chat template. None: the
                experiment's; for a file, bytes
     overrides  options that change values of the experiment, or of the file's data set
+    tokens     folder or bucket to keep a trained tokenizer in, or to find it. None: none is kept
 
     Raises UserError."""
     from gptjax.cli.options import override
@@ -39,7 +42,7 @@ def load_target(path: str, tokenizer: str | None, overrides: Sequence[str], prog
     if run.is_file() or path.endswith(".py") or path in catalogue.names():
         experiment = _of_run(run) if run.is_file() else catalogue.load(path).experiment
         experiment = override(experiment, overrides, f"{program} {path}", "")
-        return _of_experiment(experiment, tokenizer or (path if run.is_file() else None))
+        return _of_experiment(experiment, tokenizer or (path if run.is_file() else None), tokens)
     if not any(character in path for character in "/.*?[") and not Path(path).exists():
         from gptjax.types import UserError
 
@@ -57,14 +60,17 @@ def _of_run(config: Path) -> Experiment:
         raise UserError(f"path: got {config.parent}, whose config.json has no experiment; must be a run") from None
 
 
-def _of_experiment(experiment: Any, tokenizer: str | None) -> Target:
+def _of_experiment(experiment: Any, tokenizer: str | None, tokens: str | None) -> Target:
     from gptjax.data import Dataset, load_tokenizer
+    from gptjax.data.files import cache_dir
+    from gptjax.data.prepared import tokenizer_of
 
     datasets = {name: stage.data for name, stage in experiment.stages.items() if isinstance(stage.data, Dataset)}
     if tokenizer is not None:
         return Target(datasets, load_tokenizer(tokenizer), experiment.seed)
-    first = next(iter(experiment.stages.values()))
-    return Target(datasets, experiment.tokenizer.build(first.data.texts()), experiment.seed)
+    first = next(iter(experiment.stages.values())).data
+    found = tokenizer_of(experiment.tokenizer, first, tokens or cache_dir() / "tokens", keep=tokens is not None)
+    return Target(datasets, found, experiment.seed)
 
 
 def _of_file(path: str, tokenizer: str | None, overrides: Sequence[str], program: str) -> Target:

@@ -48,6 +48,8 @@ class Options:
     """Run folder, created or resumed."""
     mirror: Annotated[str | None, tyro.conf.arg(metavar="gs://BUCKET/NAME")] = None
     """Copy the run folder there, behind the training, and resume from there what is newer than here."""
+    tokens: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder or bucket of tokenised data, as gptjax data prepare --out makes. None: $GPTJAX_CACHE/tokens."""
     print: Flag = False
     """Show the configuration, overrides applied, and stop."""
     coordinates: Flag = False
@@ -154,7 +156,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
                 return _coordinates(experiment, options.folder)
             if options.distributed:
                 processes.initialize()
-            given = {"profile": options.steps, "mirror": options.mirror}
+            given = {"profile": options.steps, "mirror": options.mirror, "tokens": options.tokens}
             given = {name: value for name, value in given.items() if value}
             return experiment.run(options.folder, accept_changes=options.accept_changes, **given) or 0
         except Diverged as error:

@@ -18,19 +18,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptjax.data.batches import Batches, ValidationBatches
     from gptjax.data.canaries import WithCanaries
     from gptjax.data.chat import Chat, Conversation, Message
     from gptjax.data.classify import Classify
     from gptjax.data.conversations import Alpaca, ChatJsonl, Conversations, OpenAIMessages, ShareGPT
-    from gptjax.data.dataset import Dataset
+    from gptjax.data.dataset import Batches, Dataset, Pretrain, ValidationBatches
     from gptjax.data.folds import Fold
     from gptjax.data.hf_dataset import HFDataset
     from gptjax.data.mix import Mix, Reweight
     from gptjax.data.packing import BestFit, Concatenate, NoPacking
     from gptjax.data.pairs import Pairs, PairsJsonl, TextPair
     from gptjax.data.preferences import Preference, Preferences, PreferencesJsonl
-    from gptjax.data.pretrain import Pretrain
     from gptjax.data.pydocs import PyDocs, PyDocsChat
     from gptjax.data.show import Piece, pieces
     from gptjax.data.sources import TFDS, Example, LabelledJsonl, Text
@@ -96,19 +94,17 @@ __all__ = [
 ]
 
 _NAMES = {
-    "gptjax.data.batches": "Batches ValidationBatches",
     "gptjax.data.canaries": "WithCanaries",
     "gptjax.data.chat": "Chat Conversation Message",
     "gptjax.data.classify": "Classify",
     "gptjax.data.conversations": "Alpaca ChatJsonl Conversations OpenAIMessages ShareGPT",
-    "gptjax.data.dataset": "Dataset",
+    "gptjax.data.dataset": "Batches Dataset Pretrain ValidationBatches",
     "gptjax.data.folds": "Fold",
     "gptjax.data.hf_dataset": "HFDataset",
     "gptjax.data.mix": "Mix Reweight",
     "gptjax.data.packing": "BestFit Concatenate NoPacking",
     "gptjax.data.pairs": "Pairs PairsJsonl TextPair",
     "gptjax.data.preferences": "Preference Preferences PreferencesJsonl",
-    "gptjax.data.pretrain": "Pretrain",
     "gptjax.data.pydocs": "PyDocs PyDocsChat",
     "gptjax.data.show": "Piece pieces",
     "gptjax.data.sources": "TFDS Example LabelledJsonl Text",

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 from gptjax.data.dataset import Dataset
+from gptjax.data.encoding import DROPPED, TRUNCATED, Encode, Encoded, RowError
 from gptjax.data.packing import BestFit, Packing
-from gptjax.data.store import DROPPED, TRUNCATED, Encode, Encoded
 from gptjax.data.tokenizers import CHAT_SPECIALS
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.protocols import Tokenizer
@@ -38,18 +38,25 @@ class Message:
     """Further fields for the chat template: those of `FIELDS`."""
     tools: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), kw_only=True, hash=False)
     """Tools that the assistant may call in the conversation, as JSON schemas; on its first message."""
-    target: bool = dataclasses.field(default=True, kw_only=True)
-    """False: an assistant's message that is not trained, as with "weight": 0 in OpenAI's files."""
+    weight: float = dataclasses.field(default=1.0, kw_only=True)
+    """Weight of an assistant's message in the loss, from 0, not trained, to 1, as in OpenAI's files."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UserError(f"role: got {self.role!r}, must be one of {', '.join(ROLES)}")
+        if not isinstance(self.weight, int | float) or not 0 <= self.weight <= 1:
+            raise UserError(f"weight: got {self.weight!r}, must be a number from 0 to 1")
         if self.content is None and self.role == "assistant" and self.tool_calls:
             return
         if not isinstance(self.content, str):
             raise UserError(f"content: got {type(self.content).__name__}, must be text")
         if self.tool_calls and self.role != "assistant":
             raise UserError(f"tool_calls: got some of the role {self.role}, must be the assistant's")
+
+    @property
+    def target(self) -> bool:
+        """True if the message is trained."""
+        return self.role == "assistant" and self.weight > 0
 
     @property
     def text(self) -> str:
@@ -92,8 +99,9 @@ def _message(message: Message | Mapping[str, Any]) -> Message:
     if message["role"] != "tool":
         fields.pop("name", None)  # of a person, in OpenAI's API
     content = _joined(message.get("content"))
-    calls, target = _objects(calls or (), "tool_calls"), message.get("weight") != 0
-    return Message(message["role"], content, tool_calls=calls, fields=fields, target=target)
+    weight = message.get("weight")
+    calls, weight = _objects(calls or (), "tool_calls"), 1.0 if weight is None else weight
+    return Message(message["role"], content, tool_calls=calls, fields=fields, weight=weight)
 
 
 def _joined(content: Any) -> Any:
@@ -114,7 +122,7 @@ def _objects(values: Any, field: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def render(conversation: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-    """Token ids and their loss weights: 1 for the assistant's content and the "<|end|>" after it, 0 for everything
+    """Token ids and their loss weights: for the assistant's content and the "<|end|>" after it the message's, 0 for all
     else. Tools, calls, their results and reasoning are texts. Raises `UserError` for a tokenizer without the
     markers."""
     markers = _markers(tokenizer)
@@ -127,7 +135,7 @@ def render(conversation: Iterable[Message], tokenizer: Tokenizer) -> tuple[list[
     for message in messages:
         said = [*tokenizer.encode(message.text), markers["<|end|>"]]
         ids += [markers[f"<|{message.role}|>"], *said]
-        weights += [0.0, *[float(message.role == "assistant" and message.target)] * len(said)]
+        weights += [0.0, *[message.weight * message.target] * len(said)]
     return ids, weights
 
 
@@ -203,7 +211,7 @@ class ConversationEncoder:
                 rows = [document] if self.template is None else self.template.rows(document, tokenizer)
                 yield from (self._encode(row, tokenizer) for row in rows)
             except UserError as error:
-                raise UserError(f"source: conversation {number}: {error}") from None
+                raise RowError(number, str(error), "conversation") from None
 
     def _encode(self, conversation: Conversation, tokenizer: Tokenizer) -> Encoded:
         ids, weights = self._render(conversation, tokenizer)

@@ -9,9 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from gptjax.data.dataset import Dataset, PackedSequences
+from gptjax.data.encoding import Encode, Encoded, encoded
 from gptjax.data.packing import NoPacking, Packing
 from gptjax.data.sources import Example
-from gptjax.data.store import Encode, Encoded, Store, encoded
+from gptjax.data.store import Store
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.protocols import ModelConfig, Tokenizer
 from gptjax.types import Batch, Labelled, UserError

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from gptjax.data.chat import Conversation, conversation
 from gptjax.data.files import Where
 from gptjax.data.sources import check_fraction, fingerprint
-from gptjax.data.tables import Jsonl, Table
+from gptjax.data.tables import FileTable, Jsonl, Table
 from gptjax.protocols import Split
 from gptjax.types import UserError
 
@@ -148,6 +148,12 @@ class Conversations:
     def fingerprint(self) -> str:
         return fingerprint(self, self.table.fingerprint())
 
+    def files(self) -> Iterator[tuple[Conversations, int]]:
+        """Conversations of each file, in order, and the size of the file in bytes."""
+        if not isinstance(self.table, FileTable):
+            return iter([(self, 0)])
+        return ((dataclasses.replace(self, table=table), size) for table, size in self.table.files())
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatJsonl:
@@ -174,6 +180,10 @@ class ChatJsonl:
 
     def fingerprint(self) -> str:
         return self._whole.fingerprint()
+
+    def files(self) -> Iterator[tuple[Conversations, int]]:
+        """Conversations of each file, in order, and the size of the file in bytes."""
+        return self._whole.files()
 
     @property
     def _whole(self) -> Conversations:

@@ -1,7 +1,7 @@
-"""Base class of data: documents of a source are tokenised once, packed into sequences, shuffled and mixed.
+"""Base class of data, and pretraining texts. Documents of a source are tokenised once, packed, shuffled and mixed.
 
 A kind of data is a file with a subclass that defines its stored documents (`encodings`), their sequences (`packed`),
-its batches (`empty`) and its prompt. `pretrain.py` is the simplest.
+its batches (`empty`) and its prompt. `Pretrain` is the simplest.
 
 The batch of a step is a pure function of data, seed and step. So the position in the data is one number, the same for
 any number of processes, and each process makes only its own part of the global batch.
@@ -10,25 +10,153 @@ any number of processes, and each process makes only its own part of the global 
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
 
-from gptjax.data.batches import Batches, ValidationBatches
+from gptjax.data.encoding import Encode, encode_texts, expect
 from gptjax.data.mix import Mix, epochs, longest_epoch, order
 from gptjax.data.packing import Concatenate, Packing, Plan, fill
-from gptjax.data.store import Encode, Store, Tokens, combine, expect, tokenize
+from gptjax.data.shards import tokenize
+from gptjax.data.store import Store, Tokens, combine
+from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.io import retry
 from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
 from gptjax.types import Batch, UserError
 
 log = logging.getLogger(__name__)
+
+
+class Batches(Iterator[Batch]):
+    """Endless batches, prefetched by a Grain thread.
+
+    `state()` is the position as JSON: the next sequence of the global order, for any number of processes and any batch
+    size. After an exception inside `next`, such as Ctrl-C, the position is still that of the batch that was not
+    returned.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[np.ndarray], Batch],
+        size: int,
+        local: int,
+        steps: int,
+        fingerprint: str,
+        tokens: int,
+        epochs: Callable[[int], list[float]],
+        epoch: float,
+        places: str = "",
+    ):
+        """Batches that `make` returns.
+
+        make   (first sequences int64 [n] of n batches) -> these batches, concatenated
+        size   B, sequences per batch, over all processes
+        local  sequences per batch that `make` returns
+        steps  n, batches per call of `make`: many for small batches, to save calls
+        fingerprint  SHA-256, in hex, of the data
+        tokens  number of tokens of all sources
+        epochs  number of sequences -> epochs of each source in them
+        epoch   number of sequences until every source has been read once
+        places  where the tokens are, in words
+        """
+        self.fingerprint = fingerprint
+        self._make, self._size, self._local, self._steps = make, size, local, steps
+        self._tokens, self._epochs, self._places = tokens, epochs, places
+        self.epoch = epoch
+        self._sequence = 0
+        self._made: Generator[Batch] | None = None
+
+    def __next__(self) -> Batch:
+        try:
+            if self._made is None:
+                self._made = self._from(self._sequence)
+            batch = next(self._made)
+            self._sequence += self._size
+        except BaseException:
+            self.close()
+            raise
+        return batch
+
+    def _from(self, sequence: int) -> Generator[Batch]:
+        import grain
+
+        def make(block: int, _: Any) -> Batch:
+            return self._make(sequence + self._size * (block * self._steps + np.arange(self._steps)))
+
+        blocks = grain.MapDataset.range(1).repeat().map_with_index(make)
+        made = iter(blocks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        with contextlib.closing(made):
+            for block in made:
+                for start in range(0, self._steps * self._local, self._local):
+                    yield jax.tree.map(lambda x: x[start : start + self._local], block)  # noqa: B023
+
+    def describe(self, sequences: int) -> str:
+        """Number of epochs in so many sequences, size of the data, and where their tokens are."""
+        epochs = sorted({float(f"{count:.2g}") for count in self._epochs(sequences)})
+        several = f"{epochs[0]:g} to " if len(epochs) > 1 else ""
+        return f"{several}{epochs[-1]:g} epochs of {self._tokens:,} tokens{self._places and f', {self._places}'}"
+
+    def state(self) -> dict[str, int]:
+        """Position, as JSON."""
+        return {"sequence": self._sequence}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go to a position that `state()` returned."""
+        self.close()
+        self._sequence = int(state["sequence"])
+
+    def close(self) -> None:
+        """Stop the thread and drop prefetched batches. `next` continues at the same position."""
+        if self._made is not None:
+            self._made.close()
+            self._made = None
+
+
+class ValidationBatches(Sequence[Batch]):
+    """All sequences of a split, or a number of them at equal distances, as batches of one shape. Batches are made on
+    access; the last one is padded with sequences of weight and segment 0."""
+
+    def __init__(
+        self,
+        make: Callable[[np.ndarray, np.ndarray, int], Batch],
+        sizes: Sequence[int],
+        batch: int,
+        local: int,
+        shard: int,
+        limit: int | None = None,
+        fingerprint: str | None = None,
+    ):
+        """Batches that `make` returns.
+
+        make   (source index int64 [n], sequence index int64 [n], size) -> batch of these sequences, padded to `size`
+        sizes  sequences per source
+        batch  sequences per batch, over all data shards; the data shard `shard` has `local` of them
+        limit  maximum number of sequences. None: all
+        fingerprint  SHA-256, in hex, of the data
+        """
+        self.fingerprint = fingerprint
+        self._total = sum(sizes)
+        self._count = self._total if limit is None else min(limit, self._total)
+        self._make, self._sizes, self._batch, self._local, self._shard = make, sizes, batch, local, shard
+
+    def __len__(self) -> int:
+        return -(-self._count // self._batch)
+
+    def __getitem__(self, step: int) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride] (no slices)
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        first = step * self._batch + self._shard * self._local
+        chosen = np.arange(first, max(first, min(first + self._local, self._count))) * self._total // self._count
+        starts = np.cumsum([0, *self._sizes])
+        source = np.searchsorted(starts, chosen, "right") - 1
+        return self._make(source, chosen - starts[source], self._local)
 
 
 class Sequences(Protocol):
@@ -170,7 +298,8 @@ class Dataset(abc.ABC):
             raise UserError(f"seed: got {seed}, must not be negative")
         local = self._shard_size(shard, num_shards)
         mix = self.mix
-        rows = [self.sequences(source, tokenizer, split, cache_dir) for source in mix.sources]
+        stores = [self.stores(source, tokenizer, split, cache_dir) for source in mix.sources]
+        rows = [self.packed(of_source, tokenizer) for of_source in stores]
         sizes, phases = list(map(len, rows)), mix.phases(self.batch)
         ordered = order(sizes, phases, seed if self.shuffle else None)
 
@@ -181,7 +310,8 @@ class Dataset(abc.ABC):
         steps = max(1, 2**14 // (local * self.length))
         read = functools.partial(epochs, sizes, phases), longest_epoch(sizes, phases)
         fingerprint, tokens = combine(*(row.fingerprint for row in rows)), sum(row.tokens for row in rows)
-        return Batches(make, self.batch, local, steps, fingerprint, tokens, *read)
+        places = " and ".join(sorted({store.place for of_source in stores for store in of_source}))
+        return Batches(make, self.batch, local, steps, fingerprint, tokens, *read, places)
 
     def evaluation(
         self,
@@ -232,3 +362,15 @@ class Dataset(abc.ABC):
         if not 0 <= shard < num_shards:
             raise UserError(f"shard: got {shard}, must be from 0 to {num_shards - 1}")
         return self.batch // num_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain(Dataset):
+    """Plain text. Every token is a target."""
+
+    def encodings(self) -> tuple[Encode, ...]:
+        return (encode_texts,)
+
+    def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Token ids of `text`, for the model to continue."""
+        return add_bos_eos(tokenizer.encode(text), tokenizer, append_eos=False)

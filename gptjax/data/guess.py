@@ -9,10 +9,9 @@ from typing import Any
 from gptjax.data.chat import Chat
 from gptjax.data.classify import Classify
 from gptjax.data.conversations import FORMATS, ChatJsonl, Conversations
-from gptjax.data.dataset import Dataset
+from gptjax.data.dataset import Dataset, Pretrain
 from gptjax.data.files import find_files, read_json
 from gptjax.data.pairs import Pairs, PairsJsonl
-from gptjax.data.pretrain import Pretrain
 from gptjax.data.sources import LabelledJsonl, Text
 from gptjax.data.tables import Csv, FileTable, Jsonl, Parquet
 from gptjax.types import UserError

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
-from gptjax.data.store import Store
-from gptjax.types import Batch, UserError
+from gptjax.data.store import Store, spread_ranges
+from gptjax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class BestFit:
 
     def plan(self, offsets: np.ndarray, length: int) -> Plan:
         counts = -(-np.diff(offsets) // length)
-        start = np.repeat(offsets[:-1], counts) + _ranges(np.zeros_like(counts), counts) * length
+        start = np.repeat(offsets[:-1], counts) + spread_ranges(np.zeros_like(counts), counts) * length
         end = np.repeat(offsets[1:], counts)
         size = np.minimum(end - start, length)
         row = _best_fit(size, length)
@@ -122,7 +122,7 @@ class _Windows:
         # Split the windows where documents start.
         first = np.searchsorted(self.offsets, start, "right") - 1
         counts = np.searchsorted(self.offsets, end, "left") - first
-        document = _ranges(first, counts)
+        document = spread_ranges(first, counts)
         document_end = self.offsets[document + 1]
         start = np.maximum(np.repeat(start, counts), self.offsets[document])
         end = np.minimum(np.repeat(end, counts), document_end)
@@ -140,7 +140,7 @@ class _Packed:
     def pieces(self, index: np.ndarray) -> Pieces:
         row = index % len(self)
         counts = self.offsets[row + 1] - self.offsets[row]
-        pick = _ranges(self.offsets[row], counts)
+        pick = spread_ranges(self.offsets[row], counts)
         rows = np.repeat(np.arange(len(index)), counts)
         return Pieces(rows, self.all.start[pick], self.all.size[pick], self.all.more[pick])
 
@@ -159,17 +159,13 @@ def fill(batch: Batch, rows: np.ndarray, store: Store, pieces: Pieces) -> None:
 
     position = np.arange(stop[-1]) - spread(begin)
     slot = spread(rows[pieces.row] * length + begin - begin[first]) + position
-    at = spread(pieces.start) + position
+    # Each piece is read with the token after it, if the document continues.
+    stored, weights = store.read(pieces.start, pieces.size + pieces.more)
+    at = np.arange(stop[-1]) + spread(np.cumsum(pieces.more) - pieces.more)
     follows = np.ones(len(at), bool)
     follows[stop - 1] = pieces.more
     following = at + follows
-    stored, weights = store.tokens(), store.weights()
     tokens, targets = stored[at], stored[following]
-    if (largest := max(tokens.max(), targets.max())) >= store.vocab:
-        raise UserError(
-            f"{store.path}: damaged: got token {largest}, must be below {store.vocab}; "
-            "restore it, or delete it if it is in the cache"
-        )
 
     for field, values in (
         (batch.tokens, tokens),
@@ -179,12 +175,6 @@ def fill(batch: Batch, rows: np.ndarray, store: Store, pieces: Pieces) -> None:
         (batch.positions, position),
     ):
         field.reshape(-1)[slot] = values
-
-
-def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Concatenated ranges first[i], first[i] + 1, ..., first[i] + counts[i] - 1."""
-    stop = np.cumsum(counts)
-    return np.arange(stop[-1]) + np.repeat(first - stop + counts, counts)
 
 
 def _best_fit(sizes: np.ndarray, length: int) -> np.ndarray:

@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from gptjax.data.dataset import Dataset
+from gptjax.data.encoding import Encode, Encoded, encoded
 from gptjax.data.files import Where, file_state, find_files, read_json
 from gptjax.data.packing import BestFit, Concatenate, Packing, Pieces, Plan, fill
-from gptjax.data.sources import check_fraction, fingerprint, of_split
-from gptjax.data.store import Encode, Encoded, Store, combine, encoded
+from gptjax.data.sources import check_fraction, fingerprint, of_split, one_each
+from gptjax.data.store import Store, combine
 from gptjax.data.tokenizers.tokenizer import add_bos_eos, decoder_start
-from gptjax.protocols import ModelConfig, Split, Tokenizer
+from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
 from gptjax.types import Batch, Pair, UserError
 
 
@@ -51,6 +52,10 @@ class PairsJsonl:
 
     def fingerprint(self) -> str:
         return fingerprint(self, *file_state(self.path))
+
+    def files(self) -> Iterator[tuple[Source[TextPair], int]]:
+        """A source of each file, in order, and the size of the file in bytes."""
+        return one_each(self)
 
     def _pair(self, where: Where, value: Any) -> TextPair:
         source, target = (value.get(name) if isinstance(value, dict) else None for name in (self.source, self.target))

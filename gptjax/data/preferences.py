@@ -14,10 +14,11 @@ import numpy as np
 from gptjax.data import chat
 from gptjax.data.chat import Conversation, ConversationTemplate, Message, conversation
 from gptjax.data.dataset import Dataset
+from gptjax.data.encoding import DROPPED, TRUNCATED, Encode, Encoded, RowError
 from gptjax.data.files import Where, file_state, find_files, read_json
 from gptjax.data.packing import NoPacking, Packing, Pieces, fill
 from gptjax.data.sources import check_fraction, fingerprint, of_split
-from gptjax.data.store import DROPPED, TRUNCATED, Encode, Encoded, Store
+from gptjax.data.store import Store
 from gptjax.protocols import Split, Tokenizer
 from gptjax.types import Batch, PreferencePairs, UserError
 
@@ -170,10 +171,10 @@ class PreferenceEncoder:
             try:
                 yield self._encode(pair, tokenizer)
             except UserError as error:
-                raise UserError(f"source: pair {number}: {error}") from None
+                raise RowError(number, str(error), "pair") from None
 
     def _encode(self, pair: Preference, tokenizer: Tokenizer) -> Encoded:
-        context = tuple(dataclasses.replace(message, target=False) for message in pair.prompt)
+        context = tuple(dataclasses.replace(message, weight=0.0) for message in pair.prompt)
         first = next((i for i, message in enumerate(context) if message.role != "system"), 0)
         starts = [first, *(i for i in range(first + 1, len(context)) if context[i].role == "user")]
         for start in starts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from gptjax.data.files import Where, file_state, find_files, read_json, read_lines
-from gptjax.protocols import Split
+from gptjax.protocols import Source, Split
 from gptjax.types import UserError
 
 Document = TypeVar("Document")
@@ -120,6 +121,10 @@ class Text:
     def fingerprint(self) -> str:
         return fingerprint(self, *file_state(self.path))
 
+    def files(self) -> Iterator[tuple[Source[str], int]]:
+        """A source of each file, in order, and the size of the file in bytes."""
+        return iter([(self, 0)]) if self.separator is None else one_each(self)
+
     def _counted(self, documents: Iterator[str], files: int) -> Iterator[str]:
         """The documents, and a warning if the separator divided nothing."""
         count = 0
@@ -180,6 +185,10 @@ class LabelledJsonl:
 
     def fingerprint(self) -> str:
         return fingerprint(self, *file_state(self.path))
+
+    def files(self) -> Iterator[tuple[Source[Example], int]]:
+        """A source of each file, in order, and the size of the file in bytes."""
+        return one_each(self)
 
     def _example(self, where: Where, value: Any) -> Example:
         if not isinstance(value, dict) or not isinstance(value.get(self.text), str) or self.label not in value:
@@ -243,9 +252,19 @@ def of_split(keyed: Iterable[tuple[str, Document]], split: Split, path: str, val
         raise _no_documents(split, path, validation)
 
 
-def _no_documents(split: Split, path: str, validation: float) -> UserError:
+class NoDocuments(UserError):
+    """A split without documents."""
+
+
+def one_each(source: Any) -> Iterator[tuple[Any, int]]:
+    """The source of each file of a source, in order, and the size of the file in bytes."""
+    for file in find_files(source.path):
+        yield dataclasses.replace(source, path=glob.escape(str(file))), file.stat().st_size
+
+
+def _no_documents(split: Split, path: str, validation: float) -> NoDocuments:
     fraction = "a smaller fraction" if split == "train" else "a larger fraction, or 0 for no validation loss"
-    return UserError(
+    return NoDocuments(
         f"validation: got {validation}, which leaves no document of {path} for {split}; give more text, or {fraction}"
     )
 

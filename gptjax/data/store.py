@@ -1,59 +1,68 @@
-"""Token stores: each source is tokenised once per tokenizer and split, and memory-mapped afterwards.
+"""Token stores: one split of one source, tokenised once per tokenizer, and read in ranges.
 
-    cache_dir/train-1f0c.../tokens.bin      uint16 or uint32 [N]   concatenated documents: bos? text eos?
-                            offsets.bin     int64 [D + 1]          document d is tokens[offsets[d]:offsets[d + 1]]
-                            weights.bin     uint8 [N]              conversations only: 1 for the assistant's tokens
-                            labels.bin      int32 [D]              labelled texts only
-                            header.json                            what it was made from, counts and digests
+    train-1f0c.../  header.json               what it was made from, counts, its shards, digests
+                    offsets.bin               int64 [D + 1]          document d is tokens[offsets[d]:offsets[d + 1]]
+                    labels.bin                int32 [D]              labelled texts only
+                    00000-00000.tokens.bin    uint16 or uint32 [n]   tokens of a shard: bos? text eos?, ...
+                    00000-00000.weights.bin   uint8 or float32 [n]   conversations only: weights of tokens as targets
+                    00000-00000.sizes.bin     int64 [d]              tokens of each of the shard's documents
+                    00000-00000.labels.bin    int32 [d]              labelled texts only
+                    00000-00000.json          counts and digests of the shard, written last
 
-The folder is synced and renamed into place when it is complete, so that a killed process or a power cut leaves no
-partial store. A store whose files do not have the digests in its header is made again.
+`gptjax.data.shards` makes stores. The tokens are those of the shards in the order of their names. A shard without its
+.json counts for nothing, and so does a store without header.json. Files that do not have the digests in the header are
+made again.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import mmap
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from gptjax.config import digest
 from gptjax.data.files import file_digest
-from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.io import atomic, retry
-from gptjax.protocols import Source, Split, Tokenizer
+from gptjax.protocols import Split, Tokenizer
 from gptjax.types import UserError, one_line
 
-FORMAT = 4
-"""Format version, part of the name of every store."""
-WHOLE = ("offsets.bin", "labels.bin")
-"""Files that are verified whole. Of a larger file of tokens or weights, `file_digest` reads blocks."""
-
-TRUNCATED, DROPPED = "truncated to the sequence length", "dropped as too long"
-UNTAUGHT = "without a target"
-"""Notes on documents."""
+VERIFIED = 1 << 28
+"""Bytes of shards that are verified when a store is opened: whole shards, at equal distances, the first and the last
+among them. Of the others the size is, and offsets and labels are."""
 
 log = logging.getLogger(__name__)
-Document = TypeVar("Document")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """Tokens of a shard."""
+
+    name: str
+    """File of the tokens."""
+    tokens: int
+    """Number of tokens."""
+    weights: str | None = None
+    """File of their weights. None: all are 1."""
+    weights_dtype: str = "uint8"
+    """Type of the weights, "uint8" or "float32"."""
+    start: int = 0
+    """Index, in the file, of the first of these tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
     """Tokens of one split of one source."""
 
-    path: Path
-    """File of tokens."""
+    folder: Folder
+    files: tuple[TokenFile, ...]
+    """Files of the tokens, in order."""
     dtype: str
     """Type of the tokens, "uint16" or "uint32"."""
     offsets: np.ndarray
@@ -62,25 +71,116 @@ class Store:
     """Bound of the tokens: each is below it."""
     fingerprint: str
     """SHA-256, in hex, of all that is stored."""
-    start: int = 0
-    """Index, in the file, of the first of these tokens."""
-    weights_path: Path | None = None
-    """File of weights. None: all are 1."""
     labels: np.ndarray | None = None
     """int32 [D], class of each document, if they have one."""
     notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Number of documents by their treatment."""
+    found: bool = True
+    """False: made by the call that returned it."""
 
-    # A memory map keeps the pages read through it resident. These live for one batch, so that reading takes the memory
-    # of one batch for any size of corpus. Mapping a file again takes about 10 microseconds.
+    @property
+    def place(self) -> str:
+        """Place of the tokens, in words."""
+        return f"{'found' if self.found else 'tokenised now'} in {self.folder.address.rpartition('/')[0]}"
+
+    def read(self, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Concatenated tokens of ranges, `start` and `size` int64 [P], and their weights as targets (None: all are 1).
+        Raises UserError for a token beyond the vocabulary."""
+        starts = np.cumsum([0, *(file.tokens for file in self.files)])
+        first = np.searchsorted(starts, start, "right") - 1
+        counts = np.searchsorted(starts, start + size, "left") - first
+        file = spread_ranges(first, counts)  # of each part of a range that lies in one file
+        start, end = np.repeat(start, counts), np.repeat(start + size, counts)
+        inside = np.maximum(start, starts[file]) - starts[file]
+        sizes = np.minimum(end, starts[file + 1]) - np.maximum(start, starts[file])
+        parts = [(self.files[f], int(s), int(n)) for f, s, n in zip(file, inside, sizes, strict=True)]
+        wanted = [Range(file.name, self.dtype, file.start + s, n) for file, s, n in parts]
+        if self.files[0].weights is not None:
+            wanted += [Range(str(file.weights), file.weights_dtype, s, n) for file, s, n in parts]
+        found = self.folder.ranges(wanted)
+        tokens = np.concatenate(found[: len(parts)])
+        if tokens.max(initial=0) >= self.vocab:
+            largest = tokens.max()
+            name = next(r.name for r, x in zip(wanted, found, strict=False) if x.max(initial=0) == largest)
+            raise UserError(
+                f"{self.folder.address}/{name}: damaged: got token {largest}, must be below {self.vocab}; "
+                "restore it, or delete it if it is in the cache"
+            )
+        return tokens, np.concatenate(found[len(parts) :]) if len(wanted) > len(parts) else None
 
     def tokens(self) -> np.ndarray:
-        """[N], memory-mapped."""
-        return _map(self.path, self.dtype)[self.start :]
+        """All tokens, [N]."""
+        return self.read(np.array([0]), self.offsets[-1:])[0]
 
-    def weights(self) -> np.ndarray | None:
-        """uint8 [N], memory-mapped: weight of each token as a target. None: all are 1."""
-        return None if self.weights_path is None else _map(self.weights_path, "uint8")
+
+def spread_ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Concatenated ranges first[i], first[i] + 1, ..., first[i] + counts[i] - 1."""
+    stop = np.cumsum(counts)
+    return np.arange(stop[-1]) + np.repeat(first - stop + counts, counts)
+
+
+def file_facts(data: bytes) -> dict[str, Any]:
+    """Size and digest of a file."""
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def sealed(header: Mapping[str, Any]) -> bytes:
+    """A header as JSON, with its own digest."""
+    return json.dumps({"sha256": digest(header), **header}, indent=1).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The header of `sealed`. Raises ValueError if it is not as it was written."""
+    header = json.loads(data)
+    if header.pop("sha256") != digest(header):
+        raise ValueError("its header is not as it was written")
+    return header
+
+
+def open_store(folder: Folder, vocab: int) -> Store | None:
+    """The store in this folder. None: missing, unfinished or damaged."""
+    if "header.json" not in folder.names():
+        return None
+    try:
+        header = unsealed(folder.read("header.json"))
+        shards, files = header["shards"], header["files"]
+        for name, facts in files.items():
+            _verify(folder, name, facts, whole=True)
+        chosen = _to_verify([sum(facts["size"] for facts in shard["read"].values()) for shard in shards])
+        # Objects in a bucket are whole, and have checksums of their own.
+        for number, shard in enumerate(shards if folder.local else []):
+            for name, facts in shard["read"].items():
+                _verify(folder, name, facts, whole=number in chosen)
+        return Store(
+            folder=folder,
+            files=tuple(TokenFile(**shard["file"]) for shard in shards),
+            dtype=header["dtype"],
+            offsets=folder.array("offsets.bin", "int64"),
+            vocab=vocab,
+            fingerprint=digest([files, [shard["read"] for shard in shards]]),
+            labels=folder.array("labels.bin", "int32") if "labels.bin" in files else None,
+            notes=header["notes"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s: damaged (%s); tokenizing again", folder.address, one_line(error))
+        return None
+
+
+def _to_verify(sizes: list[int]) -> set[int]:
+    """Numbers of the shards of these sizes that are verified whole."""
+    count = max(2, len(sizes) * VERIFIED // max(sum(sizes), 1))
+    return set(np.linspace(0, len(sizes) - 1, min(count, len(sizes))).round().astype(int).tolist())
+
+
+def _verify(folder: Folder, name: str, facts: Mapping[str, Any], whole: bool) -> None:
+    """Raise ValueError if a file is not as it was written. whole: also its content."""
+    if (file_facts(folder.read(name)) != facts) if whole else (folder.size(name) != facts["size"]):
+        raise ValueError(f"{name} is not as it was written")
+
+
+def combine(*fingerprints: str) -> str:
+    """Fingerprint of several stores together."""
+    return digest(fingerprints)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +216,10 @@ class Tokens:
         if path.stat().st_size == 0 or path.stat().st_size % itemsize:
             raise UserError(f"{name}: got {path} of {path.stat().st_size} bytes, must be {self.dtype} tokens")
         count, chunk = path.stat().st_size // itemsize, 1 << 22
-        ends = [np.array([0])]
+        folder, ends = LocalFolder(path.parent), [np.array([0])]
+        whole = folder.array(path.name, self.dtype)
         for start in range(0, count, chunk):
-            part = _map(path, self.dtype)[start : start + chunk]
+            part = whole[start : start + chunk]
             if part.max() >= tokenizer.vocab:
                 raise UserError(
                     f"{name}: {path} has token {part.max()}, but the tokenizer's are below {tokenizer.vocab}; "
@@ -134,7 +235,8 @@ class Tokens:
         if len(offsets) < 2:
             raise UserError(f"validation: got {self.validation}, which leaves no document of {path} for {split}")
         fingerprint = file_digest(path, f"{self.separator}, {start}:{end}")
-        return Store(path, self.dtype, offsets, tokenizer.vocab, fingerprint, start)
+        file = TokenFile(path.name, end - start, start=start)
+        return Store(folder, (file,), self.dtype, offsets, tokenizer.vocab, fingerprint)
 
     def _range(self, split: Split, offsets: np.ndarray) -> tuple[int, int]:
         """First and last token of a split in its file, whose documents have these offsets."""
@@ -147,228 +249,127 @@ class Tokens:
         return (0, cut) if split == "train" else (cut, count)
 
 
-class Encoded(NamedTuple):
-    """A document as it is stored."""
+class Range(NamedTuple):
+    """Items of a file."""
 
-    ids: Sequence[int]
-    """Its tokens. A document without tokens is left out."""
-    weights: Sequence[float] | None = None
-    """0 or 1 for each token: its weight as a target. None: all 1. A source has weights for all documents or for
-    none."""
-    label: int | None = None
-    """Its class, if it has one."""
-    note: str | None = None
-    """Treatment, such as "truncated": the number of documents of each is logged."""
+    name: str
+    dtype: str
+    start: int
+    """First item."""
+    size: int
+    """Number of items."""
 
 
-Encode = Callable[[Iterator[Any], Tokenizer], Iterator[Encoded]]
-"""Encoding of a kind of data, as a module-level function, whose name is part of the store's name, or as a frozen
-dataclass, whose fields are too."""
+class Folder(Protocol):
+    """Named files. A file is written whole or not at all."""
+
+    address: str
+    """Path or URL."""
+    local: bool
+    """True: on a disk."""
+
+    def names(self) -> set[str]:
+        """Names of the files. Empty: there is no such folder."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Content of a file. Raises OSError."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, in place of one of that name."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Size of a file in bytes. Raises OSError."""
+        ...
+
+    def array(self, name: str, dtype: str) -> np.ndarray:
+        """A file as an array [N]."""
+        ...
+
+    def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
+        """The items of each range."""
+        ...
 
 
-def encoded(
-    documents: Iterator[Document], text: Callable[[Document], str], tokenizer: Tokenizer
-) -> Iterator[tuple[Document, list[int]]]:
-    """Each document with the ids of its text, encoded in chunks."""
-    for chunk in _chunks(documents, lambda document: len(text(document))):
-        yield from zip(chunk, tokenizer.encode_batch(map(text, chunk)), strict=True)
+class LocalFolder:
+    """A folder on a disk."""
+
+    local = True
+
+    def __init__(self, path: Path):
+        self.path, self.address = path, str(path)
+
+    def names(self) -> set[str]:
+        return {file.name for file in self.path.iterdir()} if self.path.is_dir() else set()
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        with atomic.new(self.path / name, shared=True) as partial:
+            partial.write_bytes(data)
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def array(self, name: str, dtype: str) -> np.ndarray:
+        with open(self.path / name, "rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+
+    # A memory map keeps the pages read through it resident. These live for one call, so that reading takes the memory
+    # of one batch for any size of corpus. Mapping a file again takes about 10 microseconds.
+
+    def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
+        maps = {(r.name, r.dtype): self.array(r.name, r.dtype) for r in wanted}
+        return [maps[name, dtype][start : start + size] for name, dtype, start, size in wanted]
 
 
-def encode_texts(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Encode texts with weight 1 everywhere."""
-    return (Encoded(add_bos_eos(ids, tokenizer)) for _, ids in encoded(documents, str, tokenizer))
+class BucketFolder:
+    """A folder in a bucket, by its URL (gs://, s3://, ...), read and written by fsspec."""
+
+    local = False
+
+    def __init__(self, url: str):
+        self.address = url
+        try:
+            from fsspec.core import url_to_fs
+
+            self._files, self._path = url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"tokens: got {url}, which cannot be read ({one_line(error)}); for gs:// pip install 'gptjax[gcs]'"
+            ) from None
+
+    def names(self) -> set[str]:
+        try:
+            found = retry.call(lambda: self._files.ls(self._path, detail=False, refresh=True), self.address)
+        except FileNotFoundError:
+            return set()
+        return {str(name).rpartition("/")[2] for name in found}
+
+    def read(self, name: str) -> bytes:
+        return retry.call(lambda: self._files.cat_file(f"{self._path}/{name}"), f"{self.address}/{name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        retry.call(lambda: self._files.pipe_file(f"{self._path}/{name}", data), f"{self.address}/{name}")
+
+    def size(self, name: str) -> int:
+        return retry.call(lambda: self._files.size(f"{self._path}/{name}"), f"{self.address}/{name}")
+
+    def array(self, name: str, dtype: str) -> np.ndarray:
+        return np.frombuffer(self.read(name), dtype)
+
+    def ranges(self, wanted: Sequence[Range]) -> list[np.ndarray]:
+        sizes = [np.dtype(r.dtype).itemsize for r in wanted]
+        paths = [f"{self._path}/{r.name}" for r in wanted]
+        starts = [r.start * size for r, size in zip(wanted, sizes, strict=True)]
+        ends = [start + r.size * size for r, start, size in zip(wanted, starts, sizes, strict=True)]
+        found = retry.call(lambda: self._files.cat_ranges(paths, starts, ends, on_error="raise"), self.address)
+        return [np.frombuffer(data, r.dtype) for data, r in zip(found, wanted, strict=True)]
 
 
-def expect(kinds: type | tuple[type, ...], documents: Iterator[Any], source: object) -> Iterator[Any]:
-    """Yield the documents. Raises UserError for one of another class."""
-    for document in documents:
-        if not isinstance(document, kinds):
-            raise _unexpected(type(document), kinds, source)
-        yield document
-
-
-def held_out(source: Source[Document], split: Split, count: int | None, kind: type[Document]) -> list[Document]:
-    """First `count` documents of a split (None: all), all of class `kind`, to evaluate on. Raises UserError for another
-    class, or if there are none."""
-    documents = list(itertools.islice(expect(kind, source.documents(split), source), count))
-    if not documents:
-        raise UserError(f"source: {source} has no text in its {split} split to evaluate on")
-    return documents
-
-
-def _unexpected(kind: type, kinds: type | tuple[type, ...], source: object) -> UserError:
-    names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-    return UserError(f"source: got {source}, whose documents are {kind.__name__}, must be {names}")
-
-
-def tokenize(
-    source: Source | Tokens,
-    tokenizer: Tokenizer,
-    split: Split,
-    cache_dir: str | Path,
-    encode: Encode = encode_texts,
-    kinds: type | tuple[type, ...] = str,
-) -> Store:
-    """Tokens of `split`, stored now unless they are already. Memory does not grow with the corpus.
-
-    encode  encoding of the documents
-    kinds   classes of documents that `encode` accepts
-
-    If several processes ask for the same store at once, one makes it and the others wait. Raises UserError if the split
-    has no documents, or documents of another class.
-    """
-    if isinstance(source, Tokens):
-        if not issubclass(str, kinds):
-            raise _unexpected(str, kinds, source)
-        return source.store(tokenizer, split)
-    made_from = {
-        "format": FORMAT,
-        "source": source.fingerprint(),
-        "tokenizer": tokenizer.fingerprint,
-        "split": split,
-        "encoding": f"{encode.__module__}.{getattr(encode, '__qualname__', encode)}",
-    }
-    folder = Path(cache_dir) / f"{split}-{digest(made_from)[:16]}"
-    with atomic.usable(folder.parent, "cache", "set GPTJAX_CACHE to another folder"), contextlib.ExitStack() as stack:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(atomic.lock(folder.with_suffix(".lock")))
-        if (store := _open(folder, tokenizer.vocab)) is not None:
-            _tell(store, source, split)
-            return store
-        shutil.rmtree(folder, ignore_errors=True)
-        with atomic.new(folder) as partial:
-            partial.mkdir()
-            documents = expect(kinds, retry.stream(lambda: source.documents(split), source), source)
-            what = f"{source}, {split}"
-            tokens, notes = _write(encode(documents, tokenizer), what, tokenizer.vocab, partial, made_from)
-            if not tokens:
-                done = f" ({_listed(notes)}; a larger length holds more)" if notes else ""
-                raise UserError(f"source: {source} has no documents for {split}{done}; must have at least one")
-        store = _open(folder, tokenizer.vocab)
-    if store is None:
-        raise UserError(f"cache: the tokens just written to {folder} are not as they were written; check the disk")
-    _tell(store, source, split)
-    return store
-
-
-def _tell(store: Store, source: object, split: Split) -> None:
-    """Log the treatment of documents. Raises UserError if none has a target."""
-    done = _listed(store.notes)
-    total = len(store.offsets) - 1 + store.notes.get(DROPPED, 0)
-    if store.notes.get(UNTAUGHT, 0) >= len(store.offsets) - 1:
-        raise UserError(
-            f"source: {source} has nothing to learn for {split}: of {total:,} documents, {done}; conversations need "
-            "an assistant's turn, and a length that holds it with its question"
-        )
-    if done:
-        log.warning("%s, %s: of %d documents, %s", source, split, total, done)
-
-
-def _listed(notes: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {note}" for note, count in notes.items())
-
-
-def _open(folder: Path, vocab: int) -> Store | None:
-    """The store in this folder. None: missing or damaged."""
-    if not folder.exists():
-        return None
-    try:
-        header = json.loads((folder / "header.json").read_text())
-        if header.pop("sha256") != digest(header):
-            raise ValueError("header.json is not as it was written")
-        for name, expected in header["verified"].items():
-            if file_digest(folder / name, whole=name in WHOLE) != expected:
-                raise ValueError(f"{name} is not as it was written")
-        return Store(
-            path=folder / "tokens.bin",
-            dtype=header["dtype"],
-            offsets=_map(folder / "offsets.bin", "int64"),
-            vocab=vocab,
-            fingerprint=digest(header["files"]),
-            weights_path=folder / "weights.bin" if "weights.bin" in header["files"] else None,
-            labels=_map(folder / "labels.bin", "int32") if "labels.bin" in header["files"] else None,
-            notes=header["notes"],
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s: damaged (%s); tokenizing again", folder, one_line(error))
-        return None
-
-
-def _write(
-    documents: Iterator[Encoded], what: str, vocab: int, folder: Path, made_from: dict[str, Any]
-) -> tuple[int, Mapping[str, int]]:
-    """Store all documents in `folder`, header last. Returns the number of tokens, and of documents by note."""
-    dtype = "uint16" if vocab <= 1 << 16 else "uint32"
-    count = tokens = 0
-    hashes = {}
-    notes: collections.Counter[str] = collections.Counter()
-    told = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        names = "tokens.bin", "offsets.bin", "weights.bin", "labels.bin"
-        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
-
-        def write(name: str, values: np.ndarray) -> None:
-            data = values.tobytes()
-            hashes.setdefault(name, hashlib.sha256()).update(data)
-            files[name].write(data)
-
-        write("offsets.bin", np.array([0], "int64"))
-        for document in documents:
-            if document.note is not None:
-                notes[document.note] += 1
-            if not document.ids:
-                continue
-            if document.weights is not None and not any(document.weights):
-                notes[UNTAUGHT] += 1
-            ids = np.asarray(document.ids)
-            if not 0 <= ids.min() <= ids.max() < vocab:
-                raise UserError(
-                    f"tokenizer: got the ids {ids.min()} to {ids.max()} for document {count} of {what}, must be from 0 "
-                    f"to {vocab - 1}, below its vocab"
-                )
-            count, tokens = count + 1, tokens + len(document.ids)
-            write("tokens.bin", ids.astype(dtype))
-            write("offsets.bin", np.array([tokens], "int64"))
-            if document.weights is not None:
-                write("weights.bin", np.asarray(document.weights, "uint8"))
-            if document.label is not None:
-                write("labels.bin", np.array([document.label], "int32"))
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                log.info("tokenizing %s: %d documents, %d tokens so far", what, count, tokens)
-    for name in files.keys() - hashes.keys():
-        (folder / name).unlink()
-    header = {
-        **made_from,
-        "dtype": dtype,
-        "documents": count,
-        "tokens": tokens,
-        "notes": notes,
-        "files": {name: found.hexdigest() for name, found in hashes.items()},
-        "verified": {name: file_digest(folder / name, whole=name in WHOLE) for name in hashes},
-    }
-    (folder / "header.json").write_text(json.dumps({"sha256": digest(header), **header}, indent=1))
-    return tokens, notes
-
-
-def combine(*fingerprints: str) -> str:
-    """Fingerprint of several stores together."""
-    return digest(fingerprints)
-
-
-def _chunks(documents: Iterator[Document], size: Callable[[Document], int]) -> Iterator[list[Document]]:
-    """Chunks of documents, large enough for efficient encoding, small enough for memory."""
-    chunk, total = [], 0
-    for document in documents:
-        chunk.append(document)
-        total += size(document)
-        if total > 1 << 20 or len(chunk) == 1024:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
-
-
-def _map(path: Path, dtype: str) -> np.ndarray:
-    with open(path, "rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+def folder_at(path: str | Path, name: str) -> Folder:
+    """The folder `name` in a folder, or in a bucket's. Raises UserError if a bucket cannot be read."""
+    return BucketFolder(f"{str(path).rstrip('/')}/{name}") if "://" in str(path) else LocalFolder(Path(path) / name)

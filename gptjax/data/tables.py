@@ -12,10 +12,10 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from gptjax.data.files import Where, file_state, find_files, read_json, read_lines
-from gptjax.data.sources import check_fraction, fingerprint, of_split
+from gptjax.data.sources import check_fraction, fingerprint, of_split, one_each
 from gptjax.protocols import Split
 from gptjax.types import UserError, one_line
 
@@ -77,6 +77,10 @@ class FileTable(Table):
     @abc.abstractmethod
     def rows(self, path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Where, Any]]:
         """Rows of one file, with their places."""
+
+    def files(self) -> Iterator[tuple[Self, int]]:
+        """A table of each file, in order, and the size of the file in bytes."""
+        return one_each(self)
 
     def read(self, split: Split, of_row: OfRow[Document], columns: Sequence[str] | None = None) -> Iterator[Document]:
         rows = (row for path in find_files(self.path) for row in self.rows(path, columns))

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gptjax.data.encoding import held_out
 from gptjax.data.sources import Example
-from gptjax.data.store import held_out
 from gptjax.protocols import Evaluation, Source, Split, Tokenizer
 from gptjax.types import Result
 

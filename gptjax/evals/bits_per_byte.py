@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.data.store import held_out
+from gptjax.data.encoding import held_out
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.evals import likelihood

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from gptjax.data.encoding import held_out
 from gptjax.data.pairs import TextPair
-from gptjax.data.store import held_out
 from gptjax.protocols import Evaluation, Source, Split, Tokenizer
 from gptjax.types import Result
 

@@ -116,6 +116,7 @@ class Experiment:
         accept_changes: bool = False,
         profile: range | None = None,
         mirror: str | None = None,
+        tokens: str | None = None,
     ) -> int:
         """Train every stage, or resume the folder's run; evaluate; write the report.
 
@@ -125,7 +126,10 @@ class Experiment:
 
         profile  steps of each stage to trace, counted from 1 at the start of this process
         mirror   bucket, gs:// or a path, that the folder is copied to, and first copied back from if that is newer
+        tokens   folder or bucket of tokenised data, made by `gptjax data prepare`; what a folder lacks is tokenised.
+                 None: `$GPTJAX_CACHE/tokens`
         """
+        cache = tokens or str(cache_dir() / "tokens")
         folder = Path(folder).absolute()
         # Paths are neither wrapped nor parsed as markup, so that they can be copied.
         console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
@@ -133,12 +137,12 @@ class Experiment:
         with run_folder.lock(folder), _mirrored(folder, mirror):  # nothing is copied while another run has the folder
             for line in run_folder.prepare(folder, self, accept_changes):
                 console.print(f"changed: {line}")
-            tokenizer = self._tokenizer(folder, console)
+            tokenizer = self._tokenizer(folder, cache, console)
             self._check_prompts(tokenizer)
             self._check_evaluations(folder, tokenizer)
             model, mesh = self.model.build(self.rules), self.mesh.make()
             with sharding.use(mesh):
-                stages = self._read_data(folder, tokenizer, model, console)
+                stages = self._read_data(folder, cache, tokenizer, model, console)
             pretrained = self._pretrained(model, tokenizer)
             first = next(iter(self.stages))
             init, origin = pretrained, run_folder.pretrained_identity(folder, first, self.init_from)
@@ -168,7 +172,7 @@ class Experiment:
                                 tokenizer,
                                 checkpoints,
                                 records,
-                                cache=cache_dir() / "tokens",
+                                cache=cache,
                                 seed=self.seed,
                                 init=init,
                                 sample=functools.partial(_sample, model, stage, tokenizer) if self._generates else None,
@@ -258,15 +262,21 @@ class Experiment:
             restore_stage_params(checkpoints, adapters, name, model, abstract, pretrained, step).state
         )
 
-    def _tokenizer(self, folder: Path, console: Console) -> Tokenizer:
-        """The run's tokenizer: loaded from its folder, or built from the first stage's training text."""
+    def _tokenizer(self, folder: Path, cache: str, console: Console) -> Tokenizer:
+        """The run's tokenizer: loaded from its folder, or found beside prepared tokens, or built from the first stage's
+        training text."""
         path = folder / "tokenizer"
         if path.exists():
             tokenizer = load_tokenizer(path)
         else:
             with console.status("building the tokenizer ..."):
-                first = next(iter(self.stages.values()))
-                tokenizer = self.tokenizer.build(first.data.texts())
+                first = next(iter(self.stages.values())).data
+                if "://" in cache or any(Path(cache).glob("tokenizer-*")):
+                    from gptjax.data.prepared import tokenizer_of
+
+                    tokenizer = tokenizer_of(self.tokenizer, first, cache)
+                else:
+                    tokenizer = self.tokenizer.build(first.texts())
             if jax.process_index() == 0:
                 with atomic.new(path) as partial:
                     tokenizer.save(partial)
@@ -292,10 +302,12 @@ class Experiment:
                         "and less than the maximum of model.positions"
                     )
 
-    def _read_data(self, folder: Path, tokenizer: Tokenizer, model: Module, console: Console) -> dict[str, Stage]:
+    def _read_data(
+        self, folder: Path, cache: str, tokenizer: Tokenizer, model: Module, console: Console
+    ) -> dict[str, Stage]:
         """The stages, with `steps` in place of `epochs`. Raises UserError for data of a later stage that cannot be
         trained on, before the first stage is trained; its texts are tokenised. Call it with the mesh set."""
-        cache, stages, waiting = cache_dir() / "tokens", dict(self.stages), 0
+        stages, waiting = dict(self.stages), 0
         for name, stage in stages.items():
             if stage.epochs is None:
                 with Checkpoints(folder / "checkpoints" / name) as saved:

@@ -170,11 +170,12 @@ class ChatTemplate:
         texts = [text for text, _ in self._written([(conversation[:end], False) for end in ends])]
         if all(self._end(text, texts[-1], names) is not None for text in texts):
             return [conversation[: ends[-1]]]
-        quiet = [dataclasses.replace(message, target=False) for message in conversation]
+        quiet = [dataclasses.replace(message, weight=0.0) for message in conversation]
         return [(*quiet[: end - 1], conversation[end - 1]) for end in ends]
 
     def render(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-        """Token ids of one of `rows`, and their loss weights: 1 for what the assistant writes, and 0 for all else.
+        """Token ids of one of `rows`, and their loss weights: the message's for what the assistant writes, 0 for
+        all else.
 
         A template with generation blocks says so itself. Without them it is what follows each prompt, up to the special
         token that ends it; where none does, up to the special token with which the next turn begins, as in GLM 4.5.
@@ -184,15 +185,15 @@ class ChatTemplate:
         with no_panic():
             encoded = reader(tokenizer).encode(text, add_special_tokens=False)
         weights = [0.0] * len(text)
-        for start, end in spans:
-            weights[start:end] = [1.0] * (end - start)
+        for start, end, weight in spans:
+            weights[start:end] = [weight] * (end - start)
         found = [weights[at] for at, _ in encoded.offsets]
         if spans and not any(found):
             raise UserError("template: got one that leaves no token of the answers to train; give another")
         return encoded.ids, found
 
-    def _answers(self, turns: Conversation, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the span of each answer that is a target."""
+    def _answers(self, turns: Conversation, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int, float]]]:
+        """The text, and the span and weight of each answer that is a target."""
         names, ends = _names(tokenizer), _ends(turns)
         asked = [(turns[: end - answering], bool(answering)) for end in ends for answering in (1, 0)]
         (text, _), *parts = self._written([(turns, False), *asked])
@@ -203,18 +204,18 @@ class ChatTemplate:
                 raise _other_prompt(end)
             answer = text[start:stop].rstrip()
             if answer.endswith(names):
-                spans.append((start, start + len(answer)))
+                spans.append((start, start + len(answer), turns[end - 1].weight))
                 continue
             if stop == len(text):
                 text += self._next_turn(turns[end - 1], names)
             following = next((name for name in names if text.startswith(name, stop)), None)
             if following is None:
                 raise UserError(_ENDLESS)
-            spans.append((start, stop + len(following)))
+            spans.append((start, stop + len(following), turns[end - 1].weight))
         return text, spans
 
-    def _blocks(self, turns: Conversation, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and its generation blocks, of the answers that are targets."""
+    def _blocks(self, turns: Conversation, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int, float]]]:
+        """The text, and its generation blocks of the answers that are targets, with their weights."""
         names = _names(tokenizer)
         ends = [i for i, message in enumerate(turns, 1) if message.role == "assistant"]
         asked = [(turns[: end - answering], bool(answering)) for end in ends for answering in (1, 0)]
@@ -224,7 +225,7 @@ class ChatTemplate:
         for end, (before, _), stop in zip(ends, parts[::2], [*stops[:-1], len(text)], strict=True):
             message = turns[end - 1]
             if stop is None:
-                if any(m.target for m in turns[:end] if m.role == "assistant"):
+                if any(m.target for m in turns[:end]):
                     raise _other_prompt(end)
                 continue
             own, first = [block for block in blocks if first <= block[0] < stop], stop
@@ -235,7 +236,7 @@ class ChatTemplate:
                 raise UserError(f"template: got one whose generation blocks leave out message {end}, an assistant's")
             if not text[own[-1][0] : own[-1][1]].rstrip().endswith(names):
                 raise UserError(_ENDLESS)
-            kept += own
+            kept += [(*block, message.weight) for block in own]
         return text, kept
 
     def _next_turn(self, message: Message, names: tuple[str, ...]) -> str:
@@ -322,7 +323,7 @@ def _start(prompt: str, text: str, end: int) -> int:
 
 def _ends(conversation: Conversation) -> list[int]:
     """Number of messages up to each of the assistant's that is a target."""
-    return [i for i, message in enumerate(conversation, 1) if message.role == "assistant" and message.target]
+    return [i for i, message in enumerate(conversation, 1) if message.target]
 
 
 def _harmless(messages: Iterable[Message], tokenizer: Tokenizer, marks: Iterable[str]) -> Conversation:

@@ -43,7 +43,7 @@ def train(
     folder: Path,
     records: MetricsLogger,
     *,
-    cache: Path,
+    cache: str | Path,
     seed: int = 0,
     init: Callable[[Params], Params] | None = None,
     sample: Sampler | None = None,
@@ -57,7 +57,7 @@ def train(
 
     model           module built by a `ModelConfig`, with its sharding rules; on the current mesh (`sharding.use`)
     folder          folder of the checkpoints
-    cache           folder of tokenised text
+    cache           folder of tokenised text, or bucket that has it
     init            abstract parameters -> initial ones with the same shardings, such as another stage's; they are
                     donated. None: initialise from `seed`. With adapters, the parameters to adapt; checkpoints have the
                     adapters only

@@ -128,7 +128,7 @@ class Stage:
                 )
 
     def read(
-        self, name: str, tokenizer: Tokenizer, rules: ShardingRules, seed: int, cache: Path
+        self, name: str, tokenizer: Tokenizer, rules: ShardingRules, seed: int, cache: str | Path
     ) -> tuple[BatchIterator, Iterable[Batch] | None]:
         """Batches of this process to train on, and to validate with if there is a validation split, on the current
         mesh. Texts are tokenised unless the folder `cache` has them. Raises UserError that names the field of the stage

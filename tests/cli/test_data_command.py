@@ -71,3 +71,37 @@ def test_an_experiment_is_shown_with_overrides_and_a_mistake_is_one_line(folder,
     assert "the nearest: quickstart" in capsys.readouterr().err
     assert main.main(["data", "sho"]) == 2
     assert "the nearest: show" in capsys.readouterr().err
+
+
+EXPERIMENT = (
+    "from gptjax import Experiment, Stage, data, objectives, optim\n"
+    "from gptjax.nn import TransformerConfig\n"
+    "source = data.Text('lines.txt', separator='\\n')\n"
+    "stage = Stage(data.Pretrain(source, 16, 8), objectives.NextToken(), optim.AdamW(), steps=1)\n"
+    "model = TransformerConfig(vocab=300, layers=1, width=16, heads=2)\n"
+    "experiment = Experiment(model, data.TrainCharacters(), {'text': stage})\n"
+)
+
+
+def test_a_run_finds_what_was_prepared(folder, capsys, monkeypatch):
+    """The tokenizer too. Workers that are not the last say so."""
+    (folder / "lines.txt").write_text("\n".join(f"line {i}" for i in range(200)))
+    (folder / "prepared_here.py").write_text(EXPERIMENT)
+    arguments = ["data", "prepare", "prepared_here.py", "--out", "tokens", "--processes", "1"]
+    assert main.main([*arguments, "--worker", "1/2"]) == 0
+    assert "other workers have shards to make\nworker 1/2 has done its part" in capsys.readouterr().out
+    assert main.main([*arguments, "--worker", "0/2"]) == 0
+    assert "183 documents of 1,728 tokens in 1 shard" in capsys.readouterr().out
+    assert main.main(arguments) == 0
+    assert capsys.readouterr().out.count("found in tokens") == 2
+
+    def fail(*_):
+        raise AssertionError("tokenised, or trained a tokenizer, once more")
+
+    monkeypatch.setattr("gptjax.data.shards._Making.run", fail)
+    monkeypatch.setattr("gptjax.data.tokenizers.characters.TrainCharacters.build", fail)
+    assert main.main(["run", "prepared_here.py", "--tokens", "tokens", "--out", "run"]) == 0
+    assert "tokens, found in tokens" in capsys.readouterr().out
+    for worker in ("2/2", "1", "a/b"):
+        assert main.main([*arguments, "--worker", worker]) == 2
+        assert "worker: got" in capsys.readouterr().err

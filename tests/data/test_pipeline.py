@@ -14,11 +14,12 @@ import pytest
 from letters import BYTES, END, Letters, Talks, assert_equal, join, segments_of, stored, take
 
 from gptjax.data.chat import Chat, Message, render
+from gptjax.data.dataset import Pretrain
 from gptjax.data.mix import Mix, Phase, Reweight, epochs, longest_epoch, order, permute
 from gptjax.data.packing import BestFit, Concatenate
-from gptjax.data.pretrain import Pretrain
+from gptjax.data.shards import tokenize
 from gptjax.data.sources import Text
-from gptjax.data.store import Tokens, tokenize
+from gptjax.data.store import Tokens
 from gptjax.types import UserError
 
 PACKINGS = pytest.mark.parametrize("packing", [Concatenate(), BestFit()], ids=["concatenate", "best_fit"])

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from letters import BYTES, Letters, Talks, assert_equal, take
 
+from gptjax.data import encoding, shards
 from gptjax.data.chat import Chat
-from gptjax.data.pretrain import Pretrain
-from gptjax.data.store import Tokens, tokenize
+from gptjax.data.dataset import Pretrain
+from gptjax.data.shards import tokenize
+from gptjax.data.store import Tokens
 from gptjax.types import UserError
 
 
@@ -43,10 +45,11 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
 @pytest.mark.parametrize("large", [False, True])
 def test_a_damaged_store_is_made_again(tmp_path, damage, large, caplog, monkeypatch):
-    """Whichever file it is. Of large files blocks are verified, the first and the last always."""
+    """Whichever file it is. Of large stores some shards are verified, the first and the last always, and all sizes."""
     if large:
-        monkeypatch.setattr("gptjax.data.files.BLOCK", 16)
-        monkeypatch.setattr("gptjax.data.files.BLOCKS", 3)
+        monkeypatch.setattr("gptjax.data.shards.SHARD", 20)
+        monkeypatch.setattr("gptjax.data.encoding.CHUNK", 20)
+        monkeypatch.setattr("gptjax.data.store.VERIFIED", 0)
 
     def read():
         with contextlib.closing(Chat(Talks(), length=96, batch=4).batches(BYTES, "train", 0, tmp_path)) as batches:
@@ -55,14 +58,23 @@ def test_a_damaged_store_is_made_again(tmp_path, damage, large, caplog, monkeypa
     expected = read()
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert files.keys() == {"tokens.bin", "offsets.bin", "weights.bin", "header.json"}
+    names = sorted(name.removeprefix("00000-") for name in files)
+    assert (len(files) > 14) == large
+    assert names[:4] == ["00000.json", "00000.sizes.bin", "00000.tokens.bin", "00000.weights.bin"]
+    resizing = damage in ("shorter", "longer", "empty", "missing")
+    last = max(files.keys() - {"header.json", "offsets.bin"})[:11]
     for name, content in files.items():
+        if name.endswith("sizes.bin") or (name.endswith(".json") and name != "header.json"):
+            continue  # read when shards are gathered
+        if large and not resizing and not name.startswith(("00000-00000", last, "header", "offsets")):
+            continue
         caplog.clear()
         (folder / name).unlink()  # a thread may still be reading it, and must not find it shorter
         if damage != "missing":
             (folder / name).write_bytes(DAMAGES[damage](content))
         assert_equal(read(), expected)
-        assert f"{folder}: damaged (" in caplog.text
+        if damage != "missing" or name != "header.json":  # without a header it is an unfinished store
+            assert f"{folder}: damaged (" in caplog.text
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     caplog.clear()
     assert_equal(read(), expected)
@@ -82,7 +94,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
 
     data = Pretrain(Letters(), length=16, batch=4, shuffle=False)
     batches = data.batches(BYTES, "train", 0, tmp_path)
-    (path,) = tmp_path.glob("*/tokens.bin")
+    (path,) = tmp_path.glob("*/*.tokens.bin")
     content = bytearray(path.read_bytes())
     content[7] = 0xFF
     path.write_bytes(content)
@@ -95,7 +107,7 @@ def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, monkeypatch, code):
     def fail(*_, **__):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("gptjax.data.store._write", fail)
+    monkeypatch.setattr("gptjax.data.store.LocalFolder.write", fail)
     with pytest.raises(UserError, match=rf"^cache: cannot use {tmp_path} \({os.strerror(code)}\); .*GPTJAX_CACHE"):
         tokenize(Letters(), BYTES, "train", tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -109,29 +121,48 @@ class Interrupted(Letters):
 
 class Slow(Letters):
     def documents(self, split):
-        for text in super().documents(split):
-            time.sleep(60)
+        for number, text in enumerate(super().documents(split)):
+            time.sleep(60 if number == 20 else 0)
             yield text
 
 
-def test_an_interrupted_tokenisation_leaves_nothing_that_counts(tmp_path):
+class Counting(type(BYTES)):
+    encoded = 0
+
+    def encode_batch(self, texts):
+        found = super().encode_batch(texts)
+        Counting.encoded += len(found)
+        return found
+
+
+def small_shards(folder):
+    shards.SHARD, encoding.CHUNK = 100, 50
+    tokenize(Slow(), BYTES, "train", folder)
+
+
+def test_what_was_killed_goes_on_after_its_last_shard(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tokenize(Interrupted(), BYTES, "train", tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert not list(tmp_path.glob("*/header.json"))
 
-    killed = multiprocessing.get_context("spawn").Process(target=tokenize, args=(Slow(), BYTES, "train", tmp_path))
+    killed = multiprocessing.get_context("spawn").Process(target=small_shards, args=(tmp_path,))
     killed.start()
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*.partial/tokens.bin")) and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("*/*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     killed.kill()
     killed.join()
-    assert len(list(tmp_path.glob("*.partial"))) == 1
+    assert len(list(tmp_path.glob("*/*.json"))) >= 2
+    assert not list(tmp_path.glob("*/header.json"))
+    (left,) = (path.with_suffix(".partial") for path in list(tmp_path.glob("*/*.json"))[:1])
+    left.write_text("of a write that was killed")
 
-    source = Letters()
-    tokenize(source, BYTES, "train", tmp_path)
-    assert source.reads == ["train"]
-    assert not list(tmp_path.glob("*.partial"))
+    monkeypatch.setattr(shards, "SHARD", 100)
+    monkeypatch.setattr(encoding, "CHUNK", 50)
+    store = tokenize(Letters(), Counting(b"", BYTES.specials), "train", tmp_path)
+    assert 0 < Counting.encoded < 37
+    np.testing.assert_array_equal(store.tokens(), tokenize(Letters(), BYTES, "train", tmp_path / "other").tokens())
+    assert not list(tmp_path.glob("*/*.partial"))
 
 
 def test_memory_mapped_tokens_are_read_where_they_are(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gptjax.data import TrainCharacters
-from gptjax.data.store import tokenize
+from gptjax.data.shards import tokenize
 from gptjax.io import retry
 from gptjax.types import UserError
 
