@@ -78,7 +78,7 @@ def difference(
     m, n, count = float(x.mean()), len(x), int(groups.max()) + 1
     se = _standard_error(x, groups, count)
     half = _student(count, level) * se
-    if count == n and np.isin(x, (-1, 0, 1)).all():
+    if count == n and np.isin([a, b], (0, 1)).all():
         better, differing = int((x > 0).sum()), int((x != 0).sum())
         p = float(stats.binomtest(better, differing).pvalue) if differing else 1.0
     elif se == 0 or count == 1:

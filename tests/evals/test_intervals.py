@@ -66,6 +66,9 @@ def test_differences_of_measures_are_the_paired_t_test():
     a, b = draw.normal(0.3, 1, 30), draw.normal(0, 1, 30)
     assert difference(list(a), list(b)).p == pytest.approx(float(stats.ttest_rel(a, b).pvalue))
     assert difference([1.0, 2.0], [1.0, 2.0], ["x", "x"]).p == 1
+    assert difference([2.5, 1.5, 3.5], [1.5, 1.5, 2.5]).p == pytest.approx(
+        float(stats.ttest_rel([2.5, 1.5, 3.5], [1.5, 1.5, 2.5]).pvalue)
+    ), "differences of 0 and 1 of measures are no counts of right answers"
 
 
 def test_what_is_wrong_is_said():
