@@ -136,48 +136,33 @@ def _generate(
     temperature: float | None,
     seed: int,
 ) -> None:
+    """Let a model reply. One that has learnt no conversations continues the text of a prompt."""
     import dataclasses
 
     from rich.console import Console
     from rich.progress import track
 
-    from gptjax.inference.engine import Request
+    from gptjax.evals.replies import Prompt, form_of, write
     from gptjax.inference.sampling import Sampling
+    from gptjax.tasks.task import Generation
     from gptjax.types import UserError
 
-    sampling = model.sampling or Sampling(temperature=0.8, top_p=0.95)
+    sampling, form = model.sampling or Sampling(temperature=0.8, top_p=0.95), form_of(model)
     if temperature is not None:
         sampling = dataclasses.replace(sampling, temperature=temperature)
-    engine = model.engine(rows=min(rows, len(missing)), queue=len(missing))
-    form, texts = model.reply_format, {}
-    for item, prompt in missing.items():
-        ids = _encode(model, prompt)
-        room = engine.context - len(ids)
-        if room < 1:
-            raise UserError(f"prompts: got one of {len(ids)} tokens, must be shorter than {name}'s {engine.context}")
-        # The seed is the item's, so that a reply does not depend on which others are missing.
-        request = Request(ids, min(max_tokens, room), sampling, (seed + int(item[:8], 16)) % 2**32, marks=form.marks)
-        texts[item] = form.thinking(ids, model.tokenizer), engine.submit(request)
-    engine.start()
-    try:
-        console = Console(stderr=True)
-        for item in track(texts, f"{name}: replying", console=console, disable=not console.is_terminal):
-            thinking, text = texts[item]
-            text.wait()
-            if text.error is not None:
-                raise UserError(f"engine: {text.error}")
-            comparison.add_reply(name, item, form.message(text.text, False, thinking).text)
-    finally:
-        engine.close()
-
-
-def _encode(model: LanguageModel, prompt: Conversation) -> tuple[int, ...]:
-    """Token ids of a prompt. A model that has learnt no conversations continues its text."""
-    from gptjax.data.tokenizers import CHAT_SPECIALS
-
-    if model.template is not None or set(CHAT_SPECIALS) <= set(model.tokenizer.specials):
-        return tuple(model.encode_chat(prompt))
-    return tuple(model.encode_prompt("\n".join(message.text for message in prompt)))
+    names, asked = {int(item, 16): item for item in missing}, []
+    for number, item in names.items():
+        prompt = missing[item]
+        text = "\n".join(message.text for message in prompt)
+        ids = model.encode_chat(prompt) if form == "chat" else model.encode_prompt(text)
+        asked.append((Prompt(number, tuple(ids), prompt), 0))
+    # The seed is the item's, so that a reply does not depend on which others are missing.
+    written = write(model, asked, Generation(max_tokens, text_stop=()), sampling, form, seed, rows)
+    console = Console(stderr=True)
+    for one in track(written, f"{name}: replying", len(asked), console=console, disable=not console.is_terminal):
+        if not one.fits:
+            raise UserError(f"prompts: got one of {len(one.prompt.ids)} tokens, which leaves {name} no room to reply")
+        comparison.add_reply(name, names[one.prompt.item], one.reply.text)
 
 
 def _judge(comparison: Comparison, url: str, model: str | None) -> None:

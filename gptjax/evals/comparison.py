@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -112,10 +111,10 @@ class Comparison:
         (folder / "replies").mkdir(parents=True, exist_ok=True)
         for model in models:
             if (path := self._replies_file(model)).exists():
-                _end_of_lines(path)
+                atomic.drop_partial_line(path)
                 self.replies[model] = {item: reply for item, reply in read_replies(path).items() if item in prompts}
         if (votes := folder / "votes.jsonl").exists():
-            _end_of_lines(votes)
+            atomic.drop_partial_line(votes)
             self.votes = [_vote(where, row) for where, row in read_json(votes, "error")] if votes.stat().st_size else []
 
     def bind(self, model: str, facts: Mapping[str, Any]) -> None:
@@ -229,17 +228,7 @@ def _vote(where: Any, row: Any) -> Vote:
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _end_of_lines(path: Path) -> None:
-    """Cut off the rest of a line that was being written when the process was killed."""
-    with path.open("r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+    atomic.append_line(path, json.dumps(row, ensure_ascii=False))
 
 
 def _digest(*words: str) -> bytes:

@@ -67,6 +67,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Append a line of UTF-8 text to a file; it is on disk when this returns."""
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write(line + "\n")
+    _sync(Path(path))
+
+
+def drop_partial_line(path: str | os.PathLike[str]) -> None:
+    """Cut off the rest of a line that was being appended when its writer was killed."""
+    with open(path, "r+b") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
 @contextlib.contextmanager
 def lock(path: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
     """Context in which no other process holds the lock of this file, which is created and stays. A process that ends,

@@ -87,6 +87,16 @@ def test_writers_at_once_do_not_meet(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_lines_are_appended_whole(tmp_path):
+    path = tmp_path / "lines"
+    atomic.append_line(path, "你好")
+    with path.open("ab") as half:
+        half.write("你".encode()[:2])
+    atomic.drop_partial_line(path)
+    atomic.append_line(path, "b")
+    assert path.read_text(encoding="utf-8") == "你好\nb\n"
+
+
 def test_this_is_the_only_way():
     others = {"rename", "fsync", "mkstemp", "NamedTemporaryFile"}
     for path in ROOT.glob("gptjax/**/*.py"):
