@@ -46,8 +46,8 @@ class PreferencesJsonl:
     path: str
     """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
     validation: float = 0.1
-    """Fraction of the pairs held out for validation, chosen by a hash of the first message, so that no conversation is
-    in both splits. 0: none."""
+    """Fraction of the pairs held out for validation, chosen by a hash of the user's first message, so that no
+    conversation is in both splits. 0: none."""
     invalid: Literal["error", "skip"] = "error"
     """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
@@ -55,18 +55,19 @@ class PreferencesJsonl:
         check_fraction(self.validation)
 
     def documents(self, split: Split) -> Iterator[Preference]:
+        return of_split(self.keyed(), split, self.path, self.validation)
+
+    def keyed(self) -> Iterator[tuple[str, Preference]]:
+        """All pairs, each with its first message that is not the system's: pairs with one key are in one split."""
         left_out: dict[str, int] = {}
-
-        def pairs() -> Iterator[tuple[str, Preference]]:
-            for path in find_files(self.path):
-                for where, row in read_json(path, self.invalid):
-                    pair, reason = _pair(where, row)
-                    if pair is None:
-                        left_out[reason] = left_out.get(reason, 0) + 1
-                    else:
-                        yield json.dumps(pair.prompt[0].as_json(), sort_keys=True), pair
-
-        yield from of_split(pairs(), split, self.path, self.validation)
+        for path in find_files(self.path):
+            for where, row in read_json(path, self.invalid):
+                pair, reason = _pair(where, row)
+                if pair is None:
+                    left_out[reason] = left_out.get(reason, 0) + 1
+                else:
+                    first = next((message for message in pair.prompt if message.role != "system"), pair.prompt[0])
+                    yield json.dumps(first.as_json(), sort_keys=True), pair
         for reason, count in left_out.items():
             log.warning("%s: left out %d pairs with %s", self.path, count, reason)
 

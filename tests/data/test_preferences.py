@@ -72,6 +72,9 @@ def test_conversations_that_begin_alike_are_in_one_split(tmp_path):
     assert train
     assert held_out
     assert not train & held_out
+    folds = [data.Fold(source, i, 3) for i in range(3)]
+    parts = [{pair.prompt[0].text for pair in fold.documents("validation")} for fold in folds]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 20
 
 
 def test_a_sequence_has_both_conversations_and_replies_are_the_targets(tmp_path):
