@@ -44,7 +44,7 @@ def forget_programs() -> Iterator[None]:
         jax.clear_caches()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The maintainers' folder of real data, tokenizers and trained models; the test skips where it is absent."""
     if not (SHARED / "data.md").exists():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED
 
 import gptjax
 
@@ -29,8 +28,8 @@ def folder(request, tmp_path_factory) -> Path:
 
     path = tmp_path_factory.mktemp("model")
     if request.param == "sentencepiece":
-        shared = SHARED / "models" / "stories260k"
-        gptjax.load(shared).save_hf(path / "m")
+        stories = request.getfixturevalue("shared") / "models" / "stories260k"
+        gptjax.load(stories).save_hf(path / "m")
         return path / "m"
     library = tokenizers.ByteLevelBPETokenizer()
     library.train_from_iterator([STORY, "Question: two?\nAnswer: 2"], 320, special_tokens=["<|endoftext|>"])

@@ -167,7 +167,8 @@ def test_what_is_trained_is_shown_before_the_first_step(tmp_path, capsys):
         "  devices  1 x cpu",
         f"  memory   0.1 MiB per device, without activations: parameters {4 * count / 2**20:.1f}, "
         f"gradients {4 * count / 2**20:.1f}, optimizer {8 * count / 2**20:.1f}, average {4 * count / 2**20:.1f}",
-        f"  data     8 steps of 128 tokens: {16 / 145:.2g} to {48 / 75:.2g} epochs of {tokens:,} tokens",
+        f"  data     8 steps of 128 tokens: {16 / 145:.2g} to {48 / 75:.2g} epochs of {tokens:,} tokens, "
+        f"tokenised now in {tmp_path / 'tokens'}",
         "  start    somewhere",
     ]
     lines = capsys.readouterr().out.splitlines()
