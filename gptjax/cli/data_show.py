@@ -12,10 +12,11 @@ Trained tokens stand on a green ground or, where the output is no terminal, betw
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -66,7 +67,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.stage is not None and options.stage not in target.datasets:
         raise UserError(f"stage: got {options.stage!r}, must be one of {', '.join(target.datasets)}")
     for name, dataset in target.datasets.items():
-        if options.stage in (None, name):
+        if options.stage not in (None, name):
+            continue
+        with _without_warnings("gptjax.data.shards"):  # its counts are among the statistics
             _show(name, dataset, target.tokenizer, target.seed, options)
     return 0
 
@@ -75,7 +78,6 @@ def _show(name: str, dataset: Dataset, tokenizer: Tokenizer, seed: int, options:
     from gptjax.data.files import cache_dir
     from gptjax.data.show import as_table, as_text, statistics
 
-    logging.getLogger("gptjax.data.shards").setLevel(logging.ERROR)  # its counts are printed
     cache = str(cache_dir() / "tokens")
     print(f"# {name}")
     lines = list(statistics(dataset, tokenizer, options.split, cache))
@@ -88,10 +90,20 @@ def _show(name: str, dataset: Dataset, tokenizer: Tokenizer, seed: int, options:
         print(as_table(batch, tokenizer) if options.tokens else as_text(batch, tokenizer, colour=sys.stdout.isatty()))
 
 
+@contextlib.contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    """Context in which a logger says errors alone."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _row(dataset: Dataset, tokenizer: Tokenizer, seed: int, options: Options, number: int, cache: str) -> Batch | None:
     """A batch of the sequence of this number. None: the split has fewer."""
-    import contextlib
-
     one = dataclasses.replace(dataset, batch=1)
     if options.split == "train":
         with contextlib.closing(one.batches(tokenizer, "train", seed, cache)) as batches:

@@ -47,7 +47,7 @@ def test_each_kind_of_data_is_shown_with_its_targets(folder, capsys, name):
 
 def test_an_experiment_is_shown_with_overrides_and_a_mistake_is_one_line(folder, capsys):
     (folder / "lines.txt").write_text("\n".join(f"line {i}" for i in range(200)))
-    (folder / "mine.py").write_text(
+    (folder / "shown.py").write_text(
         "from gptjax import Experiment, Stage, data, objectives, optim\n"
         "from gptjax.nn import TransformerConfig\n"
         "source = data.Text('lines.txt', separator='\\n')\n"
@@ -55,7 +55,7 @@ def test_an_experiment_is_shown_with_overrides_and_a_mistake_is_one_line(folder,
         "model = TransformerConfig(vocab=264, layers=1, width=16, heads=2)\n"
         "experiment = Experiment(model, data.Bytes(), {'text': stage})\n"
     )
-    arguments = ["data", "show", "mine.py", "--split", "validation", "--rows", "1", "--text.data.length", "20"]
+    arguments = ["data", "show", "shown.py", "--split", "validation", "--rows", "1", "--text.data.length", "20"]
     assert main.main(arguments) == 0
     out = capsys.readouterr().out
     assert "sequences of 20" in out
