@@ -179,15 +179,27 @@ def _parse(name: str, arguments: list[str], default: Options, program: str) -> t
     _ = options.folder, options.steps  # mistakes in them are shown before an experiment is loaded
     module = catalogue.load(name)
     about = f"{(module.__doc__ or '').strip()}\n\n{describe_options(default)}"
-    experiment = _chosen(name, module, options)
-    experiment = override(experiment, overrides, f"{program} {name}", about)
+    chosen = _chosen(name, module, options)
+    experiment = override(chosen, overrides, f"{program} {name}", about)
     if options.fold is not None:
         from gptjax.data.folds import with_fold
 
         index, count = pair("fold", options.fold)
         stages = with_fold(experiment.stages, index, count)
         experiment = dataclasses.replace(experiment, stages=stages)
-    return options, experiment
+    return options, _without_promises(experiment, chosen)
+
+
+def _without_promises(experiment: Experiment, shipped: Experiment) -> Experiment:
+    """The experiment, without the expected results of the shipped one if it is trained in another way."""
+    from gptjax.experiment.run_folder import CHANGEABLE
+
+    if not getattr(experiment, "expect", ()):  # an experiment may be another object with a `run`
+        return experiment
+    free = {name: getattr(shipped, name) for name in CHANGEABLE}
+    return (
+        experiment if dataclasses.replace(experiment, **free) == shipped else dataclasses.replace(experiment, expect=())
+    )
 
 
 def _chosen(name: str, module: ModuleType, options: Options) -> Experiment:

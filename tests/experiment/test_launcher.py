@@ -172,6 +172,12 @@ def test_print_shows_the_configuration_and_runs_nothing(tiny, capsys):
     assert not Path("runs").exists()
 
 
+def test_an_experiment_that_is_trained_in_another_way_promises_nothing(capsys):
+    for options, promises in (([], True), (["--mesh.fsdp", "2"], True), (["--pretrain.steps", "60"], False)):
+        assert launcher.main(["quickstart", "--print", *options]) == 0
+        assert ("Expect(" in capsys.readouterr().out) == promises
+
+
 def test_help_of_an_experiment(tiny, capsys):
     with pytest.raises(SystemExit) as stop:
         launcher.main([tiny, "--help"])
