@@ -16,26 +16,15 @@ from gptjax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice(Task):
-    """Items start, start + step, ... before stop of a task, as in Python's slices."""
+class Wrapper(Task):
+    """Items of another task. A subclass changes some of what it says of them."""
 
     task: Task
     """The task."""
-    start: int | None = None
-    """First item. None: 0. Negative: from the end."""
-    stop: int | None = None
-    """End, not included. None: all."""
-    step: int | None = None
-    """Distance of two items. None: 1."""
 
-    def __post_init__(self) -> None:
-        if self.step == 0:
-            raise UserError("step: got 0, must not be 0")
-
-    @functools.cached_property
-    def items(self) -> range:
-        """Numbers of the items in the task."""
-        return range(*slice(self.start, self.stop, self.step).indices(len(self.task)))
+    def at(self, i: int) -> int:
+        """Number of item `i` in the task."""
+        return i
 
     @property
     def figure(self) -> str:
@@ -58,35 +47,60 @@ class Slice(Task):
         return self.task.generation
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.task)
 
     def example(self, i: int) -> Conversation:
-        return self.task.example(self.items[i])
+        return self.task.example(self.at(i))
 
     def prompt(self, i: int) -> Conversation:
-        return self.task.prompt(self.items[i])
+        return self.task.prompt(self.at(i))
 
     def text(self, i: int) -> str:
-        return self.task.text(self.items[i])
+        return self.task.text(self.at(i))
 
     def score(self, i: int, reply: Reply) -> Score:
-        return self.task.score(self.items[i], reply)
+        return self.task.score(self.at(i), reply)
 
     def cluster(self, i: int) -> str:
-        return self.task.cluster(self.items[i])
+        return self.task.cluster(self.at(i))
 
     def figures(self, replies: Mapping[int, Sequence[str]]) -> Mapping[str, float]:
-        return self.task.figures({self.items[i]: texts for i, texts in replies.items()})
+        return self.task.figures({self.at(i): texts for i, texts in replies.items()})
 
 
 @dataclasses.dataclass(frozen=True)
-class FewShot(Task):
+class Slice(Wrapper):
+    """Items start, start + step, ... before stop of a task, as in Python's slices."""
+
+    start: int | None = None
+    """First item. None: 0. Negative: from the end."""
+    stop: int | None = None
+    """End, not included. None: all."""
+    step: int | None = None
+    """Distance of two items. None: 1."""
+
+    def __post_init__(self) -> None:
+        if self.step == 0:
+            raise UserError("step: got 0, must not be 0")
+
+    @functools.cached_property
+    def items(self) -> range:
+        """Numbers of the items in the task."""
+        return range(*slice(self.start, self.stop, self.step).indices(len(self.task)))
+
+    def at(self, i: int) -> int:
+        return self.items[i]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShot(Wrapper):
     """A task with examples before each question: of `pool`, or of the other items, never one of the same cluster.
 
     Examples are turns of the conversation, or texts before the text. Draws depend on `seed` and the item alone."""
 
-    task: Task
-    """The task."""
     shots: int = 4
     """Number of examples."""
     seed: int = 0
@@ -99,27 +113,8 @@ class FewShot(Task):
             raise UserError(f"shots: got {self.shots}, must be at least 1")
 
     @property
-    def figure(self) -> str:
-        return self.task.figure
-
-    @property
-    def version(self) -> int:
-        return self.task.version
-
-    @property
-    def scorer(self) -> str:
-        return self.task.scorer
-
-    @property
     def name(self) -> str:
         return f"{self.task.name}, {self.shots} shots"
-
-    @property
-    def generation(self) -> Generation:
-        return self.task.generation
-
-    def __len__(self) -> int:
-        return len(self.task)
 
     def examples(self, i: int) -> list[int]:
         """Items of the pool that stand before item `i`. Raises UserError if there are too few."""
@@ -141,19 +136,13 @@ class FewShot(Task):
         first = [message for message in own if message.role == "system"]
         return (*first, *(m for m in shown if m.role != "system"), *own[len(first) :])
 
+    def prompt(self, i: int) -> Conversation:
+        return self.example(i)[:-1]
+
     def text(self, i: int) -> str:
         pool = self.pool or self.task
         shown = [f"{pool.text(j)} {pool.example(j)[-1].text.strip()}\n\n" for j in self.examples(i)]
         return "".join(shown) + self.task.text(i)
-
-    def score(self, i: int, reply: Reply) -> Score:
-        return self.task.score(i, reply)
-
-    def cluster(self, i: int) -> str:
-        return self.task.cluster(i)
-
-    def figures(self, replies: Mapping[int, Sequence[str]]) -> Mapping[str, float]:
-        return self.task.figures(replies)
 
 
 @dataclasses.dataclass(frozen=True)
