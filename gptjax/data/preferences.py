@@ -13,10 +13,10 @@ import numpy as np
 
 from gptjax.data import chat
 from gptjax.data.chat import Conversation, ConversationTemplate, Message, conversation
-from gptjax.data.dataset import Dataset
+from gptjax.data.dataset import Dataset, PackedSequences
 from gptjax.data.encoding import DROPPED, TRUNCATED, Encode, Encoded, RowError
 from gptjax.data.files import Where, file_state, find_files, read_json
-from gptjax.data.packing import NoPacking, Packing, Pieces, fill
+from gptjax.data.packing import NoPacking, Packing, Pieces
 from gptjax.data.sources import check_fraction, fingerprint, of_split
 from gptjax.data.store import Store
 from gptjax.protocols import Split, Tokenizer
@@ -141,10 +141,10 @@ class Preferences(Dataset):
     def encodings(self) -> tuple[Encode, ...]:
         return (PreferenceEncoder(self.length, self.template),)
 
-    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> PreferenceSequences:
+    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> PackedSequences:
         (store,) = stores
         assert store.labels is not None
-        return PreferenceSequences(store, store.labels)
+        return PackedSequences(store, _Pairs(store.offsets, store.labels))
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Token ids of a conversation in which the user says `text`, up to the assistant's turn."""
@@ -192,29 +192,22 @@ class PreferenceEncoder:
         return (chat.render if self.template is None else self.template.render)(said, tokenizer)
 
 
-@dataclasses.dataclass(frozen=True)
-class PreferenceSequences:
-    """Sequences of one pair each: sequence d is document d."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Plan of sequences of one pair each: sequence d is document d, in two pieces."""
 
-    store: Store
+    offsets: np.ndarray
+    """int64 [D + 1], as in `Store`."""
     chosen: np.ndarray
     """int32 [D], tokens of the chosen conversation."""
-
-    @property
-    def fingerprint(self) -> str:
-        return self.store.fingerprint
-
-    @property
-    def tokens(self) -> int:
-        return int(self.store.offsets[-1])
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def fill(self, batch: PreferencePairs, at: np.ndarray, index: np.ndarray) -> None:
+    def pieces(self, index: np.ndarray) -> Pieces:
         pair = index % len(self)
-        start, end = self.store.offsets[pair], self.store.offsets[pair + 1]
+        start, end = self.offsets[pair], self.offsets[pair + 1]
         starts = np.stack([start, start + self.chosen[pair]], 1).reshape(-1)
         ends = np.stack([start + self.chosen[pair], end], 1).reshape(-1)
         row = np.repeat(np.arange(len(index)), 2)
-        fill(batch, at, self.store, Pieces(row, starts, ends - starts, np.zeros(len(row), bool)))
+        return Pieces(row, starts, ends - starts, np.zeros(len(row), bool))
