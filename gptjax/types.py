@@ -72,6 +72,30 @@ class PreferencePairs(Batch):
     one. Only the tokens of the replies have a weight."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Episodes(Batch):
+    """A batch of replies that a policy wrote, one per sequence, with their rewards. Replies to one prompt are one
+    group, whose sequences follow one another. Tokens that the policy chose have a weight of 1; those of the prompt and
+    of tools have none.
+
+    logprobs     float32 [B, T]  log-probability of each target in the distribution that it was drawn from; 0 without a
+                                 weight
+    versions     int32 [B, T]    training step of the policy that drew each target; -1 without a weight
+    rewards      float32 [B]     reward of the whole reply
+    groups       int32 [B]       number of its prompt in the batch, from 0; -1: no reply, or one that does not count
+    finished     float32 [B]     1: the reply ended by itself; 0: cut off at its maximum length
+    temperature  float32 [B]     temperature of sampling: probabilities are softmax(logits / temperature)
+    """
+
+    logprobs: Array | np.ndarray
+    versions: Array | np.ndarray
+    rewards: Array | np.ndarray
+    groups: Array | np.ndarray
+    finished: Array | np.ndarray
+    temperature: Array | np.ndarray
+
+
 Loss = Callable[[Params, Batch, Key | None], Metrics]
 """An objective of a certain model: metrics whose "loss" entry is the (sum, weight) to minimise. No key: no dropout."""
 
