@@ -23,3 +23,10 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     at_target = jnp.sum(jnp.where(vocabulary == targets[..., None], logits, 0.0), axis=-1)
     return logsumexp - at_target, logsumexp
+
+
+def entropy(logits: Array, logsumexp: Array) -> Array:
+    """Entropy of softmax(logits) in nats, - sum_v p_v log p_v: logits [..., V] and their logsumexp [...] -> float32
+    [...]."""
+    logprobs = logits.astype(jnp.float32) - logsumexp[..., None]
+    return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)

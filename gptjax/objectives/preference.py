@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from gptjax.kernels.cross_entropy import cross_entropy
+from gptjax.objectives.logprobs import target_logprobs
 from gptjax.objectives.parts import with_parts
 from gptjax.protocols import Objective
 from gptjax.types import Array, Batch, Key, Metrics, Params, PreferencePairs, UserError
@@ -57,14 +57,12 @@ def log_likelihoods(apply: Callable, params: Params, batch: PreferencePairs) -> 
 
     apply  a decoder's: `apply({"params": params}, tokens, positions, segments) -> (logits [B, T, V], cache)`
     """
-    inputs = ({"params": params}, batch.tokens, batch.positions, batch.segments)
-    (logits, _), sown = apply(*inputs, mutable=["losses"])
-    nll, _ = cross_entropy(logits, jnp.asarray(batch.targets))
+    of = target_logprobs(apply, params, batch)
     segments, weights = jnp.asarray(batch.segments), jnp.asarray(batch.weights)
     chosen, rejected = (weights * (segments == number) for number in (1, 2))
-    sums = (-jnp.sum(side * nll, -1) for side in (chosen, rejected))
+    sums = (jnp.sum(side * of.logprobs, -1) for side in (chosen, rejected))
     tokens = (jnp.maximum(jnp.sum(side, -1), 1.0) for side in (chosen, rejected))
-    return Replies(*sums, *tokens), sown
+    return Replies(*sums, *tokens), of.losses
 
 
 @dataclasses.dataclass(frozen=True)
