@@ -70,10 +70,11 @@ def params_of(config: TransformerConfig):
     return jax.tree.map(lambda x: jnp.asarray(numpy.normal(0, 0.3, x.shape), jnp.float32), shapes)
 
 
-def engine(config: TransformerConfig = BASE, **options) -> Engine:
+def engine(config: TransformerConfig = BASE, params=None, **options) -> Engine:
+    params = params_of(config) if params is None else params
     options = {"rows": 4, "context": CONTEXT, "page": PAGE, **options}
     with mock.patch.object(programs, "CHUNK", PAGE // 2):
-        return Engine(config.build(), params_of(config), TOKENIZER, **options)
+        return Engine(config.build(), params, TOKENIZER, **options)
 
 
 @functools.cache
@@ -156,14 +157,18 @@ def test_its_texts_and_log_probabilities_are_those_of_generate(name):
 @pytest.mark.parametrize("name", cases(["rope", "window", "latent", "experts", "bfloat16"]))
 def test_its_log_probabilities_are_those_of_training(name):
     """The trainer reads the whole text at once. Its logits are sums of some 100 products, in another order: eps of the
-    type, times the square root of 100, of the size of logits and log-probabilities."""
+    type, times the square root of 100, of the size of logits and log-probabilities. Half of the texts want those after
+    the temperature."""
     config, asked = CONFIGS[name], [dataclasses.replace(r, stop_token_ids=()) for r in requests(4, seed=7)]
+    asked[2:] = [dataclasses.replace(r, tempered=True) for r in asked[2:]]
+    assert asked[2].sampling.temperature not in (0, 1)
     forward = jax.jit(lambda ids: config.build().apply({"params": params_of(config)}, ids)[0].astype(jnp.float32))
     for text in write(engine(config), asked):
         prompt, ids = text.request.prompt, [token.id for token in text.tokens]
         tokens = np.zeros((1, CONTEXT), np.int32)  # what comes after a token changes nothing before it
         tokens[0, : len(prompt) + len(ids)] = [*prompt, *ids]
         logits = forward(tokens)[0, len(prompt) - 1 :][: len(ids)]
+        logits /= text.request.sampling.temperature if text.request.tempered else 1
         logprobs = jax.nn.log_softmax(logits)
         expected = np.take_along_axis(logprobs, np.asarray(ids)[:, None], 1)[:, 0]
         largest = max(float(jnp.abs(logits).max()), float(jnp.abs(logprobs).max()))
@@ -239,6 +244,39 @@ def test_no_program_copies_the_pool(name, page, rows, draft):
         assert f"f32[{pages}," in text
         copies = [line for line in text.splitlines() if re.search(rf"f32\[{pages},\S* (copy|transpose)\(", line)]
         assert not copies, copies[0]
+
+
+def test_new_parameters_leave_nothing_of_the_old_ones():
+    """Texts in progress keep their tokens, and go on as a fresh engine does with prompt and tokens; prompts that the
+    old parameters have read are read anew."""
+    new, greedy = jax.tree.map(lambda x: x[..., ::-1], params_of(BASE)), Sampling(temperature=0)
+    asked = [dataclasses.replace(r, max_tokens=25, sampling=greedy, **PLAIN) for r in requests(6)]
+    on, fresh = engine(), engine(params=new)
+    made = [on.submit(request) for request in asked]
+    while len(made[0].tokens) < 8:
+        on.run_round()
+    on.update(new)
+    written = [len(text.tokens) for text in made]
+    on.run()
+    assert min(written) == 0 < max(written) < 25, "some waited, some were in progress"
+    for text, request in zip(made, asked, strict=True):
+        ids = tuple(token.id for token in text.tokens)
+        before = ids[: next(n for n in range(26) if _continues(fresh, request, ids, n))]
+        assert len(before) <= programs.STEPS * 2 + max(written), "what was under way still counts"
+        assert len(ids) == 25
+    for one, other in zip(write(on, asked), write(fresh, asked), strict=True):
+        same(one, other)
+
+
+PLAIN = {"bias": {}, "constraint": None, "min_tokens": 0, "stop_token_ids": (), "alternatives": 0}
+
+
+def _continues(on: Engine, request: Request, ids: tuple[int, ...], n: int) -> bool:
+    """True if the engine writes the tokens from `n` on after the prompt and those before."""
+    if n == len(ids):
+        return True
+    (text,) = write(on, [dataclasses.replace(request, prompt=request.prompt + ids[:n], max_tokens=len(ids) - n)])
+    return tuple(token.id for token in text.tokens) == ids[n:]
 
 
 def test_choices_differ_and_the_first_is_that_of_one():

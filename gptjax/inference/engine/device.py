@@ -76,15 +76,21 @@ class Device:
         self.model, self.rows, self.pages, self.page, self.width, self.vocab = model, rows, pages, page, width, vocab
         self.chunk = min(page, programs.CHUNK)
         """Maximum number of tokens of a `Chunk`."""
-        self._mesh_of = params
+        self._draft, self._adapters = draft, adapters or {}
+        self.update(params)
         with on_mesh_of(params):
-            own, draft_params = attach(model.config, params, adapters or {}), {} if draft is None else draft.params
-            self._models = programs.Models(model, own, draft, draft_params)
             # The last page is nobody's.
             self._state = programs.idle(self._models, rows, pages + 1, page, vocab, width * page)
             self._free = self._held(())
         self.guesses = 0 if draft is None else draft.tokens
         """Number of guesses at a time."""
+
+    def update(self, params: Params) -> None:
+        """Replace the model's parameters, in calls from now on."""
+        self._mesh_of, draft = params, self._draft
+        with on_mesh_of(params):
+            own, draft_params = attach(self.model.config, params, self._adapters), {} if draft is None else draft.params
+            self._models = programs.Models(self.model, own, draft, draft_params)
 
     def admit(self, row: int, request: Request, ends: Iterable[int], adapter: int) -> None:
         """Give a row to a text, of whose prompt all but the last token will be in its pages when it is decoded.
@@ -113,6 +119,7 @@ class Device:
                 np.int32(len(request.prompt) - 1 + request.min_tokens),
                 history,
                 np.int32(adapter),
+                np.float32(1 / request.sampling.temperature if request.tempered else 1),
             )
 
     def read(self, chunks: Sequence[Chunk]) -> None:

@@ -102,6 +102,7 @@ class Engine:
         self._calls: deque[Call] = deque()
         self._changed = threading.Condition()
         self._cancelled: list[Generation] = []
+        self._new_params: Params | None = None
         self._compiler: Compiler | None = None
         self._compiling = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -155,6 +156,14 @@ class Engine:
                 generation.end("cancelled")
             else:
                 self._cancelled.append(generation)
+            self._changed.notify_all()
+
+    def update(self, params: Params) -> None:
+        """Replace the model's parameters, from the next round on. No page of the old ones is read again: texts in
+        progress keep their tokens, and prompt and tokens are read anew. The arrays are used, not copied, so they must
+        not be donated while there is something to write."""
+        with self._changed:
+            self._new_params = params
             self._changed.notify_all()
 
     def run(self) -> None:
@@ -222,6 +231,9 @@ class Engine:
         """Read some chunks of prompts and decode; False: there is nothing to do."""
         with self._changed:
             cancelled, self._cancelled = self._cancelled, []
+            params, self._new_params = self._new_params, None
+        if params is not None:
+            self._update(params)
         for text in [text for text in self._running if text.generation in cancelled]:
             text.generation.end("cancelled")
             self._leave(text)
@@ -313,12 +325,24 @@ class Engine:
             if self.pages.free:
                 continue
             _, victim = max(enumerate(self._running), key=lambda at: (-at[1].generation.request.priority, at[0]))
-            self.preempted += 1
-            self._leave(victim)
-            with self._changed:
-                self._queue.push(victim.generation, victim.generation.request, first=True)
+            self._set_back(victim)
             if victim is text:
                 return
+
+    def _set_back(self, text: Running) -> None:
+        """Let a text give up its row and pages, and wait for others, before all who wait already."""
+        self.preempted += 1
+        self._leave(text)
+        with self._changed:
+            self._queue.push(text.generation, text.generation.request, first=True)
+
+    def _update(self, params: Params) -> None:
+        while self._calls:
+            self._look()
+        for text in self._running[::-1]:
+            self._set_back(text)
+        self.pages.forget()
+        self._device.update(params)
 
     def _look(self) -> None:
         """Look at the tokens of the oldest call."""

@@ -91,6 +91,13 @@ class Pages:
             else:
                 self._free.append(page)
 
+    def forget(self) -> None:
+        """Keep no page for its tokens: what they hold is of no use any more. Readers keep theirs."""
+        self._pages.clear()
+        self._chains.clear()
+        self._free += self._kept
+        self._kept.clear()
+
     @property
     def free(self) -> int:
         """Number of pages without readers."""

@@ -81,6 +81,8 @@ class Rows:
     """Cache entries of the draft model, in the same pages."""
     adapter: Array
     """int32 [R], number of the adapter of each row; 0: none."""
+    scale: Array
+    """float32 [R], factor of the logits in the log-probabilities."""
     page: int = dataclasses.field(metadata={"static": True})
     """Number of slots of a page."""
 
@@ -117,7 +119,8 @@ class Drawn:
     tokens: Array
     """int32 [R, N]."""
     logprobs: Array
-    """float32 [R, N], under the model itself: before bias, penalties, temperature and filters."""
+    """float32 [R, N], under the model itself: before bias, penalties, filters and, unless the row wants it,
+    temperature."""
     likely: Array
     """int32 [R, N, ALTERNATIVES], the most likely tokens, where they are wanted."""
     likely_logprobs: Array
@@ -150,6 +153,7 @@ def idle(models: Models, rows: int, pages: int, page: int, vocab: int, context: 
         history=jnp.zeros((rows, 0 if draft is None else context), jnp.int32),
         draft=() if draft is None else draft.init_cache(pages, page),
         adapter=jnp.zeros(rows, jnp.int32),
+        scale=jnp.ones(rows, jnp.float32),
         page=page,
     )
 
@@ -170,6 +174,7 @@ def admit(
     earliest: Array | int,
     history: Array | np.ndarray,
     adapter: Array | int,
+    scale: Array | float,
 ) -> Rows:
     """Put a text into a row.
 
@@ -182,6 +187,7 @@ def admit(
     earliest  number of tokens in the cache before one of them may be drawn
     history   int32 [S], the prompt
     adapter   number of its adapter
+    scale     factor of the logits in the log-probabilities
     """
 
     def put(all: Array, one: Any) -> Array:
@@ -202,6 +208,7 @@ def admit(
         earliest=put(rows.earliest, earliest),
         history=put(rows.history, history),
         adapter=put(rows.adapter, adapter),
+        scale=put(rows.scale, scale),
     )
 
 
@@ -305,7 +312,8 @@ def decode(
         cache = Cache(rows.layers, rows.length, size, pages)
         logits, cache = model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
         logits = reshard(logits, model.rules(None, None, None)).astype(jnp.float32)
-        totals = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        scale = rows.scale[:, None]
+        totals = jax.nn.logsumexp(logits * scale[:, None], axis=-1, keepdims=True)
 
         def draw(j: Array | int, carry: tuple[Drawn, Seen, Array, Array]) -> tuple[Drawn, Seen, Array, Array]:
             """The token after input `j`, in the rows where that is the token drawn before it."""
@@ -315,7 +323,8 @@ def decode(
             token = rows.draw(without(x, held, ~allowed), j, seen)
             forced = jnp.take_along_axis(replayed, drawn.count[:, None], 1, mode="clip")[:, 0]
             token = jnp.where(forced >= 0, forced, token)
-            values, ids = _most_likely(x - total, rows.compares.any())
+            logprobs = x * scale - total
+            values, ids = _most_likely(logprobs, rows.compares.any())
             place = jnp.where(alive, drawn.count, replayed.shape[1])
 
             def put(all: Array, one: Array) -> Array:
@@ -324,7 +333,7 @@ def decode(
             drawn = dataclasses.replace(
                 drawn,
                 tokens=put(drawn.tokens, token),
-                logprobs=put(drawn.logprobs, jnp.take_along_axis(x - total, token[:, None], 1)[:, 0]),
+                logprobs=put(drawn.logprobs, jnp.take_along_axis(logprobs, token[:, None], 1)[:, 0]),
                 likely=put(drawn.likely, ids),
                 likely_logprobs=put(drawn.likely_logprobs, values),
                 count=drawn.count + alive,

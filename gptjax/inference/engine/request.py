@@ -54,6 +54,9 @@ class Request:
     """Special tokens that are part of the text, and their texts."""
     prompt_logprobs: bool = False
     """Return the log-probabilities of the prompt's tokens too. Then all of the prompt is read anew."""
+    tempered: bool = False
+    """Log-probabilities of the text's tokens are those after the temperature: of the distribution that tokens are drawn
+    from, if nothing but the temperature changes it."""
     adapter: str | None = None
     """Name of an adapter of the engine's. None: the model without one."""
     priority: int = 0
@@ -81,6 +84,8 @@ class Request:
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed: got {self.seed}, must be 0 to {2**32 - 1}")
+        if self.tempered and self.sampling.greedy:
+            raise UserError("temperature: got 0, must be above 0 for log-probabilities after the temperature")
         if not 0 <= self.alternatives <= ALTERNATIVES:
             raise UserError(f"alternatives: got {self.alternatives}, must be 0 to {ALTERNATIVES}")
         if isinstance(self.stop, str) or not all(self.stop):
@@ -96,8 +101,8 @@ class Token:
 
     id: int
     logprob: float
-    """Log-probability in nats under the model itself: before bias, penalties, temperature and filters. Of a prompt's
-    first token: NaN."""
+    """Log-probability in nats under the model itself: before bias, penalties, filters and, unless the request is
+    `tempered`, temperature. Of a prompt's first token: NaN."""
     alternatives: tuple[tuple[int, float], ...] = ()
     """The most likely tokens and their log-probabilities."""
 
