@@ -253,8 +253,11 @@ class Objective(Config, Protocol):
     """Class of the batches that it reads."""
     unit: ClassVar[str] = "token"
     """Unit of the mean loss: "token", "text" or "pair"."""
-    reference: ClassVar[bool] = False
-    """True: it takes the parameters at the stage's start too, which stay as they are: a fifth argument."""
+
+    @property
+    def reference(self) -> bool:
+        """True: it takes the parameters at the stage's start too, which stay as they are: a fifth argument."""
+        return False
 
     def __call__(self, apply: Callable[..., Any], params: Params, batch: Any, key: Key | None = None) -> Metrics:
         """Metrics whose "loss" entry is the (sum, weight) to minimise.

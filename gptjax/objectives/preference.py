@@ -5,6 +5,7 @@
     |c|     number of tokens
 
     DPO     -log sigmoid(beta ((c - c') - (r - r')))
+            length_normalised: -log sigmoid(beta ((c - c') / |c| - (r - r') / |r|)); reference_free: c' = r' = 0
     IPO     ((c - c') / |c| - (r - r') / |r| - 1 / (2 beta))^2
     SimPO   -log sigmoid(beta (c / |c| - r / |r|) - gamma)
     CPO     -log sigmoid(beta (c - r)) - weight c / |c|
@@ -50,6 +51,11 @@ class Replies:
     @property
     def rejected_mean(self) -> Array:
         return self.rejected / self.rejected_tokens
+
+    def over(self, reference: Replies) -> Replies:
+        """The same replies with log-ratios to the reference in place of log-probabilities."""
+        chosen, rejected = self.chosen - reference.chosen, self.rejected - reference.rejected
+        return dataclasses.replace(self, chosen=chosen, rejected=rejected)
 
 
 def log_likelihoods(apply: Callable, params: Params, batch: PreferencePairs) -> tuple[Replies, Any]:
@@ -120,24 +126,34 @@ class Preference(Objective, abc.ABC):
 class DPO(Preference):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, equation 7)."""
 
-    reference: ClassVar[bool] = True
-
     beta: float = 0.1
     """Weight of the divergence from the reference: the larger, the closer the model stays."""
     label_smoothing: float = 0.0
     """Probability that a label is wrong, below 1/2 (conservative DPO, Mitchell 2023)."""
+    length_normalised: bool = False
+    """True: log-ratios per token, so that long replies weigh no more than short ones (Lambert et al. 2024,
+    arXiv:2411.15124, equation 6). `beta` must be larger then, by about the tokens of a reply."""
+    reference_free: bool = False
+    """True: a reference that gives all replies the same probability, in place of the model at the stage's start."""
 
     def __post_init__(self) -> None:
         _positive("beta", self.beta)
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"label_smoothing: got {self.label_smoothing}, must be from 0 to below 0.5")
 
+    @property
+    def reference(self) -> bool:
+        return not self.reference_free
+
     def loss(self, replies: Replies, reference: Replies) -> Array:
         margin, wrong = self.margin(replies, reference), self.label_smoothing
         return -(1 - wrong) * jax.nn.log_sigmoid(margin) - wrong * jax.nn.log_sigmoid(-margin)
 
     def margin(self, replies: Replies, reference: Replies) -> Array:
-        return self.beta * (replies.chosen - reference.chosen - (replies.rejected - reference.rejected))
+        ratios = replies if self.reference_free else replies.over(reference)
+        if self.length_normalised:
+            return self.beta * (ratios.chosen_mean - ratios.rejected_mean)
+        return self.beta * (ratios.chosen - ratios.rejected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,19 +161,22 @@ class IPO(Preference):
     """Identity preference optimisation, which labels without noise do not drive apart without end (Azar et al. 2023,
     arXiv:2310.12036, equation 17), with log-probabilities per token, as its authors advise."""
 
-    reference: ClassVar[bool] = True
-
     beta: float = 0.1
     """Weight of the divergence from the reference; the margin is driven to 1 / (2 beta)."""
 
     def __post_init__(self) -> None:
         _positive("beta", self.beta)
 
+    @property
+    def reference(self) -> bool:
+        return True
+
     def loss(self, replies: Replies, reference: Replies) -> Array:
         return (self.margin(replies, reference) - 1 / (2 * self.beta)) ** 2
 
     def margin(self, replies: Replies, reference: Replies) -> Array:
-        return replies.chosen_mean - reference.chosen_mean - (replies.rejected_mean - reference.rejected_mean)
+        ratios = replies.over(reference)
+        return ratios.chosen_mean - ratios.rejected_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,16 @@ from gptjax.types import PreferencePairs, UserError
 CONFIG = TransformerConfig(vocab=32, layers=2, width=16, heads=2, dropout=0.5)
 MODEL = Transformer(CONFIG)
 B, T = 8, 24
-OBJECTIVES = [DPO(0.3), DPO(0.3, label_smoothing=0.1), IPO(0.2), SimPO(), CPO(0.2, 0.5), ORPO(0.7)]
+OBJECTIVES = [
+    DPO(0.3),
+    DPO(0.3, label_smoothing=0.1),
+    IPO(0.2),
+    SimPO(),
+    CPO(0.2, 0.5),
+    ORPO(0.7),
+    DPO(2.0, length_normalised=True),
+    DPO(0.3, reference_free=True),
+]
 REFERENCES = [objective for objective in OBJECTIVES if objective.reference]
 
 
@@ -58,6 +67,8 @@ EXPECTED = {
         -c / nc
         - 0.7 * np.log(sigmoid(np.log(np.exp(c / nc) / (1 - np.exp(c / nc)) * (1 - np.exp(r / nr)) / np.exp(r / nr))))
     ),
+    OBJECTIVES[6]: lambda c, r, cr, rr, nc, nr: -np.log(sigmoid(2 * ((c - cr) / nc - (r - rr) / nr))),
+    OBJECTIVES[7]: lambda c, r, cr, rr, nc, nr: -np.log(sigmoid(0.3 * (c - r))),
 }
 
 
