@@ -253,6 +253,8 @@ class Objective(Config, Protocol):
     """Class of the batches that it reads."""
     unit: ClassVar[str] = "token"
     """Unit of the mean loss: "token", "text" or "pair"."""
+    prepares: ClassVar[bool] = False
+    """True: its batches go through `prepare` before they are trained on."""
 
     @property
     def reference(self) -> bool:
@@ -267,6 +269,15 @@ class Objective(Config, Protocol):
         key    random key of dropout and the like. None: no randomness
         """
         ...
+
+    def prepare(self, apply: Callable[..., Any], params: Params, batch: Any, *frozen: Params, parts: int = 1) -> Any:
+        """The batch of a whole step with what is computed once before the first update on it, without a gradient: a
+        subclass of `batch_type`.
+
+        frozen  parameters of the reference, if it has one
+        parts   microbatches of the model's forward passes
+        """
+        return batch
 
 
 class Optimizer(Config, Protocol):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -206,6 +206,14 @@ def split_microbatches(x: jax.Array, count: int) -> jax.Array:
     return jax.numpy.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
 
+def map_microbatches(function: Callable[[Any], Any], tree: Any, count: int) -> Any:
+    """function(tree), arrays [B, ...], called on `count` microbatches one after the other to save memory."""
+    if count == 1:
+        return function(tree)
+    found = jax.lax.map(function, jax.tree.map(lambda x: split_microbatches(jax.numpy.asarray(x), count), tree))
+    return jax.tree.map(lambda x: jax.numpy.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+
+
 def data_shard(rules: ShardingRules) -> tuple[int, int]:
     """Index and count of this process's slice of the global batch, on the current mesh.
 
@@ -264,7 +272,9 @@ def abstract_array(batch: Tree, rules: ShardingRules, mesh: jax.sharding.Mesh | 
 def _batch_sharding(
     shape: tuple[int, ...], rules: ShardingRules, mesh: jax.sharding.Mesh | AbstractMesh
 ) -> NamedSharding:
-    """Sharding of an array [B, T, ...] of a batch. The second axis is not sharded where it is not divisible, as that of
-    labels [B, 1]."""
+    """Sharding of an array [B] or [B, T, ...] of a batch. The second axis is not sharded where it is not divisible, as
+    that of labels [B, 1]."""
+    if len(shape) == 1:
+        return NamedSharding(mesh, rules("batch") or PartitionSpec())
     sequence = rules.axis_if_divisible("sequence", shape[1])
     return NamedSharding(mesh, rules("batch", sequence, *[None] * (len(shape) - 2)) or PartitionSpec())

@@ -13,24 +13,32 @@ if TYPE_CHECKING:
     from gptjax.objectives.masked_tokens import MaskedTokens
     from gptjax.objectives.multi_token import MultiToken
     from gptjax.objectives.next_token import NextToken
+    from gptjax.objectives.policy import DAPO, GRPO, GSPO, RLOO, DrGRPO, PolicyGradient
     from gptjax.objectives.preference import CPO, DPO, IPO, ORPO, SimPO
     from gptjax.objectives.sequence_to_sequence import SequenceToSequence
 
 __all__ = [
     "CPO",
+    "DAPO",
     "DPO",
+    "GRPO",
+    "GSPO",
     "IPO",
     "ORPO",
+    "RLOO",
     "Classification",
+    "DrGRPO",
     "MaskedTokens",
     "MultiToken",
     "NextToken",
+    "PolicyGradient",
     "SequenceToSequence",
     "SimPO",
 ]
 
 _HOME = {
     **dict.fromkeys(("CPO", "DPO", "IPO", "ORPO", "SimPO"), "gptjax.objectives.preference"),
+    **dict.fromkeys(("DAPO", "GRPO", "GSPO", "RLOO", "DrGRPO", "PolicyGradient"), "gptjax.objectives.policy"),
     "Classification": "gptjax.objectives.classification",
     "MaskedTokens": "gptjax.objectives.masked_tokens",
     "MultiToken": "gptjax.objectives.multi_token",

@@ -17,7 +17,7 @@ from gptjax.train import state as train_state
 from gptjax.train.stage import Stage
 from gptjax.train.state import State
 from gptjax.train.step import make_step
-from gptjax.types import Metrics, Params
+from gptjax.types import Batch, Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Program:
     """(*frozen) -> initial parameters to train: the model's, a copy of `frozen`, or adapters of it."""
     create_state: Callable[[Params], State]
     """Parameters to train -> state before the first step."""
+    prepare: jax.stages.Wrapped
+    """(params, batch, *frozen) -> batch of a whole step, as its updates read it, jitted; see `Objective.prepare`."""
     step: jax.stages.Wrapped
     """(state, batch, *frozen) -> (state, metrics), jitted. The state is donated."""
     evaluate: jax.stages.Wrapped
@@ -71,10 +73,17 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         init_trainable = lambda params: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
         merged = jax.jit(adapter.merge)
         merge = lambda adapters, params: merged(params, adapters)  # noqa: E731
+
+    def prepare(params: Params, batch: Batch, *frozen: Params) -> Batch:
+        if adapter is not None:
+            params, frozen = adapter.merge(frozen[0], params), frozen if stage.objective.reference else ()
+        return stage.objective.prepare(model.apply, params, batch, *frozen, parts=stage.accumulate)
+
     return Program(
         init_params,
         init_trainable,
         create_state,
+        jax.jit(prepare),
         make_step(objective, model.apply, optimizer, stage.accumulate, stage.ema, stage.divergence),
         jax.jit(lambda params, batch, *frozen: objective(model.apply, params, batch, None, *frozen)),
         merge,
