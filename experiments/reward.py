@@ -6,6 +6,8 @@
 `--train.data.source.path` (and `--train.evaluations.0.source.path`). Each of 5,331 pairs has a positive and a negative
 one as replies to one request; a sentence is in one pair. A decoder of 0.2 M parameters from scratch, whose reward is
 read at the last token. Chance is 50 %.
+
+Expected: 77.7 % of 488 held-out pairs, 95 % interval 73.8 to 81.1, promised above 70 %. Not timed on an idle machine.
 """
 
 import dataclasses
