@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from gptjax.evals.exposure import Exposure
     from gptjax.evals.generative import Generative
     from gptjax.evals.multiple_choice import MultipleChoice
-    from gptjax.evals.reward_accuracy import RewardAccuracy
     from gptjax.types import Result
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "Generative",
     "MultipleChoice",
     "Result",
-    "RewardAccuracy",
 ]
 
 _NAMES = {
@@ -42,7 +40,6 @@ _NAMES = {
     "gptjax.evals.exposure": "Exposure",
     "gptjax.evals.generative": "Generative",
     "gptjax.evals.multiple_choice": "MultipleChoice",
-    "gptjax.evals.reward_accuracy": "RewardAccuracy",
     "gptjax.types": "Result",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

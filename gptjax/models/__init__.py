@@ -1,1 +1,1 @@
-"""Models with parameters and tokenizer: `LanguageModel`, `EncoderModel`, `TextToText`, and those with heads."""
+"""Models with parameters and tokenizer: `LanguageModel`, `EncoderModel`, `TextToText`, `ClassifierModel`."""

@@ -17,19 +17,7 @@ if TYPE_CHECKING:
     from gptjax.nn.config import BackboneConfig, LayerOverrides, ModelConfig
     from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
     from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-    from gptjax.nn.heads import (
-        Classifier,
-        ClassifierConfig,
-        Embedder,
-        First,
-        HeadConfig,
-        Last,
-        Mean,
-        NormedPooler,
-        Pooler,
-        Pooling,
-        RegressorConfig,
-    )
+    from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, NormedPooler, Pooler, Pooling
     from gptjax.nn.intermediates import activations
     from gptjax.nn.latent_attention import MultiHeadLatentAttention
     from gptjax.nn.lora import DoRA, LoRA
@@ -96,7 +84,6 @@ __all__ = [
     "EncoderDecoderConfig",
     "First",
     "GeGLU",
-    "HeadConfig",
     "Last",
     "LayerNorm",
     "LayerOverrides",
@@ -134,7 +121,6 @@ __all__ = [
     "ReLUSquared",
     "Recurrent",
     "RecurrentConfig",
-    "RegressorConfig",
     "Residual",
     "RoPE",
     "Router",
@@ -171,9 +157,7 @@ _NAMES = {
     "gptjax.nn.config": "BackboneConfig LayerOverrides ModelConfig",
     "gptjax.nn.encoder": "Encoder EncoderConfig Transform",
     "gptjax.nn.encoder_decoder": "EncoderDecoder EncoderDecoderConfig",
-    "gptjax.nn.heads": (
-        "Classifier ClassifierConfig Embedder First HeadConfig Last Mean NormedPooler Pooler Pooling RegressorConfig"
-    ),
+    "gptjax.nn.heads": "Classifier ClassifierConfig Embedder First Last Mean NormedPooler Pooler Pooling",
     "gptjax.nn.latent_attention": "MultiHeadLatentAttention",
     "gptjax.nn.lora": "DoRA LoRA",
     "gptjax.nn.mixer": "SequenceMixer",

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from gptjax.distributed.sharding import ShardingRules, reshard
 from gptjax.kernels.attention import Mask
+from gptjax.kernels.deferred_logits import DeferredLogits
 from gptjax.kernels.embedding import embed
-from gptjax.kernels.linear import linear
+from gptjax.kernels.linear import PackedWeight
 from gptjax.nn import cache as kv
 from gptjax.nn.block import Context, dropout
 from gptjax.nn.cache import Cache
@@ -177,12 +178,14 @@ class Backbone(nn.Module):
         param = ParamFactory.for_module(self, self.rules, c.dtype)
         return param("head", (c.width, c.vocab), ("embed", "vocab"), kind="head")
 
-    def logits(self, x: Array, unembedding: Array) -> Array:
-        """Hidden states [B, T, D] and `unembedding` [D, V] -> logits [B, T, V] in the compute dtype."""
+    def logits(self, x: Array, unembedding: Array, bias: Array | None = None, name: str = "next") -> Array:
+        """Hidden states [B, T, D], `unembedding` [D, V] and bias [V] -> logits [B, T, V] in the compute dtype.
+
+        In the collection "deferred_logits", if it is mutable, `DeferredLogits` of this name: a loss that uses them
+        instead never has all logits, because the compiler drops unused ones."""
         c = self.backbone
-        logits = linear(x, unembedding, self.rules("batch", "sequence", "vocab"))
-        scale = c.logit_scale / c.width_multiplier
-        logits = logits * scale if scale != 1 else logits
-        if c.logit_softcap is not None:
-            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
-        return logits
+        deferred = DeferredLogits(x, unembedding, bias, c.logit_scale / c.width_multiplier, c.logit_softcap)
+        wanted = self.is_mutable_collection("deferred_logits") and not self.is_initializing()
+        if wanted and not isinstance(unembedding, PackedWeight):
+            self.sow("deferred_logits", name, deferred, lambda _, new: new, lambda: deferred)
+        return deferred.logits(self.rules("batch", "sequence", "vocab"))

@@ -81,4 +81,4 @@ class Encoder(Backbone):
         param = ParamFactory.for_module(self, self.rules, c.dtype, c.parametrisation.hidden_init_scale(c.width))
         x = c.transform(param.child("transform"), x, c.norm)
         bias = param("head_bias", (c.vocab,), ("vocab",), zeros)
-        return self.logits(x, self.unembedding(table)) + bias
+        return self.logits(x, self.unembedding(table), bias)

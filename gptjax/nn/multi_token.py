@@ -64,5 +64,6 @@ class MultiTokenTransformer(Backbone):
                 y = c.norm(param.child(f"ahead_norm_{i}"), y)
                 if not self.is_initializing():
                     nothing = functools.partial(jnp.zeros, ())
-                    self.sow("ahead", str(i), self.logits(y, unembedding), reduce_fn=jnp.add, init_fn=nothing)
+                    logits = self.logits(y, unembedding, name=str(i))
+                    self.sow("ahead", str(i), logits, reduce_fn=jnp.add, init_fn=nothing)
         return self.logits(x, unembedding)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy, entropy
+from gptjax.objectives.parts import logits_of
+from gptjax.objectives.token_chunks import per_token
 from gptjax.types import Array, Batch, Params
 
 
@@ -35,8 +37,14 @@ def target_logprobs(
     temperature   float32 [B], one for each sequence, or a number; above 0
     with_entropy  compute the entropy of each distribution, in the same pass
     """
-    inputs = ({"params": params}, batch.tokens, batch.positions, batch.segments)
-    (logits, _), losses = apply(*inputs, mutable=["losses"])
-    logits = logits.astype(jnp.float32) / jnp.asarray(temperature, jnp.float32)[..., None, None]
-    nll, logsumexp = cross_entropy(logits, jnp.asarray(batch.targets))
-    return TargetLogprobs(-nll, entropy(logits, logsumexp) if with_entropy else None, losses)
+    logits, losses = logits_of(apply, params, batch)
+    targets = jnp.asarray(batch.targets)
+    temperatures = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32)[..., None], targets.shape)
+
+    def of_tokens(logits: Array, targets: Array, temperatures: Array) -> tuple[Array, ...]:
+        logits = logits.astype(jnp.float32) / temperatures[..., None]
+        nll, logsumexp = cross_entropy(logits, targets)
+        return (-nll, entropy(logits, logsumexp)) if with_entropy else (-nll,)
+
+    logprobs, *entropies = per_token(of_tokens, logits, targets, temperatures)
+    return TargetLogprobs(logprobs, entropies[0] if with_entropy else None, losses)

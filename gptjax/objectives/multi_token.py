@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.objectives.next_token import NextToken
-from gptjax.types import Batch, Key, Metrics, Params, UserError
+from gptjax.objectives.parts import deferred_logits
+from gptjax.objectives.token_chunks import weighted_sums
+from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,8 @@ class MultiToken(NextToken):
 
         def first(*args: Any, mutable: list[str], **kwargs: Any) -> Any:
             output, sown = apply(*args, mutable=[*mutable, "ahead"], **kwargs)
-            heads.update(sown["ahead"])
+            deferred = deferred_logits(sown)
+            heads.update({name: deferred.get(name, logits) for name, logits in sown["ahead"].items()})
             return output, {name: tree for name, tree in sown.items() if name != "ahead"}
 
         metrics = super().__call__(first, params, batch, key)
@@ -45,9 +48,18 @@ class MultiToken(NextToken):
         loss, weight = metrics["loss"]
         for name, logits in heads.items():
             k = int(name) + 1
-            nll, _ = cross_entropy(logits[:, :-k], targets[:, k:])
-            weights = batch.weights[:, k:] * (segments[:, k:] == segments[:, :-k])
-            total = jnp.sum(weights * nll)
+            later, after, weights = (_shifted(jnp.asarray(x), k) for x in (targets, segments, batch.weights))
+            weights = weights * (after == segments)
+            (total,) = weighted_sums(_nll, logits, weights, later, chunk=self.chunk)
             loss = loss + self.ahead / len(heads) * total
             metrics[f"ahead_{k}"] = (total, jnp.sum(weights))
         return metrics | {"loss": (loss, weight)}
+
+
+def _nll(logits: Array, targets: Array) -> tuple[Array]:
+    return cross_entropy(logits, targets)[:1]
+
+
+def _shifted(x: Array, k: int) -> Array:
+    """x[:, k:], with k columns of 0 behind."""
+    return jnp.pad(x[:, k:], ((0, 0), (0, k)))

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
-from gptjax.objectives.parts import with_parts
+from gptjax.objectives.parts import logits_of, with_parts
+from gptjax.objectives.token_chunks import weighted_sums
 from gptjax.protocols import Objective
-from gptjax.types import Batch, Key, Metrics, Params, UserError
+from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,13 @@ class NextToken(Objective):
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator; 1e-4 is usual. 0: no z-loss."""
 
+    chunk: int | None = None
+    """Tokens per device of which logits exist at a time. None: all, up to 256 MiB of float32 logits, else as many as
+    fill 64 MiB. Loss and gradient do not depend on it but for rounding."""
+
     def __post_init__(self):
+        if self.chunk is not None and self.chunk < 1:
+            raise UserError(f"objective.chunk: got {self.chunk}, must be at least 1")
         if not self.z_loss >= 0:
             raise UserError(f"objective.z_loss: got {self.z_loss}, must be 0 or more; 1e-4 is usual")
 
@@ -36,10 +43,12 @@ class NextToken(Objective):
         apply  a decoder's: `apply({"params": params}, tokens, positions, segments) -> (logits [B, T, V], cache)`
         key    None: no dropout
         """
-        rngs = {} if key is None else {"rngs": {"dropout": key}}
-        inputs = ({"params": params}, batch.tokens, batch.positions, batch.segments)
-        (logits, _), sown = apply(*inputs, mutable=["losses"], **rngs)
-        nll, logsumexp = cross_entropy(logits, jnp.asarray(batch.targets))
+        logits, sown = logits_of(apply, params, batch, key)
         weight = jnp.sum(batch.weights)
-        loss = jnp.sum(batch.weights * (nll + self.z_loss * logsumexp**2))
-        return with_parts(loss, weight, sown, {"cross_entropy": (jnp.sum(batch.weights * nll), weight)})
+        loss, plain = weighted_sums(self._of_tokens, logits, batch.weights, batch.targets, chunk=self.chunk)
+        return with_parts(loss, weight, sown, {"cross_entropy": (plain, weight)})
+
+    def _of_tokens(self, logits: Array, targets: Array) -> tuple[Array, Array]:
+        """Loss and cross entropy of each token."""
+        nll, logsumexp = cross_entropy(logits, targets)
+        return nll + self.z_loss * logsumexp**2, nll

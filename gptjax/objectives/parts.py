@@ -1,12 +1,35 @@
-"""Auxiliary losses of a model's parts, such as a router's load balance, which are added to any loss."""
+"""The common parts of objectives: a model's logits, and the auxiliary losses of its parts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from gptjax.types import Array, Metrics
+from gptjax.kernels.deferred_logits import DeferredLogits, Logits
+from gptjax.types import Array, Batch, Key, Metrics, Params
+
+
+def logits_of(apply: Callable, params: Params, batch: Batch, key: Key | None = None) -> tuple[Logits, Any]:
+    """Logits of a batch, deferred if the model can, and the auxiliary losses of its parts, for `with_parts`.
+
+    apply  a language model's: `apply({"params": params}, tokens, positions, segments) -> (logits [B, T, V], cache)`
+    key    None: no dropout
+    """
+    rngs = {} if key is None else {"rngs": {"dropout": key}}
+    inputs = ({"params": params}, batch.tokens, batch.positions, batch.segments)
+    (logits, _), sown = apply(*inputs, mutable=["losses", "deferred_logits"], **rngs)
+    logits = {"next": logits, **deferred_logits(sown)}["next"]
+    return logits, {name: tree for name, tree in sown.items() if name != "deferred_logits"}
+
+
+def deferred_logits(sown: Any) -> dict[str, DeferredLogits]:
+    """Name -> logits of each head that deferred them, from the collections that `apply` returned."""
+    found = jax.tree_util.tree_leaves_with_path(
+        sown.get("deferred_logits"), is_leaf=lambda x: isinstance(x, DeferredLogits)
+    )
+    return {path[-1].key: deferred for path, deferred in found}
 
 
 def with_parts(loss: Array, weight: Array, sown: Any, metrics: Metrics) -> Metrics:

@@ -53,7 +53,7 @@ def test_heads_are_asked_for_the_right_tokens():
     weights = (np.arange(12) % 7 != 6) & (np.arange(12) != 11)
 
     def apply(variables, tokens, positions, segments, mutable):
-        assert mutable == ["losses", "ahead"]
+        assert mutable == ["losses", "deferred_logits", "ahead"]
         heads = {str(k): 50 * jax.nn.one_hot(np.roll(tokens, -2 - k, 1), 32) for k in range(2)}
         return (jnp.zeros((4, 12, 32)), None), {"ahead": heads}
 
