@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gptjax.models.language_model import LanguageModel
     from gptjax.models.loading import load
     from gptjax.models.model import Model
+    from gptjax.models.regressor_model import RegressorModel
     from gptjax.models.text_to_text import TextToText
     from gptjax.types import UserError
 
@@ -38,6 +39,7 @@ __all__ = [
     "MeshConfig",
     "Message",
     "Model",
+    "RegressorModel",
     "Sampling",
     "ShardingRules",
     "Stage",
@@ -55,6 +57,7 @@ _HOME = {
     "MeshConfig": "gptjax.distributed.sharding",
     "Message": "gptjax.data.chat",
     "Model": "gptjax.models.model",
+    "RegressorModel": "gptjax.models.regressor_model",
     "ShardingRules": "gptjax.distributed.sharding",
     "Sampling": "gptjax.inference.sampling",
     "Stage": "gptjax.experiment.experiment",

@@ -69,7 +69,12 @@ class Labelled(Batch):
 @dataclasses.dataclass(frozen=True)
 class PreferencePairs(Batch):
     """A batch of pairs of conversations, one pair per sequence: segment 1 has the chosen reply, segment 2 the rejected
-    one. Only the tokens of the replies have a weight."""
+    one. Only the tokens of the replies have a weight.
+
+    margins  float32 [B]  degree to which the chosen reply is better, for reward models. None: 0
+    """
+
+    margins: Array | np.ndarray | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -32,8 +32,8 @@ class Encoded(NamedTuple):
     weights: Sequence[float] | None = None
     """From 0 to 1 for each token: its weight as a target. None: all 1. A source has weights for all documents or for
     none."""
-    label: int | None = None
-    """Its class, if it has one."""
+    label: int | float | tuple[float, ...] | None = None
+    """Its class, its number or its numbers, if it has some. All documents of a source have labels of one kind."""
     note: str | None = None
     """Treatment, such as "truncated": the number of documents of each is logged."""
 
@@ -134,7 +134,7 @@ class Chunk(NamedTuple):
     weights: np.ndarray | None
     """uint8 or float32 [n]."""
     labels: np.ndarray | None
-    """int32 [d]."""
+    """int32 or float32, [d] or [d, k]."""
     notes: Mapping[str, int]
 
 
@@ -150,7 +150,7 @@ class Encoder:
         vocab, notes, sizes = self.tokenizer.vocab, collections.Counter(), []
         ids: list[np.ndarray] = []
         weights: list[np.ndarray] = []
-        labels: list[int] = []
+        labels: list[int | float | tuple[float, ...]] = []
         try:
             for document in self.encode(iter(documents), self.tokenizer):
                 self._count(document, notes)
@@ -176,7 +176,7 @@ class Encoder:
             tokens.astype(token_dtype(vocab)),
             np.array(sizes, np.int64),
             together,
-            np.array(labels, np.int32) if labels else None,
+            _labels(labels) if labels else None,
             notes,
         )
 
@@ -185,6 +185,12 @@ class Encoder:
             notes[document.note] += 1
         if document.ids and document.weights is not None and not any(document.weights):
             notes[UNTAUGHT] += 1
+
+
+def _labels(labels: Sequence[int | float | tuple[float, ...]]) -> np.ndarray:
+    """Labels as an array: int32 if they are integers, else float32."""
+    found = np.array(labels)
+    return found.astype(np.int32 if np.issubdtype(found.dtype, np.integer) else np.float32)
 
 
 def token_dtype(vocab: int) -> str:

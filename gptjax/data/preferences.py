@@ -17,7 +17,7 @@ from gptjax.data.dataset import Dataset, PackedSequences
 from gptjax.data.encoding import DROPPED, TRUNCATED, Encode, Encoded, RowError
 from gptjax.data.files import Where, file_state, find_files, read_json
 from gptjax.data.packing import NoPacking, Packing, Pieces
-from gptjax.data.sources import check_fraction, fingerprint, of_split
+from gptjax.data.sources import check_fraction, fingerprint, finite, of_split
 from gptjax.data.store import Store
 from gptjax.protocols import Split, Tokenizer
 from gptjax.types import Batch, PreferencePairs, UserError
@@ -33,13 +33,15 @@ class Preference:
     prompt: Conversation
     chosen: Message
     rejected: Message
+    margin: float = 0.0
+    """Degree to which the chosen reply is better, for `BradleyTerry`: its reward should be higher by as much."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferencesJsonl:
-    """Preferences in JSON lines, one pair per line, with "chosen", "rejected" and perhaps "prompt". Each is a list of
-    messages, or a text; without a prompt, lists that begin alike, or texts in the form of Anthropic's data,
-    "\\n\\nHuman: ... \\n\\nAssistant: ...".
+    """Preferences in JSON lines, one pair per line, with "chosen", "rejected" and perhaps "prompt" and a number
+    "margin". Each side is a list of messages, or a text; without a prompt, lists that begin alike, or texts in the form
+    of Anthropic's data, "\\n\\nHuman: ... \\n\\nAssistant: ...".
 
     Pairs with equal replies, with an empty one, or with different prompts are left out, and their number is logged."""
 
@@ -79,6 +81,7 @@ def _pair(where: Where, row: Any) -> tuple[Preference | None, str]:
     """The pair of a row, or None and the reason."""
     try:
         sides = [_side(row, name) for name in ("chosen", "rejected")]
+        margin = finite(0 if row.get("margin") is None else row["margin"], "margin")
     except UserError as error:
         raise UserError(f"path: {where}: {error}") from None
     (*prompt, chosen), (*other, rejected) = sides
@@ -90,7 +93,7 @@ def _pair(where: Where, row: Any) -> tuple[Preference | None, str]:
         return None, "an empty reply"
     if chosen.as_json() == rejected.as_json():
         return None, "equal replies"
-    return Preference(tuple(prompt), chosen, rejected), ""
+    return Preference(tuple(prompt), chosen, rejected, margin), ""
 
 
 def _side(row: Any, name: str) -> Conversation:
@@ -141,10 +144,11 @@ class Preferences(Dataset):
     def encodings(self) -> tuple[Encode, ...]:
         return (PreferenceEncoder(self.length, self.template),)
 
-    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> PackedSequences:
+    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> PairSequences:
         (store,) = stores
         assert store.labels is not None
-        return PackedSequences(store, _Pairs(store.offsets, store.labels))
+        chosen, margins = store.labels.T
+        return PairSequences(PackedSequences(store, _Pairs(store.offsets, chosen.astype(np.int64))), margins)
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Token ids of a conversation in which the user says `text`, up to the assistant's turn."""
@@ -154,13 +158,13 @@ class Preferences(Dataset):
         return (message.text for message in (*document.prompt, document.chosen, document.rejected))
 
     def empty(self, size: int) -> PreferencePairs:
-        return PreferencePairs(**vars(super().empty(size)))
+        return PreferencePairs(**vars(super().empty(size)), margins=np.zeros(size, np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceEncoder:
     """Encoding of a pair as one document: the chosen conversation, then the rejected one. Its label is the length of
-    the first."""
+    the first, and the margin."""
 
     length: int
     """Maximum tokens of a pair."""
@@ -185,11 +189,35 @@ class PreferenceEncoder:
             ids, weights = sides[0][0] + sides[1][0], sides[0][1] + sides[1][1]
             if len(ids) <= self.length:
                 note = None if start == first else TRUNCATED
-                return Encoded(ids, weights, label=len(sides[0][0]), note=note)
-        return Encoded([], label=0, note=DROPPED)
+                return Encoded(ids, weights, label=(float(len(sides[0][0])), pair.margin), note=note)
+        return Encoded([], note=DROPPED)
 
     def _render(self, said: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
         return (chat.render if self.template is None else self.template.render)(said, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSequences:
+    """Sequences of one pair each, with its margin: sequence d is document d."""
+
+    packed: PackedSequences
+    margins: np.ndarray
+    """float32 [D]."""
+
+    @property
+    def fingerprint(self) -> str:
+        return self.packed.fingerprint
+
+    @property
+    def tokens(self) -> int:
+        return self.packed.tokens
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def fill(self, batch: PreferencePairs, at: np.ndarray, index: np.ndarray) -> None:
+        self.packed.fill(batch, at, index)
+        np.asarray(batch.margins)[at] = self.margins[index % len(self)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,7 +227,7 @@ class _Pairs:
     offsets: np.ndarray
     """int64 [D + 1], as in `Store`."""
     chosen: np.ndarray
-    """int32 [D], tokens of the chosen conversation."""
+    """int64 [D], tokens of the chosen conversation."""
 
     def __len__(self) -> int:
         return len(self.chosen)

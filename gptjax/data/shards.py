@@ -48,6 +48,7 @@ from gptjax.data.store import (
     file_facts,
     folder_at,
     open_store,
+    read_labels,
     sealed,
     unsealed,
 )
@@ -266,7 +267,7 @@ class _Making:
         file = TokenFile(f"{name}.tokens.bin", len(tokens))
         if weights is not None:
             file = dataclasses.replace(file, weights=f"{name}.weights.bin", weights_dtype=str(weights.dtype))
-        facts = {}
+        labels, facts = together.get(f"{name}.labels.bin"), {}
         for path, values in together.items():
             data = values.tobytes()
             self.folder.write(path, data)
@@ -274,6 +275,7 @@ class _Making:
         header = {
             "file": dataclasses.asdict(file),
             "files": facts,
+            "labels": None if labels is None else [str(labels.dtype), *labels.shape[1:]],
             "documents": len(together[f"{name}.sizes.bin"]),
             "notes": sum((collections.Counter(c.notes) for c in pending), collections.Counter()),
             "last": job.last,
@@ -287,6 +289,7 @@ class _Making:
             return None
         try:
             header = unsealed(self.folder.read(name))
+            _ = header["labels"]
             for file, facts in header["files"].items():
                 whole = self.folder.local
                 if (file_facts(self.folder.read(file)) if whole else {"size": self.folder.size(file)}) != (
@@ -325,8 +328,9 @@ class _Making:
             raise UserError(f"source: {self.source} has no documents for {self.split}{done}; must have at least one")
         sizes = np.concatenate([self.folder.array(self._of(h, "sizes"), "int64") for h in used])
         files = {"offsets.bin": np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)}
-        if any(self._of(header, "labels") in header["files"] for header in used):
-            files["labels.bin"] = np.concatenate([self.folder.array(self._of(h, "labels"), "int32") for h in used])
+        if used[0]["labels"] is not None:
+            of_shards = [read_labels(self.folder, self._of(h, "labels"), h["labels"]) for h in used]
+            files["labels.bin"] = np.concatenate(of_shards)
         for name, values in files.items():
             self.folder.write(name, values.tobytes())
         shards = []
@@ -339,6 +343,7 @@ class _Making:
             "documents": len(sizes),
             "tokens": int(sizes.sum()),
             "notes": notes,
+            "labels": used[0]["labels"],
             "files": {name: file_facts(values.tobytes()) for name, values in files.items()},
             "shards": shards,
         }

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -200,6 +201,13 @@ class LabelledJsonl:
             labels = ", ".join(map(repr, self.classes))
             raise UserError(f"classes: {where}: got the label {value[self.label]!r}, must be one of {labels}")
         return Example(value[self.text], self.classes.index(value[self.label]))
+
+
+def finite(value: Any, field: str) -> float:
+    """A value of a file as a finite number. Raises UserError that names the field."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{field}: got {str(value)[:80]!r}, must be a finite number")
+    return float(value)
 
 
 def fingerprint(source: Any, *state: object) -> str:

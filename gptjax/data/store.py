@@ -2,11 +2,11 @@
 
     train-1f0c.../  header.json               what it was made from, counts, its shards, digests
                     offsets.bin               int64 [D + 1]          document d is tokens[offsets[d]:offsets[d + 1]]
-                    labels.bin                int32 [D]              labelled texts only
+                    labels.bin                int32 or float32       [D] or [D, k], labelled documents only
                     00000-00000.tokens.bin    uint16 or uint32 [n]   tokens of a shard: bos? text eos?, ...
                     00000-00000.weights.bin   uint8 or float32 [n]   conversations only: weights of tokens as targets
                     00000-00000.sizes.bin     int64 [d]              tokens of each of the shard's documents
-                    00000-00000.labels.bin    int32 [d]              labelled texts only
+                    00000-00000.labels.bin    int32 or float32       [d] or [d, k], labelled documents only
                     00000-00000.json          counts and digests of the shard, written last
 
 `gptjax.data.shards` makes stores. The tokens are those of the shards in the order of their names. A shard without its
@@ -72,7 +72,7 @@ class Store:
     fingerprint: str
     """SHA-256, in hex, of all that is stored."""
     labels: np.ndarray | None = None
-    """int32 [D], class of each document, if they have one."""
+    """int32 or float32, [D] or [D, k]: class, number or numbers of each document, if they have some."""
     notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Number of documents by their treatment."""
     found: bool = True
@@ -137,6 +137,12 @@ def unsealed(data: bytes) -> dict[str, Any]:
     return header
 
 
+def read_labels(folder: Folder, name: str, form: Sequence[Any]) -> np.ndarray:
+    """Labels of documents. form: their dtype, and the sizes of the axes after the first."""
+    dtype, *sizes = form
+    return folder.array(name, dtype).reshape(-1, *sizes)
+
+
 def open_store(folder: Folder, vocab: int) -> Store | None:
     """The store in this folder. None: missing, unfinished or damaged."""
     if "header.json" not in folder.names():
@@ -158,7 +164,7 @@ def open_store(folder: Folder, vocab: int) -> Store | None:
             offsets=folder.array("offsets.bin", "int64"),
             vocab=vocab,
             fingerprint=digest([files, [shard["read"] for shard in shards]]),
-            labels=folder.array("labels.bin", "int32") if "labels.bin" in files else None,
+            labels=read_labels(folder, "labels.bin", header["labels"]) if "labels.bin" in files else None,
             notes=header["notes"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gptjax.evals.exposure import Exposure
     from gptjax.evals.generative import Generative
     from gptjax.evals.multiple_choice import MultipleChoice
+    from gptjax.evals.reward_accuracy import RewardAccuracy
     from gptjax.types import Result
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Generative",
     "MultipleChoice",
     "Result",
+    "RewardAccuracy",
 ]
 
 _NAMES = {
@@ -40,6 +42,7 @@ _NAMES = {
     "gptjax.evals.exposure": "Exposure",
     "gptjax.evals.generative": "Generative",
     "gptjax.evals.multiple_choice": "MultipleChoice",
+    "gptjax.evals.reward_accuracy": "RewardAccuracy",
     "gptjax.types": "Result",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -11,9 +11,9 @@ from gptjax.nn import (
     MLP,
     Attention,
     BackboneConfig,
-    ClassifierConfig,
     EncoderConfig,
     EncoderDecoderConfig,
+    HeadConfig,
     LayerOverrides,
     LongRoPE,
     MixtureOfExperts,
@@ -31,11 +31,11 @@ def essence(m: ModelConfig) -> dict[str, Any]:
     Equivalent configurations have equal forms."""
     if isinstance(m, EncoderDecoderConfig):
         return {"encoder": essence(m.encoder), "decoder": essence(m.decoder)}
-    if isinstance(m, ClassifierConfig):
+    if isinstance(m, HeadConfig):
         headless: dict[str, Any] = {"transform": None} if isinstance(m.backbone, EncoderConfig) else {}
         backbone = dataclasses.replace(m.backbone, tie_embeddings=True, **headless)
-        head = ("classes", "pooling", "pooler", "bias", "width_multiplier")
-        return {**essence(backbone), "classifier": {name: getattr(m, name) for name in head}}
+        names = [field.name for field in dataclasses.fields(m) if field.name != "backbone"]
+        return {**essence(backbone), m.architecture: {name: getattr(m, name) for name in (*names, "width_multiplier")}}
     assert isinstance(m, BackboneConfig)
     layers = {
         str(i): {

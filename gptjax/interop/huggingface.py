@@ -40,7 +40,9 @@ from gptjax.nn import (
     ClassifierConfig,
     EncoderConfig,
     EncoderDecoderConfig,
+    HeadConfig,
     ModelConfig,
+    RegressorConfig,
     Stack,
     SwiGLU,
     TransformerConfig,
@@ -124,7 +126,7 @@ def save_hf(
     )
     if sampling is not None:
         generation = {**generation, **of_sampling(sampling)}
-    if not isinstance(config, EncoderConfig | ClassifierConfig):  # they do not generate
+    if not isinstance(config, EncoderConfig | HeadConfig):  # they do not generate
         _write_json(folder / "generation_config.json", generation)
     if tokenizer is not None:
         tokenizers.save(tokenizer, folder, context or config.max_positions, template, append_eos)
@@ -142,7 +144,9 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 def read_kind(folder: str | Path) -> type[ModelConfig]:
     """The configuration class of a folder's model. Raises UserError for an unknown family."""
     fields = read_config(folder)
-    return ClassifierConfig if _classifies(fields) else _family(fields["model_type"]).kind
+    if not _classifies(fields):
+        return _family(fields["model_type"]).kind
+    return RegressorConfig if _classes(fields) == 1 else ClassifierConfig
 
 
 def read_labels(folder: str | Path) -> tuple[str, ...] | None:
@@ -251,21 +255,28 @@ def _classifies(fields: Fields) -> bool:
     return any(name.endswith(CLASSIFYING) for name in fields.get("architectures") or ())
 
 
+def _classes(fields: Fields) -> int:
+    """Number of outputs of a classifier's head: 1 is a regression, or a reward model."""
+    return len(fields.get("id2label") or (0, 0))
+
+
 def _read(family: Family, fields: Fields) -> ModelConfig:
-    """The configuration that a config.json describes: a model of the family, or a classifier on top of it."""
+    """The configuration that a config.json describes: a model of the family, or a head on top of it."""
     fields = family.named(fields)
     if not _classifies(fields):
         return family.read(fields)
     if family.classifier is None:
         raise UserError(f"config.json: architectures: got {fields['architectures']}, must be {family.architecture}")
-    fields.only(problem_type="single_label_classification")
-    return family.classifier(family.read(fields), len(fields.get("id2label") or (0, 0)), fields)
+    classes = _classes(fields)
+    fields.only(problem_type="regression" if classes == 1 else "single_label_classification")
+    found = family.classifier(family.read(fields), max(classes, 2), fields)
+    return found if classes > 1 else RegressorConfig(found.backbone, found.pooling, found.pooler, found.bias)
 
 
 def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json: the inverse of `_read`."""
     fields = {"model_type": family.model_type, "architectures": [family.architecture]}
-    if not isinstance(config, ClassifierConfig):
+    if not isinstance(config, ClassifierConfig | RegressorConfig):
         return fields | family.write(config)
     if family.classifier is None:
         raise UserError(f"classifier: got one, for which {family.model_type} has no class in `transformers`")
@@ -278,7 +289,7 @@ def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dic
     families = FAMILIES if model_type is None else (_family(model_type),)
     reasons: dict[str, list[str]] = {}
     for family in families:
-        if type(config.backbone if isinstance(config, ClassifierConfig) else config) is not family.kind:
+        if type(config.backbone if isinstance(config, HeadConfig) else config) is not family.kind:
             continue
         fields, changed = _changes(family, config)
         if not changed:
@@ -316,7 +327,7 @@ def _stacks(config: ModelConfig) -> dict[str, Stack]:
     """The stacks of layers of a model, by the name of their parameters."""
     if isinstance(config, EncoderDecoderConfig):
         return {"encoder/blocks": config.encoder.stack(), "decoder/blocks": config.decoder.stack()}
-    backbone = config.backbone if isinstance(config, ClassifierConfig) else config
+    backbone = config.backbone if isinstance(config, HeadConfig) else config
     return {"blocks": backbone.stack()} if isinstance(backbone, BackboneConfig) else {}
 
 

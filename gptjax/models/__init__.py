@@ -1,1 +1,1 @@
-"""Models with parameters and tokenizer: `LanguageModel`, `EncoderModel`, `TextToText`, `ClassifierModel`."""
+"""Models with parameters and tokenizer: `LanguageModel`, `EncoderModel`, `TextToText`, and those with heads."""

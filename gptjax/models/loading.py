@@ -76,8 +76,8 @@ def load(
     dtype      parameter and compute dtype: float32 or bfloat16. None: that of the files
     rules      sharding of the parameters over the current mesh (`jax.set_mesh`), on which the model then runs; devices
                and hosts read their own shards only
-    kind       class of the result: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), `ClassifierModel`, or
-               `Model`: any of these
+    kind       class of the result: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), `ClassifierModel`,
+               `RegressorModel` (reward models), or `Model`: any of these
     tokenizer  tokenizer, or the argument of `load_tokenizer`, in place of the path's own. None: the path's own; a model
                of others without one reads and writes ids alone
     step       checkpoint of a run: "latest", "best" (lowest validation loss of those that are kept), or a step
@@ -192,10 +192,16 @@ def model_class(config: type[ModelConfig]) -> type[Model]:
         return LanguageModel  # without importing the others
     from gptjax.models.classifier_model import ClassifierModel
     from gptjax.models.encoder_model import EncoderModel
+    from gptjax.models.regressor_model import RegressorModel
     from gptjax.models.text_to_text import TextToText
-    from gptjax.nn import ClassifierConfig, EncoderConfig, EncoderDecoderConfig
+    from gptjax.nn import ClassifierConfig, EncoderConfig, EncoderDecoderConfig, RegressorConfig
 
-    kinds = {ClassifierConfig: ClassifierModel, EncoderConfig: EncoderModel, EncoderDecoderConfig: TextToText}
+    kinds = {
+        ClassifierConfig: ClassifierModel,
+        EncoderConfig: EncoderModel,
+        EncoderDecoderConfig: TextToText,
+        RegressorConfig: RegressorModel,
+    }
     return next((cls for base, cls in kinds.items() if issubclass(config, base)), LanguageModel)
 
 

@@ -1,4 +1,4 @@
-"""Base classes of `LanguageModel`, `EncoderModel`, `TextToText` and `ClassifierModel`."""
+"""Base classes of `LanguageModel`, `EncoderModel`, `TextToText`, `ClassifierModel` and `RegressorModel`."""
 
 from __future__ import annotations
 
@@ -146,7 +146,10 @@ class TextEncoder(Model):
         ]
         if not all(ids):
             raise UserError("texts: got an empty one, must have at least one character for this tokenizer")
-        ids = [text[:length] for text in ids]
+        return self._forward_ids(module, [text[:length] for text in ids], batch)
+
+    def _forward_ids(self, module: Module, ids: Sequence[Sequence[int]], batch: int) -> np.ndarray:
+        """Outputs of a module of `nn.heads` for texts as ids, float32 [n, ...]."""
         found: dict[int, np.ndarray] = {}
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # sorted by length, to minimise padding
         with on_mesh_of(self.params):

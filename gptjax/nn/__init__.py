@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from gptjax.nn.config import BackboneConfig, LayerOverrides, ModelConfig
     from gptjax.nn.encoder import Encoder, EncoderConfig, Transform
     from gptjax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-    from gptjax.nn.heads import Classifier, ClassifierConfig, Embedder, First, Last, Mean, NormedPooler, Pooler, Pooling
+    from gptjax.nn.heads import (
+        Classifier,
+        ClassifierConfig,
+        Embedder,
+        First,
+        HeadConfig,
+        Last,
+        Mean,
+        NormedPooler,
+        Pooler,
+        Pooling,
+        RegressorConfig,
+    )
     from gptjax.nn.intermediates import activations
     from gptjax.nn.latent_attention import MultiHeadLatentAttention
     from gptjax.nn.lora import DoRA, LoRA
@@ -84,6 +96,7 @@ __all__ = [
     "EncoderDecoderConfig",
     "First",
     "GeGLU",
+    "HeadConfig",
     "Last",
     "LayerNorm",
     "LayerOverrides",
@@ -121,6 +134,7 @@ __all__ = [
     "ReLUSquared",
     "Recurrent",
     "RecurrentConfig",
+    "RegressorConfig",
     "Residual",
     "RoPE",
     "Router",
@@ -157,7 +171,9 @@ _NAMES = {
     "gptjax.nn.config": "BackboneConfig LayerOverrides ModelConfig",
     "gptjax.nn.encoder": "Encoder EncoderConfig Transform",
     "gptjax.nn.encoder_decoder": "EncoderDecoder EncoderDecoderConfig",
-    "gptjax.nn.heads": "Classifier ClassifierConfig Embedder First Last Mean NormedPooler Pooler Pooling",
+    "gptjax.nn.heads": (
+        "Classifier ClassifierConfig Embedder First HeadConfig Last Mean NormedPooler Pooler Pooling RegressorConfig"
+    ),
     "gptjax.nn.latent_attention": "MultiHeadLatentAttention",
     "gptjax.nn.lora": "DoRA LoRA",
     "gptjax.nn.mixer": "SequenceMixer",

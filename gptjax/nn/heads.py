@@ -11,7 +11,7 @@ may have several texts, segments 1 .. M. Padding has segment 0.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -101,25 +101,11 @@ class NormedPooler(Pooler):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierConfig(ModelConfig):
-    """Text classifier over a decoder or an encoder."""
-
-    architecture = "classifier"
+class HeadConfig(ModelConfig):
+    """A head over the hidden states of a decoder or an encoder. Base class."""
 
     backbone: BackboneConfig
     """Decoder or encoder of the text."""
-    classes: int
-    """C, number of classes."""
-    pooling: Pooling = Last()
-    """Pooling of the tokens' hidden states: `Last()` for decoders, `First()` or `Mean()` for encoders."""
-    pooler: Pooler | None = None
-    """Layer between pooling and classifier. None: no layer."""
-    bias: bool = False
-    """Bias in the classifier."""
-
-    def __post_init__(self):
-        if self.classes < 2:
-            raise UserError(f"model.classes: got {self.classes}, must be at least 2")
 
     @property
     def vocab(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (nobody sets it)
@@ -139,23 +125,61 @@ class ClassifierConfig(ModelConfig):
             (axis, field.replace("model.", "model.backbone.", 1), size) for axis, field, size in self.backbone.axes
         )
 
-    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
-        return Classifier(self, rules)
-
     def flops(self, length: int) -> int:
-        """FLOPs as `BackboneConfig.flops`, without the small classifier."""
+        """FLOPs as `BackboneConfig.flops`, without the small head."""
         return self.backbone.flops(length) - 6 * self.vocab * self.backbone.width
 
     def with_dtype(self, dtype: str) -> Self:
         return dataclasses.replace(self, backbone=self.backbone.with_dtype(dtype))
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig(HeadConfig):
+    """Text classifier over a decoder or an encoder."""
+
+    architecture = "classifier"
+
+    classes: int
+    """C, number of classes."""
+    pooling: Pooling = Last()
+    """Pooling of the tokens' hidden states: `Last()` for decoders, `First()` or `Mean()` for encoders."""
+    pooler: Pooler | None = None
+    """Layer between pooling and classifier. None: no layer."""
+    bias: bool = False
+    """Bias in the classifier."""
+
+    def __post_init__(self):
+        if self.classes < 2:
+            raise UserError(f"model.classes: got {self.classes}, must be at least 2")
+
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
+        return Classifier(self, rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressorConfig(HeadConfig):
+    """One number per text over a decoder or an encoder: a reward model, or a regression."""
+
+    architecture = "regressor"
+    classes: ClassVar[int] = 1
+
+    pooling: Pooling = Last()
+    """Pooling of the tokens' hidden states: `Last()` for decoders, `First()` or `Mean()` for encoders."""
+    pooler: Pooler | None = None
+    """Layer between pooling and the number. None: no layer."""
+    bias: bool = False
+    """Bias of the number."""
+
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
+        return Classifier(self, rules)
+
+
 class Classifier(Backbone):
     """Tokens to class logits, pool(h) W, with h the hidden states of a text after the final norm: GPT with `Last()`
     (Radford et al. 2018, section 3.2). BERT has tanh(pool(h) P + p) W + b (arXiv:1810.04805, section 4.1): `First()`,
-    `Pooler()` and a bias."""
+    `Pooler()` and a bias. A regressor has one logit, its number."""
 
-    config: ClassifierConfig
+    config: ClassifierConfig | RegressorConfig
 
     @property
     def backbone(self) -> BackboneConfig:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gptjax.objectives.next_token import NextToken
     from gptjax.objectives.policy import DAPO, GRPO, GSPO, RLOO, DrGRPO, PolicyGradient
     from gptjax.objectives.preference import CPO, DPO, IPO, ORPO, SimPO
+    from gptjax.objectives.reward import BradleyTerry
     from gptjax.objectives.sequence_to_sequence import SequenceToSequence
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "IPO",
     "ORPO",
     "RLOO",
+    "BradleyTerry",
     "Classification",
     "DrGRPO",
     "MaskedTokens",
@@ -39,6 +41,7 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("CPO", "DPO", "IPO", "ORPO", "SimPO"), "gptjax.objectives.preference"),
     **dict.fromkeys(("DAPO", "GRPO", "GSPO", "RLOO", "DrGRPO", "PolicyGradient"), "gptjax.objectives.policy"),
+    "BradleyTerry": "gptjax.objectives.reward",
     "Classification": "gptjax.objectives.classification",
     "MaskedTokens": "gptjax.objectives.masked_tokens",
     "MultiToken": "gptjax.objectives.multi_token",

@@ -21,7 +21,7 @@ import numpy as np
 
 from gptjax.interop import layout
 from gptjax.interop.schema import NUMBERS
-from gptjax.nn import ClassifierConfig, ModelConfig, Stack, TransformerConfig
+from gptjax.nn import ClassifierConfig, ModelConfig, RegressorConfig, Stack, TransformerConfig
 from gptjax.types import UserError
 
 
@@ -90,7 +90,7 @@ class Family:
     )
     """(configuration, number of classes, config.json) -> the family's classifier. None: `transformers` has no class for
     one."""
-    of_classifier: Callable[[ClassifierConfig], dict[str, Any]] = lambda m: {}
+    of_classifier: Callable[[ClassifierConfig | RegressorConfig], dict[str, Any]] = lambda m: {}
     """The fields of config.json for a classifier's own settings: the inverse of `classifier`."""
     stem: str = ""
     """Prefix of the classifier's class in `transformers`. "": that of `architecture`."""

@@ -32,6 +32,7 @@ from gptjax.nn import (
     MultiHeadAttention,
     NormedPooler,
     PreNormButFirst,
+    RegressorConfig,
     Transform,
 )
 from gptjax.types import UserError
@@ -145,7 +146,7 @@ def classifier(backbone: EncoderConfig, classes: int, c: Fields) -> ClassifierCo
     return ClassifierConfig(backbone, classes, POOLINGS[pooling], pooler, bias=True)
 
 
-def of_classifier(m: ClassifierConfig) -> dict[str, Any]:
+def of_classifier(m: ClassifierConfig | RegressorConfig) -> dict[str, Any]:
     pooler = m.pooler if isinstance(m.pooler, NormedPooler) else NormedPooler()
     pooling = "mean" if m.pooling == Mean() else "cls"
     return {**of_head(pooler.mlp, pooler.bias), "classifier_pooling": pooling}
