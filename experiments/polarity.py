@@ -13,15 +13,17 @@ One run of each on one split, 1,004 sentences held out, where one class makes 51
                     validation loss, last (lowest)      accuracy
     transformer     0.719 (0.551, step 600)             71.6 %
     rnn             0.579 (0.526, step 600)             74.6 %
+    bert            0.724 (0.557, step 900)             73.4 %
     regularised     0.552 (0.552, step 900)             72.7 %
 
-The other variants were not run to the end; not timed on an idle machine.
+`python -m experiments check polarity` trains `transformer` and holds it to more than 68 %. The other variants were not
+run to the end; not timed on an idle machine.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
-from gptjax import Experiment, Stage, data, evals, objectives, optim
+from gptjax import Expect, Experiment, Stage, data, evals, objectives, optim
 from gptjax.data.files import file_state
 from gptjax.data.sources import check_fraction, fingerprint, of_split
 from gptjax.nn import ClassifierConfig, EncoderConfig, LearnedPositions, Mean, RecurrentConfig, TransformerConfig
@@ -106,4 +108,4 @@ variants = {
     "early_stopping": classifier(TRANSFORMER, early_stopping=STOP),
     "regularised": classifier(SMALL, 0.3, 0.1, 0.3, STOP),
 }
-experiment = variants["transformer"]
+experiment = dataclasses.replace(variants["transformer"], expect=(Expect("accuracy", above=0.68),))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Paths = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH [PATH]")]
 Step = int | Literal["latest", "best"]
+RED_TEAM = ("Refusal", "Jailbreak", "OverRefusal")
+"""Tasks of the red-team report."""
 
 
 def evaluate(
@@ -37,6 +39,7 @@ def evaluate(
     seed: int = 0,
     form: Literal["chat", "text", "likelihood"] | None = None,
     core: Path | None = None,
+    red_team: bool = False,
     out: Path | None = None,
     step: Step = "latest",
 ) -> None:
@@ -57,6 +60,7 @@ def evaluate(
         form: Form of the prompts: the model's conversation format, or a text to be continued; or the likelihoods of a
             task's options, without a reply. None: chat if it can.
         core: Folder of DCLM's bundle, for CORE.
+        red_team: Refusals, jailbreaks, over-refusals, words of abuse in the replies, and bias by names in one report.
         out: Folder for the report (Markdown, JSON) and every reply. The same command again resumes. None: only shown.
         step: Checkpoint of a run: latest, best (lowest validation loss), or a step.
     """
@@ -65,6 +69,10 @@ def evaluate(
 
     if not 1 <= len(paths) <= 2:
         raise UserError(f"paths: got {len(paths)}, must be a model, or two to compare")
+    if red_team:
+        if form == "likelihood":
+            raise UserError("form: got likelihood with --red_team, must be chat or text, as it reads replies")
+        tasks = (*tasks, *RED_TEAM)
     if len(paths) == 2 and not tasks:
         raise UserError("tasks: got none with two models, must be those to compare them on")
     if temperature is None:
@@ -88,6 +96,10 @@ def evaluate(
             from gptjax.evals import Core
 
             results[name].append(Core(str(core), limit)(model))
+        if red_team:
+            from gptjax.evals import NameBias
+
+            results[name].append(NameBias()(model))
         if on is not None or not (tasks or core):
             results[name] += [evaluation(model) for evaluation in _of_text(model, path, on)]
     text = _report(results)

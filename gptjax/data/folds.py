@@ -122,6 +122,8 @@ def _with_fold(value: Any, index: int, count: int, path: str) -> Any:
         return _with_fold(item, index, count, f"{path}.{name}" if path else str(name))
 
     if is_config(value):
+        if callable(getattr(value, "with_fold", None)):  # items of a task
+            return value.with_fold(index, count)
         if callable(getattr(value, "documents", None)) and not isinstance(value, Mix):
             try:
                 return Fold(value, index, count)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gptjax.evals.exposure import Exposure
     from gptjax.evals.generative import Generative
     from gptjax.evals.multiple_choice import MultipleChoice
+    from gptjax.evals.name_bias import NameBias
+    from gptjax.evals.reply_likelihood import ReplyLikelihood
     from gptjax.evals.reward_accuracy import RewardAccuracy
     from gptjax.types import Result
 
@@ -29,6 +31,8 @@ __all__ = [
     "Exposure",
     "Generative",
     "MultipleChoice",
+    "NameBias",
+    "ReplyLikelihood",
     "Result",
     "RewardAccuracy",
 ]
@@ -42,6 +46,8 @@ _NAMES = {
     "gptjax.evals.exposure": "Exposure",
     "gptjax.evals.generative": "Generative",
     "gptjax.evals.multiple_choice": "MultipleChoice",
+    "gptjax.evals.name_bias": "NameBias",
+    "gptjax.evals.reply_likelihood": "ReplyLikelihood",
     "gptjax.evals.reward_accuracy": "RewardAccuracy",
     "gptjax.types": "Result",
 }

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -55,7 +55,11 @@ SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class Generative(Evaluation):
-    """Score of a model's replies to a task: `Generative(task)(language_model) -> Result`."""
+    """Score of a model's replies to a task: `Generative(task)(language_model) -> Result`.
+
+    An encoder-decoder reads `task.text(i)`, as in training with `tasks.TaskPairs`, and its targets are greedy."""
+
+    architectures: ClassVar[tuple[str, ...]] = ("decoder", "encoder-decoder")
 
     task: Task
     """Task with prompts and scores: `tasks.Gsm8k`, ..."""

@@ -12,11 +12,13 @@ from gptjax.tasks.task import Generation, Reply, Task
 from gptjax.types import UserError
 
 Form = Literal["chat", "text"]
-"""Form of a prompt: the model's conversation format, or a text to continue."""
+"""Form of a prompt: the model's conversation format, or a text to continue, or to be read by an encoder."""
 
 
 def form_of(model: Any) -> Form:
     """ "chat" for a model with a chat template or our markers, else "text"."""
+    if _has_encoder(model):
+        return "text"
     return "chat" if model.template is not None or "<|assistant|>" in model.tokenizer.specials else "text"
 
 
@@ -66,6 +68,9 @@ def write(
 ) -> Iterator[Written]:
     """Replies to (prompt, sample) in the order in which they end. A reply does not depend on the others: its draws are
     those of the seed, the item and the sample."""
+    if _has_encoder(model):
+        yield from _write_targets(model, asked, generation, sampling, seed, rows)
+        return
     from gptjax.inference.engine import Request
 
     rows = max(1, min(rows, len(asked)))
@@ -98,6 +103,29 @@ def write(
                 raise UserError(f"task: item {prompt.item}: the engine failed: {text.error}")
             reply = Reply(_said(model, prompt, text.text, form), text.finish == "stop")
             yield Written(prompt, sample, reply, len(text.tokens))
+
+
+def _has_encoder(model: Any) -> bool:
+    return model.config.architecture == "encoder-decoder"
+
+
+def _write_targets(
+    model: Any, asked: Sequence[tuple[Prompt, int]], generation: Generation, sampling: Sampling, seed: int, rows: int
+) -> Iterator[Written]:
+    """Replies of an encoder-decoder, greedy, `rows` at a time."""
+    if not sampling.greedy:
+        raise UserError(f"sampling: got temperature {sampling.temperature} for an encoder-decoder, must be 0")
+    limit = model.config.encoder.max_positions
+    for first in range(0, len(asked), rows):
+        group = []
+        for prompt, sample in asked[first : first + rows]:
+            if limit is not None and len(prompt.ids) > limit:
+                yield Written(prompt, sample, Reply("", finished=False), 0, fits=False)
+            else:
+                group.append((prompt, sample))
+        targets = model.generate_ids([prompt.ids for prompt, _ in group], generation.max_tokens, seed, sampling)
+        for (prompt, sample), target in zip(group, targets, strict=True):
+            yield Written(prompt, sample, Reply(target.text, target.finish == "stop"), len(target.ids))
 
 
 def _said(model: Any, prompt: Prompt, text: str, form: Form) -> str:

@@ -47,17 +47,31 @@ class TextToText(Model):
     ) -> list[Completion]:
         """Generate a target for each source; see `gptjax.inference.sequence_to_sequence`. The fields of `sampling` are
         keyword arguments too: `t5.generate("...", temperature=0)`."""
-        tokenizer = self.tokenizer
-        texts = tokenizer.encode_batch([sources] if isinstance(sources, str) else sources)
+        texts = [sources] if isinstance(sources, str) else sources
+        ids = [self.encode_prompt(text) for text in texts]
+        return self.generate_ids(ids, max_tokens, seed, dataclasses.replace(sampling, **fields))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a source, as the encoder reads it."""
+        return add_bos_eos(self.tokenizer.encode(text), self.tokenizer)
+
+    def generate_ids(
+        self,
+        sources: Sequence[Sequence[int]],
+        max_tokens: int | None = None,
+        seed: int = 0,
+        sampling: Sampling = Sampling(),
+    ) -> list[Completion]:
+        """Generate a target for each source, given as token ids."""
         return generate_targets(
             self._module,
             self._decode_params,
-            tokenizer,
-            [add_bos_eos(ids, tokenizer) for ids in texts],
+            self.tokenizer,
+            sources,
             self._decoder_start_token_id,
             self._stop_token_ids,
             max_tokens,
-            dataclasses.replace(sampling, **fields),
+            sampling,
             seed,
         )
 

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from gptjax.tasks.arithmetic import Gsm8k, MultiArith
     from gptjax.tasks.choice import Arc, ArcChallenge, ArcEasy, Mmlu, Piqa
     from gptjax.tasks.code import HumanEval
-    from gptjax.tasks.combine import FewShot, Mixture, Slice
-    from gptjax.tasks.conversations import TaskConversations
+    from gptjax.tasks.combine import FewShot, HeldOut, Mixture, Slice
+    from gptjax.tasks.conversations import TaskConversations, TaskPairs
     from gptjax.tasks.letters import CountLetters, Spelling
     from gptjax.tasks.memorised import Memorised
-    from gptjax.tasks.overlap import Summarise, Translate
+    from gptjax.tasks.overlap import Summaries, Summarise, Translate, Translations
     from gptjax.tasks.polarity import SentencePolarity
     from gptjax.tasks.safety import Jailbreak, OverRefusal, Refusal
-    from gptjax.tasks.squad import Squad
+    from gptjax.tasks.squad import OtherPassage, Reading, Squad
     from gptjax.tasks.task import Choices, ChoiceTask, Generation, Reply, Score, Task
 
 __all__ = [
@@ -32,14 +32,17 @@ __all__ = [
     "FewShot",
     "Generation",
     "Gsm8k",
+    "HeldOut",
     "HumanEval",
     "Jailbreak",
     "Memorised",
     "Mixture",
     "Mmlu",
     "MultiArith",
+    "OtherPassage",
     "OverRefusal",
     "Piqa",
+    "Reading",
     "Refusal",
     "Reply",
     "Score",
@@ -47,24 +50,27 @@ __all__ = [
     "Slice",
     "Spelling",
     "Squad",
+    "Summaries",
     "Summarise",
     "Task",
     "TaskConversations",
+    "TaskPairs",
     "Translate",
+    "Translations",
 ]
 
 _NAMES = {
     "gptjax.tasks.arithmetic": "Gsm8k MultiArith",
     "gptjax.tasks.choice": "Arc ArcChallenge ArcEasy Mmlu Piqa",
     "gptjax.tasks.code": "HumanEval",
-    "gptjax.tasks.combine": "FewShot Mixture Slice",
-    "gptjax.tasks.conversations": "TaskConversations",
+    "gptjax.tasks.combine": "FewShot HeldOut Mixture Slice",
+    "gptjax.tasks.conversations": "TaskConversations TaskPairs",
     "gptjax.tasks.letters": "CountLetters Spelling",
     "gptjax.tasks.memorised": "Memorised",
-    "gptjax.tasks.overlap": "Summarise Translate",
+    "gptjax.tasks.overlap": "Summaries Summarise Translate Translations",
     "gptjax.tasks.polarity": "SentencePolarity",
     "gptjax.tasks.safety": "Jailbreak OverRefusal Refusal",
-    "gptjax.tasks.squad": "Squad",
+    "gptjax.tasks.squad": "OtherPassage Reading Squad",
     "gptjax.tasks.task": "ChoiceTask Choices Generation Reply Score Task",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

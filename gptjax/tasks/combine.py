@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gptjax.data.chat import Conversation
+from gptjax.data.folds import fold_of
+from gptjax.data.sources import check_fraction, held_out
 from gptjax.tasks.task import Generation, Reply, Score, Task
 from gptjax.types import UserError
 
@@ -87,6 +89,40 @@ class Slice(Wrapper):
     def items(self) -> range:
         """Numbers of the items in the task."""
         return range(*slice(self.start, self.stop, self.step).indices(len(self.task)))
+
+    def at(self, i: int) -> int:
+        return self.items[i]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut(Wrapper):
+    """Items of a task that `TaskConversations` and `TaskPairs` with the same fraction hold out of training."""
+
+    validation: float = 0.1
+    """Fraction of the items, chosen by a hash of the item's cluster."""
+    fold: tuple[int, int] | None = None
+    """(I, K): those that fold I of K holds out, as in cross-validation. None: by `validation`."""
+
+    def __post_init__(self) -> None:
+        check_fraction(self.validation)
+
+    @functools.cached_property
+    def items(self) -> tuple[int, ...]:
+        """Numbers of the items in the task."""
+        clusters = (self.task.cluster(i) for i in range(len(self.task)))
+        return tuple(i for i, cluster in enumerate(clusters) if self._holds_out(cluster))
+
+    def with_fold(self, index: int, count: int) -> HeldOut:
+        """The items that a fold of cross-validation holds out."""
+        return dataclasses.replace(self, fold=(index, count))
+
+    def _holds_out(self, cluster: str) -> bool:
+        if self.fold is None:
+            return held_out(cluster, self.validation)
+        return fold_of(cluster, self.fold[1]) == self.fold[0]
 
     def at(self, i: int) -> int:
         return self.items[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import re
@@ -18,27 +19,18 @@ ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 HAN = r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
 
 
-@dataclasses.dataclass(frozen=True)
-class Summarise(Task):
-    """Summaries: rows with "document" (or "article", "dialogue", "text") and "summary" (or "highlights").
+class Summaries(Task):
+    """Summaries of texts. Base class; a subclass defines `__len__` and `pair`.
 
     The outcome is ROUGE-Lsum F1, with each sentence on a line of its own, without which it is another figure. The
     library's words are Latin letters and digits, of which other languages have none."""
 
     graded = True
-    path: str
-    """File of the texts, a glob or a URL."""
     words: Literal["en", "zh"] = "en"
-    """Words of ROUGE: "en", those of rouge-score; "zh", also each Chinese character."""
 
-    def __post_init__(self) -> None:
-        if self.words not in ("en", "zh"):
-            raise UserError(f"words: got {self.words!r}, must be en or zh")
-
-    @functools.cached_property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """(text, summary). Raises UserError, with file and line, for a row without them."""
-        return read_items(self.path, _summary)
+    @abc.abstractmethod
+    def pair(self, i: int) -> tuple[str, str]:
+        """(text, summary) of item `i`."""
 
     @property
     def figure(self) -> str:
@@ -50,18 +42,15 @@ class Summarise(Task):
 
         return f"rouge-score {importlib.metadata.version('rouge-score')}"
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
     def example(self, i: int) -> Conversation:
-        text, summary = self.pairs[i]
+        text, summary = self.pair(i)
         return Message("user", f"Summarise this text.\n\n{text}"), Message("assistant", summary)
 
     def text(self, i: int) -> str:
-        return f"{self.pairs[i][0]}\n\nSummary:"
+        return f"{self.pair(i)[0]}\n\nSummary:"
 
     def score(self, i: int, reply: Reply) -> Score:
-        reference = self.pairs[i][1]
+        reference = self.pair(i)[1]
         if not (tokenizer := _Words(self.words)).tokenize(reference):
             raise UserError(f"words: got {self.words}, which finds none in the summary of item {i}; set another")
         if not tokenizer.tokenize(reply.text):
@@ -76,12 +65,82 @@ class Summarise(Task):
 
 
 @dataclasses.dataclass(frozen=True)
-class Translate(Task):
-    """Translations: rows with a source and a target, perhaps inside of "translation".
+class Summarise(Summaries):
+    """Summaries in a file: rows with "document" (or "article", "dialogue", "text") and "summary" (or "highlights")."""
+
+    path: str
+    """File of the texts, a glob or a URL."""
+    words: Literal["en", "zh"] = "en"
+    """Words of ROUGE: "en", those of rouge-score; "zh", also each Chinese character."""
+
+    def __post_init__(self) -> None:
+        if self.words not in ("en", "zh"):
+            raise UserError(f"words: got {self.words!r}, must be en or zh")
+
+    @functools.cached_property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """(text, summary). Raises UserError, with file and line, for a row without them."""
+        return read_items(self.path, _summary)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def pair(self, i: int) -> tuple[str, str]:
+        return self.pairs[i]
+
+
+class Translations(Task):
+    """Translations of texts. Base class; a subclass defines `__len__` and `pair`.
 
     The figures are BLEU and chrF of all replies together, from sacrebleu; the outcome of an item is its chrF / 100."""
 
     graded = True
+    language: str = "English"
+    tokenize: str = "13a"
+
+    @abc.abstractmethod
+    def pair(self, i: int) -> tuple[str, str]:
+        """(source, target) of item `i`."""
+
+    @property
+    def figure(self) -> str:
+        return "sentence_chrf"
+
+    @property
+    def scorer(self) -> str:
+        bleu = _bleu(self.tokenize)
+        bleu.corpus_score(["a"], [["a"]])
+        return f"sacrebleu {bleu.get_signature()}".replace("|", ";")
+
+    def example(self, i: int) -> Conversation:
+        source, target = self.pair(i)
+        return Message("user", f"Translate into {self.language}.\n\n{source}"), Message("assistant", target)
+
+    def text(self, i: int) -> str:
+        return f"{self.pair(i)[0]}\n{self.language}:"
+
+    def score(self, i: int, reply: Reply) -> Score:
+        said, right = reply.text.strip(), self.pair(i)[1]
+        parts = {"exact_match": float(said == right)}
+        if not said:
+            return unanswered(reply, parts)
+        return Score(min(_chrf().sentence_score(said, [right]).score / 100, 1.0), parts=parts)
+
+    def figures(self, replies: Mapping[int, Sequence[str]]) -> Mapping[str, float]:
+        said = [text.strip() for texts in replies.values() for text in texts]
+        right = [self.pair(i)[1] for i, texts in replies.items() for _ in texts]
+        bleu, chrf = _bleu(self.tokenize), _chrf()
+        return {"bleu": bleu.corpus_score(said, [right]).score, "chrf": chrf.corpus_score(said, [right]).score}
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(max_tokens=256, text_stop=("\n",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Translate(Translations):
+    """Translations in a file: rows with a source and a target, perhaps inside of "translation"."""
+
     path: str
     """File of the pairs, a glob or a URL."""
     source: str = "source"
@@ -104,41 +163,11 @@ class Translate(Task):
             raise UserError("tokenize: got 13a, which takes a sentence of Chinese for a word; must be zh or ja-mecab")
         return found
 
-    @property
-    def figure(self) -> str:
-        return "sentence_chrf"
-
-    @property
-    def scorer(self) -> str:
-        bleu = _bleu(self.tokenize)
-        bleu.corpus_score(["a"], [["a"]])
-        return f"sacrebleu {bleu.get_signature()}".replace("|", ";")
-
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def example(self, i: int) -> Conversation:
-        source, target = self.pairs[i]
-        return Message("user", f"Translate into {self.language}.\n\n{source}"), Message("assistant", target)
-
-    def text(self, i: int) -> str:
-        return f"{self.pairs[i][0]}\n{self.language}:"
-
-    def score(self, i: int, reply: Reply) -> Score:
-        said = reply.text.strip()
-        if not said:
-            return unanswered(reply)
-        return Score(min(_chrf().sentence_score(said, [self.pairs[i][1]]).score / 100, 1.0))
-
-    def figures(self, replies: Mapping[int, Sequence[str]]) -> Mapping[str, float]:
-        said = [text.strip() for texts in replies.values() for text in texts]
-        right = [self.pairs[i][1] for i, texts in replies.items() for _ in texts]
-        bleu, chrf = _bleu(self.tokenize), _chrf()
-        return {"bleu": bleu.corpus_score(said, [right]).score, "chrf": chrf.corpus_score(said, [right]).score}
-
-    @property
-    def generation(self) -> Generation:
-        return Generation(max_tokens=256, text_stop=("\n",))
+    def pair(self, i: int) -> tuple[str, str]:
+        return self.pairs[i]
 
 
 class _Words:

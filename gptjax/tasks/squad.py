@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import functools
@@ -16,6 +17,7 @@ from gptjax.data.chat import Conversation, Message
 from gptjax.data.files import Where
 from gptjax.tasks.rows import field, read_items
 from gptjax.tasks.task import Generation, Reply, Score, Task, unanswered
+from gptjax.types import UserError
 
 ASKED = "\nAnswer with the shortest words of the passage that answer it, and nothing else."
 NONE = "unanswerable"
@@ -32,11 +34,55 @@ class Passage:
     """Right answers. Empty: the passage has none."""
 
 
+class Reading(Task):
+    """Questions about passages. Base class; a subclass defines `__len__` and `passage`.
+
+    The outcome is exact match with one of the answers, `parts` has F1 too, both without case, punctuation and articles.
+    Questions about one passage form a cluster."""
+
+    @abc.abstractmethod
+    def passage(self, i: int) -> Passage:
+        """Item `i`."""
+
+    @property
+    def unanswerable(self) -> bool:
+        """True: some questions have no answer (SQuAD 2.0), and all prompts allow for it."""
+        return False
+
+    @property
+    def figure(self) -> str:
+        return "exact_match"
+
+    def example(self, i: int) -> Conversation:
+        item = self.passage(i)
+        asked = f"{item.context}\n\nQuestion: {item.question}{ASKED}{OR_NONE if self.unanswerable else ''}"
+        return Message("user", asked), Message("assistant", item.answers[0] if item.answers else NONE)
+
+    def text(self, i: int) -> str:
+        item = self.passage(i)
+        return f"{item.context}\n\nQuestion: {item.question}\nAnswer:"
+
+    def score(self, i: int, reply: Reply) -> Score:
+        answers = self.passage(i).answers or (NONE,)
+        said = normalised(reply.text)
+        if not said:
+            return unanswered(reply, {"f1": 0.0})
+        exact = float(any(said == normalised(answer) for answer in answers))
+        parts = {"f1": max(f1(said, normalised(answer)) for answer in answers)}
+        return Score(exact, parts=parts, extracted=" ".join(said))
+
+    def cluster(self, i: int) -> str:
+        return hashlib.sha256(self.passage(i).context.encode()).hexdigest()[:16]
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(max_tokens=48, text_stop=("\n",))
+
+
 @dataclasses.dataclass(frozen=True)
-class Squad(Task):
+class Squad(Reading):
     """SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016, arXiv:1606.05250): its JSON file, or rows with "context", "question"
-    and "answers": {"text": [...]}. The outcome is exact match with one of the answers, `parts` has F1 too, both without
-    case, punctuation and articles. Questions about one passage form a cluster."""
+    and "answers": {"text": [...]}."""
 
     path: str
     """File of the questions, a glob or a URL."""
@@ -47,41 +93,57 @@ class Squad(Task):
         return tuple(itertools.chain.from_iterable(read_items(self.path, _read)))
 
     @functools.cached_property
-    def unanswerable(self) -> bool:
-        """True: some questions have no answer (SQuAD 2.0), and all prompts allow for it."""
+    def _unanswerable(self) -> bool:
         return not all(item.answers for item in self.questions)
 
     @property
-    def figure(self) -> str:
-        return "exact_match"
+    def unanswerable(self) -> bool:
+        return self._unanswerable
 
     def __len__(self) -> int:
         return len(self.questions)
 
-    def example(self, i: int) -> Conversation:
-        item = self.questions[i]
-        asked = f"{item.context}\n\nQuestion: {item.question}{ASKED}{OR_NONE if self.unanswerable else ''}"
-        return Message("user", asked), Message("assistant", item.answers[0] if item.answers else NONE)
+    def passage(self, i: int) -> Passage:
+        return self.questions[i]
 
-    def text(self, i: int) -> str:
-        item = self.questions[i]
-        return f"{item.context}\n\nQuestion: {item.question}\nAnswer:"
 
-    def score(self, i: int, reply: Reply) -> Score:
-        answers = self.questions[i].answers or (NONE,)
-        said = normalised(reply.text)
-        if not said:
-            return unanswered(reply, {"f1": 0.0})
-        exact = float(any(said == normalised(answer) for answer in answers))
-        parts = {"f1": max(f1(said, normalised(answer)) for answer in answers)}
-        return Score(exact, parts=parts, extracted=" ".join(said))
+@dataclasses.dataclass(frozen=True)
+class OtherPassage(Reading):
+    """The questions of a task, each with the passage of another item: a control. Right answers stay those of the own
+    passage, so what is left above chance does not come from reading."""
+
+    task: Reading
+    """The task."""
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name}, other passages"
+
+    @property
+    def version(self) -> int:
+        return self.task.version
+
+    @property
+    def unanswerable(self) -> bool:
+        return self.task.unanswerable
+
+    def passage(self, i: int) -> Passage:
+        own, count = self.task.passage(i), len(self)
+        others = (self.task.passage((i + step) % count) for step in range(1, count))
+        other = next((other for other in others if other.context != own.context), None)
+        if other is None:
+            raise UserError("task: got one passage for all items, must be several to exchange them")
+        return dataclasses.replace(own, context=other.context)
 
     def cluster(self, i: int) -> str:
-        return hashlib.sha256(self.questions[i].context.encode()).hexdigest()[:16]
+        return self.task.cluster(i)
 
     @property
     def generation(self) -> Generation:
-        return Generation(max_tokens=48, text_stop=("\n",))
+        return self.task.generation
 
 
 def normalised(text: str) -> list[str]:

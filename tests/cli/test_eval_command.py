@@ -76,6 +76,18 @@ def test_a_model_is_evaluated_and_the_command_resumes(tmp_path, capsys):
     assert file.read_text().splitlines() == lines
     assert main([*command, "--seed", "1"]) == 2
     assert "choose another folder" in capsys.readouterr().err
+    red = ["eval", str(tmp_path / "model"), "--red_team", "--limit", "2", "--max_tokens", "2"]
+    assert main(red) == 0
+    out = capsys.readouterr().out
+    assert [line[2:] for line in out.splitlines() if line.startswith("# ")] == [
+        "Refusal",
+        "Jailbreak",
+        "OverRefusal",
+        "Bias by names",
+    ]
+    assert out.count("| abusive |") == 3
+    assert main([*red, "--form", "likelihood"]) == 2
+    assert "got likelihood with --red_team" in capsys.readouterr().err
 
 
 def test_likelihoods_of_options_and_of_documents(tmp_path, capsys):

@@ -9,8 +9,9 @@ import json
 import pytest
 
 import gptjax
-from gptjax import data, evals, optim
+from gptjax import data, evals, optim, tasks
 from gptjax.experiment.experiment import Experiment, Stage
+from gptjax.inference import Sampling
 from gptjax.nn import EncoderConfig, EncoderDecoderConfig, MultiHeadAttention, T5Bias, TransformerConfig
 from gptjax.objectives import NextToken, SequenceToSequence
 from gptjax.types import UserError
@@ -31,6 +32,24 @@ class Copies:
         return "copies"
 
 
+@dataclasses.dataclass(frozen=True)
+class Twice(tasks.Task):
+    """The same as a task."""
+
+    def __len__(self):
+        return 8
+
+    def example(self, i):
+        letter = "abcdefgh"[i]
+        return data.Message("user", letter), data.Message("assistant", letter * 2)
+
+    def text(self, i):
+        return "abcdefgh"[i]
+
+    def score(self, i, reply):
+        return tasks.Score(float(reply.text == "abcdefgh"[i] * 2))
+
+
 STAGE = Stage(
     data=data.Pairs(Copies(), length=12, batch=8),
     objective=SequenceToSequence(),
@@ -39,7 +58,7 @@ STAGE = Stage(
     evaluate_every=60,
     eval_sequences=8,
     prompts=("a",),
-    evaluations=(evals.ExactMatch(Copies(), max_tokens=4),),
+    evaluations=(evals.ExactMatch(Copies(), max_tokens=4), evals.Generative(Twice(), max_tokens=4, rows=3)),
 )
 
 
@@ -49,8 +68,9 @@ def test_an_encoder_decoder_trains_from_an_experiment(tmp_path, monkeypatch, cap
     Experiment(MODEL, data.Bytes(), {"train": STAGE}).run(folder)
     out = capsys.readouterr().out
     assert f"Now try:\n  python -i -c 'import gptjax; model = gptjax.load(\"{folder}\", kind=gptjax.TextToText)'" in out
-    (found,) = json.loads((folder / "report" / "train.json").read_text())["results"]
+    found, scored = json.loads((folder / "report" / "train.json").read_text())["results"]
     assert found["values"] == {"exact_match": 1.0, "documents": 8}
+    assert (scored["values"]["accuracy"], scored["values"]["right"]) == (1.0, 8)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["sample"] for line in lines if "sample" in line][-1].startswith("a\n")
 
@@ -59,6 +79,8 @@ def test_an_encoder_decoder_trains_from_an_experiment(tmp_path, monkeypatch, cap
     t5.save(tmp_path / "saved")
     again = gptjax.load(tmp_path / "saved", kind=gptjax.TextToText)
     assert again.generate("d", temperature=0)[0].text == "dd"
+    with pytest.raises(UserError, match="for an encoder-decoder, must be 0"):
+        evals.Generative(Twice(), sampling=Sampling())(again)
 
 
 def test_pairs_and_models_that_do_not_go_together_are_refused():

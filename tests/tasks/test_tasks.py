@@ -11,7 +11,8 @@ import pytest
 
 from gptjax import tasks
 from gptjax.config import from_json, to_json
-from gptjax.data import Jsonl
+from gptjax.data import Jsonl, TextPair
+from gptjax.data.folds import with_fold
 from gptjax.tasks import Reply, Score, extract
 from gptjax.tasks.stress import stress
 from gptjax.types import UserError
@@ -133,8 +134,9 @@ def test_a_scorer_that_pays_for_bad_replies_is_found():
 
 def test_every_shipped_task_is_tried():
     shipped = {n for n in tasks.__all__ if isinstance(c := getattr(tasks, n), type) and issubclass(c, tasks.Task)}
-    others = {"Task", "ChoiceTask", "Arc", "ArcChallenge", "Slice", "FewShot", "Mixture", "Memorised"}
-    assert shipped - others == {*ROWS, *BUILT_IN, "SentencePolarity"}
+    bases = {"Task", "ChoiceTask", "Arc", "ArcChallenge", "Reading", "Summaries", "Translations"}
+    others = {"FewShot", "HeldOut", "Memorised", "Mixture", "OtherPassage", "Slice"}
+    assert shipped - bases - others == {*ROWS, *BUILT_IN, "SentencePolarity"}
 
 
 def test_spans_are_compared_as_squad_does(tmp_path):
@@ -213,6 +215,34 @@ def test_a_chat_stage_trains_on_a_task():
     assert source.questions(2) == [(example[0].text, example[1].text) for example in held_out[:2]]
     assert source.fingerprint() != tasks.TaskConversations(tasks.CountLetters(41)).fingerprint()
     assert from_json(to_json(source)) == source
+
+
+def test_what_is_held_out_is_not_trained_on():
+    """By the same hash of the cluster, in a fold too; as conversations and as pairs."""
+    task = tasks.CountLetters(60)
+    fold = with_fold({"data": tasks.TaskConversations(task), "evaluation": tasks.HeldOut(task)}, 1, 3)
+    for source, items in (
+        (tasks.TaskConversations(task, 0.3), tasks.HeldOut(task, 0.3)),
+        (tasks.TaskPairs(task, 0.3), tasks.HeldOut(task, 0.3)),
+        (fold["data"], fold["evaluation"]),
+    ):
+        train, held_out = ([*source.documents(split)] for split in ("train", "validation"))
+        own = [items.example(i) for i in range(len(items))]
+        if isinstance(source, tasks.TaskPairs):
+            own = [TextPair(items.text(i), example[-1].text) for i, example in enumerate(own)]
+        assert len(train) + len(held_out) == 60 > len(held_out) > 5
+        assert held_out == own
+        assert not {*train} & {*own}
+
+
+def test_other_passages_keep_question_and_answers(tmp_path):
+    task = written("Squad", tmp_path)
+    control = tasks.OtherPassage(task)
+    for i in range(len(task)):
+        own, other = task.passage(i), control.passage(i)
+        assert (own.question, own.answers) == (other.question, other.answers)
+        assert own.context != other.context
+        assert task.cluster(i) == control.cluster(i)
 
 
 def test_options_of_other_files_are_read_and_compared(tmp_path):
