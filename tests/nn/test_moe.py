@@ -34,9 +34,9 @@ def small_blocks(monkeypatch):
 def parameters(part: MixtureOfExperts, bias: bool = False):
     """Everything of size 1 or so: the router too, so that experts are used unequally and gates differ."""
     shapes = jax.eval_shape(lambda: part.init(jax.random.key(1), X, F, bias))["params"]
-    keys = dict(zip(shapes, jax.random.split(jax.random.key(2), len(shapes)), strict=True))
+    random = np.random.default_rng(2)
     return {
-        name: 0.3 * jax.random.normal(keys[name], leaf.shape) if name != "router_balance" else jnp.zeros(leaf.shape)
+        name: jnp.asarray(0.3 * random.normal(size=leaf.shape) * (name != "router_balance"), jnp.float32)
         for name, leaf in shapes.items()
     }
 
@@ -96,13 +96,17 @@ PARTS = {
 HOW = {"blocks": {}, "tiled": {"implementation": "tiled"}, "capacity": {"capacity": 8.0}}
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.fixture(params=PARTS, scope="module")
+def part_and_sum(request):
+    """A part, whether it has biases, and the sum over its experts with its gradient."""
+    part, bias = PARTS[request.param]
+    return part, bias, value_and_gradient(functools.partial(reference, part), parameters(part, bias), X)
+
+
 @pytest.mark.parametrize("how", HOW)
-def test_it_is_the_sum_over_experts(name, how):
-    part, bias = PARTS[name]
-    params = parameters(part, bias)
-    got = value_and_gradient(functools.partial(run, dataclasses.replace(part, **HOW[how])), params, X)
-    expected = value_and_gradient(functools.partial(reference, part), params, X)
+def test_it_is_the_sum_over_experts(part_and_sum, how):
+    part, bias, expected = part_and_sum
+    got = value_and_gradient(functools.partial(run, dataclasses.replace(part, **HOW[how])), parameters(part, bias), X)
     assert_close(got, expected)
 
 
@@ -112,6 +116,26 @@ RULES = {
     "experts on fsdp": dataclasses.replace(DEFAULT_RULES, experts="fsdp"),
     "experts on two": ShardingRules(batch=("data", "fsdp"), experts=("fsdp", "tensor")),
 }
+
+
+def with_excess(part, params, x, rules=ShardingRules()):
+    """Output and gradient, and the excess load of the experts."""
+
+    def loss(params, x):
+        apply = functools.partial(part.module(rules).apply, mutable=["updates"], rngs={"dropout": jax.random.key(0)})
+        y, found = apply({"params": params}, x, F, True)
+        return jnp.sum(jnp.sin(y)), (y, found["updates"]["router_balance"].excess)
+
+    (_, (y, excess)), gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+    return (y, gradient), excess
+
+
+@functools.cache
+def alone(how):
+    """A part, its parameters, and what it computes on one device."""
+    part = MixtureOfExperts(router=Sigmoid(groups=4, top_groups=2, load_balance=0.1), shared=1, **HOW[how])
+    params = parameters(part, bias=True)
+    return part, params, *with_excess(part, params, X)
 
 
 @pytest.mark.parametrize(
@@ -126,16 +150,7 @@ RULES = {
     ],
 )
 def test_a_mesh_changes_nothing(rules, how):
-    part = MixtureOfExperts(router=Sigmoid(groups=4, top_groups=2, load_balance=0.1), shared=1, **HOW[how])
-    params = parameters(part, bias=True)
-    expected = value_and_gradient(functools.partial(run, part), params, X)
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def excess(params, x, rules):
-        _, found = part.module(rules=rules).apply({"params": params}, x, F, True, mutable=["updates"])
-        return found["updates"]["router_balance"].excess
-
-    loads = excess(params, X, ShardingRules())
+    part, params, expected, loads = alone(how)
     rules = RULES[rules]
     with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         x = sharding.global_array(X, rules)
@@ -145,8 +160,8 @@ def test_a_mesh_changes_nothing(rules, how):
         place = lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec))  # noqa: E731
         params = jax.tree.map(place, params, shapes)
         assert jax.P(params["up"].sharding.spec[0]) == rules("experts")
-        got = value_and_gradient(lambda *args: run(part, *args, rules), params, x)
-        np.testing.assert_array_equal(excess(params, x, rules), loads)
+        got, found = with_excess(part, params, x, rules)
+        np.testing.assert_array_equal(found, loads)
     assert np.any(loads)
     assert_close(got, expected)
 
@@ -155,16 +170,21 @@ def test_a_mesh_changes_nothing(rules, how):
 @pytest.mark.parametrize("sizes", [[5, 0, 19, 8], [0, 0, 36, 0], [3, 2, 1, 0], [0, 0, 0, 0]])
 def test_grouped_products(sizes, implementation):
     """Groups with no rows, some rows and many rows, and rows outside all groups."""
-    keys = jax.random.split(jax.random.key(0), 2)
-    x, w = jax.random.normal(keys[0], (40, 6)), jax.random.normal(keys[1], (4, 6, 7))
+    random = np.random.default_rng(0)
+    x, w = random.normal(size=(40, 6)).astype("f4"), random.normal(size=(4, 6, 7)).astype("f4")
+    got = grouped(implementation)(x, w, jnp.array(sizes))
 
-    def plain(x, w):
-        ends = np.cumsum(sizes)
-        parts = [x[end - size : end] @ w[e] for e, (size, end) in enumerate(zip(sizes, ends, strict=True))]
-        return jnp.concatenate([*parts, jnp.zeros((40 - ends[-1], 7))])
+    rows = np.concatenate([np.repeat(np.eye(4), sizes, axis=0), np.zeros((40 - sum(sizes), 4))])
+    y = np.einsum("re,rd,edf->rf", rows, x, w)
+    expected = np.einsum("re,rf,edf->rd", rows, np.cos(y), w), np.einsum("re,rd,rf->edf", rows, x, np.cos(y))
+    assert_close(got, (y, expected))
 
-    dot = lambda x, w: kernel.grouped_dot(x, w, jnp.array(sizes), implementation)  # noqa: E731
-    assert_close(value_and_gradient(dot, x, w), value_and_gradient(plain, x, w))
+
+@functools.cache
+def grouped(implementation):
+    """One program for all sizes: the product, and the gradient of the sum of its sine."""
+    dot = functools.partial(kernel.grouped_dot, implementation=implementation)
+    return jax.jit(lambda x, w, sizes: value_and_gradient(lambda x, w: dot(x, w, sizes), x, w))
 
 
 @pytest.mark.parametrize("capacity", [None, 0.6])
