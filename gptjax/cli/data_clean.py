@@ -4,6 +4,7 @@
     gptjax data clean zh.parquet cleaned --recipe chinese           of another recipe
     gptjax data clean a.jsonl b.txt cleaned --recipe steps.py       of one's own: STEPS of a Python file
     gptjax data clean a.jsonl cleaned --text body --format parquet
+    gptjax data clean chat.jsonl cleaned --text messages --recipe chat        conversations
     gptjax data clean a.jsonl cleaned --decontaminate gsm8k.jsonl arc.jsonl
 
 Files are .jsonl, .json, .parquet, .csv, .tsv, .txt or .md, gzipped (.gz) or not; the other columns are kept. The
@@ -29,11 +30,11 @@ class Options:
     """Options of the command."""
 
     recipe: str = "fineweb"
-    """Steps: fineweb, c4, gopher, chinese, unique, or a Python file that defines STEPS."""
+    """Steps: fineweb, c4, gopher, chinese, unique, chat, or a Python file that defines STEPS."""
     decontaminate: tuple[str, ...] = ()
     """Files of evaluation items: documents that hold one are dropped, after the other steps."""
     text: str = "text"
-    """Column with the text."""
+    """Column with the text, or with the messages of a conversation, in the form of OpenAI or ShareGPT."""
     format: Literal["jsonl", "jsonl.gz", "parquet"] = "jsonl.gz"
     """Format of the shards."""
     shard: int = 256

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptjax.config import digest
+from gptjax.data.prepare.messages import check_steps, joined, replaced
 from gptjax.data.prepare.pipeline import documents_of
 from gptjax.data.prepare.report import Report
 from gptjax.data.prepare.run import clean, fingerprint, write_report
@@ -50,7 +51,7 @@ def clean_files(
     """Clean files into shards in the folder `out`, with report.md and report.json. A start after an interruption does
     not repeat what is done. Raises UserError if `out` is complete, or of other files or steps.
 
-    text    column with the text; the other columns are kept
+    text    column with the text, or with the messages of a conversation; the other columns are kept
     shard   megabytes of text per shard, which is held in memory for Parquet
     module  Python file that defines classes of steps, or None
     """
@@ -65,7 +66,10 @@ def clean_files(
 
     def documents() -> Iterator[Document]:
         for source in sources:
-            yield from documents_of(source, "train")
+            for document in documents_of(source, "train", joined):
+                if text in document.fields:
+                    check_steps(steps)
+                yield document
 
     with atomic.usable(out, "out", "choose another folder"):
         work = out / "unfinished"
@@ -97,7 +101,9 @@ def _shards(documents: Iterator[Document], text: str, size: int) -> Iterator[Ite
     def rows(first: Document) -> Iterator[dict[str, Any]]:
         characters = 0
         for document in itertools.chain([first], documents):
-            yield {text: document.text, **document.fields}
+            messages = document.fields.get(text)
+            said = document.text if messages is None else replaced(messages, document.text)
+            yield {**document.fields, text: said} if messages is not None else {text: said, **document.fields}
             characters += len(document.text)
             if characters >= size:
                 return

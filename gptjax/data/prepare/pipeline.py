@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,11 @@ class Pipeline:
         yield from documents_of(self.source, "train")
 
 
-def documents_of(source: Any, split: Split) -> Iterator[Document]:
-    """The documents of a split of a source; of a table, with the other columns of their rows."""
+def documents_of(source: Any, split: Split, conversation: Callable[[Any], str] | None = None) -> Iterator[Document]:
+    """The documents of a split of a source; of a table, with the other columns of their rows.
+
+    conversation  text of a list of messages, which is kept in its column. None: lists are refused
+    """
     if not isinstance(source, Table):
         for text in source.documents(split):
             yield Document(text, {}, split)
@@ -106,6 +109,11 @@ def documents_of(source: Any, split: Split) -> Iterator[Document]:
 
     def of_row(where: Where, row: Any) -> tuple[str, Document] | None:
         text = column(row, source.text, where, "text")
+        if conversation is not None and isinstance(text, list):
+            try:
+                return "", Document(conversation(text), row, split)
+            except UserError as error:
+                raise UserError(f"{source.text}: {where}: {error}") from None
         if text is not None and not isinstance(text, str):
             raise UserError(f"text: {where}: got {type(text).__name__} in {source.text!r}, must be text")
         if text is None or not text.strip():

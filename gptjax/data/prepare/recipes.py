@@ -10,7 +10,7 @@ from gptjax.data.prepare.gopher import GopherQuality, GopherRepetition
 from gptjax.data.prepare.language import Language
 from gptjax.data.prepare.parts import load_module
 from gptjax.data.prepare.personal import MaskPersonal
-from gptjax.data.prepare.repair import FixEncoding, Normalise
+from gptjax.data.prepare.repair import FixEncoding, Length, Normalise
 from gptjax.data.prepare.steps import CorpusStep, Step
 from gptjax.data.prepare.web import C4Quality, FineWebQuality
 from gptjax.types import UserError, one_line
@@ -41,8 +41,9 @@ RECIPES: dict[str, Steps] = {
         MaskPersonal("CN"),
     ),
     "unique": (*_REPAIR, *_UNIQUE),
+    "chat": (*_REPAIR, Length(least=8), *_UNIQUE, MaskPersonal()),
 }
-"""Name -> steps. "unique" has no rules of quality."""
+"""Name -> steps. "unique" has no rules of quality; "chat" is for conversations."""
 
 
 def load_recipe(name: str) -> tuple[Steps, Path | None]:
