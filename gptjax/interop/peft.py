@@ -141,10 +141,15 @@ def write(
 
     model_type  family whose names are used. None: the first that can express the model, as in `save_hf`
 
-    Raises UserError if the folder exists, for a model that no family can express, and for adapters of matrices that are
-    not linear layers of the family: queries, keys and values of GPT-NeoX, Falcon and BLOOM and DeepSeek-V3's keys and
-    values, which are interleaved, and experts."""
+    Raises UserError if the folder exists, for adapters of a quantised base, for a model that no family can express, and
+    for adapters of matrices that are not linear layers of the family: queries, keys and values of GPT-NeoX, Falcon and
+    BLOOM and DeepSeek-V3's keys and values, which are interleaved, and experts."""
     folder = Path(folder)
+    if lora.bits is not None:
+        raise UserError(
+            f"lora.bits: got {lora.bits}, must be None: peft would add the adapters to the base before it was rounded; "
+            "merge them instead"
+        )
     family = huggingface.expressing(config, model_type)
     modules = _of(family)
     if folder.exists():

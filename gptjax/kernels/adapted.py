@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from gptjax.kernels.linear import PackedWeight, linear
 from gptjax.types import Array, Params, UserError
@@ -39,7 +40,7 @@ class AdaptedWeight(PackedWeight):
         base = self.base.with_dtype(dtype) if isinstance(self.base, PackedWeight) else self.base.astype(dtype)
         return dataclasses.replace(self, base=base, down=self.down.astype(dtype), up=self.up.astype(dtype))
 
-    def linear(self, x: Array, contract: int) -> Array:
+    def linear(self, x: Array, contract: int, out_sharding: PartitionSpec | None = None) -> Array:
         if not jax.sharding.get_abstract_mesh().empty:
             raise UserError("mesh: got one, must be none: adapters per request are computed on one device")
         y = linear(x, self.base, contract=contract)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from gptjax.types import Array
 
@@ -17,11 +18,16 @@ class PackedWeight:
     shape: tuple[int, ...]
     """As of the array: [*batch axes, *input axes, *output axes]; a table is [V, D]."""
 
+    @property
+    def grouped(self) -> bool:
+        """True: `grouped_dot` takes a stack of it. False: it takes the array."""
+        return True
+
     def with_dtype(self, dtype: str) -> Any:
         """This weight, with results in this compute dtype."""
         raise NotImplementedError
 
-    def linear(self, x: Array, contract: int) -> Array:
+    def linear(self, x: Array, contract: int, out_sharding: PartitionSpec | None = None) -> Array:
         """x [..., *C] times this weight [*C, *O] -> [..., *O]."""
         raise NotImplementedError
 
@@ -30,10 +36,10 @@ class PackedWeight:
         raise NotImplementedError
 
 
-def linear(x: Array, w: Array | PackedWeight, out_sharding=None, contract: int = 1) -> Array:
-    """x [..., *C] times w [*C, *O] -> [..., *O]. contract: number of axes C. out_sharding: a PartitionSpec."""
+def linear(x: Array, w: Array | PackedWeight, out_sharding: PartitionSpec | None = None, contract: int = 1) -> Array:
+    """x [..., *C] times w [*C, *O] -> [..., *O]. contract: number of axes C."""
     if isinstance(w, PackedWeight):
-        return w.linear(x, contract)
+        return w.linear(x, contract, out_sharding)
     if out_sharding is not None:
         dims = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
         return lax.dot_general(x, w, (dims, ((), ())), out_sharding=out_sharding)

@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from gptjax.kernels import target
-from gptjax.kernels.linear import PackedWeight
+from gptjax.kernels.linear import PackedWeight, linear
 from gptjax.types import Array, UserError
 
 BITS = (8, 4)
@@ -54,11 +55,18 @@ class QuantisedArray(PackedWeight):
     """True: a table of embeddings, [outputs, inputs]."""
     dtype: str = dataclasses.field(default="float32", metadata={"static": True})
     """Dtype of results."""
+    rounds_inputs: bool = dataclasses.field(default=True, metadata={"static": True})
+    """True: products are of integers, with the inputs rounded to 8 bits. False: products are those of the dequantised
+    array, as a model is trained on it; it exists only while a product runs."""
 
     @property
     def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         batch = tuple(self.codes.shape[:-3])
         return batch + (self.outputs + self.inputs if self.table else self.inputs + self.outputs)
+
+    @property
+    def grouped(self) -> bool:
+        return self.rounds_inputs
 
     @property
     def ndim(self) -> int:
@@ -118,7 +126,9 @@ class QuantisedArray(PackedWeight):
         x = rows.integers().astype(jnp.float32) * rows.scales[..., None]
         return jnp.moveaxis(x, 0, -2).reshape(*ids.shape, *self.inputs).astype(self.dtype)
 
-    def linear(self, x: Array, contract: int) -> Array:
+    def linear(self, x: Array, contract: int, out_sharding: PartitionSpec | None = None) -> Array:
+        if not self.rounds_inputs:  # the backward pass dequantises again
+            return jax.checkpoint(lambda x, w: linear(x, w.dequantised(), out_sharding, contract))(x, self)
         if not jax.sharding.get_abstract_mesh().empty:
             raise UserError("mesh: got one, must be none: quantised weights are computed on one device")
         if x.shape[x.ndim - contract :] != self.inputs or self.table or self.codes.ndim != 3:

@@ -141,9 +141,10 @@ def restore_stage_params(
     pretrained   abstract parameters -> parameters of the pretrained model
     step         None: the newest checkpoint
     """
-    lora, names = adapters[stage], list(adapters)
-    base = None
+    lora, names, wanted, base = adapters[stage], list(adapters), abstract, None
     if lora is not None:
+        if lora.bits is not None and abstract is not None:  # quantised as in training: from float32
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), abstract)
         if (before := names.index(stage) - 1) >= 0:
             with Checkpoints(checkpoints / stage) as saved:
                 origin = (saved.extra(step) or {}).get("origin") or {}
@@ -153,11 +154,18 @@ def restore_stage_params(
         else:
             assert pretrained is not None, "a first stage with adapters needs a pretrained model"
             base = pretrained(abstract)
-        init = functools.partial(lora.init, info=parameter_info(model))
+        info = parameter_info(model)
+        base = jax.jit(functools.partial(lora.freeze, info=info))(base)
+        init = functools.partial(lora.init, info=info)
         abstract = None if abstract is None else jax.eval_shape(init, jax.random.key(0), base)
     with Checkpoints(checkpoints / stage) as saved:
         restored = saved.restore_params(step, ema=True, abstract_params=abstract)
-    return restored if lora is None else dataclasses.replace(restored, state=jax.jit(lora.merge)(base, restored.state))
+    if lora is None:
+        return restored
+    merged = jax.jit(lora.merge)(base, restored.state)
+    if wanted is not None:
+        merged = jax.tree.map(lambda x, want: x.astype(want.dtype), merged, wanted)
+    return dataclasses.replace(restored, state=merged)
 
 
 def init_from_pretrained(path: str | Path, model: Module, tokenizer: Tokenizer, seed: int = 0) -> Params:

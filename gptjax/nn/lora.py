@@ -1,18 +1,20 @@
 """Low-rank adapters, as pure functions over a tree of parameters: LoRA and DoRA.
 
-    lora = LoRA(rank=8, alpha=16, match=("attention/q", "attention/v"))
+    lora = LoRA(rank=8, alpha=16)
     info = parameter_info(model)
     adapters = lora.init(key, params, info)                   # {"blocks": {"attention": {"q": {"a": ..., "b": ...}, ...
-    logits, _ = model.apply({"params": lora.merge(params, adapters)}, tokens)
+    logits, _ = model.apply({"params": lora.attach(params, adapters)}, tokens)
+    params = lora.merge(params, adapters)                     # arrays again, to serve and to export
 
-Adapters train like any parameters, with an objective that merges first. The frozen parameters are an argument of the
-step, and have neither gradient nor optimizer state:
+Adapters train like any parameters, with an objective that attaches them first. The frozen parameters are an argument of
+the step, and have neither gradient nor optimizer state:
 
-    optimizer = AdamW(learning_rate=1e-4).build(steps, lora.info(info))
+    optimizer = AdamW(learning_rate=1e-3).build(steps, lora.info(info))
     step = make_step(lora.objective(objectives.NextToken()), model.apply, optimizer)
     state, metrics = step(create(adapters, optimizer, key), batch, params)
 
-An adapter has the place of its matrix in the tree, and its sharding. Each layer of a stack has its own.
+An adapter has the place of its matrix in the tree, and its sharding. Each layer of a stack has its own. With `bits`
+(QLoRA) `params = lora.freeze(params, info)` comes first.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from gptjax.distributed.parameters import ParamInfo, flat, nested
+from gptjax.kernels.linear import PackedWeight
+from gptjax.kernels.low_rank import LowRankWeight, input_axes, norm, spec
+from gptjax.kernels.quantised import BITS, QuantisedArray, quantise
 from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 
 
@@ -35,33 +39,58 @@ from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 class LoRA:
     """W + scale A B, with A [I, r] and B [r, O] for a matrix W [I, O] (Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-    A and B are multiplied once per step, not applied token by token: a step costs as much as training the matrices
-    themselves, plus a copy of them, but only the adapters have optimizer state, averages and checkpoints.
+    The update is applied to activations, x W + scale (x A) B, so that no gradient of W is computed: a step takes about
+    2/3 of the FLOPs of training W. Experts' matrices are merged instead in each step, which costs as much as training
+    them. Only the adapters have gradients, optimizer state, averages and checkpoints. The usual learning rate is about
+    10 times that of training W ("LoRA Without Regret", Schulman et al. 2025).
     """
 
     rank: int = 8
     """r, the rank of the update."""
     alpha: float = 16.0
     """The update is multiplied by alpha / rank."""
-    match: tuple[str, ...] = ("attention/q", "attention/v")
-    """Matrices to adapt, by the last names on their paths: "q", "mlp/up", "blocks/0/mlp/up"."""
+    match: tuple[str, ...] | None = None
+    """Matrices to adapt, by the last names on their paths: "q", "mlp/up", "blocks/0/mlp/up". None: all matrices but the
+    embeddings and the head."""
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
+    bits: int | None = None
+    """QLoRA: round the frozen matrices to 8 or 4 bits (Dettmers et al. 2023, arXiv:2305.14314, with integers in place
+    of its NF4). The embeddings and the head stay as they are. None: no rounding."""
+    group: int | None = 64
+    """With `bits`: inputs per scale. None, or where it does not divide their number: a scale per output."""
 
     def __post_init__(self):
         if self.rank < 1:
             raise UserError(f"lora.rank: got {self.rank}, must be at least 1")
-        if not self.match:
-            raise UserError('lora.match: got none, must be at least one, such as "attention/q"')
+        if self.match == ():
+            raise UserError('lora.match: got none, must be at least one, such as "attention/q", or None for all')
+        if self.bits not in (None, *BITS):
+            raise UserError(f"lora.bits: got {self.bits}, must be {', '.join(map(str, BITS))} or None")
+        if self.group is not None and (self.group < 2 or self.group % 2):
+            raise UserError(f"lora.group: got {self.group}, must be even and at least 2, or None")
 
     @property
     def scale(self) -> float:
         """Factor of A B."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
+    def freeze(self, params: Params, info: Params) -> Params:
+        """Parameters to adapt: these, or with `bits` their matrices as `QuantisedArray`, whose products are those of
+        the dequantised matrices, in training as after `merge`. On a mesh they are replicated, but for the layers of a
+        pipeline.
+
+        info  `parameter_info` of the model
+        """
+        if self.bits is None:
+            return params
+        infos = flat(info)
+        return nested({name: self._frozen(w, infos[name]) for name, w in flat(params).items()})
+
     def init(self, key: Key, params: Params, info: Params) -> Params:
-        """Adapters of these parameters, float32. A is uniform in +-1/sqrt(I), as in the authors' code, and B is 0, so
-        that the model's output does not change. Raises UserError if `match` matches no matrix.
+        """Adapters of these parameters, as `freeze` returns them, float32. A is uniform in +-1/sqrt(I), as in the
+        authors' code, and B is 0, so that the model's output does not change. Raises UserError if `match` matches no
+        matrix.
 
         info  `parameter_info` of the model
         """
@@ -74,32 +103,53 @@ class LoRA:
         """`ParamInfo` of the adapters, in their tree, from that of the model's parameters."""
         return nested({name: self._adapter_info(i) for name, i in self._matched(info).items()})
 
-    def merge(self, params: Params, adapters: Params) -> Params:
-        """Parameters of the adapted model, in the dtypes and shardings of `params`."""
+    def attach(self, params: Params, adapters: Params) -> Params:
+        """Parameters in which every adapted matrix is a `LowRankWeight`, for `Module.apply`."""
         if not isinstance(params, Mapping):
-            return self._merged(params, adapters)
+            return self._attached(params, adapters)
         if unknown := adapters.keys() - params.keys():
             raise UserError(f"adapters: got {', '.join(sorted(unknown))}, must be of {', '.join(sorted(params))}")
-        return {name: self.merge(w, adapters[name]) if name in adapters else w for name, w in params.items()}
+        return {name: self.attach(w, adapters[name]) if name in adapters else w for name, w in params.items()}
+
+    def merge(self, params: Params, adapters: Params) -> Params:
+        """Parameters of the adapted model as arrays, in the dtypes and shardings of `params`; of a quantised matrix
+        the dequantised one, as it was trained on."""
+        attached = self.attach(params, adapters)
+        return jax.tree.map(
+            lambda w: jnp.asarray(w) if isinstance(w, PackedWeight) else w,
+            attached,
+            is_leaf=lambda w: isinstance(w, PackedWeight),
+        )
 
     def objective(self, objective: Callable[..., Metrics]) -> Callable[..., Metrics]:
-        """(apply, adapters, batch, key, params) -> metrics of the objective for the merged parameters. `params` are
-        also the reference of an objective that has one."""
+        """(apply, adapters, batch, key, params) -> metrics of the objective for the adapted model. `params` are also
+        the reference of an objective that has one."""
         reference = getattr(objective, "reference", False)
 
         def adapted(apply: Callable, adapters: Params, batch: Batch, key: Key | None, params: Params) -> Metrics:
-            return objective(apply, self.merge(params, adapters), batch, key, *((params,) if reference else ()))
+            return objective(apply, self.attach(params, adapters), batch, key, *((params,) if reference else ()))
 
         return adapted
 
     def _matched(self, info: Params) -> dict[str, ParamInfo]:
         """Name -> information of each matrix with an adapter."""
         matrices = {name: i for name, i in flat(info).items() if i.is_matrix}
+        if self.match is None:
+            return matrices
         for wanted in self.match:
             if not any(_ends(name, wanted) for name in matrices):
                 there = sorted({"/".join(name.split("/")[-2:]) for name in matrices})
                 raise UserError(f"lora.match: got {wanted!r}, which matches no matrix; must be of {', '.join(there)}")
         return {name: i for name, i in matrices.items() if any(_ends(name, wanted) for wanted in self.match)}
+
+    def _frozen(self, w: Array, info: ParamInfo) -> Array | QuantisedArray:
+        if self.bits is None or not info.is_matrix:
+            return w
+        if (there := spec(w)) is not None:
+            batch, inputs, outputs = info.split(tuple(there))
+            w = jax.reshard(w, PartitionSpec(*batch, *[None] * len(inputs + outputs)))
+        rounded = quantise(w, self.bits, self.group, info.inputs, info.batch)
+        return dataclasses.replace(rounded, dtype=str(w.dtype), rounds_inputs=False)
 
     def _adapter_info(self, info: ParamInfo) -> dict[str, ParamInfo]:
         """Information on the factors. Their kind is not "matrix": the rank does not grow with the width."""
@@ -112,9 +162,9 @@ class LoRA:
 
     def _adapter(self, key: Key, w: Array, info: ParamInfo) -> dict[str, Array]:
         shapes = self._adapter_info(info)
-        spec, a_spec, b_spec = _spec(w), None, None
-        if spec is not None:
-            layers, inputs, outputs = info.split(tuple(spec))
+        there, a_spec, b_spec = spec(jnp.asarray(w)), None, None
+        if there is not None:
+            layers, inputs, outputs = info.split(tuple(there))
             a_spec, b_spec = PartitionSpec(*layers, *inputs, None), PartitionSpec(*layers, None, *outputs)
         bound = info.fan[0] ** -0.5
         return {
@@ -122,13 +172,8 @@ class LoRA:
             "b": jnp.zeros(shapes["b"].shape, jnp.float32, out_sharding=b_spec),
         }
 
-    def _merged(self, w: Array, adapter: dict[str, Array]) -> Array:
-        a, b = adapter["a"], adapter["b"]
-        inputs = _input_axes(w, adapter)
-        batch = tuple(range(inputs[0]))
-        dims = (((a.ndim - 1,), (len(batch),)), (batch, batch))
-        update = lax.dot_general(a, b, dims, out_sharding=_spec(w))
-        return (w + self.scale * update).astype(w.dtype)
+    def _attached(self, w: Array, adapter: dict[str, Array]) -> LowRankWeight:
+        return LowRankWeight(w, adapter["a"], adapter["b"], adapter.get("magnitude"), self.scale, str(w.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,35 +189,10 @@ class DoRA(LoRA):
 
     def _adapter(self, key: Key, w: Array, info: ParamInfo) -> dict[str, Array]:
         adapter = super()._adapter(key, w, info)
-        inputs = _input_axes(w, adapter)
-        return adapter | {"magnitude": _norm(w.astype(jnp.float32), inputs).squeeze(inputs)}
-
-    def _merged(self, w: Array, adapter: dict[str, Array]) -> Array:
-        inputs = _input_axes(w, adapter)
-        direction = super()._merged(w.astype(jnp.float32), adapter)
-        magnitude = jnp.expand_dims(adapter["magnitude"], inputs)
-        return (direction * (magnitude / lax.stop_gradient(_norm(direction, inputs)))).astype(w.dtype)
+        inputs = input_axes(w, adapter["a"], adapter["b"])
+        return adapter | {"magnitude": norm(jnp.asarray(w).astype(jnp.float32), inputs).squeeze(inputs)}
 
 
 def _ends(name: str, end: str) -> bool:
     """True if `end` is a suffix of the path: "attention/q" of "blocks/attention/q"."""
     return f"/{name}".endswith(f"/{end}")
-
-
-def _input_axes(w: Array, adapter: dict[str, Array]) -> tuple[int, ...]:
-    """Input axes I of w [*B, *I, *O], from its factors a [*B, *I, r] and b [*B, r, *O]."""
-    a, b = adapter["a"], adapter["b"]
-    return tuple(range(a.ndim + b.ndim - w.ndim - 2, a.ndim - 1))
-
-
-def _norm(w: Array, inputs: tuple[int, ...]) -> Array:
-    """Norm of each output's weights, [..., 1, *outputs]."""
-    return jnp.sqrt(jnp.sum(jnp.square(w), inputs, keepdims=True))
-
-
-def _spec(w: Array) -> PartitionSpec | None:
-    """PartitionSpec of an array, with an entry for each axis. None: no mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return None
-    spec = jax.typeof(w).sharding.spec
-    return PartitionSpec(*spec, *[None] * (w.ndim - len(spec)))

@@ -98,7 +98,8 @@ class ParamFactory:
             self.tree.put_variable("info", self.prefix + name, Declared(info))
         stored: Any = self.tree.get_variable("params", self.prefix + name)
         if isinstance(stored, PackedWeight):  # `linear` and `embed` take it as it is
-            return stored.with_dtype(self.dtype)
+            packed = stored.with_dtype(self.dtype)
+            return jnp.asarray(packed) if batch and not packed.grouped else packed
         return jnp.asarray(self.tree.param(self.prefix + name, draw), self.dtype)  # accepts numpy parameters
 
     def scope(self, name: str) -> ParamFactory:

@@ -78,7 +78,7 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
     with jax.set_mesh(mesh):
         functions, frozen = program(stage, model), ()
         if stage.has_frozen:
-            frozen = (_on_mesh(jax.eval_shape(functions.init_params), mesh),)
+            frozen = (_on_mesh(jax.eval_shape(lambda: functions.freeze(functions.init_params())), mesh),)
         state = _on_mesh(jax.eval_shape(functions.init_state, *frozen), mesh)
         batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
         traced = functions.step.trace(state, batch, *frozen)

@@ -79,7 +79,7 @@ def train(
     functions, frozen = program(stage, model, seed), ()
     if stage.has_frozen:
         assert init is not None, "a stage with frozen parameters needs those of another"
-        frozen, init = (init(jax.eval_shape(functions.init_params)),), None
+        frozen, init = (jax.jit(functions.freeze)(init(jax.eval_shape(functions.init_params))),), None
 
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(Display(name, stage.last_step, tokens, flops, pauses))

@@ -22,11 +22,13 @@ from gptjax.types import Batch, Metrics, Params
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Functions of arrays. `frozen`: the model's parameters at the stage's start, if adapters of them are trained or
-    they are the reference of the objective; else nothing."""
+    """Functions of arrays. `frozen`: the model's parameters at the stage's start as `freeze` returns them, if adapters
+    of them are trained or they are the reference of the objective; else nothing."""
 
     init_params: Callable[[], Params]
     """() -> initial parameters of the model."""
+    freeze: Callable[[Params], Params]
+    """Parameters of the model -> `frozen`: the same, or quantised."""
     init_trainable: Callable[..., Params]
     """(*frozen) -> initial parameters to train: the model's, a copy of `frozen`, or adapters of it."""
     create_state: Callable[[Params], State]
@@ -65,11 +67,13 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         return train_state.create(params, optimizer, key, stage.ema is not None, stage.divergence.statistics())
 
     init_trainable: Callable[..., Params] = init_params
+    freeze: Callable[[Params], Params] = _trained
     merge: Callable[..., Params] = _trained
     if stage.objective.reference:
         init_trainable = lambda reference: reference  # noqa: E731
     if (adapter := stage.adapter) is not None:
         objective = adapter.objective(objective)
+        freeze = lambda params: adapter.freeze(params, info)  # noqa: E731
         init_trainable = lambda params: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
         merged = jax.jit(adapter.merge)
         merge = lambda adapters, params: merged(params, adapters)  # noqa: E731
@@ -81,6 +85,7 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
 
     return Program(
         init_params,
+        freeze,
         init_trainable,
         create_state,
         jax.jit(prepare),

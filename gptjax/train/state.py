@@ -49,8 +49,8 @@ def create(
 
 
 def parameter_count(tree: Any) -> int:
-    """Number of numbers in a tree of arrays or abstract arrays."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    """Number of numbers in a tree of arrays, abstract or quantised ones."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "shape")))
 
 
 def device_bytes(tree: Any) -> int:

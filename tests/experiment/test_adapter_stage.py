@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Iterator
 
@@ -12,8 +13,10 @@ import pytest
 
 from gptjax import data, load, optim
 from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.distributed.parameters import parameter_info
 from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment, Stage
+from gptjax.monitor.metrics import read as read_metrics
 from gptjax.nn import LoRA, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.types import UserError
@@ -53,19 +56,32 @@ def params(folder, stage):
         return jax.device_get(checkpoints.restore_params().state)
 
 
-def test_a_stage_of_adapters(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lora", [LORA, dataclasses.replace(LORA, bits=4, group=8)], ids=["LoRA", "QLoRA"])
+def test_a_stage_of_adapters(tmp_path, monkeypatch, lora):
+    """What is loaded is what was validated: the merged model, in QLoRA that of the dequantised base."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "run"
-    EXPERIMENT.run(folder)
+    adapt = dataclasses.replace(EXPERIMENT.stages["adapt"], adapter=lora)
+    experiment = dataclasses.replace(EXPERIMENT, stages={"base": BASE, "adapt": adapt})
+    experiment.run(folder)
     base, adapters = params(folder, "base"), params(folder, "adapt")
     assert set(adapters["blocks"]["attention"]["q"]) == {"a", "b"}
     assert set(adapters["blocks"]) == {"attention", "mlp"}
     assert np.any(adapters["blocks"]["mlp"]["down"]["b"])
-    merged = LORA.merge(base, adapters)
-    jax.tree.map(np.testing.assert_array_equal, load(folder).params, merged)
+    loaded, info = load(folder), parameter_info(EXPERIMENT.model.build())
+    frozen = jax.jit(functools.partial(lora.freeze, info=info))(base)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.jit(lora.merge)(frozen, adapters))
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), loaded.params)
+    if lora.bits:  # rounded from float32, as in training
+        jax.tree.map(np.testing.assert_array_equal, load(folder, dtype="bfloat16").params, half)
+    losses = [line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line]
+    validation = adapt.data.evaluation(loaded.tokenizer, "validation", tmp_path / "cache" / "tokens", sequences=8)
+    metrics = [adapt.objective(EXPERIMENT.model.build().apply, loaded.params, batch) for batch in validation]
+    total, weight = (sum(float(m["loss"][i]) for m in metrics) for i in (0, 1))
+    assert losses[-1] == pytest.approx(total / weight, rel=1e-5)
 
     shutil.rmtree(folder / "checkpoints" / "adapt" / "4")
-    EXPERIMENT.run(folder)
+    experiment.run(folder)
     jax.tree.map(np.testing.assert_array_equal, params(folder, "adapt"), adapters)
     jax.tree.map(np.testing.assert_array_equal, params(folder, "base"), base)
 

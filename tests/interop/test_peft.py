@@ -80,7 +80,7 @@ def test_names_and_shapes_are_those_of_peft(tmp_path):
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    lora = LoRA(rank=2)
+    lora = LoRA(rank=2, match=("attention/q", "attention/v"))
     _, adapters = make(LLAMA, lora)
     peft.write(tmp_path / "x", lora, adapters, LLAMA)
     with pytest.raises(UserError, match="exists already"):

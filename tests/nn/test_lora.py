@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,9 +13,20 @@ from jax.sharding import NamedSharding
 
 from gptjax import optim
 from gptjax.distributed import sharding
-from gptjax.distributed.parameters import parameter_info
+from gptjax.distributed.parameters import flat, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
-from gptjax.nn import DoRA, LayerOverrides, LoRA, Transformer, TransformerConfig, count
+from gptjax.kernels.quantised import QuantisedArray
+from gptjax.nn import (
+    DoRA,
+    LayerOverrides,
+    LoRA,
+    MixtureOfExperts,
+    MultiHeadLatentAttention,
+    RecurrentConfig,
+    Transformer,
+    TransformerConfig,
+    count,
+)
 from gptjax.objectives import NextToken
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
@@ -51,7 +63,7 @@ def test_new_adapters_change_nothing(kind):
 
 
 def test_layers_get_adapters_of_their_own():
-    _, adapters = make(LoRA())
+    _, adapters = make(LoRA(match=("attention/q", "attention/v")))
     a = adapters["blocks"]["attention"]["q"]["a"]
     assert a.shape == (2, 16, 8)
     assert not np.allclose(a[0], a[1])
@@ -79,6 +91,92 @@ def test_merging_is_the_path_beside(stabilised, scale):
                 B = np.float64(adapter["b"][layer]).reshape(2, size[1])
                 np.testing.assert_allclose(x @ new_W, x @ W + scale * (x @ A) @ B, atol=100 * EPS)
     np.testing.assert_array_equal(merged["embedding"], params["embedding"])
+
+
+LATENT = MultiHeadLatentAttention(q_rank=8, kv_rank=8, rope_size=4, value_size=8)
+
+
+@pytest.mark.parametrize(
+    ("lora", "config"),
+    [
+        (LoRA(rank=2), CONFIG),
+        (DoRA(rank=2), TransformerConfig(64, 1, 16, 2, attention=LATENT)),
+        (DoRA(rank=2, bits=4, group=8), TransformerConfig(64, 1, 16, 2, mlp=MixtureOfExperts(4, shared=1))),
+        (LoRA(rank=2, bits=4, group=8), RecurrentConfig(64, 1, 16)),
+    ],
+    ids=["heads", "latent", "experts", "recurrent"],
+)
+def test_attached_adapters_are_the_merged_model(lora, config):
+    """Loss and gradient, for every matrix of a model. Sums of n products have a rounding error of about sqrt(n) EPS."""
+    model = config.build()
+    info = parameter_info(model)
+    params = lora.freeze(jax.jit(model.init)(jax.random.key(0), TOKENS[:1])["params"], info)
+    adapters = lora.init(jax.random.key(1), params, info)
+    adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
+
+    def loss(adapters, join):
+        logits = model.apply({"params": join(params, adapters)}, TOKENS)[0]
+        return jnp.mean(jnp.square(jax.nn.log_softmax(logits)[..., 0]))
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    (got, grads), (want, expected) = gradient(adapters, lora.attach), gradient(adapters, lora.merge)
+    assert got == pytest.approx(want, rel=100 * EPS)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=100 * EPS * largest)
+    jax.tree.map(close, grads, expected)
+
+
+def test_a_step_costs_two_thirds_of_training_the_matrices():
+    """No gradient of a frozen matrix is computed, by the compiler's count, and no memory is taken for it: parameters,
+    gradients and two moments are four copies of a matrix."""
+    config = TransformerConfig(vocab=64, layers=2, width=256, heads=4)
+    (flops, _), (low_rank, _) = costs(config)
+    assert low_rank < 0.7 * flops
+    (_, memory), (_, low_rank) = costs(dataclasses.replace(config, layers=13, remat="nothing_saveable"))
+    assert low_rank < 0.4 * memory
+
+
+def costs(config: TransformerConfig) -> list[tuple[float, int]]:
+    """FLOPs and peak memory of a step of all parameters, and of adapters of rank 4."""
+    model, ones, found = Transformer(config), jnp.ones_like(TOKENS), []
+    info, lora = parameter_info(model), LoRA(rank=4)
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    adapters = jax.eval_shape(functools.partial(lora.init, info=info), jax.random.key(0), params)
+    batch = Batch(TOKENS, TOKENS, ones.astype(jnp.float32), ones, ones)
+    whole = NextToken(), params, info
+    for objective, trained, of, *frozen in (whole, (lora.objective(NextToken()), adapters, lora.info(info), params)):
+        optimizer = OPTIMIZER.build(1, of)
+        state = jax.eval_shape(
+            functools.partial(train_state.create, optimizer=optimizer, key=jax.random.key(0)), trained
+        )
+        step = make_step(objective, model.apply, optimizer).lower(state, batch, *frozen).compile()
+        memory = step.memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        found.append((step.cost_analysis()["flops"], peak))
+    return found
+
+
+def test_a_quantised_base_takes_an_eighth_of_the_memory():
+    """Matrices of 4 bits with a scale of float32 per 64 inputs; embeddings and norms as they were."""
+    model, lora = Transformer(TransformerConfig(64, 2, 64, 2, hidden=128)), LoRA(bits=4)
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    frozen = jax.eval_shape(functools.partial(lora.freeze, info=parameter_info(model)), params)
+    names = [name for name, x in flat(frozen).items() if isinstance(x, QuantisedArray)]
+    assert sorted(names) == sorted(name for name, i in flat(parameter_info(model)).items() if i.is_matrix)
+
+    def size(tree):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    assert size([flat(frozen)[name] for name in names]) == size([flat(params)[name] for name in names]) * (4 + 0.5) / 32
+
+
+@pytest.mark.slow
+def test_a_quantised_base_is_alike_on_a_mesh():
+    lora = LoRA(rank=2, match=ALL, bits=4, group=8)
+    _, losses = train(lora, steps=2)
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        _, same = train(lora, DEFAULT_RULES, steps=2)
+    np.testing.assert_allclose(same, losses, rtol=1e-5)
 
 
 def test_dora_is_magnitude_times_direction():
@@ -119,6 +217,7 @@ def train(lora: LoRA, rules: ShardingRules = ShardingRules(), steps: int = 3):
 
     params = jax.tree.map(place, start, shapes)
     info = parameter_info(model)
+    params = jax.jit(functools.partial(lora.freeze, info=info))(params)
     adapters = jax.tree.map(
         place, new, jax.eval_shape(functools.partial(lora.init, info=info), jax.random.key(1), params)
     )
@@ -132,7 +231,8 @@ def train(lora: LoRA, rules: ShardingRules = ShardingRules(), steps: int = 3):
         state, metrics = step(state, sharding.global_array(batch, rules), params)
         total, weight = jax.device_get(metrics["loss"])
         losses.append(total / weight)
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True))
+    if lora.bits is None:
+        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True))
     return state, losses
 
 
@@ -175,3 +275,7 @@ def test_what_is_not_there_is_refused():
         LoRA().merge(params, {"layers": adapters["blocks"]})
     with pytest.raises(UserError, match=r"lora.rank: got 0"):
         LoRA(rank=0)
+    with pytest.raises(UserError, match=r"lora.bits: got 3, must be 8, 4 or None"):
+        LoRA(bits=3)
+    with pytest.raises(UserError, match=r"lora.group: got 7, must be even"):
+        LoRA(bits=4, group=7)

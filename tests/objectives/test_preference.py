@@ -1,6 +1,7 @@
 """Preference losses equal their equations, begin at their fixed points, and have the same gradient however a step is
 split."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -112,11 +113,14 @@ def test_a_stage_begins_where_nothing_is_preferred(objective, params):
     """Margin 0 to the bit, with dropout in the model and with fresh adapters: DPO's loss is log 2."""
     info, key = parameter_info(MODEL), jax.random.key(1)
     lora = LoRA(rank=2, match=("attention/q", "mlp/up"))
-    adapters = lora.init(jax.random.key(2), params[0], info)
     whole = objective(MODEL.apply, params[0], batch(), key, params[0])
+    adapters = lora.init(jax.random.key(2), params[0], info)
     low_rank = lora.objective(objective)(MODEL.apply, adapters, batch(), key, params[0])
+    rounded = dataclasses.replace(lora, bits=4, group=8)
+    frozen = rounded.freeze(params[0], info)
+    quantised = rounded.objective(objective)(MODEL.apply, adapters, batch(), key, frozen)
     start = np.log(2) if isinstance(objective, DPO) else 2.5**2
-    for metrics in (whole, low_rank):
+    for metrics in (whole, low_rank, quantised):
         assert metrics["margin"][0] == 0
         assert metrics["accuracy"][0] / metrics["accuracy"][1] == 0.5
         assert metrics["loss"][1] == B - 1, "a sequence without a pair does not count"

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
 from gptjax.inference.quantise.weights import check, quantised, role
@@ -120,7 +121,7 @@ class _Calibrating(PackedWeight):
     def with_dtype(self, dtype: str) -> _Calibrating:
         return self
 
-    def linear(self, x: Array, contract: int) -> Array:
+    def linear(self, x: Array, contract: int, out_sharding: PartitionSpec | None = None) -> Array:
         if self.name not in self.done:
             inputs = np.asarray(x, np.float32).reshape(-1, int(np.prod(self.shape[:contract])))
             self.done[self.name] = calibrated(np.asarray(self.w, np.float32), inputs, self.bits, self.group, contract)
