@@ -273,7 +273,7 @@ class Objective(Config, Protocol):
 
     def prepare(self, apply: Callable[..., Any], params: Params, batch: Any, *frozen: Params, parts: int = 1) -> Any:
         """The batch of a whole step with what is computed once before the first update on it, without a gradient: a
-        subclass of `batch_type`.
+        subclass of `batch_type`, or the batch itself. A batch of such a subclass is not prepared again.
 
         frozen  parameters of the reference, if it has one
         parts   microbatches of the model's forward passes

@@ -79,6 +79,18 @@ class PreferencePairs(Batch):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LabelledReplies(Batch):
+    """A batch of conversations whose last reply people found desirable or not, one per sequence. Only the tokens of
+    that reply have a weight.
+
+    desirable  float32 [B]  1: desirable; 0: undesirable, or padding
+    """
+
+    desirable: Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Episodes(Batch):
     """A batch of replies that a policy wrote, one per sequence, with their rewards. Replies to one prompt are one
     group, whose sequences follow one another. Tokens that the policy chose have a weight of 1; those of the prompt and

@@ -8,6 +8,7 @@ data.Chat(data.ChatJsonl("conversations.jsonl"), length=512, batch=32)
 data.Chat(data.Conversations(data.HFDataset("HuggingFaceH4/ultrachat_200k", train="train_sft")), length=512, batch=32)
 data.Classify(data.LabelledJsonl("reviews.jsonl", classes=("good", "bad")), length=256, batch=32)
 data.Preferences(data.PreferencesJsonl("chosen.jsonl"), length=1_024, batch=16)
+data.UnpairedPreferences(data.UnpairedPreferencesJsonl("thumbs.jsonl"), length=1_024, batch=16)
 
 Names are imported on first use.
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from gptjax.data.mix import Mix, Reweight
     from gptjax.data.packing import BestFit, Concatenate, NoPacking
     from gptjax.data.pairs import Pairs, PairsJsonl, TextPair
+    from gptjax.data.plain_text import PlainText
     from gptjax.data.preferences import Preference, Preferences, PreferencesJsonl
     from gptjax.data.pydocs import PyDocs, PyDocsChat
     from gptjax.data.show import Piece, pieces
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         TrainSentencePiece,
         load_tokenizer,
     )
+    from gptjax.data.unpaired_preferences import LabelledReply, UnpairedPreferences, UnpairedPreferencesJsonl
 
 __all__ = [
     "CHAT_SPECIALS",
@@ -64,6 +67,7 @@ __all__ = [
     "HFDataset",
     "Jsonl",
     "LabelledJsonl",
+    "LabelledReply",
     "LoadTokenizer",
     "Message",
     "Mix",
@@ -73,6 +77,7 @@ __all__ = [
     "PairsJsonl",
     "Parquet",
     "Piece",
+    "PlainText",
     "Preference",
     "Preferences",
     "PreferencesJsonl",
@@ -87,6 +92,8 @@ __all__ = [
     "Tokens",
     "TrainCharacters",
     "TrainSentencePiece",
+    "UnpairedPreferences",
+    "UnpairedPreferencesJsonl",
     "ValidationBatches",
     "WithCanaries",
     "load_tokenizer",
@@ -104,6 +111,7 @@ _NAMES = {
     "gptjax.data.mix": "Mix Reweight",
     "gptjax.data.packing": "BestFit Concatenate NoPacking",
     "gptjax.data.pairs": "Pairs PairsJsonl TextPair",
+    "gptjax.data.plain_text": "PlainText",
     "gptjax.data.preferences": "Preference Preferences PreferencesJsonl",
     "gptjax.data.pydocs": "PyDocs PyDocsChat",
     "gptjax.data.show": "Piece pieces",
@@ -113,6 +121,7 @@ _NAMES = {
     "gptjax.data.tokenizers": (
         "CHAT_SPECIALS Bytes LoadTokenizer Tokenizer TrainCharacters TrainSentencePiece load_tokenizer"
     ),
+    "gptjax.data.unpaired_preferences": "LabelledReply UnpairedPreferences UnpairedPreferencesJsonl",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -6,8 +6,8 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from gptjax.data import chat
 from gptjax.data.chat import Conversation, ConversationTemplate, Message, conversation
 from gptjax.data.dataset import Dataset, PackedSequences
 from gptjax.data.encoding import DROPPED, TRUNCATED, Encode, Encoded, RowError
-from gptjax.data.files import Where, file_state, find_files, read_json
+from gptjax.data.files import file_state, find_files, read_json
 from gptjax.data.packing import NoPacking, Packing, Pieces
 from gptjax.data.sources import check_fraction, fingerprint, finite, of_split
 from gptjax.data.store import Store
@@ -24,6 +24,8 @@ from gptjax.types import Batch, PreferencePairs, UserError
 
 log = logging.getLogger(__name__)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_SIDES = ("chosen", "rejected")
+Document = TypeVar("Document")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,46 +63,70 @@ class PreferencesJsonl:
 
     def keyed(self) -> Iterator[tuple[str, Preference]]:
         """All pairs, each with its first message that is not the system's: pairs with one key are in one split."""
-        left_out: dict[str, int] = {}
-        for path in find_files(self.path):
-            for where, row in read_json(path, self.invalid):
-                pair, reason = _pair(where, row)
-                if pair is None:
-                    left_out[reason] = left_out.get(reason, 0) + 1
-                else:
-                    first = next((message for message in pair.prompt if message.role != "system"), pair.prompt[0])
-                    yield json.dumps(first.as_json(), sort_keys=True), pair
-        for reason, count in left_out.items():
-            log.warning("%s: left out %d pairs with %s", self.path, count, reason)
+        for pair in read_rows(self.path, self.invalid, _pair, "pairs"):
+            yield first_message(pair.prompt), pair
 
     def fingerprint(self) -> str:
         return fingerprint(self, *file_state(self.path))
 
 
-def _pair(where: Where, row: Any) -> tuple[Preference | None, str]:
+def read_rows(
+    path: str, invalid: Literal["error", "skip"], read: Callable[[Any], tuple[Document | None, str]], what: str
+) -> Iterator[Document]:
+    """Documents that `read` makes of rows of JSON; those that it leaves out are counted by its reason and logged."""
+    left_out: dict[str, int] = {}
+    for file in find_files(path):
+        for where, row in read_json(file, invalid):
+            try:
+                document, reason = read(row)
+            except UserError as error:
+                raise UserError(f"path: {where}: {error}") from None
+            if document is None:
+                left_out[reason] = left_out.get(reason, 0) + 1
+            else:
+                yield document
+    for reason, count in left_out.items():
+        log.warning("%s: left out %d %s with %s", path, count, what, reason)
+
+
+def first_message(prompt: Conversation) -> str:
+    """The first message that is not the system's, as JSON: replies to conversations that begin alike are in one
+    split."""
+    first = next((message for message in prompt if message.role != "system"), prompt[0])
+    return json.dumps(first.as_json(), sort_keys=True)
+
+
+def _pair(row: Any) -> tuple[Preference | None, str]:
     """The pair of a row, or None and the reason."""
-    try:
-        sides = [_side(row, name) for name in ("chosen", "rejected")]
-        margin = finite(0 if row.get("margin") is None else row["margin"], "margin")
-    except UserError as error:
-        raise UserError(f"path: {where}: {error}") from None
-    (*prompt, chosen), (*other, rejected) = sides
+    (prompt, chosen), (other, rejected) = (read_reply(row, name, _SIDES) for name in _SIDES)
+    margin = finite(0 if row.get("margin") is None else row["margin"], "margin")
     if prompt != other:
         return None, "different prompts"
-    if not prompt or chosen.role != "assistant" or rejected.role != "assistant":
-        raise UserError(f"path: {where}: got a pair without a prompt or an assistant's reply, must have both")
-    if not (chosen.text.strip() or chosen.tool_calls) or not (rejected.text.strip() or rejected.tool_calls):
+    if is_empty(chosen) or is_empty(rejected):
         return None, "an empty reply"
     if chosen.as_json() == rejected.as_json():
         return None, "equal replies"
-    return Preference(tuple(prompt), chosen, rejected, margin), ""
+    return Preference(prompt, chosen, rejected, margin), ""
 
 
-def _side(row: Any, name: str) -> Conversation:
-    """The whole conversation of one side."""
-    if not isinstance(row, Mapping) or not {"chosen", "rejected"} <= row.keys():
+def is_empty(reply: Message) -> bool:
+    """True if the assistant says nothing and calls no tool."""
+    return not (reply.text.strip() or reply.tool_calls)
+
+
+def read_reply(row: Any, name: str, needed: Sequence[str]) -> tuple[Conversation, Message]:
+    """Prompt and reply of the field `name` of a row, which must have the fields `needed`. Raises UserError."""
+    if not isinstance(row, Mapping) or not set(needed) <= row.keys():
         found = f"the fields {', '.join(row)}" if isinstance(row, Mapping) else type(row).__name__
-        raise UserError(f'got {found}, must have "chosen" and "rejected"')
+        raise UserError(f"got {found}, must have {' and '.join(map(json.dumps, needed))}")
+    *prompt, reply = _conversation(row, name) or [Message("user", "")]
+    if not prompt or reply.role != "assistant":
+        raise UserError(f"{name}: got one without a prompt or an assistant's reply, must have both")
+    return tuple(prompt), reply
+
+
+def _conversation(row: Mapping[str, Any], name: str) -> Conversation:
+    """The whole conversation of one reply."""
     prompt, reply = row.get("prompt"), row[name]
     if prompt is None and isinstance(reply, str):
         if not reply.startswith("\n\nHuman:"):
@@ -174,26 +200,36 @@ class PreferenceEncoder:
     def __call__(self, documents: Iterator[Preference], tokenizer: Tokenizer) -> Iterator[Encoded]:
         for number, pair in enumerate(documents, 1):
             try:
-                yield self._encode(pair, tokenizer)
+                (chosen, rejected), note = rendered(
+                    pair.prompt, (pair.chosen, pair.rejected), self.length, tokenizer, self.template
+                )
             except UserError as error:
                 raise RowError(number, str(error), "pair") from None
+            label = float(len(chosen[0])), pair.margin
+            yield Encoded(chosen[0] + rejected[0], chosen[1] + rejected[1], label=label, note=note)
 
-    def _encode(self, pair: Preference, tokenizer: Tokenizer) -> Encoded:
-        context = tuple(dataclasses.replace(message, weight=0.0) for message in pair.prompt)
-        first = next((i for i, message in enumerate(context) if message.role != "system"), 0)
-        starts = [first, *(i for i in range(first + 1, len(context)) if context[i].role == "user")]
-        for start in starts:
-            kept = (*context[:first], *context[start:])
-            kept = (dataclasses.replace(kept[0], tools=context[0].tools), *kept[1:])
-            sides = [self._render((*kept, reply), tokenizer) for reply in (pair.chosen, pair.rejected)]
-            ids, weights = sides[0][0] + sides[1][0], sides[0][1] + sides[1][1]
-            if len(ids) <= self.length:
-                note = None if start == first else TRUNCATED
-                return Encoded(ids, weights, label=(float(len(sides[0][0])), pair.margin), note=note)
-        return Encoded([], note=DROPPED)
 
-    def _render(self, said: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-        return (chat.render if self.template is None else self.template.render)(said, tokenizer)
+def rendered(
+    prompt: Conversation,
+    replies: Sequence[Message],
+    length: int,
+    tokenizer: Tokenizer,
+    template: ConversationTemplate | None,
+) -> tuple[list[tuple[list[int], list[float]]], str | None]:
+    """The conversation with each reply, as token ids and their weights as targets, and a note on its treatment. The
+    oldest turns of the prompt are left out until all are at most `length` tokens together; if there is no other, all
+    are empty."""
+    render = chat.render if template is None else template.render
+    context = tuple(dataclasses.replace(message, weight=0.0) for message in prompt)
+    first = next((i for i, message in enumerate(context) if message.role != "system"), 0)
+    starts = [first, *(i for i in range(first + 1, len(context)) if context[i].role == "user")]
+    for start in starts:
+        kept = (*context[:first], *context[start:])
+        kept = (dataclasses.replace(kept[0], tools=context[0].tools), *kept[1:])
+        found = [render((*kept, reply), tokenizer) for reply in replies]
+        if sum(len(ids) for ids, _ in found) <= length:
+            return found, None if start == first else TRUNCATED
+    return [([], []) for _ in replies], DROPPED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gptjax.evals.generative import Generative
     from gptjax.evals.multiple_choice import MultipleChoice
     from gptjax.evals.name_bias import NameBias
+    from gptjax.evals.preference_accuracy import PreferenceAccuracy
     from gptjax.evals.reply_likelihood import ReplyLikelihood
     from gptjax.evals.reward_accuracy import RewardAccuracy
     from gptjax.types import Result
@@ -32,6 +33,7 @@ __all__ = [
     "Generative",
     "MultipleChoice",
     "NameBias",
+    "PreferenceAccuracy",
     "ReplyLikelihood",
     "Result",
     "RewardAccuracy",
@@ -47,6 +49,7 @@ _NAMES = {
     "gptjax.evals.generative": "Generative",
     "gptjax.evals.multiple_choice": "MultipleChoice",
     "gptjax.evals.name_bias": "NameBias",
+    "gptjax.evals.preference_accuracy": "PreferenceAccuracy",
     "gptjax.evals.reply_likelihood": "ReplyLikelihood",
     "gptjax.evals.reward_accuracy": "RewardAccuracy",
     "gptjax.types": "Result",

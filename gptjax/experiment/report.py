@@ -52,18 +52,19 @@ class Expect:
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """Figures of a run, by name: STAGE/validation_loss, of the stage's last checkpoint, and STAGE/EVALUATION/NAME of
-    each value of each evaluation. Raises UserError for a folder without a run."""
+    """Figures of a run, by name: STAGE/validation_loss, of the stage's last checkpoint, with the objective's other
+    metrics, and STAGE/EVALUATION/NAME of each value of each evaluation. Raises UserError for a folder without a run."""
     try:
         stages = json.loads((folder / "config.json").read_bytes())["experiment"]["stages"]
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"run: got {folder}, must be a run folder, with a config.json") from None
     records, found = metrics.read(folder), {}
     for stage, config in stages.items():
-        losses = [line["validation_loss"] for line in records if line["stage"] == stage and "validation_loss" in line]
-        if losses:
+        lines = [line for line in records if line["stage"] == stage and VALIDATION_LOSS in line]
+        if lines:
             early = config.get("early_stopping") is not None
-            found[f"{stage}/{VALIDATION_LOSS}"] = min(losses) if early else losses[-1]
+            kept = min(lines, key=lambda line: line[VALIDATION_LOSS]) if early else lines[-1]
+            found |= {f"{stage}/{name}": value for name, value in kept.items() if name.startswith("validation_")}
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             for result in json.loads((folder / "report" / f"{stage}.json").read_bytes())["results"]:
                 found |= {f"{stage}/{result['title']}/{name}": value for name, value in result["values"].items()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptjax.objectives.classification import Classification
+    from gptjax.objectives.kto import KTO
     from gptjax.objectives.masked_tokens import MaskedTokens
     from gptjax.objectives.multi_token import MultiToken
     from gptjax.objectives.next_token import NextToken
@@ -25,6 +26,7 @@ __all__ = [
     "GRPO",
     "GSPO",
     "IPO",
+    "KTO",
     "ORPO",
     "RLOO",
     "BradleyTerry",
@@ -43,6 +45,7 @@ _HOME = {
     **dict.fromkeys(("DAPO", "GRPO", "GSPO", "RLOO", "DrGRPO", "PolicyGradient"), "gptjax.objectives.policy"),
     "BradleyTerry": "gptjax.objectives.reward",
     "Classification": "gptjax.objectives.classification",
+    "KTO": "gptjax.objectives.kto",
     "MaskedTokens": "gptjax.objectives.masked_tokens",
     "MultiToken": "gptjax.objectives.multi_token",
     "NextToken": "gptjax.objectives.next_token",

@@ -79,8 +79,10 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         merge = lambda adapters, params: merged(params, adapters)  # noqa: E731
 
     def prepare(params: Params, batch: Batch, *frozen: Params) -> Batch:
+        if type(batch) is not stage.objective.batch_type:  # it is prepared already, for several updates
+            return batch
         if adapter is not None:
-            params, frozen = adapter.merge(frozen[0], params), frozen if stage.objective.reference else ()
+            params, frozen = adapter.attach(frozen[0], params), frozen if stage.objective.reference else ()
         return stage.objective.prepare(model.apply, params, batch, *frozen, parts=stage.accumulate)
 
     return Program(
@@ -89,8 +91,8 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         init_trainable,
         create_state,
         jax.jit(prepare),
-        make_step(objective, model.apply, optimizer, stage.accumulate, stage.ema, stage.divergence),
-        jax.jit(lambda params, batch, *frozen: objective(model.apply, params, batch, None, *frozen)),
+        make_step(objective, model.apply, optimizer, stage.accumulate, stage.ema, stage.divergence, prepare),
+        jax.jit(lambda params, batch, *f: objective(model.apply, params, prepare(params, batch, *f), None, *f)),
         merge,
     )
 

@@ -28,6 +28,7 @@ def make_step(
     accumulate: int = 1,
     ema: float | None = None,
     divergence: Stop = Stop(),
+    prepare: Callable[..., Batch] = lambda params, batch, *frozen: batch,
 ) -> jax.stages.Wrapped:
     """Make the jitted function (state, batch, *frozen) -> (state, metrics). It donates the state.
 
@@ -37,6 +38,7 @@ def make_step(
     accumulate  microbatches per step; the gradient is that of the whole batch
     ema         decay of the parameter average in the state. None: no average
     divergence  a `Skip` checks each step: a bad one changes neither parameters, optimizer state nor average
+    prepare     (params, batch, *frozen) -> batch: what is computed once from the whole batch, without a gradient
 
     The loss is a weighted sum: microbatches are summed, and the gradient is divided by the total weight once.
     """
@@ -66,6 +68,7 @@ def make_step(
 
     def step(state: State, batch: Batch, *frozen: Params) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
+        batch = prepare(state.params, batch, *frozen)
         grads, (metrics, reported) = (accumulated if accumulate > 1 else gradient)(state.params, batch, key, *frozen)
         weight = jnp.maximum(metrics["loss"][1], 1e-8)
         grads = jax.tree.map(lambda g: g / weight, grads)

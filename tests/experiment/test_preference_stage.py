@@ -15,7 +15,7 @@ from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment, Stage
 from gptjax.nn import LoRA, TransformerConfig
-from gptjax.objectives import DPO, NextToken
+from gptjax.objectives import DPO, KTO, NextToken
 from gptjax.types import UserError
 
 WORDS = ("sun", "moon", "star", "tree")
@@ -113,6 +113,18 @@ def test_adapters_learn_preferences_over_the_same_reference(tmp_path, monkeypatc
     adapters = run(tmp_path / "run", adapter=adapter, log_every=1, optimizer=optim.AdamW(learning_rate=1e-2))
     assert "a" in adapters["blocks"]["attention"]["q"]
     assert records(tmp_path / "run", "loss")[1] == pytest.approx(np.log(2), rel=1e-6)
+    assert records(tmp_path / "run", "validation_accuracy")[12] > 0.9
+
+
+def test_kto_learns_from_replies_without_pairs(tmp_path, monkeypatch):
+    """With its baseline from the whole step, in microbatches and on a mesh."""
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
+    single = data.UnpairedPreferences(Shouted(), length=32, batch=8)
+    changes = {"data": single, "objective": KTO(beta=0.5), "accumulate": 2, "log_every": 1}
+    run(tmp_path / "run", MeshConfig(data=2, fsdp=2, tensor=2), **changes)
+    assert records(tmp_path / "run", "loss")[1] == pytest.approx(0.5, rel=1e-6)
+    assert records(tmp_path / "run", "kl")[1] == 0
+    assert min(records(tmp_path / "run", "kl").values()) == 0, "an estimate below 0 is 0"
     assert records(tmp_path / "run", "validation_accuracy")[12] > 0.9
 
 

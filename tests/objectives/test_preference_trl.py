@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.objectives import CPO, DPO, IPO, ORPO, SimPO
+from gptjax.objectives import CPO, DPO, IPO, KTO, ORPO, SimPO
 from gptjax.objectives.preference import Replies
 
 PAIRS, LENGTH = 12, 16
@@ -37,8 +37,9 @@ def trl():
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
     from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.kto_trainer import KTOTrainer
 
-    return types.SimpleNamespace(torch=torch, DPO=DPOTrainer, CPO=CPOTrainer, ORPO=ORPOTrainer)
+    return types.SimpleNamespace(torch=torch, DPO=DPOTrainer, KTO=KTOTrainer, CPO=CPOTrainer, ORPO=ORPOTrainer)
 
 
 def ours(objective, policy, reference):
@@ -66,8 +67,8 @@ def per_token(torch, replies):
     return torch.tensor(mask * (sums / tokens)[:, None]), torch.tensor(mask)
 
 
-def theirs_dpo(trl, policy, reference, **settings):
-    """`ours`, from trl's DPOTrainer with a model that returns these log-probabilities."""
+def theirs(trl, policy, reference, trainer="DPO", more=(), **settings):
+    """`ours`, from one of trl's trainers with a model that returns these log-probabilities."""
     torch = trl.torch
     logprobs, mask = per_token(torch, policy)
     logprobs.requires_grad_()
@@ -84,7 +85,7 @@ def theirs_dpo(trl, policy, reference, **settings):
             zeros = torch.zeros(2 * PAIRS, LENGTH - 1)
             return types.SimpleNamespace(log_probs=self.values, entropy=zeros, mean_logits=zeros, is_top1=mask)
 
-    trainer = types.SimpleNamespace(
+    made = types.SimpleNamespace(
         model=Model(logprobs),
         ref_model=Model(other),
         accelerator=gathering(),
@@ -101,8 +102,8 @@ def theirs_dpo(trl, policy, reference, **settings):
         **settings,
     )
     whole = torch.cat([torch.zeros(2 * PAIRS, 1, dtype=torch.bool), mask], 1)
-    inputs = {"input_ids": whole.long(), "attention_mask": whole.long(), "completion_mask": whole.long()}
-    loss = trl.DPO._compute_loss(trainer, trainer.model, inputs, False)
+    inputs = {"input_ids": whole.long(), "attention_mask": whole.long(), "completion_mask": whole.long(), **dict(more)}
+    loss = getattr(trl, trainer)._compute_loss(made, made.model, inputs, False)
     loss.backward()
     return loss.item(), logprobs.grad[:, 0].reshape(2, PAIRS).numpy()
 
@@ -121,10 +122,40 @@ def theirs_dpo(trl, policy, reference, **settings):
 def test_losses_with_a_reference_are_those_of_trl(objective, loss_type, sides, trl):
     policy, reference = sides
     other = reference if objective.reference else reference.over(reference)
-    loss, gradient = theirs_dpo(trl, policy, other, loss_types=[loss_type], beta=objective.beta)
+    loss, gradient = theirs(trl, policy, other, loss_types=[loss_type], beta=objective.beta)
     found, grad = ours(objective, policy, reference)
     np.testing.assert_allclose(found, loss, **TOLERANCE)
     np.testing.assert_allclose(grad, gradient, **TOLERANCE)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kl", [-0.5, 2.5])
+def test_kto_is_that_of_trl(kl, sides, trl):
+    """Chosen replies are desirable, rejected ones not; the baseline is clamped."""
+    (policy, reference), torch = sides, trl.torch
+    objective = KTO(0.3, desirable_weight=1.3, undesirable_weight=0.7)
+    labels = np.repeat([True, False], PAIRS)
+    loss, gradient = theirs(
+        trl,
+        policy,
+        reference,
+        "KTO",
+        {"label": torch.tensor(labels)},
+        beta=0.3,
+        desirable_weight=1.3,
+        undesirable_weight=0.7,
+        loss_type="kto",
+        calculate_KL=True,
+        _compute_kl_logps=lambda model, batch: torch.full((2 * PAIRS,), kl if model.values.requires_grad else 0.0),
+    )
+
+    def mean(sums):
+        ratio = sums - jnp.concatenate([reference.chosen, reference.rejected])
+        return objective.loss(ratio, jnp.full(2 * PAIRS, max(kl, 0)), jnp.float32(labels)).mean()
+
+    found, grad = jax.value_and_grad(mean)(jnp.concatenate([policy.chosen, policy.rejected]))
+    np.testing.assert_allclose(found, loss, **TOLERANCE)
+    np.testing.assert_allclose(grad.reshape(2, PAIRS), gradient, **TOLERANCE)
 
 
 @pytest.mark.torch
@@ -134,7 +165,7 @@ def test_label_smoothing_is_that_of_trl(sides, trl):
     for i in range(PAIRS):
         policy, reference = (jax.tree.map(lambda x: jnp.full(PAIRS, x[i]), side) for side in sides)  # noqa: B023
         settings = {"loss_types": ["aot"], "beta": 0.3, "label_smoothing": 0.1}
-        losses.append(theirs_dpo(trl, policy, reference, **settings)[0])
+        losses.append(theirs(trl, policy, reference, **settings)[0])
     np.testing.assert_allclose(objective.loss(*sides), losses, **TOLERANCE)
 
 
