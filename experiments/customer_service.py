@@ -24,6 +24,7 @@ heart; the validation loss is lowest at step 400. Reading the files needs PyYAML
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -74,7 +75,7 @@ class Chatterbot:
 
     def keyed(self) -> Iterator[tuple[str, Conversation]]:
         """All conversations, each with its first question in lower case."""
-        found = dict.fromkeys(texts for path in self.paths() for texts in _texts(path))
+        found = dict.fromkeys(texts for path in self.paths() for texts in _texts(path, json.dumps(file_state(path))))
         for texts in found:
             roles = ("user", "assistant") * (len(texts) // 2)  # a last question without a reply is left out
             yield texts[0].lower(), tuple(Message(role, text) for role, text in zip(roles, texts, strict=False))
@@ -84,7 +85,7 @@ class Chatterbot:
 
 
 @functools.lru_cache(maxsize=64)
-def _texts(path: str) -> list[tuple[str, ...]]:
+def _texts(path: str, state: str) -> list[tuple[str, ...]]:
     """Texts of each conversation in a file."""
     try:
         import yaml
