@@ -58,7 +58,7 @@ def params(folder, stage):
 
 @pytest.mark.parametrize("lora", [LORA, dataclasses.replace(LORA, bits=4, group=8)], ids=["LoRA", "QLoRA"])
 def test_a_stage_of_adapters(tmp_path, monkeypatch, lora):
-    """What is loaded is what was validated: the merged model, in QLoRA that of the dequantised base."""
+    """The loaded model is the validated one: the merged one, in QLoRA over the dequantised base."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "run"
     adapt = dataclasses.replace(EXPERIMENT.stages["adapt"], adapter=lora)
