@@ -185,12 +185,7 @@ class Experiment:
                     trained = self._trained(folder, name, pretrained, of["step"], params)
                     results[name] = self._results(folder, of, mesh, model, trained, tokenizer, console)
             if jax.process_index() == 0:
-                units = {name: stage.objective.unit for name, stage in self.stages.items()}
-                report.write(folder, results, units, self.expect)
-                for checked in report.check(folder, self.expect):
-                    console.print(f"expected: {report.verdict(*checked)}")
-                console.print(f"\nDone. Report: {_short(folder / 'report' / 'report.md')}")
-                console.print("\n".join(["\nNow try:", *(f"  {line}" for line in self._uses(_short(folder)))]))
+                self._report(folder, results, console)
             processes.barrier("the report is written")
             return 0
 
@@ -219,6 +214,15 @@ class Experiment:
             results = _evaluate(name, self.stages[name], evaluated, console)
             stored.write(results)
         return results
+
+    def _report(self, folder: Path, results: dict[str, list[Result]], console: Console) -> None:
+        """Write the report; print what was expected, and commands for the trained model."""
+        units = {name: stage.objective.unit for name, stage in self.stages.items()}
+        report.write(folder, results, units, self.expect)
+        for checked in report.check(folder, self.expect):
+            console.print(f"expected: {report.verdict(*checked)}")
+        console.print(f"\nDone. Report: {_short(folder / 'report' / 'report.md')}")
+        console.print("\n".join(["\nNow try:", *(f"  {line}" for line in self._uses(_short(folder)))]))
 
     def _uses(self, folder: str) -> list[str]:
         """Commands for the trained model; Python for one that no command knows."""

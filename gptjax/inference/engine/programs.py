@@ -19,6 +19,7 @@ from gptjax.inference.engine.speculation import Draft
 from gptjax.inference.sampling import Sampling, SamplingRows, Seen, sample, unseen
 from gptjax.kernels.adapted import with_rows
 from gptjax.nn import Cache, make_cache
+from gptjax.protocols import Module
 from gptjax.types import Array, Key, Params
 
 STEPS = 8
@@ -38,7 +39,7 @@ ALTERNATIVES = 20
 class Models:
     """A model, and the draft that guesses for it."""
 
-    model: Any = dataclasses.field(metadata={"static": True})
+    model: Module = dataclasses.field(metadata={"static": True})
     """Its module."""
     params: Params
     """Its parameters, unstacked."""
@@ -129,6 +130,39 @@ class Drawn:
     """int32 [R], number of tokens."""
     passes: Array
     """int32 [R], number of times that the model ran for them."""
+
+    @classmethod
+    def nothing(cls, rows: int, tokens: int) -> Drawn:
+        """Room for `tokens` tokens of each row."""
+        return cls(
+            tokens=jnp.zeros((rows, tokens), jnp.int32),
+            logprobs=jnp.zeros((rows, tokens), jnp.float32),
+            likely=jnp.zeros((rows, tokens, ALTERNATIVES), jnp.int32),
+            likely_logprobs=jnp.zeros((rows, tokens, ALTERNATIVES), jnp.float32),
+            count=jnp.zeros(rows, jnp.int32),
+            passes=jnp.zeros(rows, jnp.int32),
+        )
+
+    def add(self, token: Array, logprobs: Array, wanted: Array, alive: Array) -> Drawn:
+        """With one token more, int32 [R], of the rows that are `alive`, bool [R].
+
+        logprobs  float32 [R, V]
+        wanted    bool, the most likely tokens are wanted too
+        """
+        values, ids = _most_likely(logprobs, wanted)
+        row, place = jnp.arange(len(token)), jnp.where(alive, self.count, self.tokens.shape[1])
+
+        def put(all: Array, one: Array) -> Array:
+            return all.at[row, place].set(one, mode="drop")
+
+        return dataclasses.replace(
+            self,
+            tokens=put(self.tokens, token),
+            logprobs=put(self.logprobs, jnp.take_along_axis(logprobs, token[:, None], 1)[:, 0]),
+            likely=put(self.likely, ids),
+            likely_logprobs=put(self.likely_logprobs, values),
+            count=self.count + alive,
+        )
 
 
 def idle(models: Models, rows: int, pages: int, page: int, vocab: int, context: int = 0) -> Rows:
@@ -323,21 +357,7 @@ def decode(
             token = rows.draw(without(x, held, ~allowed), j, seen)
             forced = jnp.take_along_axis(replayed, drawn.count[:, None], 1, mode="clip")[:, 0]
             token = jnp.where(forced >= 0, forced, token)
-            logprobs = x * scale - total
-            values, ids = _most_likely(logprobs, rows.compares.any())
-            place = jnp.where(alive, drawn.count, replayed.shape[1])
-
-            def put(all: Array, one: Array) -> Array:
-                return all.at[row, place].set(one, mode="drop")
-
-            drawn = dataclasses.replace(
-                drawn,
-                tokens=put(drawn.tokens, token),
-                logprobs=put(drawn.logprobs, jnp.take_along_axis(logprobs, token[:, None], 1)[:, 0]),
-                likely=put(drawn.likely, ids),
-                likely_logprobs=put(drawn.likely_logprobs, values),
-                count=drawn.count + alive,
-            )
+            drawn = drawn.add(token, x * scale - total, rows.compares.any(), alive)
             seen = seen.add(jnp.where(alive, token, vocab))
             last = jnp.where(alive, token, last)
             if T > 1:
@@ -360,13 +380,4 @@ def decode(
         rows = dataclasses.replace(rows, layers=layers, length=length, token=last, seen=seen, history=history)
         return rows, drawn
 
-    N = STEPS * T
-    nothing = Drawn(
-        tokens=jnp.zeros((R, N), jnp.int32),
-        logprobs=jnp.zeros((R, N), jnp.float32),
-        likely=jnp.zeros((R, N, ALTERNATIVES), jnp.int32),
-        likely_logprobs=jnp.zeros((R, N, ALTERNATIVES), jnp.float32),
-        count=jnp.zeros(R, jnp.int32),
-        passes=jnp.zeros(R, jnp.int32),
-    )
-    return jax.lax.fori_loop(0, steps, step, (rows, nothing))
+    return jax.lax.fori_loop(0, steps, step, (rows, Drawn.nothing(R, STEPS * T)))
