@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax": ("Experiment", "MeshConfig", "ShardingRules", "Stage"),
@@ -63,7 +63,7 @@ def to_json(config: object) -> Any:
     return _to_json(config, "configuration")
 
 
-def _to_json(value: Any, name: str) -> Any:
+def _to_json(value: object, name: str) -> Json:
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Path):
@@ -83,7 +83,7 @@ def _to_json(value: Any, name: str) -> Any:
     )
 
 
-def from_json(data: Any) -> Any:
+def from_json(data: Json) -> Any:
     """Restore a configuration from `to_json`'s output: `from_json(json.loads(json.dumps(to_json(c)))) == c`.
 
     A missing field gets its default. Nothing that the data names is imported: it may name only the classes in `EXPORTS`
@@ -92,7 +92,7 @@ def from_json(data: Any) -> Any:
     return _from_json(data, "configuration")
 
 
-def _from_json(data: Any, name: str) -> Any:
+def _from_json(data: Json, name: str) -> Any:
     if isinstance(data, list):
         return tuple(_from_json(item, f"{name}.{i}") for i, item in enumerate(data))
     if not isinstance(data, dict):

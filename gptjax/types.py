@@ -16,6 +16,10 @@ Key = jax.Array
 """A typed random key, `jax.random.key(0)`."""
 Params = Any
 """A nested dict of arrays."""
+PyTree = Any
+"""Any nesting of dicts, tuples, lists and registered dataclasses, with arrays, or other leaves, in it."""
+Json = Any
+"""A value read from JSON, or from a table: dict, list, str, int, float, bool or None, not yet checked."""
 Metrics = dict[str, tuple[Array, Array]]
 """Name -> (sum, weight). Sums add up over microbatches, steps and hosts; the division happens once, at the end."""
 

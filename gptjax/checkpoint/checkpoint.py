@@ -32,7 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptjax.checkpoint import manifest
 from gptjax.distributed import processes
-from gptjax.types import UserError, one_line
+from gptjax.types import PyTree, UserError, one_line
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DAY = 24 * 60 * 60  # seconds
@@ -44,7 +44,7 @@ class Restored:
     """A restored checkpoint."""
 
     step: int
-    state: Any
+    state: PyTree
     extra: dict[str, Any]
     loss: float | None
     """Validation loss. None: it was not known."""
@@ -96,7 +96,7 @@ class Checkpoints:
                 if self._pending.done():  # False after Ctrl-C interrupted the wait
                     self._pending = None
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any], loss: float | None = None) -> None:
+    def save(self, step: int, state: PyTree, extra: Mapping[str, Any], loss: float | None = None) -> None:
         """Copy the state to the host and return; the files are written in the background.
 
         state: any tree of `jax.Array`s, including typed keys. It may be donated or deleted as soon as this returns.
@@ -119,7 +119,7 @@ class Checkpoints:
         self._saves += 1
         self._pending = self._thread.submit(self._finish, step, content, response)
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
+    def restore(self, abstract_state: PyTree, step: int | None = None) -> Restored:
         """Restore the newest sound checkpoint, or the one of `step`.
 
         abstract_state: tree of `jax.ShapeDtypeStruct`s (or arrays), such as `jax.eval_shape` returns under a mesh.
@@ -135,7 +135,7 @@ class Checkpoints:
         self._restored = step
         return Restored(step, state, content["extra"], content["loss"])
 
-    def restore_params(self, step: int | None = None, *, ema: bool = False, abstract_params: Any = None) -> Restored:
+    def restore_params(self, step: int | None = None, *, ema: bool = False, abstract_params: PyTree = None) -> Restored:
         """Restore only the state's `params`, a nested dict, as `restore` does; the optimizer's state is not read.
 
         ema: prefer the exponential moving average of the parameters, the state's `ema`, if the checkpoint has one.
@@ -251,7 +251,7 @@ class Checkpoints:
         """The saved tree as nested dicts and lists, with shapes and dtypes instead of arrays."""
         return _orbax().metadata(self.folder / str(step)).metadata
 
-    def _load(self, step: int, abstract: Any, saved: Any) -> Any:
+    def _load(self, step: int, abstract: PyTree, saved: PyTree) -> PyTree:
         """Restore into the abstract tree, which must match `saved`: the whole saved tree or a subtree of it."""
         folder = self.folder / str(step)
         there, here = _shapes(saved), _shapes(abstract)  # compared here because Orbax's own error is noisy
@@ -324,7 +324,7 @@ class Checkpoints:
         )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """Shape of each leaf by its path, such as "params/blocks/mlp/up"."""
 
     def shape(leaf: Any) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from etils import epath  # pathlib that also knows gs://
 
 from gptjax.config import digest
 from gptjax.io import atomic
+from gptjax.types import Json
 
 NAME = "manifest.json"
 Files = dict[str, list[Any]]
@@ -50,7 +51,7 @@ def write(folder: epath.Path, content: dict[str, Any], files: Files | None = Non
     _write(folder, {**content, "files": dict(sorted(files.items()))})
 
 
-def amend(folder: epath.Path, **content: Any) -> None:
+def amend(folder: epath.Path, **content: Json) -> None:
     """Update the content of a finished folder's manifest, not its files."""
     manifest = read(folder)
     if manifest is None:

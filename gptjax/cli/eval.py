@@ -196,7 +196,7 @@ def _task(text: str) -> Task:
     return cls(path=path) if path else cls()
 
 
-def _is_task(cls: Any) -> bool:
+def _is_task(cls: object) -> bool:
     from gptjax.tasks import Task
 
     return isinstance(cls, type) and issubclass(cls, Task) and dataclasses.is_dataclass(cls)

@@ -115,7 +115,7 @@ class GptjaxLM(TemplateLM):
             raise UserError("apply_chat_template: got a model without a chat template, must have one")
         return self.lm.template
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         """Ids of a text in which special tokens may be spelt out, as chat templates do. add_special_tokens=None: with
         `bos`, if the model has it, exactly once."""
         ids = list(self._encode(string))
@@ -130,7 +130,7 @@ class GptjaxLM(TemplateLM):
             return tuple(reader(tokenizer).encode(string, add_special_tokens=False).ids)
         return tuple(tokenizer.encode(string))
 
-    def _loglikelihood_tokens(self, requests: Sequence[Tokens], **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Tokens], **kwargs: object) -> list[tuple[float, bool]]:
         asked = [cut(Continuation(tuple(context), tuple(ids)), self.max_length) for _, context, ids in requests]
         if shortened := sum(len(new.context) < len(old[1]) for new, old in zip(asked, requests, strict=True)):
             log.warning("%d of %d contexts are cut on the left to fit %d", shortened, len(asked), self.max_length)

@@ -18,7 +18,7 @@ from gptjax.data.packing import BestFit, Packing
 from gptjax.data.tokenizers import CHAT_SPECIALS
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.protocols import Tokenizer
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -74,7 +74,7 @@ FIELDS = ("name", "tool_call_id", "reasoning_content")
 """Fields of a message that are passed to chat templates, besides role, content and tool calls. Others are ignored."""
 
 
-def conversation(messages: Iterable[Message | Mapping[str, Any]], tools: Any = None) -> Conversation:
+def conversation(messages: Iterable[Message | Mapping[str, Any]], tools: Json = None) -> Conversation:
     """Convert messages, or objects with "role" and "content" as in JSON files and APIs, to a `Conversation`. Content is
     a text, or a list of parts of type "text", which are joined.
 
@@ -104,7 +104,7 @@ def _message(message: Message | Mapping[str, Any]) -> Message:
     return Message(message["role"], content, tool_calls=calls, fields=fields, weight=weight)
 
 
-def _joined(content: Any) -> Any:
+def _joined(content: Json) -> Json:
     """Content, with the texts of its parts joined."""
     if not isinstance(content, list | tuple):
         return content
@@ -115,7 +115,7 @@ def _joined(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-def _objects(values: Any, field: str) -> tuple[Mapping[str, Any], ...]:
+def _objects(values: Json, field: str) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(values, list | tuple) or not all(isinstance(value, Mapping) for value in values):
         raise UserError(f"{field}: got {str(values)[:80]!r}, must be a list of objects")
     return tuple(values)

@@ -21,7 +21,7 @@ from gptjax.data.files import Where
 from gptjax.data.sources import check_fraction, fingerprint
 from gptjax.data.tables import FileTable, Jsonl, Table
 from gptjax.protocols import Split
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -46,7 +46,7 @@ class ConversationFormat(abc.ABC):
         """True if a row has the fields of this format."""
 
     @abc.abstractmethod
-    def conversation(self, row: Any) -> Conversation:
+    def conversation(self, row: Json) -> Conversation:
         """The conversation in a row. Raises UserError if it has none."""
 
 
@@ -62,7 +62,7 @@ class OpenAIMessages(ConversationFormat):
         messages = _field(row, self.messages, default=None)
         return isinstance(messages, list) and not _is_shared(messages)
 
-    def conversation(self, row: Any) -> Conversation:
+    def conversation(self, row: Json) -> Conversation:
         messages = _messages(row, self.messages, '[{"role": ..., "content": ...}, ...]')
         return conversation(messages, None if isinstance(row, list) else _json(row.get("tools"), "tools"))
 
@@ -79,7 +79,7 @@ class ShareGPT(ConversationFormat):
         messages = _field(row, self.conversations, default=None)
         return isinstance(messages, list) and _is_shared(messages)
 
-    def conversation(self, row: Any) -> Conversation:
+    def conversation(self, row: Json) -> Conversation:
         messages = _messages(row, self.conversations, '[{"from": ..., "value": ...}, ...]')
         system = _field(row, "system", default=None)
         first = [{"role": "system", "content": system}] if system else []
@@ -101,7 +101,7 @@ class Alpaca(ConversationFormat):
     def recognises(self, row: object) -> bool:
         return isinstance(row, Mapping) and {self.instruction, self.output} <= row.keys()
 
-    def conversation(self, row: Any) -> Conversation:
+    def conversation(self, row: Json) -> Conversation:
         given = "" if self.input is None else _field(row, self.input, default="")
         asked = "\n".join(text for text in (_text(row, self.instruction), given) if text)
         system, history = _field(row, "system", default=None), _field(row, "history", default=None) or []
@@ -132,7 +132,7 @@ class Conversations:
     of each file, and the same for all of its rows."""
 
     @property
-    def validation(self) -> Any:
+    def validation(self) -> Json:
         """As in the table. 0: there is no validation split."""
         return getattr(self.table, "validation", None)
 
@@ -197,14 +197,14 @@ class _Reader:
         self._given = given
         self._formats: dict[str, ConversationFormat] = {}
 
-    def __call__(self, where: Where, row: Any) -> tuple[str, Conversation]:
+    def __call__(self, where: Where, row: Json) -> tuple[str, Conversation]:
         try:
             found = (self._given or self._recognised(where, row)).conversation(row)
         except UserError as error:
             raise UserError(f"path: {where}: {error}") from None
         return json.dumps([message.as_json() for message in found], sort_keys=True), found
 
-    def _recognised(self, where: Where, row: Any) -> ConversationFormat:
+    def _recognised(self, where: Where, row: Json) -> ConversationFormat:
         matching = [format for format in FORMATS if format.recognises(row)]
         if isinstance(row, list):
             matching = matching[:1]
@@ -226,7 +226,7 @@ class _Reader:
 _MISSING = object()
 
 
-def _field(row: Any, name: str, default: Any = _MISSING) -> Any:
+def _field(row: Json, name: str, default: Json = _MISSING) -> Json:
     """A row's field, or the row itself if it is a list."""
     if isinstance(row, list):
         return row
@@ -239,21 +239,21 @@ def _field(row: Any, name: str, default: Any = _MISSING) -> Any:
     return row.get(name, default)
 
 
-def _messages(row: Any, name: str, example: str) -> list[Any]:
+def _messages(row: Json, name: str, example: str) -> list[Any]:
     messages = _field(row, name)
     if not isinstance(messages, list) or not messages:
         raise UserError(f'got no messages, must have {example} in "{name}"')
     return messages
 
 
-def _text(row: Any, name: str) -> str:
+def _text(row: Json, name: str) -> str:
     value = _field(row, name)
     if not isinstance(value, str):
         raise UserError(f"{name}: got {type(value).__name__}, must be text")
     return value
 
 
-def _json(value: Any, name: str) -> Any:
+def _json(value: Json, name: str) -> Json:
     """A value, or the one that a text spells in JSON."""
     if not isinstance(value, str) or not value.strip():
         return value or None
@@ -268,7 +268,7 @@ def _is_shared(messages: list[Any]) -> bool:
     return any(isinstance(message, Mapping) and "from" in message for message in messages[:1])
 
 
-def _shared(item: Any) -> dict[str, Any]:
+def _shared(item: Json) -> dict[str, Any]:
     """A message of OpenAI's form."""
     if not isinstance(item, Mapping) or not {"from", "value"} <= item.keys():
         raise UserError(f"message: got {str(item)[:80]!r}, must have from and value")

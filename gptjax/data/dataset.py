@@ -87,7 +87,7 @@ class Batches(Iterator[Batch]):
     def _from(self, sequence: int) -> Generator[Batch]:
         import grain
 
-        def make(block: int, _: Any) -> Batch:
+        def make(block: int, _: object) -> Batch:
             return self._make(sequence + self._size * (block * self._steps + np.arange(self._steps)))
 
         blocks = grain.MapDataset.range(1).repeat().map_with_index(make)

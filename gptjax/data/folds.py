@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from gptjax.config import fields_of, is_config
 from gptjax.data.chat import Conversation, Message
@@ -102,7 +102,7 @@ def _without_validation(source: Any) -> Any:
     )
 
 
-def _key(document: Any) -> str:
+def _key(document: object) -> str:
     """Key that documents which belong together share."""
     if isinstance(document, str):
         return document
@@ -113,7 +113,7 @@ def _key(document: Any) -> str:
     return getattr(document, "source", repr(document))
 
 
-def _is_conversation(document: Any) -> bool:
+def _is_conversation(document: object) -> TypeGuard[Conversation]:
     return isinstance(document, tuple) and all(isinstance(message, Message) for message in document)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from gptjax.data.sources import check_fraction, fingerprint, of_split, one_each
 from gptjax.data.store import Store, combine
 from gptjax.data.tokenizers.tokenizer import add_bos_eos, decoder_start
 from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
-from gptjax.types import Batch, Pair, UserError
+from gptjax.types import Batch, Json, Pair, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class PairsJsonl:
         """A source of each file, in order, and the size of the file in bytes."""
         return one_each(self)
 
-    def _pair(self, where: Where, value: Any) -> TextPair:
+    def _pair(self, where: Where, value: Json) -> TextPair:
         source, target = (value.get(name) if isinstance(value, dict) else None for name in (self.source, self.target))
         if not (isinstance(source, str) and source and isinstance(target, str) and target):
             found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__

@@ -20,7 +20,7 @@ from gptjax.data.packing import NoPacking, Packing, Pieces
 from gptjax.data.sources import check_fraction, fingerprint, finite, of_split
 from gptjax.data.store import Store
 from gptjax.protocols import Split, Tokenizer
-from gptjax.types import Batch, PreferencePairs, UserError
+from gptjax.types import Batch, Json, PreferencePairs, UserError
 
 log = logging.getLogger(__name__)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -96,7 +96,7 @@ def first_message(prompt: Conversation) -> str:
     return json.dumps(first.as_json(), sort_keys=True)
 
 
-def _pair(row: Any) -> tuple[Preference | None, str]:
+def _pair(row: Json) -> tuple[Preference | None, str]:
     """The pair of a row, or None and the reason."""
     (prompt, chosen), (other, rejected) = (read_reply(row, name, _SIDES) for name in _SIDES)
     margin = finite(0 if row.get("margin") is None else row["margin"], "margin")
@@ -114,7 +114,7 @@ def is_empty(reply: Message) -> bool:
     return not (reply.text.strip() or reply.tool_calls)
 
 
-def read_reply(row: Any, name: str, needed: Sequence[str]) -> tuple[Conversation, Message]:
+def read_reply(row: Json, name: str, needed: Sequence[str]) -> tuple[Conversation, Message]:
     """Prompt and reply of the field `name` of a row, which must have the fields `needed`. Raises UserError."""
     if not isinstance(row, Mapping) or not set(needed) <= row.keys():
         found = f"the fields {', '.join(row)}" if isinstance(row, Mapping) else type(row).__name__

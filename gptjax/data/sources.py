@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from gptjax.data.files import Where, file_state, find_files, read_json, read_lines
 from gptjax.protocols import Source, Split
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 Document = TypeVar("Document")
 
@@ -191,7 +191,7 @@ class LabelledJsonl:
         """A source of each file, in order, and the size of the file in bytes."""
         return one_each(self)
 
-    def _example(self, where: Where, value: Any) -> Example:
+    def _example(self, where: Where, value: Json) -> Example:
         if not isinstance(value, dict) or not isinstance(value.get(self.text), str) or self.label not in value:
             found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
             raise UserError(

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, TypeVar
 from gptjax.data.files import Where, file_state, find_files, read_json, read_lines
 from gptjax.data.sources import check_fraction, fingerprint, of_split, one_each
 from gptjax.protocols import Split
-from gptjax.types import UserError, one_line
+from gptjax.types import Json, UserError, one_line
 
 Document = TypeVar("Document")
 OfRow = Callable[[Where, Any], tuple[str, Document] | None]
@@ -49,7 +49,7 @@ class Table(abc.ABC):
     def documents(self, split: Split) -> Iterator[str]:
         nulls = 0
 
-        def of_row(where: Where, row: Any) -> tuple[str, str] | None:
+        def of_row(where: Where, row: Json) -> tuple[str, str] | None:
             nonlocal nulls
             text = column(row, self.text, where, "text")
             if text is None:
@@ -182,7 +182,7 @@ class Parquet(FileTable):
 def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row, with the nulls inside its values left out. Arrow gives every object of a column the fields of all."""
 
-    def clean(value: Any) -> Any:
+    def clean(value: Json) -> Any:
         if isinstance(value, Mapping):
             return {name: clean(inner) for name, inner in value.items() if inner is not None}
         return [clean(inner) for inner in value] if isinstance(value, list) else value
@@ -190,7 +190,7 @@ def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: clean(value) for name, value in row.items()}
 
 
-def column(row: Any, name: str, where: Where, option: str) -> Any:
+def column(row: Json, name: str, where: Where, option: str) -> Any:
     """A row's value in a column. Raises UserError if it has no such column."""
     if not isinstance(row, Mapping):
         raise UserError(f'{option}: {where}: got {type(row).__name__}, must be an object with a text in "{name}"')

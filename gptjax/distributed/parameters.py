@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from gptjax.types import Params, UserError
+from gptjax.types import Params, PyTree, UserError
 
 Kind = Literal["matrix", "embedding", "head", "other"]
 """Role of a parameter:
@@ -84,7 +84,7 @@ class Declared:
     info: ParamInfo
 
 
-def parameter_info(model: Any, *inputs: Any, **named: Any) -> Params:
+def parameter_info(model: Any, *inputs: PyTree, **named: Any) -> Params:
     """The `ParamInfo` of each parameter of a Flax module, in the tree of its parameters. Nothing is computed.
 
     model   declares its parameters by `nn.ParamFactory`; UserError where one is not

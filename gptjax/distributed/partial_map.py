@@ -22,9 +22,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh, use_abstract_mesh
 
 from gptjax.distributed.sharding import axes_of
+from gptjax.types import PyTree
 
 
-def partial_map(f: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def partial_map(
+    f: Callable[..., Any], axes: tuple[str, ...], in_specs: PyTree, out_specs: PyTree
+) -> Callable[..., Any]:
     """As `jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)`.
 
     f may not close over arrays. Differentiable in reverse mode.
@@ -32,23 +35,23 @@ def partial_map(f: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out
     if jax.__version_info__ >= (0, 11):
         return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
 
-    def call(*args: Any) -> Any:
+    def call(*args: PyTree) -> PyTree:
         leaves, tree = jax.tree.flatten(args)
         specs = _spec_of_each_leaf(in_specs, args)
 
-        def flat(*leaves: Any) -> Any:
+        def flat(*leaves: jax.Array) -> PyTree:
             return f(*tree.unflatten(leaves))
 
         @jax.custom_vjp
-        def differentiable(*leaves: Any) -> Any:
+        def differentiable(*leaves: jax.Array) -> PyTree:
             return _across_edge(flat, axes, specs, out_specs)(*leaves)
 
-        def forward(*given: Any) -> Any:
+        def forward(*given: Any) -> tuple[PyTree, PyTree]:
             """The result, and the backward pass with its residuals, stacked over `axes`."""
             active = [i for i, leaf in enumerate(given) if leaf.perturbed]
 
-            def linearized(*leaves: Any) -> Any:
-                def of_active(*some: Any) -> Any:
+            def linearized(*leaves: jax.Array) -> PyTree:
+                def of_active(*some: jax.Array) -> PyTree:
                     replaced = dict(zip(active, some, strict=True))
                     return flat(*(replaced.get(i, leaf) for i, leaf in enumerate(leaves)))
 
@@ -59,14 +62,14 @@ def partial_map(f: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out
             y, pullback = _across_edge(linearized, axes, specs, out)(*(leaf.value for leaf in given))
             return y, (dict.fromkeys(active), pullback)
 
-        def backward(saved: Any, gradient: Any) -> Any:
+        def backward(saved: PyTree, gradient: PyTree) -> PyTree:
             active, pullback = saved
             copies = math.prod(get_abstract_mesh().shape[name] for name in axes)
             wanted = tuple(specs[i] for i in active)
             gradient = jax.tree.map(_zeros_if_symbolic, gradient, is_leaf=lambda x: isinstance(x, SymbolicZero))
             given = _spec_of_each_leaf(out_specs, gradient)
 
-            def transposed(gradient: Any, pullback: Any) -> Any:
+            def transposed(gradient: PyTree, pullback: PyTree) -> PyTree:
                 # What all devices return counts once; what all devices read has a gradient from each.
                 leaves, tree = jax.tree.flatten(gradient)
                 leaves = [x if any(spec) else x / copies for x, spec in zip(leaves, given, strict=True)]
@@ -83,17 +86,19 @@ def partial_map(f: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out
     return call
 
 
-def _across_edge(f: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def _across_edge(
+    f: Callable[..., Any], axes: tuple[str, ...], in_specs: PyTree, out_specs: PyTree
+) -> Callable[..., Any]:
     """`partial_map` without derivatives."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: PyTree) -> PyTree:
         mesh = get_abstract_mesh()
         others = [name for name in mesh.explicit_axes if name not in axes]
         automatic, explicit = (dict.fromkeys(others, kind) for kind in (AxisType.Auto, AxisType.Explicit))
         inside = jax.tree.map(lambda x: _only(others, _spec(x)), args)
         results: list[Any] = []  # their specs inside
 
-        def body(*args: Any) -> Any:
+        def body(*args: PyTree) -> PyTree:
             mesh = get_abstract_mesh()
             with use_abstract_mesh(mesh.update_axis_types(explicit)):
                 y = f(*jax.reshard(args, inside))
@@ -119,15 +124,15 @@ def _zeros_if_symbolic(x: Any) -> Any:
     return jnp.zeros(like.shape, like.dtype, device=like.sharding)
 
 
-def _is_spec(x: Any) -> bool:
+def _is_spec(x: object) -> bool:
     return isinstance(x, PartitionSpec)
 
 
-def _spec(x: Any) -> PartitionSpec:
+def _spec(x: jax.Array) -> PartitionSpec:
     return jax.typeof(x).sharding.spec
 
 
-def _spec_of_each_leaf(specs: Any, tree: Any) -> tuple[PartitionSpec, ...]:
+def _spec_of_each_leaf(specs: PyTree, tree: PyTree) -> tuple[PartitionSpec, ...]:
     """Specs of the leaves of a tree, of which `specs` is a prefix."""
     each = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, tree, is_leaf=_is_spec)
     return tuple(jax.tree.leaves(each, is_leaf=_is_spec))

@@ -13,6 +13,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gptjax.types import PyTree
+
 VECTORS = "xla_cpu_prefer_vector_width"
 HEARTBEAT = 60  # seconds
 LOST = 134  # SIGABRT, to a shell
@@ -91,7 +93,7 @@ def barrier(where: str) -> None:
         multihost_utils.sync_global_devices(f"gptjax: {where}")
 
 
-def allgather(value: Any) -> list[Any]:
+def allgather(value: PyTree) -> list[Any]:
     """All-gather a value of JSON types: the list of every process's value, in process order. A collective call.
 
     Processes may see a shared disk differently at one moment, so decisions that depend on it are made from one list."""

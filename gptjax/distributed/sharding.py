@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from gptjax.types import UserError
+from gptjax.types import PyTree, UserError
 
 Axis = str | tuple[str, ...] | None
 Tree = TypeVar("Tree")
@@ -188,14 +188,14 @@ def use(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
     return jax.set_mesh(mesh)
 
 
-def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
+def on_mesh_of(tree: PyTree) -> contextlib.AbstractContextManager:
     """Context in which the mesh of the tree's arrays is current. If they have no mesh, the context changes nothing."""
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
     mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(cast(jax.sharding.Mesh, mesh))
 
 
-def reshard(x: Any, spec: PartitionSpec | None) -> Any:
+def reshard(x: PyTree, spec: PartitionSpec | None) -> PyTree:
     """`jax.reshard` to the spec of `ShardingRules`, inside a program. None (no mesh): x unchanged."""
     return x if spec is None else jax.reshard(x, spec)
 
@@ -206,7 +206,7 @@ def split_microbatches(x: jax.Array, count: int) -> jax.Array:
     return jax.numpy.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
 
-def map_microbatches(function: Callable[[Any], Any], tree: Any, count: int) -> Any:
+def map_microbatches(function: Callable[[PyTree], PyTree], tree: PyTree, count: int) -> Any:
     """function(tree), arrays [B, ...], called on `count` microbatches one after the other to save memory."""
     if count == 1:
         return function(tree)

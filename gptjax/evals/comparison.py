@@ -25,7 +25,7 @@ from gptjax.data.files import read_json
 from gptjax.evals import ratings
 from gptjax.evals.ratings import Choice, Vote
 from gptjax.io import atomic
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 SHARED = 20
 """Number of pairs of replies with which every judge begins."""
@@ -220,7 +220,7 @@ def _sorts(judges: Iterable[str]) -> Iterator[tuple[str, Callable[[str], bool]]]
             yield f"Votes of {name.removeprefix(MODEL_JUDGE)}", name.__eq__
 
 
-def _vote(where: Any, row: Any) -> Vote:
+def _vote(where: Any, row: Json) -> Vote:
     fields = [field.name for field in dataclasses.fields(Vote)]
     if not isinstance(row, dict) or sorted(row) != sorted(fields) or not all(isinstance(row[f], str) for f in fields):
         raise UserError(f"out: {where}: got a line that is no vote, must have the texts {', '.join(fields)}")

@@ -16,7 +16,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.sampling import Sampling, SamplingRows, Seen, sample, unseen
 from gptjax.inference.text import Finish, TextStream
 from gptjax.nn import Cache, make_cache, unstack
+from gptjax.protocols import Module
 from gptjax.types import Array, Key, Params, UserError
 
 DEFAULT_TOKENS = 256
@@ -71,7 +72,7 @@ class State:
 
 @functools.partial(jax.jit, static_argnames=("model", "samples", "size", "room", "vocab"))
 def prefill(
-    model: Any,
+    model: Module,
     params: Params,
     tokens: Array,
     lengths: Array,
@@ -106,7 +107,7 @@ def prefill(
     # There may be too few prompts to shard over the mesh, but enough samples.
     target = make_cache(model.config, P * samples, size, rows)
 
-    def repeat(x: Array, target: Any = None) -> Array:
+    def repeat(x: Array, target: Array | None = None) -> Array:
         no_mesh = jax.sharding.get_abstract_mesh().empty
         spec = None if no_mesh else PartitionSpec() if target is None else jax.typeof(target).sharding.spec
         return jnp.repeat(x, samples, axis=0, out_sharding=spec)
@@ -124,7 +125,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def decode(
-    model: Any,
+    model: Module,
     params: Params,
     state: State,
     until: Array | int,
@@ -179,7 +180,7 @@ def _map_cache(function: Callable[[Array], Array], state: State) -> State:
 
 
 def generate(
-    model: Any,
+    model: Module,
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -231,7 +232,7 @@ def generate(
 
 
 def stream(
-    model: Any,
+    model: Module,
     params: Params,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
@@ -264,7 +265,7 @@ def prompt_seeds(seed: int, count: int) -> np.ndarray:
 
 
 def _run(
-    model: Any,
+    model: Module,
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -335,7 +336,7 @@ def _rows(
     return [TextStream(tokenizer, max_tokens, stop, stop_token_ids, marks) for _ in range(samples)]
 
 
-def _room(model: Any, prompt: Sequence[int], max_tokens: int | None) -> int:
+def _room(model: Module, prompt: Sequence[int], max_tokens: int | None) -> int:
     """Maximum number of tokens after this prompt. Raises UserError if it does not fit the model."""
     vocab, limit = model.config.vocab, model.config.max_positions
     if not len(prompt):

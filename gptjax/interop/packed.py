@@ -26,6 +26,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gptjax.types import UserError
 
@@ -49,7 +50,7 @@ class Packed:
     bits: int = 8
     """Size of the integers."""
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self.make().astype(self.dtype)
 
     def __len__(self) -> int:

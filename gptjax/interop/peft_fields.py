@@ -11,7 +11,7 @@ from typing import Any
 
 from gptjax.interop.schema import check_types
 from gptjax.io.json_file import read_object
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 CONFIG = "adapter_config.json"
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -94,7 +94,7 @@ class AdapterFields(dict[str, Any]):
         layers = [layers] if isinstance(layers, int) else layers
         return _named(target, module) and found is not None and int(found[1]) in layers
 
-    def _pattern(self, name: str, module: str, default: Any) -> Any:
+    def _pattern(self, name: str, module: str, default: Json) -> Any:
         """The value of a module in a mapping whose keys are regular expressions for the end of a module's name."""
         patterns: Mapping[str, Any] = self.get(name) or {}
         return next((value for key, value in patterns.items() if _match(rf"(?:.*\.)?(?:{key})$", module)), default)

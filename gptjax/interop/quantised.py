@@ -21,6 +21,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gptjax.interop import packed
 from gptjax.types import UserError
@@ -46,7 +47,7 @@ class Quantised:
 class MXFP4(Quantised):
     """[E, I, O] from codes [E, O, G, 16] and scales [E, O, G]."""
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         experts, inputs, outputs = self.shape
         codes, scales = (x.reshape(experts * outputs, -1, x.shape[-1]) for x in (self.codes, self.scales[..., None]))
         pairs = np.empty(codes.shape, np.uint32)
@@ -62,7 +63,7 @@ class BlockFP8(Quantised):
 
     block: tuple[int, ...]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         values, (rows, columns) = np.empty(self.shape, self.dtype), self.block
         for i, scales in enumerate(self.scales.astype(np.float32)):
             strip = slice(i * rows, (i + 1) * rows)

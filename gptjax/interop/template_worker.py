@@ -14,6 +14,7 @@ import datetime
 import functools
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jinja2
@@ -57,7 +58,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {kind: str(error) or type(error).__name__}
 
 
-def _holds_marks(value: Any) -> bool:
+def _holds_marks(value: object) -> bool:
     """True if a text in a value has `OPEN` or `CLOSE`."""
     if isinstance(value, str):
         return OPEN in value or CLOSE in value
@@ -106,7 +107,7 @@ class Generation(Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
 
-    def _content(self, caller: Any) -> str:
+    def _content(self, caller: Callable[[], str]) -> str:
         return OPEN + caller().replace(OPEN, "").replace(CLOSE, "") + CLOSE
 
 

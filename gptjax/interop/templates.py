@@ -25,7 +25,7 @@ from gptjax.data.tokenizers import CHAT_SPECIALS, Tokenizer
 from gptjax.data.tokenizers.huggingface import no_panic
 from gptjax.interop.tokenizer_json import canonical, reader
 from gptjax.io.worker import Worker
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 NATIVE = (
     "{{ bos_token }}"
@@ -147,7 +147,7 @@ class ChatTemplate:
     def _wants_text(self) -> bool:
         """True: the template refuses arguments of calls that are objects, but not texts, as DeepSeek's does."""
 
-        def renders(arguments: Any) -> bool:
+        def renders(arguments: Json) -> bool:
             call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
             said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
             variables = {"messages": said, "tools": None, "documents": None, "add_generation_prompt": False}
@@ -331,7 +331,7 @@ def _harmless(messages: Iterable[Message], tokenizer: Tokenizer, marks: Iterable
     nor tools may spell out."""
     marks = tuple(marks)
 
-    def split(value: Any, names: Iterable[str] = tuple(tokenizer.specials)) -> Any:
+    def split(value: Json, names: Iterable[str] = tuple(tokenizer.specials)) -> Any:
         if isinstance(value, str):
             for name in names:
                 value = value.replace(name, name[:1] + JOINER + name[1:])

@@ -16,7 +16,7 @@ from jax import lax
 
 from gptjax.kernels import target
 from gptjax.kernels.linear import PackedWeight, linear
-from gptjax.types import Array
+from gptjax.types import Array, PyTree
 
 BLOCKS = (512, 64)
 """Block sizes in rows on a CPU: large blocks first, small ones for the remainder; multiples of one another. A TPU uses
@@ -126,7 +126,7 @@ def _tiled(x: Array, w: Array, sizes: Array) -> Array:
     return lax.ragged_dot(x, w, sizes)
 
 
-def _tiled_backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
+def _tiled_backward(saved: PyTree, g: Array) -> tuple[Array, Array, None]:
     # Imported here because it takes a while. (The package has a function of the module's name.)
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
@@ -171,7 +171,7 @@ def _forward(x: Array, w: Array | PackedWeight, sizes: Array) -> tuple[Array, An
     return y, (x, w, sizes)
 
 
-def _backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
+def _backward(saved: PyTree, g: Array) -> tuple[Array, Array, None]:
     x, w, sizes = saved
     blocks = _blocks(x)
     tall = x.shape[1] > g.shape[1]  # the product of two tall matrices is faster with the narrower one transposed
@@ -201,12 +201,12 @@ def _backward(saved: Any, g: Array) -> tuple[Array, Array, None]:
 _in_blocks.defvjp(_forward, _backward)
 
 
-def _each_group(sizes: Array, body: Callable[[Array, Array, Array, Any], Any], carry: Any) -> Any:
+def _each_group(sizes: Array, body: Callable[[Array, Array, Array, PyTree], PyTree], carry: PyTree) -> PyTree:
     """carry = body(group, first row, end, carry) for every group with rows."""
     ends = jnp.cumsum(sizes)
     present = jnp.flatnonzero(sizes, size=len(sizes))
 
-    def step(i: Array, carry: Any) -> Any:
+    def step(i: Array, carry: PyTree) -> PyTree:
         e = present[i]
         return body(e, ends[e] - sizes[e], ends[e], carry)
 
@@ -214,7 +214,7 @@ def _each_group(sizes: Array, body: Callable[[Array, Array, Array, Any], Any], c
 
 
 def _each_block(
-    start: Array, end: Array, blocks: tuple[int, ...], body: Callable[[Array, int, Any], Any], carry: Any
+    start: Array, end: Array, blocks: tuple[int, ...], body: Callable[[Array, int, PyTree], PyTree], carry: PyTree
 ) -> Any:
     """carry = body(first row, block size, carry) for blocks that cover the rows from start to end."""
     end = start + (end - start + blocks[-1] - 1) // blocks[-1] * blocks[-1]

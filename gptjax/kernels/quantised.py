@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+from numpy.typing import DTypeLike
 
 from gptjax.kernels import target
 from gptjax.kernels.linear import PackedWeight, linear
@@ -118,7 +119,7 @@ class QuantisedArray(PackedWeight):
     def __jax_array__(self) -> Array:
         return self.dequantised()
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.dequantised(), dtype)
 
     def take(self, ids: Array) -> Array:

@@ -90,7 +90,7 @@ class Model:
     def _module(self) -> Any:
         return self.config.build(self.rules)
 
-    def _check_ids(self, tokens: Any) -> None:
+    def _check_ids(self, tokens: Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]) -> None:
         """Raise UserError for ids outside of the vocabulary, where a lookup gives some other row, and for too many."""
         ids = np.asarray(tokens)
         if not np.issubdtype(ids.dtype, np.integer):

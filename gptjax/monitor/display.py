@@ -34,6 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptjax.monitor.chips import peak_flops
+from gptjax.types import PyTree
 
 PLAIN_EVERY = 10.0
 """Seconds between lines without a terminal."""
@@ -206,7 +207,7 @@ class Display:
         self._validation = validation
         self._phase = ("compiling", time.monotonic())
 
-    def dispatched(self, step: int, result: Any) -> None:
+    def dispatched(self, step: int, result: PyTree) -> None:
         """Note that a step was dispatched: it is done when this array of its results is ready."""
         self._pending.append((step, result))
         if self._phase is not None and self._phase[0] == "compiling":

@@ -7,9 +7,11 @@ import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import jax
+
+from gptjax.types import PyTree
 
 
 class Profile:
@@ -45,7 +47,7 @@ class Profile:
             self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
-    def dispatched(self, number: int, metrics: Any) -> None:
+    def dispatched(self, number: int, metrics: PyTree) -> None:
         """Note that this step was dispatched, with these results. After the last step the trace is written."""
         if self._tracing and number == self._steps[-1]:
             jax.block_until_ready(metrics)  # else the devices' last step would be missing from the trace

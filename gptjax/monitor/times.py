@@ -22,11 +22,11 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
 from gptjax.monitor.chips import peak_flops
+from gptjax.types import PyTree
 
 TRAINING: tuple[str, ...] = ("input", "host", "device")
 """Parts of a training step."""
@@ -82,14 +82,14 @@ class Clock:
     def __init__(self, step: int, tokens: int, flops: float):
         self._step, self._tokens, self._flops = step, tokens, flops
         self._parts = dict.fromkeys((*TRAINING, *BESIDE), 0.0)
-        self._running: Any = None
+        self._running: PyTree = None
         self._at, self._worked = time.perf_counter(), time.thread_time()
 
     def lap(self, part: str) -> None:
         """Assign the time since the last lap to this part, or to the devices if they are still busy."""
         self._parts["start" if self._running is None else "device" if self._busy() else part] += self._since()
 
-    def dispatched(self, metrics: Any) -> None:
+    def dispatched(self, metrics: PyTree) -> None:
         """Note that a step was dispatched, with these results. The call's CPU time counts as host time; the rest of the
         call waited for the devices."""
         if self._running is None:

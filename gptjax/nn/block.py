@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +18,7 @@ from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.module import ParamFactory
 from gptjax.nn.norms import Norm, RMSNorm
 from gptjax.nn.residual import PreNorm, Residual
-from gptjax.types import Array, Key, UserError
+from gptjax.types import Array, Key, PyTree, UserError
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +106,7 @@ class Block(nn.Module):
     """Compute dtype."""
 
     @nn.compact
-    def __call__(self, x: Array, context: Context, cache: Any = None) -> tuple[Array, Any]:
+    def __call__(self, x: Array, context: Context, cache: PyTree = None) -> tuple[Array, PyTree]:
         """Output, and new cache entry or None."""
         param = ParamFactory.for_module(self, self.rules, self.dtype, self.hidden_init_scale)
         norm = functools.partial(self._norm, param)

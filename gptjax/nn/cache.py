@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gptjax.kernels.attention import Mask
-from gptjax.types import Array
+from gptjax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +64,7 @@ class ScaledEntry:
         return (self.codes[index].astype(jnp.float32) * self.scales[index]).astype(self.dtype)
 
 
-def read(entry: Any, mask: Mask, dtype: Any) -> Any:
+def read(entry: PyTree, mask: Mask, dtype: DTypeLike) -> PyTree:
     """An entry as attention takes it: an array, or in pages an `ScaledEntry`, of which it reads a block at a time."""
     if not isinstance(entry, ScaledEntry):
         return entry
@@ -71,7 +72,7 @@ def read(entry: Any, mask: Mask, dtype: Any) -> Any:
     return entry[...] if mask.pages is None else entry
 
 
-def write(entry: Any, new: Array, mask: Mask) -> Any:
+def write(entry: PyTree, new: Array, mask: Mask) -> PyTree:
     """`entry` with T new tokens per row, after those that it has.
 
     entry  [B, ..., S, H], or [P, ..., S', H] in pages; an array or an `ScaledEntry`

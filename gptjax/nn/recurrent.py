@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask
@@ -26,7 +28,7 @@ from gptjax.nn.module import ParamFactory, zeros
 from gptjax.nn.positions import Positions
 from gptjax.nn.residual import NoResidual, Residual
 from gptjax.nn.transformer import TransformerConfig
-from gptjax.types import Array, UserError
+from gptjax.types import Array, Key, UserError
 
 State = tuple[Array, ...]
 """[B, D] each. The first is the layer's output."""
@@ -97,12 +99,14 @@ class Recurrent(SequenceMixer):
         state, y = lax.scan(step, before, (read.swapaxes(0, 1), begins.T, real.T))
         return y.swapaxes(0, 1), None if cache is None else state
 
-    def input_bias_init(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
+    def input_bias_init(
+        self, key: Key, shape: tuple[int, ...], dtype: DTypeLike, out_sharding: PartitionSpec | None = None
+    ) -> Array:
         """Initial biases [G, D] of the products with the input."""
         return zeros(key, shape, dtype, out_sharding=out_sharding)
 
     def init_cache(
-        self, batch: int, size: int, width: int, dtype: Any = "float32", rules: ShardingRules = ShardingRules()
+        self, batch: int, size: int, width: int, dtype: DTypeLike = "float32", rules: ShardingRules = ShardingRules()
     ) -> State:
         """State before the first token, [B, D] each."""
         return tuple(jnp.zeros((batch, width), dtype, out_sharding=rules("batch", None)) for _ in range(self.states))
@@ -130,7 +134,9 @@ class LSTM(Recurrent):
         c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
         return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
-    def input_bias_init(self, key: Any, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
+    def input_bias_init(
+        self, key: Key, shape: tuple[int, ...], dtype: DTypeLike, out_sharding: PartitionSpec | None = None
+    ) -> Array:
         bias = jnp.array([0, self.forget_bias, 0, 0], dtype)[:, None]
         return jnp.broadcast_to(bias, shape, out_sharding=out_sharding)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 
 from gptjax.nn.module import ParamFactory
-from gptjax.types import Array
+from gptjax.types import Array, PyTree
 
 Norm = Callable[[str, Array], Array]
 """`norm("norm_1", x)`: the model's normalisation, with parameters of that name."""
@@ -33,15 +33,15 @@ class Residual:
         """Stream at the start of a block."""
         return x
 
-    def read(self, norm: Norm, i: int, x: Any) -> Array:
+    def read(self, norm: Norm, i: int, x: PyTree) -> Array:
         """Input of sublayer i, [B, T, D]."""
         return x
 
-    def add(self, norm: Norm, i: int, x: Any, y: Array) -> Any:
+    def add(self, norm: Norm, i: int, x: PyTree, y: Array) -> PyTree:
         """Stream after sublayer i with output y [B, T, D]."""
         return x + y
 
-    def end(self, x: Any) -> Array:
+    def end(self, x: PyTree) -> Array:
         """Output of the block."""
         return x
 

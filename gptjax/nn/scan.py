@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from gptjax.nn.block import Block, Context
 from gptjax.nn.remat import rematerialised
 from gptjax.nn.stack import Stack
-from gptjax.types import Array, Key, Params
+from gptjax.types import Array, Key, Params, PyTree
 
 MAX_UNROLL = 12
 """Maximum depth of an unrolled scan: 8 to 15 % off a training step on CPU, where slices are copies."""
@@ -85,7 +85,7 @@ def _stage(
     return x, _sums(losses), updates
 
 
-def _sums(sown: Any) -> dict[str, Array]:
+def _sums(sown: PyTree) -> dict[str, Array]:
     """Sums over layers, by name."""
     totals: dict[str, Array] = {}
     for path, value in jax.tree_util.tree_leaves_with_path(sown):

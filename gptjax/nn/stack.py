@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from gptjax.distributed.parameters import Declared
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn.block import Block, Context
-from gptjax.types import Array, Key, Params, UserError
+from gptjax.types import Array, Key, Params, PyTree, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Stack:
             variables: dict[str, dict[str, Any]] = {"params": {}, "info": {}}
             for i, (name, block) in enumerate(blocks.items()):
                 own = jax.random.fold_in(key, i) if name else key
-                layer: Any = block.init(own, x, context, mutable=["params", "info"])
+                layer: PyTree = block.init(own, x, context, mutable=["params", "info"])
                 variables["params"][name], variables["info"][name] = layer["params"], layer["info"]
             return variables
 
-        def declared(leaf: Any) -> bool:
+        def declared(leaf: object) -> bool:
             return isinstance(leaf, Declared)
 
         leading, middle, trailing = jax.random.split(key, 3)
@@ -110,7 +110,7 @@ class Stack:
         if "layer_0" in params:
             return params[f"layer_{layer}"]
         path, index = self.location(layer)
-        tree: Any = params
+        tree: Params = params
         for name in path:
             tree = tree[name]
         return tree if index is None else jax.tree.map(lambda x: _over_stages(x, None)[index], self.repeated(tree))
@@ -121,7 +121,9 @@ class Stack:
             return params
         return {f"layer_{layer}": self.layer(params, layer) for layer in range(len(self.blocks))}
 
-    def with_first_values(self, params: Mapping[str, Params], x: Array, context: Context, cache: Any = None) -> Context:
+    def with_first_values(
+        self, params: Mapping[str, Params], x: Array, context: Context, cache: PyTree = None
+    ) -> Context:
         """`context` with the first layer's values, if any layer uses them. This runs the first layer; the compiler
         removes the rest of its output.
 

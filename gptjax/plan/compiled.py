@@ -22,6 +22,7 @@ from gptjax.plan.collectives import Collective, collectives
 from gptjax.plan.traffic import moved
 from gptjax.train.program import program
 from gptjax.train.state import State
+from gptjax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
         return compiled, file.read_text()
 
 
-def _on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def _on_mesh(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
     def leaf(x):
         spec = PartitionSpec() if x.sharding is None else x.sharding.spec
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
@@ -123,7 +124,7 @@ def _bytes(x: Any) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * size
 
 
-def _sizes(tree: Any) -> dict[str, int]:
+def _sizes(tree: PyTree) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = (re.sub(r"[.\[\]']+", ".", jax.tree_util.keystr(path)).strip(".") for path, _ in leaves)
     return {name: _bytes(x) for name, (_, x) in zip(names, leaves, strict=True)}

@@ -13,9 +13,8 @@ import logging
 import os
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
 
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 SIZE, FILES = 100 * 2**20, 10
 """Bytes after which a new file is begun, and number of files before it that are kept, as FILE.1 to FILE.10."""
@@ -31,7 +30,7 @@ class AuditLog:
         except OSError as error:
             raise UserError(f"audit: got {file}, which cannot be written ({error.strerror})") from None
 
-    def write(self, **fields: Any) -> None:
+    def write(self, **fields: Json) -> None:
         """Append a line."""
         line = json.dumps(fields)
         self._handler.handle(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))

@@ -31,6 +31,7 @@ from gptjax.serve.guard import failed
 from gptjax.serve.markdown import render
 from gptjax.serve.routes.page import FOLDER as PAGE
 from gptjax.serve.routes.page import HEADERS
+from gptjax.types import Json
 
 FOLDER = Path(__file__).parent / "compare_page"
 FILES = {
@@ -133,7 +134,7 @@ def _name(unit: Unit) -> str:
     return hashlib.sha256(json.dumps([unit.item, *unit.pair]).encode()).hexdigest()[:24]
 
 
-def _judge(name: Any) -> str:
+def _judge(name: Json) -> str:
     name = name.strip() if isinstance(name, str) else ""
     if not name or len(name) > NAME or not name.isprintable() or name.startswith(MODEL_JUDGE):
         raise ApiError(400, f"judge: must be a name of at most {NAME} characters", "judge")

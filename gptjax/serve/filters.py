@@ -13,12 +13,12 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from gptjax.data.chat import Message
 from gptjax.inference.engine import Generation
 from gptjax.inference.engine.request import Finish
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 
 class Refused(Exception):
@@ -71,7 +71,7 @@ class Filters:
             message, content=self._inside(message.content), fields=fields, tool_calls=tuple(calls)
         )
 
-    def _inside(self, value: Any, *path: str) -> Any:
+    def _inside(self, value: Json, *path: str) -> Json:
         """The texts at this path of a JSON value, as they may be read; all there are at its end."""
         if path and isinstance(value, Mapping):
             return {name: self._inside(inner, *path[1:]) if name == path[0] else inner for name, inner in value.items()}

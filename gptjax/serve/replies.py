@@ -15,6 +15,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Generation, Token
 from gptjax.serve.errors import ApiError
 from gptjax.serve.tools import Taken
+from gptjax.types import Json
 
 HEARTBEAT = 10.0
 """Seconds without an event after which a comment is sent, so that nobody on the way takes the connection for dead."""
@@ -33,12 +34,14 @@ class Format:
         self.model, self.tokenizer, self.logprobs, self.alternatives = model, tokenizer, logprobs, alternatives
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
-    def envelope(self, choices: list[Any], chunk: bool, **more: Any) -> dict[str, Any]:
+    def envelope(self, choices: list[Any], chunk: bool, **more: Json) -> dict[str, Any]:
         """A chunk, or the whole reply."""
         head = {"id": self.id, "object": self.chunk if chunk else self.kind, "created": self.created}
         return {**head, "model": self.model, "choices": choices, **more}
 
-    def stream(self, texts: Sequence[Generation], prompts: int, include_usage: bool, cancel: Any) -> AsyncIterator[str]:
+    def stream(
+        self, texts: Sequence[Generation], prompts: int, include_usage: bool, cancel: Callable[[Generation], None]
+    ) -> AsyncIterator[str]:
         """The reply as server-sent events, as `stream` makes them."""
         return stream(self, texts, prompts, include_usage, cancel)
 
@@ -182,7 +185,7 @@ def usage(texts: Sequence[Generation], prompts: int) -> dict[str, Any]:
 
 
 async def stream(
-    form: Format, texts: Sequence[Generation], prompts: int, include_usage: bool, cancel: Any
+    form: Format, texts: Sequence[Generation], prompts: int, include_usage: bool, cancel: Callable[[Generation], None]
 ) -> AsyncIterator[str]:
     """Server-sent events. cancel: called with each text when the client is gone or all is said."""
     more = {"usage": None} if include_usage else {}

@@ -12,6 +12,7 @@ from gptjax.io.json_file import FLAG, OBJECT, POSITIVE, TEXT, check
 from gptjax.serve import fields as read_fields
 from gptjax.serve import replies
 from gptjax.serve.errors import ApiError
+from gptjax.types import Json
 
 FIELDS: dict[str, Any] = {
     **read_fields.SAMPLING,
@@ -113,7 +114,7 @@ def _messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return messages
 
 
-def _text(content: Any, number: int) -> str:
+def _text(content: Json, number: int) -> str:
     """The text of an item's content: a string, or parts."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -194,7 +195,7 @@ class Output:
             [*events, self._event(f"{part['type']}.delta", content_index=0, delta=text, **logprobs)] if text else events
         )
 
-    def _begin(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
+    def _begin(self, kind: str, **fields: Json) -> list[dict[str, Any]]:
         prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[kind]
         item = {"id": f"{prefix}_{secrets.token_hex(12)}", "type": kind, "status": "in_progress", **fields}
         self.items.append(item)
@@ -202,7 +203,7 @@ class Output:
         event = {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": _copy(item)}
         return [event]
 
-    def _event(self, name: str, /, **fields: Any) -> dict[str, Any]:
+    def _event(self, name: str, /, **fields: Json) -> dict[str, Any]:
         head = {"type": f"response.{name}", "output_index": len(self.items) - 1}
         identity = {} if name.startswith("output_item") else {"item_id": self.items[-1]["id"]}
         return {**head, **identity, **fields}
@@ -222,7 +223,7 @@ class Responses(replies.Chat):
         self.id, self._asked, self._keep = self.id.replace("-", "_"), asked, keep
 
     async def stream(
-        self, texts: Sequence[Generation], prompts: int, include_usage: bool, cancel: Any
+        self, texts: Sequence[Generation], prompts: int, include_usage: bool, cancel: Callable[[Generation], None]
     ) -> AsyncIterator[str]:
         """Server-sent events, numbered; there is no [DONE]."""
         output, number, (text,) = Output(), 0, texts
@@ -281,7 +282,7 @@ class Responses(replies.Chat):
         await self._keep(response)
         return response
 
-    def _response(self, output: Output, status: str, **fields: Any) -> dict[str, Any]:
+    def _response(self, output: Output, status: str, **fields: Json) -> dict[str, Any]:
         shown = ("instructions", "max_output_tokens", "previous_response_id", "temperature", "top_p")
         return {
             "id": self.id,

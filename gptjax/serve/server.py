@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from types import FrameType
 from typing import Any
 
 import h11
@@ -90,7 +91,7 @@ class Server(uvicorn.Server):
 
         self._reloading = asyncio.create_task(reload())
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, as SIGTERM and Ctrl-C do; the second time, stop."""
         if self._service.draining:
             self.should_exit = True

@@ -106,7 +106,7 @@ class Store:
         """Close the file."""
         self._db.close()
 
-    def _do(self, statement: str, *values: Any) -> int:
+    def _do(self, statement: str, *values: object) -> int:
         """Number of rows that the statement changes."""
         with self._lock, self._db:
             return self._db.execute(statement, values).rowcount

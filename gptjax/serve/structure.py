@@ -13,7 +13,7 @@ from gptjax.inference.constraints import Choice, Constraint, Ebnf, Grammar, Json
 from gptjax.inference.engine import Engine
 from gptjax.io.json_file import FLAG, OBJECT, TEXT
 from gptjax.serve.errors import ApiError
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 ANY_OBJECT = JsonSchema({"type": "object"})
 FIELDS: dict[str, Any] = {
@@ -58,7 +58,7 @@ async def constraint(compiling: asyncio.Lock, engine: Engine, asked: Grammar, pa
             raise ApiError(400, f"{param}: {error}", param) from None
 
 
-def _grammar(kind: str, value: Any, param: str) -> Grammar | None:
+def _grammar(kind: str, value: Json, param: str) -> Grammar | None:
     match kind:
         case "response_format":
             return _response_format(value)
@@ -90,7 +90,7 @@ def _response_format(value: Mapping[str, Any]) -> Grammar | None:
     raise ApiError(400, f"{param}: got {value.get('type')!r}, must be text, json_object or json_schema", param)
 
 
-def _object(value: Any, param: str) -> Mapping[str, Any]:
+def _object(value: Json, param: str) -> Mapping[str, Any]:
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)

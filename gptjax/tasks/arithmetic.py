@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import re
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
 from gptjax.data.chat import Conversation, Message
 from gptjax.data.files import Where
 from gptjax.tasks import extract
 from gptjax.tasks.rows import field, read_items
 from gptjax.tasks.task import Generation, Reply, Score, Task, unanswered
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 ASKED = '\n\nThink step by step. Write the answer as a number after "####" at the end.'
 """Form of the answer that the prompts ask for."""
@@ -51,7 +51,7 @@ class WordProblems(Task):
         return read_items(self.path, self._read)
 
     @staticmethod
-    def _read(where: Where, row: Any) -> Problem:
+    def _read(where: Where, row: Json) -> Problem:
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ class Gsm8k(WordProblems):
     "#### " and a number. Annotations of the calculator, <<48/2=24>>, are left out."""
 
     @staticmethod
-    def _read(where: Where, row: Any) -> Problem:
+    def _read(where: Where, row: Json) -> Problem:
         solution, mark, last = field(row, "answer").rpartition("####")
         if not mark or (answer := extract.number(last)) is None:
             raise UserError(f'answer: got {field(row, "answer")[-40:]!r}, must end with "#### " and a number')
@@ -98,7 +98,7 @@ class MultiArith(WordProblems):
     "answer". "output" is a model's solution, of which not all are right; a wrong one is left out."""
 
     @staticmethod
-    def _read(where: Where, row: Any) -> Problem:
+    def _read(where: Where, row: Json) -> Problem:
         said = str(field(row, "answer", kind=(str, int, float)))
         if (answer := extract.number(said)) is None:
             raise UserError(f"answer: got {said!r}, must be a number")

@@ -18,7 +18,7 @@ from gptjax.data.files import Where
 from gptjax.tasks import extract
 from gptjax.tasks.rows import field, read_items
 from gptjax.tasks.task import Choices, ChoiceTask, Generation, Normalisation, Reply, Score, unanswered
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 ASKED = "\n\nAnswer with the letter of the right option."
 """Form of the answer that the prompts ask for."""
@@ -63,7 +63,7 @@ class MultipleChoice(ChoiceTask):
         return read_items(self.path, self._read)
 
     @staticmethod
-    def _read(where: Where, row: Any) -> Question:
+    def _read(where: Where, row: Json) -> Question:
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ class Arc(MultipleChoice):
     ...}]}, "answerKey": ...}, or the form of LLM-Adapters."""
 
     @staticmethod
-    def _read(where: Where, row: Any) -> Question:
+    def _read(where: Where, row: Json) -> Question:
         if "instruction" in row:
             return adapters(row)
         asked = field(row, "question", "question_stem", kind=(str, Mapping))
@@ -151,7 +151,7 @@ class Piqa(MultipleChoice):
     1}, or the form of LLM-Adapters, in which BoolQ, HellaSwag, SIQA and WinoGrande come too."""
 
     @staticmethod
-    def _read(where: Where, row: Any) -> Question:
+    def _read(where: Where, row: Json) -> Question:
         if "instruction" in row:
             return adapters(row)
         options = field(row, "sol1"), field(row, "sol2")
@@ -165,7 +165,7 @@ class Mmlu(MultipleChoice):
     likelihoods are those of the letters."""
 
     @staticmethod
-    def _read(where: Where, row: Any) -> Question:
+    def _read(where: Where, row: Json) -> Question:
         if isinstance(row, list):
             if len(row) < 4:
                 raise UserError(f"got {len(row)} columns, must be the question, the options and the letter")

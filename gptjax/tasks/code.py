@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from typing import Any
 
 from gptjax.data.chat import Conversation, Message
 from gptjax.data.files import Where
 from gptjax.tasks import sandbox
 from gptjax.tasks.rows import field, read_items
 from gptjax.tasks.task import Generation, Reply, Score, Task, unanswered
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 ASKED = "Complete this Python function. Reply with the whole function in one code block.\n\n"
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -101,7 +100,7 @@ def completed(item: Program, reply: str) -> str | None:
     return item.prompt[: start.start() if start else 0] + code
 
 
-def _read(where: Where, row: Any) -> Program:
+def _read(where: Where, row: Json) -> Program:
     item = Program(*(field(row, name) for name in ("prompt", "canonical_solution", "test", "entry_point")))
     if f"def {item.name}" not in item.prompt:
         raise UserError(f"entry_point: got {item.name}, must be a function that the prompt begins")

@@ -13,7 +13,7 @@ from gptjax.data.chat import Conversation, Message
 from gptjax.data.files import Where
 from gptjax.tasks.rows import field, read_items
 from gptjax.tasks.task import Generation, Reply, Score, Task, unanswered
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 HAN = r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
@@ -211,9 +211,9 @@ def _chrf() -> Any:
     return CHRF()
 
 
-def _summary(where: Where, row: Any) -> tuple[str, str]:
+def _summary(where: Where, row: Json) -> tuple[str, str]:
     return field(row, "document", "article", "dialogue", "text"), field(row, "summary", "highlights")
 
 
-def _row(where: Where, row: Any) -> Any:
+def _row(where: Where, row: Json) -> Any:
     return row["translation"] if isinstance(row, Mapping) and "translation" in row else row

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gptjax.data.files import Where, file_state, find_files, read_json, read_lines
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 Item = TypeVar("Item")
 
@@ -45,7 +45,7 @@ def _csv(path: Path):
             yield Where(str(path), row), values
 
 
-def field(row: Any, *names: str, kind: type | tuple[type, ...] = str) -> Any:
+def field(row: Json, *names: str, kind: type | tuple[type, ...] = str) -> Any:
     """A row's value in the first of these fields that it has. Raises UserError if it has none, or of another type."""
     if not isinstance(row, Mapping):
         raise UserError(f"got {type(row).__name__}, must be an object with {' or '.join(map(repr, names))}")

@@ -11,13 +11,12 @@ import itertools
 import re
 import string
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from gptjax.data.chat import Conversation, Message
 from gptjax.data.files import Where
 from gptjax.tasks.rows import field, read_items
 from gptjax.tasks.task import Generation, Reply, Score, Task, unanswered
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 ASKED = "\nAnswer with the shortest words of the passage that answer it, and nothing else."
 NONE = "unanswerable"
@@ -158,7 +157,7 @@ def f1(said: list[str], right: list[str]) -> float:
     return 2 * common / (len(said) + len(right)) if common else float(said == right)
 
 
-def _read(where: Where, row: Any) -> list[Passage]:
+def _read(where: Where, row: Json) -> list[Passage]:
     if isinstance(row, Mapping) and "data" in row:
         paragraphs = (p for article in row["data"] for p in field(article, "paragraphs", kind=list))
         return [item for paragraph in paragraphs for item in _questions(paragraph)]
@@ -166,7 +165,7 @@ def _read(where: Where, row: Any) -> list[Passage]:
     return [Passage(field(row, "context"), field(row, "question"), tuple(texts))]
 
 
-def _questions(paragraph: Any) -> Iterator[Passage]:
+def _questions(paragraph: Json) -> Iterator[Passage]:
     for asked in field(paragraph, "qas", kind=list):
         answers = tuple(field(answer, "text") for answer in field(asked, "answers", kind=list))
         yield Passage(field(paragraph, "context"), field(asked, "question"), answers)

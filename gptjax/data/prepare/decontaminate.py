@@ -9,7 +9,7 @@ import random
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from gptjax.data.files import find_files, read_json, read_lines
 from gptjax.data.prepare.steps import Drop, Step, Table
 from gptjax.data.prepare.words import normal_words
 from gptjax.data.tables import Csv, Parquet
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 Item = tuple[tuple[str, ...], ...]
 """Fields of an item, such as question, options, answer; each is one or several texts."""
@@ -153,7 +153,7 @@ def read_items(path: Path, fields: Sequence[str]) -> Iterator[Item]:
         yield item
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Json) -> Iterator[str]:
     """Texts inside a value, in their order."""
     if isinstance(value, str):
         yield value

@@ -17,7 +17,7 @@ from gptjax.data.prepare.steps import CorpusStep, Document, Step
 from gptjax.data.tables import Table, column
 from gptjax.io import atomic
 from gptjax.protocols import Source, Split
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def documents_of(source: Any, split: Split, conversation: Callable[[Any], str] |
             yield Document(text, {}, split)
         return
 
-    def of_row(where: Where, row: Any) -> tuple[str, Document] | None:
+    def of_row(where: Where, row: Json) -> tuple[str, Document] | None:
         text = column(row, source.text, where, "text")
         if conversation is not None and isinstance(text, list):
             try:

@@ -14,7 +14,7 @@ from gptjax.data.tokenizers.tiktoken import byte_alphabet
 from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, Tokenizer, add_roles
 from gptjax.io.json_file import FLAG, NATURAL, TEXT, check, read_object
 from gptjax.io.worker import Worker
-from gptjax.types import UserError, one_line
+from gptjax.types import Json, UserError, one_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -161,7 +161,7 @@ def check_patterns(data: bytes) -> None:
                 )
 
 
-def _patterns(part: Any) -> Iterator[str]:
+def _patterns(part: Json) -> Iterator[str]:
     """Regular expressions inside a part of a tokenizer.json."""
     inside = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
     for key, value in inside:

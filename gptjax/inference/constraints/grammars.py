@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 SIZE, DEPTH, OPTIONS = 64 * 2**10, 64, 1_000
 """Maximum characters of a grammar, levels of a schema, and texts of a choice."""
@@ -88,7 +88,7 @@ def _checked(request: dict[str, Any]) -> dict[str, Any]:
     return request
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: Json) -> None:
     level = [value]
     for _ in range(DEPTH):
         level = [inner for one in level for inner in _parts(one)]
@@ -97,7 +97,7 @@ def _check_depth(value: Any) -> None:
     raise UserError(f"schema: got one of more than {DEPTH} levels, must be at most {DEPTH}")
 
 
-def _parts(value: Any) -> list[Any]:
+def _parts(value: Json) -> list[Any]:
     if isinstance(value, Mapping):
         return list(value.values())
     return list(value) if isinstance(value, list | tuple) else []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from gptjax.inference.engine.adapters import Adapter, attach
 from gptjax.inference.engine.request import Request
 from gptjax.inference.engine.speculation import Draft
 from gptjax.inference.sampling import SamplingRows
+from gptjax.protocols import Module
 from gptjax.types import Array, Params
 
 
@@ -61,7 +61,7 @@ class Device:
 
     def __init__(
         self,
-        model: Any,
+        model: Module,
         params: Params,
         rows: int,
         pages: int,

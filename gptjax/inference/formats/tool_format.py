@@ -6,7 +6,9 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from gptjax.types import Json
 
 NAME = r'\{\s*(?:"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*)?"name"\s*:\s*(?P<json>"(?:[^"\\]|\\.)*")\s*,\s*'
 JSON_CALL = NAME + r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
@@ -62,7 +64,7 @@ class ToolFormat:
         return first + middle.join(arguments.join(self.around(name)) for name, arguments in calls) + last
 
 
-def _call(value: Any, strict: bool) -> tuple[str, str] | None:
+def _call(value: Json, strict: bool) -> tuple[str, str] | None:
     """Name and arguments of a call as a JSON value, whatever the order of its fields. strict: there must be some."""
     if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
         value = value["function"]

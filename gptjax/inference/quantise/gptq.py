@@ -12,7 +12,7 @@ matrix when it is first used.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ def gptq_params(
         name: quantised(name, x, infos[name], bits, group, embeddings) if not _calibrates(name, infos[name]) else x
         for name, x in flat(params).items()
     }
-    tree: Any = unstack(config, nested(found))
+    tree: Params = unstack(config, nested(found))
     done: dict[str, QuantisedArray] = {}
     # The layers have names of their own now; what they declare is the same.
     blocks = {name: infos[own] for name, own in _origins(config, found).items()}
@@ -77,7 +77,7 @@ def _calibrates(name: str, info: ParamInfo) -> bool:
     return role(name, info) == "matrix" and info.batch == int(info.stacked)
 
 
-def _origins(config: Any, names: Any) -> dict[str, str]:
+def _origins(config: Any, names: Iterable[str]) -> dict[str, str]:
     """Name of a layer's own parameter -> name of the stacked parameter that has it."""
     stack, found = config.stack(), {}
     for layer in range(len(stack.blocks)):

@@ -22,7 +22,7 @@ import numpy as np
 from gptjax.interop import layout
 from gptjax.interop.schema import NUMBERS
 from gptjax.nn import ClassifierConfig, ModelConfig, RegressorConfig, Stack, TransformerConfig
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Fields(dict[str, Any]):
             raise UserError(f"config.json: {'got null for' if name in self else 'missing'} {name}")
         return value
 
-    def or_default(self, name: str, default: Any) -> Any:
+    def or_default(self, name: str, default: Json) -> Any:
         """The field; the default if it is missing. Raises UserError for null."""
         return Fields({name: default, **self})[name]
 

@@ -18,7 +18,7 @@ from gptjax.nn import (
     Scaling,
     YaRN,
 )
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 SCALINGS: dict[str, tuple[type[Scaling], dict[str, str]]] = {
     "default": (Scaling, {}),
@@ -183,5 +183,5 @@ def of_rope(positions: Positions | None, fraction: float = 1.0) -> dict[str, Any
     return {}
 
 
-def _tuple(value: Any) -> Any:
+def _tuple(value: Json) -> Json:
     return tuple(value) if isinstance(value, list) else value

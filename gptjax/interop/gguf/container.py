@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gptjax.interop.gguf.encodings import BY_NUMBER, UNREADABLE, Encoding
 from gptjax.types import UserError
@@ -50,7 +51,7 @@ class Stored:
             shape, data = shape[1:], data.reshape(shape[0], -1)[i]
         return Stored(shape, self.encoding, data)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         values = self.encoding.read(self.data).reshape(self.shape)
         return values if dtype is None else values.astype(dtype, copy=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gptjax.config import differences
 from gptjax.interop import huggingface, schema
@@ -81,7 +82,7 @@ class Assembled:
     parts: list[Link]
     stored: Mapping[str, Stored]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         stored = [np.asarray(self.stored[link.name].part(link.index)) for link in self.parts]
         if len(stored) == 1 and self.parts[0].same:  # of floats, a view of the file
             values = stored[0]

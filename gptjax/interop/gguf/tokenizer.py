@@ -23,7 +23,7 @@ from gptjax.data.tokenizers import (
 from gptjax.data.tokenizers.missing import missing
 from gptjax.data.tokenizers.tiktoken import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, byte_alphabet
 from gptjax.interop.tokenizer_json import canonical
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Token types, with SentencePiece's numbers."""
@@ -184,7 +184,7 @@ def _check_normalizer(spec: dict[str, Any], byte_level: bool) -> None:
             raise _inexpressible("pre-tokenizer", step)
 
 
-def _inexpressible(kind: str, step: Any) -> UserError:
+def _inexpressible(kind: str, step: Json) -> UserError:
     return UserError(f"tokenizer: got the {kind} {json.dumps(step)[:200]}, which a GGUF file cannot express")
 
 

@@ -7,7 +7,6 @@ chunk's scores stay in the caches.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.kernels.attention import plain, sharding
 from gptjax.kernels.attention.spec import SAVED, Mask, Options
-from gptjax.types import Array
+from gptjax.types import Array, PyTree
 
 CHUNK = 128
 """Queries per chunk."""
@@ -37,7 +36,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
     """As `gptjax.kernels.attention.attention`."""
 
     @jax.checkpoint
-    def attend(chunk: Any) -> Array:
+    def attend(chunk: PyTree) -> Array:
         start, q, segments, bias = chunk
         shifted = dataclasses.replace(mask, offset=mask.start + start, query_segments=segments)
         return plain.attention(q, k, v, shifted, dataclasses.replace(options, bias=bias))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 from jax import lax
 
 from gptjax.kernels.attention import chunked, plain, sharding
 from gptjax.kernels.attention.spec import Mask, Options
-from gptjax.types import Array
+from gptjax.types import Array, PyTree
 
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
@@ -38,7 +37,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> Arr
     return sharding.on_each_device(kernel, axes, q, k, v, *given)
 
 
-def _attend(axes: tuple[str, ...], mask: Mask, options: Options, q: Array, k: Array, v: Array, *given: Any) -> Array:
+def _attend(axes: tuple[str, ...], mask: Mask, options: Options, q: Array, k: Array, v: Array, *given: PyTree) -> Array:
     sinks, bias, query_segments, *of_keys = given
     gather = functools.partial(lax.all_gather, axis_name=axes, axis=1, tiled=True)
     k, v, key_segments, prefix = jax.tree.map(gather, (k, v, *of_keys))

@@ -30,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.kernels.attention import sharding, zigzag
 from gptjax.kernels.attention.spec import SAVED, Mask, Options
-from gptjax.types import Array
+from gptjax.types import Array, PyTree
 
 CHUNK = 128
 """Queries per chunk, if it divides T. Scores are computed for one chunk and one block at a time."""
@@ -86,13 +86,13 @@ class _Form:
             return last
         return min(last, -(-(self.window - 1) // keys.k.shape[1]))
 
-    def starts(self, device: Any, size: int) -> list[Any]:
+    def starts(self, device: Array | int, size: int) -> list[Any]:
         """Positions at which a device's pieces of a sequence start. size: total length of its pieces."""
         if self.pieces == 1:
             return [device * size]
         return [piece * (size // 2) for piece in (device, 2 * lax.axis_size(self.axes) - 1 - device)]
 
-    def blocks(self, keys: _Keys, hop: Any) -> list[_Keys]:
+    def blocks(self, keys: _Keys, hop: Array | int) -> list[_Keys]:
         """The pieces of the block from the device `hop` places before this one."""
         size = keys.k.shape[1]
         starts = self.starts((lax.axis_index(self.axes) - hop) % lax.axis_size(self.axes), size)
@@ -170,14 +170,14 @@ def _forward(form, q, k, v, sinks, query_segments, key_segments, prefix):
     chunks, keys = _chunks(form, q, k.shape[2], query_segments), _Keys(k, v, key_segments, prefix)
     hops = form.hops(keys)
 
-    def see(hop: Any, keys: _Keys, carry: Any) -> Any:
-        def one(inputs: Any) -> Any:
+    def see(hop: Array | int, keys: _Keys, carry: PyTree) -> PyTree:
+        def one(inputs: PyTree) -> PyTree:
             chunk, seen = inputs
             for block in form.blocks(keys, hop):
                 seen = lax.cond(form.reaches(chunk, block), add, lambda chunk, block, seen: seen, chunk, block, seen)
             return seen
 
-        def add(chunk: _Chunk, keys: _Keys, seen: Any) -> Any:
+        def add(chunk: _Chunk, keys: _Keys, seen: PyTree) -> PyTree:
             top, total, y = seen
             scores, _ = form.scores(chunk, keys)
             new = jnp.maximum(top, scores.max(-1))
@@ -187,7 +187,7 @@ def _forward(form, q, k, v, sinks, query_segments, key_segments, prefix):
 
         return lax.map(one, (chunks, carry))
 
-    def body(carry: Any, hop: Array) -> tuple[Any, None]:
+    def body(carry: PyTree, hop: Array) -> tuple[PyTree, None]:
         keys, seen = carry
         return (_pass_on(form, keys), see(hop, keys, seen)), None
 
@@ -211,8 +211,8 @@ def _backward(form, saved, g):
     # sum_s p_s dp_s = g . y
     along = jnp.sum(dy.astype(jnp.float32) * _chunks(form, y, K, None).q.astype(jnp.float32), -1)
 
-    def see(hop: Any, keys: _Keys, dq: Array, dkeys: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        def one(dkeys: Any, inputs: Any) -> Any:
+    def see(hop: Array | int, keys: _Keys, dq: Array, dkeys: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        def one(dkeys: PyTree, inputs: PyTree) -> PyTree:
             queries, dq = inputs
             parts = [tuple(jnp.split(x, form.pieces, axis=1)[i] for x in dkeys) for i in range(form.pieces)]
             for i, block in enumerate(form.blocks(keys, hop)):
@@ -220,7 +220,7 @@ def _backward(form, saved, g):
                 dq, parts[i] = lax.cond(reached, add, lambda queries, block, *sums: sums, queries, block, dq, parts[i])
             return tuple(jnp.concatenate(pieces, axis=1) for pieces in zip(*parts, strict=True)), dq
 
-        def add(queries: Any, keys: _Keys, dq: Array, dkeys: Any) -> Any:
+        def add(queries: PyTree, keys: _Keys, dq: Array, dkeys: PyTree) -> PyTree:
             chunk, g, along, logsumexp = queries
             scores, tanh = form.scores(chunk, keys)
             p = jnp.exp(scores - logsumexp[..., None])
@@ -234,7 +234,7 @@ def _backward(form, saved, g):
         dkeys, dq = lax.scan(one, dkeys, ((chunks, dy, along, logsumexp), dq))
         return dq, dkeys
 
-    def body(carry: Any, hop: Array) -> tuple[Any, None]:
+    def body(carry: PyTree, hop: Array) -> tuple[PyTree, None]:
         keys, dq, dkeys = carry
         dq, dkeys = see(hop, keys, dq, dkeys)
         return (_pass_on(form, keys), dq, _pass_on(form, dkeys)), None
@@ -254,7 +254,7 @@ def _backward(form, saved, g):
 _ring.defvjp(_forward, _backward)
 
 
-def _pass_on(form: _Form, tree: Any, hops: int = 1) -> Any:
+def _pass_on(form: _Form, tree: PyTree, hops: int = 1) -> PyTree:
     """Receive the tree of the device `hops` places before this one."""
     n = lax.axis_size(form.axes)
     if hops % n == 0:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
-from gptjax.types import Array
+from gptjax.types import Array, PyTree
 
 
 def with_heads_of(q: Array, *others: Array) -> tuple[Array, ...]:
@@ -74,7 +74,7 @@ def num_shards(x: Array, axis: int) -> int:
     return math.prod(sizes[name] for name in _names(_spec(x)[axis]))
 
 
-def on_each_device(kernel: Callable[..., Array], axes: tuple[Any, ...], *arrays: Any) -> Array:
+def on_each_device(kernel: Callable[..., Array], axes: tuple[Any, ...], *arrays: PyTree) -> Array:
     """Run kernel(*arrays) on each device's shard of the sequences and heads.
 
     axes  letters of each array's axes, or specs of a tree of arrays: "BTNH" for the first array, the queries, "BSKH"
@@ -87,7 +87,7 @@ def on_each_device(kernel: Callable[..., Array], axes: tuple[Any, ...], *arrays:
     by_letter = {"B": queries[0], "T": queries[1], "N": queries[2], "S": keys[1], "K": keys[2]}
     specs = tuple(PartitionSpec(*map(by_letter.get, of)) if isinstance(of, str) else of for of in axes)
 
-    def reshard(x: Any, spec: Any) -> Any:
+    def reshard(x: PyTree, spec: PyTree) -> PyTree:
         return None if x is None else jax.tree.map(jax.sharding.reshard, x, spec)
 
     # No check_vma: kernels do not declare over which mesh axes their results vary.
