@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import apply, drawn, placed
 
 from gptjax.distributed import sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
@@ -41,19 +42,7 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 @pytest.fixture(params=[PLAIN, BERT], ids=["plain", "bert"], scope="module")
 def model(request):
     model = Encoder(request.param)
-    return model, noisy(jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
-
-
-def noisy(params):
-    """Biases and scales that are not 0 and 1, matrices that matter."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return tree.unflatten(noise)
-
-
-def apply(model, params, *args, **kwargs):
-    return jax.jit(lambda params, *args: model.apply({"params": params}, *args, **kwargs))(params, *args)
+    return model, drawn(model, deviation=0.1)
 
 
 def test_every_token_sees_every_other(model):
@@ -82,9 +71,7 @@ def test_a_mesh_changes_nothing(model):
     with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         sharded = Encoder(model.config, DEFAULT_RULES)
         tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
-        places = jax.eval_shape(lambda key: sharded.init(key, tokens)["params"], jax.random.key(0))
-        mesh = jax.sharding.get_mesh()
-        params = jax.tree.map(lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec)), params, places)
+        params = placed(sharded, params, tokens)
         logits, _ = apply(sharded, params, tokens)
     np.testing.assert_allclose(logits, expected, **CLOSE)
 

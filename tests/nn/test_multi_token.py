@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from drawn import apply, drawn, placed
 
 from gptjax.distributed import sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
@@ -22,27 +23,26 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 def test_without_its_heads_it_is_the_transformer():
     model = CONFIG.build()
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
-    plain, _ = Transformer(TransformerConfig(**SIZES)).apply({"params": params}, TOKENS)
-    logits, _ = model.apply({"params": params}, TOKENS)
+    params = drawn(model)
+    plain, _ = apply(Transformer(TransformerConfig(**SIZES)), params, TOKENS)
+    logits, _ = apply(model, params, TOKENS)
     np.testing.assert_array_equal(logits, plain)
     cache = make_cache(CONFIG, 4, 12)
-    cached, _ = model.apply({"params": CONFIG.unstack(params)}, TOKENS, None, None, cache)
+    cached, _ = apply(model, CONFIG.unstack(params), TOKENS, None, None, cache)
     np.testing.assert_allclose(cached, plain, **CLOSE)
 
 
 def test_a_mesh_changes_nothing():
     model = CONFIG.build()
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
-    _, expected = model.apply({"params": params}, TOKENS, mutable=["ahead"])
+    run = jax.jit(lambda model, p, t: model.apply({"params": p}, t, mutable=["ahead"])[1]["ahead"], static_argnums=0)
+    params = drawn(model)
+    expected = run(model, params, TOKENS)
     with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
         sharded = CONFIG.build(DEFAULT_RULES)
-        params = jax.jit(sharded.init)(jax.random.key(0), tokens)["params"]
-        run = jax.jit(lambda p, t: sharded.apply({"params": p}, t, mutable=["ahead"])[1])
-        heads = run(params, tokens)["ahead"]
+        heads = run(sharded, placed(sharded, params, tokens), tokens)
     for name in ("0", "1"):
-        np.testing.assert_allclose(heads[name], expected["ahead"][name], **CLOSE)
+        np.testing.assert_allclose(heads[name], expected[name], **CLOSE)
 
 
 def test_heads_are_asked_for_the_right_tokens():
@@ -74,7 +74,8 @@ def test_all_heads_learn():
     batch = Batch(tokens, targets, ones.astype(np.float32), ones, np.cumsum(ones, 1, dtype=np.int32) - 1)
     model = CONFIG.build()
     optimizer = optax.adam(1e-2)
-    state = train_state.create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    state = train_state.create(params, optimizer, jax.random.key(1))
     step = make_step(MultiToken(), model.apply, optimizer)
     for _ in range(150):
         state, metrics = step(state, batch)
@@ -83,7 +84,7 @@ def test_all_heads_learn():
 
 
 def test_flops_count_the_heads():
-    params = jax.jit(CONFIG.build().init)(jax.random.key(0), TOKENS)["params"]
+    params = drawn(CONFIG.build())
     blocks = sum(p.size for p in jax.tree.leaves(params["blocks"]) if p.ndim > 2)
     heads = sum(p.size for i in range(2) for p in jax.tree.leaves(params[f"ahead_{i}"]) if p.ndim > 1)
     assert CONFIG.flops(0) == 6 * (blocks + heads + 3 * params["head"].size)
