@@ -147,6 +147,8 @@ def test_the_steps_of_an_experiment_lower_without_devices_or_data(name):
         with jax.sharding.use_abstract_mesh(mesh):
             functions = program(stage, model)
             batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
-            traced = functions.step.trace(jax.eval_shape(functions.init_state), batch)
+            params = jax.eval_shape(functions.init_params)
+            frozen = (jax.eval_shape(functions.freeze, params),) if stage.has_frozen else ()
+            traced = functions.step.trace(jax.eval_shape(functions.init_state, *frozen), batch, *frozen)
             text = traced.lower(lowering_platforms=("tpu",)).as_text()
         assert '"data"=2, "fsdp"=2, "tensor"=2' in text
