@@ -1,0 +1,70 @@
+"""Tasks of the experiments: right replies score 1, bad ones 0, and what is promised of their data holds."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+
+from gptjax import tasks
+from gptjax.tasks import Reply
+from gptjax.tasks.stress import stress
+from gptjax.types import UserError
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f"experiments.{name}")
+
+
+@pytest.mark.parametrize(("name", "task"), [("customer_service", "Service"), ("translation", "Sentences")])
+def test_right_replies_score_one_and_bad_ones_nothing(name, task):
+    found = getattr(module(name), task)(400)
+    held_out = tasks.HeldOut(found)
+    assert 0 < len(held_out) < len(found) / 2
+    for i in range(8):
+        assert held_out.score(i, Reply(held_out.example(i)[-1].text)).outcome == 1
+        assert held_out.score(i, Reply("")).status == "not found"
+    assert stress(found) == []
+
+
+def test_small_talk_is_divided_by_its_first_question(tmp_path):
+    """Each conversation once, a last question without a reply left out, all replies to a question in one split."""
+    recipe = module("customer_service")
+    folder = tmp_path / "chinese"
+    folder.mkdir()
+    for name in recipe.FILES["chinese"].split():
+        rows = [f"- - {name} {i}?\n  - Yes.\n  - Sure?\n" for i in range(4)] + [f"- - {name.upper()} 1?\n  - No.\n"] * 2
+        (folder / f"{name}.yml").write_text("conversations:\n" + "".join(rows))
+    source = recipe.Chatterbot(str(tmp_path), ("chinese",), validation=0.3)
+    train, held_out = ([*source.documents(split)] for split in ("train", "validation"))
+    assert len(train) + len(held_out) == 5 * len(recipe.FILES["chinese"].split())
+    assert {len(conversation) for conversation in (*train, *held_out)} == {2}
+    assert not {c[0].text.lower() for c in train} & {c[0].text.lower() for c in held_out}
+    (folder / "ai.yml").write_text("- nothing")
+    with pytest.raises(UserError, match="got no conversations"):
+        list(source.documents("train"))
+
+
+def test_a_case_without_history_cannot_be_answered():
+    recipe = module("customer_service")
+    case, forgotten = recipe.Service(), recipe.Service(forget=True)
+    for i in range(20):
+        order = case.facts(i)["order"]
+        assert any(order in message.text for message in case.prompt(i))
+        assert not any(order in message.text for message in forgotten.prompt(i))
+
+
+def test_sentences_are_german():
+    """Case, gender and the three places of the verb, in sentences that were checked by hand."""
+    pairs = dict(module("translation").Sentences(count=40).pair(i) for i in range(40))
+    for english, german in (
+        ("The friend needs the strange table often.", "Der Freund braucht oft den seltsamen Tisch."),
+        ("Often a cat looks at the animal.", "Oft sieht eine Katze das Tier an."),
+        ("Yesterday the queen collected the young king.", "Gestern hat die Königin den jungen König abgeholt."),
+        (
+            "I know that the doctor will get to know a small key tomorrow.",
+            "Ich weiß, dass die Ärztin morgen einen kleinen Schlüssel kennenlernen wird.",
+        ),
+    ):
+        assert pairs[english] == german
