@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import apply, drawn, placed
 
 from gptjax.distributed import sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
@@ -47,26 +48,26 @@ def test_pooling_takes_what_it_says(pooling):
 @pytest.mark.parametrize("pooling", [First(), Mean(), Last()])
 def test_packed_texts_are_classified_as_each_alone(config, pooling):
     model = Classifier(ClassifierConfig(config, 3, pooling))
-    params = jax.tree.map(lambda p: 3 * p, jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
+    params = drawn(model)
     packed = jnp.concatenate([TOKENS[:1, :6], TOKENS[1:2, :4], TOKENS[2:3, :2]], 1)
     positions = jnp.concatenate([jnp.arange(6), jnp.arange(4), jnp.arange(2)])[None]
     segments = jnp.array([[1] * 6 + [2] * 4 + [0] * 2])
-    together, _ = model.apply({"params": params}, packed, positions, segments, documents=2)
-    first, _ = model.apply({"params": params}, TOKENS[:1, :6])
-    second, _ = model.apply({"params": params}, TOKENS[1:2, :4])
+    together, _ = apply(model, params, packed, positions, segments, documents=2)
+    first, _ = apply(model, params, TOKENS[:1, :6])
+    second, _ = apply(model, params, TOKENS[1:2, :4])
     np.testing.assert_allclose(together, jnp.concatenate([first, second], 1), **CLOSE)
     assert jnp.abs(first - second).max() > 1e-4
 
 
 def test_a_language_models_parameters_fit():
     """The backbone's hidden states are what the language model's head reads; an embedder pools them."""
-    params = jax.jit(Transformer(DECODER).init)(jax.random.key(0), TOKENS)["params"]
-    x, _ = Backbone(DECODER).apply({"params": params}, TOKENS)
-    logits, _ = Transformer(DECODER).apply({"params": params}, TOKENS)
+    params = drawn(Transformer(DECODER))
+    x, _ = apply(Backbone(DECODER), params, TOKENS)
+    logits, _ = apply(Transformer(DECODER), params, TOKENS)
     np.testing.assert_allclose(x @ params["head"], logits, **CLOSE)
-    fresh = jax.jit(Classifier(ClassifierConfig(DECODER, 3)).init)(jax.random.key(1), TOKENS)["params"]
+    fresh = drawn(Classifier(ClassifierConfig(DECODER, 3)))
     assert fresh.keys() - params.keys() == {"classifier"}
-    vectors = Embedder(DECODER, pooling=Last()).apply({"params": params}, TOKENS)[0][:, 0]
+    vectors = apply(Embedder(DECODER, pooling=Last()), params, TOKENS)[0][:, 0]
     expected = x[:, -1] / jnp.linalg.norm(x[:, -1], axis=-1, keepdims=True)
     np.testing.assert_allclose(vectors, expected, **CLOSE)
 
@@ -74,14 +75,13 @@ def test_a_language_models_parameters_fit():
 def test_a_mesh_changes_nothing():
     config = ClassifierConfig(ENCODER, 3, Mean())
     model = Classifier(config)
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
-    expected, _ = model.apply({"params": params}, TOKENS)
+    params = drawn(model)
+    expected, _ = apply(model, params, TOKENS)
     with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         sharded = Classifier(config, DEFAULT_RULES)
         tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
-        params = jax.jit(sharded.init)(jax.random.key(0), tokens)["params"]
-        apply = jax.jit(lambda p, t, segments: sharded.apply({"params": p}, t, None, segments))
-        found = [apply(params, tokens, segments)[0] for segments in (None, jnp.ones_like(tokens))]
+        params = placed(sharded, params, tokens)
+        found = [apply(sharded, params, tokens, None, segments)[0] for segments in (None, jnp.ones_like(tokens))]
     for logits in found:
         np.testing.assert_allclose(logits, expected, **CLOSE)
 

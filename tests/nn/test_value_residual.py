@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import apply, drawn
 
 from gptjax.nn import (
     LayerOverrides,
@@ -28,7 +29,7 @@ def test_the_equation(first):
     """In a row of one token attention is its values, and o of them what it puts out."""
     config = dataclasses.replace(CONFIG, leading_layers=first)
     model = Transformer(config)
-    params = jax.tree.map(lambda p: 3 * p, jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
+    params = drawn(model)
     blocks = config.unstack(params)["blocks"]
     for i, own in enumerate((0.9, 0.2, 0.7)):
         blocks[f"layer_{i}"]["attention"]["values_scale"] = jnp.float32(own)
@@ -45,9 +46,9 @@ def test_the_equation(first):
 
 def test_the_scan_computes_what_the_layers_do_one_by_one():
     model = Transformer(CONFIG)
-    params = jax.tree.map(lambda p: 3 * p, jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
-    logits, _ = model.apply({"params": params}, TOKENS)
-    alone, _ = model.apply({"params": CONFIG.unstack(params)}, TOKENS)
+    params = drawn(model)
+    logits, _ = apply(model, params, TOKENS)
+    alone, _ = apply(model, CONFIG.unstack(params), TOKENS)
     np.testing.assert_allclose(logits, alone, rtol=2e-5, atol=2e-5)
 
 
