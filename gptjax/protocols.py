@@ -12,6 +12,7 @@ and the dimension letters, are in `gptjax.types`.
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -245,8 +246,23 @@ class ModelConfig(Config, Protocol):
         return params
 
 
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A trained model that a stage reads and does not train, such as a teacher. It is loaded once, before the first
+    step, and sharded like the model that is trained; its architecture may be another. The tokenizer must be the
+    run's."""
+
+    path: str
+    """Its run, folder or file, as for `gptjax.load`. A run is resumed with the same content only."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Parameter and compute dtype. None: that of the files."""
+    bits: Literal[4, 8] | None = None
+    """Quantise its weights, on one device. None: do not."""
+
+
 class Objective(Config, Protocol):
-    """A loss: a pure function of a module's `apply`, parameters and batch. Base class."""
+    """A loss: a pure function of a module's `apply`, parameters and batch. Base class. A field that is a `Pretrained`
+    names another model that it reads: a `FrozenModel`, after its other arguments."""
 
     architectures: ClassVar[tuple[str, ...]] = ("decoder",)
     """Architectures of the models that it trains."""
@@ -275,7 +291,7 @@ class Objective(Config, Protocol):
         """The batch of a whole step with what is computed once before the first update on it, without a gradient: a
         subclass of `batch_type`, or the batch itself. A batch of such a subclass is not prepared again.
 
-        frozen  parameters of the reference, if it has one
+        frozen  parameters of the reference, if it has one, then its other models
         parts   microbatches of the model's forward passes
         """
         return batch

@@ -117,6 +117,16 @@ class Episodes(Batch):
     temperature: Array | np.ndarray
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """A model that a training step reads and does not train, such as a teacher: an argument of the step."""
+
+    params: Params
+    module: Any = dataclasses.field(metadata={"static": True})
+    """A `protocols.Module`."""
+
+
 Loss = Callable[[Params, Batch, Key | None], Metrics]
 """An objective of a certain model: metrics whose "loss" entry is the (sum, weight) to minimise. No key: no dropout."""
 

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType
 from gptjax.distributed.sharding import MeshConfig, abstract_array
 from gptjax.experiment.experiment import Experiment
 from gptjax.train.program import program
+from gptjax.types import FrozenModel
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*ROOT.glob("gptjax/**/*.py"), *ROOT.glob("experiments/*.py")])
@@ -149,6 +150,7 @@ def test_the_steps_of_an_experiment_lower_without_devices_or_data(name):
             batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
             params = jax.eval_shape(functions.init_params)
             frozen = (jax.eval_shape(functions.freeze, params),) if stage.has_frozen else ()
+            frozen += tuple(FrozenModel(params, model) for _ in stage.frozen_models)
             traced = functions.step.trace(jax.eval_shape(functions.init_state, *frozen), batch, *frozen)
             text = traced.lower(lowering_platforms=("tpu",)).as_text()
         assert '"data"=2, "fsdp"=2, "tensor"=2' in text

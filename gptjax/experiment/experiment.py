@@ -40,13 +40,14 @@ from gptjax.experiment import report, run_folder
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.io import atomic
+from gptjax.models.frozen import check_tokenizer, load_frozen
 from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
 from gptjax.models.model import Model
 from gptjax.monitor.metrics import MetricsLogger, WandB
 from gptjax.protocols import ModelConfig, Module
 from gptjax.train.loop import train
 from gptjax.train.stage import Stage
-from gptjax.types import Params, Result, UserError
+from gptjax.types import FrozenModel, Params, Result, UserError
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 """Sampling of text samples during training."""
@@ -140,6 +141,7 @@ class Experiment:
             tokenizer = self._tokenizer(folder, cache, console)
             self._check_prompts(tokenizer)
             self._check_evaluations(folder, tokenizer)
+            self._check_frozen_models(folder, tokenizer)
             model, mesh = self.model.build(self.rules), self.mesh.make()
             with sharding.use(mesh):
                 stages = self._read_data(folder, cache, tokenizer, model, console)
@@ -154,6 +156,7 @@ class Experiment:
                         origin = run_folder.identity(folder, previous, stage.init_from)
                         init = self._trained(folder, previous, pretrained, origin["step"], params)
                     previous, params, checkpoints = name, None, folder / "checkpoints" / name
+                    origin = run_folder.with_frozen(folder, name, origin, stage.frozen_models)
                     run_folder.set_stale_aside(folder, name, origin, accept_changes, console)
                     with Checkpoints(checkpoints) as saved:
                         last = run_folder.ended(stage, saved)
@@ -175,6 +178,7 @@ class Experiment:
                                 cache=cache,
                                 seed=self.seed,
                                 init=init,
+                                frozen_models=_load_frozen(name, stage, tokenizer, self.rules),
                                 sample=functools.partial(_sample, model, stage, tokenizer) if self._generates else None,
                                 start=run_folder.describe(origin),
                                 description={"configuration": to_json(self), "origin": origin},
@@ -324,6 +328,14 @@ class Experiment:
             batches.close()
         return stages
 
+    def _check_frozen_models(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """Raise UserError for a frozen model of an untrained stage that has another tokenizer, before training."""
+        for name, stage in self.stages.items():
+            for field, model in stage.frozen_models.items():
+                with Checkpoints(folder / "checkpoints" / name) as saved, _naming(f"{name}.objective.{field}"):
+                    if not saved.steps():
+                        check_tokenizer(model, tokenizer)
+
     def _check_evaluations(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Raise UserError for an evaluation that cannot be run, before training."""
         for name, stage in self.stages.items():
@@ -343,6 +355,11 @@ def _evaluate(name: str, stage: Stage, model: Model, console: Console) -> list[R
         values = ", ".join(f"{key} {value:.6g}" for key, value in results[-1].values.items())
         console.print(f"{name}: {results[-1].title}: {values}")
     return results
+
+
+def _load_frozen(name: str, stage: Stage, tokenizer: Tokenizer, rules: ShardingRules) -> tuple[FrozenModel, ...]:
+    with _naming(f"{name}.objective"):
+        return tuple(load_frozen(model, tokenizer, rules) for model in stage.frozen_models.values())
 
 
 def _mirrored(folder: Path, mirror: str | None) -> contextlib.AbstractContextManager:

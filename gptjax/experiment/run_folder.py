@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,7 @@ from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import allow, differences, digest, from_json, modules, to_json
 from gptjax.distributed import processes
 from gptjax.io import atomic
-from gptjax.protocols import Evaluation
+from gptjax.protocols import Evaluation, Pretrained
 from gptjax.train.stage import validation_losses
 from gptjax.types import Result, UserError, one_line
 
@@ -166,9 +166,26 @@ def pretrained_identity(folder: Path, stage: str, path: str | None) -> Identity 
         return extra["origin"]
 
 
+def with_frozen(folder: Path, stage: str, origin: Identity | None, models: Mapping[str, Pretrained]) -> Identity | None:
+    """The origin of a stage with the content of the models that it reads and does not train, wherever they are. If one
+    is gone, they are those that the stage was trained with. Raises UserError if it was not trained yet."""
+    if not models:
+        return origin
+    from gptjax.models.identity import content_digest
+
+    try:
+        found = [content_digest(model.path) for model in models.values()]
+    except UserError:
+        with Checkpoints(folder / "checkpoints" / stage) as checkpoints:
+            found = ((checkpoints.extra() or {}).get("origin") or {}).get("frozen")
+        if found is None:
+            raise
+    return (origin or {}) | {"frozen": found}
+
+
 def describe(origin: Identity | None) -> str:
     """Line about the parameters that a stage starts from."""
-    if origin is None:
+    if origin is None or "sha256" not in origin:
         return "new parameters"
     return origin["init_from"] if "init_from" in origin else f"step {origin['step']:,} of {origin['stage']}"
 
@@ -180,12 +197,15 @@ def set_stale_aside(folder: Path, stage: str, origin: Identity | None, accept_ch
     with Checkpoints(path) as checkpoints:
         extra = checkpoints.extra()
     before = None if extra is None else extra.get("origin")
-    if extra is None or (before or {}).get("sha256") == (origin or {}).get("sha256"):
+    changed = [key for key in ("sha256", "frozen") if (before or {}).get(key) != (origin or {}).get(key)]
+    if extra is None or not changed:
         return
     was, now = describe(before), describe(origin)
     why = f"{stage}: was trained from {was}, which is not {now}"
     if was == now:
         why = f"{stage}: was trained from other content of {now}"
+    if changed == ["frozen"]:
+        why = f"{stage}: was trained with other content of the models that its objective names"
     if not accept_changes:
         raise UserError(f"{why}; train it again with --accept_changes, or choose another folder with --out")
     number = 1

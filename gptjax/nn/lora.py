@@ -32,7 +32,7 @@ from gptjax.distributed.parameters import ParamInfo, flat, nested
 from gptjax.kernels.linear import PackedWeight
 from gptjax.kernels.low_rank import LowRankWeight, input_axes, norm, spec
 from gptjax.kernels.quantised import BITS, QuantisedArray, quantise
-from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
+from gptjax.types import Array, Batch, FrozenModel, Key, Metrics, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +122,15 @@ class LoRA:
         )
 
     def objective(self, objective: Callable[..., Metrics]) -> Callable[..., Metrics]:
-        """(apply, adapters, batch, key, params) -> metrics of the objective for the adapted model. `params` are also
-        the reference of an objective that has one."""
+        """(apply, adapters, batch, key, params, *models) -> metrics of the objective for the adapted model. `params`
+        are also the reference of an objective that has one, `models` its other frozen models."""
         reference = getattr(objective, "reference", False)
 
-        def adapted(apply: Callable, adapters: Params, batch: Batch, key: Key | None, params: Params) -> Metrics:
-            return objective(apply, self.attach(params, adapters), batch, key, *((params,) if reference else ()))
+        def adapted(
+            apply: Callable, adapters: Params, batch: Batch, key: Key | None, params: Params, *models: FrozenModel
+        ) -> Metrics:
+            frozen = (params, *models) if reference else models
+            return objective(apply, self.attach(params, adapters), batch, key, *frozen)
 
         return adapted
 

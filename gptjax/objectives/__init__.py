@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptjax.objectives.classification import Classification
+    from gptjax.objectives.distillation import Distillation, OnPolicyDistillation
     from gptjax.objectives.kto import KTO
     from gptjax.objectives.masked_tokens import MaskedTokens
     from gptjax.objectives.multi_token import MultiToken
@@ -31,10 +32,12 @@ __all__ = [
     "RLOO",
     "BradleyTerry",
     "Classification",
+    "Distillation",
     "DrGRPO",
     "MaskedTokens",
     "MultiToken",
     "NextToken",
+    "OnPolicyDistillation",
     "PolicyGradient",
     "SequenceToSequence",
     "SimPO",
@@ -45,7 +48,9 @@ _HOME = {
     **dict.fromkeys(("DAPO", "GRPO", "GSPO", "RLOO", "DrGRPO", "PolicyGradient"), "gptjax.objectives.policy"),
     "BradleyTerry": "gptjax.objectives.reward",
     "Classification": "gptjax.objectives.classification",
+    "Distillation": "gptjax.objectives.distillation",
     "KTO": "gptjax.objectives.kto",
+    "OnPolicyDistillation": "gptjax.objectives.distillation",
     "MaskedTokens": "gptjax.objectives.masked_tokens",
     "MultiToken": "gptjax.objectives.multi_token",
     "NextToken": "gptjax.objectives.next_token",

@@ -14,15 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.distributed.sharding import abstract_array
+from gptjax.distributed.parameters import declared, flat, nested
+from gptjax.distributed.sharding import ShardingRules, abstract_array
 from gptjax.experiment.experiment import Experiment
+from gptjax.models.language_model import LanguageModel
+from gptjax.models.loading import load
 from gptjax.plan import hlo
 from gptjax.plan.arithmetic import product_flops, silent_kernels
 from gptjax.plan.collectives import Collective, collectives
 from gptjax.plan.traffic import moved
 from gptjax.train.program import program
 from gptjax.train.state import State
-from gptjax.types import PyTree
+from gptjax.types import FrozenModel, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Memory:
     average: int
     """Exponential moving average of the parameters."""
     batch: int
-    """The batch, frozen parameters under adapters, and padding of layouts."""
+    """The batch, frozen parameters (under adapters, of a reference or a teacher), and padding of layouts."""
     temporaries: int
     """Activations, gradients and everything else that lives within a step."""
     program: int
@@ -75,11 +78,13 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
     experiment.check(len(devices))
     stage, mesh = experiment.stages[name], experiment.mesh.make(devices)
     model = experiment.model.build(experiment.rules)
+    loaded = [load(pretrained.path, pretrained.dtype, ShardingRules()) for pretrained in stage.frozen_models.values()]
     # A mesh is set for one device too: kernels read the target platform from it.
     with jax.set_mesh(mesh):
         functions, frozen = program(stage, model), ()
         if stage.has_frozen:
             frozen = (_on_mesh(jax.eval_shape(lambda: functions.freeze(functions.init_params())), mesh),)
+        frozen += tuple(_frozen(model, experiment.rules, mesh) for model in loaded)
         state = _on_mesh(jax.eval_shape(functions.init_state, *frozen), mesh)
         batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
         traced = functions.step.trace(state, batch, *frozen)
@@ -108,6 +113,16 @@ def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
         compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         (file,) = Path(folder).glob("*.after_optimizations.txt")
         return compiled, file.read_text()
+
+
+def _frozen(loaded: LanguageModel, rules: ShardingRules, mesh: jax.sharding.Mesh) -> FrozenModel:
+    """Shapes, dtypes and shardings of a frozen model on the current mesh."""
+    module, params = loaded.config.build(rules), flat(loaded.params)
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, params[name].dtype, sharding=x.sharding)
+        for name, x in declared(module).items()
+    }
+    return FrozenModel(_on_mesh(nested(shapes), mesh), module)
 
 
 def _on_mesh(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:

@@ -29,7 +29,7 @@ from gptjax.train.preemption import StopSignal, signals
 from gptjax.train.program import Program, program
 from gptjax.train.stage import Stage, validation_losses
 from gptjax.train.state import State, device_bytes, parameter_count
-from gptjax.types import Batch, Metrics, Params, UserError
+from gptjax.types import Batch, FrozenModel, Metrics, Params, UserError
 
 Sampler = Callable[[Params, str], str]
 """(parameters, prompt) -> generated text."""
@@ -46,6 +46,7 @@ def train(
     cache: str | Path,
     seed: int = 0,
     init: Callable[[Params], Params] | None = None,
+    frozen_models: tuple[FrozenModel, ...] = (),
     sample: Sampler | None = None,
     start: str = "new parameters",
     description: dict[str, Any] | None = None,
@@ -59,8 +60,8 @@ def train(
     folder          folder of the checkpoints
     cache           folder of tokenised text, or bucket that has it
     init            abstract parameters -> initial ones with the same shardings, such as another stage's; they are
-                    donated. None: initialise from `seed`. With adapters, the parameters to adapt; checkpoints have the
-                    adapters only
+                    donated. None: initialise from `seed`. With adapters, the parameters to adapt
+    frozen_models   the stage's
     sample          generates the text samples
     start           the initial parameters in words, shown before the first step
     description     stored in every checkpoint, beside the input position
@@ -76,10 +77,10 @@ def train(
     tokens, flops = stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
     saves, samples = (stage.save_every,), (stage.evaluate_every,)
     pauses = {"evaluating": saves + samples, "sampling": samples, "saving": saves}
-    functions, frozen = program(stage, model, seed), ()
+    functions, frozen = program(stage, model, seed), frozen_models
     if stage.has_frozen:
         assert init is not None, "a stage with frozen parameters needs those of another"
-        frozen, init = (jax.jit(functions.freeze)(init(jax.eval_shape(functions.init_params))),), None
+        frozen, init = (jax.jit(functions.freeze)(init(jax.eval_shape(functions.init_params))), *frozen), None
 
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(Display(name, stage.last_step, tokens, flops, pauses))
@@ -123,10 +124,9 @@ def train(
         hosts, clock = StragglerDetector(), Clock(done, tokens, flops)
         schedule = stage.optimizer.learning_rate_schedule(stage.last_step)
         rates = np.asarray(jax.vmap(schedule)(jnp.arange(stage.last_step)))
-        instruments = tracing, clock, hosts, watchdog
         run = _Run(
             *(stage, name, functions, frozen, checkpoints, records, display, to_global, sample, rates, losses),
-            *instruments,
+            *(tracing, clock, hosts, watchdog),
         )
         while True:
             try:
@@ -167,7 +167,7 @@ class _Run:
     stage: Stage
     name: str
     program: Program
-    frozen: tuple[Params, ...]
+    frozen: tuple[Params | FrozenModel, ...]
     checkpoints: Checkpoints
     records: MetricsLogger
     display: Display
@@ -373,7 +373,7 @@ def _summary(
     state  abstract, with shardings"""
     config, mesh = model.config, jax.sharding.get_mesh()
     layers = f" in {number} layers" if (number := getattr(config, "layers", None)) else ""
-    of = f" of adapters to {parameter_count(frozen):,}" if stage.adapter is not None else ""
+    of = f" of adapters to {parameter_count(frozen[0]):,}" if stage.adapter is not None else ""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     memory = {
         "parameters": device_bytes((state.params, frozen)),

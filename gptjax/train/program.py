@@ -23,7 +23,7 @@ from gptjax.types import Batch, Metrics, Params
 @dataclasses.dataclass(frozen=True)
 class Program:
     """Functions of arrays. `frozen`: the model's parameters at the stage's start as `freeze` returns them, if adapters
-    of them are trained or they are the reference of the objective; else nothing."""
+    of them are trained or they are the reference of the objective; then the stage's `frozen_models`."""
 
     init_params: Callable[[], Params]
     """() -> initial parameters of the model."""
@@ -66,23 +66,23 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         key, _ = jax.random.split(jax.random.key(seed))
         return train_state.create(params, optimizer, key, stage.ema is not None, stage.divergence.statistics())
 
-    init_trainable: Callable[..., Params] = init_params
+    init_trainable: Callable[..., Params] = lambda *_: init_params()  # noqa: E731
     freeze: Callable[[Params], Params] = _trained
     merge: Callable[..., Params] = _trained
     if stage.objective.reference:
-        init_trainable = lambda reference: reference  # noqa: E731
+        init_trainable = lambda reference, *_: reference  # noqa: E731
     if (adapter := stage.adapter) is not None:
         objective = adapter.objective(objective)
         freeze = lambda params: adapter.freeze(params, info)  # noqa: E731
-        init_trainable = lambda params: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
+        init_trainable = lambda params, *_: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
         merged = jax.jit(adapter.merge)
-        merge = lambda adapters, params: merged(params, adapters)  # noqa: E731
+        merge = lambda adapters, params, *_: merged(params, adapters)  # noqa: E731
 
     def prepare(params: Params, batch: Batch, *frozen: Params) -> Batch:
         if type(batch) is not stage.objective.batch_type:  # it is prepared already, for several updates
             return batch
         if adapter is not None:
-            params, frozen = adapter.attach(frozen[0], params), frozen if stage.objective.reference else ()
+            params, frozen = adapter.attach(frozen[0], params), frozen if stage.objective.reference else frozen[1:]
         return stage.objective.prepare(model.apply, params, batch, *frozen, parts=stage.accumulate)
 
     return Program(

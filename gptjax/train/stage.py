@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from gptjax.config import path_of
 from gptjax.distributed.sharding import ShardingRules, data_shard
 from gptjax.nn import LoRA
-from gptjax.protocols import BatchIterator, Data, Evaluation, ModelConfig, Objective, Optimizer, Tokenizer
+from gptjax.protocols import BatchIterator, Data, Evaluation, ModelConfig, Objective, Optimizer, Pretrained, Tokenizer
 from gptjax.train.divergence import Stop
 from gptjax.types import Batch, UserError
 
@@ -154,6 +154,12 @@ class Stage:
             data = type(self.data).__name__
             raise UserError(f"{name}.epochs: got {self.epochs}, must be None: {data} knows no epochs; give steps")
         return dataclasses.replace(self, steps=math.ceil(self.epochs * epoch / self.data.batch), epochs=None)
+
+    @property
+    def frozen_models(self) -> dict[str, Pretrained]:
+        """Field -> model, of the models that the objective reads and does not train."""
+        fields = {field.name: getattr(self.objective, field.name) for field in dataclasses.fields(self.objective)}
+        return {name: value for name, value in fields.items() if isinstance(value, Pretrained)}
 
     @property
     def has_frozen(self) -> bool:
