@@ -26,7 +26,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": programs, "PYTHONPATH": f"{ROOT}:{packages}", "XLA_FLAGS": flags}
 
 
-SLOW = {"docs/tutorials/one_chip_to_many.md"}  # starts several processes, and plans for other chips
+SLOW = {
+    "docs/tutorials/one_chip_to_many.md",  # starts several processes, and plans for other chips
+    "docs/tutorials/align.md",  # trains twice
+}
 
 
 @pytest.mark.parametrize(
