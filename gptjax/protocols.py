@@ -278,6 +278,11 @@ class Objective(Config, Protocol):
         """True: it takes the parameters at the stage's start too, which stay as they are: a fifth argument."""
         return False
 
+    def parameters(self, model: ModelConfig) -> dict[str, Any]:
+        """Name -> `ParamInfo` of parameters that it trains beside the model's, such as a critic's. They are 0 at the
+        stage's start, and are dropped at its end. It finds them in `params[BESIDE]`."""
+        return {}
+
     def __call__(self, apply: Callable[..., Any], params: Params, batch: Any, key: Key | None = None) -> Metrics:
         """Metrics whose "loss" entry is the (sum, weight) to minimise.
 

@@ -20,6 +20,8 @@ PyTree = Any
 """Any nesting of dicts, tuples, lists and registered dataclasses, with arrays, or other leaves, in it."""
 Json = Any
 """A value read from JSON, or from a table: dict, list, str, int, float, bool or None, not yet checked."""
+BESIDE = "objective"
+"""Name, in the trained parameters, of those that an objective trains beside the model's."""
 Metrics = dict[str, tuple[Array, Array]]
 """Name -> (sum, weight). Sums add up over microbatches, steps and hosts; the division happens once, at the end."""
 

@@ -32,7 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptjax.checkpoint import manifest
 from gptjax.distributed import processes
-from gptjax.types import PyTree, UserError, one_line
+from gptjax.types import BESIDE, PyTree, UserError, one_line
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DAY = 24 * 60 * 60  # seconds
@@ -136,7 +136,8 @@ class Checkpoints:
         return Restored(step, state, content["extra"], content["loss"])
 
     def restore_params(self, step: int | None = None, *, ema: bool = False, abstract_params: PyTree = None) -> Restored:
-        """Restore only the state's `params`, a nested dict, as `restore` does; the optimizer's state is not read.
+        """Restore only the state's `params`, a nested dict, as `restore` does; the optimizer's state, and what an
+        objective trained beside the model, are not read.
 
         ema: prefer the exponential moving average of the parameters, the state's `ema`, if the checkpoint has one.
         abstract_params: as in `restore`. None: the saved shapes and dtypes, on the first device.
@@ -144,9 +145,10 @@ class Checkpoints:
         step, content = self._sound(step)
         saved = self._saved(step)
         name = "ema" if ema and saved.get("ema") else "params"
+        stored = {branch: tree for branch, tree in saved[name].items() if branch != BESIDE}
         if abstract_params is None:
-            abstract_params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved[name])
-        params = self._load(step, {name: abstract_params}, {name: saved[name]})[name]
+            abstract_params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+        params = self._load(step, {name: abstract_params}, {name: stored})[name]
         return Restored(step, params, content["extra"], content["loss"])
 
     def steps(self) -> list[int]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gptjax.objectives.multi_token import MultiToken
     from gptjax.objectives.next_token import NextToken
     from gptjax.objectives.policy import DAPO, GRPO, GSPO, RLOO, DrGRPO, PolicyGradient
+    from gptjax.objectives.ppo import PPO
     from gptjax.objectives.preference import CPO, DPO, IPO, ORPO, SimPO
     from gptjax.objectives.reward import BradleyTerry
     from gptjax.objectives.sequence_to_sequence import SequenceToSequence
@@ -29,6 +30,7 @@ __all__ = [
     "IPO",
     "KTO",
     "ORPO",
+    "PPO",
     "RLOO",
     "BradleyTerry",
     "Classification",
@@ -54,6 +56,7 @@ _HOME = {
     "MaskedTokens": "gptjax.objectives.masked_tokens",
     "MultiToken": "gptjax.objectives.multi_token",
     "NextToken": "gptjax.objectives.next_token",
+    "PPO": "gptjax.objectives.ppo",
     "SequenceToSequence": "gptjax.objectives.sequence_to_sequence",
 }
 

@@ -43,15 +43,19 @@ class PreparedEpisodes(Episodes):
 
     old_logprobs        log-probability of each target before the first update on this batch
     reference_logprobs  the same under the reference; `old_logprobs` without one
+    old_values          value of the state in which each target was chosen, by a critic; 0 without one
     advantages          of each target
+    returns             what a critic's values should be; 0 without one
     """
 
     old_logprobs: Array
     reference_logprobs: Array
+    old_values: Array
     advantages: Array
+    returns: Array
 
 
-def score(apply: Callable, params: Params, batch: Episodes, with_entropy: bool = False) -> TargetLogprobs:
+def replies_logprobs(apply: Callable, params: Params, batch: Episodes, with_entropy: bool = False) -> TargetLogprobs:
     """Log-probabilities of the targets of replies at the temperature that they were drawn at."""
     temperature = jnp.asarray(batch.temperature)
     temperature = jnp.where(temperature > 0, temperature, 1)  # sequences without a reply have none
@@ -141,10 +145,22 @@ class Policy(Objective, abc.ABC):
         return self.kl > 0
 
     @abc.abstractmethod
-    def advantages(self, batch: Episodes, penalties: Array) -> Array:
-        """Advantages of the tokens of a step, [B, T].
+    def advantages(self, batch: Episodes, penalties: Array, values: Array) -> tuple[Array, Array]:
+        """Advantages of the tokens of a step, and the returns that their values should be, [B, T].
 
-        penalties  to subtract from the reward of each token, [B, T]"""
+        penalties  to subtract from the reward of each token, [B, T]
+        values     by the critic, [B, T]"""
+
+    def score(
+        self, apply: Callable, params: Params, batch: Episodes, with_entropy: bool = False
+    ) -> tuple[TargetLogprobs, Array]:
+        """Log-probabilities of a batch, and a critic's values [B, T]."""
+        scores = replies_logprobs(apply, params, batch, with_entropy)
+        return scores, jnp.zeros_like(scores.logprobs)
+
+    def critic_losses(self, values: Array, batch: PreparedEpisodes) -> Array | None:
+        """Losses of the critic's values, [B, T]. None: no critic."""
+        return None
 
     def prepare(
         self, apply: Callable, params: Params, batch: Episodes, *frozen: Params, parts: int = 1
@@ -153,39 +169,51 @@ class Policy(Objective, abc.ABC):
 
         parts  microbatches of the model's forward passes"""
 
-        def logprobs(part: Episodes) -> tuple[Array, Array]:
-            old = score(apply, params, part).logprobs
-            return old, score(apply, frozen[0], part).logprobs if self.reference else old
+        def scores(part: Episodes) -> tuple[Array, Array, Array]:
+            old, values = self.score(apply, params, part)
+            reference = replies_logprobs(apply, frozen[0], part) if self.reference else old
+            return old.logprobs, reference.logprobs, values
 
-        old, reference = map_microbatches(logprobs, batch, parts)
+        old, reference, values = map_microbatches(scores, batch, parts)
         present = (jnp.asarray(batch.groups) >= 0).astype(jnp.float32)
         weights = jnp.asarray(batch.weights) * present[:, None]
         penalties = jnp.zeros_like(old)
         if self.reference and self.kl_in == "reward":
             penalties = weights * self.kl * divergence(self.kl_estimator, log_ratio(old, reference, weights))
         batch = dataclasses.replace(batch, weights=weights)
-        advantages = self.advantages(batch, penalties) * weights
+        advantages, returns = self.advantages(batch, penalties, values)
         if self.mask_truncated:
             batch = dataclasses.replace(batch, weights=weights * jnp.asarray(batch.finished)[:, None])
+        made = {
+            "old_logprobs": old,
+            "reference_logprobs": reference,
+            "old_values": values,
+            "advantages": advantages * weights,
+            "returns": returns,
+        }
         arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Episodes)}
-        return jax.lax.stop_gradient(PreparedEpisodes(**arrays, **_named(old, reference, advantages)))
+        return jax.lax.stop_gradient(PreparedEpisodes(**arrays, **made))
 
     def __call__(
         self, apply: Callable, params: Params, batch: PreparedEpisodes, key: Key | None = None, *frozen: Params
     ) -> Metrics:
-        """Metrics: "loss", "policy_loss" (the loss without divergence, entropy and the auxiliary losses of the model's
-        parts), and per token "entropy", "kl" (to the reference, k3), "clipped" (share whose ratio is clipped),
-        "sampler_kl" (k3), "sampler_gap" (mean difference of log-probabilities) and "sampler_outside" (share whose ratio
-        is outside the clip range) between the sampler and the model before the update; per reply "reward" and
-        "zero_advantage" (share without an advantage).
+        """Metrics: "loss", "policy_loss" (the loss without divergence, entropy, critic and the auxiliary losses of the
+        model's parts) and "value_loss" of a critic.
+
+        Per token: "entropy", "kl" to the reference (k3), "clipped" (share whose ratio is clipped), and of the model
+        before the update against the sampler "sampler_kl" (k3), "sampler_gap" (mean difference of log-probabilities)
+        and "sampler_outside" (share whose ratio is outside the clip range). Per reply: "reward", "zero_advantage"
+        (share without an advantage).
 
         batch  as `prepare` returns it"""
         assert isinstance(batch, PreparedEpisodes), "the batch must be prepared first"
-        scores = score(apply, params, batch, with_entropy=True)
+        scores, values = self.score(apply, params, batch, with_entropy=True)
         assert scores.entropy is not None
         weights = jnp.asarray(batch.weights)
         losses, clipped = self.losses(scores.logprobs, batch)
         total = losses - self.entropy * scores.entropy
+        if (critic := self.critic_losses(values, batch)) is not None:
+            total += critic
         behind = log_ratio(scores.logprobs, batch.reference_logprobs, weights)
         if self.reference and self.kl_in == "loss":
             ratio = jnp.exp(self._at_level(log_ratio(scores.logprobs, batch.old_logprobs, weights), weights))
@@ -207,6 +235,8 @@ class Policy(Objective, abc.ABC):
         }
         loss, weight = self.aggregate(total, weights)
         metrics = {"policy_loss": self.aggregate(losses, weights)}
+        if critic is not None:
+            metrics["value_loss"] = self.aggregate(critic, weights)
         metrics |= {name: (jnp.sum(x * weights), tokens) for name, x in per_token.items()}
         metrics |= {name: (jnp.sum(x * replies), jnp.sum(replies)) for name, x in per_reply.items()}
         return with_parts(loss, weight, scores.losses, metrics)
@@ -254,10 +284,6 @@ class Policy(Objective, abc.ABC):
         return jnp.where(sampled <= cap, sampled, 0.0 if self.correction.endswith("mask") else cap)
 
 
-def _named(old: Array, reference: Array, advantages: Array) -> dict[str, Array]:
-    return {"old_logprobs": old, "reference_logprobs": reference, "advantages": advantages}
-
-
 @dataclasses.dataclass(frozen=True)
 class PolicyGradient(Policy):
     """Policy gradient with the rewards of other replies as the baseline. GRPO, RLOO, Dr. GRPO, DAPO and GSPO are
@@ -271,10 +297,10 @@ class PolicyGradient(Policy):
     epsilon: float = 1e-4
     """Added to the deviation."""
 
-    def advantages(self, batch: Episodes, penalties: Array) -> Array:
+    def advantages(self, batch: Episodes, penalties: Array, values: Array) -> tuple[Array, Array]:
         rewards = jnp.asarray(batch.rewards) - jnp.sum(penalties, -1)
         made = relative_rewards(rewards, jnp.asarray(batch.groups), self.baseline, self.deviation, self.epsilon)
-        return made[:, None] * batch.weights
+        return made[:, None] * batch.weights, jnp.zeros_like(values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,7 @@ def train(
             state = restored.state
             batches.restore(restored.extra["input"])
         elif init is not None:
-            state = jax.jit(functions.create_state, donate_argnums=0)(init(abstract.params))
+            state = jax.jit(functions.create_state, donate_argnums=0)(init(jax.eval_shape(functions.init_params)))
         else:
             state = jax.jit(functions.init_state)(*frozen)
         done = int(state.step)

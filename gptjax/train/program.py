@@ -11,13 +11,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gptjax.distributed.parameters import parameter_info
+from gptjax.distributed.parameters import ParamInfo, parameter_info
 from gptjax.protocols import Module
 from gptjax.train import state as train_state
 from gptjax.train.stage import Stage
 from gptjax.train.state import State
 from gptjax.train.step import make_step
-from gptjax.types import Batch, Metrics, Params
+from gptjax.types import BESIDE, Array, Batch, Key, Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,9 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
     """
     info = parameter_info(model)
     trained = info if stage.adapter is None else stage.adapter.info(info)
+    beside = stage.objective.parameters(model.config)
+    trained = {**trained, BESIDE: beside} if beside else trained
     optimizer = stage.optimizer.build(stage.last_step, trained, model.config.width_multiplier)
-    objective: Callable[..., Metrics] = stage.objective
 
     def init_params() -> Params:
         _, key = jax.random.split(jax.random.key(seed))
@@ -64,25 +65,37 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
 
     def create_state(params: Params) -> State:
         key, _ = jax.random.split(jax.random.key(seed))
+        if beside:
+            params = {**params, BESIDE: {name: _zeros(info, model) for name, info in beside.items()}}
         return train_state.create(params, optimizer, key, stage.ema is not None, stage.divergence.statistics())
 
     init_trainable: Callable[..., Params] = lambda *_: init_params()  # noqa: E731
-    freeze: Callable[[Params], Params] = _trained
-    merge: Callable[..., Params] = _trained
+    freeze: Callable[[Params], Params] = _model_params
+    merge: Callable[..., Params] = _model_params
     if stage.objective.reference:
         init_trainable = lambda reference, *_: reference  # noqa: E731
     if (adapter := stage.adapter) is not None:
-        objective = adapter.objective(objective)
         freeze = lambda params: adapter.freeze(params, info)  # noqa: E731
         init_trainable = lambda params, *_: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
         merged = jax.jit(adapter.merge)
-        merge = lambda adapters, params, *_: merged(params, adapters)  # noqa: E731
+        merge = lambda adapters, params, *_: merged(params, _model_params(adapters))  # noqa: E731
+
+    def seen(params: Params, frozen: tuple[Params, ...]) -> tuple[Params, tuple[Params, ...]]:
+        """Trained and frozen parameters as the objective takes them: adapters are attached."""
+        if adapter is None:
+            return params, frozen
+        own = {BESIDE: params[BESIDE]} if beside else {}
+        attached = adapter.attach(frozen[0], _model_params(params))
+        return {**attached, **own}, frozen if stage.objective.reference else frozen[1:]
+
+    def objective(apply: Callable, params: Params, batch: Batch, key: Key | None, *frozen: Params) -> Metrics:
+        params, frozen = seen(params, frozen)
+        return stage.objective(apply, params, batch, key, *frozen)
 
     def prepare(params: Params, batch: Batch, *frozen: Params) -> Batch:
         if type(batch) is not stage.objective.batch_type:  # it is prepared already, for several updates
             return batch
-        if adapter is not None:
-            params, frozen = adapter.attach(frozen[0], params), frozen if stage.objective.reference else frozen[1:]
+        params, frozen = seen(params, frozen)
         return stage.objective.prepare(model.apply, params, batch, *frozen, parts=stage.accumulate)
 
     return Program(
@@ -97,5 +110,10 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
     )
 
 
-def _trained(params: Params, *frozen: Params) -> Params:
-    return params
+def _model_params(params: Params, *frozen: Params) -> Params:
+    """Trained parameters without those that the objective trains beside them."""
+    return {name: branch for name, branch in params.items() if name != BESIDE}
+
+
+def _zeros(info: ParamInfo, model: Module) -> Array:
+    return jnp.zeros(info.shape, jnp.float32, out_sharding=model.rules(*info.axes))

@@ -8,15 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.distributed.parameters import parameter_info
 from gptjax.distributed.sharding import MeshConfig, global_array, use
-from gptjax.nn import Transformer, TransformerConfig
-from gptjax.objectives import DAPO, GRPO, GSPO, RLOO, DrGRPO, PolicyGradient
-from gptjax.types import Episodes
+from gptjax.nn import LoRA, Transformer, TransformerConfig
+from gptjax.objectives import DAPO, GRPO, GSPO, PPO, RLOO, DrGRPO, PolicyGradient
+from gptjax.objectives.policy import replies_logprobs
+from gptjax.types import BESIDE, Episodes, UserError
 
 CONFIG = TransformerConfig(vocab=16, layers=1, width=16, heads=2, dropout=0.5)
 MODEL = Transformer(CONFIG)
 B, T = 8, 12
-OBJECTIVES = [GRPO(), DrGRPO(), DAPO(), GSPO(kl=0.1, kl_estimator="weighted_k3"), RLOO(), PolicyGradient(entropy=0.1)]
+OBJECTIVES = [
+    GRPO(),
+    DrGRPO(),
+    DAPO(entropy=0.1),
+    GSPO(kl=0.1, kl_estimator="weighted_k3"),
+    RLOO(),
+    PPO(),
+]
 
 
 def episodes(seed: int = 0) -> Episodes:
@@ -42,7 +51,8 @@ def episodes(seed: int = 0) -> Episodes:
 def params():
     keys = jax.random.split(jax.random.key(0))
     made = [jax.jit(MODEL.init)(key, jnp.zeros((1, 4), jnp.int32))["params"] for key in keys]
-    return [jax.tree.map(lambda x: x * 2, one) for one in made]
+    critic = {"value": jax.random.normal(jax.random.key(1), (16, 1)), "value_bias": jnp.ones(1)}
+    return [jax.tree.map(lambda x: x * 2, one) | {BESIDE: critic} for one in made]
 
 
 def prepared(objective, params, batch, model=MODEL, parts=1):
@@ -72,7 +82,7 @@ def close(found, expected, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
-def test_a_step_in_parts_and_on_a_mesh_has_the_same_gradient(objective, params):
+def test_a_step_in_parts_has_the_same_gradient(objective, params):
     """The parameters have moved since the batch was prepared: ratios are not 1, and some are clipped."""
     whole = prepared(objective, params, episodes())
     moved = jax.tree.map(lambda a, b: a + 0.1 * b, *params)
@@ -85,10 +95,99 @@ def test_a_step_in_parts_and_on_a_mesh_has_the_same_gradient(objective, params):
         for name, pair in metrics.items():
             added = np.sum([part[name] for part, _ in found], 0)
             np.testing.assert_allclose(added, pair, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("objective", [OBJECTIVES[3], OBJECTIVES[5]], ids=lambda o: type(o).__name__)
+def test_a_step_on_a_mesh_has_the_same_gradient(objective, params):
+    """Prepared in parts there, as a whole here."""
+    whole = prepared(objective, params, episodes())
+    moved = jax.tree.map(lambda a, b: a + 0.1 * b, *params)
+    _, expected = gradient(objective)(moved, whole)
     with use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         sharded = Transformer(CONFIG)
         batch = global_array(episodes(), sharded.rules)
         there = prepared(objective, params, batch, sharded, parts=2)
         _, grads = gradient(objective, sharded)(moved, there)
-    close(there.advantages, whole.advantages)
+    close(there.advantages, whole.advantages, 1e-5)
     close(grads, expected, 1e-5)
+
+
+@pytest.mark.parametrize("objective", [GRPO(), RLOO(), PPO()], ids=lambda o: type(o).__name__)
+def test_a_stage_begins_at_ratio_1_and_divergence_0(objective, params):
+    """With dropout in the model, with an adapter stacked on another's result, and the batch prepared in parts."""
+    info, key = parameter_info(MODEL), jax.random.key(1)
+    lora = LoRA(rank=2, match=("attention/q", "mlp/up"))
+    first = lora.init(jax.random.key(2), params[0], info)
+    first = jax.tree.map(lambda x: x + 0.1, first)
+    stacked = lora.merge(params[0], first) | {BESIDE: params[0][BESIDE]}
+    fresh = lora.merge(stacked, lora.init(jax.random.key(3), stacked, info)) | {BESIDE: params[0][BESIDE]}
+    batch = prepared(objective, [fresh, stacked], episodes(), parts=2)
+    np.testing.assert_allclose(batch.old_logprobs, batch.reference_logprobs, atol=1e-6)
+    metrics = objective(MODEL.apply, fresh, batch, key)
+    assert metrics["clipped"][0] == 0
+    assert float(metrics["kl"][0]) == pytest.approx(0, abs=1e-6)
+    ratio = jnp.exp(replies_logprobs(MODEL.apply, fresh, batch).logprobs - batch.old_logprobs)
+    np.testing.assert_allclose(jnp.where(batch.weights > 0, ratio, 1), 1, atol=1e-5)
+
+
+def test_nothing_to_learn_from_gives_zero(params):
+    """Every reply cut off and left out, every reply absent, and groups whose rewards are all equal."""
+    start = episodes()
+    empty = [
+        (DAPO(), dataclasses.replace(start, finished=np.zeros(B, np.float32))),
+        (PPO(mask_truncated=True, kl=0), dataclasses.replace(start, finished=np.zeros(B, np.float32))),
+        (RLOO(), dataclasses.replace(start, groups=np.full(B, -1, np.int32))),
+        (PPO(), dataclasses.replace(start, groups=np.full(B, -1, np.int32))),
+        (DrGRPO(), dataclasses.replace(start, rewards=np.full(B, 0.1, np.float32))),
+    ]
+    for objective, batch in empty:
+        metrics, grads = gradient(objective)(params[0], prepared(objective, params, batch))
+        assert metrics["loss"][0] == 0, objective
+        assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads)), objective
+        assert np.isfinite([x for pair in metrics.values() for x in pair]).all(), objective
+
+
+def test_masked_replies_count_neither_above_nor_below(params):
+    """A reply that was cut off: the loss is that of the others, though it is in their baseline."""
+    batch, objective = episodes(), DAPO()
+    cut = prepared(objective, params, batch)
+    kept = prepared(dataclasses.replace(objective, mask_truncated=False), params, batch)
+    np.testing.assert_array_equal(cut.advantages, kept.advantages)
+    assert cut.weights[1].sum() == 0
+    assert kept.weights[1].sum() > 0
+    metrics, _ = gradient(objective)(params[0], cut)
+    assert metrics["loss"][1] == kept.weights.sum() - kept.weights[1].sum()
+
+
+def test_corrections_weigh_what_was_sampled(params):
+    """Truncated or masked at the cap, by token or by reply; the loss's weight stays."""
+    batch = prepared(GRPO(), params, episodes())
+    off = np.where(batch.weights > 0, batch.old_logprobs - batch.logprobs, 0)
+    replies = np.exp(off.sum(-1, keepdims=True) * np.ones_like(off))
+    for kind, weight in {
+        "token_truncate": np.minimum(np.exp(off), 1.5),
+        "token_mask": np.exp(off) * (np.exp(off) <= 1.5),
+        "sequence_truncate": np.minimum(replies, 1.5),
+        "sequence_mask": replies * (replies <= 1.5),
+        "none": np.ones_like(off),
+    }.items():
+        objective = PolicyGradient(correction=kind, correction_cap=1.5)
+        metrics, _ = gradient(objective)(params[0], batch)
+        expected = -np.sum(weight * batch.advantages * batch.weights)
+        assert float(metrics["policy_loss"][0]) == pytest.approx(expected, rel=1e-4, abs=1e-4), kind
+        assert metrics["policy_loss"][1] == batch.weights.sum()
+
+
+def test_bad_settings_name_the_field():
+    for settings, field in (
+        ({"clip_low": -1}, "clip_low"),
+        ({"dual_clip": 1.1}, "dual_clip"),
+        ({"correction_cap": 0}, "correction_cap"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"kl_in": "reward", "kl_estimator": "weighted_k3"}, "kl_estimator"),
+    ):
+        with pytest.raises(UserError, match=field):
+            PolicyGradient(**settings)
+    for settings in ({"gamma": 2}, {"gae_lambda": -1}, {"value_coefficient": 0}, {"value_clip": 0}):
+        with pytest.raises(UserError, match=next(iter(settings))):
+            PPO(**settings)
