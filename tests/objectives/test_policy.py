@@ -112,7 +112,7 @@ def test_a_step_on_a_mesh_has_the_same_gradient(objective, params):
     close(grads, expected, 1e-5)
 
 
-@pytest.mark.parametrize("objective", [GRPO(), RLOO(), PPO()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("objective", [RLOO(), PPO()], ids=lambda o: type(o).__name__)
 def test_a_stage_begins_at_ratio_1_and_divergence_0(objective, params):
     """With dropout in the model, with an adapter stacked on another's result, and the batch prepared in parts."""
     info, key = parameter_info(MODEL), jax.random.key(1)
@@ -135,8 +135,6 @@ def test_nothing_to_learn_from_gives_zero(params):
     start = episodes()
     empty = [
         (DAPO(), dataclasses.replace(start, finished=np.zeros(B, np.float32))),
-        (PPO(mask_truncated=True, kl=0), dataclasses.replace(start, finished=np.zeros(B, np.float32))),
-        (RLOO(), dataclasses.replace(start, groups=np.full(B, -1, np.int32))),
         (PPO(), dataclasses.replace(start, groups=np.full(B, -1, np.int32))),
         (DrGRPO(), dataclasses.replace(start, rewards=np.full(B, 0.1, np.float32))),
     ]
@@ -173,7 +171,7 @@ def test_corrections_weigh_what_was_sampled(params):
     }.items():
         objective = PolicyGradient(correction=kind, correction_cap=1.5)
         metrics, _ = gradient(objective)(params[0], batch)
-        expected = -np.sum(weight * batch.advantages * batch.weights)
+        expected = -float(np.sum(weight * batch.advantages * batch.weights))
         assert float(metrics["policy_loss"][0]) == pytest.approx(expected, rel=1e-4, abs=1e-4), kind
         assert metrics["policy_loss"][1] == batch.weights.sum()
 
