@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gptjax.models.model import Model
     from gptjax.models.regressor_model import RegressorModel
     from gptjax.models.text_to_text import TextToText
+    from gptjax.models.token_classifier_model import TokenClassifierModel
     from gptjax.types import UserError
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "ShardingRules",
     "Stage",
     "TextToText",
+    "TokenClassifierModel",
     "UserError",
     "load",
 ]
@@ -62,6 +64,7 @@ _HOME = {
     "Sampling": "gptjax.inference.sampling",
     "Stage": "gptjax.experiment.experiment",
     "TextToText": "gptjax.models.text_to_text",
+    "TokenClassifierModel": "gptjax.models.token_classifier_model",
     "UserError": "gptjax.types",
     "load": "gptjax.models.loading",
 }

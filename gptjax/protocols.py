@@ -197,8 +197,8 @@ class ModelConfig(Config, Protocol):
 
     architecture: ClassVar[str] = "decoder"
     """Output of `build().apply`: logits [B, T, V] of the next tokens ("decoder"), of masked tokens ("encoder") or of a
-    target given its source ("encoder-decoder"), logits [B, M, C] of documents ("classifier"), or one number for each,
-    [B, M, 1] ("regressor")."""
+    target given its source ("encoder-decoder"), logits [B, M, C] of documents ("classifier"), one number for each,
+    [B, M, 1] ("regressor"), or logits [B, T, C] of tokens ("token-classifier")."""
     vocab: int
     """V, the number of token ids."""
 

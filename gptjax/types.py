@@ -65,10 +65,17 @@ class Pair(Batch):
 class Labelled(Batch):
     """A batch whose documents have labels: segment m of sequence b has the label `labels[b, m - 1]`.
 
-    labels  int32, [B, M]: class, from 0; -1: no document, or one without a weight
+    labels  [B, M]: int32, class, from 0; -1: no document, or one without a weight; of a regression float32, number
     """
 
     labels: Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenLabelled(Batch):
+    """A batch whose tokens have labels: `targets[b, t]` is the class of `tokens[b, t]`, and `weights[b, t]` its
+    weight."""
 
 
 @jax.tree_util.register_dataclass

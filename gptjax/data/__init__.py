@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptjax.data.canaries import WithCanaries
     from gptjax.data.chat import Chat, Conversation, Message
-    from gptjax.data.classify import Classify
+    from gptjax.data.classify import Classify, Regress
     from gptjax.data.conversations import Alpaca, ChatJsonl, Conversations, OpenAIMessages, ShareGPT
     from gptjax.data.dataset import Batches, Dataset, Pretrain, ValidationBatches
     from gptjax.data.folds import Fold
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from gptjax.data.preferences import Preference, Preferences, PreferencesJsonl
     from gptjax.data.pydocs import PyDocs, PyDocsChat
     from gptjax.data.show import Piece, pieces
-    from gptjax.data.sources import TFDS, Example, LabelledJsonl, Text
+    from gptjax.data.sources import TFDS, Example, LabelledJsonl, NumbersJsonl, Text
     from gptjax.data.store import Tokens
     from gptjax.data.tables import Csv, Jsonl, Parquet
+    from gptjax.data.tags import ClassifySteps, ClassifyTokens, Steps, StepsJsonl, Tagged, TaggedJsonl
     from gptjax.data.tokenizers import (
         CHAT_SPECIALS,
         Bytes,
@@ -57,6 +58,8 @@ __all__ = [
     "Chat",
     "ChatJsonl",
     "Classify",
+    "ClassifySteps",
+    "ClassifyTokens",
     "Concatenate",
     "Conversation",
     "Conversations",
@@ -72,6 +75,7 @@ __all__ = [
     "Message",
     "Mix",
     "NoPacking",
+    "NumbersJsonl",
     "OpenAIMessages",
     "Pairs",
     "PairsJsonl",
@@ -84,8 +88,13 @@ __all__ = [
     "Pretrain",
     "PyDocs",
     "PyDocsChat",
+    "Regress",
     "Reweight",
     "ShareGPT",
+    "Steps",
+    "StepsJsonl",
+    "Tagged",
+    "TaggedJsonl",
     "Text",
     "TextPair",
     "Tokenizer",
@@ -103,7 +112,7 @@ __all__ = [
 _NAMES = {
     "gptjax.data.canaries": "WithCanaries",
     "gptjax.data.chat": "Chat Conversation Message",
-    "gptjax.data.classify": "Classify",
+    "gptjax.data.classify": "Classify Regress",
     "gptjax.data.conversations": "Alpaca ChatJsonl Conversations OpenAIMessages ShareGPT",
     "gptjax.data.dataset": "Batches Dataset Pretrain ValidationBatches",
     "gptjax.data.folds": "Fold",
@@ -115,9 +124,10 @@ _NAMES = {
     "gptjax.data.preferences": "Preference Preferences PreferencesJsonl",
     "gptjax.data.pydocs": "PyDocs PyDocsChat",
     "gptjax.data.show": "Piece pieces",
-    "gptjax.data.sources": "TFDS Example LabelledJsonl Text",
+    "gptjax.data.sources": "TFDS Example LabelledJsonl NumbersJsonl Text",
     "gptjax.data.store": "Tokens",
     "gptjax.data.tables": "Csv Jsonl Parquet",
+    "gptjax.data.tags": "ClassifySteps ClassifyTokens Steps StepsJsonl Tagged TaggedJsonl",
     "gptjax.data.tokenizers": (
         "CHAT_SPECIALS Bytes LoadTokenizer Tokenizer TrainCharacters TrainSentencePiece load_tokenizer"
     ),

@@ -1,4 +1,4 @@
-"""Classification data: labelled texts."""
+"""Classification and regression data: labelled texts."""
 
 from __future__ import annotations
 
@@ -60,9 +60,37 @@ class Classify(Dataset):
 
 
 def encode_examples(documents: Iterator[Example], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Encode texts as in pretraining, with their labels."""
+    """Encode texts as in pretraining, with their classes."""
     for example, ids in encoded(documents, lambda example: example.text, tokenizer):
+        if not isinstance(example.label, int):
+            raise UserError(
+                f"source: got the label {example.label}, must be the number of a class; numbers: data.Regress"
+            )
         yield Encoded(add_bos_eos(ids, tokenizer), label=example.label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regress(Classify):
+    """Texts with numbers, one per sequence. A source is `NumbersJsonl`."""
+
+    def encodings(self) -> tuple[Encode, ...]:
+        return (encode_numbers,)
+
+    def empty(self, size: int) -> Labelled:
+        return dataclasses.replace(super().empty(size), labels=np.zeros((size, 1), np.float32))
+
+    def check(self, model: ModelConfig) -> None:
+        super().check(model)
+        if model.architecture != "regressor":
+            raise UserError(
+                f"data: got Regress, which is for regressor models, must be for {model.architecture} models"
+            )
+
+
+def encode_numbers(documents: Iterator[Example], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Encode texts as in pretraining, with their numbers."""
+    for example, ids in encoded(documents, lambda example: example.text, tokenizer):
+        yield Encoded(add_bos_eos(ids, tokenizer), label=float(example.label))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,7 +82,8 @@ def as_text(batch: Batch, tokenizer: Tokenizer, sequence: int = 0, colour: bool 
             text += f"{TRAINED}{piece.text}{PLAIN}{weight}" if colour else f"{OPEN}{piece.text}{CLOSE}{weight}"
         lines.append(text)
     if isinstance(batch, Labelled):
-        label = f"class {int(np.asarray(batch.labels)[sequence, 0])}"
+        found = np.asarray(batch.labels)[sequence, 0]
+        label = f"class {found}" if np.issubdtype(found.dtype, np.integer) else f"number {found:g}"
         lines.append(f"{TRAINED}{label}{PLAIN}" if colour else f"{OPEN}{label}{CLOSE}")
     if padding := int((np.asarray(batch.segments)[sequence] == 0).sum()):
         lines.append(f"{FAINT}({padding} of padding){PLAIN}" if colour else f"({padding} of padding)")
@@ -121,7 +122,7 @@ def statistics(data: Dataset, tokenizer: Tokenizer, split: Split, cache_dir: str
         used = segments.any(axis=1)
         trained += int((np.asarray(batch.weights) > 0).sum())
         real, total, rows = real + int((segments > 0).sum()), total + segments[used].size, rows + int(used.sum())
-    targets = "the class of each" if labelled else f"{trained / real:.1%} of the tokens"
+    targets = "the label of each" if labelled else f"{trained / real:.1%} of the tokens"
     yield f"of {rows:,} sequences of {data.length:,}, {1 - real / total:.1%} padding: trained {targets}"
 
 

@@ -152,10 +152,10 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A text and its class, counted from 0."""
+    """A text and its class, counted from 0, or its number."""
 
     text: str
-    label: int
+    label: int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +201,40 @@ class LabelledJsonl:
             labels = ", ".join(map(repr, self.classes))
             raise UserError(f"classes: {where}: got the label {value[self.label]!r}, must be one of {labels}")
         return Example(value[self.text], self.classes.index(value[self.label]))
+
+
+@dataclasses.dataclass(frozen=True)
+class NumbersJsonl:
+    """Texts with numbers, one per line: `{"text": "What a film!", "label": 4.5}`."""
+
+    path: str
+    """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
+    text: str = "text"
+    """Field with the text."""
+    label: str = "label"
+    """Field with the number."""
+    validation: float = 0.1
+    """Fraction of the texts held out for validation, chosen by a hash of the text. 0: none."""
+    invalid: Literal["error", "skip"] = "error"
+    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
+
+    def __post_init__(self) -> None:
+        check_fraction(self.validation)
+
+    def documents(self, split: Split) -> Iterator[Example]:
+        examples = (self._example(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
+        yield from of_split(((e.text, e) for e in examples if e.text.strip()), split, self.path, self.validation)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self, *file_state(self.path))
+
+    def _example(self, where: Where, value: Any) -> Example:
+        if not isinstance(value, dict) or not isinstance(value.get(self.text), str) or self.label not in value:
+            found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+            raise UserError(
+                f'path: {where}: got {found}, must be an object with a text in "{self.text}" and a "{self.label}"'
+            )
+        return Example(value[self.text], finite(value[self.label], f"path: {where}: {self.label}"))
 
 
 def finite(value: Any, field: str) -> float:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gptjax.evals.answers import Answers
     from gptjax.evals.bits_per_byte import BitsPerByte
     from gptjax.evals.core import Core
+    from gptjax.evals.correlation import Correlation
+    from gptjax.evals.entities import Entities
     from gptjax.evals.exact_match import ExactMatch
     from gptjax.evals.exposure import Exposure
     from gptjax.evals.generative import Generative
@@ -28,6 +30,8 @@ __all__ = [
     "Answers",
     "BitsPerByte",
     "Core",
+    "Correlation",
+    "Entities",
     "ExactMatch",
     "Exposure",
     "Generative",
@@ -44,6 +48,8 @@ _NAMES = {
     "gptjax.evals.answers": "Answers",
     "gptjax.evals.bits_per_byte": "BitsPerByte",
     "gptjax.evals.core": "Core",
+    "gptjax.evals.correlation": "Correlation",
+    "gptjax.evals.entities": "Entities",
     "gptjax.evals.exact_match": "ExactMatch",
     "gptjax.evals.exposure": "Exposure",
     "gptjax.evals.generative": "Generative",

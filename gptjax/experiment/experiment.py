@@ -214,7 +214,8 @@ class Experiment:
         if evaluations and not results:
             with sharding.use(mesh):
                 params = trained(nested(declared(model)))
-            evaluated = self._kind(self.model, params, tokenizer, rules=self.rules)
+            read = {} if self._generates else self._kind.settings_of_run(to_json(self.stages[name].data))
+            evaluated = self._kind(self.model, params, tokenizer, rules=self.rules, **read)
             results = _evaluate(name, self.stages[name], evaluated, console)
             stored.write(results)
         return results

@@ -30,7 +30,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.interop import compressed, multimodal, quantised, safetensors, schema, tokenizers
 from gptjax.interop.compressed import Exported
 from gptjax.interop.essence import essence, summarise
-from gptjax.interop.families import CLASSIFYING, FAMILIES, Family, Fields, Piece, pieces
+from gptjax.interop.families import CLASSIFYING, FAMILIES, TAGGING, Family, Fields, Piece, pieces
 from gptjax.interop.generation import of_sampling
 from gptjax.interop.multimodal import read_config
 from gptjax.interop.templates import ChatTemplate
@@ -45,6 +45,7 @@ from gptjax.nn import (
     RegressorConfig,
     Stack,
     SwiGLU,
+    TokenClassifierConfig,
     TransformerConfig,
 )
 from gptjax.types import Params, UserError
@@ -144,8 +145,8 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 def read_kind(folder: str | Path) -> type[ModelConfig]:
     """The configuration class of a folder's model. Raises UserError for an unknown family."""
     fields = read_config(folder)
-    if not _classifies(fields):
-        return _family(fields["model_type"]).kind
+    if (head := _head(fields)) != CLASSIFYING:
+        return _family(fields["model_type"]).kind if head is None else TokenClassifierConfig
     return RegressorConfig if _classes(fields) == 1 else ClassifierConfig
 
 
@@ -251,8 +252,12 @@ def _family(model_type: str) -> Family:
     raise UserError(f"model_type: got {model_type!r}, must be one of {known}")
 
 
-def _classifies(fields: Fields) -> bool:
-    return any(name.endswith(CLASSIFYING) for name in fields.get("architectures") or ())
+def _head(fields: Fields) -> str | None:
+    """Suffix of the class of `transformers` with a head that classifies. None: another class."""
+    named = (
+        head for name in fields.get("architectures") or () for head in (CLASSIFYING, TAGGING) if name.endswith(head)
+    )
+    return next(named, None)
 
 
 def _classes(fields: Fields) -> int:
@@ -263,11 +268,13 @@ def _classes(fields: Fields) -> int:
 def _read(family: Family, fields: Fields) -> ModelConfig:
     """The configuration that a config.json describes: a model of the family, or a head on top of it."""
     fields = family.named(fields)
-    if not _classifies(fields):
+    if (head := _head(fields)) is None:
         return family.read(fields)
-    if family.classifier is None:
+    if family.classifier is None or (head == TAGGING and not family.tags):
         raise UserError(f"config.json: architectures: got {fields['architectures']}, must be {family.architecture}")
     classes = _classes(fields)
+    if head == TAGGING:
+        return TokenClassifierConfig(family.read(fields), classes)
     fields.only(problem_type="regression" if classes == 1 else "single_label_classification")
     found = family.classifier(family.read(fields), max(classes, 2), fields)
     return found if classes > 1 else RegressorConfig(found.backbone, found.pooling, found.pooler, found.bias)
@@ -276,12 +283,15 @@ def _read(family: Family, fields: Fields) -> ModelConfig:
 def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json: the inverse of `_read`."""
     fields = {"model_type": family.model_type, "architectures": [family.architecture]}
-    if not isinstance(config, ClassifierConfig | RegressorConfig):
+    if not isinstance(config, ClassifierConfig | RegressorConfig | TokenClassifierConfig):
         return fields | family.write(config)
-    if family.classifier is None:
+    tags = isinstance(config, TokenClassifierConfig)
+    if family.classifier is None or (tags and not family.tags):
         raise UserError(f"classifier: got one, for which {family.model_type} has no class in `transformers`")
     fields |= _named([f"LABEL_{number}" for number in range(config.classes)]) | family.write(config.backbone)
-    return fields | family.of_classifier(config) | {"architectures": [family.classifying]}
+    if tags:
+        return fields | {"architectures": [family.with_head(TAGGING)]}
+    return fields | family.of_classifier(config) | {"architectures": [family.with_head(CLASSIFYING)]}
 
 
 def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dict[str, Any]]:

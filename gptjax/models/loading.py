@@ -37,6 +37,8 @@ from gptjax.protocols import Module
 from gptjax.types import Params, UserError, one_line
 
 M = TypeVar("M", bound=Model)
+SETTINGS = ("context", "decoder_start_token_id", "append_eos", "step_separator")
+"""Settings of a saved model, beside its configuration, that are numbers, texts or true or false."""
 DTYPES = ("float32", "bfloat16")
 Step = int | Literal["latest", "best"]
 """Checkpoint of a stage: the newest, that of the lowest validation loss, or that of a step."""
@@ -77,7 +79,7 @@ def load(
     rules      sharding of the parameters over the current mesh (`jax.set_mesh`), on which the model then runs; devices
                and hosts read their own shards only
     kind       class of the result: `LanguageModel`, `EncoderModel` (BERT), `TextToText` (T5), `ClassifierModel`,
-               `RegressorModel` (reward models), or `Model`: any of these
+               `RegressorModel` (reward models), `TokenClassifierModel`, or `Model`: any of these
     tokenizer  tokenizer, or the argument of `load_tokenizer`, in place of the path's own. None: the path's own; a model
                of others without one reads and writes ids alone
     step       checkpoint of a run: "latest", "best" (lowest validation loss of those that are kept), or a step
@@ -202,13 +204,21 @@ def model_class(config: type[ModelConfig]) -> type[Model]:
     from gptjax.models.encoder_model import EncoderModel
     from gptjax.models.regressor_model import RegressorModel
     from gptjax.models.text_to_text import TextToText
-    from gptjax.nn import ClassifierConfig, EncoderConfig, EncoderDecoderConfig, RegressorConfig
+    from gptjax.models.token_classifier_model import TokenClassifierModel
+    from gptjax.nn import (
+        ClassifierConfig,
+        EncoderConfig,
+        EncoderDecoderConfig,
+        RegressorConfig,
+        TokenClassifierConfig,
+    )
 
     kinds = {
         ClassifierConfig: ClassifierModel,
         EncoderConfig: EncoderModel,
         EncoderDecoderConfig: TextToText,
         RegressorConfig: RegressorModel,
+        TokenClassifierConfig: TokenClassifierModel,
     }
     return next((cls for base, cls in kinds.items() if issubclass(config, base)), LanguageModel)
 
@@ -286,7 +296,7 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
             params = from_arrays(model, {name: place(name, file[name]) for name in file.files})
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
-    settings = {name: config[name] for name in ("context", "decoder_start_token_id", "append_eos") if name in config}
+    settings = {name: config[name] for name in SETTINGS if name in config}
     if config.get("template") is not None:
         settings["template"] = ChatTemplate(**config["template"])
     if config.get("sampling") is not None:

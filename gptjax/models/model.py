@@ -67,7 +67,7 @@ class Model:
         """Write a new folder for `transformers` and `load`; see `gptjax.interop.huggingface.save_hf`."""
         from gptjax.interop.huggingface import save_hf
 
-        about = {"dtype": dtype, "model_type": model_type, **self._settings}
+        about = {"dtype": dtype, "model_type": model_type, **self._hf_settings}
         with _new_folder(path) as folder:
             save_hf(folder, self.config, self.params, self.tokenizer, **about)
 
@@ -75,6 +75,11 @@ class Model:
     def _settings(self) -> dict[str, Any]:
         """Settings that a folder stores beside the configuration, by field name."""
         return {}
+
+    @property
+    def _hf_settings(self) -> dict[str, Any]:
+        """Those of them that a folder for `transformers` has."""
+        return self._settings
 
     @classmethod
     def settings_of_hf(cls, path: Path, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -149,7 +154,11 @@ class TextEncoder(Model):
         return self._forward_ids(module, [text[:length] for text in ids], batch)
 
     def _forward_ids(self, module: Module, ids: Sequence[Sequence[int]], batch: int) -> np.ndarray:
-        """Outputs of a module of `nn.heads` for texts as ids, float32 [n, ...]."""
+        """Outputs of a module of `nn.heads`, one per text, for texts as ids: float32 [n, ...]."""
+        return np.stack([out[0] for out in self._outputs(module, ids, batch)])
+
+    def _outputs(self, module: Module, ids: Sequence[Sequence[int]], batch: int) -> list[np.ndarray]:
+        """Outputs of a module of `nn.heads` for texts as ids, float32 [M, ...] of documents or [T, ...] of tokens."""
         found: dict[int, np.ndarray] = {}
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # sorted by length, to minimise padding
         with on_mesh_of(self.params):
@@ -157,8 +166,8 @@ class TextEncoder(Model):
                 group = order[start : start + batch]
                 out = forward(module, self.params, *self._batch([ids[i] for i in group]))
                 out = out[0] if isinstance(out, tuple) else out
-                found |= zip(group, fetch(out).astype(np.float32)[:, 0], strict=True)
-        return np.stack([found[i] for i in range(len(ids))])
+                found |= zip(group, fetch(out).astype(np.float32), strict=True)
+        return [found[i] for i in range(len(ids))]
 
     def _add_bos_eos(self, ids: Sequence[int]) -> list[int]:
         """Token ids of a text between `bos` and `eos`."""

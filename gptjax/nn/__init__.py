@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         Pooler,
         Pooling,
         RegressorConfig,
+        TokenClassifier,
+        TokenClassifierConfig,
     )
     from gptjax.nn.intermediates import activations
     from gptjax.nn.latent_attention import MultiHeadLatentAttention
@@ -149,6 +151,8 @@ __all__ = [
     "Stack",
     "SwiGLU",
     "T5Bias",
+    "TokenClassifier",
+    "TokenClassifierConfig",
     "Transform",
     "Transformer",
     "TransformerConfig",
@@ -172,7 +176,8 @@ _NAMES = {
     "gptjax.nn.encoder": "Encoder EncoderConfig Transform",
     "gptjax.nn.encoder_decoder": "EncoderDecoder EncoderDecoderConfig",
     "gptjax.nn.heads": (
-        "Classifier ClassifierConfig Embedder First HeadConfig Last Mean NormedPooler Pooler Pooling RegressorConfig"
+        "Classifier ClassifierConfig Embedder First HeadConfig Last Mean NormedPooler Pooler Pooling RegressorConfig "
+        "TokenClassifier TokenClassifierConfig"
     ),
     "gptjax.nn.latent_attention": "MultiHeadLatentAttention",
     "gptjax.nn.lora": "DoRA LoRA",

@@ -157,6 +157,25 @@ class ClassifierConfig(HeadConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenClassifierConfig(HeadConfig):
+    """Classifier of each token over a decoder or an encoder: names in a text, or the steps of a solution."""
+
+    architecture = "token-classifier"
+
+    classes: int
+    """C, number of classes."""
+    bias: bool = True
+    """Bias in the classifier."""
+
+    def __post_init__(self):
+        if self.classes < 2:
+            raise UserError(f"model.classes: got {self.classes}, must be at least 2")
+
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
+        return TokenClassifier(self, rules)
+
+
+@dataclasses.dataclass(frozen=True)
 class RegressorConfig(HeadConfig):
     """One number per text over a decoder or an encoder: a reward model, or a regression."""
 
@@ -196,6 +215,25 @@ class Classifier(Backbone):
         w = param("classifier", (c.backbone.width, c.classes), ("embed", None), kind="head")
         logits = linear(x, w, self.rules("batch", None, None)) / c.width_multiplier
         return logits + param("classifier_bias", (c.classes,), (None,), zeros) if c.bias else logits
+
+
+class TokenClassifier(Backbone):
+    """Tokens to class logits of each token, h W + b, with h its hidden state after the final norm (Devlin et al. 2018,
+    arXiv:1810.04805, section 5.3)."""
+
+    config: TokenClassifierConfig
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return self.config.backbone
+
+    def head(self, x: Array, table: Array, context: Context) -> Array:
+        """Logits [B, T, C]."""
+        c = self.config
+        param = ParamFactory.for_module(self, self.rules, c.backbone.dtype)
+        w = param("token_classifier", (c.backbone.width, c.classes), ("embed", None), kind="head")
+        logits = linear(x, w, self.rules("batch", "sequence", None)) / c.width_multiplier
+        return logits + param("token_classifier_bias", (c.classes,), (None,), zeros) if c.bias else logits
 
 
 class Embedder(Backbone):

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from gptjax.objectives.policy import DAPO, GRPO, GSPO, RLOO, DrGRPO, PolicyGradient
     from gptjax.objectives.ppo import PPO
     from gptjax.objectives.preference import CPO, DPO, IPO, ORPO, SimPO
+    from gptjax.objectives.regression import Regression
     from gptjax.objectives.reward import BradleyTerry
     from gptjax.objectives.sequence_to_sequence import SequenceToSequence
+    from gptjax.objectives.token_classification import TokenClassification
 
 __all__ = [
     "CPO",
@@ -41,8 +43,10 @@ __all__ = [
     "NextToken",
     "OnPolicyDistillation",
     "PolicyGradient",
+    "Regression",
     "SequenceToSequence",
     "SimPO",
+    "TokenClassification",
 ]
 
 _HOME = {
@@ -57,7 +61,9 @@ _HOME = {
     "MultiToken": "gptjax.objectives.multi_token",
     "NextToken": "gptjax.objectives.next_token",
     "PPO": "gptjax.objectives.ppo",
+    "Regression": "gptjax.objectives.regression",
     "SequenceToSequence": "gptjax.objectives.sequence_to_sequence",
+    "TokenClassification": "gptjax.objectives.token_classification",
 }
 
 

@@ -26,7 +26,7 @@ ROWS = {
 SHOWN = {
     "chat.jsonl": ("<|bos|><|user|>2+2?<|end|><|assistant|>⟦4\n<|end|>⟧", "27.3% of the tokens"),
     "pairs.jsonl": ("<|bos|>two<|end|>⟦zwei<|end|>⟧", "(targets): "),
-    "labels.jsonl": ("<|bos|>two<|end|>\n⟦class 1⟧", "the class of each"),
+    "labels.jsonl": ("<|bos|>two<|end|>\n⟦class 1⟧", "the label of each"),
     "text.jsonl": ("<|bos|>⟦two<|end|>⟧", "80.0% of the tokens"),
 }
 

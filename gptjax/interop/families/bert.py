@@ -48,6 +48,8 @@ TABLE = (
     Row("bert.pooler.dense.bias", "P", "pooler/dense_bias", "P"),
     Row("classifier.weight", "Y D", "classifier", "D Y"),
     Row("classifier.bias", "Y", "classifier_bias", "Y"),
+    Row("classifier.weight", "Y D", "token_classifier", "D Y"),
+    Row("classifier.bias", "Y", "token_classifier_bias", "Y"),
 )
 
 
@@ -90,7 +92,7 @@ def classifier(backbone: EncoderConfig, classes: int, c: Fields) -> ClassifierCo
     return ClassifierConfig(backbone, classes, First(), Pooler(), bias=True)
 
 
-HEADLESS = ["BertModel"], ["BertForSequenceClassification"]
+HEADLESS = ["BertModel"], ["BertForSequenceClassification"], ["BertForTokenClassification"]
 """Architectures without the masked-token head: most sentence encoders, and classifiers."""
 IGNORED = r"(bert\.)?(pooler\..*|embeddings\.position_ids)|cls\.seq_relationship\..*"
 COPIES = {

@@ -119,13 +119,22 @@ class Family:
         return next((row.theirs for row in self.table if row.ours.endswith("head")), "")
 
     @property
-    def classifying(self) -> str:
-        """The classifier's class in `transformers`."""
-        return (self.stem or re.sub(r"(ForCausalLM|ForMaskedLM|LMHeadModel)$", "", self.architecture)) + CLASSIFYING
+    def tags(self) -> bool:
+        """True if `transformers` has a class that classifies tokens, and we its tensors' names."""
+        return self.model_type in TAGGERS and any(row.ours == "token_classifier" for row in self.table)
+
+    def with_head(self, suffix: str) -> str:
+        """The family's class in `transformers` with another head: `CLASSIFYING` or `TAGGING`."""
+        return (self.stem or re.sub(r"(ForCausalLM|ForMaskedLM|LMHeadModel)$", "", self.architecture)) + suffix
 
 
-CLASSIFYING = "ForSequenceClassification"
-"""Suffix of the classes of `transformers` that classify texts."""
+CLASSIFYING, TAGGING = "ForSequenceClassification", "ForTokenClassification"
+"""Suffixes of the classes of `transformers` that classify texts, and tokens."""
+TAGGERS = (
+    *("bert", "roberta", "xlm-roberta", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma"),
+    *("gemma2", "phi3", "smollm3", "stablelm", "starcoder2", "gpt_oss", "deepseek_v3"),
+)
+"""Families with a class that classifies tokens."""
 
 
 @dataclasses.dataclass(frozen=True)

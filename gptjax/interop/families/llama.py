@@ -16,6 +16,8 @@ ENDS = (
     Row("model.norm.weight", "D", "norm/scale", "D"),
     Row("lm_head.weight", "V D", "head", "D V"),
     Row("score.weight", "Y D", "classifier", "D Y"),
+    Row("score.weight", "Y D", "token_classifier", "D Y"),
+    Row("score.bias", "Y", "token_classifier_bias", "Y"),
 )
 ATTENTION = (
     Row("model.layers.{L}.self_attn.q_proj.weight", "(N H) D", "blocks/{L}/attention/q", "D N H"),

@@ -21,6 +21,8 @@ HEADS = (
     Row("classifier.dense.bias", "P", "pooler/dense_bias", "P"),
     Row("classifier.out_proj.weight", "Y D", "classifier", "D Y"),
     Row("classifier.out_proj.bias", "Y", "classifier_bias", "Y"),
+    Row("classifier.weight", "Y D", "token_classifier", "D Y"),
+    Row("classifier.bias", "Y", "token_classifier_bias", "Y"),
 )
 BODY = tuple(
     dataclasses.replace(row, theirs=row.theirs.replace("bert.", "roberta.", 1))
@@ -52,7 +54,8 @@ def write(m: EncoderConfig, stem: str = "Roberta") -> dict[str, Any]:
     }
 
 
-HEADLESS = [[f"{stem}{kind}"] for stem in ("Roberta", "XLMRoberta") for kind in ("Model", "ForSequenceClassification")]
+HEADS_OF_OTHERS = "Model", "ForSequenceClassification", "ForTokenClassification"
+HEADLESS = [[f"{stem}{kind}"] for stem in ("Roberta", "XLMRoberta") for kind in HEADS_OF_OTHERS]
 IGNORED = r"(roberta\.)?(pooler\..*|embeddings\.position_ids)"
 COPIES = {
     "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
