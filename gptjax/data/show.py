@@ -11,7 +11,7 @@ import numpy as np
 from gptjax.data.dataset import Dataset
 from gptjax.data.store import Store
 from gptjax.protocols import Split, Tokenizer
-from gptjax.types import Batch, Labelled, Pair
+from gptjax.types import Batch, Labelled, Pair, TokenLabelled
 
 SAMPLED = 1024
 """Sequences of which the shares of trained tokens and of padding are counted."""
@@ -61,6 +61,8 @@ def _trained(batch: Batch, sequence: int) -> tuple[np.ndarray, np.ndarray, np.nd
     """Tokens of a sequence, the weight of each as a target, and their segments, [T] each."""
     fields: list[Any] = [np.asarray(x)[sequence] for x in (batch.tokens, batch.weights, batch.segments)]
     tokens, weights, segments = fields
+    if isinstance(batch, TokenLabelled):  # a weight is that of the token itself
+        return tokens, weights, segments
     # weights[t] is that of the token after tokens[t], in the same document.
     follows = np.concatenate([[0.0], np.where(segments[1:] == segments[:-1], weights[:-1], 0.0)])
     return tokens, follows * (not isinstance(batch, Labelled)), segments
