@@ -4,13 +4,20 @@
     python -m experiments distil --sweep variant=alone,distilled --seeds 3
 
 The teacher has four times the student's steps. `distilled` follows the teacher's distributions (forward KL divergence),
-`alone` the next character; both students have the same steps, batches and seeds. Compare their
-`validation_cross_entropy`, in nats per character.
+`alone` the next character; both students have the same steps, batches and seeds. `validation_cross_entropy`, in nats
+per character, over 512 sequences:
+
+    teacher     2.050
+    alone       2.456  2.451  2.461     seeds 0, 1, 2
+    distilled   2.392  2.344  2.404     0.076 +- 0.068 lower (95 % interval of the paired difference, three seeds)
+
+One teacher served all seeds. Each student took about a minute, the teacher four, on two cores that thirty other
+processes shared. `python -m experiments check distil` needs the first command's teacher.
 """
 
 import dataclasses
 
-from gptjax import Experiment, Stage, data, objectives, optim
+from gptjax import Expect, Experiment, Stage, data, objectives, optim
 from gptjax.nn import GELU, LayerNorm, LearnedPositions, TransformerConfig
 from gptjax.protocols import Objective, Pretrained
 
@@ -58,4 +65,4 @@ variants = {
     "alone": trained(2, STEPS, objectives.NextToken()),
     "distilled": trained(2, STEPS, objectives.Distillation(Pretrained("runs/distil-teacher"))),
 }
-experiment = dataclasses.replace(variants["distilled"])
+experiment = dataclasses.replace(variants["distilled"], expect=(Expect("train/validation_cross_entropy", below=2.43),))
