@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import apply, drawn
 
 from experiments import __main__ as launcher
 from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
+from gptjax.experiment import coordinates as module
 from gptjax.experiment.coordinates import check, coordinates, resize, width_exponents
 from gptjax.nn import (
     GRU,
@@ -59,8 +61,8 @@ def test_the_base_is_the_standard_model():
     mup = dataclasses.replace(CONFIG, parametrisation=MuP(base_width=32))
     params = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), TOKENS)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(Transformer(mup).init)(jax.random.key(0), TOKENS), params)
-    logits, _ = Transformer(CONFIG).apply(params, TOKENS)
-    np.testing.assert_array_equal(Transformer(mup).apply(params, TOKENS)[0], logits)
+    logits, _ = apply(Transformer(CONFIG), params["params"], TOKENS)
+    np.testing.assert_array_equal(apply(Transformer(mup), params["params"], TOKENS)[0], logits)
 
 
 def test_mup_is_its_table():
@@ -74,11 +76,11 @@ def test_mup_is_its_table():
         for x, y in zip(*matrices, strict=True):
             np.testing.assert_allclose(x, y if np.all(y == 1) else scale * y, rtol=1e-6)
     assert wide.block().attention.scale == 16**0.5 / 64
-    logits, _ = Transformer(wide).apply({"params": params}, TOKENS)
+    logits, _ = apply(Transformer(wide), params, TOKENS)
     same = dataclasses.replace(
         plain, attention=dataclasses.replace(plain.attention, scale=16**0.5 / 64), logit_scale=0.25
     )
-    np.testing.assert_allclose(logits, Transformer(same).apply({"params": params}, TOKENS)[0], rtol=1e-6)
+    np.testing.assert_allclose(logits, apply(Transformer(same), params, TOKENS)[0], rtol=1e-6)
 
 
 LATENT = MultiHeadLatentAttention(kv_rank=8, q_rank=8, rope_size=4, value_size=8)
@@ -107,7 +109,7 @@ def test_every_hidden_matrix_is_scaled(name):
         1, parameter_info(wide.build()), wide.width_multiplier
     )
     params = nested(params)
-    moves, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    moves = jax.jit(lambda p: optimizer.update(jax.tree.map(jnp.ones_like, p), optimizer.init(p), p)[0])(params)
     params = flat(params)
     for path, move in flat(moves).items():
         last = path.split("/")[-1]
@@ -115,7 +117,7 @@ def test_every_hidden_matrix_is_scaled(name):
         hidden = not vector and last not in FIXED and not last.endswith("embedding")
         ratio = 0.5 if hidden and last not in ("input", "recurrent") else 1
         np.testing.assert_allclose(params[path], ratio * standard[path], rtol=1e-6, err_msg=path)
-        np.testing.assert_array_equal(jnp.unique(jnp.abs(move)), [0.25 if hidden else 1], err_msg=path)
+        np.testing.assert_array_equal(np.unique(np.abs(move)), [0.25 if hidden else 1], err_msg=path)
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "latent", "values"])
@@ -124,8 +126,8 @@ def test_at_its_base_every_model_is_the_standard_one(name):
     base = dataclasses.replace(plain, parametrisation=MuP(base_width=32, base_head_size=plain.H))
     params = jax.jit(plain.build().init)(jax.random.key(0), TOKENS)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(base.build().init)(jax.random.key(0), TOKENS), params)
-    logits, _ = plain.build().apply(params, TOKENS)
-    np.testing.assert_array_equal(base.build().apply(params, TOKENS)[0], logits)
+    logits, _ = apply(plain.build(), params["params"], TOKENS)
+    np.testing.assert_array_equal(apply(base.build(), params["params"], TOKENS)[0], logits)
 
 
 @pytest.mark.parametrize(("kind", "scale"), [(AdamW, 1 / 4), (Lion, 1 / 4), (Muon, 1 / 2), (Adafactor, 1 / 2)])
@@ -144,7 +146,7 @@ def test_learning_rates_of_hidden_matrices_fall_with_width(kind, scale):
     def update(width_exponents: float, weight_decay: float = 0.0):
         optimizer = kind(learning_rate=1.0, schedule=Constant(), weight_decay=weight_decay, clip=None)
         optimizer = optimizer.build(1, info, width_exponents)
-        return optimizer.update(gradients, optimizer.init(params), params)[0]
+        return jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])(gradients, params)
 
     base, wide, decayed = update(1), update(4), update(4, 0.5)
     np.testing.assert_allclose(wide["blocks"]["mlp"]["up"], scale * base["blocks"]["mlp"]["up"], rtol=1e-6)
@@ -156,9 +158,9 @@ def test_learning_rates_of_hidden_matrices_fall_with_width(kind, scale):
 def test_activations_are_those_of_the_model():
     config = dataclasses.replace(CONFIG, layers=3, pattern=(LayerOverrides(window=4), LayerOverrides()))
     model = Transformer(config)
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
-    found = activations(model, params, TOKENS)
-    np.testing.assert_allclose(found["logits"], model.apply({"params": params}, TOKENS)[0], rtol=1e-5, atol=1e-6)
+    params = drawn(model)
+    found = jax.jit(lambda p: activations(model, p, TOKENS))(params)
+    np.testing.assert_allclose(found["logits"], apply(model, params, TOKENS)[0], rtol=1e-5, atol=1e-6)
     for i in range(3):
         before = found["positions" if i == 0 else f"layer_{i - 1}"]
         after = before + found[f"layer_{i}/attention"] + found[f"layer_{i}/mlp"]
@@ -193,8 +195,10 @@ experiment = Experiment(RecurrentConfig(vocab=260, layers=1, width=8), Bytes(), 
 """
 
 
-def test_the_command_prints_the_table_and_needs_no_data(tmp_path, capsys):
+def test_the_command_prints_the_table_and_needs_no_data(tmp_path, capsys, monkeypatch):
     """For a model without an MLP too."""
+    assert module._widths(RecurrentConfig(vocab=260, layers=1, width=8)) == (64, 128, 256, 512)
+    monkeypatch.setattr(module, "_widths", lambda config: (8, 16))
     (tmp_path / "tiny.py").write_text(TINY)
     out = tmp_path / "run"
     command = [
@@ -207,7 +211,7 @@ def test_the_command_prints_the_table_and_needs_no_data(tmp_path, capsys):
     ]
     assert launcher.main(command) == 0
     table = capsys.readouterr().out
-    assert table.startswith("exponent of the width in the size of activations (64, 128, 256, 512):")
+    assert table.startswith("exponent of the width in the size of activations (8, 16):")
     assert "layer_0/attention" in table
     assert table.endswith(f"plot: {tmp_path / 'run-coordinates.png'}\n")
     assert (tmp_path / "run-coordinates.png").read_bytes().startswith(b"\x89PNG")
