@@ -8,9 +8,9 @@ Sharded sequences (`context`) are in kernels/test_sharded_sequences.py, stages i
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,9 +22,9 @@ from gptjax.distributed.parameters import flat, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.nn import MixtureOfExperts, Softmax, TransformerConfig
 from gptjax.objectives import NextToken
-from gptjax.optim import AdamW, Muon
+from gptjax.optim import AdamW, Muon, Optimizer
 from gptjax.plan import hlo
-from gptjax.plan.collectives import collectives
+from gptjax.plan.collectives import Collective, collectives
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError
@@ -32,6 +32,7 @@ from gptjax.types import Batch, UserError
 B, T, D, V, L = 8, 16, 64, 96, 2
 DENSE = TransformerConfig(vocab=V, layers=L, width=D, heads=4, hidden=128, tie_embeddings=False)
 EXPERTS = dataclasses.replace(DENSE, hidden=64, mlp=MixtureOfExperts(experts=8, router=Softmax(load_balance=0.0)))
+ADAM = AdamW(learning_rate=1e-2, clip=1.0)
 ROWS = B * T * D * 4
 """Bytes of the activations of a batch."""
 SCALARS = 128
@@ -45,53 +46,66 @@ def batch() -> Batch:
 
 
 class Program:
-    """The first state, the step, and what one sees of both, on the current mesh."""
+    """The first state, the compiled step, and what one sees of both, on a mesh."""
 
-    def __init__(self, config: TransformerConfig, optimizer: Any = AdamW(learning_rate=1e-2, clip=1.0)):
-        model = config.build(DEFAULT_RULES)
-        optimizer = optimizer.build(10, parameter_info(model))
-        self.batch = sharding.global_array(batch(), DEFAULT_RULES)
+    def __init__(self, config: TransformerConfig, mesh: MeshConfig | None, optimizer: Optimizer, devices: int):
+        self.mesh = mesh and mesh.make(jax.devices()[:devices])
+        with self.on_mesh():
+            model = config.build(DEFAULT_RULES)
+            optimizer = optimizer.build(10, parameter_info(model))
+            self.batch = sharding.global_array(batch(), DEFAULT_RULES) if mesh else batch()
 
-        def create() -> train_state.State:
-            params = model.init(jax.random.key(0), self.batch.tokens)["params"]
-            return train_state.create(params, optimizer, jax.random.key(1))
+            def create() -> train_state.State:
+                params = model.init(jax.random.key(0), self.batch.tokens)["params"]
+                return train_state.create(params, optimizer, jax.random.key(1))
 
-        self.create = jax.jit(create)
-        self.step = make_step(NextToken(), model.apply, optimizer)
+            self.create = jax.jit(create)
+            state = jax.eval_shape(self.create)
+            self.params = jax.tree.leaves(state.params)
+            self.step = make_step(NextToken(), model.apply, optimizer).lower(state, self.batch).compile()
+
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        return sharding.use(self.mesh) if self.mesh else contextlib.nullcontext()
 
     def run(self) -> tuple[list[tuple[float, float]], dict[str, np.ndarray]]:
         """Loss and norm of the gradient in three steps, and the gradient of every parameter in the first: what Adam's
         first moment then is in proportion to."""
-        state, seen, first = self.create(), [], {}
-        for _ in range(3):
-            state, metrics = self.step(state, self.batch)
-            seen.append(tuple(float(metrics[name][0] / metrics[name][1]) for name in ("loss", "gradient_norm")))
-            first = first or {name: np.asarray(x) for name, x in flat(tree_get(state.opt_state, "mu")).items()}
+        seen, first = [], {}
+        with self.on_mesh():
+            state = self.create()
+            for _ in range(3):
+                state, metrics = self.step(state, self.batch)
+                seen.append(tuple(float(metrics[name][0] / metrics[name][1]) for name in ("loss", "gradient_norm")))
+                first = first or {name: np.asarray(x) for name, x in flat(tree_get(state.opt_state, "mu")).items()}
         return seen, first
 
-    def found(self):
-        return collectives(
-            hlo.Program.parse(self.step.lower(jax.eval_shape(self.create), self.batch).compile().as_text())
-        )
+    def found(self) -> list[Collective]:
+        return collectives(hlo.Program.parse(self.step.as_text()))
+
+    def operands(self) -> dict[tuple[str, int], int]:
+        """(kind, devices in a group) -> bytes of all operands."""
+        total: collections.Counter[tuple[str, int]] = collections.Counter()
+        for one in self.found():
+            total[one.kind, one.group] += one.operand * one.times
+        return {key: size for key, size in total.items() if key[1] > 1}
 
     def bytes(self, axis: str | None) -> int:
         """Bytes of the parameters sharded over this mesh axis. None: of the replicated ones."""
-        leaves = jax.tree.leaves(jax.eval_shape(self.create).params)
         names = lambda leaf: {name for names in leaf.sharding.spec if names for name in np.atleast_1d(names)}  # noqa: E731
-        return sum(4 * leaf.size for leaf in leaves if (axis in names(leaf) if axis else not names(leaf)))
+        return sum(4 * leaf.size for leaf in self.params if (axis in names(leaf) if axis else not names(leaf)))
 
 
-def operands(found) -> dict[tuple[str, int], int]:
-    """(kind, devices in a group) -> bytes of all operands."""
-    total: collections.Counter[tuple[str, int]] = collections.Counter()
-    for one in found:
-        total[one.kind, one.group] += one.operand * one.times
-    return {key: size for key, size in total.items() if key[1] > 1}
+programs = functools.cache(Program)
+
+
+def program(config: TransformerConfig, mesh: MeshConfig | None, optimizer: Optimizer = ADAM, devices: int = 8):
+    """A program, compiled once for all the laws that it obeys. No mesh: on one device."""
+    return programs(config, mesh, optimizer, devices)
 
 
 @functools.cache
 def alone(config: TransformerConfig) -> tuple[list[tuple[float, float]], dict[str, np.ndarray]]:
-    return Program(config).run()
+    return program(config, None).run()
 
 
 @pytest.mark.parametrize(
@@ -99,12 +113,12 @@ def alone(config: TransformerConfig) -> tuple[list[tuple[float, float]], dict[st
     [
         (DENSE, MeshConfig(data=2, fsdp=4)),
         (DENSE, MeshConfig(data=2, fsdp=2, tensor=2)),
-        (DENSE, MeshConfig(fsdp=2, context=2, tensor=2)),
-        (DENSE, MeshConfig(pipeline=2, fsdp=2, context=2)),
-        (EXPERTS, MeshConfig(expert=2, fsdp=2, tensor=2)),
+        (DENSE, MeshConfig(data=1, fsdp=2, context=2, tensor=2)),
+        (DENSE, MeshConfig(data=1, pipeline=2, fsdp=2, context=2)),
+        (EXPERTS, MeshConfig(data=1, expert=2, fsdp=2, tensor=2)),
         # One axis, each of which is above with others.
         pytest.param(DENSE, MeshConfig(data=8), marks=pytest.mark.slow),
-        pytest.param(DENSE, MeshConfig(fsdp=8, data=1), marks=pytest.mark.slow),
+        pytest.param(DENSE, MeshConfig(data=1, fsdp=8), marks=pytest.mark.slow),
         pytest.param(DENSE, MeshConfig(data=2, tensor=4), marks=pytest.mark.slow),
         pytest.param(EXPERTS, MeshConfig(data=2, expert=4), marks=pytest.mark.slow),
     ],
@@ -113,8 +127,7 @@ def alone(config: TransformerConfig) -> tuple[list[tuple[float, float]], dict[st
 def test_steps_are_those_of_one_device(config, mesh):
     """A gradient is the last of some 2 L + 2 sums, each of the one before, that devices add up in another order: it may
     be off by so many times the square root of B T D roundings of float32."""
-    with sharding.use(mesh.make()):
-        seen, gradients = Program(config).run()
+    seen, gradients = program(config, mesh).run()
     expected, one = alone(config)
     np.testing.assert_allclose(seen, expected, rtol=5e-5)
     assert gradients.keys() == one.keys()
@@ -125,11 +138,10 @@ def test_steps_are_those_of_one_device(config, mesh):
 
 def test_data_parallel_adds_up_gradients():
     """One all-reduce of every parameter's gradient, and nothing else."""
-    with sharding.use(MeshConfig(data=8).make()):
-        program = Program(DENSE)
-        found = operands(program.found())
-        assert set(found) == {("all-reduce", 8)}
-        assert 0 <= found["all-reduce", 8] - program.bytes(None) <= SCALARS
+    made = program(DENSE, MeshConfig(data=8))
+    found = made.operands()
+    assert set(found) == {("all-reduce", 8)}
+    assert 0 <= found["all-reduce", 8] - made.bytes(None) <= SCALARS
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=4)], ids=["fsdp", "hybrid"])
@@ -137,9 +149,8 @@ def test_fsdp_gathers_parameters_and_never_activations(mesh):
     """The parts of the blocks' parameters are gathered forwards and backwards, those of embedding and head once, among
     the devices that share them out. Gradients are added up among those, and over copies of the model each device's part
     alone; but for the embedding's, which a lookup gives whole."""
-    with sharding.use(mesh.make()):
-        program = Program(DENSE)
-        found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
+    made = program(DENSE, mesh)
+    found, shared, whole = made.operands(), made.bytes("fsdp"), made.bytes(None)
     copies, table = 8 // mesh.fsdp, 4 * V * D
     assert found.pop(("all-gather", mesh.fsdp)) == (2 * shared - 2 * table) // mesh.fsdp
     if copies > 1:
@@ -155,9 +166,8 @@ def test_tensor_parallel_adds_up_activations():
     """After the embedding, attention and MLP forwards; backwards, before the head, and before attention and MLP, where
     what comes through q, k and v, and through gate and up, is added up by itself on a CPU. Of the logits, a maximum and
     a sum for each token. Parameters are not sent, their gradients to the other copy of the model alone."""
-    with sharding.use(MeshConfig(data=2, tensor=4).make()):
-        program = Program(DENSE)
-        found, whole, cut = operands(program.found()), program.bytes(None), program.bytes("tensor")
+    made = program(DENSE, MeshConfig(data=2, tensor=4))
+    found, whole, cut = made.operands(), made.bytes(None), made.bytes("tensor")
     rows, tokens = ROWS // 2, B // 2 * T * 4
     times = (1 + 2 * L) + 1 + (3 + 2) * L
     assert 0 <= found.pop(("all-reduce", 4)) - times * rows - 3 * tokens <= SCALARS
@@ -187,9 +197,8 @@ def assert_passed_on(sent: int, rounds: int, n: int, own: int, tokens: int) -> N
 )
 def test_context_parallel_passes_keys_on_and_never_gathers_rows(mesh):
     """Parameters are as without it; their gradients are added up over the ring too."""
-    with sharding.use(mesh.make()):
-        program = Program(DENSE)
-        found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
+    made = program(DENSE, mesh)
+    found, shared, whole = made.operands(), made.bytes("fsdp"), made.bytes(None)
     table, others = 4 * V * D if shared else 0, 8 // mesh.context
     assert_passed_on(found.pop(("collective-permute", 2)), L, mesh.context, ROWS // 8, B * T // 8)
     if shared:
@@ -201,9 +210,8 @@ def test_context_parallel_passes_keys_on_and_never_gathers_rows(mesh):
 
 
 def test_context_with_fsdp_and_tensor_parallel_sends_what_all_do():
-    with sharding.use(MeshConfig(data=1, fsdp=2, context=2, tensor=2).make()):
-        program = Program(DENSE)
-        found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
+    made = program(DENSE, MeshConfig(data=1, fsdp=2, context=2, tensor=2))
+    found, shared, whole = made.operands(), made.bytes("fsdp"), made.bytes(None)
     table, rows, tokens = 4 * V * D, ROWS // 4, B // 4 * T * 4
     assert found.pop(("all-gather", 2)) == (2 * (shared - 2 * table) + 3 * table) // 4
     gradients = (shared - table) // 2 + (shared - table) // 4 + table + 2 * whole  # of fsdp, then of the ring
@@ -228,9 +236,8 @@ def test_stages_beside_others_gather_what_fsdp_does_and_no_activations(mesh):
     and once backwards, not in each tick."""
     parts = stages = 2
     ticks, copies = parts + stages - 1, mesh.data * mesh.fsdp * mesh.context
-    with sharding.use(mesh.make()):
-        program = Program(DENSE)
-        found, shared = operands(program.found()), program.bytes("fsdp")
+    made = program(DENSE, mesh)
+    found, shared = made.operands(), made.bytes("fsdp")
     table, rows = 4 * V * D, ROWS // copies
     ids, blocks = 3 * 4 * B * T // copies, shared - 2 * table if shared else 0
     gathered = 2 * blocks // (stages * mesh.fsdp) + (2 * table // mesh.fsdp if shared else 0)
@@ -246,9 +253,8 @@ def test_stages_beside_others_gather_what_fsdp_does_and_no_activations(mesh):
 
 def test_fsdp_with_tensor_parallel_sends_what_both_do():
     """Each sends its own collectives, for the shards of parameters and activations that the other leaves a device."""
-    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
-        program = Program(DENSE)
-        found, shared, whole = operands(program.found()), program.bytes("fsdp"), program.bytes(None)
+    made = program(DENSE, MeshConfig(data=2, fsdp=2, tensor=2))
+    found, shared, whole = made.operands(), made.bytes("fsdp"), made.bytes(None)
     table, rows, tokens = 4 * V * D, ROWS // 4, B // 4 * T * 4
     assert found.pop(("all-gather", 2)) == (2 * (shared - 2 * table) + 3 * table) // 4  # once more for the logits
     gradients = (shared - table) // 2 + (shared - table) // 4  # among those that share, then over the copies
@@ -263,9 +269,8 @@ def test_expert_parallel_sends_tokens_and_never_experts(capacity):
     """The devices that share out the experts get one another's tokens, with the choices of the router, and return their
     part of the sum; backwards likewise. Experts' gradients go to the copies of the experts alone."""
     config = dataclasses.replace(EXPERTS, mlp=dataclasses.replace(EXPERTS.mlp, capacity=capacity))
-    with sharding.use(MeshConfig(data=2, expert=4).make()):
-        program = Program(config)
-        found, whole, cut = operands(program.found()), program.bytes(None), program.bytes("expert")
+    made = program(config, MeshConfig(data=2, expert=4))
+    found, whole, cut = made.operands(), made.bytes(None), made.bytes("expert")
     own, tokens, choices = ROWS // 8, ROWS // 2, 2 * 4 * B // 8 * T  # of a device, of those that gather, top_k numbers
     assert found.pop(("all-gather", 4)) == L * (2 * own + 2 * choices)
     assert found.pop(("reduce-scatter", 4)) == L * tokens
@@ -277,10 +282,9 @@ def test_expert_parallel_sends_tokens_and_never_experts(capacity):
 
 def test_experts_with_fsdp_and_tensor_parallel():
     """Experts' matrices are gathered once, as the backward pass keeps what it needs of them; the rest as without."""
-    with sharding.use(MeshConfig(expert=2, data=1, fsdp=2, tensor=2).make()):
-        program = Program(EXPERTS)
-        found, whole = operands(program.found()), program.bytes(None)
-        experts, shared = program.bytes("expert"), program.bytes("fsdp")
+    made = program(EXPERTS, MeshConfig(data=1, expert=2, fsdp=2, tensor=2))
+    found, whole = made.operands(), made.bytes(None)
+    experts, shared = made.bytes("expert"), made.bytes("fsdp")
     table, router = 4 * V * D, 4 * L * D * 8
     dense = shared - experts - 2 * table - router  # attention
     own, choices = ROWS // 4, 2 * 4 * B // 4 * T
@@ -303,12 +307,8 @@ def test_experts_with_fsdp_and_tensor_parallel():
 def test_muon_gets_whole_matrices_once(fsdp):
     """Gradient and momentum, beside what Adam sends: layer by layer where the devices can share out the layers, which
     then go back; else all of them to all, and nothing goes back. Not once in each iteration."""
-    with sharding.use(MeshConfig(data=8 // fsdp, fsdp=fsdp).make()):
-        adam, muon = (
-            operands(Program(DENSE, one).found())
-            for one in (AdamW(learning_rate=1e-2, clip=1.0), Muon(learning_rate=1e-2))
-        )
-        matrices = 4 * L * (4 * D * D + 3 * D * 128)
+    mesh, matrices = MeshConfig(data=8 // fsdp, fsdp=fsdp), 4 * L * (4 * D * D + 3 * D * 128)
+    adam, muon = (program(DENSE, mesh, one).operands() for one in (ADAM, Muon(learning_rate=1e-2)))
     more = {key: size for key in muon if (size := muon[key] - adam.get(key, 0)) > SCALARS}
     if L % fsdp:
         assert more == {("all-gather", fsdp): 2 * matrices // fsdp}
@@ -318,11 +318,11 @@ def test_muon_gets_whole_matrices_once(fsdp):
 
 def test_what_a_device_sends_does_not_grow_with_the_copies_of_the_model():
     """But for the (n - 1) / n of an all-reduce in a ring of n."""
-    for fixed in (MeshConfig(data=-1), MeshConfig(data=-1, fsdp=2)):
+    for fsdp in (1, 2):
         found = []
         for devices in (4, 8):
-            with sharding.use(fixed.make(jax.devices()[:devices])):
-                found.append([(one.kind, one.operand, one.times) for one in Program(DENSE).found() if one.group > 1])
+            sent = program(DENSE, MeshConfig(data=devices // fsdp, fsdp=fsdp), devices=devices).found()
+            found.append([(one.kind, one.operand, one.times) for one in sent if one.group > 1])
         assert sorted(found[0]) == sorted(found[1])
 
 
