@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gptjax.experiment.report import Expect
     from gptjax.inference.sampling import Sampling
     from gptjax.models.classifier_model import ClassifierModel
+    from gptjax.models.embedder_model import EmbedderModel
     from gptjax.models.encoder_model import EncoderModel
     from gptjax.models.language_model import LanguageModel
     from gptjax.models.loading import load
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ClassifierModel",
+    "EmbedderModel",
     "EncoderModel",
     "Expect",
     "Experiment",
@@ -52,6 +54,7 @@ __all__ = [
 
 _HOME = {
     "ClassifierModel": "gptjax.models.classifier_model",
+    "EmbedderModel": "gptjax.models.embedder_model",
     "EncoderModel": "gptjax.models.encoder_model",
     "Expect": "gptjax.experiment.report",
     "Experiment": "gptjax.experiment.experiment",

@@ -198,7 +198,8 @@ class ModelConfig(Config, Protocol):
     architecture: ClassVar[str] = "decoder"
     """Output of `build().apply`: logits [B, T, V] of the next tokens ("decoder"), of masked tokens ("encoder") or of a
     target given its source ("encoder-decoder"), logits [B, M, C] of documents ("classifier"), one number for each,
-    [B, M, 1] ("regressor"), or logits [B, T, C] of tokens ("token-classifier")."""
+    [B, M, 1] ("regressor"), logits [B, T, C] of tokens
+    ("token-classifier"), or vectors [B, M, D] of documents ("embedder")."""
     vocab: int
     """V, the number of token ids."""
 
@@ -270,6 +271,8 @@ class Objective(Config, Protocol):
     """Class of the batches that it reads."""
     unit: ClassVar[str] = "token"
     """Unit of the mean loss: "token", "text" or "pair"."""
+    whole_batch: ClassVar[bool] = False
+    """True: it compares the sequences of a step, which is never split into microbatches."""
     prepares: ClassVar[bool] = False
     """True: its batches go through `prepare` before they are trained on."""
 

@@ -80,6 +80,12 @@ class TokenLabelled(Batch):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SimilarPairs(Batch):
+    """A batch of pairs of similar texts, one pair per sequence, in segments 1 and 2."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PreferencePairs(Batch):
     """A batch of pairs of conversations, one pair per sequence: segment 1 has the chosen reply, segment 2 the rejected
     one. Only the tokens of the replies have a weight.

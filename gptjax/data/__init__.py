@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gptjax.data.preferences import Preference, Preferences, PreferencesJsonl
     from gptjax.data.pydocs import PyDocs, PyDocsChat
     from gptjax.data.show import Piece, pieces
+    from gptjax.data.similar import Similar
     from gptjax.data.sources import TFDS, Example, LabelledJsonl, NumbersJsonl, Text
     from gptjax.data.store import Tokens
     from gptjax.data.tables import Csv, Jsonl, Parquet
@@ -91,6 +92,7 @@ __all__ = [
     "Regress",
     "Reweight",
     "ShareGPT",
+    "Similar",
     "Steps",
     "StepsJsonl",
     "Tagged",
@@ -124,6 +126,7 @@ _NAMES = {
     "gptjax.data.preferences": "Preference Preferences PreferencesJsonl",
     "gptjax.data.pydocs": "PyDocs PyDocsChat",
     "gptjax.data.show": "Piece pieces",
+    "gptjax.data.similar": "Similar",
     "gptjax.data.sources": "TFDS Example LabelledJsonl NumbersJsonl Text",
     "gptjax.data.store": "Tokens",
     "gptjax.data.tables": "Csv Jsonl Parquet",

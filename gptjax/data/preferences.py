@@ -174,7 +174,7 @@ class Preferences(Dataset):
         (store,) = stores
         assert store.labels is not None
         chosen, margins = store.labels.T
-        return PairSequences(PackedSequences(store, _Pairs(store.offsets, chosen.astype(np.int64))), margins)
+        return PairSequences(PackedSequences(store, TwoPieces(store.offsets, chosen.astype(np.int64))), margins)
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Token ids of a conversation in which the user says `text`, up to the assistant's turn."""
@@ -257,21 +257,21 @@ class PairSequences:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Pairs:
+class TwoPieces:
     """Plan of sequences of one pair each: sequence d is document d, in two pieces."""
 
     offsets: np.ndarray
     """int64 [D + 1], as in `Store`."""
-    chosen: np.ndarray
-    """int64 [D], tokens of the chosen conversation."""
+    first: np.ndarray
+    """int64 [D], tokens of the first piece, the chosen conversation."""
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.first)
 
     def pieces(self, index: np.ndarray) -> Pieces:
         pair = index % len(self)
         start, end = self.offsets[pair], self.offsets[pair + 1]
-        starts = np.stack([start, start + self.chosen[pair]], 1).reshape(-1)
-        ends = np.stack([start + self.chosen[pair], end], 1).reshape(-1)
+        starts = np.stack([start, start + self.first[pair]], 1).reshape(-1)
+        ends = np.stack([start + self.first[pair], end], 1).reshape(-1)
         row = np.repeat(np.arange(len(index)), 2)
         return Pieces(row, starts, ends - starts, np.zeros(len(row), bool))

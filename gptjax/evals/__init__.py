@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gptjax.evals.name_bias import NameBias
     from gptjax.evals.preference_accuracy import PreferenceAccuracy
     from gptjax.evals.reply_likelihood import ReplyLikelihood
+    from gptjax.evals.retrieval import Retrieval
     from gptjax.evals.reward_accuracy import RewardAccuracy
     from gptjax.types import Result
 
@@ -40,6 +41,7 @@ __all__ = [
     "PreferenceAccuracy",
     "ReplyLikelihood",
     "Result",
+    "Retrieval",
     "RewardAccuracy",
 ]
 
@@ -57,6 +59,7 @@ _NAMES = {
     "gptjax.evals.name_bias": "NameBias",
     "gptjax.evals.preference_accuracy": "PreferenceAccuracy",
     "gptjax.evals.reply_likelihood": "ReplyLikelihood",
+    "gptjax.evals.retrieval": "Retrieval",
     "gptjax.evals.reward_accuracy": "RewardAccuracy",
     "gptjax.types": "Result",
 }

@@ -201,12 +201,14 @@ def model_class(config: type[ModelConfig]) -> type[Model]:
     if config is TransformerConfig:
         return LanguageModel  # without importing the others
     from gptjax.models.classifier_model import ClassifierModel
+    from gptjax.models.embedder_model import EmbedderModel
     from gptjax.models.encoder_model import EncoderModel
     from gptjax.models.regressor_model import RegressorModel
     from gptjax.models.text_to_text import TextToText
     from gptjax.models.token_classifier_model import TokenClassifierModel
     from gptjax.nn import (
         ClassifierConfig,
+        EmbedderConfig,
         EncoderConfig,
         EncoderDecoderConfig,
         RegressorConfig,
@@ -215,6 +217,7 @@ def model_class(config: type[ModelConfig]) -> type[Model]:
 
     kinds = {
         ClassifierConfig: ClassifierModel,
+        EmbedderConfig: EmbedderModel,
         EncoderConfig: EncoderModel,
         EncoderDecoderConfig: TextToText,
         RegressorConfig: RegressorModel,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Classifier,
         ClassifierConfig,
         Embedder,
+        EmbedderConfig,
         First,
         HeadConfig,
         Last,
@@ -92,6 +93,7 @@ __all__ = [
     "Context",
     "DoRA",
     "Embedder",
+    "EmbedderConfig",
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",
@@ -177,7 +179,7 @@ _NAMES = {
     "gptjax.nn.encoder_decoder": "EncoderDecoder EncoderDecoderConfig",
     "gptjax.nn.heads": (
         "Classifier ClassifierConfig Embedder First HeadConfig Last Mean NormedPooler Pooler Pooling RegressorConfig "
-        "TokenClassifier TokenClassifierConfig"
+        "TokenClassifier TokenClassifierConfig EmbedderConfig"
     ),
     "gptjax.nn.latent_attention": "MultiHeadLatentAttention",
     "gptjax.nn.lora": "DoRA LoRA",

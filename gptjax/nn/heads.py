@@ -193,6 +193,21 @@ class RegressorConfig(HeadConfig):
         return Classifier(self, rules)
 
 
+@dataclasses.dataclass(frozen=True)
+class EmbedderConfig(HeadConfig):
+    """A vector per text over a decoder or an encoder."""
+
+    architecture = "embedder"
+
+    pooling: Pooling = Mean()
+    """Pooling of the tokens' hidden states."""
+    normalise: bool = True
+    """Divide vectors by their norm, so that dot products are cosines."""
+
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
+        return Embedder(self.backbone, rules, pooling=self.pooling, normalise=self.normalise)
+
+
 class Classifier(Backbone):
     """Tokens to class logits, pool(h) W, with h the hidden states of a text after the final norm: GPT with `Last()`
     (Radford et al. 2018, section 3.2). BERT has tanh(pool(h) P + p) W + b (arXiv:1810.04805, section 4.1): `First()`,
@@ -247,4 +262,5 @@ class Embedder(Backbone):
     def head(self, x: Array, table: Array, context: Context, documents: int = 1) -> Array:
         """float32 [B, M, D], one vector for each of the M = `documents` texts of a sequence."""
         x = self.pooling(x, context.mask.query_segments, documents).astype(jnp.float32)
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if self.normalise else x
+        # The norm of a missing text, 0, has no gradient; its square has.
+        return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24)) if self.normalise else x

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptjax.objectives.classification import Classification
+    from gptjax.objectives.contrastive import InfoNCE
     from gptjax.objectives.distillation import Distillation, OnPolicyDistillation
     from gptjax.objectives.kto import KTO
     from gptjax.objectives.masked_tokens import MaskedTokens
@@ -38,6 +39,7 @@ __all__ = [
     "Classification",
     "Distillation",
     "DrGRPO",
+    "InfoNCE",
     "MaskedTokens",
     "MultiToken",
     "NextToken",
@@ -57,6 +59,7 @@ _HOME = {
     "Distillation": "gptjax.objectives.distillation",
     "KTO": "gptjax.objectives.kto",
     "OnPolicyDistillation": "gptjax.objectives.distillation",
+    "InfoNCE": "gptjax.objectives.contrastive",
     "MaskedTokens": "gptjax.objectives.masked_tokens",
     "MultiToken": "gptjax.objectives.multi_token",
     "NextToken": "gptjax.objectives.next_token",

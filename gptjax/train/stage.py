@@ -105,6 +105,11 @@ class Stage:
             raise UserError(f"hang_timeout: got {self.hang_timeout}, must be more than 0")
         if self.data.batch % self.accumulate:
             raise UserError(f"accumulate: got {self.accumulate}, must divide data.batch {self.data.batch}")
+        if self.objective.whole_batch and self.accumulate > 1:
+            raise UserError(
+                f"accumulate: got {self.accumulate}, must be 1: {type(self.objective).__name__} compares all sequences "
+                "of a step"
+            )
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema: got {self.ema}, must be between 0 and 1, or None")
 
