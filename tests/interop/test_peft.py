@@ -85,6 +85,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     peft.write(tmp_path / "x", lora, adapters, LLAMA)
     with pytest.raises(UserError, match="exists already"):
         peft.write(tmp_path / "x", lora, adapters, LLAMA)
+    with pytest.raises(UserError, match=r"lora.bits: got 4, must be None"):
+        peft.write(tmp_path / "y", dataclasses.replace(lora, bits=4), adapters, LLAMA)
     with pytest.raises(UserError, match=r"q_proj.lora_A.weight is \(2, 16\), must be \(2, 32\)"):
         peft.read(tmp_path / "x", dataclasses.replace(LLAMA, width=32))
     with pytest.raises(UserError, match=r"tensors belong to no matrix of this model: base_model.model.model.layers.1"):
