@@ -23,6 +23,7 @@ from gptjax.nn import (
     Mean,
     RecurrentConfig,
     ReLUSquared,
+    TokenClassifierConfig,
     Transformer,
     TransformerConfig,
     count,
@@ -107,6 +108,25 @@ def test_a_classifier_of_transformers_goes_in_and_out(case, tmp_path):
     config_again, params_again = load_hf(tmp_path / "ours")
     assert config_again == config
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+@pytest.mark.parametrize("case", ["bert", "roberta", "llama"])
+def test_a_classifier_of_tokens_of_transformers_goes_in_and_out(case, tmp_path):
+    names = {"id2label": {0: "O", 1: "B", 2: "I"}, "label2id": {"O": 0, "B": 1, "I": 2}}
+    torch, auto, theirs = saved("AutoModelForTokenClassification", tmp_path / "theirs", case, **CASES[case], **names)
+    config, params = load_hf(tmp_path / "theirs")
+    assert isinstance(config, TokenClassifierConfig)
+    assert (config.classes, config.bias) == (3, True)
+    tokens = np.random.default_rng(0).integers(3, 96, (1, 24))
+    with torch.inference_mode():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+        logits = np.asarray(jax.jit(config.build().apply)({"params": params}, tokens)[0])
+        assert np.abs(logits - expected).max() / np.abs(expected).max() < 1e-4
+        save_hf(tmp_path / "ours", config, params, model_type=case, labels=("O", "B", "I"))
+        again = auto.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+        np.testing.assert_array_equal(again(torch.tensor(tokens)).logits.numpy(), expected)
 
 
 def test_what_is_asked_of_a_classifier():
