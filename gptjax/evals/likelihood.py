@@ -22,6 +22,8 @@ import numpy as np
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, fetch, on_mesh_of, reshard
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.nn import Cache, make_cache
+from gptjax.objectives.parts import deferred_logits
+from gptjax.objectives.token_chunks import per_token
 from gptjax.protocols import ModelConfig, Module, Tokenizer
 from gptjax.types import Array, Params, UserError
 
@@ -254,14 +256,20 @@ def _score(
     prefixes: tokens and segments int32 [C, S], and the number of each row's prefix int32 [N]."""
     tokens, targets, new = (reshard(x, model.rules("batch", None)) for x in rows)
     cache = None if prefixes is None else _read(model, params, *prefixes, tokens.shape[1])
-    logits, _ = model.apply({"params": params}, tokens, cache=cache)
+    (logits, _), shown = model.apply({"params": params}, tokens, cache=cache, mutable=["deferred_logits"])
+    nll, greedy = per_token(_of_tokens, {"next": logits, **deferred_logits(shown)}["next"], targets)
+    values = jnp.stack([-jnp.sum(nll * new, -1), jnp.all((greedy > 0) | ~new, -1).astype(jnp.float32)], -1)
+    return reshard(values, model.rules(None, None))
+
+
+def _of_tokens(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """-log p of each target, and 1 where it is the most probable token, the first of equal ones."""
     logits = logits.astype(jnp.float32)
     nll, _ = cross_entropy(logits, targets)
-    # argmax, the first of equal ones; jax refuses argmax along a sharded vocabulary
+    # jax refuses argmax along a sharded vocabulary
     ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     top = jnp.min(jnp.where(logits == logits.max(-1, keepdims=True), ids, logits.shape[-1]), -1)
-    values = jnp.stack([-jnp.sum(nll * new, -1), jnp.all((top == targets) | ~new, -1).astype(jnp.float32)], -1)
-    return reshard(values, model.rules(None, None))
+    return nll, (top == targets).astype(jnp.float32)
 
 
 def _read(
