@@ -22,8 +22,7 @@ import numpy as np
 from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules, fetch, on_mesh_of, reshard
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.nn import Cache, make_cache
-from gptjax.objectives.parts import deferred_logits
-from gptjax.objectives.token_chunks import per_token
+from gptjax.objectives.parts import deferred_logits, per_token
 from gptjax.protocols import ModelConfig, Module, Tokenizer
 from gptjax.types import Array, Params, UserError
 

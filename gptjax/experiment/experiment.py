@@ -40,8 +40,7 @@ from gptjax.experiment import report, run_folder
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.io import atomic
-from gptjax.models.frozen import check_tokenizer, load_frozen
-from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
+from gptjax.models.loading import check_frozen, init_from_pretrained, load_frozen, model_class, restore_stage_params
 from gptjax.models.model import Model
 from gptjax.monitor.metrics import MetricsLogger, WandB
 from gptjax.protocols import ModelConfig, Module
@@ -335,7 +334,7 @@ class Experiment:
             for field, model in stage.frozen_models.items():
                 with Checkpoints(folder / "checkpoints" / name) as saved, _naming(f"{name}.objective.{field}"):
                     if not saved.steps():
-                        check_tokenizer(model, tokenizer)
+                        check_frozen(model, tokenizer)
 
     def _check_evaluations(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Raise UserError for an evaluation that cannot be run, before training."""

@@ -33,8 +33,8 @@ from gptjax.inference.sampling import Sampling
 from gptjax.models.language_model import LanguageModel, loaded_context
 from gptjax.models.model import Model
 from gptjax.nn import LoRA, ModelConfig, TransformerConfig
-from gptjax.protocols import Module
-from gptjax.types import Params, UserError, one_line
+from gptjax.protocols import Module, Pretrained
+from gptjax.types import FrozenModel, Params, UserError, one_line
 
 M = TypeVar("M", bound=Model)
 SETTINGS = ("context", "decoder_start_token_id", "append_eos", "step_separator")
@@ -320,3 +320,30 @@ def trained_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
             f"path: got {path}, whose tokenizer is not the one the model was trained with; restore that one"
         )
     return tokenizer
+
+
+def check_frozen(model: Pretrained, tokenizer: Tokenizer) -> None:
+    """Raise UserError if the model has another tokenizer than this one. Its weights are not read."""
+    from gptjax.interop import hub
+
+    if Path(model.path).expanduser().is_file():
+        return  # a file's tokenizer is read with the model
+    folder = hub.folder(model.path)
+    folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    if has_tokenizer(folder):
+        _check_same_tokenizer(model, load_tokenizer(folder), tokenizer)
+
+
+def load_frozen(model: Pretrained, tokenizer: Tokenizer, rules: ShardingRules) -> FrozenModel:
+    """The model, sharded over the current mesh. Raises UserError if its tokenizer is another or it predicts no next
+    token."""
+    loaded = load(model.path, model.dtype, rules)
+    _check_same_tokenizer(model, loaded.tokenizer, tokenizer)
+    if model.bits is not None:
+        loaded = loaded.quantised(bits=model.bits)
+    return FrozenModel(loaded.params, loaded.config.build(rules))
+
+
+def _check_same_tokenizer(model: Pretrained, found: Any, tokenizer: Tokenizer) -> None:
+    if found.kind != "missing" and found.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"path: got {model.path}, whose tokenizer is not the run's; load or train both with one")

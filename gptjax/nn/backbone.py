@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gptjax.distributed.sharding import ShardingRules, reshard
 from gptjax.kernels.attention import Mask
-from gptjax.kernels.deferred_logits import DeferredLogits
+from gptjax.kernels.cross_entropy import DeferredLogits
 from gptjax.kernels.embedding import embed
 from gptjax.kernels.linear import PackedWeight
 from gptjax.nn import cache as kv

@@ -20,10 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax.kernels.cross_entropy import cross_entropy
-from gptjax.kernels.deferred_logits import DeferredLogits
-from gptjax.objectives.parts import logits_of, with_parts
-from gptjax.objectives.token_chunks import weighted_sums
+from gptjax.kernels.cross_entropy import DeferredLogits, cross_entropy
+from gptjax.objectives.parts import logits_of, weighted_sums, with_parts
 from gptjax.protocols import Objective, Pretrained
 from gptjax.types import Array, Batch, Episodes, FrozenModel, Key, Metrics, Params, UserError
 

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy, entropy
-from gptjax.objectives.parts import logits_of
-from gptjax.objectives.token_chunks import per_token
+from gptjax.objectives.parts import logits_of, per_token
 from gptjax.types import Array, Batch, Params
 
 

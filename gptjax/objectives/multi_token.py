@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
 from gptjax.objectives.next_token import NextToken
-from gptjax.objectives.parts import deferred_logits
-from gptjax.objectives.token_chunks import weighted_sums
+from gptjax.objectives.parts import deferred_logits, weighted_sums
 from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 
 

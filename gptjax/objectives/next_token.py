@@ -8,8 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
-from gptjax.objectives.parts import logits_of, with_parts
-from gptjax.objectives.token_chunks import weighted_sums
+from gptjax.objectives.parts import logits_of, weighted_sums, with_parts
 from gptjax.protocols import Objective
 from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 

@@ -11,11 +11,10 @@ import pytest
 
 from gptjax.distributed import sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
-from gptjax.kernels.cross_entropy import cross_entropy, entropy
-from gptjax.kernels.deferred_logits import DeferredLogits
+from gptjax.kernels.cross_entropy import DeferredLogits, cross_entropy, entropy
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.objectives import NextToken
-from gptjax.objectives.token_chunks import per_token, weighted_sums
+from gptjax.objectives.parts import per_token, weighted_sums
 from gptjax.types import Batch
 
 B, T, D, V = 8, 6, 16, 32
