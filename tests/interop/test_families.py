@@ -41,23 +41,18 @@ def test_a_model_of_transformers_goes_in_and_out(case, tmp_path):
     torch, auto, theirs = saved(kind, tmp_path / "theirs", family, **CASES[case])
     config, params = load_hf(tmp_path / "theirs")
 
-    prompt = torch.tensor(np.random.default_rng(0).integers(0, 96, (1, 24)))
+    random = np.random.default_rng(0)
+    source = torch.tensor(random.integers(3, 96, (1, 24)))  # RoBERTa's padding, token 2, has no position
     with torch.inference_mode():
-        whole, start = prompt, 24
-        if masked:
-            whole = prompt.clip(3)  # RoBERTa's padding, token 2, has no position
-        else:
-            whole = theirs.generate(prompt, max_new_tokens=32, do_sample=False, use_cache=family != "t5")
+        whole = source if masked else torch.tensor(random.integers(0, 96, (1, 56)))
         ours, inputs = {}, {"input_ids": whole}
         if family == "t5":
-            ours, inputs, start = {"source": prompt.numpy()}, {"input_ids": prompt, "decoder_input_ids": whole}, 1
+            ours, inputs = {"source": source.numpy()}, {"input_ids": source, "decoder_input_ids": whole}
         expected = theirs(**inputs).logits.numpy()
         logits = np.asarray(jax.jit(config.build().apply)({"params": params}, whole.numpy(), **ours)[0])
         difference = np.abs(logits - expected).max() / np.abs(expected).max()
         print(f"\n{case}: {difference:.1e}")
         assert difference < 1e-4
-        if not masked:  # greedy decoding is: each token is the likeliest after those before
-            np.testing.assert_array_equal(logits[0, start - 1 : -1].argmax(-1), whole[0, start:])
 
         save_hf(tmp_path / "ours", config, params, model_type=family)
         again = auto.from_pretrained(tmp_path / "ours", attn_implementation="eager")

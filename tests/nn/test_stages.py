@@ -8,6 +8,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from drawn import drawn, placed
 
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.distributed import sharding
@@ -73,8 +74,8 @@ def gradients(config: TransformerConfig, params, rows: Batch):
 
 @functools.cache
 def expected(name: str):
-    params = jax.jit(program(MODELS[name])[0])(batch().tokens).params
-    return jax.tree.map(np.asarray, params), gradients(MODELS[name], params, batch())
+    params = drawn(MODELS[name].build(), deviation=0.02)
+    return params, gradients(MODELS[name], params, batch())
 
 
 CASES = [("plain", mesh) for mesh in ("4 stages", "2 stages, context")] + [
@@ -89,15 +90,23 @@ CASES = [("plain", mesh) for mesh in ("4 stages", "2 stages, context")] + [
 @pytest.mark.parametrize(("name", "mesh"), CASES)
 def test_stages_change_nothing(name, mesh):
     """Loss and every gradient, to float32's rounding in 4 layers of sums over 64 numbers."""
-    drawn, values = expected(name)
+    params, values = expected(name)
     with sharding.use(MESHES[mesh].make()):
         rows = sharding.global_array(batch(), DEFAULT_RULES)
-        params = program(MODELS[name])[0](rows.tokens).params
+        params = placed(MODELS[name].build(DEFAULT_RULES), params, rows.tokens)
         stacked = params["blocks"]["0" if "rounds" in name else "attention"]
         assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(stacked)} == {"pipeline"}
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), params, drawn)
         actual = gradients(MODELS[name], params, rows)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), actual, values)
+
+
+def test_stages_begin_with_the_same_parameters():
+    """In rounds, with layers before and after them, as on one device."""
+    config = MODELS["rounds of two between others"]
+    alone = program(config)[0](batch().tokens).params
+    with sharding.use(MESHES["2 stages, fsdp, tensor"].make()):
+        staged = program(config)[0](sharding.global_array(batch(), DEFAULT_RULES).tokens).params
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), staged, alone)
 
 
 def test_every_layer_reports_the_load_of_the_whole_batch():
@@ -117,12 +126,13 @@ def test_every_layer_reports_the_load_of_the_whole_batch():
         )
         return jax.tree.map(np.asarray, found["updates"])
 
-    alone = excess(program(config)[0](batch().tokens).params, batch())
+    params = drawn(config.build(), deviation=0.02)
+    alone = excess(params, batch())
     shapes = {name: update["mlp"]["router_balance"].excess.shape for name, update in alone["blocks"].items()}
     assert shapes == {"0": (2, 4), "1": (2, 4), "leading_0": (4,), "trailing_0": (4,)}
     with sharding.use(MESHES["2 stages, experts"].make()):
         rows = sharding.global_array(batch(), DEFAULT_RULES)
-        staged = excess(program(config)[0](rows.tokens).params, rows)
+        staged = excess(placed(config.build(DEFAULT_RULES), params, rows.tokens), rows)
     jax.tree.map(np.testing.assert_array_equal, staged, alone)
 
 
@@ -163,7 +173,8 @@ def test_dropout_differs_between_parts():
     same = dataclasses.replace(batch(), **{n: np.repeat(getattr(batch(), n)[:1], B, 0) for n in ("tokens", "targets")})
     with sharding.use(MeshConfig(pipeline=4, data=2).make()):
         rows = sharding.global_array(same, DEFAULT_RULES)
-        model, params = config.build(DEFAULT_RULES), program(config)[0](rows.tokens).params
+        model = config.build(DEFAULT_RULES)
+        params = placed(model, drawn(config.build()), rows.tokens)
         apply = jax.jit(lambda key: model.apply({"params": params}, rows.tokens, rngs={"dropout": key})[0])
         logits = np.asarray(apply(jax.random.key(5)))
     assert len(np.unique(logits[:, -1].round(4), axis=0)) == B
@@ -200,13 +211,11 @@ def test_text_is_written_on_stages():
         max_tokens=8,
         sampling=Sampling(temperature=0),
     )
-    params = jax.jit(config.build().init)(jax.random.key(0), np.zeros((2, 4), np.int32))["params"]
+    params = drawn(config.build())
     expected = [one.ids for one in write(config.build(), params)]
     with jax.set_mesh(MeshConfig(pipeline=2, data=2, tensor=2).make()):
-        model, tokens = config.build(DEFAULT_RULES), np.zeros((4, 4), np.int32)
-        places = jax.eval_shape(model.init, jax.random.key(0), sharding.global_array(tokens, DEFAULT_RULES))["params"]
-        place = lambda p, s: jax.device_put(p, jax.NamedSharding(jax.sharding.get_mesh(), s.sharding.spec))  # noqa: E731
-        params = jax.tree.map(place, params, places)
+        tokens = sharding.global_array(np.zeros((4, 4), np.int32), DEFAULT_RULES)
+        params = placed(config.build(DEFAULT_RULES), params, tokens)
     assert [one.ids for one in write(config.build(DEFAULT_RULES), params)] == expected
 
 
