@@ -145,8 +145,7 @@ class Experiment:
             with sharding.use(mesh):
                 stages = self._read_data(folder, cache, tokenizer, model, console)
             pretrained = self._pretrained(model, tokenizer)
-            first = next(iter(self.stages))
-            init, origin = pretrained, run_folder.pretrained_identity(folder, first, self.init_from)
+            init, origin = pretrained, run_folder.pretrained_identity(folder, next(iter(self.stages)), self.init_from)
             previous, params = None, None  # stage, and its trained parameters if they are at hand
             results: dict[str, list[Result]] = {}
             with MetricsLogger(folder, self.wandb, to_json(self)) as records:
