@@ -30,6 +30,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.protocols import Evaluation, Tokenizer
 from gptjax.tasks.scorers import Scorers
 from gptjax.tasks.task import Generation, Reply, Score, Task
+from gptjax.tasks.tools import Tool
 from gptjax.types import Result, UserError
 
 Record = dict[str, Any]
@@ -76,6 +77,8 @@ class Generative(Evaluation):
     form: Form | None = None
     """Form of the prompts: "chat", the model's conversation format, or "text", to be continued. None: "chat" if the
     model has a template or the chat markers, else "text"."""
+    tools: tuple[Tool, ...] = ()
+    """Tools that answer in the middle of a reply: `tasks.Calculator()`."""
     rows: int = 16
     """Number of replies that are written at a time."""
     workers: int = 2
@@ -169,6 +172,7 @@ class Generative(Evaluation):
             "max_tokens": generation.max_tokens,
             "stop": json.dumps(generation.stop if form == "chat" else generation.text_stop),
             **{k: v for k, v in sampling.items() if k == "temperature" or v != default[k]},
+            **({"tools": ", ".join(map(repr, self.tools))} if self.tools else {}),
             "seed": self.seed,
             "gptjax": importlib.metadata.version("gptjax"),
         }
@@ -187,7 +191,7 @@ class Generative(Evaluation):
     def _records(self, model: Any, left: list[tuple[Prompt, int]], form: Form, scorers: Scorers) -> Iterator[Record]:
         """Scored replies, as they come."""
         scoring: collections.deque[tuple[Written, Future[Score]]] = collections.deque()
-        for written in write(model, left, self._generation(), self.sampling, form, self.seed, self.rows):
+        for written in write(model, left, self._generation(), self.sampling, form, self.seed, self.rows, self.tools):
             if written.fits:
                 scoring.append((written, scorers.submit(written.prompt.item, written.reply)))
             else:

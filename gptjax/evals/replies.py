@@ -9,6 +9,7 @@ from typing import Any, Literal
 from gptjax.data.chat import Conversation
 from gptjax.inference.sampling import Sampling
 from gptjax.tasks.task import Generation, Reply, Task
+from gptjax.tasks.tools import Tool
 from gptjax.types import UserError
 
 Form = Literal["chat", "text"]
@@ -65,44 +66,26 @@ def write(
     form: Form,
     seed: int = 0,
     rows: int = 16,
+    tools: tuple[Tool, ...] = (),
 ) -> Iterator[Written]:
     """Replies to (prompt, sample) in the order in which they end. A reply does not depend on the others: its draws are
     those of the seed, the item and the sample."""
     if _has_encoder(model):
         yield from _write_targets(model, asked, generation, sampling, seed, rows)
         return
-    from gptjax.inference.engine import Request
+    from gptjax.train import episodes
 
     rows = max(1, min(rows, len(asked)))
     engine = model.engine(rows=rows, queue=2 * rows)
     stop = generation.stop if form == "chat" else generation.text_stop
     marks = model.reply_format.marks if form == "chat" and model.template is not None else {}
-    active, left = [], list(reversed(asked))
-    while left or active:
-        while left and engine.waiting < rows:
-            prompt, sample = left.pop()
-            room = min(generation.max_tokens, engine.context - len(prompt.ids))
-            if room < 1:
-                yield Written(prompt, sample, Reply("", finished=False), 0, fits=False)
-                continue
-            request = Request(
-                prompt.ids,
-                max_tokens=room,
-                sampling=sampling,
-                seed=(seed + prompt.item) % 2**32,
-                choice=sample,
-                stop=stop,
-                marks=marks,
-            )
-            active.append((prompt, sample, engine.submit(request)))
-        engine.run_round()
-        for entry in [entry for entry in active if entry[2].finish is not None]:
-            active.remove(entry)
-            prompt, sample, text = entry
-            if text.finish == "error":
-                raise UserError(f"task: item {prompt.item}: the engine failed: {text.error}")
-            reply = Reply(_said(model, prompt, text.text, form), text.finish == "stop")
-            yield Written(prompt, sample, reply, len(text.tokens))
+    writing = episodes.Writing(generation.max_tokens, sampling, stop, tools, marks)
+    prompts = {prompt.item: prompt for prompt, _ in asked}
+    wanted = [episodes.Asked(p.item, sample, p.ids, (seed + p.item) % 2**32) for p, sample in asked]
+    for episode in episodes.write(engine, wanted, writing):
+        prompt, count = prompts[episode.asked.item], len(episode.ids)
+        reply = Reply(_said(model, prompt, episode.text, form) if count else "", episode.finished)
+        yield Written(prompt, episode.asked.sample, reply, count, fits=count > 0)
 
 
 def _has_encoder(model: Any) -> bool:

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from gptjax.tasks.safety import Jailbreak, OverRefusal, Refusal
     from gptjax.tasks.squad import OtherPassage, Reading, Squad
     from gptjax.tasks.task import Choices, ChoiceTask, Generation, Reply, Score, Task
+    from gptjax.tasks.tools import Calculator, Tool
 
 __all__ = [
     "Arc",
     "ArcChallenge",
     "ArcEasy",
+    "Calculator",
     "ChoiceTask",
     "Choices",
     "CountLetters",
@@ -55,6 +57,9 @@ __all__ = [
     "Task",
     "TaskConversations",
     "TaskPairs",
+
+
+    "Tool",
     "Translate",
     "Translations",
 ]
@@ -72,6 +77,7 @@ _NAMES = {
     "gptjax.tasks.safety": "Jailbreak OverRefusal Refusal",
     "gptjax.tasks.squad": "OtherPassage Reading Squad",
     "gptjax.tasks.task": "ChoiceTask Choices Generation Reply Score Task",
+    "gptjax.tasks.tools": "Calculator Tool",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
