@@ -30,7 +30,7 @@ from gptjax.distributed.sharding import on_mesh_of, reshard
 from gptjax.inference.generate import DEFAULT_TOKENS, Completion, generate, round_up, stream
 from gptjax.inference.sampling import Sampling
 from gptjax.models.model import TextEncoder, forward
-from gptjax.nn import LongRoPE, ModelConfig, RoPE, TransformerConfig, unstack
+from gptjax.nn import ModelConfig, RoPE, TransformerConfig, unstack
 from gptjax.protocols import Module
 from gptjax.types import Array, Params, UserError
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gptjax.inference.engine import DraftModel, Engine
     from gptjax.inference.formats import ReplyFormat
     from gptjax.interop.templates import ChatTemplate
+    from gptjax.nn import LongRoPE
 
 CONTEXT = 2_048
 """Context of an engine in tokens, if the model says none."""
@@ -235,9 +236,8 @@ class LanguageModel(TextEncoder):
 
     def _check_length(self, length: int) -> None:
         super()._check_length(length)
-        positions = self.config.positions if isinstance(self.config, TransformerConfig) else None
-        scaling = positions.scaling if isinstance(positions, RoPE) else None
-        if isinstance(scaling, LongRoPE) and (scaling.length or length) < length:
+        scaling = _long_rope(self.config)
+        if scaling is not None and (scaling.length or length) < length:
             raise UserError(
                 f"tokens: got {length}, must be at most {scaling.length}, for which this model's LongRoPE is set; "
                 f"use lm.for_context_length({length})"
@@ -372,10 +372,18 @@ class LanguageModel(TextEncoder):
 def loaded_context(config: ModelConfig, stated: int | None) -> int | None:
     """Context of a model that is just loaded, in tokens: that which its files state, or the shorter one that a LongRoPE
     was trained with first, which `LanguageModel.for_context_length` extends."""
+    scaling = _long_rope(config)
+    return stated if scaling is None else scaling.length
+
+
+def _long_rope(config: ModelConfig) -> LongRoPE | None:
+    """The LongRoPE of a model that has one."""
     positions = getattr(config, "positions", None)
-    if isinstance(positions, RoPE) and isinstance(positions.scaling, LongRoPE):
-        return positions.scaling.length
-    return stated
+    if not isinstance(positions, RoPE) or positions.scaling is None:
+        return None
+    from gptjax.nn import LongRoPE
+
+    return positions.scaling if isinstance(positions.scaling, LongRoPE) else None
 
 
 @functools.partial(jax.jit, static_argnums=0)

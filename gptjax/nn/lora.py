@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,11 @@ from jax.sharding import PartitionSpec
 
 from gptjax.distributed.parameters import ParamInfo, flat, nested
 from gptjax.kernels.linear import PackedWeight
-from gptjax.kernels.low_rank import LowRankWeight, input_axes, norm, spec
-from gptjax.kernels.quantised import BITS, QuantisedArray, quantise
 from gptjax.types import Array, Batch, FrozenModel, Key, Metrics, Params, UserError
+
+if TYPE_CHECKING:
+    from gptjax.kernels.low_rank import LowRankWeight
+    from gptjax.kernels.quantised import QuantisedArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +68,8 @@ class LoRA:
             raise UserError(f"lora.rank: got {self.rank}, must be at least 1")
         if self.match == ():
             raise UserError('lora.match: got none, must be at least one, such as "attention/q", or None for all')
-        if self.bits not in (None, *BITS):
-            raise UserError(f"lora.bits: got {self.bits}, must be {', '.join(map(str, BITS))} or None")
+        if self.bits not in (None, 8, 4):
+            raise UserError(f"lora.bits: got {self.bits}, must be 8, 4 or None")
         if self.group is not None and (self.group < 2 or self.group % 2):
             raise UserError(f"lora.group: got {self.group}, must be even and at least 2, or None")
 
@@ -148,6 +151,9 @@ class LoRA:
     def _frozen(self, w: Array, info: ParamInfo) -> Array | QuantisedArray:
         if self.bits is None or not info.is_matrix:
             return w
+        from gptjax.kernels.low_rank import spec
+        from gptjax.kernels.quantised import quantise
+
         if (there := spec(w)) is not None:
             batch, inputs, outputs = info.split(tuple(there))
             w = jax.reshard(w, PartitionSpec(*batch, *[None] * len(inputs + outputs)))
@@ -165,6 +171,8 @@ class LoRA:
 
     def _adapter(self, key: Key, w: Array, info: ParamInfo) -> dict[str, Array]:
         shapes = self._adapter_info(info)
+        from gptjax.kernels.low_rank import spec
+
         there, a_spec, b_spec = spec(jnp.asarray(w)), None, None
         if there is not None:
             layers, inputs, outputs = info.split(tuple(there))
@@ -176,6 +184,8 @@ class LoRA:
         }
 
     def _attached(self, w: Array, adapter: dict[str, Array]) -> LowRankWeight:
+        from gptjax.kernels.low_rank import LowRankWeight
+
         return LowRankWeight(w, adapter["a"], adapter["b"], adapter.get("magnitude"), self.scale, str(w.dtype))
 
 
@@ -192,6 +202,8 @@ class DoRA(LoRA):
 
     def _adapter(self, key: Key, w: Array, info: ParamInfo) -> dict[str, Array]:
         adapter = super()._adapter(key, w, info)
+        from gptjax.kernels.low_rank import input_axes, norm
+
         inputs = input_axes(w, adapter["a"], adapter["b"])
         return adapter | {"magnitude": norm(jnp.asarray(w).astype(jnp.float32), inputs).squeeze(inputs)}
 

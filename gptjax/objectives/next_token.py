@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
-from gptjax.objectives.parts import logits_of, weighted_sums, with_parts
+from gptjax.objectives.parts import COLLECTIONS, logits_in, weighted_sums, with_parts
 from gptjax.protocols import Objective
 from gptjax.types import Array, Batch, Key, Metrics, Params, UserError
 
@@ -42,7 +42,9 @@ class NextToken(Objective):
         apply  a decoder's: `apply({"params": params}, tokens, positions, segments) -> (logits [B, T, V], cache)`
         key    None: no dropout
         """
-        logits, sown = logits_of(apply, params, batch, key)
+        rngs = {} if key is None else {"rngs": {"dropout": key}}
+        inputs = ({"params": params}, batch.tokens, batch.positions, batch.segments)
+        logits, sown = logits_in(apply(*inputs, mutable=COLLECTIONS, **rngs))
         weight = jnp.sum(batch.weights)
         loss, plain = weighted_sums(self._of_tokens, logits, batch.weights, batch.targets, chunk=self.chunk)
         return with_parts(loss, weight, sown, {"cross_entropy": (plain, weight)})

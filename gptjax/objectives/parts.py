@@ -30,6 +30,8 @@ from gptjax.distributed.sharding import axes_of, reshard
 from gptjax.kernels.cross_entropy import DeferredLogits, Logits
 from gptjax.types import Array, Batch, Key, Metrics, Params
 
+COLLECTIONS = ["losses", "deferred_logits"]
+"""Collections that objectives ask a model for."""
 WHOLE = 256 * 2**20
 """Bytes of float32 logits on a device up to which they are computed as a whole."""
 CHUNK = 64 * 2**20
@@ -47,7 +49,12 @@ def logits_of(apply: Callable, params: Params, batch: Batch, key: Key | None = N
     """
     rngs = {} if key is None else {"rngs": {"dropout": key}}
     inputs = ({"params": params}, batch.tokens, batch.positions, batch.segments)
-    (logits, _), sown = apply(*inputs, mutable=["losses", "deferred_logits"], **rngs)
+    return logits_in(apply(*inputs, mutable=COLLECTIONS, **rngs))
+
+
+def logits_in(output: Any) -> tuple[Logits, Any]:
+    """Logits and auxiliary losses, from what `apply(..., mutable=COLLECTIONS)` returned."""
+    (logits, _), sown = output
     logits = {"next": logits, **deferred_logits(sown)}["next"]
     return logits, {name: tree for name, tree in sown.items() if name != "deferred_logits"}
 

@@ -88,9 +88,11 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         attached = adapter.attach(frozen[0], _model_params(params))
         return {**attached, **own}, frozen if stage.objective.reference else frozen[1:]
 
-    def objective(apply: Callable, params: Params, batch: Batch, key: Key | None, *frozen: Params) -> Metrics:
+    def adapted(apply: Callable, params: Params, batch: Batch, key: Key | None, *frozen: Params) -> Metrics:
         params, frozen = seen(params, frozen)
         return stage.objective(apply, params, batch, key, *frozen)
+
+    objective = stage.objective if adapter is None else adapted
 
     def prepare(params: Params, batch: Batch, *frozen: Params) -> Batch:
         if type(batch) is not stage.objective.batch_type:  # it is prepared already, for several updates
