@@ -34,6 +34,7 @@ EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax.inference": ("Sampling",),
     "gptjax.tasks": None,
     "gptjax.train.divergence": ("RollBack", "Skip", "Stop"),
+    "gptjax.train.rollouts": ("Rollouts",),
     "gptjax.train.stage": ("EarlyStopping",),
 }
 """Package -> classes of ours that a saved configuration may name. None: every frozen dataclass that it exports."""

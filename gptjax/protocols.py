@@ -107,6 +107,31 @@ class BatchIterator(Protocol):
         ...
 
 
+class WrittenBatches(BatchIterator, Protocol):
+    """Batches that the model writes itself while it is trained: `gptjax.train.rounds.Rounds`. Some steps are a round;
+    a run is saved between rounds."""
+
+    figures: dict[str, float]
+    """Figures of the last round, by name."""
+    records: list[dict[str, Any]]
+    """Replies of the last round, of JSON types."""
+    warning: str
+    """Fault of it, in words, or ""."""
+
+    def next_batch(self, policy: Any, stopped: Callable[[], bool] = ...) -> Any:
+        """The batch of the next step, on the devices; of a new round, written by this `gptjax.train.rounds.Policy`.
+        None: a stop was asked for meanwhile."""
+        ...
+
+
+class Answers(Protocol):
+    """Held-out items that the model answers: `gptjax.train.rounds.HeldOut`."""
+
+    def measure(self, policy: Any, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Figures by name, "validation_loss" among them. None: a stop was asked for meanwhile."""
+        ...
+
+
 class Data(Config, Protocol):
     """A kind of training data: documents of a source as batches. Pretraining texts, conversations, ...
 
@@ -143,9 +168,10 @@ class Data(Config, Protocol):
         shard: int = 0,
         num_shards: int = 1,
         sequences: int | None = None,
-    ) -> Iterable[Batch] | None:
-        """All sequences of a split in order, or `sequences` of them at equal distances. The last batch is padded. None:
-        the source has no validation split, and the run has no validation loss."""
+    ) -> Iterable[Batch] | Answers | None:
+        """All sequences of a split in order, or `sequences` of them at equal distances. The last batch is padded. Or,
+        for data that the model writes itself, items to answer. None: the source has no validation split, and the run
+        has no validation loss."""
         ...
 
     def abstract_batch(self) -> Batch:

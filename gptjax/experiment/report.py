@@ -120,6 +120,11 @@ def write(
         curve(records, f"{folder.name}: {stage}", target / f"{stage}.png", units.get(stage, "token"))
         picture = f"\n![loss curves of {stage}]({quote(stage)}.png)\n"
         lines += [f"## {stage}\n", _summary(records, units.get(stage, "token")), *_speed(records), picture]
+        if any("outcome" in record for record in records):  # of replies that the model wrote
+            from gptjax.experiment.rollout_curves import rollout_curves
+
+            rollout_curves(records, f"{folder.name}: {stage}", target / f"{stage}_rollouts.png")
+            lines.append(f"![rollouts of {stage}]({quote(stage)}_rollouts.png)\n")
         for result in found:
             lines += [f"### {result.title}\n", result.markdown, ""]
         lines += _samples(records)

@@ -25,7 +25,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, SupportsFloat
 
@@ -88,6 +88,7 @@ class MetricsLogger:
                 self._file.close()
                 _keep(self._path, lambda line: line["stage"] != stage or line["step"] <= step)
                 self._file = self._path.open("ab", buffering=0)
+                _keep_replies(self.folder / "rollouts" / f"{stage}.jsonl", step)
             self._resumed[stage] = step
             if stage in self._boards:
                 self._boards.pop(stage).close()
@@ -111,6 +112,15 @@ class MetricsLogger:
                 self._write(step, stage, {label: text})
                 self._board(stage).add_text(label, f"```\n{text}\n```", step)
             self._log_wandb(step, stage, {label: text})
+
+    def replies(self, stage: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append replies that this step's round was written from, of JSON types, to rollouts/STAGE.jsonl."""
+        if self._writes:
+            path = self.folder / "rollouts" / f"{stage}.jsonl"
+            with _writing(self.folder):
+                path.parent.mkdir(exist_ok=True)
+                lines = [json.dumps({"train_step": step, **record}, allow_nan=False) for record in records]
+                atomic.append_line(path, "\n".join(lines))
 
     def store(self) -> None:
         """Close and reopen metrics.jsonl: a bucket mounted as a folder stores a file only when it is closed."""
@@ -155,6 +165,14 @@ def read(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [line for line in map(_parse, _lines(Path(folder) / "metrics.jsonl")) if line is not None]
 
 
+def last_losses(folder: str | os.PathLike[str], stage: str) -> tuple[list[tuple[int, float]], float | None]:
+    """The last training losses of a stage, with their steps, and its last validation loss."""
+    lines = [line for line in read(folder) if line["stage"] == stage]
+    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    validation = [line["validation_loss"] for line in lines if line.get("validation_loss") is not None]
+    return losses[-100:], validation[-1] if validation else None
+
+
 def _lines(path: Path) -> list[bytes]:
     """Lines of a file, without their ends. A last line without an end, left by a kill, is none."""
     return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
@@ -196,6 +214,13 @@ def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite the file atomically with its sound lines that are `wanted`."""
     if path.exists():
         atomic.write_text(path, "".join(f"{json.dumps(line)}\n" for line in read(path.parent) if wanted(line)))
+
+
+def _keep_replies(path: Path, step: int) -> None:
+    """Rewrite the file of replies with those of the steps up to this one."""
+    if path.exists():
+        kept = [line for line in _lines(path) if json.loads(line)["train_step"] <= step]
+        atomic.write_text(path, "".join(f"{line.decode()}\n" for line in kept))
 
 
 def _start_wandb(config: WandB, folder: Path, run_config: dict | None) -> Any:

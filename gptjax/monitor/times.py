@@ -30,7 +30,7 @@ from gptjax.types import PyTree
 
 TRAINING: tuple[str, ...] = ("input", "host", "device")
 """Parts of a training step."""
-BESIDE: tuple[str, ...] = ("start", "checkpoint", "evaluation")
+BESIDE: tuple[str, ...] = ("start", "rollouts", "checkpoint", "evaluation")
 """Parts outside the training steps."""
 
 
@@ -42,6 +42,7 @@ class Times:
     input       devices idle for lack of a batch
     host        devices idle for another reason
     device      devices computing, or waiting for those of other processes
+    rollouts    writing and scoring replies to train on
     checkpoint  copying the state to the host, and waiting for the previous save
     evaluation  validation and samples
     """

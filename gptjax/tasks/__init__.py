@@ -57,8 +57,6 @@ __all__ = [
     "Task",
     "TaskConversations",
     "TaskPairs",
-
-
     "Tool",
     "Translate",
     "Translations",

@@ -66,14 +66,17 @@ class Writing:
     marks: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Special tokens that are part of the text, and their texts."""
 
+    def room(self, episode: Episode, context: int) -> int:
+        """Number of tokens that may follow, in a context of so many tokens."""
+        return min(self.max_tokens - len(episode.ids), context - len(episode.asked.prompt) - len(episode.ids))
+
     def request(self, episode: Episode, context: int) -> Request | None:
         """The next part to write, up to a call of a tool or the end. None: there is no room for it."""
-        prompt = (*episode.asked.prompt, *episode.ids)
-        room = min(self.max_tokens - len(episode.ids), context - len(prompt))
+        room = self.room(episode, context)
         if room < 1:
             return None
         return Request(
-            prompt,
+            (*episode.asked.prompt, *episode.ids),
             max_tokens=room,
             sampling=self.sampling,
             seed=episode.asked.seed,
@@ -83,8 +86,9 @@ class Writing:
             tempered=not self.sampling.greedy,
         )
 
-    def extend(self, episode: Episode, generation: Generation, tokenizer: Tokenizer) -> bool:
-        """Put what was written into the episode, and a tool's answer behind a call. False: the reply has ended."""
+    def extend(self, episode: Episode, generation: Generation, tokenizer: Tokenizer, context: int) -> bool:
+        """Put what was written into the episode, and a tool's answer behind a call. False: the reply has ended, or is
+        cut off because the answer does not fit."""
         ids = [token.id for token in generation.tokens]
         _put(episode, ids, [token.logprob for token in generation.tokens], drawn=True)
         if generation.finish != "stop":
@@ -101,6 +105,8 @@ class Writing:
             episode.text += written
             if answer is not None:
                 said = _encode_after(tool.mark, answer, tokenizer)
+                if len(said) > self.room(episode, context):
+                    return False
                 _put(episode, said, [0.0] * len(said), drawn=False)
                 episode.text, episode.calls = episode.text + answer, episode.calls + 1
             return True
@@ -129,7 +135,7 @@ def write(engine: Engine, asked: Iterable[Asked], writing: Writing) -> Iterator[
         for episode, generation in ended:
             if generation.finish == "error":
                 raise UserError(f"task: item {episode.asked.item}: the engine failed: {generation.error}")
-            goes_on = writing.extend(episode, generation, engine.tokenizer)
+            goes_on = writing.extend(episode, generation, engine.tokenizer, engine.context)
             request = writing.request(episode, engine.context) if goes_on else None
             if request is None:
                 yield episode

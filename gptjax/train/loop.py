@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,22 @@ import numpy as np
 from gptjax.checkpoint.checkpoint import Checkpoints, Restored
 from gptjax.distributed import sharding
 from gptjax.monitor.display import Display
-from gptjax.monitor.metrics import MetricsLogger
-from gptjax.monitor.metrics import read as read_metrics
+from gptjax.monitor.metrics import MetricsLogger, last_losses
 from gptjax.monitor.profiling import Profile
 from gptjax.monitor.stragglers import StragglerDetector
 from gptjax.monitor.times import Clock, memory
 from gptjax.monitor.watchdog import Watchdog
-from gptjax.protocols import BatchIterator, Module, Tokenizer
+from gptjax.protocols import Answers, BatchIterator, Module, Tokenizer, WrittenBatches
 from gptjax.train.divergence import Diverged, Skip
 from gptjax.train.preemption import StopSignal, signals
 from gptjax.train.program import Program, program
-from gptjax.train.stage import Stage, validation_losses
-from gptjax.train.state import State, device_bytes, parameter_count
+from gptjax.train.stage import Stage, keep_best, summary, validation_losses
+from gptjax.train.state import State
+from gptjax.train.step import divide
 from gptjax.types import Batch, FrozenModel, Metrics, Params, UserError
+
+if TYPE_CHECKING:
+    from gptjax.train.rounds import Policy, Rounds
 
 Sampler = Callable[[Params, str], str]
 """(parameters, prompt) -> generated text."""
@@ -104,17 +107,17 @@ def train(
         losses = [] if restored is None else validation_losses(restored.step, restored.loss, restored.extra)
         # The run was interrupted before the checkpoint's evaluation.
         due = restored is not None and restored.loss is None and validation is not None and stage.evaluates(done)
-        keep_best = functools.partial(_keep_best, stage, checkpoints, abstract, display.note)
+        keep = functools.partial(keep_best, stage, checkpoints, abstract, display.note)
         if stage.ends(done, losses) and not due:
             records.resume(name, max([done, *dict(losses)]))  # those after the best checkpoint too
-            return functions.merge(keep_best(state, losses).eval_params, *frozen)
+            return functions.merge(keep(state, losses).eval_params, *frozen)
         records.resume(name, done)
         losses = [entry for entry in losses if entry[0] <= done]
 
         stopping = stack.enter_context(signals(display.note))
-        start = start if restored is None else f"step {done:,} of {folder}"
-        display.note("\n".join(_summary(name, stage, model, abstract, frozen, batches, start)))
-        display.begin(done, *_losses(records, name))
+        begin = start if restored is None else f"step {done:,} of {folder}"
+        display.note("\n".join(summary(name, stage, model, abstract, frozen, batches, begin)))
+        display.begin(done, *last_losses(records.folder, name))
         extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint, "data": read}
         if validation is None:
             display.note("no validation loss: the data have no validation split (validation 0)")
@@ -124,16 +127,17 @@ def train(
         hosts, clock = StragglerDetector(), Clock(done, tokens, flops)
         schedule = stage.optimizer.learning_rate_schedule(stage.last_step)
         rates = np.asarray(jax.vmap(schedule)(jnp.arange(stage.last_step)))
+        written = cast(WrittenBatches, batches) if stage.writes else None
         run = _Run(
-            *(stage, name, functions, frozen, checkpoints, records, display, to_global, sample, rates, losses),
-            *(tracing, clock, hosts, watchdog),
+            *(stage, name, model, functions, frozen, checkpoints, records, display, to_global, sample, rates, losses),
+            *(tracing, clock, hosts, watchdog, written),
         )
         while True:
             try:
                 if due:
                     run.catch_up(state, validation, stopping)
                 state = run.steps(state, batches, validation, stopping, extra | {"rollbacks": rollbacks})
-                return functions.merge(keep_best(state, losses).eval_params, *frozen)
+                return functions.merge(keep(state, losses).eval_params, *frozen)
             except Diverged as error:
                 if len(rollbacks) >= stage.divergence.rollbacks or not checkpoints.steps():
                     raise
@@ -166,6 +170,7 @@ class _Run:
 
     stage: Stage
     name: str
+    model: Module
     program: Program
     frozen: tuple[Params | FrozenModel, ...]
     checkpoints: Checkpoints
@@ -180,8 +185,9 @@ class _Run:
     clock: Clock
     hosts: StragglerDetector
     watchdog: Watchdog
+    written: WrittenBatches | None  # the batches, if the model writes them
 
-    def catch_up(self, state: State, validation: Iterable[Batch] | None, stopping: StopSignal) -> None:
+    def catch_up(self, state: State, validation: Iterable[Batch] | Answers | None, stopping: StopSignal) -> None:
         """Evaluate a step that was saved before its evaluation."""
         done = int(state.step)
         losses = self.evaluate(state, done, validation, stopping)
@@ -194,7 +200,7 @@ class _Run:
         self,
         state: State,
         batches: BatchIterator,
-        validation: Iterable[Batch] | None,
+        validation: Iterable[Batch] | Answers | None,
         stopping: StopSignal,
         extra: dict[str, Any],
     ) -> State:
@@ -203,10 +209,11 @@ class _Run:
         last = None  # step and metrics, still on the devices
         while not stage.ends(done, self.losses):
             self.clock.lap("host")
-            batch = next(batches)
-            self.clock.lap("input")
+            batch = self.next_batch(batches, state, done, stopping)
+            if batch is None:
+                self.stop(state, done, batches, extra)
             with self.tracing.step(done + 1):
-                state, metrics = self.program.step(state, self.to_global(batch), *self.frozen)
+                state, metrics = self.program.step(state, batch, *self.frozen)
             self.clock.dispatched(metrics)
             done += 1
             self.display.dispatched(done, metrics["loss"][0])
@@ -214,7 +221,8 @@ class _Run:
             if last is not None:  # metrics of an earlier step, while the devices run this one
                 self.report(*last)
             last = (done, metrics) if done % stage.log_every == 0 or done == stage.last_step else None
-            stopped = stopping.now()  # once per step: a signal may arrive at any time
+            # Once per step: a signal may arrive at any time.
+            stopped = stopping.now() and done % stage.round == 0
             evaluating = stage.evaluates(done) and not stopped  # a preemption notice is short
             saving = stage.saves(done) or stopped
             self.watchdog.beat(done, pause=evaluating or saving)
@@ -228,19 +236,66 @@ class _Run:
             if (loss := (losses or {}).get("validation_loss")) is not None:
                 self.losses.append((done, loss))
             if saving or stopped:
-                with self.display.phase("saving"):
-                    self.records.store()
-                    known = {"input": batches.state(), "losses": self.losses[: -1 if loss is not None else None]}
-                    self.checkpoints.save(done, state, extra | known, loss)
-                self.clock.lap("checkpoint")
+                self.save(state, done, batches, extra, loss)
             if stopped:
-                with self.display.phase("saving"):
-                    self.checkpoints.wait()
-                self.display.note(f"stopped and saved at step {done}")
-                raise KeyboardInterrupt
+                self.stop(state, done, batches, extra)
         with self.display.phase("saving"):
             self.checkpoints.wait()
         return state
+
+    def next_batch(self, batches: BatchIterator, state: State, done: int, stopping: StopSignal) -> Batch | None:
+        """The batch of the next step, on the devices. None: a stop was asked for while the model wrote it."""
+        if not self.stage.writes:
+            batch = self.to_global(next(batches))
+            self.clock.lap("input")
+            return batch
+        rounds, first = cast(WrittenBatches, batches), done % self.stage.round == 0
+        self.watchdog.beat(done, pause=first)
+        with self.display.phase("writing replies") if first else contextlib.nullcontext():
+            batch = rounds.next_batch(self.policy(state, done), stopping.now)
+        self.clock.lap("rollouts")
+        self.watchdog.beat(done)
+        if first and batch is not None:
+            self.records.log(done + 1, self.name, **rounds.figures)
+            self.records.replies(self.name, done + 1, rounds.records)
+            if rounds.warning:
+                self.display.note(f"step {done + 1}: {rounds.warning}")
+        return batch
+
+    def policy(self, state: State, done: int) -> Policy:
+        """The model as it is now, to write replies."""
+        from gptjax.train.rounds import Policy
+
+        def prepare(batch: Batch) -> Batch:
+            return self.program.prepare(state.params, self.to_global(batch), *self.frozen)
+
+        return Policy(
+            self.model,
+            lambda: self.program.merge(state.params, *self.frozen),
+            prepare,
+            done,
+            cast("Rounds", self.written),
+        )
+
+    def save(
+        self, state: State, done: int, batches: BatchIterator, extra: dict[str, Any], loss: float | None = None
+    ) -> None:
+        """Save a checkpoint of this step, with its validation loss if there is one."""
+        with self.display.phase("saving"):
+            self.records.store()
+            known = {"input": batches.state(), "losses": self.losses[: -1 if loss is not None else None]}
+            self.checkpoints.save(done, state, extra | known, loss)
+        self.clock.lap("checkpoint")
+
+    def stop(self, state: State, done: int, batches: BatchIterator, extra: dict[str, Any]) -> NoReturn:
+        """End the program after a signal, with a checkpoint of this step."""
+        with self.display.phase("saving"):
+            self.checkpoints.wait()
+        if done and self.checkpoints.latest_step() != done:
+            self.save(state, done, batches, extra)
+            self.checkpoints.wait()
+        self.display.note(f"stopped and saved at step {done}" if done else "stopped before the first step")
+        raise KeyboardInterrupt
 
     def roll_back(
         self, abstract: State, batches: BatchIterator, bad: int, before: list[list[int]]
@@ -260,7 +315,7 @@ class _Run:
         self.clock.take(restored.step)  # discard the times of the steps that are repeated
         self.watchdog.beat(restored.step, pause=True)
         self.records.resume(self.name, restored.step)
-        self.display.begin(restored.step, *_losses(self.records, self.name))
+        self.display.begin(restored.step, *last_losses(self.records.folder, self.name))
         self.records.log(restored.step + 1, self.name, rolled_back_from=bad, batches_skipped=out)
         self.display.note(f"step {bad} is bad: rolled back to step {restored.step}, skipping {out} batches")
         return restored.state, [*before, [restored.step, passed]]
@@ -278,25 +333,22 @@ class _Run:
         measured = times.values() | memory() | slow
         self.records.log(done, self.name, **values, learning_rate=self.rates[max(updates - 1, 0)], **measured)
         if math.isfinite(values["loss"]):
-            self.display.update(done, **values, waiting=times.waiting)
+            shown = {} if self.written is None else {n: self.written.figures[n] for n in ("reward", "outcome")}
+            self.display.update(done, **shown | values, waiting=times.waiting)
         if values.get("consecutive_skipped"):
             self.display.note(f"step {done} was skipped: loss {values['loss']:.3g}")
         self.watchdog.set_figures(measured)
 
     def evaluate(
-        self, state: State, done: int, validation: Iterable[Batch] | None, stopping: StopSignal
+        self, state: State, done: int, validation: Iterable[Batch] | Answers | None, stopping: StopSignal
     ) -> dict[str, float] | None:
         """Validation losses, recorded and displayed with text samples: none without validation batches. None, with
         nothing recorded, if interrupted."""
-        params, total, texts = state.eval_params, None, []
+        params, texts = state.eval_params, []
         with self.display.phase("evaluating"):
-            for batch in validation or ():
-                if stopping.now():
-                    return None
-                before, metrics = total, self.program.evaluate(params, self.to_global(batch), *self.frozen)
-                total = metrics if before is None else jax.tree.map(jnp.add, before, metrics)
-                jax.block_until_ready(before)  # at most two batches in flight, since a stop waits for them
-            losses = {f"validation_{name}": value for name, value in divide(total or {}).items()}
+            losses = self.validation_losses(state, done, validation, stopping)
+            if losses is None:
+                return None
             self.check(done, losses)
             if losses:
                 self.display.evaluation(done, losses["validation_loss"])
@@ -312,6 +364,22 @@ class _Run:
             self.records.text(done, f"{self.name}/sample", prompt + text)
         self.clock.lap("evaluation")
         return losses
+
+    def validation_losses(
+        self, state: State, done: int, validation: Iterable[Batch] | Answers | None, stopping: StopSignal
+    ) -> dict[str, float] | None:
+        """Validation losses by name. None, if interrupted."""
+        if self.stage.writes and validation is not None:
+            policy = self.policy(dataclasses.replace(state, params=state.eval_params), done)
+            return cast(Answers, validation).measure(policy, stopping.now)
+        total = None
+        for batch in cast(Iterable[Batch], validation or ()):
+            if stopping.now():
+                return None
+            before, metrics = total, self.program.evaluate(state.eval_params, self.to_global(batch), *self.frozen)
+            total = metrics if before is None else jax.tree.map(jnp.add, before, metrics)
+            jax.block_until_ready(before)  # at most two batches in flight, since a stop waits for them
+        return {f"validation_{name}": value for name, value in divide(total or {}).items()}
 
     def check(self, done: int, values: dict[str, float]) -> None:
         """Raise `Diverged` if a value is not finite."""
@@ -330,71 +398,3 @@ class _Run:
                 f"Try a lower {self.name}.optimizer.learning_rate, a longer warmup or a smaller clip",
                 step=done - max(skipped - 1, 0),
             )
-
-
-def _keep_best(
-    stage: Stage,
-    checkpoints: Checkpoints,
-    abstract: State,
-    note: Callable[[str], None],
-    state: State,
-    losses: list[tuple[int, float]],
-) -> State:
-    """State of a stage that has ended: with early stopping that of its best checkpoint, which becomes the last."""
-    best = checkpoints.best_step()
-    if stage.early_stopping is None or best is None or best == checkpoints.latest_step():
-        return state
-    last = losses[-1][0]
-    early = f"stopped at step {last:,}, " if last < stage.last_step else ""
-    note(f"{early}the lowest validation loss is {dict(losses)[best]:.4f}, of step {best:,}, which is kept")
-    checkpoints.end_at(best, {"losses": losses})
-    return checkpoints.restore(abstract, best).state
-
-
-def divide(metrics: Metrics) -> dict[str, float]:
-    """Fetch metrics from the devices and divide each sum by its weight."""
-    fetched = jax.device_get(metrics)
-    return {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in fetched.items()}
-
-
-def _losses(records: MetricsLogger, name: str) -> tuple[list[tuple[int, float]], float | None]:
-    """The last training losses of a stage, with their steps, and its last validation loss."""
-    lines = [line for line in read_metrics(records.folder) if line["stage"] == name]
-    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    validation = [line["validation_loss"] for line in lines if line.get("validation_loss") is not None]
-    return losses[-100:], validation[-1] if validation else None
-
-
-def _summary(
-    name: str, stage: Stage, model: Module, state: State, frozen: tuple[Params, ...], batches: BatchIterator, start: str
-) -> list[str]:
-    """Lines about what is trained, on which devices, in how much memory, on which data, and from where.
-
-    state  abstract, with shardings"""
-    config, mesh = model.config, jax.sharding.get_mesh()
-    layers = f" in {number} layers" if (number := getattr(config, "layers", None)) else ""
-    of = f" of adapters to {parameter_count(frozen[0]):,}" if stage.adapter is not None else ""
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    memory = {
-        "parameters": device_bytes((state.params, frozen)),
-        "gradients": device_bytes(state.params),
-        "optimizer": device_bytes(state.opt_state),
-        "average": device_bytes(state.ema),
-    }
-    total, limit = sum(memory.values()), (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    unit, divisor = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
-    parts = ", ".join(f"{part} {size / divisor:.1f}" for part, size in memory.items() if size)
-    describe = getattr(batches, "describe", None)
-    data = "" if describe is None else f": {describe(stage.last_step * stage.data.batch)}"
-    early = ""
-    if (rule := stage.early_stopping) is not None:
-        delta = f" by more than {rule.min_delta:g}" if rule.min_delta else ""
-        early = f"; or until {rule.patience} evaluations in a row do not lower the validation loss{delta}"
-    return [
-        f"{name}: {type(config).__name__}, {parameter_count(state.params):,} parameters{of}{layers}",
-        f"  devices  {max(mesh.size, 1)} x {jax.devices()[0].device_kind}{f', mesh {axes}' if axes else ''}",
-        f"  memory   {total / divisor:.1f}{f' of {limit / divisor:.1f}' if limit else ''} {unit} per device, without "
-        f"activations: {parts}",
-        f"  data     {stage.last_step:,} steps of {stage.data.batch * stage.data.length:,} tokens{data}{early}",
-        f"  start    {start}",
-    ]

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import jax
+
+from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import path_of
 from gptjax.distributed.sharding import ShardingRules, data_shard
 from gptjax.nn import LoRA
-from gptjax.protocols import BatchIterator, Data, Evaluation, ModelConfig, Objective, Optimizer, Pretrained, Tokenizer
-from gptjax.train.divergence import Stop
-from gptjax.types import Batch, UserError
+from gptjax.protocols import (
+    Answers,
+    BatchIterator,
+    Data,
+    Evaluation,
+    ModelConfig,
+    Module,
+    Objective,
+    Optimizer,
+    Pretrained,
+    Tokenizer,
+)
+from gptjax.train.divergence import RollBack, Stop
+from gptjax.train.state import State, device_bytes, parameter_count
+from gptjax.types import Batch, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +127,13 @@ class Stage:
             )
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema: got {self.ema}, must be between 0 and 1, or None")
+        if self.round > 1:
+            early = {"evaluate_every": self.evaluate_every} if self.early_stopping is not None else {}
+            for field, value in {"steps": self.steps, "save_every": self.save_every, **early}.items():
+                if value is not None and value % self.round:
+                    raise UserError(f"{field}: got {value}, must be a multiple of {self.round}, the steps of a round")
+        if self.writes and isinstance(self.divergence, RollBack):
+            raise UserError("divergence: got RollBack, must be Stop or Skip: rollouts cannot be skipped")
 
     def check(self, model: ModelConfig) -> None:
         """Raise UserError, naming the field, if data, objective, evaluations and model do not match."""
@@ -134,7 +156,7 @@ class Stage:
 
     def read(
         self, name: str, tokenizer: Tokenizer, rules: ShardingRules, seed: int, cache: str | Path
-    ) -> tuple[BatchIterator, Iterable[Batch] | None]:
+    ) -> tuple[BatchIterator, Iterable[Batch] | Answers | None]:
         """Batches of this process to train on, and to validate with if there is a validation split, on the current
         mesh. Texts are tokenised unless the folder `cache` has them. Raises UserError that names the field of the stage
         `name`."""
@@ -165,6 +187,16 @@ class Stage:
         """Field -> model, of the models that the objective reads and does not train."""
         fields = {field.name: getattr(self.objective, field.name) for field in dataclasses.fields(self.objective)}
         return {name: value for name, value in fields.items() if isinstance(value, Pretrained)}
+
+    @property
+    def writes(self) -> bool:
+        """True: the model writes the batches itself, in rounds."""
+        return hasattr(self.data, "round")
+
+    @property
+    def round(self) -> int:
+        """Number of steps between two moments when the stage can be saved."""
+        return getattr(self.data, "round", 1)
 
     @property
     def has_frozen(self) -> bool:
@@ -206,3 +238,57 @@ def validation_losses(step: int, loss: float | None, extra: Mapping[str, Any]) -
     stopping, later ones."""
     known = dict(extra.get("losses", [])) | ({} if loss is None else {step: loss})
     return sorted(known.items())
+
+
+def keep_best(
+    stage: Stage,
+    checkpoints: Checkpoints,
+    abstract: State,
+    note: Callable[[str], None],
+    state: State,
+    losses: list[tuple[int, float]],
+) -> State:
+    """State of a stage that has ended: with early stopping that of its best checkpoint, which becomes the last."""
+    best = checkpoints.best_step()
+    if stage.early_stopping is None or best is None or best == checkpoints.latest_step():
+        return state
+    last = losses[-1][0]
+    early = f"stopped at step {last:,}, " if last < stage.last_step else ""
+    note(f"{early}the lowest validation loss is {dict(losses)[best]:.4f}, of step {best:,}, which is kept")
+    checkpoints.end_at(best, {"losses": losses})
+    return checkpoints.restore(abstract, best).state
+
+
+def summary(
+    name: str, stage: Stage, model: Module, state: State, frozen: tuple[Params, ...], batches: BatchIterator, start: str
+) -> list[str]:
+    """Lines about what is trained, on which devices, in how much memory, on which data, and from where.
+
+    state  abstract, with shardings"""
+    config, mesh = model.config, jax.sharding.get_mesh()
+    layers = f" in {number} layers" if (number := getattr(config, "layers", None)) else ""
+    of = f" of adapters to {parameter_count(frozen[0]):,}" if stage.adapter is not None else ""
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    memory = {
+        "parameters": device_bytes((state.params, frozen)),
+        "gradients": device_bytes(state.params),
+        "optimizer": device_bytes(state.opt_state),
+        "average": device_bytes(state.ema),
+    }
+    total, limit = sum(memory.values()), (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    unit, divisor = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
+    parts = ", ".join(f"{part} {size / divisor:.1f}" for part, size in memory.items() if size)
+    describe = getattr(batches, "describe", None)
+    data = "" if describe is None else f": {describe(stage.last_step * stage.data.batch)}"
+    early = ""
+    if (rule := stage.early_stopping) is not None:
+        delta = f" by more than {rule.min_delta:g}" if rule.min_delta else ""
+        early = f"; or until {rule.patience} evaluations in a row do not lower the validation loss{delta}"
+    return [
+        f"{name}: {type(config).__name__}, {parameter_count(state.params):,} parameters{of}{layers}",
+        f"  devices  {max(mesh.size, 1)} x {jax.devices()[0].device_kind}{f', mesh {axes}' if axes else ''}",
+        f"  memory   {total / divisor:.1f}{f' of {limit / divisor:.1f}' if limit else ''} {unit} per device, without "
+        f"activations: {parts}",
+        f"  data     {stage.last_step:,} steps of {stage.data.batch * stage.data.length:,} tokens{data}{early}",
+        f"  start    {start}",
+    ]

@@ -95,6 +95,12 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def divide(metrics: Metrics) -> dict[str, float]:
+    """Fetch metrics from the devices and divide each sum by its weight."""
+    fetched = jax.device_get(metrics)
+    return {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in fetched.items()}
+
+
 def _added(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
 

@@ -1,0 +1,127 @@
+"""Reinforcement learning on sums: a model that knows the answer learns to say it.
+
+    python -m experiments arithmetic
+    python -m experiments arithmetic --sweep variant=grpo,rloo,more_sft --seeds 3
+
+`sft` fine-tunes on sums of which 15 % are right and the others are off by one, so that the model can add, but seldom
+says so: one of 16 replies is right much more often than the first. `rl` then rewards right replies. `random` and
+`format` reward replies by chance, and all that are numbers: neither may raise the share of right ones. `more_sft`
+spends the same number of steps on more fine-tuning.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from gptjax import Experiment, Stage, data, evals, objectives, optim
+from gptjax.data.chat import Conversation, Message
+from gptjax.data.sources import held_out
+from gptjax.inference.sampling import Sampling
+from gptjax.nn import TransformerConfig
+from gptjax.protocols import Split
+from gptjax.tasks import Generation, Reply, Score, Task
+from gptjax.train.rollouts import Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums(Task):
+    """Sums of two numbers below `size`. Item i is i // size + i % size."""
+
+    size: int = 50
+    reward: str = "right"
+    """Reward: for the "right" number, for any number ("format"), or for a random half of all replies ("random")."""
+
+    def __len__(self) -> int:
+        return self.size**2
+
+    def numbers(self, i: int) -> tuple[int, int]:
+        return divmod(i, self.size)
+
+    def example(self, i: int) -> Conversation:
+        a, b = self.numbers(i)
+        return Message("user", f"{a}+{b}"), Message("assistant", str(a + b))
+
+    def score(self, i: int, reply: Reply) -> Score:
+        right = float(reply.finished and reply.text == str(sum(self.numbers(i))))
+        digest = hashlib.sha256(f"{i} {reply.text}".encode()).digest()
+        rewards = {"right": right, "format": float(reply.text.isdecimal()), "random": float(digest[0] % 2)}
+        return Score(right, value=rewards[self.reward])
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(max_tokens=6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Source of sums with answers of which this share is right; the others are off by one."""
+
+    task: Sums = Sums()
+    right: float = 0.15
+    repeats: int = 4
+    """Answers to each sum."""
+    validation: float = 0.1
+
+    def documents(self, split: Split) -> Iterator[Conversation]:
+        for repeat in range(self.repeats if split == "train" else 1):
+            for i in range(len(self.task)):
+                if held_out(self.task.cluster(i), self.validation) == (split == "validation"):
+                    draw, total = np.random.default_rng([repeat, i]), sum(self.task.numbers(i))
+                    wrong = 0 if draw.random() < self.right else int(draw.choice([-1, 1] if total else [1]))
+                    yield self.task.prompt(i)[-1], Message("assistant", str(total + wrong))
+
+    def fingerprint(self) -> str:
+        return f"{self.task.fingerprint()} {self}"
+
+
+SFT = Stage(
+    data=data.Chat(Answers(), length=128, batch=16),
+    objective=objectives.NextToken(),
+    optimizer=optim.AdamW(learning_rate=3e-3, schedule=optim.Linear(warmup=50), clip=1.0),
+    steps=2_000,
+    evaluate_every=500,
+    save_every=500,
+    prompts=("12+34",),
+    evaluations=(
+        evals.Generative(
+            dataclasses.replace(Sums()), items=256, samples=16, sampling=Sampling(temperature=1.0), rows=64
+        ),
+    ),
+)
+
+
+def arithmetic(**stages: Stage) -> Experiment:
+    """Fine-tuning, and what follows it."""
+    return Experiment(
+        model=TransformerConfig(vocab=280, layers=3, width=96, heads=4),
+        tokenizer=data.Bytes(),
+        stages={"sft": SFT, **stages},
+    )
+
+
+def reinforcement(objective: objectives.PolicyGradient, reward: str = "right") -> Experiment:
+    """Fine-tuning, then 100 steps with this objective and reward."""
+    rl = Stage(
+        data=Rollouts(Sums(reward=reward), length=32, batch=128, group=8, rows=64),
+        objective=objective,
+        optimizer=optim.AdamW(learning_rate=1e-3, schedule=optim.Linear(warmup=5), clip=1.0),
+        steps=100,
+        evaluate_every=25,
+        save_every=50,
+        log_every=1,
+        prompts=("12+34",),
+        evaluations=(evals.Generative(Sums(), items=256, sampling=Sampling(temperature=1.0), rows=64),),
+    )
+    return arithmetic(rl=rl)
+
+
+variants = {
+    "grpo": reinforcement(objectives.GRPO(kl=0.0)),
+    "rloo": reinforcement(objectives.RLOO(kl=0.0)),
+    "random": reinforcement(objectives.GRPO(kl=0.0), "random"),
+    "format": reinforcement(objectives.GRPO(kl=0.0), "format"),
+    "more_sft": arithmetic(more=dataclasses.replace(SFT, steps=100)),
+}
+experiment = variants["grpo"]

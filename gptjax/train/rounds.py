@@ -1,0 +1,387 @@
+"""Rounds of rollouts: replies are written, scored, and made into the batches of some steps."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.inference.engine import Engine
+from gptjax.protocols import Module, Tokenizer
+from gptjax.tasks.scorers import Scorers
+from gptjax.tasks.task import Reply, Score
+from gptjax.train.episodes import Asked, Episode, write
+from gptjax.types import Batch, Episodes, Params, UserError
+
+if TYPE_CHECKING:
+    from gptjax.train.rollouts import Rollouts
+
+PROBES = 4
+"""Number of items whose right and empty replies are scored before the first step."""
+OUTSIDE = 0.2
+"""Difference of a probability's ratio from 1 beyond which sampler and trainer disagree on a token."""
+
+DISAGREE = 0.05
+"""Share of such tokens that is said aloud."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts of a split."""
+
+    ids: Mapping[int, tuple[int, ...]]
+    """Item -> token ids."""
+    too_long: int
+    """Number of items left out, whose prompts leave no room for a reply."""
+    fingerprint: str
+    """SHA-256, in hex, of the task, the settings and the tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The model at a step of its training."""
+
+    model: Module
+    params: Callable[[], Params]
+    """Its parameters, merged."""
+    prepare: Callable[[Batch], Batch]
+    """A batch on the host -> that which the step reads, on the devices."""
+    step: int
+    """Number of steps done."""
+    rounds: Rounds
+    """Batches that it writes, whose engine and scorers serve held-out items too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A reply and its score."""
+
+    episode: Episode
+    score: Score
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The reply, of JSON types. step: of the policy that wrote it."""
+        asked, score = self.episode.asked, self.score
+        return {
+            "step": step,
+            "item": asked.item,
+            "sample": asked.sample,
+            "reply": self.episode.text,
+            "tokens": len(self.episode.ids),
+            "finished": self.episode.finished,
+            "reward": score.value,
+            "outcome": score.outcome,
+            "status": score.status,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Replies of a round, in groups."""
+
+    kept: list[list[Scored]]
+    dropped: list[list[Scored]]
+    """Groups with equal outcomes that are left out."""
+    groups: int
+    """Number of groups asked for so far, in all rounds."""
+    step: int
+    """Step of the policy that wrote them."""
+    seconds: float
+    """Duration of writing and scoring."""
+
+    @property
+    def replies(self) -> list[Scored]:
+        """All replies, those left out too."""
+        return [scored for group in self.kept + self.dropped for scored in group]
+
+    def figures(self) -> dict[str, float]:
+        """Means over all replies and counts, by name."""
+        replies = self.replies
+        tokens = [len(scored.episode.ids) for scored in replies]
+        equal = sum(len({scored.score.outcome for scored in group}) == 1 for group in self.kept)
+        counts = collections.Counter(scored.score.status for scored in replies)
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "reward": float(np.mean([scored.score.value for scored in replies])),
+            "outcome": float(np.mean([scored.score.outcome for scored in replies])),
+            "reply_tokens": float(np.mean(tokens)),
+            "finished": float(np.mean([scored.episode.finished for scored in replies])),
+            "equal_groups": (equal + len(self.dropped)) / (len(self.kept) + len(self.dropped)),
+            "rollout_seconds": self.seconds,
+            "rollout_tokens_per_second": sum(tokens) / seconds,
+            **{status.replace(" ", "_"): float(n) for status, n in sorted(counts.items()) if status != "scored"},
+            **({"tool_calls": calls} if (calls := _mean_calls(replies)) else {}),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, of JSON types but for the prompts."""
+        groups = {name: [[_scored_as_json(one) for one in group] for group in getattr(self, name)] for name in GROUPS}
+        return {**vars(self), **groups}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], prompts: Mapping[int, tuple[int, ...]]) -> Self:
+        """The round that `as_json` returned."""
+        kept, dropped = ([[_scored_of(one, prompts) for one in group] for group in data[name]] for name in GROUPS)
+        return cls(**{**data, "kept": kept, "dropped": dropped})
+
+
+GROUPS = "kept", "dropped"
+
+
+class Rounds(Iterator[Batch]):
+    """Batches of rollouts: `next_batch` writes the replies of a round before its first step.
+
+    The scores of right and of empty replies are compared first. Raises UserError if they are all the same."""
+
+    def __init__(self, data: Rollouts, prompts: Prompts, tokenizer: Tokenizer, seed: int):
+        self.fingerprint = prompts.fingerprint
+        self.figures: dict[str, float] = {}
+        """Figures of the last round, by name."""
+        self.records: list[dict[str, Any]] = []
+        """Replies of the last round, of JSON types."""
+        self.warning = ""
+        """Share of its tokens on which sampler and trainer disagree, in words, if it is large."""
+        self._data, self._prompts, self._seed = data, prompts, seed
+        self._items = sorted(prompts.ids)
+        self.writer = Writer(data, tokenizer)
+        """Engine and scorers, for held-out items too."""
+        try:
+            self.writer.probe(self._items)
+        except BaseException:
+            self.writer.close()
+            raise
+        self._groups = self._step = 0  # groups asked for, steps begun
+        self._prepared: list[Batch] = []
+        self._ahead: Future[Round] | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "rollouts")
+
+    def __next__(self) -> Batch:
+        raise UserError("divergence: got RollBack, must be Stop or Skip: rollouts cannot be skipped, only written anew")
+
+    def next_batch(self, policy: Policy, stopped: Callable[[], bool] = lambda: False) -> Batch | None:
+        """The batch of the next step, on the devices. None: a stop was asked for while a round was being written, which
+        is given up; the position is still before it."""
+        data, place, self.warning = self._data, self._step % self._data.round, ""
+        if place == 0:
+            ahead, self._ahead = self._ahead, None
+            written = self._write(policy, self._groups, stopped) if ahead is None else ahead.result()
+            if written is None:
+                return None
+            self._groups = written.groups
+            if data.ahead:
+                copied = jax.tree.map(jnp.copy, policy.params())  # the step donates its own
+                later = dataclasses.replace(policy, params=lambda: copied)
+                self._ahead = self._thread.submit(self._write_ahead, later, self._groups)
+            batches = [_batch(data, groups, written.step) for groups in self._minibatches(written)]
+            self._prepared = [policy.prepare(batch) for batch in batches]
+            self.figures = written.figures() | mismatch(batches, self._prepared)
+            if (outside := self.figures.get("mismatch_outside", 0)) > DISAGREE:
+                self.warning = (
+                    f"sampler and trainer disagree by more than {OUTSIDE:.0%} on {outside:.1%} of the tokens' "
+                    "probabilities; see mismatch_p95, and try model.dtype float32"
+                )
+            self.records = [scored.record(written.step) for scored in written.replies]
+        self._step += 1
+        return self._prepared[place % data.minibatches]
+
+    def state(self) -> dict[str, Any]:
+        """Position at the end of a round, with the replies that were written ahead."""
+        assert self._step % self._data.round == 0, "checkpoints are saved between rounds"
+        ahead = None if self._ahead is None else self._ahead.result().as_json()
+        return {"step": self._step, "groups": self._groups, "ahead": ahead}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to a position that `state()` returned."""
+        self._step, self._groups, self._prepared, self._ahead = int(state["step"]), int(state["groups"]), [], None
+        if state["ahead"] is not None:
+            self._ahead = Future()
+            self._ahead.set_result(Round.from_json(state["ahead"], self._prompts.ids))
+
+    def close(self) -> None:
+        """End the processes that score."""
+        self._thread.shutdown()
+        self.writer.close()
+
+    def describe(self, sequences: int) -> str:
+        """Number of replies in so many sequences, of prompts, and of those left out."""
+        left_out = f"; {self._prompts.too_long:,} are too long" if self._prompts.too_long else ""
+        of = f"{len(self._items):,} prompts of {self._data.task.name}"
+        return f"{sequences // self._data.passes:,} replies to {of}, {self._data.group} each{left_out}"
+
+    def _write(self, policy: Policy, first: int, stopped: Callable[[], bool]) -> Round | None:
+        """Write and score the replies of a round: of group number `first` and those after it."""
+        data, begun = self._data, time.monotonic()
+        wanted = data.batch * data.minibatches // data.group
+        groups: dict[bool, list[list[Scored]]] = {True: [], False: []}  # by whether they count
+        for _ in range(1 + data.refill):
+            missing = wanted - len(groups[True])
+            numbers = range(first, first + missing)
+            asked = [self._asked(number, sample) for number in numbers for sample in range(data.group)]
+            if (scored := policy.rounds.writer.write(policy, asked, stopped)) is None:
+                return None
+            first += missing
+            for at in range(0, len(scored), data.group):
+                group = scored[at : at + data.group]
+                equal = len({one.score.outcome for one in group}) == 1
+                groups[data.equal_groups == "keep" or not equal].append(group)
+            if len(groups[True]) == wanted:
+                break
+        return Round(groups[True], groups[False], first, policy.step, time.monotonic() - begun)
+
+    def _write_ahead(self, policy: Policy, first: int) -> Round:
+        written = self._write(policy, first, lambda: False)
+        assert written is not None
+        return written
+
+    def _asked(self, group: int, sample: int) -> Asked:
+        """Sample of a group: its item, in a random order of all items in each epoch, and the seed of its draws."""
+        epoch, place = divmod(group, len(self._items))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._items))
+        item = self._items[order[place]]
+        seed = int.from_bytes(hashlib.sha256(f"{self._seed} {group}".encode()).digest()[:4], "little")
+        return Asked(item, sample, self._prompts.ids[item], seed)
+
+    def _minibatches(self, written: Round) -> list[list[list[Scored]]]:
+        """Groups of each batch of a round; the last ones have fewer if too few were kept."""
+        per = self._data.batch // self._data.group
+        return [written.kept[i * per : (i + 1) * per] for i in range(self._data.minibatches)]
+
+
+class HeldOut:
+    """Held-out items of a task, each answered once by the policy."""
+
+    def __init__(self, prompts: Prompts, items: int | None):
+        self.fingerprint = prompts.fingerprint
+        chosen = sorted(prompts.ids)[:items]
+        self._asked = [Asked(item, 0, prompts.ids[item], item % 2**32) for item in chosen]
+
+    def measure(self, policy: Policy, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Figures of the replies, by name; "validation_loss" is 1 less the mean outcome. None: stopped."""
+        if (scored := policy.rounds.writer.write(policy, self._asked, stopped)) is None:
+            return None
+        figures = Round([[one] for one in scored], [], 0, policy.step, 0.0).figures()
+        names = "reward", "outcome", "reply_tokens", "finished"
+        return {"validation_loss": 1 - figures["outcome"], **{f"validation_{name}": figures[name] for name in names}}
+
+
+class Writer:
+    """An engine, and processes that score what it writes. Safe to use from two threads, one after the other."""
+
+    def __init__(self, data: Rollouts, tokenizer: Tokenizer):
+        self._data, self._tokenizer = data, tokenizer
+        self._scorers = Scorers(data.task, data.workers, data.timeout)
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()
+
+    def probe(self, items: Sequence[int]) -> None:
+        """Score right and empty replies. Raises UserError if all rewards are the same, or one is not a number."""
+        task = self._data.task
+        replies = [(i, text) for i in items[:PROBES] for text in (task.example(i)[-1].text, "")]
+        futures = [self._scorers.submit(i, Reply(text)) for i, text in replies]
+        scores = [future.result() for future in futures]
+        rewards = {_reward(task.name, *reply, score) for reply, score in zip(replies, scores, strict=True)}
+        if len(rewards) == 1:
+            reward = rewards.pop()
+            raise UserError(
+                f"task: {task.name} gives right and empty replies the same reward, {reward:g}, must tell them apart"
+            )
+
+    def write(self, policy: Policy, asked: Sequence[Asked], stopped: Callable[[], bool]) -> list[Scored] | None:
+        """Replies of the policy, in the order of `asked`. None: a stop was asked for. Raises UserError that names the
+        item and the reply if a score fails or is not a number."""
+        task, found = self._data.task, {}
+        with self._lock:
+            for episode in write(self._engine_of(policy), asked, self._data.writing):
+                one = episode.asked
+                found[one] = episode, self._scorers.submit(one.item, Reply(episode.text, episode.finished))
+                if stopped():
+                    self._engine = None  # with all that is in progress
+                    return None
+        scored = [Scored(found[one][0], found[one][1].result()) for one in asked]
+        for one in scored:
+            _reward(task.name, one.episode.asked.item, one.episode.text, one.score)
+        return scored
+
+    def _engine_of(self, policy: Policy) -> Engine:
+        if self._engine is None:
+            data = self._data
+            context = min(n for n in (data.length, policy.model.config.max_positions) if n is not None)
+            rows = min(data.rows, data.batch)
+            self._engine = Engine(policy.model, policy.params(), cast(Any, self._tokenizer), rows=rows, context=context)
+        else:
+            self._engine.update(policy.params())
+        return self._engine
+
+    def close(self) -> None:
+        """End the processes."""
+        self._scorers.close()
+
+
+def mismatch(batches: Sequence[Episodes], prepared: Sequence[Batch]) -> dict[str, float]:
+    """Difference of log-probabilities between the sampler and the trainer, over the tokens of a round: 95th percentile
+    and maximum of the absolute values, and the share of tokens whose ratio of probabilities is more than 0.2 from 1.
+    Empty if the objective does not compute them."""
+    found = []
+    for batch, ready in zip(batches, prepared, strict=True):
+        if (old := getattr(ready, "old_logprobs", None)) is not None:
+            found.append((np.asarray(jax.device_get(old)) - batch.logprobs)[np.asarray(batch.weights) > 0])
+    if not found or not (difference := np.concatenate(found)).size:
+        return {}
+    size, ratio = np.abs(difference), np.exp(np.clip(difference, -20, 20))
+    return {
+        "mismatch_p95": float(np.quantile(size, 0.95)),
+        "mismatch_max": float(size.max()),
+        "mismatch_outside": float(np.mean(np.abs(ratio - 1) > OUTSIDE)),
+    }
+
+
+def _batch(data: Rollouts, groups: Sequence[Sequence[Scored]], step: int) -> Episodes:
+    """Replies of these groups as a batch; sequences that are left over are padding."""
+    batch = data.empty(data.batch)
+    rows = ((number, scored) for number, group in enumerate(groups) for scored in group)
+    for row, (number, scored) in enumerate(rows):
+        episode = scored.episode
+        ids = np.asarray([*episode.asked.prompt, *episode.ids], np.int32)
+        size, start = len(ids) - 1, len(episode.asked.prompt) - 1
+        batch.tokens[row, :size], batch.targets[row, :size] = ids[:-1], ids[1:]
+        batch.segments[row, :size], batch.positions[row, :size] = 1, np.arange(size)
+        batch.weights[row, start:size] = episode.drawn
+        batch.logprobs[row, start:size] = episode.logprobs
+        batch.versions[row, start:size] = np.where(episode.drawn, step, -1)
+        batch.rewards[row], batch.finished[row], batch.groups[row] = scored.score.value, episode.finished, number
+    return batch
+
+
+def _reward(task: str, item: int, text: str, score: Score) -> float:
+    """The reward. Raises UserError, with the item and the reply, if there is none."""
+    if score.status == "failed":
+        raise UserError(f"task: {task} failed to score {text[-60:]!r} for item {item}: {score.note}")
+    if not np.isfinite(score.value):
+        raise UserError(f"task: {task} gives {text[-60:]!r} for item {item} the reward {score.value}, must be finite")
+    return float(score.value)
+
+
+def _mean_calls(replies: Sequence[Scored]) -> float:
+    return float(np.mean([scored.episode.calls for scored in replies]))
+
+
+def _scored_as_json(scored: Scored) -> dict[str, Any]:
+    episode, score = scored.episode, dataclasses.asdict(scored.score)
+    asked = {"item": episode.asked.item, "sample": episode.asked.sample, "seed": episode.asked.seed}
+    written = {name: value for name, value in vars(episode).items() if name != "asked"}
+    return {"asked": asked, "episode": written, "score": score}
+
+
+def _scored_of(data: Mapping[str, Any], prompts: Mapping[int, tuple[int, ...]]) -> Scored:
+    asked = Asked(prompt=prompts[data["asked"]["item"]], **data["asked"])
+    return Scored(Episode(asked, **data["episode"]), Score(**data["score"]))
