@@ -27,6 +27,7 @@ EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax.evals": None,
     "gptjax.experiment.report": ("Expect",),
     "gptjax.interop.templates": ("ChatTemplate",),
+    "gptjax.models.reward": ("RewardModel",),
     "gptjax.monitor.metrics": ("WandB",),
     "gptjax.nn": None,
     "gptjax.objectives": None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
@@ -104,6 +104,20 @@ class BatchIterator(Protocol):
 
     def close(self) -> None:
         """Free threads and buffers; `next` continues at the same position."""
+        ...
+
+
+class Reward(Config, Protocol):
+    """A judge of replies: `gptjax.models.reward.RewardModel`. Base class of frozen dataclasses."""
+
+    @abc.abstractmethod
+    def __call__(self, conversations: Sequence[Any]) -> Sequence[float]:
+        """Reward of the reply that ends each `data.chat.Conversation`."""
+        ...
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that the rewards depend on."""
         ...
 
 

@@ -11,9 +11,10 @@ import os
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from gptjax.types import PyTree
+if TYPE_CHECKING:  # it imports jax, which `--help` does not wait for
+    from gptjax.types import PyTree
 
 VECTORS = "xla_cpu_prefer_vector_width"
 HEARTBEAT = 60  # seconds

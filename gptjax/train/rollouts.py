@@ -23,7 +23,7 @@ from gptjax.data.chat import ConversationTemplate
 from gptjax.data.sources import check_fraction, held_out
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.inference.sampling import Sampling
-from gptjax.protocols import ModelConfig, Split, Tokenizer
+from gptjax.protocols import ModelConfig, Reward, Split, Tokenizer
 from gptjax.tasks.task import Task
 from gptjax.tasks.tools import Tool
 from gptjax.train.episodes import Writing
@@ -40,6 +40,8 @@ class Rollouts:
 
     task: Task
     """Prompts, and scores of replies, whose `value` is the reward."""
+    reward: Reward | None = None
+    """Rewards in place of the task's, such as `models.reward.RewardModel("runs/reward")`. Outcomes stay the task's."""
     length: int = 512
     """T, maximum number of tokens of a prompt and its reply. Items whose prompts leave no room are left out."""
     batch: int = 64
@@ -147,7 +149,9 @@ class Rollouts:
         if not fitting:
             shortest = min(map(len, ids.values()))
             raise UserError(f"length: got {self.length}, must be more than {shortest}, the shortest prompt's")
-        digest = hashlib.sha256(f"{task.fingerprint()} {self} {tokenizer.fingerprint} {split}".encode())
+        own = {name: value for name, value in vars(self).items() if name not in ("task", "reward")}
+        reward = "" if self.reward is None else self.reward.fingerprint()
+        digest = hashlib.sha256(f"{task.fingerprint()} {reward} {own} {tokenizer.fingerprint} {split}".encode())
         return Prompts(fitting, len(ids) - len(fitting), digest.hexdigest())
 
     def _encode(self, tokenizer: Tokenizer, i: int) -> list[int]:

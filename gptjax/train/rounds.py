@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.data.chat import Message
 from gptjax.inference.engine import Engine
 from gptjax.protocols import Module, Tokenizer
 from gptjax.tasks.scorers import Scorers
@@ -288,18 +289,18 @@ class Writer:
         task = self._data.task
         replies = [(i, text) for i in items[:PROBES] for text in (task.example(i)[-1].text, "")]
         futures = [self._scorers.submit(i, Reply(text)) for i, text in replies]
-        scores = [future.result() for future in futures]
-        rewards = {_reward(task.name, *reply, score) for reply, score in zip(replies, scores, strict=True)}
+        scores = self._rewarded(replies, [future.result() for future in futures])
+        rewards = {score.value for score in scores}
         if len(rewards) == 1:
             reward = rewards.pop()
             raise UserError(
-                f"task: {task.name} gives right and empty replies the same reward, {reward:g}, must tell them apart"
+                f"task: got one reward for right and for empty replies to {task.name}, {reward:g}, must tell them apart"
             )
 
     def write(self, policy: Policy, asked: Sequence[Asked], stopped: Callable[[], bool]) -> list[Scored] | None:
         """Replies of the policy, in the order of `asked`. None: a stop was asked for. Raises UserError that names the
         item and the reply if a score fails or is not a number."""
-        task, found = self._data.task, {}
+        found: dict[Asked, tuple[Episode, Future[Score]]] = {}
         with self._lock:
             for episode in write(self._engine_of(policy), asked, self._data.writing):
                 one = episode.asked
@@ -307,10 +308,24 @@ class Writer:
                 if stopped():
                     self._engine = None  # with all that is in progress
                     return None
-        scored = [Scored(found[one][0], found[one][1].result()) for one in asked]
-        for one in scored:
-            _reward(task.name, one.episode.asked.item, one.episode.text, one.score)
-        return scored
+        ended = [found[one] for one in asked]
+        replies = [(episode.asked.item, episode.text) for episode, _ in ended]
+        scores = self._rewarded(replies, [future.result() for _, future in ended])
+        return [Scored(episode, score) for (episode, _), score in zip(ended, scores, strict=True)]
+
+    def _rewarded(self, replies: Sequence[tuple[int, str]], scores: Sequence[Score]) -> Sequence[Score]:
+        """Scores of replies to items, with the rewards of `Rollouts.reward`. Raises UserError, with the item and the
+        reply, if a score failed or a reward is not finite."""
+        task, judge = self._data.task, self._data.reward
+        values = [score.value for score in scores]
+        if judge is not None:
+            values = judge([(*task.prompt(i), Message("assistant", text)) for i, text in replies])
+        for (i, text), score, value in zip(replies, scores, values, strict=True):
+            if score.status == "failed":
+                raise UserError(f"task: {task.name} failed to score {text[-60:]!r} for item {i}: {score.note}")
+            if not np.isfinite(value):
+                raise UserError(f"reward: got {value} for {text[-60:]!r}, the reply to item {i}, must be finite")
+        return [dataclasses.replace(score, value=value) for score, value in zip(scores, values, strict=True)]
 
     def _engine_of(self, policy: Policy) -> Engine:
         if self._engine is None:
@@ -360,15 +375,6 @@ def _batch(data: Rollouts, groups: Sequence[Sequence[Scored]], step: int) -> Epi
         batch.versions[row, start:size] = np.where(episode.drawn, step, -1)
         batch.rewards[row], batch.finished[row], batch.groups[row] = scored.score.value, episode.finished, number
     return batch
-
-
-def _reward(task: str, item: int, text: str, score: Score) -> float:
-    """The reward. Raises UserError, with the item and the reply, if there is none."""
-    if score.status == "failed":
-        raise UserError(f"task: {task} failed to score {text[-60:]!r} for item {item}: {score.note}")
-    if not np.isfinite(score.value):
-        raise UserError(f"task: {task} gives {text[-60:]!r} for item {item} the reward {score.value}, must be finite")
-    return float(score.value)
 
 
 def _mean_calls(replies: Sequence[Scored]) -> float:

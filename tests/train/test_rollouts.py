@@ -8,18 +8,23 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gptjax import data, optim
 from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.config import allow, from_json, to_json
 from gptjax.data.chat import Conversation, Message
+from gptjax.models.regressor_model import RegressorModel
+from gptjax.models.reward import RewardModel
 from gptjax.monitor import metrics
 from gptjax.monitor.metrics import MetricsLogger
-from gptjax.nn import TransformerConfig
+from gptjax.nn import Last, RegressorConfig, TransformerConfig
 from gptjax.objectives import GRPO
 from gptjax.tasks import Generation, Reply, Score, Task, Tool
 from gptjax.train.loop import train
@@ -31,6 +36,9 @@ from gptjax.types import UserError
 
 MODEL = TransformerConfig(vocab=40, layers=1, width=16, heads=2).build()
 TOKENIZER = data.TrainCharacters().build(iter(["abcdefghijklmnopqrstuvwxyz"]))
+
+
+allow(sys.modules[__name__])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +196,8 @@ def test_a_reward_is_learnt(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"constant": True}, "the same reward, 0"),
-        ({"broken": "nan"}, "the reward inf, must be finite"),
+        ({"constant": True}, "one reward for right and for empty replies to Vowels, 0"),
+        ({"broken": "nan"}, "reward: got inf for .* must be finite"),
         ({"broken": "raise"}, "failed to score"),
     ],
 )
@@ -202,6 +210,27 @@ def test_a_bad_reward_names_the_item(fields, message):
 
     with pytest.raises(UserError, match=message):
         write()
+
+
+def test_a_reward_model_rewards_in_place_of_the_task(tmp_path):
+    """Its rewards are those of the conversations; outcomes stay the task's."""
+    config = RegressorConfig(TransformerConfig(vocab=40, layers=1, width=16, heads=2), pooling=Last())
+    params = config.build().init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    judge = RegressorModel(config, params, TOKENIZER)
+    judge.save(tmp_path / "reward")
+    made = dataclasses.replace(ROLLOUTS, reward=RewardModel(str(tmp_path / "reward")))
+    assert from_json(to_json(made)) == made
+    with contextlib.closing(made.batches(TOKENIZER, "train", 0, "")) as rounds:
+        batch = jax.device_get(rounds.next_batch(policy(rounds)))
+        prompts = [Vowels().prompt(record["item"]) for record in rounds.records]
+        said = [
+            (*prompt, Message("assistant", record["reply"]))
+            for prompt, record in zip(prompts, rounds.records, strict=True)
+        ]
+        np.testing.assert_allclose(batch.rewards, judge.scores(said), rtol=0, atol=1e-5)
+        shares = [Vowels().score(0, Reply(record["reply"])).outcome for record in rounds.records]
+        assert [record["outcome"] for record in rounds.records] == shares
+    assert made.prompts(TOKENIZER, "train").fingerprint != ROLLOUTS.prompts(TOKENIZER, "train").fingerprint
 
 
 def test_a_stage_is_saved_between_rounds():
