@@ -21,7 +21,7 @@ from gptjax.data.sources import held_out
 from gptjax.inference.sampling import Sampling
 from gptjax.nn import TransformerConfig
 from gptjax.protocols import Split
-from gptjax.tasks import Generation, Reply, Score, Task
+from gptjax.tasks import Generation, HeldOut, Reply, Score, Task
 from gptjax.train.rollouts import Rollouts
 
 
@@ -76,6 +76,7 @@ class Answers:
         return f"{self.task.fingerprint()} {self}"
 
 
+HELD_OUT = HeldOut(Sums())
 SFT = Stage(
     data=data.Chat(Answers(), length=128, batch=16),
     objective=objectives.NextToken(),
@@ -84,11 +85,7 @@ SFT = Stage(
     evaluate_every=500,
     save_every=500,
     prompts=("12+34",),
-    evaluations=(
-        evals.Generative(
-            dataclasses.replace(Sums()), items=256, samples=16, sampling=Sampling(temperature=1.0), rows=64
-        ),
-    ),
+    evaluations=(evals.Generative(HELD_OUT, samples=16, sampling=Sampling(temperature=1.0), rows=64),),
 )
 
 
@@ -104,7 +101,7 @@ def arithmetic(**stages: Stage) -> Experiment:
 def reinforcement(objective: objectives.PolicyGradient, reward: str = "right") -> Experiment:
     """Fine-tuning, then 100 steps with this objective and reward."""
     rl = Stage(
-        data=Rollouts(Sums(reward=reward), length=32, batch=128, group=8, rows=64),
+        data=Rollouts(Sums(reward=reward), length=32, batch=256, group=8, rows=64),
         objective=objective,
         optimizer=optim.AdamW(learning_rate=1e-3, schedule=optim.Linear(warmup=5), clip=1.0),
         steps=100,
@@ -112,7 +109,7 @@ def reinforcement(objective: objectives.PolicyGradient, reward: str = "right") -
         save_every=50,
         log_every=1,
         prompts=("12+34",),
-        evaluations=(evals.Generative(Sums(), items=256, sampling=Sampling(temperature=1.0), rows=64),),
+        evaluations=(evals.Generative(HELD_OUT, sampling=Sampling(temperature=1.0), rows=64),),
     )
     return arithmetic(rl=rl)
 
@@ -120,6 +117,7 @@ def reinforcement(objective: objectives.PolicyGradient, reward: str = "right") -
 variants = {
     "grpo": reinforcement(objectives.GRPO(kl=0.0)),
     "rloo": reinforcement(objectives.RLOO(kl=0.0)),
+    "ppo": reinforcement(objectives.PPO(kl=0.0)),
     "random": reinforcement(objectives.GRPO(kl=0.0), "random"),
     "format": reinforcement(objectives.GRPO(kl=0.0), "format"),
     "more_sft": arithmetic(more=dataclasses.replace(SFT, steps=100)),
