@@ -48,6 +48,9 @@ def load_run(
     model, data = model_config(experiment["model"], dtype), stages[name]["data"]
     found = checked_class(kind, type(model), path)
     before = list(stages)[: list(stages).index(name) + 1]
+    lengths = [stages[stage]["data"].get("length") for stage in before]
+    if all(isinstance(length, int) for length in lengths):  # a later stage may have shorter texts
+        data = data | {"length": max(lengths)}
     adapters = {name: from_json(stages[name].get("adapter")) for name in before}
     built = model.build(rules)
     abstract = {

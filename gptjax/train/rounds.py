@@ -162,6 +162,7 @@ class Rounds(Iterator[Batch]):
             self.writer.close()
             raise
         self._groups = self._step = 0  # groups asked for, steps begun
+        self._last_order: tuple[int, np.ndarray] | None = None  # epoch, and order of its items
         self._prepared: list[Batch] = []
         self._ahead: Future[Round] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "rollouts")
@@ -247,10 +248,14 @@ class Rounds(Iterator[Batch]):
     def _asked(self, group: int, sample: int) -> Asked:
         """Sample of a group: its item, in a random order of all items in each epoch, and the seed of its draws."""
         epoch, place = divmod(group, len(self._items))
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._items))
-        item = self._items[order[place]]
+        item = self._items[self._order(epoch)[place]]
         seed = int.from_bytes(hashlib.sha256(f"{self._seed} {group}".encode()).digest()[:4], "little")
         return Asked(item, sample, self._prompts.ids[item], seed)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._last_order is None or self._last_order[0] != epoch:
+            self._last_order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._items))
+        return self._last_order[1]
 
     def _minibatches(self, written: Round) -> list[list[list[Scored]]]:
         """Groups of each batch of a round; the last ones have fewer if too few were kept."""
