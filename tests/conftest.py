@@ -38,10 +38,10 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs() -> Iterator[None]:
     """Free the compiled programs from time to time. Each has memory maps, of which Linux allows a process 65,530 in
-    all: beyond, the compiler crashes. A file needs at most 20,000, and many programs serve several files."""
+    all: beyond, the compiler crashes. A file needs at most 20,000, which are 4 GB; programs serve several files."""
     yield
     maps = Path("/proc/self/maps")
-    if (jax := sys.modules.get("jax")) and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    if (jax := sys.modules.get("jax")) and maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
         jax.clear_caches()
 
 
