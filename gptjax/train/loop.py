@@ -334,7 +334,7 @@ class _Run:
         self.records.log(done, self.name, **values, learning_rate=self.rates[max(updates - 1, 0)], **measured)
         if math.isfinite(values["loss"]):
             shown = {} if self.written is None else {n: self.written.figures[n] for n in ("reward", "outcome")}
-            self.display.update(done, **shown | values, waiting=times.waiting)
+            self.display.update(done, **values | shown, waiting=times.waiting)
         if values.get("consecutive_skipped"):
             self.display.note(f"step {done} was skipped: loss {values['loss']:.3g}")
         self.watchdog.set_figures(measured)
