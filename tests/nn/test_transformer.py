@@ -40,6 +40,7 @@ from gptjax.nn import (
     YaRN,
     count,
     make_cache,
+    positions,
     unstack,
 )
 from gptjax.nn.remat import POLICIES
@@ -49,6 +50,10 @@ BASE = TransformerConfig(vocab=32, layers=2, width=16, heads=4, kv_heads=2)
 TOKENS = jax.random.randint(jax.random.key(7), (4, 12), 0, 32)
 # Logits are of size 1 and pass through 2 layers of sums of 16 to 48 float32 products.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+for name in positions.__all__:  # a class is among the subclasses once it is imported
+    getattr(positions, name)
 
 
 def every(base: type) -> list[type]:

@@ -214,7 +214,7 @@ def test_a_queued_resource_is_waited_for(world):
         ("tpu/launch run --name p --zone z --bucket b -- quickstart", "BUCKET: got b, must begin with gs://"),
         (
             "tpu/launch up --dry-run --name p --zone z --type t -- quikstart",
-            "quikstart: no such experiment; there are: gpt",
+            "quikstart: no such experiment; there are: arithmetic, ",
         ),
         ("tpu/launch run --name p --zone z -- no/such.py", "no/such.py: no such file"),
         ("tpu/slurm.sh --dry-run -- _hidden", "_hidden: no such experiment"),
