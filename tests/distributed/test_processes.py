@@ -53,7 +53,7 @@ place = sharding.global_array
 
 def noted(batch, rules):
     # Rows that this process reads to train on; and take a while, so that there is time to be stopped.
-    if sys._getframe(1).f_code.co_name != "evaluate":
+    if sys._getframe(1).f_code.co_name != "validation_losses":
         with open(os.environ["ROWS"] + str(jax.process_index()), "a") as file:
             file.write(json.dumps(np.asarray(batch.tokens).tolist()) + "\\n")
     time.sleep(0.05 if jax.process_count() > 1 else 0)
