@@ -1,12 +1,21 @@
 """Reinforcement learning on sums: a model that knows the answer learns to say it.
 
     python -m experiments arithmetic
-    python -m experiments arithmetic --sweep variant=grpo,rloo,more_sft --seeds 3
+    python -m experiments arithmetic --variant ppo --out runs/ppo
 
 `sft` fine-tunes on sums of which 15 % are right and the others are off by one, so that the model can add, but seldom
-says so: one of 16 replies is right much more often than the first. `rl` then rewards right replies. `random` and
-`format` reward replies by chance, and all that are numbers: neither may raise the share of right ones. `more_sft`
-spends the same number of steps on more fine-tuning.
+says so: one of 16 replies is right much more often than the first. `rl` then rewards right replies, for 100 steps.
+`random` and `format` reward replies by chance, and all that are numbers: neither may raise the share of right ones.
+`more_sft` spends the same number of steps on more fine-tuning.
+
+Replies to 255 held-out sums, drawn at temperature 1, with 95 % intervals, one run each, all from one fine-tuning:
+
+    after sft            15.9 % [14.5, 17.3]; at least one of 16: 87.8 %
+    grpo                 97.3 % [94.4, 98.7]
+    reward random         5.5 % [ 3.3,  9.0]
+    reward format        19.6 % [15.2, 24.9]
+
+`ppo`, `rloo` and `more_sft` were not run to the end. Not timed on an idle machine.
 """
 
 import dataclasses
@@ -15,12 +24,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gptjax import Experiment, Stage, data, evals, objectives, optim
+from gptjax import Expect, Experiment, Stage, data, evals, objectives, optim
 from gptjax.data.chat import Conversation, Message
 from gptjax.data.sources import held_out
 from gptjax.inference.sampling import Sampling
 from gptjax.nn import TransformerConfig
-from gptjax.protocols import Split
+from gptjax.protocols import Objective, Split
 from gptjax.tasks import Generation, HeldOut, Reply, Score, Task
 from gptjax.train.rollouts import Rollouts
 
@@ -89,17 +98,19 @@ SFT = Stage(
 )
 
 
-def arithmetic(**stages: Stage) -> Experiment:
+def arithmetic(expect: tuple[Expect, ...] = (), **stages: Stage) -> Experiment:
     """Fine-tuning, and what follows it."""
     return Experiment(
         model=TransformerConfig(vocab=280, layers=3, width=96, heads=4),
         tokenizer=data.Bytes(),
         stages={"sft": SFT, **stages},
+        expect=(Expect("sft/Sums/accuracy", above=0.1, below=0.2), Expect("sft/Sums/pass@16", above=0.6), *expect),
     )
 
 
-def reinforcement(objective: objectives.PolicyGradient, reward: str = "right") -> Experiment:
+def reinforcement(objective: Objective, reward: str = "right") -> Experiment:
     """Fine-tuning, then 100 steps with this objective and reward."""
+    raises = Expect("rl/Sums/accuracy", above=0.9) if reward == "right" else Expect("rl/Sums/accuracy", below=0.3)
     rl = Stage(
         data=Rollouts(Sums(reward=reward), length=32, batch=256, group=8, rows=64),
         objective=objective,
@@ -111,7 +122,7 @@ def reinforcement(objective: objectives.PolicyGradient, reward: str = "right") -
         prompts=("12+34",),
         evaluations=(evals.Generative(HELD_OUT, sampling=Sampling(temperature=1.0), rows=64),),
     )
-    return arithmetic(rl=rl)
+    return arithmetic((raises,), rl=rl)
 
 
 variants = {

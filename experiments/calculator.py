@@ -5,13 +5,22 @@
 The model writes "<<123*456=", the calculator "56088>>", and the model the answer after it. `sft` shows that; `rl`
 rewards right answers, with the calculator at hand. Both are measured with the calculator and without it, where the
 model has to multiply by itself.
+
+Replies to 256 held-out products, drawn at temperature 1, with 95 % intervals, one run:
+
+                  with the calculator      without it
+    after sft     95.7 % [92.5, 97.6]      0 % [0, 1.5]
+    after rl      94.1 % [90.6, 96.4]      0 % [0, 1.5]
+
+So long a fine-tuning leaves `rl` little to teach. After 400 of its 700 steps there were 76.6 % [71.0, 81.3], and after
+`rl` 81.3 % [76.0, 85.6]; 80 steps at a learning rate of 1e-3 gave 83.6 %. Not timed on an idle machine.
 """
 
 import dataclasses
 
 import numpy as np
 
-from gptjax import Experiment, Stage, data, evals, objectives, optim
+from gptjax import Expect, Experiment, Stage, data, evals, objectives, optim
 from gptjax.data.chat import Conversation, Message
 from gptjax.inference.sampling import Sampling
 from gptjax.nn import TransformerConfig
@@ -78,4 +87,9 @@ experiment = Experiment(
     model=TransformerConfig(vocab=280, layers=3, width=96, heads=4),
     tokenizer=data.Bytes(),
     stages={"sft": SFT, "rl": RL},
+    expect=(
+        Expect("sft/Products, with Calculator/accuracy", above=0.9),
+        Expect("sft/Products/accuracy", below=0.1),
+        Expect("rl/Products, with Calculator/accuracy", above=0.88),
+    ),
 )

@@ -242,7 +242,8 @@ class Generative(Evaluation):
         table = ["| figure | mean, 95 % interval |", "|---|---|", *(f"| {n} | {text} |" for n, text in rows)]
         how = ", ".join(f"{count:,} {status}" for status, count in counts.items() if count)
         markdown = [*table, "", f"Replies: {how}.", "", f"Signature: `{signature}`", *_shown(records)]
-        return Result(self.task.name, values, "\n".join(markdown), tuple(records))
+        tools = "".join(f", with {type(tool).__name__}" for tool in self.tools)
+        return Result(self.task.name + tools, values, "\n".join(markdown), tuple(records))
 
     def _pass_at(self, records: Sequence[Record], k: int) -> intervals.Interval:
         """Probability that one of k replies is right, unbiased (Chen et al. 2021, arXiv:2107.03374)."""

@@ -32,13 +32,18 @@ def rollout_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path)
     figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontweight="bold")
     for axes, (name, curves) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        log = "maximum" in curves.values()
+        shown: list[dict[int, float]] = []
         for (key, label), color in zip(curves.items(), COLORS, strict=False):
-            pairs = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-            if pairs:
-                steps, values = np.array(pairs, float).T
+            # Sorted: the figures of a round are recorded before those of the step before it.
+            found = {record["step"]: record[key] for record in records if record.get(key) is not None}
+            found = {step: value for step, value in sorted(found.items()) if value > 0 or not log}
+            if found and found not in shown:  # the reward is often the outcome
+                shown.append(found)
+                steps, values = np.array([*found.items()], float).T
                 marker = "o" if key.startswith("validation") else ""
                 axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=4, label=label)
-        if "maximum" in curves.values() and axes.lines:
+        if log and axes.lines:
             axes.set_yscale("log")
         axes.set_title(name, loc="left", color=INK, fontsize=10)
         axes.set_xlabel("step", color=INK)
