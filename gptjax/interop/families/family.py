@@ -128,8 +128,10 @@ class Family:
         return (self.stem or re.sub(r"(ForCausalLM|ForMaskedLM|LMHeadModel)$", "", self.architecture)) + suffix
 
 
-CLASSIFYING, TAGGING = "ForSequenceClassification", "ForTokenClassification"
-"""Suffixes of the classes of `transformers` that classify texts, and tokens."""
+CLASSIFYING = "ForSequenceClassification"
+"""Suffix of the classes of `transformers` that classify texts."""
+TAGGING = "ForTokenClassification"
+"""Suffix of those that classify tokens."""
 TAGGERS = (
     *("bert", "roberta", "xlm-roberta", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma"),
     *("gemma2", "phi3", "smollm3", "stablelm", "starcoder2", "gpt_oss", "deepseek_v3"),
