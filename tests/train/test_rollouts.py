@@ -20,6 +20,8 @@ from gptjax import data, optim
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import allow, from_json, to_json
 from gptjax.data.chat import Conversation, Message
+from gptjax.distributed import sharding
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.models.regressor_model import RegressorModel
 from gptjax.models.reward import RewardModel
 from gptjax.monitor import metrics
@@ -81,9 +83,9 @@ STAGE = Stage(
 )
 
 
-def run(folder: Path, stage: Stage = STAGE, records: MetricsLogger | None = None) -> None:
+def run(folder: Path, stage: Stage = STAGE, records: MetricsLogger | None = None, module=MODEL) -> None:
     with records or MetricsLogger(folder) as writer:
-        train(stage, "rl", MODEL, TOKENIZER, folder / "checkpoints", writer, cache=folder / "cache")
+        train(stage, "rl", module, TOKENIZER, folder / "checkpoints", writer, cache=folder / "cache")
 
 
 def outcome(folder: Path, stage: Stage):
@@ -271,3 +273,20 @@ def test_answers_of_tools_stand_between_what_was_drawn_and_are_not_trained():
                     expected[at + 1 : at + 3] = False
             np.testing.assert_array_equal(drawn, expected)
     assert len(called) >= 3
+
+
+@pytest.mark.slow
+def test_a_mesh_writes_the_same_replies_and_trains_on_them(tmp_path):
+    """Losses are sums of some hundred float32 products, in another order."""
+    stage = dataclasses.replace(STAGE, steps=2, evaluate_every=2)
+    run(tmp_path / "one", stage)
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        run(tmp_path / "mesh", stage, module=MODEL.clone(rules=DEFAULT_RULES))
+    one, mesh = (
+        [json.loads(line) for line in (tmp_path / name / "rollouts" / "rl.jsonl").read_text().splitlines()]
+        for name in ("one", "mesh")
+    )
+    assert [line["reply"] for line in one] == [line["reply"] for line in mesh]
+    losses = [[line["loss"] for line in metrics.read(tmp_path / name) if "loss" in line] for name in ("one", "mesh")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-4)
+    assert all(line["mismatch_max"] < 1e-4 for line in metrics.read(tmp_path / "mesh") if "mismatch_max" in line)
