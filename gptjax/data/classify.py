@@ -53,10 +53,15 @@ class Classify(Dataset):
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)
-        for source in self.mix.sources:
-            classes, known = getattr(source, "classes", None), getattr(model, "classes", None)
-            if classes is not None and len(classes) != known:
-                raise UserError(f"data.source.classes: got {len(classes)}, must be {known}, as many as model.classes")
+        check_classes(self, model)
+
+
+def check_classes(data: Dataset, model: ModelConfig) -> None:
+    """Raise UserError if a source has another number of classes than the model."""
+    for source in data.mix.sources:
+        classes, known = getattr(source, "classes", None), getattr(model, "classes", None)
+        if classes is not None and len(classes) != known:
+            raise UserError(f"data.source.classes: got {len(classes)}, must be {known}, as many as model.classes")
 
 
 def encode_examples(documents: Iterator[Example], tokenizer: Tokenizer) -> Iterator[Encoded]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from gptjax.data.classify import check_classes
 from gptjax.data.dataset import Dataset, PackedSequences
 from gptjax.data.encoding import DROPPED, TRUNCATED, Encode, Encoded
 from gptjax.data.files import Where, file_state, find_files, read_json
@@ -184,10 +185,7 @@ class ClassifyTokens(Dataset):
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)
-        for source in self.mix.sources:
-            classes, known = getattr(source, "classes", None), getattr(model, "classes", None)
-            if classes is not None and len(classes) != known:
-                raise UserError(f"data.source.classes: got {len(classes)}, must be {known}, as many as model.classes")
+        check_classes(self, model)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from gptjax.data import chat
-from gptjax.data.chat import ConversationTemplate
+from gptjax.data.chat import Conversation, ConversationTemplate
 from gptjax.data.sources import check_fraction, held_out
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.inference.sampling import Sampling
@@ -156,8 +156,11 @@ class Rollouts:
 
     def _encode(self, tokenizer: Tokenizer, i: int) -> list[int]:
         if self.form == "text":
-            return add_bos_eos(tokenizer.encode(self.task.text(i)), tokenizer, append_eos=False)
-        messages, template = self.task.prompt(i), self.template
+            return self.prompt(tokenizer, self.task.text(i))
+        return self._converse(tokenizer, self.task.prompt(i))
+
+    def _converse(self, tokenizer: Tokenizer, messages: Conversation) -> list[int]:
+        template = self.template
         return chat.prompt(messages, tokenizer) if template is None else template.prompt(messages, tokenizer)
 
     def empty(self, size: int) -> Episodes:
@@ -188,8 +191,7 @@ class Rollouts:
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         if self.form == "text":
             return add_bos_eos(tokenizer.encode(text), tokenizer, append_eos=False)
-        messages = (chat.Message("user", text),)
-        return chat.prompt(messages, tokenizer) if self.template is None else self.template.prompt(messages, tokenizer)
+        return self._converse(tokenizer, (chat.Message("user", text),))
 
     def check(self, model: ModelConfig) -> None:
         limit = model.max_positions
