@@ -61,7 +61,7 @@ def test_two_models_are_compared_item_by_item():
 def test_a_model_is_evaluated_and_the_command_resumes(tmp_path, capsys):
     tokenizer = Bytes().build([])
     config = TransformerConfig(vocab=tokenizer.vocab, layers=1, width=16, heads=2)
-    params = config.build().init(jax.random.key(1), jax.numpy.zeros((1, 2), int))["params"]
+    params = jax.jit(config.build().init)(jax.random.key(1), jax.numpy.zeros((1, 2), int))["params"]
     LanguageModel(config, params, tokenizer, context=256).save(tmp_path / "model")
     command = ["eval", str(tmp_path / "model"), "--tasks", "spelling", "--limit", "3", "--max_tokens", "4"]
     command += ["--out", str(tmp_path / "out")]
@@ -93,7 +93,7 @@ def test_a_model_is_evaluated_and_the_command_resumes(tmp_path, capsys):
 def test_likelihoods_of_options_and_of_documents(tmp_path, capsys):
     tokenizer = Bytes().build([])
     config = TransformerConfig(vocab=tokenizer.vocab, layers=1, width=16, heads=2)
-    params = config.build().init(jax.random.key(1), jax.numpy.zeros((1, 2), int))["params"]
+    params = jax.jit(config.build().init)(jax.random.key(1), jax.numpy.zeros((1, 2), int))["params"]
     LanguageModel(config, params, tokenizer, context=256).save(tmp_path / "model")
     choices = {"text": ["red", "blue"], "label": ["A", "B"]}
     rows = [{"question": f"sky {i}?", "choices": choices, "answerKey": "AB"[i % 2]} for i in range(6)]

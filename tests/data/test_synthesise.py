@@ -141,7 +141,7 @@ def test_a_server_writes_and_an_error_keeps_what_is_there(rows, tmp_path, capsys
 def test_a_model_of_this_machine_writes(rows, tmp_path):
     tokenizer = Bytes().build([])
     config = TransformerConfig(vocab=tokenizer.vocab, layers=1, width=16, heads=2)
-    params = config.build().init(jax.random.key(0), jax.numpy.zeros((1, 2), int))["params"]
+    params = jax.jit(config.build().init)(jax.random.key(0), jax.numpy.zeros((1, 2), int))["params"]
     LanguageModel(config, params, tokenizer).save(tmp_path / "model")
     out = tmp_path / "out.jsonl"
     command = ["data", "synthesise", str(rows), str(out), "--model", str(tmp_path / "model"), "--prompt", "{text}"]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 import gptjax
 from gptjax.data.tokenizers.bytes import Bytes
@@ -91,8 +92,7 @@ def test_the_gradient_passes_through_to_the_inputs():
 @pytest.fixture(scope="module")
 def lm():
     config = TransformerConfig(vocab=TOKENIZER.vocab, layers=2, width=32, heads=4, kv_heads=2)
-    params = jax.jit(config.build().init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
-    params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params)  # away from uniform predictions
+    params = drawn(config.build(), deviation=0.08)  # away from uniform predictions
     return gptjax.LanguageModel(config, params, TOKENIZER, context=64)
 
 
@@ -137,7 +137,7 @@ def test_experts_are_quantised_too():
     config = TransformerConfig(
         vocab=TOKENIZER.vocab, layers=1, width=16, heads=2, mlp=MixtureOfExperts(experts=4, top_k=2)
     )
-    params = config.build().init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    params = drawn(config.build(), deviation=0.02)
     lm = gptjax.LanguageModel(config, params, TOKENIZER)
     small = lm.quantised()
     assert isinstance(small.params["blocks"]["mlp"]["up"], QuantisedArray)
@@ -176,7 +176,7 @@ def test_calibration_keeps_products_closer_than_rounding():
 
 def test_calibration_quantises_the_matrices_of_every_layer(lm):
     config = dataclasses.replace(lm.config, leading_layers=(LayerOverrides(window=8),), layers=3)
-    params = jax.jit(config.build().init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    params = drawn(config.build())
     tokens = np.random.default_rng(6).integers(0, 256, (2, 16))
     a, b = quantise_params(config, params, 4, 16), gptq_params(config, params, tokens, 4, 16)
     assert jax.tree.structure(a) == jax.tree.structure(b)

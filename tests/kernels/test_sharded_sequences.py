@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn, placed
 
 from gptjax.distributed import sharding
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
@@ -54,12 +55,21 @@ def value_and_gradients(form: str | None, mask: Mask, options, arrays, weights):
     return jax.tree.map(np.asarray, (y, gradients))
 
 
-def assert_equals_the_plain_form(form, mesh, mask, options, length=T):
-    """Values, and gradients with respect to queries, keys, values and sinks."""
+def inputs(length: int = T):
+    """Queries, keys and values, and weights of what is put out."""
     random = np.random.default_rng(0)
     arrays = tuple(random.normal(size=(B, length, heads, H)).astype("f4") for heads in (N, K, K))
-    weights = random.normal(size=(B, length, N, H)).astype("f4")
-    expected = value_and_gradients("plain", mask, options, arrays, weights)
+    return arrays, random.normal(size=(B, length, N, H)).astype("f4")
+
+
+@functools.cache
+def plain(mask: str, options: str):
+    return value_and_gradients("plain", MASKS[mask], OPTIONS[options], *inputs())
+
+
+def assert_equals(expected, form, mesh, mask, options, length=T):
+    """Values, and gradients with respect to queries, keys, values and sinks."""
+    arrays, weights = inputs(length)
     with sharding.use(MESHES[mesh].make()):
         place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), DEFAULT_RULES(*axes)))  # noqa: E731
         rows = jax.tree.map(lambda x: place(x, "batch", "sequence"), mask)
@@ -79,7 +89,7 @@ def assert_equals_the_plain_form(form, mesh, mask, options, length=T):
     ],
 )
 def test_it_equals_the_plain_form(form, mesh, mask, options):
-    assert_equals_the_plain_form(form, mesh, MASKS[mask], OPTIONS[options])
+    assert_equals(plain(mask, options), form, mesh, MASKS[mask], OPTIONS[options])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,8 @@ def test_splash_equals_the_plain_form(mesh, mask, options):
     if mask == "segments":
         segments = np.repeat(SEGMENTS, 1024 // T, axis=1)
         mask = Mask(query_segments=segments, key_segments=segments)
-    assert_equals_the_plain_form("splash", mesh, mask, OPTIONS[options], 1024)
+    expected = value_and_gradients("plain", mask, OPTIONS[options], *inputs(1024))
+    assert_equals(expected, "splash", mesh, mask, OPTIONS[options], 1024)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 8])
@@ -194,7 +205,7 @@ def test_a_model_trains_as_on_one_device(name):
     tokens = random.integers(0, 48, (B, T + 1), np.int32)
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in (10, 5, 13, 4)])[None].repeat(B, 0)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], (SEGMENTS > 0).astype("f4"), SEGMENTS, positions)
-    params = jax.jit(MODELS[name].build().init)(jax.random.key(0), batch.tokens)["params"]
+    params = drawn(MODELS[name].build(), deviation=0.02)
 
     def gradients(model, params, batch):
         def loss(params):
@@ -207,10 +218,7 @@ def test_a_model_trains_as_on_one_device(name):
     with sharding.use(MeshConfig(fsdp=2, context=2, tensor=2).make()):
         model = MODELS[name].build(DEFAULT_RULES)
         rows = sharding.global_array(batch, DEFAULT_RULES)
-        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), rows.tokens)["params"])
-        mesh = jax.sharding.get_mesh()
-        params = jax.tree.map(lambda p, s: jax.device_put(p, jax.NamedSharding(mesh, s.sharding.spec)), params, shapes)
-        actual = gradients(model, params, rows)
+        actual = gradients(model, placed(model, params, rows.tokens), rows)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), actual, expected)
 
 

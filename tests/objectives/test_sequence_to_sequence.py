@@ -24,7 +24,7 @@ def test_reversal_is_learned():
     ones, places = np.ones_like(source), np.broadcast_to(np.arange(4, dtype=np.int32), source.shape)
     pair = Pair(tokens, target, ones.astype(np.float32), ones, places, source, ones, places)
     optimizer = optax.adam(1e-2)
-    state = train_state.create(model.init(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
+    state = train_state.create(jax.jit(model.init)(jax.random.key(0), tokens)["params"], optimizer, jax.random.key(1))
     step = make_step(SequenceToSequence(), model.apply, optimizer, accumulate=2)
     for _ in range(200):
         state, metrics = step(state, pair)

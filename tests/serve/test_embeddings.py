@@ -23,7 +23,7 @@ TEXTS = ["One text.", "Another one, which is longer than the first.", "Third"]
 
 def encoder() -> EncoderModel:
     config = EncoderConfig(vocab=272, layers=1, width=16, heads=2)
-    params = config.build().init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(config.build().init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
     return EncoderModel(config, params, Bytes().build(iter(())))
 
 
