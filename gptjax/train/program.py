@@ -16,7 +16,7 @@ from gptjax.protocols import Module
 from gptjax.train import state as train_state
 from gptjax.train.stage import Stage
 from gptjax.train.state import State
-from gptjax.train.step import make_step
+from gptjax.train.step import make_step, sum_microbatches
 from gptjax.types import BESIDE, Array, Batch, Key, Metrics, Params
 
 
@@ -38,7 +38,7 @@ class Program:
     step: jax.stages.Wrapped
     """(state, batch, *frozen) -> (state, metrics), jitted. The state is donated."""
     evaluate: jax.stages.Wrapped
-    """(params, batch, *frozen) -> metrics without dropout, jitted."""
+    """(params, batch, *frozen) -> metrics without dropout, jitted; in as many microbatches as a step."""
     merge: Callable[..., Params]
     """(params, *frozen) -> parameters of the model."""
 
@@ -100,6 +100,11 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         params, frozen = seen(params, frozen)
         return stage.objective.prepare(model.apply, params, batch, *frozen, parts=stage.accumulate)
 
+    def evaluate(params: Params, batch: Batch, *frozen: Params) -> Metrics:
+        batch = prepare(params, batch, *frozen)
+        measure = lambda part: objective(model.apply, params, part, None, *frozen)  # noqa: E731
+        return sum_microbatches(measure, stage.accumulate, batch)
+
     return Program(
         init_params,
         freeze,
@@ -107,7 +112,7 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         create_state,
         jax.jit(prepare),
         make_step(objective, model.apply, optimizer, stage.accumulate, stage.ema, stage.divergence, prepare),
-        jax.jit(lambda params, batch, *f: objective(model.apply, params, prepare(params, batch, *f), None, *f)),
+        jax.jit(evaluate),
         merge,
     )
 

@@ -82,7 +82,7 @@ class Stage:
     """Adapters to train over frozen parameters: the previous stage's, or those of `init_from`. None: train all
     parameters."""
     accumulate: int = 1
-    """Gradient accumulation: microbatches per step."""
+    """Gradient accumulation: microbatches per step, and per batch of a validation loss."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, which is evaluated and deployed instead of them. None:
     no average."""

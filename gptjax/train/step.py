@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from gptjax.train.divergence import Skip, Stop
 from gptjax.train.state import State
 from gptjax.types import Array, Batch, Key, Metrics, Params
 
+Tree = TypeVar("Tree")
 Updates = Any
 """Subtree of the parameters, with a function () -> Array for each of them."""
 
@@ -57,14 +58,8 @@ def make_step(
     gradient = jax.grad(loss, has_aux=True)
 
     def accumulated(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, tuple[Metrics, Updates]]:
-        parts = jax.tree.map(lambda x: split_microbatches(x, accumulate), batch)
         keys = jax.random.split(key, accumulate)
-        first = gradient(params, jax.tree.map(lambda x: x[0], parts), keys[0], *frozen)
-
-        def add(total, part):
-            return _added(total, gradient(params, *part, *frozen)), None
-
-        return lax.scan(add, first, (jax.tree.map(lambda x: x[1:], parts), keys[1:]))[0]
+        return sum_microbatches(lambda part, key: gradient(params, part, key, *frozen), accumulate, batch, keys)
 
     def step(state: State, batch: Batch, *frozen: Params) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -93,6 +88,20 @@ def make_step(
         return State(state.step + 1, params, opt_state, state.key, average, statistics), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def sum_microbatches(function: Callable[..., Tree], count: int, batch: Batch, *others: Array) -> Tree:
+    """Sum of function(microbatch, *others), computed for one of `count` microbatches after the other to save memory.
+
+    others  arrays [count, ...], an element for each microbatch
+    """
+    if count == 1:
+        return function(batch, *(x[0] for x in others))
+    parts = (jax.tree.map(lambda x: split_microbatches(x, count), batch), *others)
+    first = function(*jax.tree.map(lambda x: x[0], parts))
+    return lax.scan(
+        lambda total, part: (_added(total, function(*part)), None), first, jax.tree.map(lambda x: x[1:], parts)
+    )[0]
 
 
 def divide(metrics: Metrics) -> dict[str, float]:

@@ -15,12 +15,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import optim
+from gptjax.data import Pretrain, Text
 from gptjax.distributed import sharding
 from gptjax.distributed.parameters import parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.nn import Transformer, TransformerConfig
 from gptjax.objectives import NextToken
+from gptjax.train import program as programs
 from gptjax.train import state as train_state
+from gptjax.train.stage import Stage
 from gptjax.train.state import State
 from gptjax.train.step import make_step
 from gptjax.types import Batch
@@ -108,6 +111,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     assert_metrics_near(history, parted_history, SUM_ERROR)
     assert_near(whole.opt_state[1].mu, parted.opt_state[1].mu, 0.1 * SUM_ERROR)  # (1 - b1) x the clipped gradient
     assert_near(whole.params, parted.params, STEP_ERROR)
+
+
+def test_an_evaluation_is_split_like_the_step():
+    """The same metrics, from temporaries that shrink with the number of microbatches."""
+    params, batch, metrics, temporaries = make_state().params, random_batch(), [], []
+    for accumulate in (1, 4):
+        data = Pretrain(Text("unread"), length=T, batch=B)
+        stage = Stage(data, NextToken(z_loss=1e-3), optim.AdamW(learning_rate=RATE), steps=1, accumulate=accumulate)
+        evaluate = programs.program(stage, Transformer(CONFIG)).evaluate.lower(params, batch).compile()
+        metrics.append(jax.device_get(evaluate(params, batch)))
+        temporaries.append(evaluate.memory_analysis().temp_size_in_bytes)
+    assert_metrics_near(metrics[:1], metrics[1:], SUM_ERROR)
+    assert temporaries[1] < 0.5 * temporaries[0]
 
 
 def test_a_mesh_changes_nothing():
