@@ -86,8 +86,9 @@ def seconds(run: Callable[[], np.ndarray]) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, batch: int, turns: int) -> None:
-    config, new = SIZES[name]
+def contenders(name: str, batch: int, new: int) -> tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]:
+    """Decoding of `new` tokens by gptjax, without the prompt, and by transformers, with it."""
+    config, _ = SIZES[name]
     config = TransformerConfig(**{**vars(config), "norm": LayerNorm(), "mlp": GELU(), "bias": True})
     theirs = peer(config, config.positions.max_positions or 0)
     params, model = jax.device_put(parameters(theirs, config)), Transformer(config)
@@ -107,6 +108,12 @@ def measure(name: str, batch: int, turns: int) -> None:
             options = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
             return theirs.generate(ids, attention_mask=torch.ones_like(ids), **options).numpy()
 
+    return gptjax, transformers
+
+
+def measure(name: str, batch: int, turns: int) -> None:
+    _, new = SIZES[name]
+    gptjax, transformers = contenders(name, batch, new)
     same = (gptjax() == transformers()[:, PROMPT:]).mean()
     rounds = [(seconds(gptjax), seconds(transformers)) for _ in range(turns)]
     ours, peers = (batch * new / statistics.median(r[i] for r in rounds) for i in (0, 1))
