@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from gptjax.distributed.sharding import ShardingRules
-from gptjax.types import Batch, Key, Metrics, Params, Result, UserError
+from gptjax.types import Batch, Key, Metrics, Params, Result, Unavailable, UserError
 
 Split = Literal["train", "validation"]
 Document_co = TypeVar("Document_co", covariant=True)
@@ -131,6 +131,11 @@ class WrittenBatches(BatchIterator, Protocol):
     """Replies of the last round, of JSON types."""
     warning: str
     """Fault of it, in words, or ""."""
+
+    @property
+    def failure(self) -> Unavailable | None:
+        """Error of a judge that does not answer, for which the run has to stop."""
+        ...
 
     def next_batch(self, policy: Any, stopped: Callable[[], bool] = ...) -> Any:
         """The batch of the next step, on the devices; of a new round, written by this `gptjax.train.rounds.Policy`.

@@ -166,6 +166,10 @@ class UserError(ValueError):
     prints only that line and exits with code 2."""
 
 
+class Unavailable(UserError):
+    """A service that a run needs does not answer. A run that trains stops at a checkpoint, to be resumed later."""
+
+
 def one_line(error: BaseException) -> str:
     """An error's message on one line, or the name of its type if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from gptjax.io import API_KEY
+
 # Nothing heavier up here: --help must not wait for jax.
 if TYPE_CHECKING:
     from gptjax.serve.access import Policy
     from gptjax.serve.filters import Filters
-
-KEY = "GPTJAX_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,12 @@ class Access:
         from gptjax.serve.keys import Keys
         from gptjax.types import UserError
 
-        keys = Keys(self.keys, [key] if (key := os.environ.get(KEY, "").strip()) else [])
+        keys = Keys(self.keys, [key] if (key := os.environ.get(API_KEY, "").strip()) else [])
         local = host == "localhost" or _is_loopback(host)
         if not local and not keys and not self.without_keys:
             raise UserError(
-                f"host: got {host}, which others can reach, without API keys; give --keys or {KEY}, or --without_keys"
+                f"host: got {host}, which others can reach, without API keys; give --keys or {API_KEY}, or "
+                "--without_keys"
             )
         for origin in self.cors_origin:
             if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:

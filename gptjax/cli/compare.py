@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptjax.cli.access import KEY
+from gptjax.io import API_KEY
 
 # Nothing heavier up here: --help must not wait for jax.
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _judge(comparison: Comparison, url: str, model: str | None) -> None:
     from gptjax.evals.ratings import Vote
     from gptjax.types import UserError
 
-    served = ServedModels(url, model, os.environ.get(KEY))
+    served = ServedModels(url, model, os.environ.get(API_KEY))
     name = MODEL_JUDGE + served.name
     done = {(vote.item, vote.left, vote.right) for vote in comparison.votes if vote.judge == name}
     todo = [

@@ -11,26 +11,15 @@ and another filter asks nothing again.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import http.client
-import json
-import os
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptjax.cli.access import KEY
-
 # Nothing heavier up here: --help must not wait for jax.
 if TYPE_CHECKING:
     from gptjax.data.prepare.synthesise import Asked, Keep, Replied, Write
-
-SECONDS = 600.0
-"""Seconds after which a reply of a server counts as lost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,49 +168,13 @@ def _model(options: Options) -> Write:
 def _server(options: Options) -> Write:
     """Replies of a server with OpenAI's interface."""
     from gptjax.data.prepare.synthesise import Replied
-    from gptjax.io import retry
-    from gptjax.types import UserError, one_line
+    from gptjax.io.chat_server import ChatServer, in_parallel
 
-    url = str(options.url).rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"url: got {options.url}, must begin with http:// or https://")
-    key = os.environ.get(KEY)
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    server = ChatServer(str(options.url), str(options.name))
+    fields = {name: getattr(options, name) for name in ("temperature", "top_p", "max_tokens")}
 
     def ask(one: Asked) -> Replied:
-        fields = {name: getattr(options, name) for name in ("temperature", "top_p", "max_tokens")}
         said = [{"role": "user", "content": one.prompt}]
-        body: dict[str, Any] = {"model": options.name, "messages": said, "seed": one.seed, **fields}
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        return Replied(one.key, *server.reply(said, seed=one.seed, **fields))
 
-        def fetch() -> Any:
-            with urllib.request.urlopen(request, timeout=SECONDS) as response:
-                return json.load(response)
-
-        try:
-            (choice,) = retry.call(fetch, f"reply of {url}")["choices"]
-            return Replied(one.key, choice["message"]["content"] or "", choice["finish_reason"] != "length")
-        except urllib.error.HTTPError as error:
-            reason = error.read().decode(errors="replace")[:300] or str(error)
-            raise UserError(f"url: got status {error.code} of {url}: {reason}") from None
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            raise UserError(
-                f"url: got {options.url}, which does not answer as OpenAI's does: {one_line(error)}"
-            ) from None
-
-    def replies(asked: Sequence[Asked]) -> Iterator[Replied]:
-        pool = concurrent.futures.ThreadPoolExecutor(options.rows)
-        try:
-            left, waiting = iter(asked), set()
-            while True:
-                while len(waiting) < 2 * options.rows and (one := next(left, None)) is not None:
-                    waiting.add(pool.submit(ask, one))
-                if not waiting:
-                    return
-                done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    return replies
+    return lambda asked: in_parallel(ask, asked, options.rows)

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gptjax.cli import access, data, keys, plan, run, store
+from gptjax.cli import data, keys, plan, run, store
 from gptjax.cli.chat import Chat, note, show
 from gptjax.cli.compare import compare
 from gptjax.cli.convert import convert
@@ -44,6 +44,7 @@ from gptjax.cli.quantize import quantize
 from gptjax.cli.scaling import scaling
 from gptjax.cli.serve import serve
 from gptjax.distributed import processes
+from gptjax.io import API_KEY
 
 # Nothing heavier up here: --help must not wait for jax.
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def chat(
         if context is not None or step != "latest":
             name = "step" if context is None else "context"
             raise UserError(f"{name}: got one with --url, must be given to the server")
-        Chat(ServedModels(url, model, key or os.environ.get(access.KEY)), system, options).run()
+        Chat(ServedModels(url, model, key or os.environ.get(API_KEY)), system, options).run()
         return
     if path is None:
         raise UserError("path: got none, must be a path, or --url for a server")

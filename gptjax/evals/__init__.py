@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gptjax.evals.exact_match import ExactMatch
     from gptjax.evals.exposure import Exposure
     from gptjax.evals.generative import Generative
+    from gptjax.evals.judge import Judge
     from gptjax.evals.multiple_choice import MultipleChoice
     from gptjax.evals.name_bias import NameBias
     from gptjax.evals.preference_accuracy import PreferenceAccuracy
@@ -36,6 +37,7 @@ __all__ = [
     "ExactMatch",
     "Exposure",
     "Generative",
+    "Judge",
     "MultipleChoice",
     "NameBias",
     "PreferenceAccuracy",
@@ -55,6 +57,7 @@ _NAMES = {
     "gptjax.evals.exact_match": "ExactMatch",
     "gptjax.evals.exposure": "Exposure",
     "gptjax.evals.generative": "Generative",
+    "gptjax.evals.judge": "Judge",
     "gptjax.evals.multiple_choice": "MultipleChoice",
     "gptjax.evals.name_bias": "NameBias",
     "gptjax.evals.preference_accuracy": "PreferenceAccuracy",

@@ -192,7 +192,7 @@ class _Run:
         done = int(state.step)
         losses = self.evaluate(state, done, validation, stopping)
         if losses is None:
-            raise KeyboardInterrupt
+            raise self.interruption()
         self.checkpoints.rank(done, losses["validation_loss"])
         self.losses.append((done, losses["validation_loss"]))
 
@@ -211,6 +211,7 @@ class _Run:
             self.clock.lap("host")
             batch = self.next_batch(batches, state, done, stopping)
             if batch is None:
+                self.report(last)
                 self.stop(state, done, batches, extra)
             with self.tracing.step(done + 1):
                 state, metrics = self.program.step(state, batch, *self.frozen)
@@ -218,8 +219,7 @@ class _Run:
             done += 1
             self.display.dispatched(done, metrics["loss"][0])
             self.tracing.dispatched(done, metrics)
-            if last is not None:  # metrics of an earlier step, while the devices run this one
-                self.report(*last)
+            self.report(last)  # of an earlier step, while the devices run this one
             last = (done, metrics) if done % stage.log_every == 0 or done == stage.last_step else None
             # Once per step: a signal may arrive at any time.
             stopped = stopping.now() and done % stage.round == 0
@@ -227,8 +227,7 @@ class _Run:
             saving = stage.saves(done) or stopped
             self.watchdog.beat(done, pause=evaluating or saving)
             if evaluating or saving:
-                if last is not None:
-                    self.report(*last)
+                self.report(last)
                 last = None
                 self.check(done, divide(metrics))
             losses = self.evaluate(state, done, validation, stopping) if evaluating else {}
@@ -269,13 +268,8 @@ class _Run:
         def prepare(batch: Batch) -> Batch:
             return self.program.prepare(state.params, self.to_global(batch), *self.frozen)
 
-        return Policy(
-            self.model,
-            lambda: self.program.merge(state.params, *self.frozen),
-            prepare,
-            done,
-            cast("Rounds", self.written),
-        )
+        rounds = cast("Rounds", self.written)
+        return Policy(self.model, lambda: self.program.merge(state.params, *self.frozen), prepare, done, rounds)
 
     def save(
         self, state: State, done: int, batches: BatchIterator, extra: dict[str, Any], loss: float | None = None
@@ -288,14 +282,18 @@ class _Run:
         self.clock.lap("checkpoint")
 
     def stop(self, state: State, done: int, batches: BatchIterator, extra: dict[str, Any]) -> NoReturn:
-        """End the program after a signal, with a checkpoint of this step."""
+        """End the program with a checkpoint of this step, after a signal or without a judge of replies."""
         with self.display.phase("saving"):
             self.checkpoints.wait()
         if done and self.checkpoints.latest_step() != done:
             self.save(state, done, batches, extra)
             self.checkpoints.wait()
         self.display.note(f"stopped and saved at step {done}" if done else "stopped before the first step")
-        raise KeyboardInterrupt
+        raise self.interruption()
+
+    def interruption(self) -> BaseException:
+        """The error to stop with."""
+        return KeyboardInterrupt() if self.written is None else self.written.failure or KeyboardInterrupt()
 
     def roll_back(
         self, abstract: State, batches: BatchIterator, bad: int, before: list[list[int]]
@@ -320,9 +318,11 @@ class _Run:
         self.display.note(f"step {bad} is bad: rolled back to step {restored.step}, skipping {out} batches")
         return restored.state, [*before, [restored.step, passed]]
 
-    def report(self, done: int, metrics: Metrics) -> None:
-        """Fetch, record and display the metrics of a step."""
-        values = divide(metrics)
+    def report(self, last: tuple[int, Metrics] | None) -> None:
+        """Fetch, record and display the metrics of a step, if any."""
+        if last is None:
+            return
+        done, values = last[0], divide(last[1])
         self.clock.lap("device")
         self.check(done, values)
         updates = done - int(values.get("skipped", 0))  # the schedule counts updates only

@@ -6,29 +6,23 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.data.chat import Message
-from gptjax.inference.engine import Engine
 from gptjax.protocols import Module, Tokenizer
-from gptjax.tasks.scorers import Scorers
-from gptjax.tasks.task import Reply, Score
-from gptjax.train.episodes import Asked, Episode, write
-from gptjax.types import Batch, Episodes, Params, UserError
+from gptjax.train.episodes import Asked
+from gptjax.train.writer import Scored, Writer
+from gptjax.types import Batch, Episodes, Params, Unavailable, UserError
 
 if TYPE_CHECKING:
     from gptjax.train.rollouts import Rollouts
 
-PROBES = 4
-"""Number of items whose right and empty replies are scored before the first step."""
 OUTSIDE = 0.2
 """Difference of a probability's ratio from 1 beyond which sampler and trainer disagree on a token."""
 
@@ -61,29 +55,6 @@ class Policy:
     """Number of steps done."""
     rounds: Rounds
     """Batches that it writes, whose engine and scorers serve held-out items too."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """A reply and its score."""
-
-    episode: Episode
-    score: Score
-
-    def record(self, step: int) -> dict[str, Any]:
-        """The reply, of JSON types. step: of the policy that wrote it."""
-        asked, score = self.episode.asked, self.score
-        return {
-            "step": step,
-            "item": asked.item,
-            "sample": asked.sample,
-            "reply": self.episode.text,
-            "tokens": len(self.episode.ids),
-            "finished": self.episode.finished,
-            "reward": score.value,
-            "outcome": score.outcome,
-            "status": score.status,
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +97,13 @@ class Round:
 
     def as_json(self) -> dict[str, Any]:
         """All of it, of JSON types but for the prompts."""
-        groups = {name: [[_scored_as_json(one) for one in group] for group in getattr(self, name)] for name in GROUPS}
+        groups = {name: [[one.as_json() for one in group] for group in getattr(self, name)] for name in GROUPS}
         return {**vars(self), **groups}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], prompts: Mapping[int, tuple[int, ...]]) -> Self:
         """The round that `as_json` returned."""
-        kept, dropped = ([[_scored_of(one, prompts) for one in group] for group in data[name]] for name in GROUPS)
+        kept, dropped = ([[Scored.from_json(one, prompts) for one in group] for group in data[name]] for name in GROUPS)
         return cls(**{**data, "kept": kept, "dropped": dropped})
 
 
@@ -164,15 +135,20 @@ class Rounds(Iterator[Batch]):
         self._groups = self._step = 0  # groups asked for, steps begun
         self._last_order: tuple[int, np.ndarray] | None = None  # epoch, and order of its items
         self._prepared: list[Batch] = []
-        self._ahead: Future[Round] | None = None
+        self._ahead: Future[Round | None] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "rollouts")
 
     def __next__(self) -> Batch:
         raise UserError("divergence: got RollBack, must be Stop or Skip: rollouts cannot be skipped, only written anew")
 
+    @property
+    def failure(self) -> Unavailable | None:
+        """Error of a judge that does not answer."""
+        return self.writer.failure
+
     def next_batch(self, policy: Policy, stopped: Callable[[], bool] = lambda: False) -> Batch | None:
-        """The batch of the next step, on the devices. None: a stop was asked for while a round was being written, which
-        is given up; the position is still before it."""
+        """The batch of the next step, on the devices. None: a stop was asked for while a round was being written, or
+        its judge does not answer (`failure`): it is given up, and the position is still before it."""
         data, place, self.warning = self._data, self._step % self._data.round, ""
         if place == 0:
             ahead, self._ahead = self._ahead, None
@@ -183,7 +159,7 @@ class Rounds(Iterator[Batch]):
             if data.ahead:
                 copied = jax.tree.map(jnp.copy, policy.params())  # the step donates its own
                 later = dataclasses.replace(policy, params=lambda: copied)
-                self._ahead = self._thread.submit(self._write_ahead, later, self._groups)
+                self._ahead = self._thread.submit(self._write, later, self._groups, lambda: False)
             batches = [_batch(data, groups, written.step) for groups in self._minibatches(written)]
             self._prepared = [policy.prepare(batch) for batch in batches]
             self.figures = written.figures() | mismatch(batches, self._prepared)
@@ -199,8 +175,8 @@ class Rounds(Iterator[Batch]):
     def state(self) -> dict[str, Any]:
         """Position at the end of a round, with the replies that were written ahead."""
         assert self._step % self._data.round == 0, "checkpoints are saved between rounds"
-        ahead = None if self._ahead is None else self._ahead.result().as_json()
-        return {"step": self._step, "groups": self._groups, "ahead": ahead}
+        ahead = None if self._ahead is None else self._ahead.result()
+        return {"step": self._step, "groups": self._groups, "ahead": None if ahead is None else ahead.as_json()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go to a position that `state()` returned."""
@@ -240,11 +216,6 @@ class Rounds(Iterator[Batch]):
                 break
         return Round(groups[True], groups[False], first, policy.step, time.monotonic() - begun)
 
-    def _write_ahead(self, policy: Policy, first: int) -> Round:
-        written = self._write(policy, first, lambda: False)
-        assert written is not None
-        return written
-
     def _asked(self, group: int, sample: int) -> Asked:
         """Sample of a group: its item, in a random order of all items in each epoch, and the seed of its draws."""
         epoch, place = divmod(group, len(self._items))
@@ -272,79 +243,13 @@ class HeldOut:
         self._asked = [Asked(item, 0, prompts.ids[item], item % 2**32) for item in chosen]
 
     def measure(self, policy: Policy, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        """Figures of the replies, by name; "validation_loss" is 1 less the mean outcome. None: stopped."""
+        """Figures of the replies, by name; "validation_loss" is 1 less the mean outcome. None: stopped, or the judge
+        does not answer."""
         if (scored := policy.rounds.writer.write(policy, self._asked, stopped)) is None:
             return None
         figures = Round([[one] for one in scored], [], 0, policy.step, 0.0).figures()
         names = "reward", "outcome", "reply_tokens", "finished"
         return {"validation_loss": 1 - figures["outcome"], **{f"validation_{name}": figures[name] for name in names}}
-
-
-class Writer:
-    """An engine, and processes that score what it writes. Safe to use from two threads, one after the other."""
-
-    def __init__(self, data: Rollouts, tokenizer: Tokenizer):
-        self._data, self._tokenizer = data, tokenizer
-        self._scorers = Scorers(data.task, data.workers, data.timeout)
-        self._engine: Engine | None = None
-        self._lock = threading.Lock()
-
-    def probe(self, items: Sequence[int]) -> None:
-        """Score right and empty replies. Raises UserError if all rewards are the same, or one is not a number."""
-        task = self._data.task
-        replies = [(i, text) for i in items[:PROBES] for text in (task.example(i)[-1].text, "")]
-        futures = [self._scorers.submit(i, Reply(text)) for i, text in replies]
-        scores = self._rewarded(replies, [future.result() for future in futures])
-        rewards = {score.value for score in scores}
-        if len(rewards) == 1:
-            reward = rewards.pop()
-            raise UserError(
-                f"task: got one reward for right and for empty replies to {task.name}, {reward:g}, must tell them apart"
-            )
-
-    def write(self, policy: Policy, asked: Sequence[Asked], stopped: Callable[[], bool]) -> list[Scored] | None:
-        """Replies of the policy, in the order of `asked`. None: a stop was asked for. Raises UserError that names the
-        item and the reply if a score fails or is not a number."""
-        found: dict[Asked, tuple[Episode, Future[Score]]] = {}
-        with self._lock:
-            for episode in write(self._engine_of(policy), asked, self._data.writing):
-                one = episode.asked
-                found[one] = episode, self._scorers.submit(one.item, Reply(episode.text, episode.finished))
-                if stopped():
-                    self._engine = None  # with all that is in progress
-                    return None
-        ended = [found[one] for one in asked]
-        replies = [(episode.asked.item, episode.text) for episode, _ in ended]
-        scores = self._rewarded(replies, [future.result() for _, future in ended])
-        return [Scored(episode, score) for (episode, _), score in zip(ended, scores, strict=True)]
-
-    def _rewarded(self, replies: Sequence[tuple[int, str]], scores: Sequence[Score]) -> Sequence[Score]:
-        """Scores of replies to items, with the rewards of `Rollouts.reward`. Raises UserError, with the item and the
-        reply, if a score failed or a reward is not finite."""
-        task, judge = self._data.task, self._data.reward
-        values = [score.value for score in scores]
-        if judge is not None:
-            values = judge([(*task.prompt(i), Message("assistant", text)) for i, text in replies])
-        for (i, text), score, value in zip(replies, scores, values, strict=True):
-            if score.status == "failed":
-                raise UserError(f"task: {task.name} failed to score {text[-60:]!r} for item {i}: {score.note}")
-            if not np.isfinite(value):
-                raise UserError(f"reward: got {value} for {text[-60:]!r}, the reply to item {i}, must be finite")
-        return [dataclasses.replace(score, value=value) for score, value in zip(scores, values, strict=True)]
-
-    def _engine_of(self, policy: Policy) -> Engine:
-        if self._engine is None:
-            data = self._data
-            context = min(n for n in (data.length, policy.model.config.max_positions) if n is not None)
-            rows = min(data.rows, data.batch)
-            self._engine = Engine(policy.model, policy.params(), cast(Any, self._tokenizer), rows=rows, context=context)
-        else:
-            self._engine.update(policy.params())
-        return self._engine
-
-    def close(self) -> None:
-        """End the processes."""
-        self._scorers.close()
 
 
 def mismatch(batches: Sequence[Episodes], prepared: Sequence[Batch]) -> dict[str, float]:
@@ -384,15 +289,3 @@ def _batch(data: Rollouts, groups: Sequence[Sequence[Scored]], step: int) -> Epi
 
 def _mean_calls(replies: Sequence[Scored]) -> float:
     return float(np.mean([scored.episode.calls for scored in replies]))
-
-
-def _scored_as_json(scored: Scored) -> dict[str, Any]:
-    episode, score = scored.episode, dataclasses.asdict(scored.score)
-    asked = {"item": episode.asked.item, "sample": episode.asked.sample, "seed": episode.asked.seed}
-    written = {name: value for name, value in vars(episode).items() if name != "asked"}
-    return {"asked": asked, "episode": written, "score": score}
-
-
-def _scored_of(data: Mapping[str, Any], prompts: Mapping[int, tuple[int, ...]]) -> Scored:
-    asked = Asked(prompt=prompts[data["asked"]["item"]], **data["asked"])
-    return Scored(Episode(asked, **data["episode"]), Score(**data["score"]))
