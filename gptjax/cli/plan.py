@@ -72,7 +72,8 @@ def plan(experiment: Experiment, names: Sequence[str], target: Target, devices: 
     """Print the plan of each stage and, for several, their sum. Returns the exit code."""
     from gptjax.plan.compiled import compile_step
     from gptjax.plan.estimate import Estimate, estimate
-    from gptjax.plan.report import fits, report, summed
+    from gptjax.plan.programs import other_programs
+    from gptjax.plan.report import fits, other_lines, others_fit, report, summed
 
     times: dict[str, Estimate] = {}
     for name in names:
@@ -80,6 +81,10 @@ def plan(experiment: Experiment, names: Sequence[str], target: Target, devices: 
         print(report(experiment, name, step, target, len(devices)), flush=True)
         if not fits(step, target, len(devices)):
             return _make_fit(experiment, name, target, devices)
+        others = other_programs(experiment, name, devices)
+        print("\n".join(["", *other_lines(others, target, len(devices))]), flush=True)
+        if not others_fit(others, target, len(devices)):
+            return 1
         if target.chip is not None:
             times[name] = estimate(step, target, len(devices))
         if len(names) > 1:

@@ -48,8 +48,8 @@ from gptjax.train.loop import train
 from gptjax.train.stage import Stage
 from gptjax.types import FrozenModel, Params, Result, UserError
 
-SAMPLING = Sampling(temperature=0.8, top_p=0.95)
-"""Sampling of text samples during training."""
+SAMPLING, SAMPLE_TOKENS = Sampling(temperature=0.8, top_p=0.95), 64
+"""Sampling of text samples during training, and their length in tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,12 +383,12 @@ def _sample(model: Module, stage: Stage, tokenizer: Tokenizer, params: Params, p
     """A short text after `prompt`, generated with the current parameters, on their mesh."""
     ids = stage.data.prompt(tokenizer, prompt)
     if model.config.architecture == "encoder-decoder":
-        ends = [] if tokenizer.eos is None else [tokenizer.eos]
+        start, ends = decoder_start(tokenizer), [] if tokenizer.eos is None else [tokenizer.eos]
         from gptjax.inference.sequence_to_sequence import generate_targets
 
-        done = generate_targets(model, params, tokenizer, [ids], decoder_start(tokenizer), ends, 64, SAMPLING)
+        done = generate_targets(model, params, tokenizer, [ids], start, ends, SAMPLE_TOKENS, SAMPLING)
     else:
-        length = min(64, (model.config.max_positions or sys.maxsize) - len(ids))
+        length = min(SAMPLE_TOKENS, (model.config.max_positions or sys.maxsize) - len(ids))
         done = generate(model, params, tokenizer, [ids], length, SAMPLING)
     return stage.data.separator + done[0].text
 

@@ -63,7 +63,7 @@ def generate_targets(
             for row, i in enumerate(group):
                 tokens[row, : len(sources[i])], segments[row, : len(sources[i])] = sources[i], 1
             start = np.int32(decoder_start_token_id)
-            state = _begin(model, params, tokens, segments, start, seeds[group], round_up(longest), vocab)
+            state = begin(model, params, tokens, segments, start, seeds[group], round_up(longest), vocab)
             done, settings = np.zeros(len(group), bool), SamplingRows.of([sampling] * len(group))
             state = decode(model, params, state, longest, done, np.asarray(stop_token_ids, np.int32), settings)
             drawn, logprobs, count = jax.device_get((state.tokens, state.logprobs, state.count))
@@ -85,7 +85,7 @@ def _completion(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "vocab"))
-def _begin(
+def begin(
     model: EncoderDecoder,
     params: Params,
     source: Array,
@@ -95,6 +95,14 @@ def _begin(
     size: int,
     vocab: int,
 ) -> State:
+    """State of B targets before their first token: their sources, int32 [B, S], are encoded.
+
+    segments  int32 [B, S]. 0: padding
+    start     int32 scalar, first token of every target
+    seeds     uint32 [B]
+    size      maximum number of tokens of a target
+    vocab     vocabulary size of the tokenizer
+    """
     B = source.shape[0]
     rules = model.rules.for_batch_size(B)
     source, segments = (reshard(x, rules("batch", None)) for x in (source, segments))

@@ -23,9 +23,10 @@ from gptjax.plan import hlo
 from gptjax.plan.arithmetic import product_flops, silent_kernels
 from gptjax.plan.collectives import Collective, collectives
 from gptjax.plan.traffic import moved
-from gptjax.train.program import program
+from gptjax.protocols import Module
+from gptjax.train.program import Program, program
 from gptjax.train.state import State
-from gptjax.types import FrozenModel, PyTree
+from gptjax.types import Batch, FrozenModel, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,25 +76,16 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
     """Trace and compile the step that `Experiment.run` would run for the stage `name` on these devices.
 
     Raises UserError if the experiment's mesh does not fit the number of devices."""
-    experiment.check(len(devices))
-    stage, mesh = experiment.stages[name], experiment.mesh.make(devices)
-    model = experiment.model.build(experiment.rules)
-    loaded = [load(pretrained.path, pretrained.dtype, ShardingRules()) for pretrained in stage.frozen_models.values()]
-    # A mesh is set for one device too: kernels read the target platform from it.
+    run = abstract_run(experiment, name, devices)
+    mesh, state = run.mesh, run.state
     with jax.set_mesh(mesh):
-        functions, frozen = program(stage, model), ()
-        if stage.has_frozen:
-            frozen = (_on_mesh(jax.eval_shape(lambda: functions.freeze(functions.init_params())), mesh),)
-        frozen += tuple(_frozen(model, experiment.rules, mesh) for model in loaded)
-        state = _on_mesh(jax.eval_shape(functions.init_state, *frozen), mesh)
-        batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
-        traced = functions.step.trace(state, batch, *frozen)
+        traced = run.program.step.trace(state, run.batch, *run.frozen)
         arrays = _sizes(state)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
         try:
             compiled, text = _compile(traced.lower(), devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not too_large(error):
                 raise
             return Step(arrays, count, None, refusal=str(error))
     compiled_program, memory = hlo.Program.parse(text), _memory(compiled.memory_analysis(), state)
@@ -101,6 +93,35 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
     if devices[0].platform == "tpu":  # on other platforms kernels are interpreted: their products are in the text
         flops += silent_kernels(traced.jaxpr.jaxpr)
     return Step(arrays, count, memory, flops, moved(compiled_program), collectives(compiled_program))
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractRun:
+    """Functions of a stage, and shapes, dtypes and shardings of their arguments."""
+
+    model: Module
+    mesh: jax.sharding.Mesh
+    program: Program
+    state: State
+    batch: Batch
+    frozen: tuple[Any, ...]
+
+
+def abstract_run(experiment: Experiment, name: str, devices: Sequence[Any]) -> AbstractRun:
+    """The stage `name` on these devices. Call its functions with its mesh set, for one device too: kernels read the
+    target platform from it. Raises UserError if the experiment's mesh does not fit the number of devices."""
+    experiment.check(len(devices))
+    stage, mesh = experiment.stages[name], experiment.mesh.make(devices)
+    model = experiment.model.build(experiment.rules)
+    loaded = [load(pretrained.path, pretrained.dtype, ShardingRules()) for pretrained in stage.frozen_models.values()]
+    with jax.set_mesh(mesh):
+        functions, frozen = program(stage, model), ()
+        if stage.has_frozen:
+            frozen = (on_mesh(jax.eval_shape(lambda: functions.freeze(functions.init_params())), mesh),)
+        frozen += tuple(_frozen(model, experiment.rules, mesh) for model in loaded)
+        state = on_mesh(jax.eval_shape(functions.init_state, *frozen), mesh)
+        batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
+    return AbstractRun(model, mesh, functions, state, batch, frozen)
 
 
 def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
@@ -122,10 +143,12 @@ def _frozen(loaded: LanguageModel, rules: ShardingRules, mesh: jax.sharding.Mesh
         name: jax.ShapeDtypeStruct(x.shape, params[name].dtype, sharding=x.sharding)
         for name, x in declared(module).items()
     }
-    return FrozenModel(_on_mesh(nested(shapes), mesh), module)
+    return FrozenModel(on_mesh(nested(shapes), mesh), module)
 
 
-def _on_mesh(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def on_mesh(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+    """Abstract arrays with their specs on `mesh`."""
+
     def leaf(x):
         spec = PartitionSpec() if x.sharding is None else x.sharding.spec
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
@@ -137,6 +160,11 @@ def _bytes(x: Any) -> int:
     """Bytes of one device's shard, without padding. A random key is two uint32."""
     size = 8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
     return math.prod(x.sharding.shard_shape(x.shape)) * size
+
+
+def too_large(error: Exception) -> bool:
+    """True if the compiler refuses a program that does not fit."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _sizes(tree: PyTree) -> dict[str, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 
 from gptjax.experiment.experiment import Experiment
 from gptjax.plan.chips import PRICED
@@ -11,6 +13,11 @@ from gptjax.plan.compiled import Step
 from gptjax.plan.estimate import DAY, Estimate, estimate
 from gptjax.plan.topology import Target
 
+_REMEDIES = {
+    "first state": "shard the parameters over more devices (--mesh.fsdp)",
+    "validation loss": "split batches into more microbatches (accumulate)",
+    "text sample": "shard the parameters over more devices (--mesh.fsdp), or train without samples (prompts)",
+}
 LARGEST = 8
 """Number of arrays listed when a program does not fit."""
 
@@ -19,6 +26,27 @@ def fits(step: Step, target: Target, devices: int) -> bool:
     """True if the program compiled and fits into a device's memory."""
     available = capacity(target, devices)
     return step.memory is not None and (available is None or step.memory.total <= available)
+
+
+def others_fit(others: Mapping[str, float], target: Target, devices: int) -> bool:
+    """True if the run's other programs fit into a device's memory."""
+    available = capacity(target, devices)
+    return available is None or all(size <= available for size in others.values())
+
+
+def other_lines(others: Mapping[str, float], target: Target, devices: int) -> list[str]:
+    """Memory while the run's other programs run, the largest first; the last line names one that does not fit."""
+    available = capacity(target, devices)
+    ordered = sorted(others.items(), key=lambda item: -item[1])
+    lines = [
+        "memory per device while other programs run",
+        *(f"  {name:26}{'does not compile' if size == math.inf else _size(size):>12}" for name, size in ordered),
+    ]
+    if others_fit(others, target, devices):
+        return lines
+    assert available is not None
+    largest = ordered[0][0]
+    return [*lines, "", f"does not fit: the {largest} needs more than {_size(available)}; {_REMEDIES[largest]}"]
 
 
 def capacity(target: Target, devices: int) -> float | None:

@@ -20,7 +20,7 @@ from gptjax.distributed.sharding import MeshConfig
 from gptjax.experiment.experiment import Experiment
 from gptjax.nn import MixtureOfExperts
 from gptjax.optim import AdamW, Muon
-from gptjax.plan import changes, compiled, hlo
+from gptjax.plan import changes, compiled, hlo, programs
 from gptjax.plan.arithmetic import product_flops
 from gptjax.plan.changes import LONG, Change, meshes
 from gptjax.plan.chips import CHIPS
@@ -221,10 +221,11 @@ def test_what_does_not_fit_is_named_with_what_would(tiny, capsys, monkeypatch):
     assert "fits with --" in text
 
 
-def test_the_stages_of_a_run_are_summed(tiny, capsys):
+def test_the_stages_of_a_run_are_summed(tiny, capsys, monkeypatch):
     one, two = (dataclasses.replace(tiny.stages["pretrain"], steps=steps) for steps in (10**9, 10**10))
     stages = {"one": one, "two": two}
     twice = dataclasses.replace(tiny, stages=stages)
+    monkeypatch.setattr(programs, "other_programs", lambda *_: {})
     assert command.plan(twice, list(stages), Target("v5e", (2, 4)), jax.devices()) == 0
     text = capsys.readouterr().out
     prices = [int(price.replace(",", "")) for price in re.findall(r"price +\$([\d,]+)", text)]

@@ -1,0 +1,43 @@
+"""Memory of the programs that a run has beside its training step."""
+
+import dataclasses
+import math
+
+import jax
+
+from experiments.quickstart import experiment as quickstart
+from gptjax.distributed.sharding import MeshConfig
+from gptjax.nn import TransformerConfig
+from gptjax.optim import AdamW
+from gptjax.plan.chips import CHIPS
+from gptjax.plan.compiled import compile_step
+from gptjax.plan.programs import other_programs
+from gptjax.plan.report import other_lines
+from gptjax.plan.topology import Target
+
+
+def test_other_programs_of_a_run_are_planned():
+    """Each runs beside the state. A validation loss is split into microbatches: it needs no more than a step."""
+    stage = quickstart.stages["pretrain"]
+    data = dataclasses.replace(stage.data, length=32, batch=128)
+    stage = dataclasses.replace(
+        stage, data=data, optimizer=AdamW(learning_rate=1e-3), accumulate=4, prompts=("a",), evaluations=()
+    )
+    model = TransformerConfig(vocab=256, layers=2, width=64, heads=4)
+    mesh = MeshConfig(data=2, fsdp=4)
+    experiment = dataclasses.replace(quickstart, model=model, stages={"pretrain": stage}, mesh=mesh)
+    memory = compile_step(experiment, "pretrain", jax.devices()).memory
+    others = other_programs(experiment, "pretrain", jax.devices())
+    assert memory is not None
+    assert memory.state <= others["first state"] < memory.total
+    assert memory.state < others["validation loss"] < memory.total
+    assert memory.state + memory.parameters < others["text sample"]  # layers are split: a copy
+
+
+def test_the_largest_of_the_other_programs_is_named_if_it_does_not_fit(monkeypatch):
+    target = Target("v5e", (2, 4))
+    monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], memory=2**20))
+    *_, last = other_lines({"first state": 2**20 + 1, "validation loss": math.inf, "text sample": 1}, target, 8)
+    assert last.startswith("does not fit: the validation loss needs more than 1.00 MiB; ")
+    assert "accumulate" in last
+    assert "does not fit" not in "".join(other_lines({"first state": 2**20}, target, 8))
