@@ -17,6 +17,7 @@ from gptjax.nn.mixer import SequenceMixer
 from gptjax.nn.module import ParamFactory, normal, zeros
 from gptjax.nn.norms import Norm
 from gptjax.nn.positions import Positions
+from gptjax.nn.remat import named
 from gptjax.nn.value_embedding import ValueEmbedding
 from gptjax.nn.value_residual import ValueResidual
 from gptjax.types import Array, Key, UserError
@@ -179,7 +180,8 @@ class MultiHeadAttention(Attention):
         N, K, H = self._sizes()
         heads, axis = (N, "heads") if name == "q" else (K, param.rules.axis_if_divisible("kv_heads", K))
         w = param(name, (x.shape[-1], heads, H), ("embed", axis, None))
-        y = linear(x, w, param.rules("batch", "sequence", axis, None))
+        saved = {"q": "queries", "k": "keys", "v": "values"}[name]
+        y = named(linear(x, w, param.rules("batch", "sequence", axis, None)), saved)
         if self.bias:
             y = y + param(f"{name}_bias", (heads, H), (axis, None), zeros, kind="other")
         if self.qk_norm is None or name == "v":

@@ -17,6 +17,7 @@ from gptjax.nn.mixer import SequenceMixer
 from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.module import ParamFactory
 from gptjax.nn.norms import Norm, RMSNorm
+from gptjax.nn.remat import named
 from gptjax.nn.residual import PreNorm, Residual
 from gptjax.types import Array, Key, PyTree, UserError
 
@@ -153,6 +154,7 @@ class Block(nn.Module):
     def _dropout(self, param: ParamFactory, name: str, y: Array) -> Array:
         """Dropout on the output of a sublayer."""
         param.capture(f"{name}_output", y)
+        y = named(y, f"{name.removeprefix('cross_')}_output")
         return dropout(y, self.dropout, self._key())
 
     def _key(self) -> Key | None:

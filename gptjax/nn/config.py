@@ -13,7 +13,7 @@ from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.norms import Norm, RMSNorm
 from gptjax.nn.parametrisation import Parametrisation
 from gptjax.nn.positions import Positions, RoPE
-from gptjax.nn.remat import POLICIES
+from gptjax.nn.remat import check
 from gptjax.nn.residual import PreNorm, Residual
 from gptjax.nn.stack import Stack
 from gptjax.protocols import ModelConfig
@@ -101,8 +101,9 @@ class BackboneConfig(ModelConfig):
     """Cross-attention of a decoder to its encoder. None: no encoder."""
     parametrisation: Parametrisation = Parametrisation()
     """Dependence of initial weights, multipliers and learning rates on width and depth."""
-    remat: str | None = None
-    """Rematerialisation policy, a key of `gptjax.nn.remat.POLICIES`. None: save all activations."""
+    remat: str | tuple[str, ...] | None = None
+    """Rematerialisation: a key of `gptjax.nn.remat.POLICIES`, or names of activations to save, of
+    `gptjax.nn.remat.NAMES`; NAME@host saves one in the host's memory. None: save all activations."""
     microbatches: int | None = None
     """Number of pipeline microbatches. None: one per pipeline stage."""
     dtype: str = "float32"
@@ -152,8 +153,7 @@ class BackboneConfig(ModelConfig):
         for field in ("dropout", "layer_drop"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"model.{field}: got {getattr(self, field)}, must be at least 0 and less than 1")
-        if self.remat is not None and self.remat not in POLICIES:
-            raise UserError(f"model.remat: got {self.remat!r}, must be None or one of {', '.join(POLICIES)}")
+        check(self.remat)
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"model.dtype: got {self.dtype!r}, must be float32 or bfloat16")
         if self.cache_dtype not in (None, "int8", "float8_e4m3fn"):

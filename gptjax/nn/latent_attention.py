@@ -14,6 +14,7 @@ from gptjax.nn import cache as kv
 from gptjax.nn.attention import Attention
 from gptjax.nn.module import ParamFactory, zeros
 from gptjax.nn.norms import Norm, RMSNorm
+from gptjax.nn.remat import named
 from gptjax.types import Array, Key, UserError
 
 
@@ -84,15 +85,15 @@ class MultiHeadLatentAttention(Attention):
         shared = turn(compress("k_rope", read, P)[:, :, None])[:, :, 0]
         if self.q_rank is not None:
             x = self.norm(param.scope("q_norm"), compress("q_latent", x, self.q_rank))
-        q = linear(x, param("q", (x.shape[-1], N, H + P), ("embed", "heads", None)), heads)
+        q = named(linear(x, param("q", (x.shape[-1], N, H + P), ("embed", "heads", None)), heads), "queries")
         q, turned = q[..., :H], turn(q[..., H:])
         to_key = param("k", (R, N, H), ("embed", "heads", None))
         to_value = param("v", (R, N, V), ("embed", "heads", None))
 
         if cache is None:
             shared = jnp.broadcast_to(shared[:, :, None], (*shared.shape[:2], N, P), out_sharding=heads)
-            k = jnp.concatenate([linear(latent, to_key, heads), shared], -1)
-            v = linear(latent, to_value, heads)
+            k = named(jnp.concatenate([linear(latent, to_key, heads), shared], -1), "keys")
+            v = named(linear(latent, to_value, heads), "values")
         else:
             q = jnp.einsum("BTNH,RNH->BTNR", q, to_key, out_sharding=heads)
             entry: Array = kv.write(cache, jnp.concatenate([latent, shared], -1), mask)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gptjax.kernels.linear import linear
 from gptjax.nn.module import ParamFactory, Part, zeros
+from gptjax.nn.remat import named
 from gptjax.types import Array
 
 
@@ -53,11 +54,12 @@ class MLP(Part):
         inner = rules("batch", "sequence", "ffn")
 
         def expand(name: str) -> Array:
-            y = linear(x, param(name, (width, hidden), ("embed", "ffn")), inner)
+            y = named(linear(x, param(name, (width, hidden), ("embed", "ffn")), inner), f"mlp_{name}")
             return y + param(f"{name}_bias", (hidden,), ("ffn",), zeros) if bias else y
 
         # The backward pass recomputes the activation instead of keeping its [B, T, F] intermediates.
         y = jax.checkpoint(self.inner)(*map(expand, ("gate", "up") if self.gated else ("up",)))
+        y = named(y, "mlp_hidden")
         down = param("down", (hidden, width), ("ffn", "embed"), jax.nn.initializers.normal(0.02 * output_scale))
         y = linear(y, down, rules("batch", "sequence", None))
         return y + param("down_bias", (width,), (None,), zeros) if bias else y

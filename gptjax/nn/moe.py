@@ -17,6 +17,7 @@ from jax import lax
 from gptjax.kernels.experts import dispatch
 from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.module import ParamFactory, normal, zeros
+from gptjax.nn.remat import named
 from gptjax.nn.router import Router, Softmax
 from gptjax.types import Array, UserError
 
@@ -163,8 +164,8 @@ class MixtureOfExperts(MLP):
 
         # One choice at a time: on CPU a sum along an axis of gathered rows takes 10 times as long.
         rows = order.permute(jnp.concatenate([x.reshape(-1, D)] * self.top_k))
-        inner = jax.checkpoint(self.expert.inner)(*(product(name, rows) for name in self._inputs))
-        y = order.unpermute(product("down", inner, lax.axis_size(ffn_axes))).reshape(-1, B, T, D)
+        inner = jax.checkpoint(self.expert.inner)(*(named(product(n, rows), f"mlp_{n}") for n in self._inputs))
+        y = order.unpermute(product("down", named(inner, "mlp_hidden"), lax.axis_size(ffn_axes))).reshape(-1, B, T, D)
         chosen = (y[i] * gates[..., i, None] for i in range(self.top_k))
         y = functools.reduce(jnp.add, chosen).astype(x.dtype)
         if scatter_axes:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from gptjax.nn.block import Block, Context
-from gptjax.nn.remat import rematerialised
+from gptjax.nn.remat import Remat, rematerialised
 from gptjax.nn.stack import Stack
 from gptjax.types import Array, Key, Params, PyTree
 
@@ -54,7 +54,7 @@ def scan(
 
 
 def _layers(
-    blocks: Mapping[str, Block], remat: str | None, context: Context, x: Array, layer: tuple[Params, Key | None]
+    blocks: Mapping[str, Block], remat: Remat, context: Context, x: Array, layer: tuple[Params, Key | None]
 ) -> tuple[Array, tuple[list[Any], dict[str, Any]]]:
     """x through blocks, named by their parameters ("": all of them), and their losses and updates."""
     params, key = layer

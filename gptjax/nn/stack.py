@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from gptjax.distributed.parameters import Declared
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.nn.block import Block, Context
+from gptjax.nn.remat import Remat
 from gptjax.types import Array, Key, Params, PyTree, UserError
 
 
@@ -39,8 +40,8 @@ class Stack:
     """Blocks before the pattern."""
     trailing: tuple[Block, ...] = ()
     """Blocks after the pattern."""
-    remat: str | None = None
-    """Rematerialisation policy, a key of `remat.POLICIES`. None: save all activations."""
+    remat: Remat = None
+    """Activations that the backward pass saves. None: all."""
     microbatches: int | None = None
     """Number of pipeline microbatches. None: one per pipeline stage."""
     rules: ShardingRules = ShardingRules()
