@@ -3,6 +3,8 @@
     gptjax data synthesise a.jsonl out.jsonl --model models/qwen3 --form text --prompt "Say in other words: {text}"
     gptjax data synthesise gsm8k.jsonl chats.jsonl --url http://localhost:8000 --prompt "{question}" --text question \\
         --samples 8 --most 2 --keep right.py                   rejection sampling: right.py defines keep(row, reply)
+    gptjax data synthesise chats.jsonl --model runs/sft --task gsm8k=train.jsonl --samples 8 --most 2
+                                                               the same by a task: prompts and scores are its own
 
 The model is one of this machine, or of a server with OpenAI's interface. Replies that were cut off, are empty or repeat
 another of the row are left out, and counted. All replies are kept in OUT.replies: an interrupted command is resumed,
@@ -12,6 +14,7 @@ and another filter asks nothing again.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +47,11 @@ class Options:
     """Maximum number of replies kept of a row. None: all."""
     keep: Path | None = None
     """Python file that defines keep(row, reply) -> bool."""
+    task: str | None = None
+    """Task whose prompts are asked and whose scores decide, in place of files and a filter: gsm8k=train.jsonl, as for
+    `gptjax eval --tasks`."""
+    least: float = 1.0
+    """Outcome of a task from which a reply is kept."""
     temperature: float = 1.0
     """Sampling temperature."""
     top_p: float = 1.0
@@ -72,6 +80,8 @@ def main(arguments: Sequence[str]) -> int:
 
     if unknown := [word for word in files if word.startswith("--")]:
         raise UserError(f"no option {unknown[0].partition('=')[0]}; see gptjax data synthesise --help")
+    if options.task is not None:
+        return _by_task(options, options.task, files)
     if len(files) < 2:
         raise UserError("files: got fewer than two, must be files to read, then the file to write")
     if not options.prompt:
@@ -95,6 +105,47 @@ def main(arguments: Sequence[str]) -> int:
         Path(out),
         *([] if options.keep is None else [_keep(options.keep)]),
     )
+    print(f"{out}: {', '.join(f'{count:,} {treatment}' for treatment, count in sorted(counts.items()))}")
+    return 0
+
+
+def _by_task(options: Options, task: str, files: Sequence[str]) -> int:
+    """Rejection sampling by a task's score."""
+    from gptjax.cli.eval import parse_task, shown_progress
+    from gptjax.evals.generative import Generative
+    from gptjax.evals.rejection import rejection_sampled
+    from gptjax.inference.sampling import Sampling
+    from gptjax.io import atomic
+    from gptjax.models.identity import content_digest
+    from gptjax.models.loading import load
+    from gptjax.types import UserError
+
+    default = Options("")
+    others = [name for name in ("prompt", "url", "keep", "form") if getattr(options, name) != getattr(default, name)]
+    if others:
+        raise UserError(f"{others[0]}: got {getattr(options, others[0])} beside a task, must be left out")
+    if options.model is None:
+        raise UserError("model: got none, must be the model of this machine that answers the task")
+    if len(files) != 1:
+        raise UserError(f"files: got {len(files)}, must be the file to write alone, as the prompts are the task's")
+    out = Path(files[0])
+    if out.exists():
+        raise UserError(f"out: got {out}, which exists already; choose another file")
+    chosen, sampling = parse_task(task), Sampling(temperature=options.temperature, top_p=options.top_p)
+    evaluation = Generative(
+        chosen,
+        samples=options.samples,
+        sampling=sampling,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        rows=options.rows,
+    )
+    model = load(options.model)
+    evaluation.check(model.tokenizer)
+    log = out.with_name(out.name + ".replies")
+    result = evaluation.run(model, log, shown_progress(chosen.name), content_digest(options.model)[:16])
+    rows, counts = rejection_sampled(chosen, result.items, options.most, options.least)
+    atomic.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{out}: {', '.join(f'{count:,} {treatment}' for treatment, count in sorted(counts.items()))}")
     return 0
 

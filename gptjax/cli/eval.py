@@ -128,7 +128,7 @@ def _run_tasks(
         name = evaluation.task.name
         file = None if out is None else out / f"{number}-{re.sub('[^A-Za-z0-9_-]+', '-', name)}.jsonl"
         if not isinstance(evaluation, MultipleChoice):
-            found.append(evaluation.run(model, file, _progress(name), of))
+            found.append(evaluation.run(model, file, shown_progress(name), of))
             continue
         found.append(evaluation(model))
         if file is not None:
@@ -146,7 +146,8 @@ def _with_options(task: Task) -> ChoiceTask:
     return task
 
 
-def _progress(name: str) -> Callable[[int, int, float], None]:
+def shown_progress(name: str) -> Callable[[int, int, float], None]:
+    """Function that shows the progress of an evaluation on standard error."""
     last = -1
 
     def show(done: int, total: int, mean: float) -> None:
@@ -164,11 +165,12 @@ def _tasks(given: Sequence[str], shots: int, seed: int) -> list[Task]:
     """Tasks of NAME=FILE, NAME or module:Class=FILE. Raises UserError for an unknown name or a missing file."""
     from gptjax.tasks import FewShot
 
-    tasks = [_task(item.strip()) for word in given for item in word.split(",") if item.strip()]
+    tasks = [parse_task(item.strip()) for word in given for item in word.split(",") if item.strip()]
     return [FewShot(task, shots, seed) if shots else task for task in tasks]
 
 
-def _task(text: str) -> Task:
+def parse_task(text: str) -> Task:
+    """Task of NAME=FILE, NAME or module:Class=FILE. Raises UserError for an unknown name or a missing file."""
     from gptjax import tasks
     from gptjax.types import UserError
 

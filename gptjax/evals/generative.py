@@ -25,9 +25,10 @@ import numpy as np
 from gptjax.config import digest, to_json
 from gptjax.data import chat
 from gptjax.evals import intervals
+from gptjax.evals.best_of import expected_outcome, kl_bound
 from gptjax.evals.replies import Form, Prompt, Written, form_of, prompts, write
 from gptjax.inference.sampling import Sampling
-from gptjax.protocols import Evaluation, Tokenizer
+from gptjax.protocols import Evaluation, Reward, Tokenizer
 from gptjax.tasks.scorers import Scorers
 from gptjax.tasks.task import Generation, Reply, Score, Task
 from gptjax.tasks.tools import Tool
@@ -79,6 +80,9 @@ class Generative(Evaluation):
     model has a template or the chat markers, else "text"."""
     tools: tuple[Tool, ...] = ()
     """Tools that answer in the middle of a reply: `tasks.Calculator()`."""
+    chooser: Reward | None = None
+    """Rewards by which the best of k samples is chosen, such as `models.reward.RewardModel("runs/reward")`; best@k is
+    its mean outcome. None: the task's own."""
     rows: int = 16
     """Number of replies that are written at a time."""
     workers: int = 2
@@ -173,6 +177,7 @@ class Generative(Evaluation):
             "stop": json.dumps(generation.stop if form == "chat" else generation.text_stop),
             **{k: v for k, v in sampling.items() if k == "temperature" or v != default[k]},
             **({"tools": ", ".join(map(repr, self.tools))} if self.tools else {}),
+            **({"chooser": self.chooser.fingerprint()[:12]} if self.chooser else {}),
             "seed": self.seed,
             "gptjax": importlib.metadata.version("gptjax"),
         }
@@ -230,6 +235,12 @@ class Generative(Evaluation):
             interval = self._pass_at(records, k)
             values[f"pass@{k}"] = interval.mean
             rows.append((f"pass@{k}", f"{interval:.1%}"))
+        ranked = self.samples > 1 and (self.chooser is not None or self.task.graded)
+        rewards = self._rewards(records) if ranked else ()
+        for k in _powers(self.samples) if ranked else ():
+            interval = self._best_of(records, rewards, k)
+            values[f"best@{k}"] = interval.mean
+            rows.append((f"best@{k}, KL at most {kl_bound(k):.2f}", f"{interval:.1%}"))
         by_item: dict[int, list[str]] = {}
         for record in records:
             by_item.setdefault(record["item"], []).append(record["reply"])
@@ -252,6 +263,24 @@ class Generative(Evaluation):
             right[record["item"]] += record["outcome"] == 1
         clusters = [self.task.cluster(item) for item in right]
         return intervals.mean([pass_at(self.samples, count, k) for count in right.values()], clusters)
+
+    def _best_of(self, records: Sequence[Record], rewards: Sequence[float], k: int) -> intervals.Interval:
+        """Outcome of the best of k replies."""
+        by_item: dict[int, list[tuple[float, float]]] = {}
+        for record, reward in zip(records, rewards, strict=True):
+            by_item.setdefault(record["item"], []).append((record["outcome"], reward))
+        clusters = [self.task.cluster(item) for item in by_item]
+        outcomes = [expected_outcome([o for o, _ in pairs], [r for _, r in pairs], k) for pairs in by_item.values()]
+        return intervals.mean(outcomes, clusters)
+
+    def _rewards(self, records: Sequence[Record]) -> Sequence[float]:
+        """Reward of each reply; 0 if there is none, as the prompt is too long."""
+        if self.chooser is None:
+            return [record["value"] for record in records]
+        told = [record for record in records if record["status"] != "too long"]
+        said = [(*self.task.prompt(r["item"]), chat.Message("assistant", r["reply"])) for r in told]
+        rewards = iter(self.chooser(said))
+        return [0.0 if record["status"] == "too long" else next(rewards) for record in records]
 
 
 def _check_one_process() -> None:

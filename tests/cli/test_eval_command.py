@@ -7,7 +7,7 @@ import json
 import jax
 import pytest
 
-from gptjax.cli.eval import _report, _task
+from gptjax.cli.eval import _report, parse_task
 from gptjax.cli.main import main
 from gptjax.data import Bytes
 from gptjax.evals import intervals
@@ -18,13 +18,13 @@ from gptjax.types import Result, UserError
 
 
 def test_tasks_are_named_by_their_classes(tmp_path, monkeypatch):
-    assert _task("gsm8k=a.jsonl") == Gsm8k("a.jsonl")
-    assert _task("ARC_Easy=b=c.json") == ArcEasy("b=c.json")
-    assert _task("count-letters") == CountLetters()
+    assert parse_task("gsm8k=a.jsonl") == Gsm8k("a.jsonl")
+    assert parse_task("ARC_Easy=b=c.json") == ArcEasy("b=c.json")
+    assert parse_task("count-letters") == CountLetters()
     (tmp_path / "mine_of_eval.py").write_text("from gptjax.tasks import CountLetters as Mine\nother = 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    assert _task("mine_of_eval:Mine") == CountLetters()
+    assert parse_task("mine_of_eval:Mine") == CountLetters()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_tasks_are_named_by_their_classes(tmp_path, monkeypatch):
 )
 def test_other_names_are_refused(text, said):
     with pytest.raises(UserError, match=r"^tasks: ") as error:
-        _task(text)
+        parse_task(text)
     assert said in str(error.value)
 
 

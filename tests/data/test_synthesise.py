@@ -1,5 +1,6 @@
 """Laws of synthetic data: nothing is asked twice, the order is that of the rows, every reply is accounted for."""
 
+import dataclasses
 import http.server
 import json
 import threading
@@ -8,12 +9,14 @@ import jax
 import pytest
 
 from gptjax.cli.main import main
-from gptjax.data import Bytes
+from gptjax.data import Bytes, ChatJsonl, Message
 from gptjax.data.prepare.output import source_of
 from gptjax.data.prepare.pipeline import documents_of
 from gptjax.data.prepare.synthesise import Replied, Synthesis, synthesise
+from gptjax.evals.rejection import rejection_sampled
 from gptjax.models.language_model import LanguageModel
 from gptjax.nn import TransformerConfig
+from gptjax.tasks import Generation, Score, Task
 from gptjax.types import UserError
 
 REPLIES = ["right", "right", "", "wrong", "fine"]
@@ -138,13 +141,73 @@ def test_a_server_writes_and_an_error_keeps_what_is_there(rows, tmp_path, capsys
     assert server.bodies[0]["temperature"] == 1.0
 
 
-def test_a_model_of_this_machine_writes(rows, tmp_path):
+@dataclasses.dataclass(frozen=True)
+class Short(Task):
+    """Replies of an even number of characters are right."""
+
+    def __len__(self):
+        return 3
+
+    def example(self, i):
+        return Message("system", "Be short."), Message("user", f"say {i}"), Message("assistant", str(10 + i))
+
+    def score(self, i, reply):
+        return Score(float(len(reply.text) % 2 == 0))
+
+    @property
+    def generation(self):
+        return Generation(max_tokens=3, stop=tuple("abcdefghijklmnopqrstuvwxyz"))
+
+
+def test_replies_that_a_task_rewards_are_kept():
+    ends = [("ab", True), ("ab", True), ("a", True), ("abcd", False), ("cd", True), ("ef", True)]
+    records = [
+        {"item": i, "sample": n, "reply": text, "finished": finished, "outcome": float(len(text) % 2 == 0)}
+        for n, (text, finished) in reversed([*enumerate(ends)])
+        for i in (1, 0)
+    ]
+    rows, counts = rejection_sampled(Short(), records, most=2)
+    assert counts == {"kept": 4, "repeated": 2, "refused": 2, "cut off": 2, "beyond most": 2}
+    assert [(row["item"], row["messages"][-1]["content"]) for row in rows] == [
+        (0, "ab"),
+        (0, "cd"),
+        (1, "ab"),
+        (1, "cd"),
+    ]
+    assert [message["role"] for message in rows[0]["messages"]] == ["system", "user", "assistant"]
+    with pytest.raises(UserError, match="least: got 2, which keeps no reply"):
+        rejection_sampled(Short(), records, least=2)
+
+
+@pytest.fixture
+def model(tmp_path):
     tokenizer = Bytes().build([])
     config = TransformerConfig(vocab=tokenizer.vocab, layers=1, width=16, heads=2)
-    params = jax.jit(config.build().init)(jax.random.key(0), jax.numpy.zeros((1, 2), int))["params"]
+    params = config.build().init(jax.random.key(0), jax.numpy.zeros((1, 2), int))["params"]
     LanguageModel(config, params, tokenizer).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_task_samples_by_rejection(model, tmp_path, capsys):
+    """An untrained model ends one of ten replies by a letter at once: an empty one, which is right."""
+    out = tmp_path / "chats.jsonl"
+    command = ["data", "synthesise", str(out), "--model", str(model), "--task", "test_synthesise:Short"]
+    command += ["--samples", "16", "--rows", "16", "--max_tokens", "3"]
+    code = main(command)
+    printed = capsys.readouterr()
+    replies = [json.loads(line) for line in (tmp_path / "chats.jsonl.replies").read_text().splitlines()[1:]]
+    assert len(replies) == 48
+    right = {(r["item"], r["reply"]) for r in replies if r["finished"] and r["outcome"] == 1}
+    assert code == 0, printed
+    kept = [*ChatJsonl(str(out), validation=0.0).documents("train")]
+    assert {(int(chat[1].text[4:]), chat[2].text) for chat in kept} == right
+    assert main([*command, "--prompt", "x"]) == 2
+    assert "prompt: got x beside a task" in capsys.readouterr().err
+
+
+def test_a_model_of_this_machine_writes(rows, model, tmp_path):
     out = tmp_path / "out.jsonl"
-    command = ["data", "synthesise", str(rows), str(out), "--model", str(tmp_path / "model"), "--prompt", "{text}"]
+    command = ["data", "synthesise", str(rows), str(out), "--model", str(model), "--prompt", "{text}"]
     code = main([*command, "--samples", "2", "--max_tokens", "4", "--form", "text"])
     assert code == (0 if out.exists() else 2)  # all may be cut off
     made = [json.loads(line) for line in (tmp_path / "out.jsonl.replies").read_text().splitlines()]
