@@ -30,6 +30,10 @@ class Parametrisation:
     """Standard parametrisation, as in GPT-2: the initial deviation of matrices is 0.02 at every width; of those that
     write to the residual stream 0.02 / sqrt(2 L), which keeps a sum of L blocks small."""
 
+    zero_outputs: bool = dataclasses.field(default=False, kw_only=True)
+    """Initialise the matrices that write to the residual stream to 0, so that every block begins as the identity
+    (Fixup, arXiv:1901.09321)."""
+
     def width_multiplier(self, width: int) -> float:
         """m: width divided by the width that the hyperparameters were tuned at."""
         return 1.0
@@ -44,7 +48,7 @@ class Parametrisation:
 
     def residual_init_scale(self, layers: int) -> float:
         """Factor of the initial matrices that write to the residual stream."""
-        return (2 * layers) ** -0.5
+        return 0.0 if self.zero_outputs else (2 * layers) ** -0.5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gptjax.optim.groups import Group, Groups, HasAxis, HasKind, MaxAxes, Predicate
     from gptjax.optim.keep_zeros import KeepZeros
     from gptjax.optim.muon import Muon
+    from gptjax.optim.normuon import NorMuon
     from gptjax.optim.optimizers import AdamW, Lion, Optimizer
     from gptjax.optim.schedules import Constant, Cosine, Linear, Schedule, WarmupStableDecay
 
@@ -30,6 +31,7 @@ __all__ = [
     "Lion",
     "MaxAxes",
     "Muon",
+    "NorMuon",
     "Optimizer",
     "Predicate",
     "Schedule",
@@ -46,6 +48,7 @@ _HOME = {
     "Predicate": "gptjax.optim.groups",
     "KeepZeros": "gptjax.optim.keep_zeros",
     "Muon": "gptjax.optim.muon",
+    "NorMuon": "gptjax.optim.normuon",
     "AdamW": "gptjax.optim.optimizers",
     "Lion": "gptjax.optim.optimizers",
     "Optimizer": "gptjax.optim.optimizers",

@@ -28,7 +28,8 @@ class Optimizer(abc.ABC):
 
         parameter -= learning_rate (d + weight_decay parameter)
 
-    where weight decay applies to matrices and heads (`ParamInfo.decays`), not to scales and biases.
+    where weight decay applies to matrices and heads (`ParamInfo.decays`), not to scales and biases; with
+    `cautious_decay` only to elements that d moves towards zero, `d parameter > 0`.
     """
 
     learning_rate: float = 3e-4
@@ -37,6 +38,8 @@ class Optimizer(abc.ABC):
     """Learning-rate schedule."""
     weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
+    cautious_decay: bool = False
+    """Apply weight decay to those elements alone that the step moves towards zero anyway (arXiv:2510.12402)."""
     decay_embeddings: bool = False
     """Apply weight decay to embeddings too, as in GPT-2."""
     clip: float | None = 1.0
@@ -85,7 +88,9 @@ class Optimizer(abc.ABC):
         return optax.chain(
             optax.identity() if self.clip is None else _clip(self.clip),
             direction,
-            optax.add_decayed_weights(self.weight_decay, mask=self.decays(info)),
+            _add_cautious_decay(self.weight_decay, self.decays(info))
+            if self.cautious_decay
+            else optax.add_decayed_weights(self.weight_decay, mask=self.decays(info)),
             optax.scale_by_learning_rate(self.learning_rate_schedule(steps)),
         )
 
@@ -113,6 +118,15 @@ def _clip(norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda x: x * scale.astype(x.dtype), updates)
 
     return optax.stateless(clip)
+
+
+def _add_cautious_decay(rate: float, decays: Params) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` for the elements whose update has the sign of the parameter."""
+
+    def decay(updates: Params, params: Params) -> Params:
+        return jax.tree.map(lambda d, p, on: d + rate * p * (d * p > 0) if on else d, updates, params, decays)
+
+    return optax.stateless(decay)
 
 
 def _scale_matrices(scale: float, info: Params) -> optax.GradientTransformation:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from gptjax.nn import (
+    MuP,
     NoResidual,
     OutputNorm,
     Parallel,
+    Parametrisation,
     Part,
     PostNorm,
     PreNorm,
@@ -18,6 +20,7 @@ from gptjax.nn import (
     SandwichNorm,
     ScaledPreNorm,
     ScaledStream,
+    TransformerConfig,
 )
 
 X, START = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float32)
@@ -77,3 +80,14 @@ def test_the_equation(residual):
     )
     # Some ten products and sums in float32.
     np.testing.assert_allclose(part.apply(params, X, START), EQUATIONS[residual](X), rtol=1e-5, atol=1e-5)
+
+
+def test_zero_outputs_make_every_block_the_identity_at_first():
+    """The model begins as norm and head alone, with and without muP."""
+    tokens = np.arange(6).reshape(2, 3)
+    for parametrisation in (Parametrisation(zero_outputs=True), MuP(base_width=8, zero_outputs=True)):
+        model = TransformerConfig(9, layers=2, width=8, heads=2, parametrisation=parametrisation).build()
+        params = model.init(jax.random.key(0), tokens)["params"]
+        x = np.asarray(params["embedding"])[tokens]
+        expected = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5) @ params["embedding"].T
+        np.testing.assert_allclose(model.apply({"params": params}, tokens)[0], expected, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,19 @@ import pytest
 from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules, use
 from gptjax.nn import LayerNorm, LearnedPositions, Transformer, TransformerConfig
-from gptjax.optim import Adafactor, AdamW, Constant, Cosine, Linear, Lion, Muon, Optimizer, Schedule, WarmupStableDecay
+from gptjax.optim import (
+    Adafactor,
+    AdamW,
+    Constant,
+    Cosine,
+    Linear,
+    Lion,
+    Muon,
+    NorMuon,
+    Optimizer,
+    Schedule,
+    WarmupStableDecay,
+)
 from gptjax.types import UserError
 
 MODEL = TransformerConfig(
@@ -96,6 +108,7 @@ def test_schedule_is_its_formula(schedule, after):
         (lambda: AdamW(b2=1.0), "optimizer.b2: got 1.0"),
         (lambda: Muon(momentum=math.nan), "optimizer.momentum: got nan"),
         (lambda: Muon(iterations=0), "optimizer.iterations: got 0"),
+        (lambda: NorMuon(neuron_decay=1.0), "optimizer.neuron_decay: got 1.0"),
     ],
 )
 def test_bad_settings_are_named(make, field):
@@ -132,6 +145,17 @@ def test_adamw_is_its_equation():
             m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
             p = p - rate * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-3) + decay * p)
         np.testing.assert_allclose(got[name], p, rtol=1e-5)
+
+
+def test_cautious_decay_shrinks_what_shrinks_anyway():
+    """Elements that the direction moves towards zero decay, the others do not; vectors never do."""
+    w, d = np.float32([[1, 1], [-1, -1], [2, 0]]), np.float32([[0.5, -0.5], [-0.5, 0.5], [0, 1]])
+    tree, gradient = {"w": w, "bias": np.ones(2, np.float32)}, {"w": d, "bias": np.ones(2, np.float32)}
+    descent = Descent(learning_rate=0.1, schedule=Constant(), weight_decay=0.3, clip=None, cautious_decay=True)
+    got = run(descent, declared(tree), tree, [gradient])
+    decayed = np.float32([[1, 0], [1, 0], [0, 0]])
+    np.testing.assert_allclose(got["w"], w - 0.1 * (d + 0.3 * w * decayed), rtol=1e-6)
+    np.testing.assert_allclose(got["bias"], [0.9, 0.9], rtol=1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +202,34 @@ def test_muon_orthogonalises_the_matrices_of_each_layer():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), update[name], adam[name])
 
 
+def test_normuon_evens_out_the_neurons_of_muon():
+    """Two steps: Muon's update over the root of the moving mean square of each output, and 0.2 of it per matrix."""
+    names = ("blocks/attention/k", "blocks/attention/o", "blocks/mlp/down", "norm/scale")
+    tree, info = (nested({name: flat(tree)[name] for name in names}) for tree in (shapes(), INFO))
+    gradients = [fill(tree, 0), fill(tree, 1)]
+    options = {"learning_rate": 1.0, "schedule": Constant(), "weight_decay": 0.0}
+
+    def updates(optimizer):
+        transform = optimizer.build(2, info)
+        state, found = transform.init(gradients[0]), []
+        for gradient in gradients:
+            update, state = jax.jit(transform.update)(gradient, state, gradient)
+            found.append({name: np.asarray(leaf, np.float64) for name, leaf in flat(update).items()})
+        return found
+
+    muon, normuon = updates(Muon(**options)), updates(NorMuon(**options, neuron_decay=0.9))
+    inputs = {"blocks/attention/k": (1,), "blocks/attention/o": (1, 2), "blocks/mlp/down": (1,)}
+    for name, axes in inputs.items():
+        v = 0.0
+        for u, got in zip(muon, normuon, strict=True):
+            v = 0.9 * v + 0.1 * np.square(u[name]).mean(axes, keepdims=True)
+            even = u[name] / np.sqrt(v)
+            for layer in range(2):
+                expected = 0.2 * even[layer] / np.sqrt(np.square(even[layer]).mean())
+                np.testing.assert_allclose(got[name][layer], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(muon[1]["norm/scale"], normuon[1]["norm/scale"])
+
+
 def test_adafactor_treats_stacked_layers_as_parameters_of_their_own():
     """As deep a stack as there is, and two of different depths."""
     single = {"up": ParamInfo((4, 5), ("embed", "ffn"), "matrix"), "scale": ParamInfo((4,), (None,))}
@@ -202,6 +254,7 @@ def test_adafactor_treats_stacked_layers_as_parameters_of_their_own():
         Lion(learning_rate=0.1),
         Adafactor(learning_rate=0.1, factor_from=4),
         Muon(learning_rate=0.1),
+        NorMuon(learning_rate=0.1, cautious_decay=True),
     ],
     ids=lambda optimizer: type(optimizer).__name__,
 )  # fmt: skip
