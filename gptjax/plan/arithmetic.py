@@ -22,7 +22,7 @@ def product_flops(program: hlo.Program, expert_shards: int = 1) -> float:
     expert_shards  number of devices over which a mixture's experts are sharded. The grouped products are sized for all
                    rows; if experts are used equally, each device computes 1 / expert_shards of them
     """
-    return sum(run.times * _flops(run, expert_shards) for run in program.runs())
+    return sum(run.times * flops(run, expert_shards) for run in program.runs())
 
 
 def silent_kernels(jaxpr: Jaxpr) -> float:
@@ -32,18 +32,39 @@ def silent_kernels(jaxpr: Jaxpr) -> float:
     return sum(_of_kernels(equation) for equation in jaxpr.eqns if equation.outvars)
 
 
-def _flops(run: hlo.Run, expert_shards: int) -> float:
+def flops(run: hlo.Run, expert_shards: int = 1) -> float:
+    """FLOPs of one execution of an instruction; see `product_flops`."""
     instruction = run.instruction
+    if instruction.target.startswith("__cudnn$fmha"):
+        return _attention(run)
+    if instruction.target.startswith("__cublas$"):
+        return _product(run)
     if instruction.opcode == "custom-call":
         cost = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
         grouped = instruction.name.startswith("ragged-dot") or "tgmm" in instruction.name  # of kernels/experts.py
         return float(cost[1]) / (expert_shards if grouped else 1) if cost else 0.0
     if instruction.opcode == "dot":
-        left = hlo.dimensions(run.shapes[0])
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-        along = [int(n) for n in contracted[1].split(",") if n] if contracted else []
-        return 2.0 * math.prod(hlo.dimensions(instruction.shape)) * math.prod(left[i] for i in along)
+        return _product(run)
     return _convolution(run) if instruction.opcode == "convolution" else 0.0
+
+
+def _product(run: hlo.Run) -> float:
+    left = hlo.dimensions(run.shapes[0])
+    # A dot has {1,2} there, cuBLAS ["1","2"].
+    contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)', run.instruction.rest)
+    along = re.findall(r"\d+", contracted[1]) if contracted else []
+    return 2.0 * math.prod(hlo.dimensions(run.instruction.shape)) * math.prod(left[int(i)] for i in along)
+
+
+def _attention(run: hlo.Run) -> float:
+    """FLOPs of cuDNN's attention: two products of [T, S] and the head size forward, five backward. Blocks that a
+    causal mask hides are skipped: half of them."""
+    config = run.instruction.rest
+    scores = re.search(r'intermediate_tensor_shape":\{"dimensions":\[([\d,"]*)\]', config)
+    assert scores is not None, run.instruction
+    size = math.prod(int(n) for n in re.findall(r"\d+", scores[1])) * hlo.dimensions(run.shapes[0])[-1]
+    products = 5 if "Backward" in run.instruction.target else 2
+    return 2.0 * products * size / (2 if '"mask_type":"CAUSAL"' in config else 1)
 
 
 def _convolution(run: hlo.Run) -> float:

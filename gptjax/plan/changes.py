@@ -36,7 +36,7 @@ def smaller(experiment: Experiment, name: str, devices: int) -> Iterator[Change]
             rematted = [_remat(base, policy) for policy in policies]
             yield from rematted
             last = rematted[-1] if rematted else base
-            yield from (c for c in _accumulated(last, name) if _possible(c.experiment, devices))
+            yield from microbatches(last, name, devices)
     policy = next(reversed(_policies(experiment)), None) if hasattr(experiment.model, "remat") else None
     for change in meshes(experiment, name, devices):
         mesh = change.experiment.mesh
@@ -79,14 +79,17 @@ def _remat(change: Change, policy: str | None) -> Change:
     return Change(options, dataclasses.replace(change.experiment, model=model))
 
 
-def _accumulated(change: Change, name: str) -> Iterator[Change]:
+def microbatches(change: Change, name: str, devices: int) -> Iterator[Change]:
+    """The change with 2, 4 and 8 times the microbatches, where they divide the batch and the devices them."""
     stage = change.experiment.stages[name]
     for times in (2, 4, 8):
         count = stage.accumulate * times
         if stage.data.batch % count == 0:
             stages = change.experiment.stages | {name: dataclasses.replace(stage, accumulate=count)}
             options = f"{change.options} --{name}.accumulate {count}".strip()
-            yield Change(options, dataclasses.replace(change.experiment, stages=stages))
+            changed = dataclasses.replace(change.experiment, stages=stages)
+            if _possible(changed, devices):
+                yield Change(options, changed)
 
 
 def _fully_sharded(experiment: Experiment) -> MeshConfig:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +18,11 @@ from gptjax.experiment.experiment import Experiment
 from gptjax.models.language_model import LanguageModel
 from gptjax.models.loading import load
 from gptjax.plan import hlo
-from gptjax.plan.arithmetic import product_flops, silent_kernels
+from gptjax.plan.arithmetic import silent_kernels
+from gptjax.plan.buffers import Buffers, named
 from gptjax.plan.collectives import Collective, collectives
-from gptjax.plan.traffic import moved
+from gptjax.plan.compiler import optimise
+from gptjax.plan.kernels import Kernel, attention, kernels
 from gptjax.protocols import Module
 from gptjax.train.program import Program, program
 from gptjax.train.state import State
@@ -31,7 +31,7 @@ from gptjax.types import Batch, FrozenModel, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device during a step. `total` is the compiler's figure for the program."""
+    """Bytes on one device during a step, as the compiler's own check counts them: machine code is not included."""
 
     parameters: int
     optimizer: int
@@ -42,7 +42,7 @@ class Memory:
     temporaries: int
     """Activations, gradients and everything else that lives within a step."""
     program: int
-    """The program, and outputs that are not written in place of an input."""
+    """Constants, and outputs that are not written in place of an input."""
 
     @property
     def state(self) -> int:
@@ -63,17 +63,32 @@ class Step:
     """Number of trained parameters."""
     memory: Memory | None
     """None: the compiler failed because the program does not fit."""
-    flops: float = 0.0
-    """FLOPs of the matrix products per step; rematerialised products count again."""
-    moved: float = 0.0
-    """Bytes moved to and from memory per step."""
+    kernels: tuple[Kernel, ...] = ()
+    """Instructions that compute or move bytes."""
+    silent: float = 0.0
+    """FLOPs of Pallas kernels on TPU that do not state their cost; they are not in `kernels`."""
     collectives: tuple[Collective, ...] = ()
+    attention: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Implementation of attention -> calls per step, where it is a kernel of its own: cuDNN, Pallas."""
+    peak: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Description -> bytes of the arrays alive when most memory is used, the largest first."""
     refusal: str = ""
     """The compiler's error message if it failed."""
 
+    @property
+    def flops(self) -> float:
+        """FLOPs of the matrix products per step; rematerialised products count again."""
+        return self.silent + sum(kernel.flops for kernel in self.kernels)
+
+    @property
+    def moved(self) -> float:
+        """Bytes moved to and from memory per step."""
+        return sum(kernel.moved for kernel in self.kernels)
+
 
 def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> Step:
-    """Trace and compile the step that `Experiment.run` would run for the stage `name` on these devices.
+    """Trace and compile the step that `Experiment.run` would run for the stage `name` on these devices. If they are
+    not CPUs, the compiler goes on in a thread after this has returned: `Target.call` stops it.
 
     Raises UserError if the experiment's mesh does not fit the number of devices."""
     run = abstract_run(experiment, name, devices)
@@ -83,16 +98,23 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
         arrays = _sizes(state)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
         try:
-            compiled, text = _compile(traced.lower(), devices[0].platform)
+            optimised = optimise(traced.lower(), devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if not too_large(error):
                 raise
             return Step(arrays, count, None, refusal=str(error))
-    compiled_program, memory = hlo.Program.parse(text), _memory(compiled.memory_analysis(), state)
-    flops = product_flops(compiled_program, experiment.rules.num_shards("experts", dict(mesh.shape)))
-    if devices[0].platform == "tpu":  # on other platforms kernels are interpreted: their products are in the text
-        flops += silent_kernels(traced.jaxpr.jaxpr)
-    return Step(arrays, count, memory, flops, moved(compiled_program), collectives(compiled_program))
+    compiled, platform = hlo.Program.parse(optimised.text), devices[0].platform
+    # On other platforms than TPU kernels are interpreted, their products in the text, or state their cost.
+    return Step(
+        arrays,
+        count,
+        _memory(optimised.buffers, state),
+        kernels(compiled, experiment.rules.num_shards("experts", dict(mesh.shape))),
+        silent_kernels(traced.jaxpr.jaxpr) if platform == "tpu" else 0.0,
+        collectives(compiled, [device.process_index for device in mesh.devices.flat] if platform == "gpu" else ()),
+        attention(compiled),
+        named(compiled, optimised.buffers),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,18 +144,6 @@ def abstract_run(experiment: Experiment, name: str, devices: Sequence[Any]) -> A
         state = on_mesh(jax.eval_shape(functions.init_state, *frozen), mesh)
         batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
     return AbstractRun(model, mesh, functions, state, batch, frozen)
-
-
-def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
-    """The compiled program and its text. libtpu dumps the text to a file, as jaxlib cannot print everything that a
-    newer libtpu compiles."""
-    if platform != "tpu":
-        compiled = lowered.compile()
-        return compiled, compiled.as_text()
-    with tempfile.TemporaryDirectory(prefix="gptjax-plan-") as folder:
-        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        (file,) = Path(folder).glob("*.after_optimizations.txt")
-        return compiled, file.read_text()
 
 
 def _frozen(loaded: LanguageModel, rules: ShardingRules, mesh: jax.sharding.Mesh) -> FrozenModel:
@@ -173,7 +183,7 @@ def _sizes(tree: PyTree) -> dict[str, int]:
     return {name: _bytes(x) for name, (_, x) in zip(names, leaves, strict=True)}
 
 
-def _memory(analysis: Any, state: State) -> Memory:
+def _memory(buffers: Buffers, state: State) -> Memory:
     parameters, optimizer, average = (
         sum(map(_bytes, jax.tree.leaves(tree))) for tree in (state.params, state.opt_state, state.ema)
     )
@@ -181,7 +191,7 @@ def _memory(analysis: Any, state: State) -> Memory:
         parameters=parameters,
         optimizer=optimizer,
         average=average,
-        batch=analysis.argument_size_in_bytes - parameters - optimizer - average,
-        temporaries=analysis.temp_size_in_bytes,
-        program=analysis.generated_code_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        batch=buffers.arguments - parameters - optimizer - average,
+        temporaries=buffers.temporaries,
+        program=buffers.constants + buffers.outputs,
     )

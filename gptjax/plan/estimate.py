@@ -8,6 +8,9 @@
 
 A step takes between the maximum of these (everything overlaps) and their sum (nothing does). Real steps may take
 longer: vector arithmetic, matrices of awkward sizes and waiting for input are not included.
+
+The expected time takes kernels one after the other, each by its own roofline: a kernel that moves bytes does not
+overlap with another that multiplies. Peak rates are reduced to `REACHED`. What is sent overlaps with the kernels.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from gptjax.plan.compiled import Step
 from gptjax.plan.topology import Target
 
 DAY = 86_400.0
+REACHED = {"gpu": (0.75, 0.9), "tpu": (0.9, 0.9)}
+"""Shares of peak FLOP/s and of memory bandwidth that good kernels reach."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,17 @@ class Estimate:
         """Name of the slowest resource."""
         times = dataclasses.asdict(self)
         return max(times, key=lambda name: times[name])
+
+
+def expected(step: Step, target: Target, devices: int) -> float:
+    """Seconds per step, kernel by kernel."""
+    chip, per_chip = target.chip, devices / target.chips
+    assert chip is not None
+    shares = REACHED["gpu" if target.is_gpu else "tpu"]
+    flops, bandwidth = shares[0] * chip.flops, shares[1] * chip.bandwidth
+    kernels = step.silent / flops + sum(max(k.flops / flops, k.moved / bandwidth) for k in step.kernels)
+    times = estimate(step, target, devices)
+    return max(per_chip * kernels, times.interconnect + times.network)
 
 
 def estimate(step: Step, target: Target, devices: int) -> Estimate:

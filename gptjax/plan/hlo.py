@@ -27,8 +27,14 @@ class Instruction:
 
     @property
     def names(self) -> list[str]:
-        """Names of the operands."""
-        return re.findall(r"%([\w.\-]+)", self.operands)
+        """Names of the operands; `tuple.3#1` is element 1 of `tuple.3`."""
+        return re.findall(r"%([\w.\-]+(?:#\d+)*)", self.operands)
+
+    @property
+    def target(self) -> str:
+        """Target of a custom call; empty for other instructions."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return found[1] if found is not None else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +51,12 @@ class Run:
 
     def shape(self, operand: str) -> str:
         """Shape of an operand, given by its name or written out."""
-        found = self.computation.get(operand)
-        return operand if found is None else found.shape
+        name, *elements = operand.split("#")
+        found = self.computation.get(name)
+        shape = operand if found is None else found.shape
+        for element in elements:
+            shape = _elements(shape)[int(element)]
+        return shape
 
     @property
     def shapes(self) -> list[str]:
@@ -141,6 +151,18 @@ def dimensions(shape: str) -> list[int]:
     """Dimensions of an array's shape."""
     found = re.search(r"\[([\d,]*)\]", shape)
     return [int(n) for n in found[1].split(",") if n] if found else []
+
+
+def _elements(shape: str) -> list[str]:
+    """Shapes of a tuple's elements."""
+    depth, found = 0, [""]
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += character
+    return [re.sub(r"/\*.*?\*/", "", element).strip() for element in found]
 
 
 def _arrays(shape: str) -> Iterator[tuple[int, str]]:

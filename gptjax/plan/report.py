@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 
@@ -10,7 +11,7 @@ from gptjax.experiment.experiment import Experiment
 from gptjax.plan.chips import PRICED
 from gptjax.plan.collectives import KINDS, sent
 from gptjax.plan.compiled import Step
-from gptjax.plan.estimate import DAY, Estimate, estimate
+from gptjax.plan.estimate import DAY, Estimate, estimate, expected
 from gptjax.plan.topology import Target
 
 _REMEDIES = {
@@ -50,8 +51,11 @@ def other_lines(others: Mapping[str, float], target: Target, devices: int) -> li
 
 
 def capacity(target: Target, devices: int) -> float | None:
-    """Memory of a device in bytes. None: unknown (CPU)."""
-    return None if target.chip is None else target.chip.memory * target.chips / devices
+    """Memory of a device that a program can use, in bytes. None: unknown (CPU). On GPUs jax takes a fraction."""
+    if target.chip is None:
+        return None
+    fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")) if target.is_gpu else 1.0
+    return fraction * target.chip.memory * target.chips / devices
 
 
 def report(experiment: Experiment, name: str, step: Step, target: Target, devices: int) -> str:
@@ -62,7 +66,7 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
     sizes = experiment.mesh.sizes(devices)
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "of one device"
     hardware = f"{target.chips} {target.chip.name} chips" if target.chip else f"{devices} CPU devices"
-    hardware += f" in {target.slices} slices" if target.slices > 1 else ""
+    hardware += f" in {target.slices} {_groups(target)}" if target.slices > 1 else ""
     lines = [
         f"{name} on {target}: {hardware}, mesh {mesh}",
         "",
@@ -70,18 +74,20 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
         f"tokens per step      {tokens:,}",
         f"FLOPs per step       {useful:.3g} of the model"
         + (f", {step.flops * devices:.3g} executed by all devices" if step.memory else ""),
+        *([f"attention kernels    {_calls(step)}"] if target.chip is not None and step.memory else []),
     ]
     if step.memory is None:
         lines += ["", *_failed(step)]
     else:
-        lines += ["", *_memory(step, capacity(target, devices)), "", *_traffic(step)]
+        lines += ["", *_memory(step, capacity(target, devices)), "", *_traffic(step, target)]
         if not fits(step, target, devices):
             lines += ["", "does not fit", *_largest(step)]
         elif target.chip is None:
             lines += ["", "no time estimate: the CPU's peak rates are unknown"]
         else:
             times = estimate(step, target, devices)
-            lines += ["", *_time(times, useful, tokens, stage.last_step, target)]
+            likely = expected(step, target, devices)
+            lines += ["", *_time(times, likely, useful, tokens, stage.last_step, target)]
     return "\n".join(lines)
 
 
@@ -112,12 +118,22 @@ def _memory(step: Step, available: float | None) -> list[str]:
     ]
 
 
-def _traffic(step: Step) -> list[str]:
+def _groups(target: Target) -> str:
+    return "boxes" if target.is_gpu else "slices"
+
+
+def _calls(step: Step) -> str:
+    calls = (f"{count:,} calls of {name}" for name, count in step.attention.items())
+    return ", ".join(calls) or "none: products and a softmax, with scores in memory"
+
+
+def _traffic(step: Step, target: Target) -> list[str]:
     lines = [f"moved to and from a device's memory per step: {_size(step.moved)}"]
     if not step.collectives:
         return [*lines, "nothing is sent between devices"]
     lines.append("sent by a device per step")
-    for between, suffix in ((False, ""), (True, " between slices")):
+    within = " over NVLink" if target.is_gpu else ""
+    for between, suffix in ((False, within), (True, f" between {_groups(target)}")):
         found = [c for c in step.collectives if c.between_slices == between]
         total = sent(found)
         lines += [
@@ -128,7 +144,7 @@ def _traffic(step: Step) -> list[str]:
     return lines
 
 
-def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Target) -> list[str]:
+def _time(times: Estimate, likely: float, useful: float, tokens: int, steps: int, target: Target) -> list[str]:
     chip = target.chip
     assert chip is not None
     peak = target.chips * chip.flops
@@ -137,21 +153,29 @@ def _time(times: Estimate, useful: float, tokens: int, steps: int, target: Targe
         "time per step, by roofline (each resource at its peak)",
         f"  {'compute':26}{_seconds(times.compute):>12}",
         f"  {'HBM':26}{_seconds(times.memory):>12}",
-        f"  {'interconnect':26}{_seconds(times.interconnect):>12}",
-        *([f"  {'network between slices':26}{_seconds(times.network):>12}"] if target.slices > 1 else []),
+        f"  {'NVLink' if target.is_gpu else 'interconnect':26}{_seconds(times.interconnect):>12}",
+        *([f"  {f'network between {_groups(target)}':26}{_seconds(times.network):>12}"] if target.slices > 1 else []),
         f"  {'everything overlaps':26}{_seconds(low):>12}  bound by {times.bound}",
         f"  {'nothing overlaps':26}{_seconds(high):>12}",
         f"  {'MFU':26}{useful / peak / high:>6.0%} to {useful / peak / low:.0%}",
+        f"  {'expected':26}{_seconds(likely):>12}  MFU {useful / peak / likely:.0%}",
         "",
         f"tokens per day       {_count(tokens * DAY / high)} to {_count(tokens * DAY / low)}",
         f"{steps:,} steps".ljust(21) + f"{_hours(steps * low)} to {_hours(steps * high)}",
         _price(steps * low, steps * high, target),
         "",
-        "Assumed: bfloat16 peaks; operands and results of instructions cross HBM, values inside a fusion do not; a",
-        f"collective uses one axis of the slice, {'both directions' if target.wraps else 'one direction: no ring'}; "
-        "evaluations, checkpoints, input and vector",
-        "arithmetic take no time. A bound to compare with, not a measurement: runs take longer.",
+        "Assumed: bfloat16 peaks; operands and results of instructions cross HBM, values inside a fusion do not;",
+        _assumed(target),
+        "evaluations, checkpoints, input and vector arithmetic take no time. Expected: kernels one after the other at",
+        "rates that good ones reach, while data is sent. Not a measurement.",
     ]
+
+
+def _assumed(target: Target) -> str:
+    if target.is_gpu:
+        return "jax takes XLA_PYTHON_CLIENT_MEM_FRACTION of a GPU's memory, 0.75 if unset;"
+    directions = "both directions" if target.wraps else "one direction: no ring"
+    return f"a collective uses one axis of the slice, {directions};"
 
 
 def _price(low: float, high: float, target: Target) -> str:
@@ -171,8 +195,9 @@ def _failed(step: Step) -> list[str]:
 
 
 def _largest(step: Step) -> list[str]:
-    largest = sorted(step.arrays.items(), key=lambda item: -item[1])[:LARGEST]
-    return ["largest arrays of the state:", *(f"  {_size(size):>12}  {name}" for name, size in largest)]
+    title, arrays = ("at the peak", step.peak) if step.peak else ("of the state", step.arrays)
+    largest = sorted(arrays.items(), key=lambda item: -item[1])[:LARGEST]
+    return [f"largest arrays {title}:", *(f"  {_size(size):>12}  {name}" for name, size in largest)]
 
 
 def _size(size: float) -> str:

@@ -14,22 +14,21 @@ _STILL = {
     *("partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done"),
 }
 """Opcodes that move nothing themselves."""
+_KERNELS = ("tpu_custom_call", "__cudnn$", "__cublas$", "__cub$", "__gpu$", "triton", "mosaic_gpu")
+"""Parts of custom calls' targets that are kernels; others are annotations for the compiler."""
 
 
 def moved(program: hlo.Program) -> float:
     """Bytes moved per step."""
-    return sum(
-        run.times * _moved(program, run)
-        for run in program.runs()
-        if run.within is None and run.instruction.opcode not in _STILL and not run.instruction.opcode.endswith("-done")
-    )
+    return sum(run.times * moved_by(program, run) for run in program.runs())
 
 
-def _moved(program: hlo.Program, run: hlo.Run) -> float:
+def moved_by(program: hlo.Program, run: hlo.Run) -> float:
+    """Bytes moved by one execution of an instruction. None of those within a fusion."""
     instruction = run.instruction
-    if (
-        instruction.opcode == "custom-call" and "tpu_custom_call" not in instruction.rest
-    ):  # an annotation for the compiler
+    if run.within is not None or instruction.opcode in _STILL or instruction.opcode.endswith("-done"):
+        return 0.0
+    if instruction.opcode == "custom-call" and not any(name in instruction.target for name in _KERNELS):
         return 0.0
     result = hlo.size_in_hbm(instruction.shape)
     if instruction.opcode == "fusion":

@@ -4,6 +4,7 @@ A program of its own, as libtpu reads its environment once.
 """
 
 import dataclasses
+import functools
 import json
 
 from experiments.quickstart import experiment as quickstart
@@ -29,7 +30,7 @@ def planned(on: str, mesh: MeshConfig, rows: int, model: TransformerConfig = DEN
         stage, data=data, objective=NextToken(), optimizer=AdamW(learning_rate=1e-3), accumulate=1
     )
     experiment = dataclasses.replace(quickstart, model=model, stages={"pretrain": stage}, mesh=mesh)
-    return compile_step(experiment, "pretrain", Target.parse(on).devices())
+    return Target.parse(on).call(functools.partial(compile_step, experiment, "pretrain"))
 
 
 def work(step: Step, devices: int, rows: int, model: TransformerConfig = DENSE) -> float:
