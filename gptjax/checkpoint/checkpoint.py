@@ -113,7 +113,8 @@ class Checkpoints:
             self._tidy()
             if processes.allgather(step in self._committed())[0]:
                 raise ValueError(f"checkpoints: step {step} already has a checkpoint in {self.folder}")
-            response = _orbax().save_async(self.folder / str(step), state)
+            with _whole_small_arrays():
+                response = _orbax().save_async(self.folder / str(step), state)
         except OSError as error:
             raise self._failure(step, error) from error
         self._saves += 1
@@ -347,6 +348,14 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 @functools.cache
+def _whole_small_arrays() -> contextlib.AbstractContextManager[Any]:
+    """Context in which Orbax parts an array that several devices have a copy of among them only if each part has 1 MiB
+    or more: every size of a part is a program to compile."""
+    options = _orbax().options.ArrayOptions
+    saving = options.Saving(min_slice_bytes_for_replica_parallel=2**20)
+    return _orbax().Context(array_options=options(saving=saving))
+
+
 def _orbax():
     """Import Orbax late, as it takes seconds, and drop its log: pages for every failed write, which it raises
     anyway."""

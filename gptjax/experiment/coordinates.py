@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.distributed.parameters import parameter_info
@@ -24,7 +23,7 @@ from gptjax.optim import Constant
 from gptjax.protocols import Optimizer
 from gptjax.train import state as train_state
 from gptjax.train.step import make_step
-from gptjax.types import Batch, UserError
+from gptjax.types import Batch, Key, UserError
 
 Sizes = dict[str, np.ndarray]
 """Name of an activation, as in `nn.activations` -> float [widths, steps + 1]: mean of |x| before the first step, then
@@ -78,16 +77,19 @@ def _measure(
     ones, positions = np.ones((batch, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (batch, 1))
     examples = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
     update = optimizer.with_schedule(Constant()).build(steps, parameter_info(model), config.width_multiplier)
-    params = jax.jit(model.init)(jax.random.key(seed), examples.tokens)["params"]
-    state = train_state.create(params, update, jax.random.key(seed))
+
+    def create(key: Key) -> train_state.State:
+        return train_state.create(model.init(key, examples.tokens)["params"], update, key)
+
+    state = jax.jit(create)(jax.random.key(seed))
     step = make_step(NextToken(), model.apply, update)
     inspect = jax.jit(lambda params: activations(model, params, examples.tokens))
-    initial = inspect(state.params)
-    sizes = {name: [float(jnp.mean(jnp.abs(x)))] for name, x in initial.items()}
+    initial = jax.device_get(inspect(state.params))
+    sizes = {name: [float(np.mean(np.abs(x)))] for name, x in initial.items()}
     for _ in range(steps):
         state, _ = step(state, examples)
-        for name, x in inspect(state.params).items():
-            sizes[name].append(float(jnp.mean(jnp.abs(x - initial[name]))))
+        for name, x in jax.device_get(inspect(state.params)).items():
+            sizes[name].append(float(np.mean(np.abs(x - initial[name]))))
     return sizes
 
 

@@ -126,7 +126,7 @@ def train(
         watchdog = stack.enter_context(Watchdog(records.folder, name, stage.hang_timeout, done))
         hosts, clock = StragglerDetector(), Clock(done, tokens, flops)
         schedule = stage.optimizer.learning_rate_schedule(stage.last_step)
-        rates = np.asarray(jax.vmap(schedule)(jnp.arange(stage.last_step)))
+        rates = np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(stage.last_step)))
         written = cast(WrittenBatches, batches) if stage.writes else None
         run = _Run(
             *(stage, name, model, functions, frozen, checkpoints, records, display, to_global, sample, rates, losses),

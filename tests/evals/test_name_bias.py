@@ -35,7 +35,7 @@ def test_a_planted_difference_is_found():
 def test_a_model_that_does_not_read_has_no_bias():
     tokenizer = Bytes().build(iter(()))
     config = TransformerConfig(vocab=tokenizer.vocab, layers=1, width=16, heads=2)
-    params = config.build().init(jax.random.key(1), jnp.zeros((1, 2), int))["params"]
+    params = jax.jit(config.build().init)(jax.random.key(1), jnp.zeros((1, 2), int))["params"]
     lm = LanguageModel(config, params, tokenizer, context=96)
     assert NameBias(permutations=20)(lm).values["difference"] > 0
     blind = dataclasses.replace(lm, params=jax.tree.map(jnp.zeros_like, params))

@@ -35,7 +35,7 @@ class Talk:
 def lm() -> LanguageModel:
     tokenizer = Bytes().build(iter(()))
     config = TransformerConfig(vocab=tokenizer.vocab, layers=1, width=16, heads=2)
-    params = config.build().init(jax.random.key(1), jnp.zeros((1, 2), int))["params"]
+    params = jax.jit(config.build().init)(jax.random.key(1), jnp.zeros((1, 2), int))["params"]
     return LanguageModel(config, params, tokenizer, context=96)
 
 

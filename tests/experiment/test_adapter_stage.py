@@ -76,7 +76,8 @@ def test_a_stage_of_adapters(tmp_path, monkeypatch, lora):
         jax.tree.map(np.testing.assert_array_equal, load(folder, dtype="bfloat16").params, half)
     losses = [line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line]
     validation = adapt.data.evaluation(loaded.tokenizer, "validation", tmp_path / "cache" / "tokens", sequences=8)
-    metrics = [adapt.objective(EXPERIMENT.model.build().apply, loaded.params, batch) for batch in validation]
+    loss = jax.jit(functools.partial(adapt.objective, EXPERIMENT.model.build().apply))
+    metrics = [loss(loaded.params, batch) for batch in validation]
     total, weight = (sum(float(m["loss"][i]) for m in metrics) for i in (0, 1))
     assert losses[-1] == pytest.approx(total / weight, rel=1e-5)
 

@@ -103,7 +103,8 @@ def test_every_hidden_matrix_is_scaled(name):
     plain = EVERY[name]
     wide = dataclasses.replace(plain, parametrisation=MuP(base_width=8))
     params, standard = (
-        flat(jax.jit(config.build().init)(jax.random.key(0), TOKENS)["params"]) for config in (wide, plain)
+        flat(jax.device_get(jax.jit(config.build().init)(jax.random.key(0), TOKENS)["params"]))
+        for config in (wide, plain)
     )
     optimizer = Lion(learning_rate=1.0, schedule=Constant(), weight_decay=0.0, clip=None).build(
         1, parameter_info(wide.build()), wide.width_multiplier
@@ -111,7 +112,7 @@ def test_every_hidden_matrix_is_scaled(name):
     params = nested(params)
     moves = jax.jit(lambda p: optimizer.update(jax.tree.map(jnp.ones_like, p), optimizer.init(p), p)[0])(params)
     params = flat(params)
-    for path, move in flat(moves).items():
+    for path, move in flat(jax.device_get(moves)).items():
         last = path.split("/")[-1]
         vector = last.endswith(("scale", "bias")) or not path.startswith(("blocks/", "ahead_0/", "transform/"))
         hidden = not vector and last not in FIXED and not last.endswith("embedding")

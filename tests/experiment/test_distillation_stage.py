@@ -26,7 +26,7 @@ STAGE = dataclasses.replace(PRETRAIN, ema=None, prompts=(), evaluations=(), save
 
 
 def save(folder, tokenizer, seed: int = 0) -> str:
-    params = TEACHER.build().init(jax.random.key(seed), np.zeros((1, 4), np.int32))["params"]
+    params = jax.jit(TEACHER.build().init)(jax.random.key(seed), np.zeros((1, 4), np.int32))["params"]
     shutil.rmtree(folder, ignore_errors=True)
     LanguageModel(TEACHER, params, tokenizer).save(folder)
     return str(folder)

@@ -82,6 +82,8 @@ SPELLINGS = {
 }
 """Field -> values that are put into, or in the place of those in, the config.json of every family."""
 ROTARY = ("rope_scaling", "rope_parameters", "rope_theta")
+BESIDE_ROTARY = re.compile("ro(pe|t)|original_max|window|layer_types|head_dim|hidden_size|alibi|attn_every")
+"""Fields that `transformers` reads beside those, so that they are tried with the older spelling as well."""
 HELD_BY_SHAPES = {"num_key_value_heads"}
 """Fields whose default we do not have: the tensors of another value do not fit."""
 
@@ -92,10 +94,12 @@ def variants(fields):
     for kind, base in (("", fields), ("older: ", older)):
         yield f"{kind}as it is", base
         for name in sorted(base.keys() - {"model_type", "architectures", *HELD_BY_SHAPES}):
+            if kind and not BESIDE_ROTARY.search(name):
+                continue
             yield f"{kind}without {name}", {k: v for k, v in base.items() if k != name}
             yield f"{kind}null {name}", {**base, name: None}
         for name, values in SPELLINGS.items():
-            for value in values:
+            for value in values if not kind or BESIDE_ROTARY.search(name) else ():
                 yield f"{kind}{name} {value}", {**base, name: value}
     for theta in SPELLINGS["rope_theta"]:
         for name in ("rope_scaling", "rope_parameters"):

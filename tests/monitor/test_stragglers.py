@@ -84,6 +84,7 @@ experiment = Experiment(
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_sleeps_over_its_input_is_named(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     (tmp_path / "sleepy.py").write_text(SLEEPY.replace("{text}", str(tmp_path / "text.txt")))

@@ -27,14 +27,16 @@ from gptjax.types import Batch, UserError
 
 B, T, D = 8, 16, 32
 BASE = TransformerConfig(vocab=48, layers=4, width=D, heads=4, kv_heads=2, hidden=64)
+SHORT = dataclasses.replace(BASE, layers=2)
+"""A layer in each of two stages."""
 MODELS = {
     "plain": BASE,
-    "more parts, computed again": dataclasses.replace(BASE, microbatches=4, remat="nothing_saveable"),
+    "more parts, computed again": dataclasses.replace(SHORT, microbatches=4, remat="nothing_saveable"),
     "rounds of two between others": dataclasses.replace(
         BASE, layers=6, leading_layers=(LayerOverrides(),), pattern=(LayerOverrides(window=5), LayerOverrides())
     ),
-    "value residuals": dataclasses.replace(BASE, attention=MultiHeadAttention(values=ValueResidual())),
-    "experts": dataclasses.replace(BASE, hidden=32, mlp=MixtureOfExperts(experts=4, router=Softmax(load_balance=0.0))),
+    "value residuals": dataclasses.replace(SHORT, attention=MultiHeadAttention(values=ValueResidual())),
+    "experts": dataclasses.replace(SHORT, hidden=32, mlp=MixtureOfExperts(experts=4, router=Softmax(load_balance=0.0))),
 }
 MESHES = {
     "4 stages": MeshConfig(pipeline=4, data=2),
@@ -139,7 +141,7 @@ def test_every_layer_reports_the_load_of_the_whole_batch():
 @pytest.mark.parametrize("optimizer", [AdamW(learning_rate=1e-2, clip=1.0), Muon(learning_rate=1e-2)])
 def test_steps_change_nothing(optimizer):
     def two(rows: Batch) -> list[float]:
-        create, step = program(BASE, optimizer=optimizer)
+        create, step = program(SHORT, optimizer=optimizer)
         state, losses = create(rows.tokens), []
         for _ in range(3):
             state, metrics = step(state, rows)
@@ -153,8 +155,8 @@ def test_steps_change_nothing(optimizer):
 
 def test_a_balance_is_that_of_parts_as_in_accumulation():
     """A loss that is not a sum over tokens is computed per microbatch."""
-    config = dataclasses.replace(BASE, hidden=32, mlp=MixtureOfExperts(experts=4, router=Softmax(load_balance=0.5)))
-    config = dataclasses.replace(config, microbatches=4)
+    mlp = MixtureOfExperts(experts=4, router=Softmax(load_balance=0.5))
+    config = dataclasses.replace(SHORT, hidden=32, mlp=mlp, microbatches=4)
     create, step = program(config, accumulate=4)
     whole = jax.tree.map(lambda x: np.concatenate([x[:, :8], x[:, 8:]]), batch())  # every part counts as many tokens
     whole = dataclasses.replace(whole, weights=np.ones_like(whole.weights), segments=np.ones_like(whole.segments))

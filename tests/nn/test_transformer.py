@@ -18,8 +18,10 @@ from gptjax.nn import (
     MLP,
     ALiBi,
     Attention,
+    ClampedSwiGLU,
     Encoder,
     EncoderConfig,
+    GeGLU,
     LayerNorm,
     LayerOverrides,
     MixtureOfExperts,
@@ -28,6 +30,8 @@ from gptjax.nn import (
     NoResidual,
     Parallel,
     Positions,
+    ReLU,
+    ReLUSquared,
     Residual,
     RMSNorm,
     RoPE,
@@ -66,7 +70,16 @@ def make(kind: type):
 
 
 CONFIGS = {kind.__name__: dataclasses.replace(BASE, positions=make(kind)) for kind in every(Positions)}
-CONFIGS |= {kind.__name__: dataclasses.replace(BASE, mlp=kind()) for kind in every(MLP) if kind is not MLP}
+CONFIGS["activations"] = dataclasses.replace(  # each in a layer of its own: they act on one token
+    BASE,
+    layers=6,
+    pattern=tuple(LayerOverrides(mlp=kind()) for kind in (GELU, ReLU, ReLUSquared, SwiGLU, ClampedSwiGLU, GeGLU)),
+)
+CONFIGS |= {
+    kind.__name__: dataclasses.replace(BASE, mlp=kind())
+    for kind in every(MLP)
+    if kind is not MLP and kind.__module__ != MLP.__module__
+}
 CONFIGS |= {
     kind.__name__: dataclasses.replace(BASE, residual=kind())
     for kind in every(Residual)

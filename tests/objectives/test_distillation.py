@@ -90,11 +90,16 @@ def gradient(objective, rules=sharding.ShardingRules()):
     return jax.jit(jax.grad(loss, has_aux=True)), model, teacher
 
 
+def initialised(rows: Batch, *models):
+    """Parameters of each model."""
+    return [jax.jit(m.init)(jax.random.key(i), rows.tokens)["params"] for i, m in enumerate(models)]
+
+
 def test_a_step_in_parts_or_on_a_mesh_has_the_same_gradient():
     """Sums over rows: of 1, 2 and 4 uneven parts. In chunks, with a vocabulary that the mesh shards."""
     objective = Distillation(TEACHER, beta=0.5, top_k=4, cross_entropy_weight=0.5)
     of, model, teacher = gradient(objective)
-    params, theirs = (m.init(jax.random.key(i), batch().tokens)["params"] for i, m in enumerate((model, teacher)))
+    params, theirs = initialised(batch(), model, teacher)
     whole, metrics = of(params, batch(), FrozenModel(theirs, teacher))
     assert float(metrics["divergence"][0] / metrics["divergence"][1]) > 0
     of = gradient(dataclasses.replace(objective, chunk=5))[0]
@@ -131,7 +136,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn_and_others_learn_from_t
         temperature=rows,
     )
     of, model, teacher = gradient(OnPolicyDistillation(TEACHER))
-    params, theirs = (m.init(jax.random.key(i), given.tokens)["params"] for i, m in enumerate((model, teacher)))
+    params, theirs = initialised(given, model, teacher)
     same, metrics = of(params, episodes, FrozenModel(params, model))
     assert max(np.abs(x).max() for x in jax.tree.leaves(same)) < 1e-5
     assert abs(float(metrics["loss"][0])) < 1e-5
@@ -145,7 +150,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn_and_others_learn_from_t
 def test_a_teacher_with_other_ids_is_refused():
     other = Transformer(dataclasses.replace(STUDENT, vocab=V + 1))
     of, model, _ = gradient(Distillation(TEACHER))
-    params, theirs = (m.init(jax.random.key(0), batch().tokens)["params"] for m in (model, other))
+    params, theirs = initialised(batch(), model, other)
     with pytest.raises(
         UserError, match=r"^objective\.teacher: got a model of 33 token ids, must have the student's 32"
     ):

@@ -116,7 +116,7 @@ def test_a_compiled_loss_has_no_array_of_all_logits():
 )
 def test_a_mesh_changes_nothing(mesh, tied):
     gradient, model = trained(None, tied=tied)
-    params = model.init(jax.random.key(0), batch().tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), batch().tokens)["params"]
     expected = gradient(params, batch())
     made = MeshConfig(**{"data": 1} | mesh).make()
     with sharding.use(made):

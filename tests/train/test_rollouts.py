@@ -217,7 +217,7 @@ def test_a_bad_reward_names_the_item(fields, message):
 def test_a_reward_model_rewards_in_place_of_the_task(tmp_path):
     """Its rewards are those of the conversations; outcomes stay the task's."""
     config = RegressorConfig(TransformerConfig(vocab=40, layers=1, width=16, heads=2), pooling=Last())
-    params = config.build().init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(config.build().init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
     judge = RegressorModel(config, params, TOKENIZER)
     judge.save(tmp_path / "reward")
     made = dataclasses.replace(ROLLOUTS, reward=RewardModel(str(tmp_path / "reward")))
