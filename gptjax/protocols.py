@@ -15,10 +15,15 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
+from gptjax.distributed.parameters import ParamInfo
 from gptjax.distributed.sharding import ShardingRules
-from gptjax.types import Batch, Key, Metrics, Params, Result, Unavailable, UserError
+from gptjax.types import Batch, Json, Key, Metrics, Params, Result, Unavailable, UserError
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from optax import GradientTransformation
 
 Split = Literal["train", "validation"]
 Document_co = TypeVar("Document_co", covariant=True)
@@ -127,7 +132,7 @@ class WrittenBatches(BatchIterator, Protocol):
 
     figures: dict[str, float]
     """Figures of the last round, by name."""
-    records: list[dict[str, Any]]
+    records: list[dict[str, Json]]
     """Replies of the last round, of JSON types."""
     warning: str
     """Fault of it, in words, or ""."""
@@ -326,7 +331,7 @@ class Objective(Config, Protocol):
         """True: it takes the parameters at the stage's start too, which stay as they are: a fifth argument."""
         return False
 
-    def parameters(self, model: ModelConfig) -> dict[str, Any]:
+    def parameters(self, model: ModelConfig) -> dict[str, ParamInfo]:
         """Name -> `ParamInfo` of parameters that it trains beside the model's, such as a critic's. They are 0 at the
         stage's start, and are dropped at its end. It finds them in `params[BESIDE]`."""
         return {}
@@ -358,7 +363,7 @@ class Optimizer(Config, Protocol):
         """Peak learning rate."""
         ...
 
-    def learning_rate_schedule(self, steps: int) -> Callable[[Any], Any]:
+    def learning_rate_schedule(self, steps: int) -> Callable[[ArrayLike], ArrayLike]:
         """Step, from 0 -> learning rate, for a run of `steps`."""
         ...
 
@@ -366,7 +371,7 @@ class Optimizer(Config, Protocol):
         """This optimizer with another learning-rate schedule."""
         ...
 
-    def build(self, steps: int, info: Params, width_multiplier: float = 1.0) -> Any:
+    def build(self, steps: int, info: Params, width_multiplier: float = 1.0) -> GradientTransformation:
         """The optax transformation for a run of `steps`.
 
         info              tree of `ParamInfo`, in the place of each parameter

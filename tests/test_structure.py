@@ -101,7 +101,7 @@ def test_a_run_takes_a_short_path():
     assert "gptjax.interop" not in found["modules"]
     assert len(found["modules"]) <= 110, "\n".join(found["modules"])
     assert len(found["first call"]) <= 14, "\n".join(found["first call"])
-    assert len(found["training step"]) <= 16, "\n".join(found["training step"])
+    assert len(found["training step"]) <= 15, "\n".join(found["training step"])
 
 
 def test_a_name_that_is_imported_late_is_not_a_modules():

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -37,16 +37,17 @@ from gptjax.distributed import processes, sharding
 from gptjax.distributed.parameters import declared, nested
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.experiment import report, run_folder
+from gptjax.experiment.preparation import GENERATING, check_stages, load_frozen_models, naming, read_data
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.io import atomic
-from gptjax.models.loading import check_frozen, init_from_pretrained, load_frozen, model_class, restore_stage_params
+from gptjax.models.loading import init_from_pretrained, model_class, restore_stage_params
 from gptjax.models.model import Model
 from gptjax.monitor.metrics import MetricsLogger, WandB
 from gptjax.protocols import ModelConfig, Module
 from gptjax.train.loop import train
 from gptjax.train.stage import Stage
-from gptjax.types import FrozenModel, Params, Result, UserError
+from gptjax.types import Params, Result, UserError
 
 SAMPLING, SAMPLE_TOKENS = Sampling(temperature=0.8, top_p=0.95), 64
 """Sampling of text samples during training, and their length in tokens."""
@@ -91,7 +92,7 @@ class Experiment:
                 "or `init_from` be given: there is no trained model to begin with"
             )
         for name, stage in self.stages.items():
-            with _naming(name):
+            with naming(name):
                 stage.check(self.model)
                 if stage.init_from != "latest" and name == first:
                     raise UserError(f"init_from: got {stage.init_from}, must be latest: no stage is before the first")
@@ -134,16 +135,18 @@ class Experiment:
         # Paths are neither wrapped nor parsed as markup, so that they can be copied.
         console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
         self.check(jax.device_count())
-        with run_folder.lock(folder), _mirrored(folder, mirror):  # nothing is copied while another run has the folder
+        with contextlib.ExitStack() as ending:
+            ending.enter_context(run_folder.lock(folder))
+            ending.enter_context(_mirrored(folder, mirror))  # nothing is copied while another run has the folder
             for line in run_folder.prepare(folder, self, accept_changes):
                 console.print(f"changed: {line}")
             tokenizer = self._tokenizer(folder, cache, console)
-            self._check_prompts(tokenizer)
-            self._check_evaluations(folder, tokenizer)
-            self._check_frozen_models(folder, tokenizer)
+            check_stages(self.model, self.stages, folder, tokenizer)
             model, mesh = self.model.build(self.rules), self.mesh.make()
             with sharding.use(mesh):
-                stages = self._read_data(folder, cache, tokenizer, model, console)
+                stages, readings = read_data(
+                    *(self.stages, folder, cache, tokenizer, model, self.seed, console, ending)
+                )
             pretrained = self._pretrained(model, tokenizer)
             init, origin = pretrained, run_folder.pretrained_identity(folder, next(iter(self.stages)), self.init_from)
             previous, params = None, None  # stage, and its trained parameters if they are at hand
@@ -176,7 +179,8 @@ class Experiment:
                                 cache=cache,
                                 seed=self.seed,
                                 init=init,
-                                frozen_models=_load_frozen(name, stage, tokenizer, self.rules),
+                                frozen_models=load_frozen_models(name, stage, tokenizer, self.rules),
+                                reading=readings.pop(name, None),
                                 sample=functools.partial(_sample, model, stage, tokenizer) if self._generates else None,
                                 start=run_folder.describe(origin),
                                 description={"configuration": to_json(self), "origin": origin},
@@ -243,7 +247,7 @@ class Experiment:
     @property
     def _generates(self) -> bool:
         """True if the model generates text."""
-        return self.model.architecture in ("decoder", "encoder-decoder")
+        return self.model.architecture in GENERATING
 
     def _pretrained(self, model: Module, tokenizer: Tokenizer) -> Callable[[Params | None], Params] | None:
         """Abstract parameters -> those of `init_from`. None: initialise from `seed`."""
@@ -295,55 +299,6 @@ class Experiment:
             )
         return tokenizer
 
-    def _check_prompts(self, tokenizer: Tokenizer) -> None:
-        if not self._generates:
-            return
-        read = "max_source_positions" if self.model.architecture == "encoder-decoder" else "max_positions"
-        limit = getattr(self.model, read) or sys.maxsize
-        for name, stage in self.stages.items():
-            for prompt in stage.prompts:
-                size = len(stage.data.prompt(tokenizer, prompt))
-                if not 0 < size < limit:
-                    raise UserError(
-                        f"{name}.prompts: got {prompt!r} of {size} tokens, must be at least 1 "
-                        "and less than the maximum of model.positions"
-                    )
-
-    def _read_data(
-        self, folder: Path, cache: str, tokenizer: Tokenizer, model: Module, console: Console
-    ) -> dict[str, Stage]:
-        """The stages, with `steps` in place of `epochs`. Raises UserError for data of a later stage that cannot be
-        trained on, before the first stage is trained; its texts are tokenised. Call it with the mesh set."""
-        stages, waiting = dict(self.stages), 0
-        for name, stage in stages.items():
-            if stage.epochs is None:
-                with Checkpoints(folder / "checkpoints" / name) as saved:
-                    waiting += (unfinished := run_folder.ended(stage, saved) is None)
-                if not unfinished or waiting == 1:  # the data of the first one that is unfinished are read next
-                    continue
-            with console.status(f"reading the data of {name} ..."):
-                batches, _ = stage.read(name, tokenizer, model.rules, self.seed, cache)
-            stages[name] = stage.with_steps(name, batches)
-            batches.close()
-        return stages
-
-    def _check_frozen_models(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """Raise UserError for a frozen model of an untrained stage that has another tokenizer, before training."""
-        for name, stage in self.stages.items():
-            for field, model in stage.frozen_models.items():
-                with Checkpoints(folder / "checkpoints" / name) as saved, _naming(f"{name}.objective.{field}"):
-                    if not saved.steps():
-                        check_frozen(model, tokenizer)
-
-    def _check_evaluations(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """Raise UserError for an evaluation that cannot be run, before training."""
-        for name, stage in self.stages.items():
-            if (folder / "report" / f"{name}.json").exists():
-                continue
-            for number, evaluation in enumerate(stage.evaluations):
-                with _naming(f"{name}.evaluations.{number}"):
-                    evaluation.check(tokenizer)
-
 
 def _evaluate(name: str, stage: Stage, model: Model, console: Console) -> list[Result]:
     """Run a stage's evaluations, with a line for each."""
@@ -356,11 +311,6 @@ def _evaluate(name: str, stage: Stage, model: Model, console: Console) -> list[R
     return results
 
 
-def _load_frozen(name: str, stage: Stage, tokenizer: Tokenizer, rules: ShardingRules) -> tuple[FrozenModel, ...]:
-    with _naming(f"{name}.objective"):
-        return tuple(load_frozen(model, tokenizer, rules) for model in stage.frozen_models.values())
-
-
 def _mirrored(folder: Path, mirror: str | None) -> contextlib.AbstractContextManager:
     """Context in which the folder is copied to `mirror`, if that is given."""
     if mirror is None:
@@ -368,15 +318,6 @@ def _mirrored(folder: Path, mirror: str | None) -> contextlib.AbstractContextMan
     from gptjax.checkpoint.mirror import Mirror
 
     return Mirror(mirror, folder)
-
-
-@contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Context in which a UserError's field is prefixed with this path."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}.{error}") from None
 
 
 def _sample(model: Module, stage: Stage, tokenizer: Tokenizer, params: Params, prompt: str) -> str:

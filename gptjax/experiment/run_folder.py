@@ -22,7 +22,7 @@ from gptjax.config import allow, differences, digest, from_json, modules, to_jso
 from gptjax.distributed import processes
 from gptjax.io import atomic
 from gptjax.protocols import Evaluation, Pretrained
-from gptjax.train.stage import validation_losses
+from gptjax.train.progress import validation_losses
 from gptjax.types import Result, UserError, one_line
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ class PPO(Policy):
         if self.value_clip is not None and not self.value_clip > 0:
             raise UserError(f"value_clip: got {self.value_clip}, must be more than 0, or None")
 
-    def parameters(self, model: ModelConfig) -> dict[str, Any]:
+    def parameters(self, model: ModelConfig) -> dict[str, ParamInfo]:
         width = getattr(model, "width", None)
         if width is None:
             raise UserError(f"objective: got PPO, whose critic needs a width, which {type(model).__name__} lacks")

@@ -8,13 +8,13 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.checkpoint.checkpoint import Checkpoints, Restored
+from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.distributed import sharding
 from gptjax.monitor.display import Display
 from gptjax.monitor.metrics import MetricsLogger, last_losses
@@ -22,14 +22,15 @@ from gptjax.monitor.profiling import Profile
 from gptjax.monitor.stragglers import StragglerDetector
 from gptjax.monitor.times import Clock, memory
 from gptjax.monitor.watchdog import Watchdog
-from gptjax.protocols import Answers, BatchIterator, Module, Tokenizer, WrittenBatches
+from gptjax.protocols import Answers, Module, Tokenizer, WrittenBatches
 from gptjax.train.divergence import Diverged, Skip
-from gptjax.train.preemption import StopSignal, signals
+from gptjax.train.preemption import signals
 from gptjax.train.program import Program, program
-from gptjax.train.stage import Stage, keep_best, summary, validation_losses
+from gptjax.train.progress import Frozen, Progress, check_same, keep_best
+from gptjax.train.stage import Reading, Stage, summary
 from gptjax.train.state import State
 from gptjax.train.step import divide
-from gptjax.types import Batch, FrozenModel, Metrics, Params, UserError
+from gptjax.types import Batch, FrozenModel, Json, Metrics, Params
 
 if TYPE_CHECKING:
     from gptjax.train.rounds import Policy, Rounds
@@ -50,9 +51,10 @@ def train(
     seed: int = 0,
     init: Callable[[Params], Params] | None = None,
     frozen_models: tuple[FrozenModel, ...] = (),
+    reading: Reading | None = None,
     sample: Sampler | None = None,
     start: str = "new parameters",
-    description: dict[str, Any] | None = None,
+    description: dict[str, Json] | None = None,
     profile: range | None = None,
     accept_changes: bool = False,
 ) -> Params:
@@ -65,6 +67,7 @@ def train(
     init            abstract parameters -> initial ones with the same shardings, such as another stage's; they are
                     donated. None: initialise from `seed`. With adapters, the parameters to adapt
     frozen_models   the stage's
+    reading         what `stage.read` returned, to be closed here. None: it is read here
     sample          generates the text samples
     start           the initial parameters in words, shown before the first step
     description     stored in every checkpoint, beside the input position
@@ -77,94 +80,71 @@ def train(
     cannot recover. Numbers that are not finite are never saved. With early stopping, the last checkpoint and the
     parameters are those of the lowest validation loss.
     """
-    tokens, flops = stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
-    saves, samples = (stage.save_every,), (stage.evaluate_every,)
-    pauses = {"evaluating": saves + samples, "sampling": samples, "saving": saves}
     functions, frozen = program(stage, model, seed), frozen_models
     if stage.has_frozen:
         assert init is not None, "a stage with frozen parameters needs those of another"
         frozen, init = (jax.jit(functions.freeze)(init(jax.eval_shape(functions.init_params))), *frozen), None
 
     with contextlib.ExitStack() as stack:
-        display = stack.enter_context(Display(name, stage.last_step, tokens, flops, pauses))
-        with display.phase("reading the data"):
-            batches, validation = stage.read(name, tokenizer, model.rules, seed, cache)
-        read = {"train": getattr(batches, "fingerprint", None), "validation": getattr(validation, "fingerprint", None)}
+        display = stack.enter_context(_display(name, stage, model))
+        if reading is None:
+            with display.phase("reading the data"):
+                reading = stage.read(name, tokenizer, model.rules, seed, cache)
         checkpoints = stack.enter_context(Checkpoints(folder, max_to_keep=stage.max_to_keep))
-        stack.callback(batches.close)
+        stack.callback(reading.batches.close)
         abstract = jax.eval_shape(functions.init_state, *frozen)
-        restored = checkpoints.restore(abstract) if checkpoints.steps() else None
-        if restored is not None:
-            _check_same(restored, name, tokenizer, read, folder, accept_changes)
-            state = restored.state
-            batches.restore(restored.extra["input"])
-        elif init is not None:
-            state = jax.jit(functions.create_state, donate_argnums=0)(init(jax.eval_shape(functions.init_params)))
+        if checkpoints.steps():
+            restored = checkpoints.restore(abstract)
+            check_same(restored, name, tokenizer, reading, folder, accept_changes)
+            reading.batches.restore(restored.extra["input"])
+            progress = Progress.resumed(stage, restored, reading.validation is not None)
+            start = f"step {progress.done:,} of {folder}"
         else:
-            state = jax.jit(functions.init_state)(*frozen)
-        done = int(state.step)
-        rollbacks = [] if restored is None else restored.extra.get("rollbacks", [])
-        losses = [] if restored is None else validation_losses(restored.step, restored.loss, restored.extra)
-        # The run was interrupted before the checkpoint's evaluation.
-        due = restored is not None and restored.loss is None and validation is not None and stage.evaluates(done)
-        keep = functools.partial(keep_best, stage, checkpoints, abstract, display.note)
-        if stage.ends(done, losses) and not due:
-            records.resume(name, max([done, *dict(losses)]))  # those after the best checkpoint too
-            return functions.merge(keep(state, losses).eval_params, *frozen)
-        records.resume(name, done)
-        losses = [entry for entry in losses if entry[0] <= done]
+            progress = Progress.new(functions, frozen, init)
+        keep = functools.partial(keep_best, stage, checkpoints, abstract, display.note, progress)
+        if progress.ended(stage):
+            records.resume(name, max([progress.done, *dict(progress.losses)]))  # those after the best checkpoint too
+            return functions.merge(keep().eval_params, *frozen)
 
-        stopping = stack.enter_context(signals(display.note))
-        begin = start if restored is None else f"step {done:,} of {folder}"
-        display.note("\n".join(summary(name, stage, model, abstract, frozen, batches, begin)))
-        display.begin(done, *last_losses(records.folder, name))
-        extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint, "data": read}
-        if validation is None:
-            display.note("no validation loss: the data have no validation split (validation 0)")
-        to_global = functools.partial(sharding.global_array, rules=model.rules)
-        tracing = stack.enter_context(Profile(profile, records.folder / "profile" / name, done, display.note))
-        watchdog = stack.enter_context(Watchdog(records.folder, name, stage.hang_timeout, done))
-        hosts, clock = StragglerDetector(), Clock(done, tokens, flops)
-        schedule = stage.optimizer.learning_rate_schedule(stage.last_step)
-        rates = np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(stage.last_step)))
-        written = cast(WrittenBatches, batches) if stage.writes else None
+        extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint, "data": reading.fingerprints}
         run = _Run(
-            *(stage, name, model, functions, frozen, checkpoints, records, display, to_global, sample, rates, losses),
-            *(tracing, clock, hosts, watchdog, written),
+            *(stage, name, model, functions, frozen, reading, progress),
+            *(checkpoints, records, display, sample, extra),
         )
-        while True:
+        display.note("\n".join(summary(name, stage, model, abstract, frozen, reading.batches, start)))
+        run.begin(stack, profile)
+        while not progress.ended(stage):
             try:
-                if due:
-                    run.catch_up(state, validation, stopping)
-                state = run.steps(state, batches, validation, stopping, extra | {"rollbacks": rollbacks})
-                return functions.merge(keep(state, losses).eval_params, *frozen)
+                if progress.due:
+                    run.catch_up()
+                    continue
+                batch = run.next_batch()
+                with run.tracing.step(progress.done + 1):
+                    progress.state, metrics = functions.step(progress.state, batch, *frozen)
+                run.after_step(metrics)
+                continue
             except Diverged as error:
-                if len(rollbacks) >= stage.divergence.rollbacks or not checkpoints.steps():
+                if len(progress.rollbacks) >= stage.divergence.rollbacks or not checkpoints.steps():
                     raise
-                bad, state, due = error.step, None, False  # a traceback would keep the state in device memory
-            state, rollbacks = run.roll_back(abstract, batches, bad, rollbacks)
+                bad = error.step  # a traceback would keep arrays in device memory
+            run.roll_back(abstract, bad)
+        with display.phase("saving"):
+            checkpoints.wait()
+        return functions.merge(keep().eval_params, *frozen)
 
 
-def _check_same(
-    restored: Restored,
-    name: str,
-    tokenizer: Tokenizer,
-    data: dict[str, str | None],
-    folder: Path,
-    accept_changes: bool,
-) -> None:
-    """Raise UserError if a checkpoint was trained with another tokenizer or, unless accepted, on other data."""
-    if restored.extra["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"tokenizer: the checkpoint in {folder} was trained with another one; restore that one")
-    others = [split for split in data if data[split] != restored.extra["data"][split]]
-    if others and not accept_changes:
-        raise UserError(
-            f"{name}.data: the {' and '.join(others)} documents are not those of the checkpoint in {folder}; "
-            "restore the files of the source, or resume anyway with --accept_changes"
-        )
+def _display(name: str, stage: Stage, model: Module) -> Display:
+    saves, samples = (stage.save_every,), (stage.evaluate_every,)
+    pauses = {"evaluating": saves + samples, "sampling": samples, "saving": saves}
+    return Display(name, stage.last_step, *_size(stage, model), pauses)
 
 
-@dataclasses.dataclass(frozen=True)
+def _size(stage: Stage, model: Module) -> tuple[int, int]:
+    """Tokens of a step, and FLOPs of training on one of them."""
+    return stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
+
+
+@dataclasses.dataclass
 class _Run:
     """A stage in progress: its steps, evaluations, checkpoints and metrics."""
 
@@ -172,143 +152,148 @@ class _Run:
     name: str
     model: Module
     program: Program
-    frozen: tuple[Params | FrozenModel, ...]
+    frozen: Frozen
+    reading: Reading
+    progress: Progress
     checkpoints: Checkpoints
     records: MetricsLogger
     display: Display
-    to_global: Callable[[Batch], Batch]
     sample: Sampler | None
-    rates: np.ndarray
-    losses: list[tuple[int, float]]
-    """(step, validation loss) of the evaluations so far."""
-    tracing: Profile
-    clock: Clock
-    hosts: StragglerDetector
-    watchdog: Watchdog
-    written: WrittenBatches | None  # the batches, if the model writes them
+    extra: dict[str, Json]
+    """Stored in every checkpoint."""
+    last: tuple[int, Metrics] | None = None
+    """Step and metrics that are not yet reported, on the devices."""
+    hosts: StragglerDetector = dataclasses.field(default_factory=StragglerDetector)
 
-    def catch_up(self, state: State, validation: Iterable[Batch] | Answers | None, stopping: StopSignal) -> None:
+    def begin(self, stack: contextlib.ExitStack, profile: range | None) -> None:
+        """Start what watches the run, until `stack` ends; show where it starts."""
+        stage, progress, records = self.stage, self.progress, self.records
+        records.resume(self.name, progress.done)
+        progress.losses[:] = [entry for entry in progress.losses if entry[0] <= progress.done]
+        self.stopping = stack.enter_context(signals(self.display.note))
+        self.display.begin(progress.done, *last_losses(records.folder, self.name))
+        if self.reading.validation is None:
+            self.display.note("no validation loss: the data have no validation split (validation 0)")
+        folder = records.folder / "profile" / self.name
+        self.tracing = stack.enter_context(Profile(profile, folder, progress.done, self.display.note))
+        self.watchdog = stack.enter_context(Watchdog(records.folder, self.name, stage.hang_timeout, progress.done))
+        self.clock = Clock(progress.done, *_size(stage, self.model))
+        schedule = stage.optimizer.learning_rate_schedule(stage.last_step)
+        self.to_global = functools.partial(sharding.global_array, rules=self.model.rules)
+        self.rates = np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(stage.last_step)))
+
+    def catch_up(self) -> None:
         """Evaluate a step that was saved before its evaluation."""
-        done = int(state.step)
-        losses = self.evaluate(state, done, validation, stopping)
+        progress, progress.due = self.progress, False
+        losses = self.evaluate()
         if losses is None:
-            raise self.interruption()
-        self.checkpoints.rank(done, losses["validation_loss"])
-        self.losses.append((done, losses["validation_loss"]))
+            raise KeyboardInterrupt
+        self.checkpoints.rank(progress.done, losses["validation_loss"])
+        progress.losses.append((progress.done, losses["validation_loss"]))
 
-    def steps(
-        self,
-        state: State,
-        batches: BatchIterator,
-        validation: Iterable[Batch] | Answers | None,
-        stopping: StopSignal,
-        extra: dict[str, Any],
-    ) -> State:
-        """Train from this state to the end of the stage. Raises `Diverged`, and KeyboardInterrupt after a signal."""
-        stage, done = self.stage, int(state.step)
-        last = None  # step and metrics, still on the devices
-        while not stage.ends(done, self.losses):
-            self.clock.lap("host")
-            batch = self.next_batch(batches, state, done, stopping)
-            if batch is None:
-                self.report(last)
-                self.stop(state, done, batches, extra)
-            with self.tracing.step(done + 1):
-                state, metrics = self.program.step(state, batch, *self.frozen)
-            self.clock.dispatched(metrics)
-            done += 1
-            self.display.dispatched(done, metrics["loss"][0])
-            self.tracing.dispatched(done, metrics)
-            self.report(last)  # of an earlier step, while the devices run this one
-            last = (done, metrics) if done % stage.log_every == 0 or done == stage.last_step else None
-            # Once per step: a signal may arrive at any time.
-            stopped = stopping.now() and done % stage.round == 0
-            evaluating = stage.evaluates(done) and not stopped  # a preemption notice is short
-            saving = stage.saves(done) or stopped
-            self.watchdog.beat(done, pause=evaluating or saving)
-            if evaluating or saving:
-                self.report(last)
-                last = None
-                self.check(done, divide(metrics))
-            losses = self.evaluate(state, done, validation, stopping) if evaluating else {}
-            stopped |= losses is None
-            if (loss := (losses or {}).get("validation_loss")) is not None:
-                self.losses.append((done, loss))
-            if saving or stopped:
-                self.save(state, done, batches, extra, loss)
-            if stopped:
-                self.stop(state, done, batches, extra)
-        with self.display.phase("saving"):
-            self.checkpoints.wait()
-        return state
-
-    def next_batch(self, batches: BatchIterator, state: State, done: int, stopping: StopSignal) -> Batch | None:
-        """The batch of the next step, on the devices. None: a stop was asked for while the model wrote it."""
+    def next_batch(self) -> Batch:
+        """The batch of the next step, on the devices. Stops the run if that is asked for while the model writes it."""
+        done, first = self.progress.done, self.progress.done % self.stage.round == 0
+        self.clock.lap("host")
         if not self.stage.writes:
-            batch = self.to_global(next(batches))
+            batch = self.to_global(next(self.reading.batches))
             self.clock.lap("input")
             return batch
-        rounds, first = cast(WrittenBatches, batches), done % self.stage.round == 0
         self.watchdog.beat(done, pause=first)
         with self.display.phase("writing replies") if first else contextlib.nullcontext():
-            batch = rounds.next_batch(self.policy(state, done), stopping.now)
+            batch = self.rounds.next_batch(self.policy(self.progress.state), self.stopping.now)
         self.clock.lap("rollouts")
         self.watchdog.beat(done)
-        if first and batch is not None:
-            self.records.log(done + 1, self.name, **rounds.figures)
-            self.records.replies(self.name, done + 1, rounds.records)
-            if rounds.warning:
-                self.display.note(f"step {done + 1}: {rounds.warning}")
+        if batch is None:
+            self.stop()
+        if first:
+            self.records.log(done + 1, self.name, **self.rounds.figures)
+            self.records.replies(self.name, done + 1, self.rounds.records)
+            if self.rounds.warning:
+                self.display.note(f"step {done + 1}: {self.rounds.warning}")
         return batch
 
-    def policy(self, state: State, done: int) -> Policy:
+    @property
+    def rounds(self) -> WrittenBatches:
+        """The batches, if the model writes them."""
+        return cast(WrittenBatches, self.reading.batches)
+
+    def policy(self, state: State) -> Policy:
         """The model as it is now, to write replies."""
         from gptjax.train.rounds import Policy
 
         def prepare(batch: Batch) -> Batch:
             return self.program.prepare(state.params, self.to_global(batch), *self.frozen)
 
-        rounds = cast("Rounds", self.written)
-        return Policy(self.model, lambda: self.program.merge(state.params, *self.frozen), prepare, done, rounds)
+        def params() -> Params:
+            return self.program.merge(state.params, *self.frozen)
 
-    def save(
-        self, state: State, done: int, batches: BatchIterator, extra: dict[str, Any], loss: float | None = None
-    ) -> None:
+        return Policy(self.model, params, prepare, self.progress.done, cast("Rounds", self.rounds))
+
+    def after_step(self, metrics: Metrics) -> None:
+        """Report the step before this one while the devices run it, then evaluate and save what is due. Raises
+        `Diverged`, and KeyboardInterrupt after a signal."""
+        stage, progress = self.stage, self.progress
+        progress.done = done = progress.done + 1
+        self.clock.dispatched(metrics)
+        self.display.dispatched(done, metrics["loss"][0])
+        self.tracing.dispatched(done, metrics)
+        self.report_last()
+        self.last = (done, metrics) if done % stage.log_every == 0 or done == stage.last_step else None
+        # Once per step: a signal may arrive at any time.
+        stopped = self.stopping.now() and done % stage.round == 0
+        evaluating = stage.evaluates(done) and not stopped  # a preemption notice is short
+        saving = stage.saves(done) or stopped
+        self.watchdog.beat(done, pause=evaluating or saving)
+        if evaluating or saving:
+            self.report_last()
+            self.check(divide(metrics))
+        losses = self.evaluate() if evaluating else {}
+        stopped |= losses is None
+        loss = (losses or {}).get("validation_loss")
+        if saving or stopped:
+            self.save(loss)
+        if loss is not None:
+            progress.losses.append((done, loss))
+        if stopped:
+            self.stop()
+
+    def save(self, loss: float | None = None) -> None:
         """Save a checkpoint of this step, with its validation loss if there is one."""
+        progress = self.progress
         with self.display.phase("saving"):
             self.records.store()
-            known = {"input": batches.state(), "losses": self.losses[: -1 if loss is not None else None]}
-            self.checkpoints.save(done, state, extra | known, loss)
+            known = {"input": self.reading.batches.state(), "losses": progress.losses, "rollbacks": progress.rollbacks}
+            self.checkpoints.save(progress.done, progress.state, self.extra | known, loss)
         self.clock.lap("checkpoint")
 
-    def stop(self, state: State, done: int, batches: BatchIterator, extra: dict[str, Any]) -> NoReturn:
-        """End the program with a checkpoint of this step, after a signal or without a judge of replies."""
+    def stop(self) -> NoReturn:
+        """End the program after a signal, with a checkpoint of this step."""
+        done = self.progress.done
         with self.display.phase("saving"):
             self.checkpoints.wait()
         if done and self.checkpoints.latest_step() != done:
-            self.save(state, done, batches, extra)
+            self.save()
             self.checkpoints.wait()
         self.display.note(f"stopped and saved at step {done}" if done else "stopped before the first step")
-        raise self.interruption()
+        raise KeyboardInterrupt
 
-    def interruption(self) -> BaseException:
-        """The error to stop with."""
-        return KeyboardInterrupt() if self.written is None else self.written.failure or KeyboardInterrupt()
-
-    def roll_back(
-        self, abstract: State, batches: BatchIterator, bad: int, before: list[list[int]]
-    ) -> tuple[State, list[list[int]]]:
-        """Restore the last checkpoint, with the batches after the `bad` step. Returns the state and the list of
-        rollbacks: (step restored, number of batches skipped). `before` are the earlier ones."""
+    def roll_back(self, abstract: State, bad: int) -> None:
+        """Restore the last checkpoint, and skip the batches from it to the `bad` step."""
+        progress = self.progress
+        del progress.state
+        self.last, progress.due = None, False
         steps = self.checkpoints.steps()
         regular = [step for step in steps if step % self.stage.save_every == 0]  # excludes checkpoints of interruptions
         restored = self.checkpoints.restore(abstract, max(regular or steps))
-        batches.restore(restored.extra["input"])
-        self.losses[:] = [entry for entry in self.losses if entry[0] <= restored.step]
+        self.reading.batches.restore(restored.extra["input"])
+        progress.state, progress.done = restored.state, restored.step
+        progress.losses[:] = [entry for entry in progress.losses if entry[0] <= restored.step]
         passed = bad - restored.step
-        out = passed + sum(count for step, count in before if step == restored.step)
+        out = passed + sum(count for step, count in progress.rollbacks if step == restored.step)
+        progress.rollbacks = [*progress.rollbacks, [restored.step, passed]]
         for _ in range(out):
-            next(batches)
+            next(self.reading.batches)
         self.clock.lap("checkpoint")
         self.clock.take(restored.step)  # discard the times of the steps that are repeated
         self.watchdog.beat(restored.step, pause=True)
@@ -316,15 +301,18 @@ class _Run:
         self.display.begin(restored.step, *last_losses(self.records.folder, self.name))
         self.records.log(restored.step + 1, self.name, rolled_back_from=bad, batches_skipped=out)
         self.display.note(f"step {bad} is bad: rolled back to step {restored.step}, skipping {out} batches")
-        return restored.state, [*before, [restored.step, passed]]
 
-    def report(self, last: tuple[int, Metrics] | None) -> None:
-        """Fetch, record and display the metrics of a step, if any."""
-        if last is None:
-            return
-        done, values = last[0], divide(last[1])
+    def report_last(self) -> None:
+        """Report the step whose metrics are still on the devices, if there is one."""
+        if self.last is not None:
+            self.report(*self.last)
+        self.last = None
+
+    def report(self, done: int, metrics: Metrics) -> None:
+        """Fetch, record and display the metrics of a step."""
+        values = divide(metrics)
         self.clock.lap("device")
-        self.check(done, values)
+        self.check(values, done)
         updates = done - int(values.get("skipped", 0))  # the schedule counts updates only
         times = self.clock.take(done)
         slow, note = self.hosts.compare(times)
@@ -333,29 +321,27 @@ class _Run:
         measured = times.values() | memory() | slow
         self.records.log(done, self.name, **values, learning_rate=self.rates[max(updates - 1, 0)], **measured)
         if math.isfinite(values["loss"]):
-            shown = {} if self.written is None else {n: self.written.figures[n] for n in ("reward", "outcome")}
+            shown = {name: self.rounds.figures[name] for name in ("reward", "outcome")} if self.stage.writes else {}
             self.display.update(done, **values | shown, waiting=times.waiting)
         if values.get("consecutive_skipped"):
             self.display.note(f"step {done} was skipped: loss {values['loss']:.3g}")
         self.watchdog.set_figures(measured)
 
-    def evaluate(
-        self, state: State, done: int, validation: Iterable[Batch] | Answers | None, stopping: StopSignal
-    ) -> dict[str, float] | None:
+    def evaluate(self) -> dict[str, float] | None:
         """Validation losses, recorded and displayed with text samples: none without validation batches. None, with
         nothing recorded, if interrupted."""
-        params, texts = state.eval_params, []
+        done, params, texts = self.progress.done, self.progress.state.eval_params, []
         with self.display.phase("evaluating"):
-            losses = self.validation_losses(state, done, validation, stopping)
+            losses = self.validation_losses()
             if losses is None:
                 return None
-            self.check(done, losses)
+            self.check(losses)
             if losses:
                 self.display.evaluation(done, losses["validation_loss"])
         if self.sample is not None and self.stage.samples(done):
             with self.display.phase("sampling"):
                 for prompt in self.stage.prompts:
-                    if stopping.now():
+                    if self.stopping.now():
                         return None
                     texts.append(self.sample(self.program.merge(params, *self.frozen), prompt))
                     self.display.sample(done, prompt, texts[-1])
@@ -365,24 +351,24 @@ class _Run:
         self.clock.lap("evaluation")
         return losses
 
-    def validation_losses(
-        self, state: State, done: int, validation: Iterable[Batch] | Answers | None, stopping: StopSignal
-    ) -> dict[str, float] | None:
+    def validation_losses(self) -> dict[str, float] | None:
         """Validation losses by name. None, if interrupted."""
+        state, validation = self.progress.state, self.reading.validation
         if self.stage.writes and validation is not None:
-            policy = self.policy(dataclasses.replace(state, params=state.eval_params), done)
-            return cast(Answers, validation).measure(policy, stopping.now)
+            policy = self.policy(dataclasses.replace(state, params=state.eval_params))
+            return cast(Answers, validation).measure(policy, self.stopping.now)
         total = None
         for batch in cast(Iterable[Batch], validation or ()):
-            if stopping.now():
+            if self.stopping.now():
                 return None
             before, metrics = total, self.program.evaluate(state.eval_params, self.to_global(batch), *self.frozen)
             total = metrics if before is None else jax.tree.map(jnp.add, before, metrics)
             jax.block_until_ready(before)  # at most two batches in flight, since a stop waits for them
         return {f"validation_{name}": value for name, value in divide(total or {}).items()}
 
-    def check(self, done: int, values: dict[str, float]) -> None:
-        """Raise `Diverged` if a value is not finite."""
+    def check(self, values: dict[str, float], step: int | None = None) -> None:
+        """Raise `Diverged` if a value is not finite. step: None: the last."""
+        done = self.progress.done if step is None else step
         policy, skipped = self.stage.divergence, int(values.get("consecutive_skipped", 0))
         if isinstance(policy, Skip) and skipped:
             wrong = "loss" if skipped >= policy.patience else None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import jax
 
-from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import path_of
 from gptjax.distributed.sharding import ShardingRules, data_shard
 from gptjax.nn import LoRA
@@ -57,6 +56,22 @@ class EarlyStopping:
             improved = loss < lowest - self.min_delta
             lowest, waited = (loss, 0) if improved else (lowest, waited + 1)
         return waited >= self.patience
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """The data of a stage while they are read."""
+
+    batches: BatchIterator
+    """Batches to train on. Close them in the end."""
+    validation: Iterable[Batch] | Answers | None
+    """Batches to validate with, or items for the model to answer. None: no validation split."""
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """Fingerprints of the documents of both splits. None: not known, or no such split."""
+        both = {"train": self.batches, "validation": self.validation}
+        return {split: getattr(read, "fingerprint", None) for split, read in both.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +169,7 @@ class Stage:
                     f"{' and '.join(evaluation.architectures)} models, must measure {model.architecture} models"
                 )
 
-    def read(
-        self, name: str, tokenizer: Tokenizer, rules: ShardingRules, seed: int, cache: str | Path
-    ) -> tuple[BatchIterator, Iterable[Batch] | Answers | None]:
+    def read(self, name: str, tokenizer: Tokenizer, rules: ShardingRules, seed: int, cache: str | Path) -> Reading:
         """Batches of this process to train on, and to validate with if there is a validation split, on the current
         mesh. Texts are tokenised unless the folder `cache` has them. Raises UserError that names the field of the stage
         `name`."""
@@ -170,7 +183,7 @@ class Stage:
             raise UserError(str(error) if path is None else f"{name}.data.{path}:{reason}") from error
         if held_out is None and self.early_stopping is not None:
             raise UserError(f"{name}.early_stopping: got one, must be None: the data have no validation split")
-        return batches, held_out
+        return Reading(batches, held_out)
 
     def with_steps(self, name: str, batches: BatchIterator) -> Self:
         """The stage `name` with `steps` in place of `epochs` of these batches. Raises UserError if they do not know the
@@ -231,32 +244,6 @@ class Stage:
     def samples(self, step: int) -> bool:
         """True if there are text samples after this step."""
         return step % self.evaluate_every == 0 or step == self.last_step
-
-
-def validation_losses(step: int, loss: float | None, extra: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """(step, validation loss) of the evaluations that a checkpoint knows: the earlier ones, its own and, after early
-    stopping, later ones."""
-    known = dict(extra.get("losses", [])) | ({} if loss is None else {step: loss})
-    return sorted(known.items())
-
-
-def keep_best(
-    stage: Stage,
-    checkpoints: Checkpoints,
-    abstract: State,
-    note: Callable[[str], None],
-    state: State,
-    losses: list[tuple[int, float]],
-) -> State:
-    """State of a stage that has ended: with early stopping that of its best checkpoint, which becomes the last."""
-    best = checkpoints.best_step()
-    if stage.early_stopping is None or best is None or best == checkpoints.latest_step():
-        return state
-    last = losses[-1][0]
-    early = f"stopped at step {last:,}, " if last < stage.last_step else ""
-    note(f"{early}the lowest validation loss is {dict(losses)[best]:.4f}, of step {best:,}, which is kept")
-    checkpoints.end_at(best, {"losses": losses})
-    return checkpoints.restore(abstract, best).state
 
 
 def summary(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.train.divergence import StepStatistics
-from gptjax.types import Array, Key, Params
+from gptjax.types import Array, Key, Params, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +21,7 @@ class State:
     """int32 scalar: number of steps done."""
     params: Params
     """float32 master parameters, sharded as the model declares."""
-    opt_state: Any
+    opt_state: PyTree
     """Optimizer state. Its moments are sharded like the parameters."""
     key: Key
     """The run's random key. Step n uses fold_in(key, n), independent of interruptions."""
@@ -48,12 +48,12 @@ def create(
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, ema, statistics)
 
 
-def parameter_count(tree: Any) -> int:
+def parameter_count(tree: PyTree) -> int:
     """Number of numbers in a tree of arrays, abstract or quantised ones."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "shape")))
 
 
-def device_bytes(tree: Any) -> int:
+def device_bytes(tree: PyTree) -> int:
     """Bytes on one device of a tree of arrays, or of abstract arrays with shardings."""
 
     def size(x: Any) -> int:

@@ -15,7 +15,7 @@ from jax import lax
 from gptjax.distributed.sharding import split_microbatches
 from gptjax.train.divergence import Skip, Stop
 from gptjax.train.state import State
-from gptjax.types import Array, Batch, Key, Metrics, Params
+from gptjax.types import Array, Batch, Key, Metrics, Params, PyTree
 
 Tree = TypeVar("Tree")
 Updates = Any
@@ -110,7 +110,7 @@ def divide(metrics: Metrics) -> dict[str, float]:
     return {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in fetched.items()}
 
 
-def _added(a: Any, b: Any) -> Any:
+def _added(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, a, b)
 
 

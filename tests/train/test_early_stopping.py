@@ -102,7 +102,7 @@ def test_a_stage_stops_early_with_its_best_checkpoint_and_resumes_to_the_same_en
 
 def test_epochs_are_steps_of_the_data(tmp_path):
     stage = dataclasses.replace(STAGE, steps=None, epochs=2.5, early_stopping=None)
-    batches, _ = stage.read("s", TOKENIZER, MODEL.rules, 0, tmp_path)
+    batches = stage.read("s", TOKENIZER, MODEL.rules, 0, tmp_path).batches
     steps = stage.with_steps("s", batches).last_step
     assert steps == math.ceil(2.5 * batches.epoch / 8)
     assert abs(batches.epoch - 20 * 34 / 16) <= 1  # documents of 32 letters, `bos` and `eos`
