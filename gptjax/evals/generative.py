@@ -96,6 +96,8 @@ class Generative(Evaluation):
                 raise UserError(f"{name}: got {value}, must be at least 1")
         if self.form not in (None, "chat", "text"):
             raise UserError(f"form: got {self.form!r}, must be chat or text")
+        for tool in self.tools:
+            tool.check()
         if self.samples > 1 and self.sampling.greedy:
             raise UserError(
                 f"samples: got {self.samples} at temperature 0, where all are the same; must be 1, or set a temperature"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gptjax.tasks.safety import Jailbreak, OverRefusal, Refusal
     from gptjax.tasks.squad import OtherPassage, Reading, Squad
     from gptjax.tasks.task import Choices, ChoiceTask, Generation, Reply, Score, Task
-    from gptjax.tasks.tools import Calculator, Tool
+    from gptjax.tasks.tools import Calculator, Function, Functions, Python, Tool
 
 __all__ = [
     "Arc",
@@ -32,6 +32,8 @@ __all__ = [
     "Choices",
     "CountLetters",
     "FewShot",
+    "Function",
+    "Functions",
     "Generation",
     "Gsm8k",
     "HeldOut",
@@ -44,6 +46,7 @@ __all__ = [
     "OtherPassage",
     "OverRefusal",
     "Piqa",
+    "Python",
     "Reading",
     "Refusal",
     "Reply",
@@ -75,7 +78,7 @@ _NAMES = {
     "gptjax.tasks.safety": "Jailbreak OverRefusal Refusal",
     "gptjax.tasks.squad": "OtherPassage Reading Squad",
     "gptjax.tasks.task": "ChoiceTask Choices Generation Reply Score Task",
-    "gptjax.tasks.tools": "Calculator Tool",
+    "gptjax.tasks.tools": "Calculator Function Functions Python Tool",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

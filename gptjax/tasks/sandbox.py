@@ -36,6 +36,8 @@ class Outcome:
     status: Literal["passed", "failed", "timed out"]
     note: str = ""
     """The error."""
+    output: str = ""
+    """Beginning of what it printed."""
 
 
 def run(program: str, seconds: float = 10.0, memory: int = 512, unconfined: bool = False) -> Outcome:
@@ -63,15 +65,18 @@ def run(program: str, seconds: float = 10.0, memory: int = 512, unconfined: bool
             process.kill()
     if said is None:
         return Outcome("timed out", f"no end in {seconds:g} s")
-    kind, text = said[:1], said[1:].decode("utf-8", "replace").strip()
+    text, _, output = said[1:].decode("utf-8", "replace").partition("\n")
+    kind, text = said[:1], text.strip()
     if kind == b"U":
         raise UserError(
             f"sandbox: a program that a model wrote cannot be confined here ({text}); use another machine, or set "
             "unconfined=True if nothing on this one can be harmed"
         )
     if kind == b"P" and text == key:
-        return Outcome("passed")
-    return Outcome("failed", text if kind == b"E" else f"ended before its last line, with exit code {process.wait()}")
+        return Outcome("passed", output=output)
+    if kind == b"E":
+        return Outcome("failed", text, output)
+    return Outcome("failed", f"ended before its last line, with exit code {process.wait()}")
 
 
 def _talk(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> bytes | None:

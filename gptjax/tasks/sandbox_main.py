@@ -7,13 +7,15 @@ nothing of gptjax and reads no site-packages.
                    program, no signal to another process, no change of files, owners or limits
     rlimits        processor time, memory, no file writes, no core files
 
-Standard input has one JSON object; standard output gets one line: "P" and the key if the program ran to its end, "E"
-and the error if it did not, "U" and the reason if it was not run because it cannot be confined here.
+Standard input has one JSON object; standard output gets a line: "P" and the key if the program ran to its end, "E" and
+the error if it did not, "U" and the reason if it was not run because it cannot be confined here. After it comes the
+beginning of what the program printed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import os
 import platform
@@ -46,6 +48,8 @@ DESCRIPTORS = (1, 2, 3, 1030)
 """Commands of fcntl that read and set the flags of a descriptor, and copy it. (Others make the kernel send signals.)"""
 LANDLOCK_FILES = ((1, 13), (2, 14), (3, 15), (5, 16))
 """(version, number of kinds of access to files that it knows)."""
+PRINTED = 4_000
+"""Maximum number of characters of output."""
 EXECUTE, READ_FILE, READ_DIR = 1, 4, 8
 
 
@@ -66,14 +70,15 @@ def main() -> None:
         if not request["unconfined"]:
             os.write(out, f"U{type(error).__name__}: {error}\n".encode())
             os._exit(1)
+    sys.stdout = printed = io.StringIO()
     try:
         scope = {"__name__": "program"}
         exec(compile(request["program"], "program", "exec"), scope)
     except BaseException as error:
-        text = f"E{type(error).__name__}: {' '.join(str(error)[:300].split())}\n"
+        text = f"E{type(error).__name__}: {' '.join(str(error)[:300].split())}\n{printed.getvalue()[:PRINTED]}"
         os.write(out, text.encode("utf-8", "replace"))
         os._exit(1)
-    os.write(out, f"P{request['key']}\n".encode())
+    os.write(out, f"P{request['key']}\n{printed.getvalue()[:PRINTED]}".encode("utf-8", "replace"))
     os._exit(0)
 
 

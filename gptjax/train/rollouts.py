@@ -95,6 +95,8 @@ class Rollouts:
         if not self.timeout > 0:
             raise UserError(f"timeout: got {self.timeout}, must be above 0 seconds")
         check_fraction(self.validation)
+        for tool in self.tools:
+            tool.check()
 
     @property
     def round(self) -> int:
