@@ -29,6 +29,7 @@ def environment() -> dict[str, str]:
 SLOW = {
     "docs/tutorials/one_chip_to_many.md",  # starts several processes, and plans for other chips
     "docs/tutorials/align.md",  # trains twice
+    "docs/tutorials/rewards.md",  # trains twice
 }
 
 
