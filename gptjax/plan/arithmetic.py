@@ -25,11 +25,14 @@ def product_flops(program: hlo.Program, expert_shards: int = 1) -> float:
     return sum(run.times * flops(run, expert_shards) for run in program.runs())
 
 
-def silent_kernels(jaxpr: Jaxpr) -> float:
-    """FLOPs of Pallas kernels without a cost estimate: the products in their jaxpr times the size of the grid. Blocks
-    that a mask lets the kernel skip are counted."""
+def silent_kernels(jaxpr: Jaxpr, platform: str = "tpu") -> float:
+    """FLOPs of Pallas kernels whose cost is not in the program's text: the products in their jaxpr times the size of
+    the grid. Blocks that a mask lets the kernel skip are counted; loops of unknown length count once. TPU programs
+    have the cost estimates of those that state one, GPU programs none; on CPU kernels are interpreted."""
+    if platform == "cpu":
+        return 0.0
     # An equation without results is left over from a remat policy that saves them; it is not compiled.
-    return sum(_of_kernels(equation) for equation in jaxpr.eqns if equation.outvars)
+    return sum(_of_kernels(equation, platform) for equation in jaxpr.eqns if equation.outvars)
 
 
 def flops(run: hlo.Run, expert_shards: int = 1) -> float:
@@ -89,20 +92,20 @@ def _convolution(run: hlo.Run) -> float:
         starts = stride * np.arange(out[axis]) - padding
         index = starts[:, None] + kernel_dilation * np.arange(right[axis])
         inside = (index >= 0) & (index <= (left[axis] - 1) * input_dilation) & (index % input_dilation == 0)
-        total *= np.count_nonzero(inside)
+        total *= int(np.count_nonzero(inside))
     return total
 
 
-def _of_kernels(equation: Any) -> float:
+def _of_kernels(equation: Any, platform: str) -> float:
     params, name = equation.params, equation.primitive.name
     if name == "pallas_call":
-        if params.get("cost_estimate") is not None:
+        if params.get("cost_estimate") is not None and platform == "tpu":
             return 0.0
         return _products(params["jaxpr"]) * math.prod(params["grid_mapping"].grid)
     if name == "cond":
-        return max(silent_kernels(branch.jaxpr) for branch in params["branches"])
+        return max(silent_kernels(branch.jaxpr, platform) for branch in params["branches"])
     times = params["length"] if name == "scan" else 1
-    return times * sum(map(silent_kernels, _inner(params)))
+    return times * sum(silent_kernels(inner, platform) for inner in _inner(params))
 
 
 def _products(jaxpr: Jaxpr) -> float:

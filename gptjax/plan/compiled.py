@@ -66,7 +66,7 @@ class Step:
     kernels: tuple[Kernel, ...] = ()
     """Instructions that compute or move bytes."""
     silent: float = 0.0
-    """FLOPs of Pallas kernels on TPU that do not state their cost; they are not in `kernels`."""
+    """FLOPs of Pallas kernels whose cost is not in the program's text; they are not in `kernels`."""
     collectives: tuple[Collective, ...] = ()
     attention: dict[str, int] = dataclasses.field(default_factory=dict)
     """Implementation of attention -> calls per step, where it is a kernel of its own: cuDNN, Pallas."""
@@ -104,13 +104,12 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
                 raise
             return Step(arrays, count, None, refusal=str(error))
     compiled, platform = hlo.Program.parse(optimised.text), devices[0].platform
-    # On other platforms than TPU kernels are interpreted, their products in the text, or state their cost.
     return Step(
         arrays,
         count,
         _memory(optimised.buffers, state),
         kernels(compiled, experiment.rules.num_shards("experts", dict(mesh.shape))),
-        silent_kernels(traced.jaxpr.jaxpr) if platform == "tpu" else 0.0,
+        silent_kernels(traced.jaxpr.jaxpr, platform),
         collectives(compiled, [device.process_index for device in mesh.devices.flat] if platform == "gpu" else ()),
         attention(compiled),
         named(compiled, optimised.buffers),

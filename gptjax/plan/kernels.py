@@ -37,9 +37,10 @@ def attention(program: hlo.Program) -> dict[str, int]:
     calls: dict[str, int] = collections.Counter()
     for run in program.runs():
         instruction = run.instruction
+        names = f"{instruction.name} {_operation(instruction)}"
         if instruction.target.startswith("__cudnn$fmha"):
             calls["cuDNN"] += run.times
-        elif instruction.target and re.search("splash|attention|mha", f"{instruction.name} {_operation(instruction)}"):
+        elif instruction.target and re.search("splash|flash|attention|mha", names):
             calls["Pallas"] += run.times
     return dict(calls)
 

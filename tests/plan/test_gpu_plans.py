@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -10,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.plan import hlo
+from gptjax.cli import plan as command
+from gptjax.distributed.sharding import MeshConfig
+from gptjax.plan import changes, compiled, hlo
 from gptjax.plan.buffers import Buffers, named
 from gptjax.plan.chips import CHIPS
 from gptjax.plan.collectives import collectives
@@ -98,6 +102,26 @@ def test_kernels_run_one_after_the_other():
     times = estimate(step, target, 1)
     assert (times.best, times.worst) == (pytest.approx(1.1), pytest.approx(2.1))
     assert 2.0 < expected(step, target, 1) < 2.0 / 0.7
+
+
+def test_a_search_takes_microbatches_where_they_save_recomputation(monkeypatch, capsys):
+    """A step whose activations, of 64 sequences and more as less is recomputed, fit one way or the other."""
+    base = importlib.import_module("experiments.quickstart").experiment
+    stage = base.stages["pretrain"]
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, batch=64), accumulate=1)
+    experiment = dataclasses.replace(base, stages={"pretrain": stage}, mesh=MeshConfig())
+    saved = {policy: 2 ** (5 - i) for i, policy in enumerate(changes.REMAT)}
+
+    def compile_step(changed, name, devices):
+        count, share = changed.stages[name].accumulate, saved[changed.model.remat]
+        work = Kernel("step", 1e15 / share + 1e12 * count, 0.0)
+        return Step({}, 0, Memory(0, 0, 0, 0, share * 64 * 2**20 // count, 0), kernels=(work,))
+
+    monkeypatch.setattr(compiled, "compile_step", compile_step)
+    monkeypatch.setitem(CHIPS, "h100", dataclasses.replace(CHIPS["h100"], memory=2**30 / 0.75))
+    assert command.search(experiment, "pretrain", Target.parse("h100:1"), lambda function: function([])) == 0
+    best, *_ = capsys.readouterr().out.splitlines()
+    assert best.endswith("--pretrain.accumulate 2 --model.remat None")
 
 
 ASSIGNMENT = """\
