@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.kernels.experts import dispatch
+from gptjax.kernels.linear import PackedWeight
 from gptjax.nn.mlp import MLP, SwiGLU
 from gptjax.nn.module import ParamFactory, normal, zeros
 from gptjax.nn.remat import named
@@ -116,12 +118,20 @@ class MixtureOfExperts(MLP):
             # If those shard the batch, each device gets the results of its own sequences only.
             scatter_axes = expert_axes if set(expert_axes) <= set(rules.mesh_axes("batch")) else ()
             out_spec = jax.P((*batch, *scatter_axes), sequence, None)
+            # Gathered inside, so that their gradients are reduce-scattered; weights of few bits before.
+            gathered = {
+                name: axes.index("embed")
+                for name, (_, axes, _) in shapes.items()
+                if "embed" in axes and rules.mesh_axes("embed") and not isinstance(inputs[3][name], PackedWeight)
+            }
             param_specs = {
-                name: rules(*(None if a == "embed" else a for a in axes)) for name, (_, axes, _) in shapes.items()
+                name: rules(*(None if a == "embed" and name not in gathered else a for a in axes))
+                for name, (_, axes, _) in shapes.items()
             }
             specs = tokens, tokens, tokens, param_specs
             ffn_axes = rules.mesh_axes("ffn") if ffn else ()
-            compute = functools.partial(compute, expert_axes=expert_axes, ffn_axes=ffn_axes, scatter_axes=scatter_axes)
+            axes_of = {"expert_axes": expert_axes, "ffn_axes": ffn_axes, "scatter_axes": scatter_axes}
+            compute = functools.partial(compute, **axes_of, embed_axes=rules.mesh_axes("embed"), gathered=gathered)
             names = set(jax.sharding.get_abstract_mesh().explicit_axes)
             compute = jax.shard_map(compute, in_specs=specs, out_specs=out_spec, axis_names=names, check_vma=False)
             y = compute(*map(jax.reshard, inputs, specs))
@@ -140,10 +150,14 @@ class MixtureOfExperts(MLP):
         expert_axes: tuple[str, ...] = (),
         ffn_axes: tuple[str, ...] = (),
         scatter_axes: tuple[str, ...] = (),
+        embed_axes: tuple[str, ...] = (),
+        gathered: Mapping[str, int] | None = None,
     ) -> Array:
         """sum_e g_e expert_e(x) for x [B, T, D] on one device, with its shard of the experts (over mesh axes
         `expert_axes`) and of their hidden units (over `ffn_axes`). The result is sharded by sequence over
-        `scatter_axes`."""
+        `scatter_axes`. Parameters in `gathered` are sharded over `embed_axes` along that axis."""
+        for name, axis in (gathered or {}).items():
+            params = params | {name: lax.all_gather(params[name], embed_axes, axis=axis, tiled=True)}
         B, T, D = x.shape
         # Sort by choice first: a capacity drops second choices before first ones.
         ids = jnp.moveaxis(ids, -1, 0).reshape(-1)

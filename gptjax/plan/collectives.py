@@ -87,7 +87,7 @@ def collectives(program: hlo.Program, boxes: Sequence[int] = ()) -> tuple[Collec
             if channel[1] in chains:
                 continue
             chains.add(channel[1])
-        if run.within is not None and "all-reduce-scatter" in run.within.name:  # the TPU form of a reduce-scatter
+        if run.within is not None and "calls=%all-reduce-scatter" in run.within.rest:  # a TPU's reduce-scatter
             kind = "reduce-scatter"
         operand = sum(hlo.size(shape) for shape in run.shapes)
         size, across = _group(rest), _boxes(rest, boxes)
