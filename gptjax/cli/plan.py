@@ -6,6 +6,7 @@ memory, time and price.
     gptjax plan gpt2_124m --on v6e:16x16*2                  two slices of that shape
     gptjax plan gpt2_124m --on h100:8                       a box of eight GPUs; h100:8*2: two boxes
     gptjax plan gpt2_124m --on v6e:16x16 --search           the best meshes, remat policies and microbatches
+    gptjax plan assistant --variant 1b --on v5e:4x4         one of an experiment's variants
     gptjax plan quickstart --on cpu:8 --stage chat          one stage; no time estimate for virtual CPU devices
 
 Exits with 1 if a step does not fit, and prints the largest arrays and the smallest change found that makes it fit.
@@ -42,6 +43,8 @@ class Options:
 
     on: Annotated[str, tyro.conf.arg(metavar="TARGET", help_behavior_hint="(required)")] = ""
     """Chips: v4, v5e, v5p, v6e or tpu7x:SHAPE[*N]; a100, h100, h200 or b200:N[*BOXES]; or cpu:N."""
+    variant: str | None = None
+    """One of the experiment's `variants`, by name."""
     stage: str | None = None
     """Stage to plan. None: all; with --search the first."""
     search: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -61,9 +64,12 @@ def main(arguments: Sequence[str]) -> int:
     options, overrides = parse_options(Options(), rest)
     target = Target.parse(options.on)
     target.prepare()
+    from gptjax.cli.run import chosen_experiment
     from gptjax.experiment.catalogue import load
 
-    experiment = override(load(name).experiment, overrides, f"gptjax plan {name}", "")
+    experiment = override(
+        chosen_experiment(name, load(name), None, options.variant), overrides, f"gptjax plan {name}", ""
+    )
     names = [options.stage] if options.stage else list(experiment.stages)
     if names[0] not in experiment.stages:
         raise UserError(f"stage: got {names[0]!r}, must be one of {', '.join(experiment.stages)}")

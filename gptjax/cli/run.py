@@ -179,7 +179,7 @@ def _parse(name: str, arguments: list[str], default: Options, program: str) -> t
     _ = options.folder, options.steps  # mistakes in them are shown before an experiment is loaded
     module = catalogue.load(name)
     about = f"{(module.__doc__ or '').strip()}\n\n{describe_options(default)}"
-    chosen = _chosen(name, module, options)
+    chosen = chosen_experiment(name, module, options.depth, options.variant)
     experiment = override(chosen, overrides, f"{program} {name}", about)
     if options.fold is not None:
         from gptjax.data.folds import with_fold
@@ -202,11 +202,10 @@ def _without_promises(experiment: Experiment, shipped: Experiment) -> Experiment
     )
 
 
-def _chosen(name: str, module: ModuleType, options: Options) -> Experiment:
+def chosen_experiment(name: str, module: ModuleType, depth: int | None, variant: str | None) -> Experiment:
     """The experiment, or its variant, or the one at a depth. Raises UserError if it has none."""
     from gptjax.types import UserError
 
-    depth, variant = options.depth, options.variant
     if variant is not None:
         known = getattr(module, "variants", {})
         if depth is not None or variant not in known:

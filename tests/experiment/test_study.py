@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from gptjax import data
-from gptjax.cli import run
+from gptjax.cli import plan, run
 from gptjax.config import to_json
 from gptjax.experiment import study, study_report
 from gptjax.experiment.report import Expect, check, figures, find_figure, verdict
@@ -229,3 +229,5 @@ def test_a_variant_of_an_experiment_is_chosen_by_name(tmp_path, capsys):
     assert "error: --variant: got bret, must be one of: rnn, transformer, bert, " in capsys.readouterr().err
     assert run.main(["quickstart", "--variant", "bert", "--print"]) == 2
     assert "must be None: quickstart has no `variants`, as polarity has" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"^variant: got bret, must be one of: rnn, "):
+        plan.main(["polarity", "--variant", "bret", "--on", "cpu:8"])
