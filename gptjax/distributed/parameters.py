@@ -91,6 +91,9 @@ def parameter_info(model: Any, *inputs: PyTree, **named: Any) -> Params:
     inputs  arrays, or their shapes, that its `init` takes after the key. None: those of a model over tokens
     named   other arguments of `init`, which stay as they are
     """
+    key = None if inputs or named else _identity(model)
+    if (known := _KNOWN.get(key)) is not None:
+        return _copied(known)
     if not inputs:
         model, inputs = _for_one_token(model)
     init = functools.partial(model.init, **named, mutable=["params", "info"])
@@ -100,7 +103,28 @@ def parameter_info(model: Any, *inputs: PyTree, **named: Any) -> Params:
         raise UserError(
             f"parameters: got {', '.join(sorted(lacking))} by `self.param`, must be declared by ParamFactory"
         )
+    if key is not None:
+        if len(_KNOWN) >= 64:
+            _KNOWN.clear()
+        _KNOWN[key] = _copied(infos)
     return infos
+
+
+_KNOWN: dict[Any, Params] = {}
+"""Identity of a model over tokens -> its information, as tracing a large one takes seconds."""
+
+
+def _identity(model: Any) -> tuple[Any, Any] | None:
+    """The model and the mesh that it is traced for. None: a configuration of somebody's own that has no hash."""
+    try:
+        hash(model)
+    except TypeError:
+        return None
+    return model, jax.sharding.get_abstract_mesh()
+
+
+def _copied(infos: Params) -> Params:
+    return jax.tree.map(lambda info: info, infos, is_leaf=lambda x: isinstance(x, ParamInfo))
 
 
 def _for_one_token(model: Any) -> tuple[Any, tuple[np.ndarray]]:
@@ -133,12 +157,12 @@ def nested(flat: Mapping[str, Any]) -> Params:
 
 def declared(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Name -> shape, dtype and sharding (None without a mesh) of each parameter of a Flax model over tokens."""
-    model, inputs = _for_one_token(model)
-    params = flat(jax.eval_shape(model.init, _key(), *inputs)["params"])
     mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return params
+
+    def sharded(info: ParamInfo) -> NamedSharding | None:
+        return None if mesh.empty else NamedSharding(mesh, model.rules(*info.axes))
+
     return {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
-        for name, x in params.items()
+        name: jax.ShapeDtypeStruct(info.shape, np.float32, sharding=sharded(info))
+        for name, info in flat(parameter_info(model)).items()
     }

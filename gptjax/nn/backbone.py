@@ -109,8 +109,8 @@ class Backbone(nn.Module):
         if self.is_initializing():
             blocks.declare(stack.init(blocks.tree.make_rng("params"), x, context))
         params = blocks.params
-        if self.is_initializing() and rules.mesh_axes("layers"):
-            pass  # a pipeline needs more sequences than `parameter_info` initialises with; x has the right shape
+        if self.is_initializing() and (rules.mesh_axes("layers") or not stack.uses_first_values):
+            pass  # x has the right shape
         elif cache is None and "layer_0" not in params:
             key = None if key is None else jax.random.fold_in(key, 1)
             x, losses, updates = scan(stack, params, x, context, key)

@@ -53,6 +53,11 @@ class Stack:
         return (*self.leading, *self.pattern * self.repeats, *self.trailing)
 
     @property
+    def uses_first_values(self) -> bool:
+        """True if any layer uses the first layer's values."""
+        return any(block.attention.uses_first_values for block in self.blocks)
+
+    @property
     def named_leading(self) -> dict[str, Block]:
         """Leading blocks by the names of their parameters."""
         return {f"leading_{i}": block for i, block in enumerate(self.leading)}
@@ -130,7 +135,7 @@ class Stack:
 
         cache  entry of the first layer
         """
-        if not any(block.attention.uses_first_values for block in self.blocks):
+        if not self.uses_first_values:
             return context
         variables = {"params": self.layer(params, 0)}
         _, found = self.blocks[0].apply(variables, x, context, cache, mutable=["intermediates"])

@@ -9,7 +9,7 @@ import pytest
 from architectures import ARCHITECTURES
 
 from gptjax.distributed import sharding
-from gptjax.distributed.parameters import flat, parameter_info
+from gptjax.distributed.parameters import declared, flat, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.kernels.linear import linear
 from gptjax.nn import ParamFactory
@@ -31,6 +31,20 @@ def test_information_is_of_every_parameter(name):
         batch, inputs, outputs = i.split(i.axes)
         assert set(batch) <= {"layers", "experts"}
         assert not i.is_matrix or (inputs and outputs)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "uneven pattern", "t5"])
+def test_what_is_declared_is_what_is_initialised(name):
+    """In shape, dtype and sharding, on a mesh; and callers may change the tree that they get."""
+    parameter_info(ARCHITECTURES[name].build(DEFAULT_RULES)).clear()
+    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        model = ARCHITECTURES[name].build(DEFAULT_RULES)
+        tokens = sharding.global_array(jnp.zeros((4, 4), jnp.int32), DEFAULT_RULES)
+        params = flat(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+        found = declared(model)
+    assert {k: (x.shape, x.dtype, x.sharding.spec) for k, x in found.items()} == {
+        k: (x.shape, x.dtype, x.sharding.spec) for k, x in params.items()
+    }
 
 
 def test_kinds_and_sides():
