@@ -46,5 +46,6 @@ def attention(program: hlo.Program) -> dict[str, int]:
 
 
 def _operation(instruction: hlo.Instruction) -> str:
-    found = re.search(r'op_name="[^"]*/([^"/]*)"', instruction.rest)
-    return found[1] if found is not None else ""
+    """Name of the operation that an instruction is compiled from; on GPUs, of a Pallas kernel."""
+    found = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return found[1].removesuffix("/pallas_call").split("/")[-1] if found is not None else ""

@@ -92,6 +92,10 @@ def test_calls_of_cudnn_and_cublas_count_their_products_and_bytes():
     assert heads.moved == 12 * 4 * (8 * 1024 * 12 * 64 * 2)  # reads three, writes one
     assert product.flops == 2 * 256 * 512 * 128
     assert attention(program) == {"cuDNN": 12}
+    name = 'metadata={op_name="jit(step)/Block/shard_map/attention_forward/pallas_call"}'
+    kernel = f'%pallas_call.1 = f32[8]{{0}} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", {name}'
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n  ROOT {kernel}\n}}\n"
+    assert attention(hlo.Program.parse(text)) == {"Pallas": 1}
 
 
 def test_kernels_run_one_after_the_other():
@@ -206,28 +210,36 @@ def test_no_box_of_gpus_is_refused(target):
 @pytest.mark.skipif(not WHEELS, reason="needs CUDA's wheels: pip install -e '.[plan-gpu]'")
 def test_a_step_compiled_for_gpus():
     """Two layers of gpt2_124m on two boxes: cuDNN or Pallas in each, forward, recomputed and backward; stacked
-    parameters are nowhere copied; gradients are summed between boxes."""
+    parameters are nowhere copied; where Pallas attends nothing has T x T elements, not even a mask; gradients are summed
+    between boxes."""
     found = run("""
-import dataclasses, json, sys
+import dataclasses, json, re
 from gptjax.plan.topology import Target
 target = Target.parse("h100:2*2")
 target.prepare()
 from experiments.gpt2_124m import experiment
-from gptjax.plan.compiled import compile_step
+from gptjax.plan import compiled
 model = dataclasses.replace(experiment.model, layers=2, vocab=512)
 stage = experiment.stages["pretrain"]
 stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, batch=16))
 experiment = dataclasses.replace(experiment, model=model, stages={"pretrain": stage})
-step = target.call(lambda devices: compile_step(experiment, "pretrain", devices))
+def planned(devices):
+    kept, original = [], compiled.optimise
+    compiled.optimise = lambda *arguments: kept.append(original(*arguments)) or kept[-1]
+    step = compiled.compile_step(experiment, "pretrain", devices)
+    return step, sorted({*re.findall(r"\\w+\\[[\\d,]*1024,1024[\\d,]*\\]", kept[0].text)})
+step, scores = target.call(planned)
 network = sum(c.sent for c in step.collectives if c.between_slices)
 copies = [k.name for k in step.kernels if k.name.startswith("copy") and k.moved > 2 * 4 * model.width**2 * 2 * 2]
 total = step.memory.total
-print(json.dumps([step.attention, network, step.count, copies, total, model.flops(1024) * 16 * 1024, step.flops * 4]))
+useful = model.flops(1024) * 16 * 1024
+print(json.dumps([step.attention, network, step.count, copies, scores, total, useful, step.flops * 4]))
 """)
     assert found.returncode == 0, found.stderr
-    calls, network, count, copies, total, useful, flops = json.loads(found.stdout.splitlines()[-1])
-    assert sum(calls.values()) in (4, 6)  # forward and backward of two layers, and forward again if it is recomputed
+    calls, network, count, copies, scores, total, useful, flops = json.loads(found.stdout.splitlines()[-1])
+    assert sum(calls.values()) in (4, 6, 8)  # of two layers: forward, forward again if recomputed, one or two backward
     assert copies == []
+    assert scores == [] or set(calls) == {"cuDNN"}  # which takes segments as a bias
     gradients = 2 * 3 / 4 * count / 2  # of a ring of four, two in each box
     assert 2 * gradients <= network < 4.2 * gradients  # bytes of bfloat16, or float32
     assert 12 * count <= total < 12 * count + 2**30
