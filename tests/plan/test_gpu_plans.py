@@ -210,8 +210,8 @@ def test_no_box_of_gpus_is_refused(target):
 @pytest.mark.skipif(not WHEELS, reason="needs CUDA's wheels: pip install -e '.[plan-gpu]'")
 def test_a_step_compiled_for_gpus():
     """Two layers of gpt2_124m on two boxes: cuDNN or Pallas in each, forward, recomputed and backward; stacked
-    parameters are nowhere copied; where Pallas attends nothing has T x T elements, not even a mask; gradients are summed
-    between boxes."""
+    parameters are nowhere copied; where Pallas attends nothing has T x T elements, not even a mask; gradients are
+    summed between boxes."""
     found = run("""
 import dataclasses, json, re
 from gptjax.plan.topology import Target
