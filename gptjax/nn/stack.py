@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from gptjax.distributed.parameters import Declared
@@ -91,7 +92,8 @@ class Stack:
         params, info = ({**first[kind], **last[kind]} for kind in ("params", "info"))
         if self.repeats:
             keys, stages = jax.random.split(middle, self.repeats), self.rules.mesh_axes("layers") or None
-            stacked = jax.vmap(functools.partial(layers, self.named_pattern))(keys)
+            # A loop, as kernels of attention may have no batching rule; the layers' outputs are not computed.
+            stacked = lax.map(functools.partial(layers, self.named_pattern), keys)
             new, about = (tree.get("", tree) for tree in (stacked["params"], stacked["info"]))
             params |= jax.tree.map(lambda leaf: _over_stages(leaf, stages), new)
             info |= jax.tree.map(lambda leaf: Declared(leaf.info.stack(self.repeats)), about, is_leaf=declared)
