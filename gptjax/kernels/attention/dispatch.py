@@ -14,13 +14,13 @@ from gptjax.kernels.attention import sharding
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array, Key, UserError
 
-IMPLEMENTATIONS = "plain", "chunked", "xla", "cudnn", "splash", "ring", "gathered", "paged"
+IMPLEMENTATIONS = "plain", "chunked", "xla", "cudnn", "flash", "splash", "ring", "gathered", "paged"
 """Modules of this package, imported when they are first used. Each has
 
 attention(q, k, v, mask, options) -> Array
 unsupported_reason(q, k, v, mask, options) -> str | None    reason it cannot handle the inputs (completes "it ...")
 """
-CHOICE = {"cpu": (), "gpu": ("cudnn",), "tpu": ("splash",)}
+CHOICE = {"cpu": (), "gpu": ("flash", "cudnn"), "tpu": ("splash",)}
 """Platform -> implementations tried first; then "chunked" for long sequences, then "plain"."""
 CONTEXT_PARALLEL = ("ring", "gathered")
 """Implementations for sequences sharded over the mesh, tried instead of those: "ring" first, which needs less
