@@ -26,8 +26,8 @@ class NextToken(Objective):
     """Weight of the squared log of the softmax's denominator; 1e-4 is usual. 0: no z-loss."""
 
     chunk: int | None = None
-    """Tokens per device of which logits exist at a time. None: all, up to 256 MiB of float32 logits, else as many as
-    fill 64 MiB. Loss and gradient do not depend on it but for rounding."""
+    """Tokens per device of which logits exist at a time. None: all, or as many as suit the device
+    (`gptjax.objectives.parts.CHUNK`). Loss and gradient do not depend on it but for rounding."""
 
     def __post_init__(self):
         if self.chunk is not None and self.chunk < 1:
