@@ -105,11 +105,13 @@ class Block(nn.Module):
     """Mesh axes of the parameters' logical axes."""
     dtype: str = "float32"
     """Compute dtype."""
+    float8: bool = False
+    """In training, compute the products of matrices in 8 bits."""
 
     @nn.compact
     def __call__(self, x: Array, context: Context, cache: PyTree = None) -> tuple[Array, PyTree]:
         """Output, and new cache entry or None."""
-        param = ParamFactory.for_module(self, self.rules, self.dtype, self.hidden_init_scale)
+        param = ParamFactory.for_module(self, self.rules, self.dtype, self.hidden_init_scale, self.float8)
         norm = functools.partial(self._norm, param)
         read, add = functools.partial(self.residual.read, norm), functools.partial(self.residual.add, norm)
         c, options = context, {"output_scale": self.output_scale, "dropout": self.dropout}

@@ -108,6 +108,10 @@ class BackboneConfig(ModelConfig):
     """Number of pipeline microbatches. None: one per pipeline stage."""
     dtype: str = "float32"
     """Compute dtype: float32 or bfloat16. Parameters are float32 and cast when used."""
+    float8: bool = False
+    """In training, compute the products of the blocks' matrices in 8 bits (`gptjax.kernels.float8`), which is faster on
+    GPUs from compute capability 8.9 on. Embeddings, head, experts, attention scores, evaluation and inference keep the
+    compute dtype."""
     cache_dtype: str | None = None
     """Dtype of cached keys and values: int8 or float8_e4m3fn, with a scale per token and head. None: compute dtype."""
 
@@ -180,7 +184,7 @@ class BackboneConfig(ModelConfig):
     def is_random(self) -> bool:
         """True: training differs from evaluation, and so needs the rng "dropout"."""
         drops = any(block.mlp is not None and block.mlp.drops_tokens for block in self.stack().blocks)
-        return bool(self.dropout or self.layer_drop or drops)
+        return bool(self.dropout or self.layer_drop or self.float8 or drops)
 
     @property
     def max_positions(self) -> int | None:
@@ -237,6 +241,7 @@ class BackboneConfig(ModelConfig):
             hidden_init_scale=self.parametrisation.hidden_init_scale(self.width),
             rules=rules,
             dtype=self.dtype,
+            float8=self.float8,
             parent=None,
         )
 

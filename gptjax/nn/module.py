@@ -47,6 +47,8 @@ class ParamFactory:
     """Compute dtype."""
     hidden_init_scale: float = 1.0
     """Factor of the initial hidden matrices; see `parametrisation`."""
+    float8: bool = False
+    """In training, compute the products of matrices in 8 bits (`gptjax.kernels.float8`)."""
     prefix: str = ""
     """Prefix of the names, see `scope`."""
 
@@ -57,10 +59,11 @@ class ParamFactory:
         rules: ShardingRules = ShardingRules(),
         dtype: str = "float32",
         hidden_init_scale: float = 1.0,
+        float8: bool = False,
     ) -> ParamFactory:
         """Factory of a Linen module, for use in its `@nn.compact` method."""
         assert module.scope is not None, "called outside of init and apply"
-        return cls(module.scope, rules, dtype, hidden_init_scale)
+        return cls(module.scope, rules, dtype, hidden_init_scale, float8)
 
     def __call__(
         self,
@@ -97,10 +100,17 @@ class ParamFactory:
         if self._wanted("info"):
             self.tree.put_variable("info", self.prefix + name, Declared(info))
         stored: Any = self.tree.get_variable("params", self.prefix + name)
+        packed: Any
         if isinstance(stored, PackedWeight):  # `linear` and `embed` take it as it is
             packed = stored.with_dtype(self.dtype)
             return jnp.asarray(packed) if batch and not packed.grouped else packed
-        return jnp.asarray(self.tree.param(self.prefix + name, draw), self.dtype)  # accepts numpy parameters
+        w = jnp.asarray(self.tree.param(self.prefix + name, draw), self.dtype)  # accepts numpy parameters
+        if self.float8 and self.training and info.is_matrix and not batch:
+            from gptjax.kernels.float8 import Float8Weight
+
+            packed = Float8Weight(w)
+            return packed
+        return w
 
     def scope(self, name: str) -> ParamFactory:
         """Factory of a part inside a part: its "scale" becomes "{name}_scale"."""
