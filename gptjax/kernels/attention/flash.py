@@ -4,6 +4,8 @@ cuDNN knows no segments, but as a bias of shape [B, 1, T, S]. Here a block of qu
 segments reach, and compares numbers of segments only in blocks where they differ: documents of a fifth of a row cost
 less than one document. Nothing of size T x S is in memory, and any numbers of segments in any order are right.
 
+jax 0.11 deprecates Pallas's Triton backend. Where it is gone, cuDNN and the bias take over.
+
     forward      y = softmax(scale q k^T) v, and the logarithm of the softmax's denominator
     keys         dk, dv of a block of keys, over the blocks of queries that see it
     queries      dq of a block of queries, over the blocks of keys that it sees
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,16 +45,18 @@ class Tiles:
 
 
 TILES = {
-    64: {"forward": Tiles(128, 64, 8, 3), "keys": Tiles(32, 64, 4, 3), "queries": Tiles(64, 64, 4, 3)},
+    64: {"forward": Tiles(64, 64, 4, 3), "keys": Tiles(32, 64, 4, 3), "queries": Tiles(64, 32, 4, 3)},
     128: {"forward": Tiles(128, 64, 4, 2), "keys": Tiles(64, 64, 4, 2), "queries": Tiles(128, 128, 8, 2)},
 }
-"""Head size up to which they hold -> kernel -> tiles, measured on an H100 (benchmarks/README.md)."""
+"""Head size up to which they hold -> kernel -> tiles, measured on an H100 and an H200 (benchmarks/README.md)."""
 
 
 def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str | None:
     """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
     if target.backend() != "gpu":
         return f"needs a GPU, got {target.backend()}"
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "needs Pallas's Triton backend, which this version of jax does not have"
     if {x.dtype for x in (q, k, v)} not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}):
         return f"needs q, k and v all bfloat16 or all float16, got {q.dtype}, {k.dtype}, {v.dtype}"
     T, S, H = q.shape[1], k.shape[1], q.shape[-1]
