@@ -207,7 +207,7 @@ def test_a_name_goes_through_the_module():
 
     assert "pallas_call" in program("splash")
     assert "pallas_call" not in program(None)
-    with pytest.raises(UserError, match=r"got 'fast', must be None or one of plain, chunked, xla, cudnn, flash, splash"):
+    with pytest.raises(UserError, match=r"got 'fast', must be None or one of plain, chunked, xla, cudnn, flash"):
         program("fast")
     with pytest.raises(UserError, match="got 'cudnn', which cannot do this: it needs a GPU, got cpu"):
         program("cudnn")
