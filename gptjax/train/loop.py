@@ -187,7 +187,7 @@ class _Run:
         progress, progress.due = self.progress, False
         losses = self.evaluate()
         if losses is None:
-            raise KeyboardInterrupt
+            raise self.interruption()
         self.checkpoints.rank(progress.done, losses["validation_loss"])
         progress.losses.append((progress.done, losses["validation_loss"]))
 
@@ -205,6 +205,7 @@ class _Run:
         self.clock.lap("rollouts")
         self.watchdog.beat(done)
         if batch is None:
+            self.report_last()
             self.stop()
         if first:
             self.records.log(done + 1, self.name, **self.rounds.figures)
@@ -268,7 +269,7 @@ class _Run:
         self.clock.lap("checkpoint")
 
     def stop(self) -> NoReturn:
-        """End the program after a signal, with a checkpoint of this step."""
+        """End the program with a checkpoint of this step, after a signal or without a judge of replies."""
         done = self.progress.done
         with self.display.phase("saving"):
             self.checkpoints.wait()
@@ -276,7 +277,11 @@ class _Run:
             self.save()
             self.checkpoints.wait()
         self.display.note(f"stopped and saved at step {done}" if done else "stopped before the first step")
-        raise KeyboardInterrupt
+        raise self.interruption()
+
+    def interruption(self) -> BaseException:
+        """The error to stop with."""
+        return (self.rounds.failure if self.stage.writes else None) or KeyboardInterrupt()
 
     def roll_back(self, abstract: State, bad: int) -> None:
         """Restore the last checkpoint, and skip the batches from it to the `bad` step."""
