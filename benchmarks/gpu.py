@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from gptjax.nn import TransformerConfig
     from gptjax.types import Batch
 
-PEAK = 989e12  # FLOP/s of an H100 or H200 in bfloat16, without sparsity
-
 
 def config_of(name: str, **settings: Any) -> tuple[TransformerConfig, int, int]:
     """The model's configuration, tokens per row, rows per step."""
@@ -71,6 +69,7 @@ def measure(arguments: argparse.Namespace, wait: Callable[[], None] = lambda: No
     import jax
 
     from gptjax import data, objectives, optim
+    from gptjax.monitor.chips import peak_flops
     from gptjax.train.program import program
     from gptjax.train.stage import Stage
 
@@ -132,12 +131,12 @@ def measure(arguments: argparse.Namespace, wait: Callable[[], None] = lambda: No
     steps(3)
     turns = [steps(arguments.steps) for _ in range(arguments.turns)]
     ms = statistics.median(turn[0] for turn in turns)
-    statistics_ = jax.local_devices()[0].memory_stats() or {}
+    statistics_, peak = jax.local_devices()[0].memory_stats() or {}, peak_flops(jax.devices()[0].device_kind)
     result |= {
         "ms": round(ms, 2),
         "spread": [round(min(t[0] for t in turns), 2), round(max(t[0] for t in turns), 2)],
         "tokens_per_s": round(rows * length / ms * 1e3),
-        "mfu": round(100 * config.flops(length) * rows * length / ms * 1e3 / PEAK, 1),
+        "mfu": round(100 * config.flops(length) * rows * length / ms * 1e3 / peak, 1) if peak else None,
         "peak_GiB": round(statistics_.get("peak_bytes_in_use", 0) / 2**30, 1),
         "loss": [round(loss_before, 3), round(turns[-1][1], 3)],
     }

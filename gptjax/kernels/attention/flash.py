@@ -96,6 +96,10 @@ class Seen:
             seen &= jnp.abs(rows - columns) < self.window
         return seen
 
+    def of_blocks(self, rows: Array, columns: Array, row_segments: Array, column_segments: Array) -> Array:
+        """bool [queries, keys], of positions and segments of a block of each."""
+        return self.visible(rows[:, None], columns[None, :], row_segments[:, None], column_segments[None, :])
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(seen: Seen, scale: float, *arrays: Array) -> Array:
@@ -108,12 +112,13 @@ def _forward(seen: Seen, scale: float, *arrays: Array) -> tuple[Array, tuple[Arr
     tiles = _tiles("forward", H)
     bounds = _bounds(seen, q_segments, k_segments, tiles.queries, tiles.keys)
     one, whole, flat = _specs(tiles.queries, H, N // K)
+    limits, own, others = _mask_specs(tiles.queries, S)
     y, logsumexp = _call(
         "attention_forward",
         functools.partial(_forward_kernel, seen, scale, tiles),
         (T // tiles.queries, B, N),
         tiles,
-        [_bound_spec(), one, whole(S), whole(S), _row_spec(tiles.queries), _rows_spec(S)],
+        [limits, one, whole(S), whole(S), own, others],
         [one, flat],
         [q, jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
     )(bounds, q, k, v, q_segments, k_segments)
@@ -130,29 +135,29 @@ def _backward(seen: Seen, scale: float, saved: tuple[Array, ...], g: Array) -> t
     tiles = _tiles("queries", H)
     bounds = _bounds(seen, q_segments, k_segments, tiles.queries, tiles.keys)
     one, whole, flat = _specs(tiles.queries, H, groups)
+    limits, own, others = _mask_specs(tiles.queries, S)
     (dq,) = _call(
         "attention_queries",
         functools.partial(_queries_kernel, seen, scale, tiles),
         (T // tiles.queries, B, N),
         tiles,
-        [_bound_spec(), one, whole(S), whole(S), _row_spec(tiles.queries), _rows_spec(S), one, flat, flat],
+        [limits, one, whole(S), whole(S), own, others, one, flat, flat],
         [one],
         [q],
     )(bounds, q, k, v, q_segments, k_segments, g, logsumexp, along)
 
-    from jax.experimental import pallas as pl
-
     tiles = _tiles("keys", H)
     bounds = _bounds(seen, q_segments, k_segments, tiles.queries, tiles.keys, by_keys=True)
     one, _, _ = _specs(tiles.keys, H, 1)
-    group = pl.BlockSpec((None, T, groups, H), lambda j, b, n: (b, 0, n, 0))
-    flat = pl.BlockSpec((None, groups, T), lambda j, b, n: (b, n, 0))
+    limits, own, others = _mask_specs(tiles.keys, T)
+    group = _spec((None, T, groups, H), lambda j, b, n: (b, 0, n, 0))
+    flat = _spec((None, groups, T), lambda j, b, n: (b, n, 0))
     dk, dv = _call(
         "attention_keys",
         functools.partial(_keys_kernel, seen, scale, tiles),
         (S // tiles.keys, B, K),
         tiles,
-        [_bound_spec(), group, one, one, _rows_spec(T), _row_spec(tiles.keys), group, flat, flat],
+        [limits, group, one, one, others, own, group, flat, flat],
         [one, one],
         [k, v],
     )(bounds, q, k, v, q_segments, k_segments, g, logsumexp, along)
@@ -175,10 +180,7 @@ def _forward_kernel(seen: Seen, scale: float, tiles: Tiles, *refs: Any) -> None:
             keys = pl.ds(j * tiles.keys, tiles.keys)
             scores = _dot(q, k_ref[keys, :], 1) * (scale * math.log2(math.e))
             if masked:
-                columns = _positions(j, tiles.keys)
-                visible = seen.visible(
-                    rows[:, None], columns[None, :], q_segments[:, None], k_segments_ref[keys][None, :]
-                )
+                visible = seen.of_blocks(rows, _positions(j, tiles.keys), q_segments, k_segments_ref[keys])
                 scores = jnp.where(visible, scores, LOWEST)
             higher = jnp.maximum(top, scores.max(1))
             p, keep = jnp.exp2(scores - higher[:, None]), jnp.exp2(top - higher)
@@ -213,10 +215,7 @@ def _queries_kernel(seen: Seen, scale: float, tiles: Tiles, *refs: Any) -> None:
             scores = _dot(q, k, 1) * (scale * math.log2(math.e))
             p = jnp.exp2(scores - logsumexp[:, None])
             if masked:
-                columns = _positions(j, tiles.keys)
-                visible = seen.visible(
-                    rows[:, None], columns[None, :], q_segments[:, None], k_segments_ref[keys][None, :]
-                )
+                visible = seen.of_blocks(rows, _positions(j, tiles.keys), q_segments, k_segments_ref[keys])
                 p = jnp.where(visible, p, 0.0)
             ds = p * (_dot(g, v_ref[keys, :], 1) - along[:, None])
             return dq + _dot(ds.astype(k.dtype), k)
@@ -334,31 +333,27 @@ def _call(name: str, kernel: Callable[..., None], grid: Any, tiles: Tiles, input
     )
 
 
-def _specs(block: int, size: int, groups: int) -> Any:
-    """Blocks of the program (block, row, head): of its own block and head, of its key head's whole row (a function of
-    the row's length), and of its block's numbers in an array [B, N, T]."""
+def _spec(shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> Any:
+    """Blocks of an array, from the program (block, row, head); None: an axis of which a program sees one element."""
     from jax.experimental import pallas as pl
 
+    return pl.BlockSpec(shape, index)
+
+
+def _specs(block: int, size: int, groups: int) -> Any:
+    """Specs of a program's own block and head, of its key head's whole row (a function of the row's length), and of its
+    block's numbers in an array [B, N, T]."""
     return (
-        pl.BlockSpec((None, block, None, size), lambda i, b, n: (b, i, n, 0)),
-        lambda length: pl.BlockSpec((None, length, None, size), lambda i, b, n: (b, 0, n // groups, 0)),
-        pl.BlockSpec((None, None, block), lambda i, b, n: (b, n, i)),
+        _spec((None, block, None, size), lambda i, b, n: (b, i, n, 0)),
+        lambda length: _spec((None, length, None, size), lambda i, b, n: (b, 0, n // groups, 0)),
+        _spec((None, None, block), lambda i, b, n: (b, n, i)),
     )
 
 
-def _bound_spec() -> Any:
-    from jax.experimental import pallas as pl
-
-    return pl.BlockSpec((None, None, 4), lambda i, b, n: (b, i, 0))
-
-
-def _row_spec(block: int) -> Any:
-    from jax.experimental import pallas as pl
-
-    return pl.BlockSpec((None, block), lambda i, b, n: (b, i))
-
-
-def _rows_spec(length: int) -> Any:
-    from jax.experimental import pallas as pl
-
-    return pl.BlockSpec((None, length), lambda i, b, n: (b, 0))
+def _mask_specs(own: int, length: int) -> Any:
+    """Specs of the bounds, of the segments of the program's own block, and of those of a whole row."""
+    return (
+        _spec((None, None, 4), lambda i, b, n: (b, i, 0)),
+        _spec((None, own), lambda i, b, n: (b, i)),
+        _spec((None, length), lambda i, b, n: (b, 0)),
+    )
