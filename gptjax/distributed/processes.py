@@ -13,11 +13,12 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gptjax.distributed import xla
+
 if TYPE_CHECKING:  # it imports jax, which `--help` does not wait for
     from gptjax.types import PyTree
 
 VECTORS = "xla_cpu_prefer_vector_width"
-TRITON = "xla_gpu_enable_triton_gemm"
 HEARTBEAT = 60  # seconds
 LOST = 134  # SIGABRT, to a shell
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -31,8 +32,7 @@ def configure() -> None:
       and frees it at its end; glibc would return such large blocks to the kernel and fault them in again, page by page:
       7 % of the training step of a model with 6 layers of width 384.
     - XLA uses 512-bit vectors if the processor has them: 10 to 20 % less time per token decoded in a batch of one.
-    - On a GPU, products of matrices are cuBLAS's, and XLA does not try kernels of its own for each: half the time to
-      compile, and a step of GPT-2 takes 2 % less on an H100. Products in 8 bits need it.
+    - On a GPU, all programs are compiled with `xla.OPTIONS["gpu"]`.
     - If libtpu is installed (for `gptjax plan`) but there is no TPU, jax does not search for one, which logs errors.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "gptjax" / "compilation"))
@@ -40,8 +40,8 @@ def configure() -> None:
     gpus, flags = glob.glob("/dev/nvidia[0-9]*"), os.environ.get("XLA_FLAGS", "")
     if importlib.util.find_spec("libtpu") is not None and not _tpu_chips():
         os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if gpus else "cpu")
-    if gpus and TRITON not in flags:
-        os.environ["XLA_FLAGS"] = flags = f"{flags} --{TRITON}=false".strip()
+    if gpus:
+        os.environ["XLA_FLAGS"] = flags = " ".join([flags, *xla.flags(xla.OPTIONS["gpu"])]).strip()
     if sys.platform == "linux":
         if VECTORS not in flags and " avx512f" in Path("/proc/cpuinfo").read_text():
             os.environ["XLA_FLAGS"] = f"{flags} --{VECTORS}=512".strip()

@@ -33,7 +33,7 @@ from gptjax.data.chat import Chat
 from gptjax.data.files import cache_dir
 from gptjax.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
 from gptjax.data.tokenizers.tokenizer import decoder_start
-from gptjax.distributed import processes, sharding
+from gptjax.distributed import processes, sharding, xla
 from gptjax.distributed.parameters import declared, nested
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.experiment import report, run_folder
@@ -68,6 +68,8 @@ class Experiment:
     """Mesh of the devices."""
     rules: ShardingRules = DEFAULT_RULES
     """Mesh axes of the arrays' logical axes."""
+    xla: tuple[str, ...] = ()
+    """Options of XLA's compiler, NAME=VALUE, beside and in place of those for the device in `distributed/xla.py`."""
     seed: int = 0
     """Seed of initialisation, data order and dropout."""
     wandb: WandB | None = None
@@ -135,11 +137,14 @@ class Experiment:
         # Paths are neither wrapped nor parsed as markup, so that they can be copied.
         console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
         self.check(jax.device_count())
+        options = xla.options(jax.local_devices()[0], self.xla)
         with contextlib.ExitStack() as ending:
             ending.enter_context(run_folder.lock(folder))
             ending.enter_context(_mirrored(folder, mirror))  # nothing is copied while another run has the folder
-            for line in run_folder.prepare(folder, self, accept_changes):
+            for line in run_folder.prepare(folder, self, accept_changes, options):
                 console.print(f"changed: {line}")
+            if options:
+                console.print(f"XLA's options: {' '.join(xla.described(options))}")
             tokenizer = self._tokenizer(folder, cache, console)
             check_stages(self.model, self.stages, folder, tokenizer)
             model, mesh = self.model.build(self.rules), self.mesh.make()
@@ -186,6 +191,7 @@ class Experiment:
                                 description={"configuration": to_json(self), "origin": origin},
                                 profile=profile,
                                 accept_changes=accept_changes,
+                                compiler_options=options,
                             )
                     of = run_folder.identity(folder, name)
                     trained = self._trained(folder, name, pretrained, of["step"], params)

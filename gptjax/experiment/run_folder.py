@@ -20,6 +20,7 @@ from rich.console import Console
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.config import allow, differences, digest, from_json, modules, to_json
 from gptjax.distributed import processes
+from gptjax.distributed.xla import Value
 from gptjax.io import atomic
 from gptjax.protocols import Evaluation, Pretrained
 from gptjax.train.progress import validation_losses
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 LOCK = "run.lock"
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
-CHANGEABLE = ("mesh", "rules", "wandb", "init_from", "expect")
+CHANGEABLE = ("mesh", "rules", "xla", "wandb", "init_from", "expect")
 """Fields that do not affect training, except for the rounding of sums: a run may be resumed with other values. (The
 model of `init_from` is known by its content.)"""
 CHANGEABLE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_timeout", "prompts")
@@ -67,14 +68,19 @@ def _foreign(folder: Path) -> bool:
     return "config.json" not in names and not names <= {atomic.partial_of("config.json").name, LOCK}
 
 
-def prepare(folder: Path, experiment: Experiment, accept_changes: bool) -> list[str]:
-    """Create or check the run folder. Returns the differences from its configuration."""
+def prepare(
+    folder: Path, experiment: Experiment, accept_changes: bool, options: Mapping[str, Value] | None = None
+) -> list[str]:
+    """Create or check the run folder. Returns the differences from its configuration.
+
+    options  XLA's, recorded beside the configuration"""
     allow(*modules(experiment))
-    path = folder / "config.json"
-    changed = []
+    path, xla = folder / "config.json", dict(options or {})
+    changed, content = [], {}
     if path.exists():
         try:
-            before = from_json(json.loads(path.read_bytes())["experiment"])
+            content = json.loads(path.read_bytes())
+            before = from_json(content["experiment"])
             kept = _with_changeable(experiment, before)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: is damaged ({one_line(error)}); restore it, or choose another --out") from error
@@ -87,7 +93,7 @@ def prepare(folder: Path, experiment: Experiment, accept_changes: bool) -> list[
     elif _foreign(folder):
         raise UserError(f"{folder} is not empty and not a run folder; choose another one with --out")
     processes.barrier("all have read the folder")
-    if jax.process_index() == 0 and (changed or not path.exists()):
+    if jax.process_index() == 0 and (changed or content.get("xla") != xla):
         if changed and not (folder / "checkpoints").exists():
             # A run that failed before training, such as on a wrong path, does not occupy the folder.
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
@@ -95,6 +101,7 @@ def prepare(folder: Path, experiment: Experiment, accept_changes: bool) -> list[
             "experiment": to_json(experiment),
             "versions": {package: _version(package) for package in PACKAGES},
             "python": sys.version.split()[0],
+            "xla": xla,
             "git": _git_revision(),
         }
         atomic.write_text(path, json.dumps(content, indent=2) + "\n")

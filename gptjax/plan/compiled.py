@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.distributed import xla
 from gptjax.distributed.parameters import declared, flat, nested
 from gptjax.distributed.sharding import ShardingRules, abstract_array
 from gptjax.experiment.experiment import Experiment
@@ -72,6 +73,8 @@ class Step:
     """Implementation of attention -> calls per step, where it is a kernel of its own: cuDNN, Pallas."""
     peak: dict[str, int] = dataclasses.field(default_factory=dict)
     """Description -> bytes of the arrays alive when most memory is used, the largest first."""
+    options: Mapping[str, xla.Value] = dataclasses.field(default_factory=dict)
+    """XLA's options that it was compiled with."""
     refusal: str = ""
     """The compiler's error message if it failed."""
 
@@ -102,7 +105,7 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
         except jax.errors.JaxRuntimeError as error:
             if not too_large(error):
                 raise
-            return Step(arrays, count, None, refusal=str(error))
+            return Step(arrays, count, None, options=run.options, refusal=str(error))
     compiled, platform = hlo.Program.parse(optimised.text), devices[0].platform
     return Step(
         arrays,
@@ -113,6 +116,7 @@ def compile_step(experiment: Experiment, name: str, devices: Sequence[Any]) -> S
         collectives(compiled, [device.process_index for device in mesh.devices.flat] if platform == "gpu" else ()),
         attention(compiled),
         named(compiled, optimised.buffers),
+        run.options,
     )
 
 
@@ -126,6 +130,8 @@ class AbstractRun:
     state: State
     batch: Batch
     frozen: tuple[Any, ...]
+    options: Mapping[str, xla.Value]
+    """XLA's."""
 
 
 def abstract_run(experiment: Experiment, name: str, devices: Sequence[Any]) -> AbstractRun:
@@ -133,16 +139,17 @@ def abstract_run(experiment: Experiment, name: str, devices: Sequence[Any]) -> A
     target platform from it. Raises UserError if the experiment's mesh does not fit the number of devices."""
     experiment.check(len(devices))
     stage, mesh = experiment.stages[name], experiment.mesh.make(devices)
+    options = xla.options(devices[0], experiment.xla)
     model = experiment.model.build(experiment.rules)
     loaded = [load(pretrained.path, pretrained.dtype, ShardingRules()) for pretrained in stage.frozen_models.values()]
     with jax.set_mesh(mesh):
-        functions, frozen = program(stage, model), ()
+        functions, frozen = program(stage, model, compiler_options=options), ()
         if stage.has_frozen:
             frozen = (on_mesh(jax.eval_shape(lambda: functions.freeze(functions.init_params())), mesh),)
         frozen += tuple(_frozen(model, experiment.rules, mesh) for model in loaded)
         state = on_mesh(jax.eval_shape(functions.init_state, *frozen), mesh)
         batch = abstract_array(stage.data.abstract_batch(), model.rules, mesh)
-    return AbstractRun(model, mesh, functions, state, batch, frozen)
+    return AbstractRun(model, mesh, functions, state, batch, frozen, options)
 
 
 def _frozen(loaded: LanguageModel, rules: ShardingRules, mesh: jax.sharding.Mesh) -> FrozenModel:

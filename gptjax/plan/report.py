@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 
+from gptjax.distributed.xla import described
 from gptjax.experiment.experiment import Experiment
 from gptjax.plan.chips import PRICED
 from gptjax.plan.collectives import KINDS, sent
@@ -75,6 +76,7 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
         f"FLOPs per step       {useful:.3g} of the model"
         + (f", {step.flops * devices:.3g} executed by all devices" if step.memory else ""),
         *([f"attention kernels    {_calls(step)}"] if target.chip is not None and step.memory else []),
+        *(f"{'XLA option':21}{option}" for option in described(step.options)),
     ]
     if step.memory is None:
         lines += ["", *_failed(step)]

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from gptjax.checkpoint.checkpoint import Checkpoints
 from gptjax.distributed import sharding
+from gptjax.distributed.xla import Value
 from gptjax.monitor.display import Display
 from gptjax.monitor.metrics import MetricsLogger, last_losses
 from gptjax.monitor.profiling import Profile
@@ -57,6 +58,7 @@ def train(
     description: dict[str, Json] | None = None,
     profile: range | None = None,
     accept_changes: bool = False,
+    compiler_options: Mapping[str, Value] | None = None,
 ) -> Params:
     """Run one stage to its end, resuming from its newest checkpoint in `folder`, if any. Returns the trained
     parameters.
@@ -73,6 +75,7 @@ def train(
     description     stored in every checkpoint, beside the input position
     profile         steps to trace, counted from 1 at the start of this process
     accept_changes  resume with other data than the checkpoint's
+    compiler_options  of XLA; see `distributed/xla.py`
 
     Ctrl-C or SIGTERM finishes the step, or aborts the evaluation, saves a checkpoint, and raises KeyboardInterrupt. The
     resumed run has bitwise the same results and records as an uninterrupted one. In a multi-process job any process may
@@ -80,7 +83,7 @@ def train(
     cannot recover. Numbers that are not finite are never saved. With early stopping, the last checkpoint and the
     parameters are those of the lowest validation loss.
     """
-    functions, frozen = program(stage, model, seed), frozen_models
+    functions, frozen = program(stage, model, seed, compiler_options), frozen_models
     if stage.has_frozen:
         assert init is not None, "a stage with frozen parameters needs those of another"
         frozen, init = (jax.jit(functions.freeze)(init(jax.eval_shape(functions.init_params))), *frozen), None

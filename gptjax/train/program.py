@@ -6,12 +6,13 @@ It does not depend on data, disks or displays: training, and planning for other 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.distributed.parameters import ParamInfo, parameter_info
+from gptjax.distributed.xla import Value
 from gptjax.protocols import Module
 from gptjax.train import state as train_state
 from gptjax.train.stage import Stage
@@ -47,10 +48,11 @@ class Program:
         return self.create_state(self.init_trainable(*frozen))
 
 
-def program(stage: Stage, model: Module, seed: int = 0) -> Program:
+def program(stage: Stage, model: Module, seed: int = 0, compiler_options: Mapping[str, Value] | None = None) -> Program:
     """Program of a stage for a module built by a `ModelConfig`. Call its functions with the mesh set.
 
-    seed  of initialisation and dropout
+    seed              of initialisation and dropout
+    compiler_options  of XLA, for the step and the validation loss; see `distributed/xla.py`
     """
     info = parameter_info(model)
     trained = info if stage.adapter is None else stage.adapter.info(info)
@@ -111,8 +113,11 @@ def program(stage: Stage, model: Module, seed: int = 0) -> Program:
         init_trainable,
         create_state,
         jax.jit(prepare),
-        make_step(objective, model.apply, optimizer, stage.accumulate, stage.ema, stage.divergence, prepare),
-        jax.jit(evaluate),
+        make_step(
+            *(objective, model.apply, optimizer, stage.accumulate, stage.ema, stage.divergence, prepare),
+            compiler_options=compiler_options,
+        ),
+        jax.jit(evaluate, compiler_options=dict(compiler_options or {})),
         merge,
     )
 

@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from gptjax.distributed.sharding import split_microbatches
+from gptjax.distributed.xla import Value
 from gptjax.train.divergence import Skip, Stop
 from gptjax.train.state import State
 from gptjax.types import Array, Batch, Key, Metrics, Params, PyTree
@@ -30,16 +31,18 @@ def make_step(
     ema: float | None = None,
     divergence: Stop = Stop(),
     prepare: Callable[..., Batch] = lambda params, batch, *frozen: batch,
+    compiler_options: Mapping[str, Value] | None = None,
 ) -> jax.stages.Wrapped:
     """Make the jitted function (state, batch, *frozen) -> (state, metrics). It donates the state.
 
-    objective   an `Objective`, (apply, params, batch, key, *frozen) -> metrics; `frozen` is not trained
-    apply       `Module.apply`
-    optimizer   trains all parameters but those that the model's parts update themselves (`nn.ParamFactory.update`)
-    accumulate  microbatches per step; the gradient is that of the whole batch
-    ema         decay of the parameter average in the state. None: no average
-    divergence  a `Skip` checks each step: a bad one changes neither parameters, optimizer state nor average
-    prepare     (params, batch, *frozen) -> batch: what is computed once from the whole batch, without a gradient
+    objective         an `Objective`, (apply, params, batch, key, *frozen) -> metrics; `frozen` is not trained
+    apply             `Module.apply`
+    optimizer         trains all parameters but those that the model's parts update themselves (`ParamFactory.update`)
+    accumulate        microbatches per step; the gradient is that of the whole batch
+    ema               decay of the parameter average in the state. None: no average
+    divergence        a `Skip` checks each step: a bad one changes neither parameters, optimizer state nor average
+    prepare           (params, batch, *frozen) -> batch: what is computed once from the whole batch, without a gradient
+    compiler_options  of XLA; see `distributed/xla.py`
 
     The loss is a weighted sum: microbatches are summed, and the gradient is divided by the total weight once.
     """
@@ -87,7 +90,7 @@ def make_step(
             metrics |= judged
         return State(state.step + 1, params, opt_state, state.key, average, statistics), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
 
 
 def sum_microbatches(function: Callable[..., Tree], count: int, batch: Batch, *others: Array) -> Tree:
