@@ -92,7 +92,7 @@ def plan(experiment: Experiment, names: Sequence[str], target: Target, call: Cal
         print(report(experiment, name, step, target, devices), flush=True)
         if not fits(step, target, devices):
             return _make_fit(experiment, name, target, call)
-        _log("compiling the first state, a validation loss and a text sample, which can take minutes for deep mixtures")
+        _log("compiling the first state, a validation loss and a text sample")
         others = other_programs(experiment, name, call)
         print("\n".join(["", *other_lines(others, target, devices)]), flush=True)
         if not others_fit(others, target, devices):

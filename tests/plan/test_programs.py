@@ -4,11 +4,13 @@ import dataclasses
 import math
 
 import jax
+import pytest
 
 from experiments.quickstart import experiment as quickstart
 from gptjax.distributed.sharding import MeshConfig
-from gptjax.nn import TransformerConfig
+from gptjax.nn import LayerOverrides, TransformerConfig
 from gptjax.optim import AdamW
+from gptjax.plan import programs
 from gptjax.plan.chips import CHIPS
 from gptjax.plan.compiled import compile_step
 from gptjax.plan.programs import other_programs
@@ -32,6 +34,26 @@ def test_other_programs_of_a_run_are_planned():
     assert memory.state <= others["first state"] < memory.total
     assert memory.state < others["validation loss"] < memory.total
     assert memory.state + memory.parameters < others["text sample"]  # layers are split: a copy
+
+
+def test_a_text_sample_of_many_layers_is_planned_from_few():
+    """To the byte where every layer needs the same."""
+    model = TransformerConfig(vocab=64, layers=11, width=32, heads=2, leading_layers=(LayerOverrides(hidden=48),) * 2)
+    stage = dataclasses.replace(quickstart.stages["pretrain"], optimizer=AdamW(learning_rate=1e-3))
+    experiment = dataclasses.replace(
+        quickstart, model=model, stages={"pretrain": stage}, mesh=MeshConfig(fsdp=8, data=1)
+    )
+    depths = []
+
+    def call(function):
+        depths.append(function.args[0].model.layers)
+        return function(jax.devices())
+
+    planned = other_programs(experiment, "pretrain", call)["text sample"]
+    assert depths == [11, 11, 4, 6, 4, 6]
+    both = programs._begin, programs._decode
+    whole = max(programs._in_use(experiment, "pretrain", part, jax.devices()) for part in both)
+    assert planned == pytest.approx(whole, rel=0.01)
 
 
 def test_the_largest_of_the_other_programs_is_named_if_it_does_not_fit(monkeypatch):
