@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -42,6 +43,54 @@ def decoding() -> Mapping[str, Callable[[], Call]]:
         "gptjax": lambda: contenders("6x384", 1, new=32)[0],
         "transformers": lambda: contenders("6x384", 1, new=32)[1],
     }
+
+
+def fine_tuning() -> Mapping[str, Callable[[], Call]]:
+    """Steps on packed conversations, their batches included, and on packed texts of the same words: 16 x 256 tokens."""
+
+    def stepping(kind: str) -> Callable[[], Call]:
+        def make() -> Call:
+            import jax
+            import numpy as np
+
+            from gptjax import Stage, data, nn, objectives, optim
+            from gptjax.train.program import program
+
+            folder, draw = Path(tempfile.mkdtemp()), np.random.default_rng(0)
+            words = np.array([f"w{i}" for i in range(1_000)])
+            said = [[" ".join(draw.choice(words, draw.integers(1, 16))) for _ in range(2)] for _ in range(2_000)]
+            turns = [[{"role": r, "content": x} for r, x in zip(("user", "assistant"), t, strict=True)] for t in said]
+            (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in turns))
+            (folder / "texts.txt").write_text("\n".join(" ".join(texts) for texts in said))
+            kinds = {
+                "chat": data.Chat(data.ChatJsonl(str(folder / "chat.jsonl")), length=256, batch=16),
+                "texts": data.Pretrain(data.Text(str(folder / "texts.txt"), separator="\n"), length=256, batch=16),
+            }
+            tokenizer = data.Bytes().build(iter(()))
+            model = nn.TransformerConfig(vocab=tokenizer.vocab, layers=4, width=128, heads=4).build()
+            stage = Stage(kinds[kind], objectives.NextToken(), optim.AdamW(learning_rate=1e-3), steps=100_000)
+            functions, batches = program(stage, model), kinds[kind].batches(tokenizer, "train", 0, folder)
+            state = jax.jit(functions.init_state)()
+
+            def step() -> None:
+                nonlocal state
+                state, metrics = functions.step(state, jax.device_put(next(batches)))
+                jax.block_until_ready(metrics)
+
+            return step
+
+        return make
+
+    return {"gptjax": stepping("chat"), "pretraining": stepping("texts")}
+
+
+def beside_trl(script: str, work: str, batch: int) -> Mapping[str, Callable[[], Call]]:
+    """A work of `dpo_cpu.py` or `grpo_cpu.py`, at 4 x 128."""
+    from beside_trl import Shape, write_llama
+
+    module, shape, folder = importlib.import_module(script), Shape(4, 128, batch, 128), tempfile.mkdtemp()
+    write_llama(folder, shape)
+    return {"gptjax": lambda: module.gptjax(folder, shape)[work], "trl": lambda: module.trl(folder, shape)[work]}
 
 
 def packing() -> Mapping[str, Callable[[], Call]]:
@@ -160,6 +209,10 @@ class Pair:
 
 PAIRS = {
     "training step, 4 x 128": Pair(training, "PyTorch", guarded=True),
+    "fine-tuning step, 4 x 128": Pair(fine_tuning, "pretraining"),
+    "DPO step, 4 x 128": Pair(lambda: beside_trl("dpo_cpu", "step", 4), "trl"),
+    "GRPO update, 4 x 128": Pair(lambda: beside_trl("grpo_cpu", "update", 16), "trl"),
+    "GRPO rollouts, 4 x 128": Pair(lambda: beside_trl("grpo_cpu", "rollouts", 16), "trl"),
     "decoding 32 tokens, 6 x 384": Pair(decoding, "transformers", guarded=True),
     "100 packed batches": Pair(packing, "copying", guarded=True),
     "checkpoint of 64 MB": Pair(lambda: checkpoint(restore=False), "the disk", clock="wall"),
