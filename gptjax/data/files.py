@@ -16,12 +16,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gptjax.io import atomic, retry
-from gptjax.types import UserError, one_line
+from gptjax.types import Json, UserError, one_line
 
 BLOCK, BLOCKS = 1 << 18, 256
 """Bytes and number of the blocks that are read of a larger file, 64 MiB in all. Smaller files are read whole."""
@@ -196,3 +196,17 @@ def _json_rows(path: Path, invalid: Literal["error", "skip"]) -> Iterator[tuple[
 def _is_row(item: object) -> bool:
     """True if an item of a list is a row, such as a conversation, and no message of one."""
     return isinstance(item, list) or (isinstance(item, dict) and "role" not in item)
+
+
+def field(row: Json, *names: str, kind: type | tuple[type, ...] = str) -> Any:
+    """A row's value in the first of these fields that it has. Raises UserError if it has none, or of another type."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"got {type(row).__name__}, must be an object with {' or '.join(map(repr, names))}")
+    for name in names:
+        if name in row:
+            value = row[name]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+                wanted = kind.__name__ if isinstance(kind, type) else " or ".join(one.__name__ for one in kind)
+                raise UserError(f"{name}: got {str(value)[:80]!r} ({type(value).__name__}), must be {wanted}")
+            return value
+    raise UserError(f"got the fields {', '.join(map(str, row))}, must have {' or '.join(map(repr, names))}")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
 from gptjax.data.dataset import Dataset
 from gptjax.data.encoding import Encode, Encoded, encoded
-from gptjax.data.files import Where, file_state, find_files, read_json
+from gptjax.data.files import Where
 from gptjax.data.packing import BestFit, Concatenate, Packing, Pieces, Plan, fill
-from gptjax.data.sources import check_fraction, fingerprint, of_split, one_each
+from gptjax.data.sources import JsonRows
 from gptjax.data.store import Store, combine
 from gptjax.data.tokenizers.tokenizer import add_bos_eos, decoder_start
-from gptjax.protocols import ModelConfig, Source, Split, Tokenizer
+from gptjax.protocols import ModelConfig, Tokenizer
 from gptjax.types import Batch, Json, Pair, UserError
 
 
@@ -28,43 +28,23 @@ class TextPair:
 
 
 @dataclasses.dataclass(frozen=True)
-class PairsJsonl:
+class PairsJsonl(JsonRows):
     """Source and target texts, one pair per line: `{"source": "The house is small.", "target": "Das Haus ist
-    klein."}`."""
+    klein."}`. All pairs with one source are in one split."""
 
-    path: str
-    """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
     source: str = "source"
     """Field with the source text."""
     target: str = "target"
     """Field with the target text."""
-    validation: float = 0.1
-    """Fraction of the pairs held out for validation, chosen by a hash of the source. 0: none."""
-    invalid: Literal["error", "skip"] = "error"
-    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
-    def __post_init__(self) -> None:
-        check_fraction(self.validation)
-
-    def documents(self, split: Split) -> Iterator[TextPair]:
-        pairs = (self._pair(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
-        yield from of_split(((p.source, p) for p in pairs), split, self.path, self.validation)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self, *file_state(self.path))
-
-    def files(self) -> Iterator[tuple[Source[TextPair], int]]:
-        """A source of each file, in order, and the size of the file in bytes."""
-        return one_each(self)
-
-    def _pair(self, where: Where, value: Json) -> TextPair:
-        source, target = (value.get(name) if isinstance(value, dict) else None for name in (self.source, self.target))
+    def read(self, where: Where, row: Json) -> Iterable[tuple[str, TextPair]]:
+        source, target = (row.get(name) if isinstance(row, dict) else None for name in (self.source, self.target))
         if not (isinstance(source, str) and source and isinstance(target, str) and target):
-            found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+            found = f"the fields {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
             raise UserError(
                 f'path: {where}: got {found}, must be an object with texts in "{self.source}" and "{self.target}"'
             )
-        return TextPair(source, target)
+        return [(source, TextPair(source, target))]
 
 
 @dataclasses.dataclass(frozen=True)

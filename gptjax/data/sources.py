@@ -159,82 +159,80 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledJsonl:
-    """Labelled texts, one per line: `{"text": "What a film!", "label": "good"}`."""
+class JsonRows:
+    """Documents in the rows of JSON files. Base class; a subclass defines `read`."""
 
     path: str
     """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
+    validation: float = dataclasses.field(default=0.1, kw_only=True)
+    """Fraction of the documents held out for validation, chosen by a hash. 0: none."""
+    invalid: Literal["error", "skip"] = dataclasses.field(default="error", kw_only=True)
+    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
+
+    def __post_init__(self) -> None:
+        check_fraction(self.validation)
+
+    def documents(self, split: Split) -> Iterator[Any]:
+        rows = (row for path in find_files(self.path) for row in read_json(path, self.invalid))
+        return of_split((document for row in rows for document in self.read(*row)), split, self.path, self.validation)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self, *file_state(self.path))
+
+    def files(self) -> Iterator[tuple[Source[Any], int]]:
+        """A source of each file, in order, and the size of the file in bytes."""
+        return one_each(self)
+
+    def read(self, where: Where, row: Json) -> Iterable[tuple[str, Any]]:
+        """Documents of a row, each with its key, by which its split is chosen. Raises UserError, with the place."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledJsonl(JsonRows):
+    """Labelled texts, one per line: `{"text": "What a film!", "label": "good"}`."""
+
     classes: tuple[str | int, ...]
     """Labels of the classes, in order from class 0."""
     text: str = "text"
     """Field with the text."""
     label: str = "label"
     """Field with the label."""
-    validation: float = 0.1
-    """Fraction of the texts held out for validation, chosen by a hash of the text. 0: none."""
-    invalid: Literal["error", "skip"] = "error"
-    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
     def __post_init__(self) -> None:
-        check_fraction(self.validation)
+        super().__post_init__()
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
             raise UserError(f"classes: got {self.classes}, must be at least two labels, no two alike")
 
-    def documents(self, split: Split) -> Iterator[Example]:
-        examples = (self._example(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
-        yield from of_split(((e.text, e) for e in examples if e.text.strip()), split, self.path, self.validation)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self, *file_state(self.path))
-
-    def files(self) -> Iterator[tuple[Source[Example], int]]:
-        """A source of each file, in order, and the size of the file in bytes."""
-        return one_each(self)
-
-    def _example(self, where: Where, value: Json) -> Example:
-        if not isinstance(value, dict) or not isinstance(value.get(self.text), str) or self.label not in value:
-            found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
-            raise UserError(
-                f'path: {where}: got {found}, must be an object with a text in "{self.text}" and "{self.label}"'
-            )
-        if value[self.label] not in self.classes:
+    def read(self, where: Where, row: Json) -> Iterable[tuple[str, Example]]:
+        text, label = _labelled(where, row, self.text, self.label)
+        if label not in self.classes:
             labels = ", ".join(map(repr, self.classes))
-            raise UserError(f"classes: {where}: got the label {value[self.label]!r}, must be one of {labels}")
-        return Example(value[self.text], self.classes.index(value[self.label]))
+            raise UserError(f"classes: {where}: got the label {label!r}, must be one of {labels}")
+        return [(text, Example(text, self.classes.index(label)))] if text.strip() else []
 
 
 @dataclasses.dataclass(frozen=True)
-class NumbersJsonl:
+class NumbersJsonl(JsonRows):
     """Texts with numbers, one per line: `{"text": "What a film!", "label": 4.5}`."""
 
-    path: str
-    """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
     text: str = "text"
     """Field with the text."""
     label: str = "label"
     """Field with the number."""
-    validation: float = 0.1
-    """Fraction of the texts held out for validation, chosen by a hash of the text. 0: none."""
-    invalid: Literal["error", "skip"] = "error"
-    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
 
-    def __post_init__(self) -> None:
-        check_fraction(self.validation)
+    def read(self, where: Where, row: Json) -> Iterable[tuple[str, Example]]:
+        text, label = _labelled(where, row, self.text, self.label)
+        number = finite(label, f"path: {where}: {self.label}")
+        return [(text, Example(text, number))] if text.strip() else []
 
-    def documents(self, split: Split) -> Iterator[Example]:
-        examples = (self._example(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
-        yield from of_split(((e.text, e) for e in examples if e.text.strip()), split, self.path, self.validation)
 
-    def fingerprint(self) -> str:
-        return fingerprint(self, *file_state(self.path))
-
-    def _example(self, where: Where, value: Any) -> Example:
-        if not isinstance(value, dict) or not isinstance(value.get(self.text), str) or self.label not in value:
-            found = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
-            raise UserError(
-                f'path: {where}: got {found}, must be an object with a text in "{self.text}" and a "{self.label}"'
-            )
-        return Example(value[self.text], finite(value[self.label], f"path: {where}: {self.label}"))
+def _labelled(where: Where, row: Json, text: str, label: str) -> tuple[str, Json]:
+    """The text and the label in these fields of a row."""
+    if not isinstance(row, dict) or not isinstance(row.get(text), str) or label not in row:
+        found = f"the fields {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
+        raise UserError(f'path: {where}: got {found}, must be an object with a text in "{text}" and a "{label}"')
+    return row[text], row[label]
 
 
 def finite(value: Any, field: str) -> float:

@@ -11,13 +11,13 @@ import numpy as np
 from gptjax.data.classify import check_classes
 from gptjax.data.dataset import Dataset, PackedSequences
 from gptjax.data.encoding import DROPPED, TRUNCATED, Encode, Encoded
-from gptjax.data.files import Where, file_state, find_files, read_json
+from gptjax.data.files import Where
 from gptjax.data.packing import NoPacking, Packing
-from gptjax.data.sources import check_fraction, fingerprint, of_split
+from gptjax.data.sources import JsonRows
 from gptjax.data.store import Store, combine, spread_ranges
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
-from gptjax.protocols import ModelConfig, Split, Tokenizer
-from gptjax.types import Batch, TokenLabelled, UserError
+from gptjax.protocols import ModelConfig, Tokenizer
+from gptjax.types import Batch, Json, TokenLabelled, UserError
 
 Side = Literal["tokens", "labels"]
 """Stored part of a document: its tokens, or the class of each."""
@@ -41,33 +41,7 @@ class Steps:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Documents in JSON lines. Base class."""
-
-    path: str
-    """A file, a glob, or an http(s) URL. Files may be gzipped (.gz)."""
-    validation: float = dataclasses.field(default=0.1, kw_only=True)
-    """Fraction of the rows held out for validation, chosen by a hash. 0: none."""
-    invalid: Literal["error", "skip"] = dataclasses.field(default="error", kw_only=True)
-    """Treatment of lines that are not UTF-8: "error" stops, "skip" leaves the line out and logs the number."""
-
-    def __post_init__(self) -> None:
-        check_fraction(self.validation)
-
-    def documents(self, split: Split) -> Iterator[Any]:
-        rows = (self._read(*line) for path in find_files(self.path) for line in read_json(path, self.invalid))
-        return of_split(rows, split, self.path, self.validation)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self, *file_state(self.path))
-
-    def _read(self, where: Where, row: Any) -> tuple[str, Any]:
-        """A row's key, by which its split is chosen, and its document."""
-        raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class TaggedJsonl(_Rows):
+class TaggedJsonl(JsonRows):
     """Words with labels, one text per line: `{"tokens": ["Ada", "sleeps"], "tags": ["B-PER", "O"]}`."""
 
     classes: tuple[str, ...]
@@ -82,14 +56,14 @@ class TaggedJsonl(_Rows):
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
             raise UserError(f"classes: got {self.classes}, must be at least two labels, no two alike")
 
-    def _read(self, where: Where, row: Any) -> tuple[str, Tagged]:
+    def read(self, where: Where, row: Json) -> Iterable[tuple[str, Tagged]]:
         words, tags = _lists(where, row, self.words, self.tags)
         if not all(isinstance(word, str) and word.strip() for word in words):
             raise UserError(f"path: {where}: {self.words}: got {str(words)[:80]}, must be words")
         numbers = [self._class(where, tag) for tag in tags]
-        return " ".join(words), Tagged(tuple(words), tuple(numbers))
+        return [(" ".join(words), Tagged(tuple(words), tuple(numbers)))]
 
-    def _class(self, where: Where, tag: Any) -> int:
+    def _class(self, where: Where, tag: Json) -> int:
         if isinstance(tag, int) and not isinstance(tag, bool) and 0 <= tag < len(self.classes):
             return tag
         if tag not in self.classes:
@@ -98,11 +72,11 @@ class TaggedJsonl(_Rows):
 
 
 @dataclasses.dataclass(frozen=True)
-class StepsJsonl(_Rows):
+class StepsJsonl(JsonRows):
     """Solutions with a label per step, one per line, as in TRL: `{"prompt": "2 + 3 * 4?", "completions": ["3 * 4 = 12",
     "2 + 12 = 15"], "labels": [true, false]}`."""
 
-    def _read(self, where: Where, row: Any) -> tuple[str, Steps]:
+    def read(self, where: Where, row: Json) -> Iterable[tuple[str, Steps]]:
         steps, labels = _lists(where, row, "completions", "labels")
         if not isinstance(row.get("prompt"), str):
             raise UserError(f'path: {where}: got no text in "prompt", must have one')
@@ -110,10 +84,10 @@ class StepsJsonl(_Rows):
             raise UserError(f"path: {where}: completions: got {str(steps)[:80]}, must be texts")
         if wrong := [label for label in labels if label not in (0, 1)]:
             raise UserError(f"path: {where}: labels: got {wrong[0]!r}, must be true or false")
-        return row["prompt"], Steps(row["prompt"], tuple(steps), tuple(map(int, labels)))
+        return [(row["prompt"], Steps(row["prompt"], tuple(steps), tuple(map(int, labels))))]
 
 
-def _lists(where: Where, row: Any, *names: str) -> list[list[Any]]:
+def _lists(where: Where, row: Json, *names: str) -> list[list[Any]]:
     """Two lists of a row, equally long and not empty."""
     found: list[Any] = [row.get(name) if isinstance(row, Mapping) else None for name in names]
     if not all(isinstance(each, list) and each for each in found) or len(found[0]) != len(found[1]):

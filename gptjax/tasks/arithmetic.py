@@ -9,9 +9,9 @@ from decimal import Decimal
 from typing import Literal
 
 from gptjax.data.chat import Conversation, Message
-from gptjax.data.files import Where
+from gptjax.data.files import Where, field
 from gptjax.tasks import extract
-from gptjax.tasks.rows import field, read_items
+from gptjax.tasks.rows import read_items
 from gptjax.tasks.task import Generation, Reply, Score, Task, unanswered
 from gptjax.types import Json, UserError
 

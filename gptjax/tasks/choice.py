@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from gptjax.data.chat import Conversation, Message
-from gptjax.data.files import Where
+from gptjax.data.files import Where, field
 from gptjax.tasks import extract
-from gptjax.tasks.rows import field, read_items
+from gptjax.tasks.rows import read_items
 from gptjax.tasks.task import Choices, ChoiceTask, Generation, Normalisation, Reply, Score, unanswered
 from gptjax.types import Json, UserError
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gptjax.data.files import Where, file_state, find_files, read_json, read_lines
-from gptjax.types import Json, UserError
+from gptjax.types import UserError
 
 Item = TypeVar("Item")
 
@@ -43,17 +43,3 @@ def _csv(path: Path):
     for row, values in enumerate(csv.reader(line for _, line in read_lines(path)), 1):
         if values:
             yield Where(str(path), row), values
-
-
-def field(row: Json, *names: str, kind: type | tuple[type, ...] = str) -> Any:
-    """A row's value in the first of these fields that it has. Raises UserError if it has none, or of another type."""
-    if not isinstance(row, Mapping):
-        raise UserError(f"got {type(row).__name__}, must be an object with {' or '.join(map(repr, names))}")
-    for name in names:
-        if name in row:
-            value = row[name]
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-                wanted = kind.__name__ if isinstance(kind, type) else " or ".join(one.__name__ for one in kind)
-                raise UserError(f"{name}: got {str(value)[:80]!r} ({type(value).__name__}), must be {wanted}")
-            return value
-    raise UserError(f"got the fields {', '.join(map(str, row))}, must have {' or '.join(map(repr, names))}")

@@ -13,8 +13,8 @@ import string
 from collections.abc import Iterator, Mapping
 
 from gptjax.data.chat import Conversation, Message
-from gptjax.data.files import Where
-from gptjax.tasks.rows import field, read_items
+from gptjax.data.files import Where, field
+from gptjax.tasks.rows import read_items
 from gptjax.tasks.task import Generation, Reply, Score, Task, unanswered
 from gptjax.types import Json, UserError
 
