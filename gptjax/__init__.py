@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gptjax.models.loading import load
     from gptjax.models.model import Model
     from gptjax.models.regressor_model import RegressorModel
+    from gptjax.models.span_extractor_model import SpanExtractorModel
     from gptjax.models.text_to_text import TextToText
     from gptjax.models.token_classifier_model import TokenClassifierModel
     from gptjax.types import UserError
@@ -45,6 +46,7 @@ __all__ = [
     "RegressorModel",
     "Sampling",
     "ShardingRules",
+    "SpanExtractorModel",
     "Stage",
     "TextToText",
     "TokenClassifierModel",
@@ -64,6 +66,7 @@ _HOME = {
     "Model": "gptjax.models.model",
     "RegressorModel": "gptjax.models.regressor_model",
     "ShardingRules": "gptjax.distributed.sharding",
+    "SpanExtractorModel": "gptjax.models.span_extractor_model",
     "Sampling": "gptjax.inference.sampling",
     "Stage": "gptjax.experiment.experiment",
     "TextToText": "gptjax.models.text_to_text",

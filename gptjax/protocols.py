@@ -248,8 +248,8 @@ class ModelConfig(Config, Protocol):
     architecture: ClassVar[str] = "decoder"
     """Output of `build().apply`: logits [B, T, V] of the next tokens ("decoder"), of masked tokens ("encoder") or of a
     target given its source ("encoder-decoder"), logits [B, M, C] of documents ("classifier"), one number for each,
-    [B, M, 1] ("regressor"), logits [B, T, C] of tokens
-    ("token-classifier"), or vectors [B, M, D] of documents ("embedder")."""
+    [B, M, 1] ("regressor"), logits [B, T, C] of tokens ("token-classifier"), [B, T, 2] of tokens as an answer's first
+    and last ("span-extractor"), or vectors [B, M, D] of documents ("embedder")."""
     vocab: int
     """V, the number of token ids."""
 

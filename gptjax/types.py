@@ -73,6 +73,16 @@ class Labelled(Batch):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class AnswerSpans(Labelled):
+    """A batch of questions, each before its passage, one per sequence.
+
+    labels  int32 [B, 3]: first token of the passage, first and last token of the answer, which are 0 if it has none;
+            -1: padding
+    """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TokenLabelled(Batch):
     """A batch whose tokens have labels: `targets[b, t]` is the class of `tokens[b, t]`, and `weights[b, t]` its
     weight."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gptjax.data.plain_text import PlainText
     from gptjax.data.preferences import Preference, Preferences, PreferencesJsonl
     from gptjax.data.pydocs import PyDocs, PyDocsChat
+    from gptjax.data.questions import ExtractAnswers, Question, QuestionsJsonl
     from gptjax.data.show import Piece, pieces
     from gptjax.data.similar import Similar
     from gptjax.data.sources import TFDS, Example, LabelledJsonl, NumbersJsonl, Text
@@ -67,6 +68,7 @@ __all__ = [
     "Csv",
     "Dataset",
     "Example",
+    "ExtractAnswers",
     "Fold",
     "HFDataset",
     "Jsonl",
@@ -89,6 +91,8 @@ __all__ = [
     "Pretrain",
     "PyDocs",
     "PyDocsChat",
+    "Question",
+    "QuestionsJsonl",
     "Regress",
     "Reweight",
     "ShareGPT",
@@ -125,6 +129,7 @@ _NAMES = {
     "gptjax.data.plain_text": "PlainText",
     "gptjax.data.preferences": "Preference Preferences PreferencesJsonl",
     "gptjax.data.pydocs": "PyDocs PyDocsChat",
+    "gptjax.data.questions": "ExtractAnswers Question QuestionsJsonl",
     "gptjax.data.show": "Piece pieces",
     "gptjax.data.similar": "Similar",
     "gptjax.data.sources": "TFDS Example LabelledJsonl NumbersJsonl Text",

@@ -100,10 +100,11 @@ def encode_numbers(documents: Iterator[Example], tokenizer: Tokenizer) -> Iterat
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSequences:
-    """Sequences of one document each, with its label: sequence d is document d."""
+    """Sequences of one document each, with its label or labels: sequence d is document d."""
 
     packed: PackedSequences
     labels: np.ndarray
+    """[D], or [D, k] of several for each."""
 
     @property
     def fingerprint(self) -> str:
@@ -118,4 +119,4 @@ class LabelledSequences:
 
     def fill(self, batch: Labelled, at: np.ndarray, index: np.ndarray) -> None:
         self.packed.fill(batch, at, index)
-        np.asarray(batch.labels)[at, 0] = self.labels[index % len(self)]
+        np.asarray(batch.labels)[at] = self.labels[index % len(self)].reshape(len(at), -1)

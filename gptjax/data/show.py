@@ -11,7 +11,7 @@ import numpy as np
 from gptjax.data.dataset import Dataset
 from gptjax.data.store import Store
 from gptjax.protocols import Split, Tokenizer
-from gptjax.types import Batch, Labelled, Pair, TokenLabelled
+from gptjax.types import AnswerSpans, Batch, Labelled, Pair, TokenLabelled
 
 SAMPLED = 1024
 """Sequences of which the shares of trained tokens and of padding are counted."""
@@ -63,6 +63,10 @@ def _trained(batch: Batch, sequence: int) -> tuple[np.ndarray, np.ndarray, np.nd
     tokens, weights, segments = fields
     if isinstance(batch, TokenLabelled):  # a weight is that of the token itself
         return tokens, weights, segments
+    if isinstance(batch, AnswerSpans):
+        _, first, last = np.asarray(batch.labels)[sequence]
+        at = np.arange(len(tokens))
+        return tokens, (1.0 * (first <= at) * (at <= last) * (first > 0)), segments
     # weights[t] is that of the token after tokens[t], in the same document.
     follows = np.concatenate([[0.0], np.where(segments[1:] == segments[:-1], weights[:-1], 0.0)])
     return tokens, follows * (not isinstance(batch, Labelled)), segments
@@ -83,7 +87,7 @@ def as_text(batch: Batch, tokenizer: Tokenizer, sequence: int = 0, colour: bool 
             weight = "" if piece.weight == 1 else f"×{piece.weight:g}"
             text += f"{TRAINED}{piece.text}{PLAIN}{weight}" if colour else f"{OPEN}{piece.text}{CLOSE}{weight}"
         lines.append(text)
-    if isinstance(batch, Labelled):
+    if isinstance(batch, Labelled) and not isinstance(batch, AnswerSpans):
         found = np.asarray(batch.labels)[sequence, 0]
         label = f"class {found}" if np.issubdtype(found.dtype, np.integer) else f"number {found:g}"
         lines.append(f"{TRAINED}{label}{PLAIN}" if colour else f"{OPEN}{label}{CLOSE}")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gptjax.evals.entities import Entities
     from gptjax.evals.exact_match import ExactMatch
     from gptjax.evals.exposure import Exposure
+    from gptjax.evals.extracted_answers import ExtractedAnswers
     from gptjax.evals.generative import Generative
     from gptjax.evals.judge import Judge
     from gptjax.evals.multiple_choice import MultipleChoice
@@ -36,6 +37,7 @@ __all__ = [
     "Entities",
     "ExactMatch",
     "Exposure",
+    "ExtractedAnswers",
     "Generative",
     "Judge",
     "MultipleChoice",
@@ -56,6 +58,7 @@ _NAMES = {
     "gptjax.evals.entities": "Entities",
     "gptjax.evals.exact_match": "ExactMatch",
     "gptjax.evals.exposure": "Exposure",
+    "gptjax.evals.extracted_answers": "ExtractedAnswers",
     "gptjax.evals.generative": "Generative",
     "gptjax.evals.judge": "Judge",
     "gptjax.evals.multiple_choice": "MultipleChoice",

@@ -27,25 +27,22 @@ from gptjax.data.tokenizers import MissingTokenizer, Tokenizer
 from gptjax.distributed.parameters import declared, flat, nested, parameter_info
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.inference.sampling import Sampling
-from gptjax.interop import compressed, multimodal, quantised, safetensors, schema, tokenizers
+from gptjax.interop import compressed, heads, multimodal, quantised, safetensors, schema, tokenizers
 from gptjax.interop.compressed import Exported
 from gptjax.interop.essence import essence, summarise
-from gptjax.interop.families import CLASSIFYING, FAMILIES, TAGGING, Family, Fields, Piece, pieces
+from gptjax.interop.families import FAMILIES, Family, Fields, Piece, pieces
 from gptjax.interop.generation import of_sampling
 from gptjax.interop.multimodal import read_config
 from gptjax.interop.templates import ChatTemplate
 from gptjax.nn import (
     GELU,
     BackboneConfig,
-    ClassifierConfig,
     EncoderConfig,
     EncoderDecoderConfig,
     HeadConfig,
     ModelConfig,
-    RegressorConfig,
     Stack,
     SwiGLU,
-    TokenClassifierConfig,
     TransformerConfig,
 )
 from gptjax.types import Params, UserError
@@ -118,7 +115,7 @@ def save_hf(
     if stop_token_ids is None and tokenizer is not None:
         stop_token_ids = sorted(set(tokenizer.specials.values()), key=lambda i: (i != end, i))
     length = {} if context is None or config.max_positions is not None else {"max_position_embeddings": context}
-    named = {} if labels is None else _named(labels)
+    named = {} if labels is None else heads.names(labels)
     _write_json(folder / "config.json", {**length, **described, **named, **ids, "dtype": dtype})
     generation = (
         {**ids, "eos_token_id": stop_token_ids[0] if len(stop_token_ids) == 1 else list(stop_token_ids)}
@@ -133,11 +130,6 @@ def save_hf(
         tokenizers.save(tokenizer, folder, context or config.max_positions, template, append_eos)
 
 
-def _named(labels: Sequence[str]) -> dict[str, Any]:
-    """Fields that name the classes."""
-    return {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
-
-
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -145,9 +137,7 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 def read_kind(folder: str | Path) -> type[ModelConfig]:
     """The configuration class of a folder's model. Raises UserError for an unknown family."""
     fields = read_config(folder)
-    if (head := _head(fields)) != CLASSIFYING:
-        return _family(fields["model_type"]).kind if head is None else TokenClassifierConfig
-    return RegressorConfig if _classes(fields) == 1 else ClassifierConfig
+    return heads.kind_of(fields) or _family(fields["model_type"]).kind
 
 
 def read_labels(folder: str | Path) -> tuple[str, ...] | None:
@@ -205,7 +195,8 @@ def matched(
     family = _family(fields["model_type"])
     if family.model_type == "gpt2" and fields.get("quantization_config"):
         raise UserError("config.json: quantization_config: got one for gpt2, whose programs disagree on the layout")
-    config = _read(family, fields)
+    config = heads.read(family, fields)
+    family = heads.naming(family, config)
     tensors = safetensors.Renamed(tensors, {_current(name, family.former): name for name in tensors})
     if not any(name.startswith(family.prefix) for name in tensors):
         tensors = safetensors.Renamed(tensors, _with_prefix(family, tensors))
@@ -252,58 +243,16 @@ def _family(model_type: str) -> Family:
     raise UserError(f"model_type: got {model_type!r}, must be one of {known}")
 
 
-def _head(fields: Fields) -> str | None:
-    """Suffix of the class of `transformers` with a head that classifies. None: another class."""
-    named = (
-        head for name in fields.get("architectures") or () for head in (CLASSIFYING, TAGGING) if name.endswith(head)
-    )
-    return next(named, None)
-
-
-def _classes(fields: Fields) -> int:
-    """Number of outputs of a classifier's head: 1 is a regression, or a reward model."""
-    return len(fields.get("id2label") or (0, 0))
-
-
-def _read(family: Family, fields: Fields) -> ModelConfig:
-    """The configuration that a config.json describes: a model of the family, or a head on top of it."""
-    fields = family.named(fields)
-    if (head := _head(fields)) is None:
-        return family.read(fields)
-    if family.classifier is None or (head == TAGGING and not family.tags):
-        raise UserError(f"config.json: architectures: got {fields['architectures']}, must be {family.architecture}")
-    classes = _classes(fields)
-    if head == TAGGING:
-        return TokenClassifierConfig(family.read(fields), classes)
-    fields.only(problem_type="regression" if classes == 1 else "single_label_classification")
-    found = family.classifier(family.read(fields), max(classes, 2), fields)
-    return found if classes > 1 else RegressorConfig(found.backbone, found.pooling, found.pooler, found.bias)
-
-
-def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json: the inverse of `_read`."""
-    fields = {"model_type": family.model_type, "architectures": [family.architecture]}
-    if not isinstance(config, ClassifierConfig | RegressorConfig | TokenClassifierConfig):
-        return fields | family.write(config)
-    tags = isinstance(config, TokenClassifierConfig)
-    if family.classifier is None or (tags and not family.tags):
-        raise UserError(f"classifier: got one, for which {family.model_type} has no class in `transformers`")
-    fields |= _named([f"LABEL_{number}" for number in range(config.classes)]) | family.write(config.backbone)
-    if tags:
-        return fields | {"architectures": [family.with_head(TAGGING)]}
-    return fields | family.of_classifier(config) | {"architectures": [family.with_head(CLASSIFYING)]}
-
-
 def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dict[str, Any]]:
     """The family whose config.json, read back, gives the same model; and its fields."""
     families = FAMILIES if model_type is None else (_family(model_type),)
     reasons: dict[str, list[str]] = {}
     for family in families:
-        if type(config.backbone if isinstance(config, HeadConfig) else config) is not family.kind:
+        if type(heads.backbone_of(config)) is not family.kind:
             continue
         fields, changed = _changes(family, config)
         if not changed:
-            return family, fields
+            return heads.naming(family, config), fields
         reasons[family.model_type] = changed
     if not reasons:
         known = ", ".join(sorted({family.kind.__name__ for family in families}))
@@ -319,8 +268,8 @@ def _changes(family: Family, config: ModelConfig) -> tuple[dict[str, Any], list[
     """The fields of config.json in this family, and the differences of the model that they describe."""
 
     def written(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
-        fields = _write(family, config)
-        return fields, summarise(differences(essence(config), essence(_read(family, Fields(fields)))))
+        fields = heads.write(family, config)
+        return fields, summarise(differences(essence(config), essence(heads.read(family, Fields(fields)))))
 
     try:
         return written(config)
@@ -337,7 +286,7 @@ def _stacks(config: ModelConfig) -> dict[str, Stack]:
     """The stacks of layers of a model, by the name of their parameters."""
     if isinstance(config, EncoderDecoderConfig):
         return {"encoder/blocks": config.encoder.stack(), "decoder/blocks": config.decoder.stack()}
-    backbone = config.backbone if isinstance(config, HeadConfig) else config
+    backbone = heads.backbone_of(config)
     return {"blocks": backbone.stack()} if isinstance(backbone, BackboneConfig) else {}
 
 

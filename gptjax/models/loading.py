@@ -37,7 +37,10 @@ from gptjax.protocols import Module, Pretrained
 from gptjax.types import FrozenModel, Params, UserError, one_line
 
 M = TypeVar("M", bound=Model)
-SETTINGS = ("context", "decoder_start_token_id", "append_eos", "step_separator")
+SETTINGS = (
+    *("context", "decoder_start_token_id", "append_eos", "step_separator"),
+    *("length", "stride", "question_length"),
+)
 """Settings of a saved model, beside its configuration, that are numbers, texts or true or false."""
 DTYPES = ("float32", "bfloat16")
 Step = int | Literal["latest", "best"]
@@ -204,6 +207,7 @@ def model_class(config: type[ModelConfig]) -> type[Model]:
     from gptjax.models.embedder_model import EmbedderModel
     from gptjax.models.encoder_model import EncoderModel
     from gptjax.models.regressor_model import RegressorModel
+    from gptjax.models.span_extractor_model import SpanExtractorModel
     from gptjax.models.text_to_text import TextToText
     from gptjax.models.token_classifier_model import TokenClassifierModel
     from gptjax.nn import (
@@ -212,6 +216,7 @@ def model_class(config: type[ModelConfig]) -> type[Model]:
         EncoderConfig,
         EncoderDecoderConfig,
         RegressorConfig,
+        SpanExtractorConfig,
         TokenClassifierConfig,
     )
 
@@ -221,6 +226,7 @@ def model_class(config: type[ModelConfig]) -> type[Model]:
         EncoderConfig: EncoderModel,
         EncoderDecoderConfig: TextToText,
         RegressorConfig: RegressorModel,
+        SpanExtractorConfig: SpanExtractorModel,
         TokenClassifierConfig: TokenClassifierModel,
     }
     return next((cls for base, cls in kinds.items() if issubclass(config, base)), LanguageModel)

@@ -157,14 +157,19 @@ class TextEncoder(Model):
         """Outputs of a module of `nn.heads`, one per text, for texts as ids: float32 [n, ...]."""
         return np.stack([out[0] for out in self._outputs(module, ids, batch)])
 
-    def _outputs(self, module: Module, ids: Sequence[Sequence[int]], batch: int) -> list[np.ndarray]:
-        """Outputs of a module of `nn.heads` for texts as ids, float32 [M, ...] of documents or [T, ...] of tokens."""
+    def _outputs(
+        self, module: Module, ids: Sequence[Sequence[int]], batch: int, types: Sequence[Sequence[int]] | None = None
+    ) -> list[np.ndarray]:
+        """Outputs of a module of `nn.heads` for texts as ids, float32 [M, ...] of documents or [T, ...] of tokens.
+        types: those of each text's tokens. None: all 0"""
         found: dict[int, np.ndarray] = {}
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # sorted by length, to minimise padding
         with on_mesh_of(self.params):
             for start in range(0, len(order), batch):
                 group = order[start : start + batch]
-                out = forward(module, self.params, *self._batch([ids[i] for i in group]))
+                tokens, segments = self._batch([ids[i] for i in group])
+                kinds = None if types is None else padded([types[i] for i in group], tokens.shape)
+                out = forward(module, self.params, tokens, segments, kinds)
                 out = out[0] if isinstance(out, tuple) else out
                 found |= zip(group, fetch(out).astype(np.float32), strict=True)
         return [found[i] for i in range(len(ids))]
@@ -178,20 +183,31 @@ class TextEncoder(Model):
         longest = max(map(len, texts))
         self._check_length(longest)
         shape = len(texts), min(round_up(longest), self.config.max_positions or sys.maxsize)
-        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        for row, ids in enumerate(texts):
-            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-        return tokens, segments
+        return padded(texts, shape), padded([[1] * len(ids) for ids in texts], shape)
+
+
+def padded(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> np.ndarray:
+    """int32 of this shape, with 0 behind each row."""
+    found = np.zeros(shape, np.int32)
+    for number, row in enumerate(rows):
+        found[number, : len(row)] = row
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(
-    module: Module, params: Params, tokens: Array | np.ndarray, segments: Array | np.ndarray | None = None
+    module: Module,
+    params: Params,
+    tokens: Array | np.ndarray,
+    segments: Array | np.ndarray | None = None,
+    token_types: Array | np.ndarray | None = None,
 ) -> Any:
-    """Forward pass of tokens int32 [B, T], with their segments [B, T], on the parameters' mesh."""
+    """Forward pass of tokens int32 [B, T], with their segments and types [B, T], on the parameters' mesh."""
     rules = module.rules.for_batch_size(len(tokens))
-    rows = [x if x is None else reshard(x, rules("batch", None)) for x in (tokens, segments)]
-    return module.clone(rules=rules).apply({"params": params}, rows[0], segments=rows[1])
+    rows = {"segments": segments, "token_types": token_types}
+    rows = {name: reshard(x, rules("batch", None)) for name, x in rows.items() if x is not None}
+    module = module.clone(rules=rules)
+    return module.apply({"params": params}, reshard(tokens, rules("batch", None)), **rows)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         Pooler,
         Pooling,
         RegressorConfig,
+        SpanExtractor,
+        SpanExtractorConfig,
         TokenClassifier,
         TokenClassifierConfig,
     )
@@ -150,6 +152,8 @@ __all__ = [
     "Sigmoid",
     "Sinusoidal",
     "Softmax",
+    "SpanExtractor",
+    "SpanExtractorConfig",
     "Stack",
     "SwiGLU",
     "T5Bias",
@@ -179,7 +183,7 @@ _NAMES = {
     "gptjax.nn.encoder_decoder": "EncoderDecoder EncoderDecoderConfig",
     "gptjax.nn.heads": (
         "Classifier ClassifierConfig Embedder First HeadConfig Last Mean NormedPooler Pooler Pooling RegressorConfig "
-        "TokenClassifier TokenClassifierConfig EmbedderConfig"
+        "SpanExtractor SpanExtractorConfig TokenClassifier TokenClassifierConfig EmbedderConfig"
     ),
     "gptjax.nn.latent_attention": "MultiHeadLatentAttention",
     "gptjax.nn.lora": "DoRA LoRA",

@@ -71,7 +71,7 @@ class Backbone(nn.Module):
                      cache a row is one text, and only padding, at the end, has another segment
         cache        see `make_cache`. None: whole sequences
         prefix       bool [B, T]: tokens that earlier ones attend to as well, as in a prefix LM; all of it in one call
-        token_types  int32 [B, T], if the config has `token_types`. None: all 0
+        token_types  int32 [B, T], if the config has `token_types`; more than it has are the last. None: all 0
         table        [V, D], embeddings shared with another model. None: this model's own
         options      passed to `head`
 
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
         x = x * c.embedding_scale if c.embedding_scale != 1 else x
         if c.token_types:
             kinds = param("type_embedding", (c.token_types, c.width), (None, "embed"), kind="embedding")
-            token_types = jnp.zeros_like(tokens) if token_types is None else token_types
+            token_types = jnp.zeros_like(tokens) if token_types is None else jnp.minimum(token_types, c.token_types - 1)
             x = x + embed(kinds, token_types, rules(None, None), rules("batch", "sequence", None))
         x = c.positions(param.child("positions"), x, positions)
         param.capture("positions_output", x)

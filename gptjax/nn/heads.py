@@ -176,6 +176,20 @@ class TokenClassifierConfig(HeadConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class SpanExtractorConfig(HeadConfig):
+    """Scores of each token as the first and as the last of an answer, over a decoder or an encoder."""
+
+    architecture = "span-extractor"
+    classes: ClassVar[int] = 2
+
+    bias: bool = True
+    """Bias of the scores."""
+
+    def build(self, rules: ShardingRules = ShardingRules()) -> Any:
+        return SpanExtractor(self, rules)
+
+
+@dataclasses.dataclass(frozen=True)
 class RegressorConfig(HeadConfig):
     """One number per text over a decoder or an encoder: a reward model, or a regression."""
 
@@ -236,7 +250,9 @@ class TokenClassifier(Backbone):
     """Tokens to class logits of each token, h W + b, with h its hidden state after the final norm (Devlin et al. 2018,
     arXiv:1810.04805, section 5.3)."""
 
-    config: TokenClassifierConfig
+    config: TokenClassifierConfig | SpanExtractorConfig
+    parameter: ClassVar[str] = "token_classifier"
+    """Name of W, and of b with "_bias"."""
 
     @property
     def backbone(self) -> BackboneConfig:
@@ -246,9 +262,16 @@ class TokenClassifier(Backbone):
         """Logits [B, T, C]."""
         c = self.config
         param = ParamFactory.for_module(self, self.rules, c.backbone.dtype)
-        w = param("token_classifier", (c.backbone.width, c.classes), ("embed", None), kind="head")
+        w = param(self.parameter, (c.backbone.width, c.classes), ("embed", None), kind="head")
         logits = linear(x, w, self.rules("batch", "sequence", None)) / c.width_multiplier
-        return logits + param("token_classifier_bias", (c.classes,), (None,), zeros) if c.bias else logits
+        return logits + param(f"{self.parameter}_bias", (c.classes,), (None,), zeros) if c.bias else logits
+
+
+class SpanExtractor(TokenClassifier):
+    """Tokens to two logits of each: as the first and as the last token of an answer (Devlin et al. 2018, section
+    4.2)."""
+
+    parameter: ClassVar[str] = "span_extractor"
 
 
 class Embedder(Backbone):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gptjax.objectives.regression import Regression
     from gptjax.objectives.reward import BradleyTerry
     from gptjax.objectives.sequence_to_sequence import SequenceToSequence
+    from gptjax.objectives.span_extraction import SpanExtraction
     from gptjax.objectives.token_classification import TokenClassification
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Regression",
     "SequenceToSequence",
     "SimPO",
+    "SpanExtraction",
     "TokenClassification",
 ]
 
@@ -66,6 +68,7 @@ _HOME = {
     "PPO": "gptjax.objectives.ppo",
     "Regression": "gptjax.objectives.regression",
     "SequenceToSequence": "gptjax.objectives.sequence_to_sequence",
+    "SpanExtraction": "gptjax.objectives.span_extraction",
     "TokenClassification": "gptjax.objectives.token_classification",
 }
 

@@ -10,10 +10,11 @@ import hashlib
 import itertools
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 
 from gptjax.data.chat import Conversation, Message
-from gptjax.data.files import Where, field
+from gptjax.data.files import Where
+from gptjax.data.questions import questions_of
 from gptjax.tasks.rows import read_items
 from gptjax.tasks.task import Generation, Reply, Score, Task, unanswered
 from gptjax.types import Json, UserError
@@ -62,13 +63,10 @@ class Reading(Task):
         return f"{item.context}\n\nQuestion: {item.question}\nAnswer:"
 
     def score(self, i: int, reply: Reply) -> Score:
-        answers = self.passage(i).answers or (NONE,)
-        said = normalised(reply.text)
-        if not said:
+        if not (said := normalised(reply.text)):
             return unanswered(reply, {"f1": 0.0})
-        exact = float(any(said == normalised(answer) for answer in answers))
-        parts = {"f1": max(f1(said, normalised(answer)) for answer in answers)}
-        return Score(exact, parts=parts, extracted=" ".join(said))
+        exact, overlap = match(reply.text, self.passage(i).answers or (NONE,))
+        return Score(exact, parts={"f1": overlap}, extracted=" ".join(said))
 
     def cluster(self, i: int) -> str:
         return hashlib.sha256(self.passage(i).context.encode()).hexdigest()[:16]
@@ -151,6 +149,12 @@ def normalised(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
+def match(said: str, answers: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1 with the nearest of the right answers; without any, the right one is empty."""
+    words, right = normalised(said), [normalised(answer) for answer in answers or ("",)]
+    return float(words in right), max(f1(words, answer) for answer in right)
+
+
 def f1(said: list[str], right: list[str]) -> float:
     """Harmonic mean of precision and recall of words."""
     common = sum((collections.Counter(said) & collections.Counter(right)).values())
@@ -158,14 +162,4 @@ def f1(said: list[str], right: list[str]) -> float:
 
 
 def _read(where: Where, row: Json) -> list[Passage]:
-    if isinstance(row, Mapping) and "data" in row:
-        paragraphs = (p for article in row["data"] for p in field(article, "paragraphs", kind=list))
-        return [item for paragraph in paragraphs for item in _questions(paragraph)]
-    texts = field(field(row, "answers", kind=Mapping), "text", kind=list)
-    return [Passage(field(row, "context"), field(row, "question"), tuple(texts))]
-
-
-def _questions(paragraph: Json) -> Iterator[Passage]:
-    for asked in field(paragraph, "qas", kind=list):
-        answers = tuple(field(answer, "text") for answer in field(asked, "answers", kind=list))
-        yield Passage(field(paragraph, "context"), field(asked, "question"), answers)
+    return [Passage(found.context, found.question, found.answers) for found in questions_of(row, located=False)]

@@ -47,3 +47,6 @@ class CharacterTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         ids, unknown = self._ids, self._ids[REPLACEMENT]
         return [ids.get(character, unknown) for character in text]
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        return self.encode(text), [(i, i + 1) for i in range(len(well_formed(text)))]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from gptjax.data.tokenizers.tiktoken import byte_alphabet
-from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, Tokenizer, add_roles
+from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, Tokenizer, add_roles, well_formed
 from gptjax.io.json_file import FLAG, NATURAL, TEXT, check, read_object
 from gptjax.io.worker import Worker
 from gptjax.types import Json, UserError, one_line
@@ -120,6 +120,22 @@ class HuggingFaceTokenizer(Tokenizer):
             if token.content != unknown:
                 pieces[i] = b"" if token.special else token.content.encode()
         return pieces
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        with no_panic():
+            encoding = self.library.encode(well_formed(text), add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    @functools.cached_property
+    def pair_ids(self) -> tuple[list[int], list[int], list[int]]:
+        """Ids that the file's post-processor adds before, between and after two texts; if none between them, those of
+        any tokenizer."""
+        encoding = self.library.encode("a", "a")
+        of = encoding.sequence_ids
+        first, second = (of.index(text) for text in (0, 1))
+        between = [i for i, text in zip(encoding.ids[first:second], of[first:second], strict=True) if text is None]
+        last = len(of) - of[::-1].index(1)
+        return (encoding.ids[:first], between, encoding.ids[last:]) if between else super().pair_ids
 
     def strips(self, token: int) -> tuple[bool, bool]:
         added = self.library.get_added_tokens_decoder().get(token)

@@ -113,6 +113,34 @@ class Tokenizer(abc.ABC):
         """`[encode(text) for text in texts]`, on several threads if the library can."""
         return self._encode_batch([well_formed(text) for text in texts])
 
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text`, as from `encode`, and the characters [start, end) of the text that each stands for: spaces
+        included, if the token has them. Parts of one character have the same span.
+
+        Raises UserError if a text is changed before it is encoded, and the library does not say from where tokens
+        come."""
+        text = well_formed(text)
+        ids = self._encode(text)
+        found = self.decode_bytes(ids)
+        added = len(self._prefix) if found == self._prefix + text.encode() else 0
+        if found[added:] != text.encode():
+            raise UserError(f"tokenizer: got a {self.kind} tokenizer that changes {text[:40]!r}; use another for spans")
+        owners = [0] * added + [i for i, character in enumerate(text) for _ in character.encode()]
+        spans, start = [], 0
+        for i in ids:
+            stop = start + len(self.pieces[i])
+            inside = owners[max(start, added) : stop]  # the added space is no part of the text
+            spans.append((inside[0], inside[-1] + 1) if inside else (owners[start], owners[start]))
+            start = stop
+        return ids, spans
+
+    @functools.cached_property
+    def pair_ids(self) -> tuple[list[int], list[int], list[int]]:
+        """Ids before, between and after two texts that are read as one: `bos`, `eos` and `eos`; a line break between
+        them if there is no `eos`."""
+        bos, eos = ([] if i is None else [i] for i in (self.bos, self.eos))
+        return bos, eos or self.encode("\n"), eos
+
     def strips(self, token: int) -> tuple[bool, bool]:
         """True if this special token, spelt out in a text, takes the spaces before and after it: RoBERTa's mask."""
         return False, False

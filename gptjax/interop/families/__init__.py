@@ -34,7 +34,17 @@ from gptjax.interop.families import (
     t5,
     xlm_roberta,
 )
-from gptjax.interop.families.family import CLASSIFYING, TAGGING, Family, Fields, Piece, Row, pieces
+from gptjax.interop.families.family import (
+    ANSWERERS,
+    ANSWERING,
+    CLASSIFYING,
+    TAGGING,
+    Family,
+    Fields,
+    Piece,
+    Row,
+    pieces,
+)
 
 _MODULES = (gpt2, llama, mistral, qwen2, qwen3, gpt_neox, gemma, gemma2, gemma3, olmo2, olmo3, phi3, smollm3, nanochat)
 _MORE = (granite, cohere, cohere2, stablelm, starcoder2, falcon, bloom)
@@ -43,4 +53,4 @@ _ENCODERS = (bert, roberta, xlm_roberta, modernbert)
 FAMILIES = tuple(module.FAMILY for module in (*_MODULES, *_MORE, *_MIXTURES, *_ENCODERS, t5))
 """All families. If several can express a model, the first is used."""
 
-__all__ = ["CLASSIFYING", "FAMILIES", "TAGGING", "Family", "Fields", "Piece", "Row", "pieces"]
+__all__ = ["ANSWERERS", "ANSWERING", "CLASSIFYING", "FAMILIES", "TAGGING", "Family", "Fields", "Piece", "Row", "pieces"]

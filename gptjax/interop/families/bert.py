@@ -92,8 +92,9 @@ def classifier(backbone: EncoderConfig, classes: int, c: Fields) -> ClassifierCo
     return ClassifierConfig(backbone, classes, First(), Pooler(), bias=True)
 
 
-HEADLESS = ["BertModel"], ["BertForSequenceClassification"], ["BertForTokenClassification"]
-"""Architectures without the masked-token head: most sentence encoders, and classifiers."""
+OTHERS = "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"
+HEADLESS = [[f"Bert{kind}"] for kind in OTHERS]
+"""Architectures without the masked-token head: most sentence encoders, and other heads."""
 IGNORED = r"(bert\.)?(pooler\..*|embeddings\.position_ids)|cls\.seq_relationship\..*"
 COPIES = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",

@@ -127,6 +127,16 @@ class Family:
         """The family's class in `transformers` with another head: `CLASSIFYING` or `TAGGING`."""
         return (self.stem or re.sub(r"(ForCausalLM|ForMaskedLM|LMHeadModel)$", "", self.architecture)) + suffix
 
+    @property
+    def answering(self) -> Family:
+        """The family as its class of `transformers` that extracts answers names its tensors."""
+        prefix = "transformer." if self.model_type in TRANSFORMERS else self.prefix
+        rows = (
+            dataclasses.replace(row, theirs=re.sub(f"^{re.escape(self.prefix)}", prefix, row.theirs))
+            for row in self.table
+        )
+        return dataclasses.replace(self, prefix=prefix, table=(*rows, *SPANS))
+
 
 CLASSIFYING = "ForSequenceClassification"
 """Suffix of the classes of `transformers` that classify texts."""
@@ -137,6 +147,21 @@ TAGGERS = (
     *("gemma2", "phi3", "smollm3", "stablelm", "starcoder2", "gpt_oss", "deepseek_v3"),
 )
 """Families with a class that classifies tokens."""
+
+
+ANSWERING = "ForQuestionAnswering"
+"""Suffix of those that find the first and the last token of an answer."""
+TRANSFORMERS = "llama", "qwen2", "qwen3", "qwen3_moe", "smollm3"
+"""Families whose tensors are named "transformer." instead of "model." there."""
+ANSWERERS = (
+    *("bert", "roberta", "xlm-roberta", "gpt2", "gpt_neox", "falcon", "bloom", "mistral", "mixtral"),
+    *TRANSFORMERS,
+)
+"""Families with such a class."""
+SPANS = (
+    Row("qa_outputs.weight", "Y D", "span_extractor", "D Y"),
+    Row("qa_outputs.bias", "Y", "span_extractor_bias", "Y"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

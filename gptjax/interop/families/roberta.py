@@ -54,8 +54,7 @@ def write(m: EncoderConfig, stem: str = "Roberta") -> dict[str, Any]:
     }
 
 
-HEADS_OF_OTHERS = "Model", "ForSequenceClassification", "ForTokenClassification"
-HEADLESS = [[f"{stem}{kind}"] for stem in ("Roberta", "XLMRoberta") for kind in HEADS_OF_OTHERS]
+HEADLESS = [[f"{stem}{kind}"] for stem in ("Roberta", "XLMRoberta") for kind in bert.OTHERS]
 IGNORED = r"(roberta\.)?(pooler\..*|embeddings\.position_ids)"
 COPIES = {
     "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
