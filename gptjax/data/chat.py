@@ -145,8 +145,27 @@ def prompt(messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
     return [*render(messages, tokenizer)[0], _markers(tokenizer)["<|assistant|>"]]
 
 
+def calling(results: Iterable[Message]) -> Message:
+    """An assistant's message whose calls these are the results of, whatever their arguments were."""
+    names = [(message.fields.get("tool_call_id", ""), message.fields.get("name", "")) for message in results]
+    calls = [{"id": i, "type": "function", "function": {"name": name, "arguments": {}}} for i, name in names]
+    return Message("assistant", None, tool_calls=tuple(calls))
+
+
+def results(messages: Conversation, tokenizer: Tokenizer, before: Conversation = (Message("user", "x"),)) -> list[int]:
+    """Token ids of the results of calls and of the beginning of the assistant's next turn, which follow the token that
+    ended the calls. messages: of the role "tool"; before: any conversation that the calls may follow."""
+    called = (*before, calling(messages))
+    return prompt((*called, *messages), tokenizer)[len(render(called, tokenizer)[0]) :]
+
+
 class ConversationTemplate(Protocol):
     """A model's own conversation format: `gptjax.interop.templates.ChatTemplate`."""
+
+    @property
+    def source(self) -> str:
+        """Its Jinja."""
+        ...
 
     def rows(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Conversation]:
         """Conversations to train in place of one: each begins as all of its prompts do."""
@@ -158,6 +177,10 @@ class ConversationTemplate(Protocol):
 
     def prompt(self, messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
         """Token ids up to the assistant's turn."""
+        ...
+
+    def results(self, messages: Conversation, tokenizer: Tokenizer, before: Conversation = ...) -> list[int]:
+        """Token ids of the results of calls, as in `gptjax.data.chat.results`."""
         ...
 
 

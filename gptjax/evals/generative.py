@@ -29,6 +29,7 @@ from gptjax.evals.best_of import expected_outcome, kl_bound
 from gptjax.evals.replies import Form, Prompt, Written, form_of, prompts, write
 from gptjax.inference.sampling import Sampling
 from gptjax.protocols import Evaluation, Reward, Tokenizer
+from gptjax.tasks.functions import ChatTools, check_tools
 from gptjax.tasks.scorers import Scorers
 from gptjax.tasks.task import Generation, Reply, Score, Task
 from gptjax.tasks.tools import Tool
@@ -78,8 +79,8 @@ class Generative(Evaluation):
     form: Form | None = None
     """Form of the prompts: "chat", the model's conversation format, or "text", to be continued. None: "chat" if the
     model has a template or the chat markers, else "text"."""
-    tools: tuple[Tool, ...] = ()
-    """Tools that answer in the middle of a reply: `tasks.Calculator()`."""
+    tools: tuple[Tool, ...] | ChatTools = ()
+    """Tools that answer in the middle of a reply, `(tasks.Calculator(),)`, or in a conversation, `tasks.ChatTools`."""
     chooser: Reward | None = None
     """Rewards by which the best of k samples is chosen, such as `models.reward.RewardModel("runs/reward")`; best@k is
     its mean outcome. None: the task's own."""
@@ -96,8 +97,7 @@ class Generative(Evaluation):
                 raise UserError(f"{name}: got {value}, must be at least 1")
         if self.form not in (None, "chat", "text"):
             raise UserError(f"form: got {self.form!r}, must be chat or text")
-        for tool in self.tools:
-            tool.check()
+        check_tools(self.tools, self.form)
         if self.samples > 1 and self.sampling.greedy:
             raise UserError(
                 f"samples: got {self.samples} at temperature 0, where all are the same; must be 1, or set a temperature"
@@ -143,7 +143,8 @@ class Generative(Evaluation):
         """
         _check_one_process()
         form = self.form or form_of(model)
-        asked = prompts(model, self.task, self._chosen(), form)
+        check_tools(self.tools, form)
+        asked = prompts(model, self.task, self._chosen(), form, self.tools)
         signature = self.signature(form, asked)
         store = _Store(None if path is None else Path(path), {"signature": signature, "model": of})
         records = store.read()
@@ -178,7 +179,7 @@ class Generative(Evaluation):
             "max_tokens": generation.max_tokens,
             "stop": json.dumps(generation.stop if form == "chat" else generation.text_stop),
             **{k: v for k, v in sampling.items() if k == "temperature" or v != default[k]},
-            **({"tools": ", ".join(map(repr, self.tools))} if self.tools else {}),
+            **({"tools": ", ".join(map(repr, self._tools))} if self.tools else {}),
             **({"chooser": self.chooser.fingerprint()[:12]} if self.chooser else {}),
             "seed": self.seed,
             "gptjax": importlib.metadata.version("gptjax"),
@@ -190,6 +191,10 @@ class Generative(Evaluation):
         if not count:
             raise UserError(f"task: {self.task.name} has no items, must have at least one")
         return range(min(count, self.items or count))
+
+    @property
+    def _tools(self) -> tuple[Tool | ChatTools, ...]:
+        return (self.tools,) if isinstance(self.tools, ChatTools) else self.tools
 
     def _generation(self) -> Generation:
         generation = self.task.generation
@@ -219,6 +224,8 @@ class Generative(Evaluation):
             "reply": written.reply.text,
             "finished": written.reply.finished,
             "tokens": written.tokens,
+            **({"turns": [turn.as_json() for turn in turns]} if (turns := written.reply.turns) else {}),
+            **({"tool_calls": written.calls, "tool_errors": written.errors} if self.tools else {}),
             **dataclasses.asdict(score),
         }
 
@@ -255,7 +262,9 @@ class Generative(Evaluation):
         table = ["| figure | mean, 95 % interval |", "|---|---|", *(f"| {n} | {text} |" for n, text in rows)]
         how = ", ".join(f"{count:,} {status}" for status, count in counts.items() if count)
         markdown = [*table, "", f"Replies: {how}.", "", f"Signature: `{signature}`", *_shown(records)]
-        tools = "".join(f", with {type(tool).__name__}" for tool in self.tools)
+        if self._tools:
+            values |= {name: sum(r[name] for r in records) / len(records) for name in ("tool_calls", "tool_errors")}
+        tools = "".join(f", with {type(tool).__name__}" for tool in self._tools)
         return Result(self.task.name + tools, values, "\n".join(markdown), tuple(records))
 
     def _pass_at(self, records: Sequence[Record], k: int) -> intervals.Interval:
@@ -280,7 +289,8 @@ class Generative(Evaluation):
         if self.chooser is None:
             return [record["value"] for record in records]
         told = [record for record in records if record["status"] != "too long"]
-        said = [(*self.task.prompt(r["item"]), chat.Message("assistant", r["reply"])) for r in told]
+        turns = [(*r.get("turns", ()), {"role": "assistant", "content": r["reply"]}) for r in told]
+        said = [(*self.task.prompt(r["item"]), *chat.conversation(t)) for r, t in zip(told, turns, strict=True)]
         rewards = iter(self.chooser(said))
         return [0.0 if record["status"] == "too long" else next(rewards) for record in records]
 

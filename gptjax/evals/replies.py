@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from gptjax.data.chat import Conversation
 from gptjax.inference.sampling import Sampling
+from gptjax.tasks.functions import ChatTools
 from gptjax.tasks.task import Generation, Reply, Task
 from gptjax.tasks.tools import Tool
 from gptjax.types import UserError
@@ -41,16 +42,24 @@ class Written:
     reply: Reply
     tokens: int
     """Number of tokens, that of the end included."""
+    calls: int = 0
+    """Number of answers of tools."""
+    errors: int = 0
+    """Number of those that are errors, in a conversation with tools."""
     fits: bool = True
     """False: the prompt leaves no room for a reply in the model's context."""
 
 
-def prompts(model: Any, task: Task, items: Sequence[int], form: Form) -> list[Prompt]:
+def prompts(
+    model: Any, task: Task, items: Sequence[int], form: Form, tools: tuple[Tool, ...] | ChatTools = ()
+) -> list[Prompt]:
     """Prompts of items, as the model reads them. Raises UserError, with the item, for one that it cannot read."""
     found = []
     for i in items:
         messages = task.prompt(i)
         try:
+            if isinstance(tools, ChatTools):
+                messages = tools.offered(messages)
             ids = model.encode_chat(messages) if form == "chat" else model.encode_prompt(task.text(i))
         except UserError as error:
             raise UserError(f"task: item {i} of {task.name}: {error}") from None
@@ -66,7 +75,7 @@ def write(
     form: Form,
     seed: int = 0,
     rows: int = 16,
-    tools: tuple[Tool, ...] = (),
+    tools: tuple[Tool, ...] | ChatTools = (),
 ) -> Iterator[Written]:
     """Replies to (prompt, sample) in the order in which they end. A reply does not depend on the others: its draws are
     those of the seed, the item and the sample."""
@@ -78,14 +87,17 @@ def write(
     rows = max(1, min(rows, len(asked)))
     engine = model.engine(rows=rows, queue=2 * rows)
     stop = generation.stop if form == "chat" else generation.text_stop
-    marks = model.reply_format.marks if form == "chat" and model.template is not None else {}
-    writing = episodes.Writing(generation.max_tokens, sampling, stop, tools, marks)
+    template = model.template if form == "chat" else None
+    writing = episodes.Writing.of(generation.max_tokens, sampling, stop, tools, model.tokenizer, template)
+    writing.check(asked[0][0].messages)
     prompts = {prompt.item: prompt for prompt, _ in asked}
     wanted = [episodes.Asked(p.item, sample, p.ids, (seed + p.item) % 2**32) for p, sample in asked]
     for episode in episodes.write(engine, wanted, writing):
         prompt, count = prompts[episode.asked.item], len(episode.ids)
-        reply = Reply(_said(model, prompt, episode.text, form) if count else "", episode.finished)
-        yield Written(prompt, episode.asked.sample, reply, count, fits=count > 0)
+        reply = episode.reply
+        if count and writing.turns is None:
+            reply = dataclasses.replace(reply, text=_said(model, prompt, episode.text, form))
+        yield Written(prompt, episode.asked.sample, reply, count, episode.calls, episode.errors, fits=count > 0)
 
 
 def _has_encoder(model: Any) -> bool:

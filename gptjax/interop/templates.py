@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import digest
-from gptjax.data.chat import Conversation, Message
+from gptjax.data.chat import Conversation, Message, calling
 from gptjax.data.tokenizers import CHAT_SPECIALS, Tokenizer
 from gptjax.data.tokenizers.huggingface import no_panic
+from gptjax.interop.spelled import harmless
 from gptjax.interop.tokenizer_json import canonical, reader
 from gptjax.io.worker import Worker
 from gptjax.types import Json, UserError
@@ -33,16 +34,16 @@ NATIVE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 """The format of `gptjax.data.chat`, as a template."""
-JOINER = "\u2060"
-"""A character without width or meaning, inserted into text that spells out a special token."""
-
-
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names by which templates read the reasoning of a message."""
 _PROBE = "gptjax_probe"
 _ENDLESS = (
     "template: got one that ends an answer without a special token, so that the model would not learn to stop; write "
     "one after it"
+)
+_ELSEWHERE = (
+    "template: got one that writes a turn with calls otherwise once their results follow, so that results cannot "
+    "follow what the model wrote; give another"
 )
 
 
@@ -109,6 +110,7 @@ class ChatTemplate:
         if isinstance(message.content, str) and self._wants_parts:
             turn["content"] = [{"type": "text", "text": message.content}]
         if message.tool_calls:
+            turn["content"] = "" if message.content is None and self._wants_content else message.content
             dump = json.dumps if self._wants_text else dict
             turn["tool_calls"] = [_with_arguments(call, dump) for call in message.tool_calls]
         return turn
@@ -146,14 +148,20 @@ class ChatTemplate:
     @functools.cached_property
     def _wants_text(self) -> bool:
         """True: the template refuses arguments of calls that are objects, but not texts, as DeepSeek's does."""
+        return any(not self._calls({"a": 1}, c) and self._calls('{"a": 1}', c) for c in ("", None))
 
-        def renders(arguments: Json) -> bool:
-            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-            said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-            variables = {"messages": said, "tools": None, "documents": None, "add_generation_prompt": False}
-            return "texts" in _worker.ask({"template": self.source, "variables": [variables | dict(self.tokens)]})
+    @functools.cached_property
+    def _wants_content(self) -> bool:
+        """True: the template refuses calls without content, but not with an empty text, as Qwen 3 VL's does."""
+        arguments = '{"a": 1}' if self._wants_text else {"a": 1}
+        return not self._calls(arguments, None) and self._calls(arguments, "")
 
-        return not renders({"a": 1}) and renders('{"a": 1}')
+    def _calls(self, arguments: Json, content: str | None) -> bool:
+        """True: the template writes a message with such a call and content."""
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content, "tool_calls": [call]}]
+        variables = {"messages": said, "tools": None, "documents": None, "add_generation_prompt": False}
+        return "texts" in _worker.ask({"template": self.source, "variables": [variables | dict(self.tokens)]})
 
     def rows(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Conversation]:
         """Conversations to train in place of one. A template that writes an answer otherwise once others follow, such
@@ -180,7 +188,7 @@ class ChatTemplate:
         A template with generation blocks says so itself. Without them it is what follows each prompt, up to the special
         token that ends it; where none does, up to the special token with which the next turn begins, as in GLM 4.5.
         Raises UserError for an answer that no special token ends, and for one that does not begin as its prompt."""
-        turns = _harmless(conversation, tokenizer, self._marks)
+        turns = harmless(conversation, tokenizer, self._marks)
         text, spans = self._blocks(turns, tokenizer) if self._tagged else self._answers(turns, tokenizer)
         with no_panic():
             encoded = reader(tokenizer).encode(text, add_special_tokens=False)
@@ -277,9 +285,44 @@ class ChatTemplate:
         """The ids of `text`. A message cannot end its own turn: a special token that its content spells out is split by
         a word joiner (U+2060)."""
 
-        text = self.text(_harmless(messages, tokenizer, self._marks), variables)
+        text = self.text(harmless(messages, tokenizer, self._marks), variables)
         with no_panic():
             return reader(tokenizer).encode(text, add_special_tokens=False).ids
+
+    def results(
+        self, messages: Conversation, tokenizer: Tokenizer, before: Conversation = (Message("user", "x"),)
+    ) -> list[int]:
+        """Token ids of the results of calls and of the beginning of the assistant's next turn, which follow the token
+        that ended the calls. Nothing else is encoded: neither `before`, any conversation that the calls may follow, nor
+        the calls. Raises UserError if the template does not write results behind calls as they were."""
+        call, refused = calling(messages), UserError(_ELSEWHERE)
+        for fields in ({}, *[{"reasoning_content": "x"}] * self._reasons):  # Qwen 3 forgets that there was none
+            try:
+                return self._after((*before, dataclasses.replace(call, fields=fields)), messages, tokenizer)
+            except UserError as error:
+                refused = error
+        raise refused
+
+    def _after(self, called: Conversation, messages: Conversation, tokenizer: Tokenizer) -> list[int]:
+        """Token ids that follow the end of the last message of `called` if these come next."""
+        from gptjax.inference.formats import reply_format
+
+        within = reply_format(self.source, tokenizer).marks.values()
+        names = tuple(name for name in _names(tokenizer) if name not in within)
+        turns = harmless((*called, *messages), tokenizer, self._marks)
+        (part, _), (text, _) = self._written([(turns[: len(called)], False), (turns, True)])
+        if (stop := self._end(part, text, names)) is None:
+            raise UserError(_ELSEWHERE)
+        start = len(text[:stop].rstrip())
+        if not text[:start].endswith(names):
+            if not (following := next((name for name in names if text.startswith(name, stop)), "")):
+                raise UserError(_ENDLESS)
+            start = stop + len(following)
+        with no_panic():
+            head, whole = (reader(tokenizer).encode(t, add_special_tokens=False).ids for t in (text[:start], text))
+        if whole[: len(head)] != head:
+            raise UserError(_ELSEWHERE)
+        return whole[len(head) :]
 
 
 def _with_arguments(call: Mapping[str, Any], dump: Callable[[Any], Any]) -> dict[str, Any]:
@@ -324,26 +367,6 @@ def _start(prompt: str, text: str, end: int) -> int:
 def _ends(conversation: Conversation) -> list[int]:
     """Number of messages up to each of the assistant's that is a target."""
     return [i for i, message in enumerate(conversation, 1) if message.target]
-
-
-def _harmless(messages: Iterable[Message], tokenizer: Tokenizer, marks: Iterable[str]) -> Conversation:
-    """Messages in which no text spells out a special token: a word joiner splits it. marks: others that neither users
-    nor tools may spell out."""
-    marks = tuple(marks)
-
-    def split(value: Json, names: Iterable[str] = tuple(tokenizer.specials)) -> Any:
-        if isinstance(value, str):
-            for name in names:
-                value = value.replace(name, name[:1] + JOINER + name[1:])
-        elif isinstance(value, Mapping):
-            return {split(name): split(inner) for name, inner in value.items()}
-        return type(value)(map(split, value)) if isinstance(value, list | tuple) else value
-
-    read = "content", "tool_calls", "fields", "tools"
-    found = [dataclasses.replace(m, **{name: split(getattr(m, name)) for name in read}) for m in messages]
-    return tuple(
-        dataclasses.replace(m, content=split(m.content, marks)) if m.role in ("user", "tool") else m for m in found
-    )
 
 
 _worker = Worker(Path(__file__).with_name("template_worker.py"))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gptjax.tasks.code import HumanEval
     from gptjax.tasks.combine import FewShot, HeldOut, Mixture, Slice
     from gptjax.tasks.conversations import TaskConversations, TaskPairs
+    from gptjax.tasks.functions import Calculate, ChatTools, Function, Functions, RunPython
     from gptjax.tasks.letters import CountLetters, Spelling
     from gptjax.tasks.memorised import Memorised
     from gptjax.tasks.overlap import Summaries, Summarise, Translate, Translations
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
     from gptjax.tasks.safety import Jailbreak, OverRefusal, Refusal
     from gptjax.tasks.squad import OtherPassage, Reading, Squad
     from gptjax.tasks.task import Choices, ChoiceTask, Generation, Reply, Score, Task
-    from gptjax.tasks.tools import Calculator, Function, Functions, Python, Tool
+    from gptjax.tasks.tools import Calculator, Python, Tool
 
 __all__ = [
     "Arc",
     "ArcChallenge",
     "ArcEasy",
+    "Calculate",
     "Calculator",
+    "ChatTools",
     "ChoiceTask",
     "Choices",
     "CountLetters",
@@ -50,6 +53,7 @@ __all__ = [
     "Reading",
     "Refusal",
     "Reply",
+    "RunPython",
     "Score",
     "SentencePolarity",
     "Slice",
@@ -71,6 +75,7 @@ _NAMES = {
     "gptjax.tasks.code": "HumanEval",
     "gptjax.tasks.combine": "FewShot HeldOut Mixture Slice",
     "gptjax.tasks.conversations": "TaskConversations TaskPairs",
+    "gptjax.tasks.functions": "Calculate ChatTools Function Functions RunPython",
     "gptjax.tasks.letters": "CountLetters Spelling",
     "gptjax.tasks.memorised": "Memorised",
     "gptjax.tasks.overlap": "Summaries Summarise Translate Translations",
@@ -78,7 +83,7 @@ _NAMES = {
     "gptjax.tasks.safety": "Jailbreak OverRefusal Refusal",
     "gptjax.tasks.squad": "OtherPassage Reading Squad",
     "gptjax.tasks.task": "ChoiceTask Choices Generation Reply Score Task",
-    "gptjax.tasks.tools": "Calculator Function Functions Python Tool",
+    "gptjax.tasks.tools": "Calculator Python Tool",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -39,6 +39,11 @@ class Outcome:
     output: str = ""
     """Beginning of what it printed."""
 
+    @property
+    def said(self) -> str:
+        """The output, and the error."""
+        return "\n".join(part for part in (self.output.strip(), self.note) if part)
+
 
 def run(program: str, seconds: float = 10.0, memory: int = 512, unconfined: bool = False) -> Outcome:
     """Run a Python program to its end: "passed" if nothing was raised.

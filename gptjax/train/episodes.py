@@ -1,4 +1,4 @@
-"""Episodes: replies that an engine writes to prompts, many at a time, with answers of tools in them.
+"""Episodes: replies that an engine writes to prompts, many at a time, with what tools say between or in them.
 
 Tokens in, tokens out: an episode is the ids that were drawn, and between them the ids of what tools said. Nothing that
 was drawn is encoded again.
@@ -9,11 +9,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
 
+from gptjax.data.chat import Conversation, ConversationTemplate, Message
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Engine, Generation, Request
+from gptjax.inference.formats import reply_format
 from gptjax.inference.sampling import Sampling
+from gptjax.tasks.functions import ChatTools
+from gptjax.tasks.task import Reply
 from gptjax.tasks.tools import Tool
+from gptjax.train.turns import Turns
 from gptjax.types import UserError
 
 
@@ -44,11 +50,21 @@ class Episode:
     """Log-probability of each token in the distribution that it was drawn from, or the model's own for a greedy reply;
     0 for those of tools."""
     text: str = ""
-    """Text of the reply, answers of tools included, without the stop that ended it."""
+    """Text of the reply, without the stop that ended it: answers of tools in it included; after turns that were calls,
+    or if it might have been one, the last message, without reasoning."""
+    turns: list[Message] = dataclasses.field(default_factory=list)
+    """Messages before the last: calls and their results."""
     finished: bool = False
     """True: the model ended it. False: it was cut off at its maximum length. The engine's word."""
     calls: int = 0
     """Number of answers of tools."""
+    errors: int = 0
+    """Number of those to calls in a conversation that failed or could not be read."""
+
+    @property
+    def reply(self) -> Reply:
+        """The reply, to be scored."""
+        return Reply(self.text, self.finished, tuple(self.turns))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +81,30 @@ class Writing:
     """Tools that answer in the middle of a reply."""
     marks: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Special tokens that are part of the text, and their texts."""
+    turns: Turns | None = None
+    """Calls that end a turn. None: there are none."""
+
+    @classmethod
+    def of(
+        cls,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: tuple[str, ...],
+        tools: tuple[Tool, ...] | ChatTools,
+        tokenizer: Any,
+        template: ConversationTemplate | None,
+    ) -> Self:
+        """Settings for a model with this chat template. None: it has the format of `gptjax.data.chat`, or none."""
+        if isinstance(tools, ChatTools):
+            turns = Turns.of(tools, tokenizer, template)
+            return cls(max_tokens, sampling, stop, marks=turns.format.marks, turns=turns)
+        marks = {} if template is None else reply_format(template.source, tokenizer).marks
+        return cls(max_tokens, sampling, stop, tools, marks)
+
+    def check(self, prompt: Conversation) -> None:
+        """Raise UserError if the model cannot converse with the tools. prompt: one that offers them."""
+        if self.turns is not None:
+            self.turns.check(prompt)
 
     def room(self, episode: Episode, context: int) -> int:
         """Number of tokens that may follow, in a context of so many tokens."""
@@ -90,6 +130,8 @@ class Writing:
         """Put what was written into the episode, and a tool's answer behind a call. False: the reply has ended, or is
         cut off because the answer does not fit."""
         ids = [token.id for token in generation.tokens]
+        if self.turns is not None:
+            return self._extend_turns(self.turns, episode, generation, context)
         _put(episode, ids, [token.logprob for token in generation.tokens], drawn=True)
         if generation.finish != "stop":
             episode.text += generation.text
@@ -114,6 +156,30 @@ class Writing:
             episode.text, episode.finished = episode.text + generation.text, True
             return False
         episode.text += written
+        return True
+
+    def _extend_turns(self, turns: Turns, episode: Episode, generation: Generation, context: int) -> bool:
+        """As `extend`, in a conversation with tools."""
+        before = (*episode.asked.prompt, *episode.ids)
+        _put(episode, [t.id for t in generation.tokens], [t.logprob for t in generation.tokens], drawn=True)
+        message = turns.read(before, generation.text)
+        episode.text = message.text
+        if generation.finish != "stop":
+            return False
+        by_token = generation.tokens[-1].id in generation.stream.stop_token_ids
+        made = sum(turn.role == "assistant" for turn in episode.turns) + 1
+        if not by_token or not (message.tool_calls or turns.format.attempts(message.text)):
+            episode.finished = True
+            return False
+        if made == turns.tools.turns:
+            return False
+        results, errors = turns.results(message, episode.calls)
+        said = turns.encode(results)
+        if len(said) > self.room(episode, context):
+            return False
+        _put(episode, said, [0.0] * len(said), drawn=False)
+        episode.turns += [message, *results]
+        episode.calls, episode.errors = episode.calls + len(results), episode.errors + errors
         return True
 
 

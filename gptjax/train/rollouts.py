@@ -24,6 +24,7 @@ from gptjax.data.sources import check_fraction, held_out
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
 from gptjax.inference.sampling import Sampling
 from gptjax.protocols import ModelConfig, Reward, Split, Tokenizer
+from gptjax.tasks.functions import ChatTools, check_tools
 from gptjax.tasks.task import Task
 from gptjax.tasks.tools import Tool
 from gptjax.train.episodes import Writing
@@ -64,8 +65,8 @@ class Rollouts:
     loss and its denominator."""
     refill: int = 0
     """Maximum number of times that a round asks for more groups in place of those dropped (DAPO's dynamic sampling)."""
-    tools: tuple[Tool, ...] = ()
-    """Tools that answer in the middle of a reply: `tasks.Calculator()`."""
+    tools: tuple[Tool, ...] | ChatTools = ()
+    """Tools that answer in the middle of a reply, `(tasks.Calculator(),)`, or in a conversation, `tasks.ChatTools`."""
     form: Literal["chat", "text"] = "chat"
     """Form of the prompts: the model's conversation format, or a text to continue."""
     template: ConversationTemplate | None = None
@@ -95,21 +96,20 @@ class Rollouts:
         if not self.timeout > 0:
             raise UserError(f"timeout: got {self.timeout}, must be above 0 seconds")
         check_fraction(self.validation)
-        for tool in self.tools:
-            tool.check()
+        check_tools(self.tools, self.form)
 
     @property
     def round(self) -> int:
         """Number of steps of a round. Checkpoints are saved between rounds."""
         return self.minibatches * self.passes
 
-    @property
-    def writing(self) -> Writing:
+    def writing(self, tokenizer: Tokenizer) -> Writing:
         """Settings that replies are written with."""
         generation = self.task.generation
         stop = generation.stop if self.form == "chat" else generation.text_stop
         most = self.max_tokens or generation.max_tokens
-        return Writing(most, Sampling(temperature=self.temperature), stop, self.tools)
+        sampling, template = Sampling(temperature=self.temperature), self.template if self.form == "chat" else None
+        return Writing.of(most, sampling, stop, self.tools, tokenizer, template)
 
     def batches(
         self, tokenizer: Tokenizer, split: Split, seed: int, cache_dir: str | Path, shard: int = 0, num_shards: int = 1
@@ -159,7 +159,12 @@ class Rollouts:
     def _encode(self, tokenizer: Tokenizer, i: int) -> list[int]:
         if self.form == "text":
             return self.prompt(tokenizer, self.task.text(i))
-        return self._converse(tokenizer, self.task.prompt(i))
+        return self._converse(tokenizer, self.messages(i))
+
+    def messages(self, i: int) -> Conversation:
+        """Prompt of item `i`, which offers the tools of a conversation."""
+        messages = self.task.prompt(i)
+        return self.tools.offered(messages) if isinstance(self.tools, ChatTools) else messages
 
     def _converse(self, tokenizer: Tokenizer, messages: Conversation) -> list[int]:
         template = self.template

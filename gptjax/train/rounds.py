@@ -92,7 +92,7 @@ class Round:
             "rollout_seconds": self.seconds,
             "rollout_tokens_per_second": sum(tokens) / seconds,
             **{status.replace(" ", "_"): float(n) for status, n in sorted(counts.items()) if status != "scored"},
-            **({"tool_calls": calls} if (calls := _mean_calls(replies)) else {}),
+            **_calls(replies),
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -287,5 +287,8 @@ def _batch(data: Rollouts, groups: Sequence[Sequence[Scored]], step: int) -> Epi
     return batch
 
 
-def _mean_calls(replies: Sequence[Scored]) -> float:
-    return float(np.mean([scored.episode.calls for scored in replies]))
+def _calls(replies: Sequence[Scored]) -> dict[str, float]:
+    """Mean numbers of calls of tools and of those that failed; empty if there were no calls."""
+    calls = float(np.mean([scored.episode.calls for scored in replies]))
+    errors = float(np.mean([scored.episode.errors for scored in replies]))
+    return {"tool_calls": calls, "tool_errors": errors} if calls else {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
-from gptjax.data.chat import Message
+from gptjax.data.chat import Message, conversation
 from gptjax.inference.engine import Engine
 from gptjax.protocols import Tokenizer
 from gptjax.tasks.scorers import Scorers
@@ -40,6 +40,7 @@ class Scored:
             "step": step,
             "item": asked.item,
             "sample": asked.sample,
+            **({"turns": turns} if (turns := [turn.as_json() for turn in self.episode.turns]) else {}),
             "reply": self.episode.text,
             "tokens": len(self.episode.ids),
             "finished": self.episode.finished,
@@ -52,13 +53,15 @@ class Scored:
         """All of it, of JSON types but for the prompt."""
         asked = {"item": self.episode.asked.item, "sample": self.episode.asked.sample, "seed": self.episode.asked.seed}
         written = {name: value for name, value in vars(self.episode).items() if name != "asked"}
+        written["turns"] = [turn.as_json() for turn in self.episode.turns]
         return {"asked": asked, "episode": written, "score": dataclasses.asdict(self.score)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], prompts: Mapping[int, tuple[int, ...]]) -> Self:
         """The reply that `as_json` returned."""
         asked = Asked(prompt=prompts[data["asked"]["item"]], **data["asked"])
-        return cls(Episode(asked, **data["episode"]), Score(**data["score"]))
+        written = {**data["episode"], "turns": [*conversation(data["episode"]["turns"])]}
+        return cls(Episode(asked, **written), Score(**data["score"]))
 
 
 class Writer:
@@ -66,6 +69,7 @@ class Writer:
 
     def __init__(self, data: Rollouts, tokenizer: Tokenizer):
         self._data, self._tokenizer = data, tokenizer
+        self._writing = data.writing(tokenizer)
         self._scorers = Scorers(data.task, data.workers, data.timeout)
         self._engine: Engine | None = None
         self._lock = threading.Lock()
@@ -73,10 +77,12 @@ class Writer:
         """Error of a judge that does not answer."""
 
     def probe(self, items: Sequence[int]) -> None:
-        """Score right and empty replies. Raises UserError if all rewards are the same, or one is not a number."""
+        """Score right and empty replies. Raises UserError if all rewards are the same, or one is not a number, and if
+        the model cannot converse with the tools."""
         task = self._data.task
-        replies = [(i, text) for i in items[:PROBES] for text in (task.example(i)[-1].text, "")]
-        futures = [self._scorers.submit(i, Reply(text)) for i, text in replies]
+        self._writing.check(self._data.messages(items[0]))
+        replies = [(i, Reply(text)) for i in items[:PROBES] for text in (task.example(i)[-1].text, "")]
+        futures = [self._scorers.submit(i, reply) for i, reply in replies]
         scores = self._rewarded(replies, [future.result() for future in futures])
         rewards = {score.value for score in scores}
         if len(rewards) == 1:
@@ -90,14 +96,14 @@ class Writer:
         Raises UserError that names the item and the reply if a score fails or is not a number."""
         found: dict[Asked, tuple[Episode, Future[Score]]] = {}
         with self._lock:
-            for episode in write(self._engine_of(policy), asked, self._data.writing):
+            for episode in write(self._engine_of(policy), asked, self._writing):
                 one = episode.asked
-                found[one] = episode, self._scorers.submit(one.item, Reply(episode.text, episode.finished))
+                found[one] = episode, self._scorers.submit(one.item, episode.reply)
                 if stopped():
                     self._engine = None  # with all that is in progress
                     return None
         ended = [found[one] for one in asked]
-        replies = [(episode.asked.item, episode.text) for episode, _ in ended]
+        replies = [(episode.asked.item, episode.reply) for episode, _ in ended]
         try:
             scores = self._rewarded(replies, [future.result() for _, future in ended])
         except Unavailable as error:
@@ -105,14 +111,15 @@ class Writer:
             return None
         return [Scored(episode, score) for (episode, _), score in zip(ended, scores, strict=True)]
 
-    def _rewarded(self, replies: Sequence[tuple[int, str]], scores: Sequence[Score]) -> Sequence[Score]:
+    def _rewarded(self, replies: Sequence[tuple[int, Reply]], scores: Sequence[Score]) -> Sequence[Score]:
         """Scores of replies to items, with the rewards of `Rollouts.reward`. Raises UserError, with the item and the
         reply, if a score failed or a reward is not finite."""
         task, judge = self._data.task, self._data.reward
         values = [score.value for score in scores]
         if judge is not None:
-            values = judge([(*task.prompt(i), Message("assistant", text)) for i, text in replies])
-        for (i, text), score, value in zip(replies, scores, values, strict=True):
+            values = judge([(*task.prompt(i), *reply.turns, Message("assistant", reply.text)) for i, reply in replies])
+        for (i, reply), score, value in zip(replies, scores, values, strict=True):
+            text = reply.text
             if score.status == "failed":
                 raise UserError(f"task: {task.name} failed to score {text[-60:]!r} for item {i}: {score.note}")
             if not np.isfinite(value):

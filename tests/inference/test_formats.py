@@ -217,6 +217,15 @@ def test_channels_are_reasoning_content_and_calls():
         assert read([CHANNELS[:cut], CHANNELS[cut:]]) == expected
     assert read([*CHANNELS]) == expected
     assert read(["Hello."]) == ("Hello.", "", [])
+    tool_first = CHANNELS.replace(
+        "<|channel|>commentary to=functions.weather <|constrain|>", " to=functions.weather<|channel|>"
+    )
+    for cut in range(len(tool_first)):
+        assert read([tool_first[:cut], tool_first[cut:]]) == expected
+    call = tool_first.rpartition("assistant")[2]
+    for cut in range(len(call)):
+        assert read([call[:cut], call[cut:]]) == ("", "", expected[2])
+    assert read([" to", "day."]) == (" today.", "", [])
     assert read([CHANNELS], tools=False) == ('I look.{"city": "Rome"}', "Rome, then.", [])
     compiler = Compiler(tokenizer, tokenizer.vocab)
     held = form.held(Choice(("yes",)), form.calls({"now": None, "weather": SCHEMA}, True), [1], tokenizer)

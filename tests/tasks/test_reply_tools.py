@@ -68,7 +68,7 @@ TOOLS = Functions((Length(), Shout()))
             {"name": "length", "arguments": {"line": 1, "x": 1}},
             "error: no parameter x, must be one of line, upper, fac",
         ),
-        ({"name": "length", "arguments": [1]}, "error: arguments must be an object"),
+        ({"name": "length", "arguments": [1]}, "error: arguments must be of type object"),
         ({"name": "sing"}, "error: no function sing, must be one of length, shout"),
         ([1], "error: must be {"),
     ],

@@ -106,6 +106,13 @@ class ReplyFormat:
         fields = {"reasoning_content": reasoning} if reasoning else {}
         return Message("assistant", content or (None if calls else ""), tool_calls=tuple(calls), fields=fields)
 
+    def attempts(self, text: str) -> bool:
+        """True: a reply without a call that can be read has the beginning of one."""
+        form = self.tools
+        if form is None:
+            return False
+        return any(mark in text for mark in form.begin) or (form.bare and text.lstrip().startswith('{"name"'))
+
     def calls(self, tools: Mapping[str, Mapping | None], parallel: bool) -> Grammar:
         """Replies that are calls of these tools, each with the JSON schema of its arguments; one call if not
         `parallel`. Raises UserError if the format is not known."""

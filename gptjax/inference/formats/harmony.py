@@ -12,6 +12,8 @@ from gptjax.inference.formats.reader import Reader, find_mark
 from gptjax.inference.formats.tool_format import ToolFormat
 
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
+HEADS = START, CHANNEL, " to="
+"""Beginnings of a message's header; the model may name the tool before the channel."""
 TOOL = re.compile(r"to=functions\.([A-Za-z0-9_.:-]+)")
 
 
@@ -46,8 +48,8 @@ class HarmonyReader(Reader):
         """Before a message. A reply without a header is content."""
         if not self._rest:
             return False
-        if not any(self._rest.startswith(mark) for mark in (START, CHANNEL)):
-            if not self._ended and any(mark.startswith(self._rest) for mark in (START, CHANNEL)):
+        if not self._rest.startswith(HEADS):
+            if not self._ended and any(mark.startswith(self._rest) for mark in HEADS):
                 return False
             self._kind = "content"
             return self._go(self._body, self._rest)
