@@ -84,6 +84,23 @@ def test_a_call_is_host_time_only_where_the_devices_had_nothing_to_do(monkeypatc
     assert (parts["host"], parts["device"]) == (2.0, 12.0)
 
 
+def test_an_interval_that_ends_while_the_devices_are_busy_is_theirs(monkeypatch):
+    """Whatever the host did in it; what follows is the host's."""
+    devices = Devices(monkeypatch)
+    clock = Clock(0, tokens=10, flops=6.0)
+    devices.run(clock, 10.0)
+    for part, seconds in (("host", 2.0), ("input", 3.0), ("checkpoint", 4.0), ("host", 6.0), ("input", 1.0)):
+        devices.wait(seconds)
+        clock.lap(part)
+    parts = clock.take(1).parts
+    assert {name: parts[name] for name in ("device", "host", "input", "checkpoint")} == {
+        "device": 9.0,
+        "host": 6.0,
+        "input": 1.0,
+        "checkpoint": 0.0,
+    }
+
+
 def test_what_is_beside_the_steps_is_apart(monkeypatch):
     devices = Devices(monkeypatch)
     clock = Clock(5, tokens=10, flops=6.0)
