@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # walking pytest's stack for every traced operation
 os.environ.setdefault("MPLBACKEND", "Agg")
+# glibc in the processes that this one starts, workers too: memory that a compilation freed serves the next one, from
+# one heap for all threads, where it was given back to the kernel and asked for again.
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**28))
+os.environ.setdefault("MALLOC_TOP_PAD_", str(2**24))
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
 
 import pytest
 
@@ -43,6 +50,27 @@ def forget_programs() -> Iterator[None]:
     maps = Path("/proc/self/maps")
     if (jax := sys.modules.get("jax")) and maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_mlir_context() -> Iterator[None]:
+    """Lower the programs of a file in one MLIR context per thread. jax makes one for each program, and loading its
+    dialects takes up to half of the CPU time that a small program needs. The compiled programs are the same. A jax
+    without this private function does without."""
+    mlir = sys.modules.get("jax._src.interpreters.mlir")
+    if not hasattr(mlir, "make_ir_context"):
+        yield
+        return
+    make, threads = mlir.make_ir_context, threading.local()
+
+    def shared() -> object:
+        if not hasattr(threads, "context"):
+            threads.context = make()
+        return threads.context
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, "make_ir_context", shared)
+        yield
 
 
 @pytest.fixture(scope="session")
