@@ -29,6 +29,9 @@ def environment() -> dict[str, str]:
 SLOW = {
     "docs/tutorials/one_chip_to_many.md",  # starts several processes, and plans for other chips
     "docs/tutorials/align.md",  # trains twice
+    "docs/tutorials/fine_tune.md",  # trains twice
+    "docs/tutorials/own_module.md",  # starts a pytest of the laws that each idea of ours has
+    "docs/tutorials/own_text.md",  # starts six processes, for what the tests of each command hold
     "docs/tutorials/rewards.md",  # trains twice
 }
 

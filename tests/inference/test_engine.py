@@ -220,9 +220,15 @@ def test_nothing_is_compiled_while_it_runs():
     assert [getattr(programs, name)._cache_size() for name in names] == before
 
 
-@pytest.mark.parametrize("draft", [None, NGram(3)], ids=["plain", "draft"])
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("name", "page"), [("rope", 16), ("latent", 16), ("latent", 64)])
+POOLS = [  # of the quick half, any two values stand together in one case
+    pytest.param(name, page, rows, draft, marks=[pytest.mark.slow] * ((i + j + k) % 2))
+    for i, (name, page) in enumerate((("rope", 16), ("latent", 16), ("latent", 64)))
+    for j, rows in enumerate((1, 4))
+    for k, draft in enumerate((None, NGram(3)))
+]
+
+
+@pytest.mark.parametrize(("name", "page", "rows", "draft"), POOLS)
 def test_no_program_copies_the_pool(name, page, rows, draft):
     """A copy would cost more than all else: a pool has the size of all texts together."""
     config, pages = CONFIGS[name], 77
