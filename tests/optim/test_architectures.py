@@ -110,7 +110,7 @@ def test_a_part_of_ones_own_is_treated_like_ours():
         info = parameter_info(model)
         params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
         built = [optimizer.build(10, info, config.width_multiplier) for optimizer in OPTIMIZERS]
-        moves = [jax.jit(lambda p, one=one: one.update(p, one.init(p), p)[0])(params) for one in built]
+        moves = jax.jit(lambda p: [one.update(p, one.init(p), p)[0] for one in built])(params)
         adapters = LoRA(match=match).init(jax.random.key(1), params, info)
         return [params, *moves], [flat(adapters)[f"blocks/mlp/{match[0]}/{side}"] for side in "ab"]
 
