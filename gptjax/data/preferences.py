@@ -73,8 +73,10 @@ class PreferencesJsonl:
 def read_rows(
     path: str, invalid: Literal["error", "skip"], read: Callable[[Any], tuple[Document | None, str]], what: str
 ) -> Iterator[Document]:
-    """Documents that `read` makes of rows of JSON; those that it leaves out are counted by its reason and logged."""
+    """Documents that `read` makes of rows of JSON; those that it leaves out are counted by its reason and logged.
+    Raises UserError if it leaves out all."""
     left_out: dict[str, int] = {}
+    kept = False
     for file in find_files(path):
         for where, row in read_json(file, invalid):
             try:
@@ -84,7 +86,11 @@ def read_rows(
             if document is None:
                 left_out[reason] = left_out.get(reason, 0) + 1
             else:
+                kept = True
                 yield document
+    if left_out and not kept:
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
+        raise UserError(f"path: got {path}, all of whose {what} are left out: {reasons}; give others")
     for reason, count in left_out.items():
         log.warning("%s: left out %d %s with %s", path, count, what, reason)
 

@@ -53,6 +53,11 @@ def test_what_cannot_be_compared_is_left_out_and_counted(tmp_path, caplog):
         assert len(list(source.documents("train"))) == 1
     for reason in ("1 pairs with equal replies", "1 pairs with an empty reply", "1 pairs with different prompts"):
         assert reason in caplog.text
+    nothing = written(tmp_path, good | {"rejected": "b"}, good | {"rejected": "b"}, good | {"chosen": ""})
+    with pytest.raises(
+        UserError, match=r"^path: got .*, all of whose pairs are left out: 2 with equal replies, 1 with an"
+    ):
+        next(nothing.documents("validation"))
 
 
 @pytest.mark.parametrize(
