@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gptjax.tasks.combine import FewShot, HeldOut, Mixture, Slice
     from gptjax.tasks.conversations import TaskConversations, TaskPairs
     from gptjax.tasks.functions import Calculate, ChatTools, Function, Functions, RunPython
+    from gptjax.tasks.gym import ReasoningGym
     from gptjax.tasks.letters import CountLetters, Spelling
     from gptjax.tasks.memorised import Memorised
     from gptjax.tasks.overlap import Summaries, Summarise, Translate, Translations
@@ -51,6 +52,7 @@ __all__ = [
     "Piqa",
     "Python",
     "Reading",
+    "ReasoningGym",
     "Refusal",
     "Reply",
     "RunPython",
@@ -76,6 +78,7 @@ _NAMES = {
     "gptjax.tasks.combine": "FewShot HeldOut Mixture Slice",
     "gptjax.tasks.conversations": "TaskConversations TaskPairs",
     "gptjax.tasks.functions": "Calculate ChatTools Function Functions RunPython",
+    "gptjax.tasks.gym": "ReasoningGym",
     "gptjax.tasks.letters": "CountLetters Spelling",
     "gptjax.tasks.memorised": "Memorised",
     "gptjax.tasks.overlap": "Summaries Summarise Translate Translations",

@@ -136,7 +136,7 @@ def test_a_scorer_that_pays_for_bad_replies_is_found():
 def test_every_shipped_task_is_tried():
     shipped = {n for n in tasks.__all__ if isinstance(c := getattr(tasks, n), type) and issubclass(c, tasks.Task)}
     bases = {"Task", "ChoiceTask", "Arc", "ArcChallenge", "Reading", "Summaries", "Translations"}
-    others = {"FewShot", "HeldOut", "Memorised", "Mixture", "OtherPassage", "Slice"}
+    others = {"FewShot", "HeldOut", "Memorised", "Mixture", "OtherPassage", "ReasoningGym", "Slice"}
     assert shipped - bases - others == {*ROWS, *BUILT_IN, "SentencePolarity"}
 
 
