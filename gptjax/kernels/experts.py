@@ -7,6 +7,7 @@ the other rows of its expert.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,12 +41,12 @@ class Dispatch:
     """Rows per expert, including spare ones. None: the experts' own rows, contiguous."""
 
     def permute(self, x: Array) -> Array:
-        """Gather assignments into rows: [A, D] -> [R, D]."""
-        return _take(x, self.assignment, self.row)
+        """Gather assignments into rows: [A, D] -> [R, D]. Spare rows are not defined: no result depends on them."""
+        return _take(x, self.assignment, self.row, self._outside)
 
     def unpermute(self, y: Array) -> Array:
         """Gather rows into assignments: [R, D] -> [A, D]; 0 for a dropped assignment."""
-        return _take(y, self.row, self.assignment)
+        return _take(y, self.row, self.assignment, self._outside)
 
     def dot(self, x: Array, w: Array | PackedWeight, implementation: str | None = None) -> Array:
         """Multiply each row by the matrix of its expert: x [R, D], w [E, D, F] -> [R, F]."""
@@ -57,7 +58,14 @@ class Dispatch:
 
     def per_row(self, b: Array, ids: Array) -> Array:
         """The vector of each row's expert: b [E, F], expert of each assignment ids int32 [A] -> [R, F]."""
-        return self.permute(jax.nn.one_hot(ids, len(b), dtype=b.dtype)) @ b
+        rows: Array = _take(jax.nn.one_hot(ids, len(b), dtype=b.dtype), self.assignment, self.row, "fill")
+        return rows @ b
+
+    @property
+    def _outside(self) -> str:
+        """Mode of gathers. Without a capacity nothing is dropped, and `grouped_dot` ignores spare rows: they need not
+        be 0, which would take another pass over all rows on a TPU."""
+        return "clip" if self.capacity is None else "fill"
 
 
 def dispatch(ids: Array, experts: int, capacity: int | None = None, limit: Array | None = None) -> Dispatch:
@@ -85,18 +93,18 @@ def dispatch(ids: Array, experts: int, capacity: int | None = None, limit: Array
     return Dispatch(jnp.minimum(sizes, limit), assignment, row, capacity)
 
 
-@jax.custom_vjp
-def _take(x: Array, there: Array, back: Array) -> Array:
-    """x [M, D], there int [P] -> x[there] [P, D], zero where `there` is M. `back` is the inverse of `there`: with it
-    the gradient is a gather too, as scatter-add is slow on a CPU."""
-    return x.at[there].get(mode="fill", fill_value=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _take(x: Array, there: Array, back: Array, mode: str) -> Array:
+    """x [M, D], there int [P] -> x[there] [P, D]; where `there` is M, zero ("fill") or x[M - 1] ("clip"). `back` is the
+    inverse of `there`: with it the gradient is a gather too, as scatter-add is slow on a CPU."""
+    return x.at[there].get(mode=mode, fill_value=0 if mode == "fill" else None)
 
 
-def _take_backward(back: Array, g: Array) -> tuple[Array, None, None]:
-    return g.at[back].get(mode="fill", fill_value=0), None, None
+def _take_backward(mode: str, back: Array, g: Array) -> tuple[Array, None, None]:
+    return _take(g, back, back, mode), None, None
 
 
-_take.defvjp(lambda x, there, back: (_take(x, there, back), back), _take_backward)
+_take.defvjp(lambda x, there, back, mode: (_take(x, there, back, mode), back), _take_backward)
 
 
 def grouped_dot(x: Array, w: Array | PackedWeight, sizes: Array, implementation: str | None = None) -> Array:

@@ -235,6 +235,14 @@ def test_over_capacity_the_last_choices_are_dropped():
     assert_close(y, chosen * run(dataclasses.replace(only_first, capacity=None), params, half[None]))
 
 
+@pytest.mark.parametrize("capacity", [None, 4])
+def test_rows_are_masked_only_where_some_are_dropped(capacity):
+    """A mask is another pass over all rows."""
+    order = kernel.dispatch(jnp.array([0, 2, 1, 2, 0, 2]), 3, capacity)
+    there_and_back = jax.grad(lambda x: order.unpermute(order.permute(x)).sum())
+    assert ("FILL_OR_DROP" in str(jax.make_jaxpr(there_and_back)(jnp.ones((6, 2))))) == (capacity is not None)
+
+
 def test_experts_that_no_token_goes_to_are_not_read():
     part = MixtureOfExperts(router=Softmax(bias=True))
     params = parameters(part) | {"router_bias": jnp.where(jnp.arange(8) < 2, 90.0, 0)}
