@@ -8,15 +8,15 @@ Not run. The plan, a roofline, from best case (everything overlaps) to worst (no
     tokens per step                   1 million
     FLOPs per step                    1.12e16 of the model, 1.35e16 executed
     memory per chip                   14.3 of 16 GiB
-    per chip and step                 1.4 TiB to and from HBM, 36 GiB sent
-    time per step                     4.3 s (bound by compute) to 7.1 s
-    MFU                               50 to 83 %
+    per chip and step                 1.3 TiB to and from HBM, 36 GiB sent
+    time per step                     4.3 s (bound by compute) to 6.9 s
+    MFU                               51 to 83 %
     tokens per day                    13 to 21 billion
-    30,000 steps                      36 to 59 hours, $690 to $1,130 ($1.20 per chip-hour, not verified)
+    30,000 steps                      36 to 58 hours, $690 to $1,110 ($1.20 per chip-hour, not verified)
 
 With parameters sharded over all 16 chips, eight microbatches and `--model.remat nothing_saveable` a step takes 4.7 to
-9.7 s in 4.2 GiB: products are split into loops that overlap with their communication, at twice the HBM traffic, and
-gradients are all-reduced instead of reduce-scattered.
+8.2 s in 4.3 GiB: 86 GiB are sent, as gradients are all-reduced instead of reduce-scattered. (XLA would split products
+into loops that overlap with their communication, at twice the HBM traffic, 4.7 to 9.5 s: `distributed/xla.py`.)
 """
 
 from gptjax import Experiment, MeshConfig, Stage, data, objectives, optim

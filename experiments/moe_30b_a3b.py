@@ -7,12 +7,12 @@ devices. Not run. The plan, from best case (everything overlaps) to worst (nothi
 
     tokens per step                   4.2 million
     FLOPs per step                    1.17e17 of the model, 1.53e17 executed
-    memory per chip                   78.8 of 95 GiB
-    per chip and step                 5.2 TiB to and from HBM, 185 GiB sent
-    time per step                     2.6 s (bound by compute) to 5.8 s
-    MFU                               35 to 77 %
-    tokens per day                    63 to 139 billion
-    100,000 steps                     3.0 to 6.7 days, $39,000 to $86,000 ($4.20 per chip-hour, not verified)
+    memory per chip                   79.8 of 95 GiB
+    per chip and step                 4.1 TiB to and from HBM, 167 GiB sent
+    time per step                     2.6 s (bound by compute) to 5.2 s
+    MFU                               38 to 77 %
+    tokens per day                    70 to 139 billion
+    100,000 steps                     3.0 to 6.0 days, $39,000 to $78,000 ($4.20 per chip-hour, not verified)
 
 With parameters sharded over all 128 chips and `--model.remat nothing_saveable` the MFU is 28 to 67 %, in 20.5 GiB, and
 341 GiB are sent. With `--mesh.data 1 --mesh.fsdp 8 --mesh.expert 16 --pretrain.accumulate 4 --model.remat
