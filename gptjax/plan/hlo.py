@@ -51,12 +51,7 @@ class Run:
 
     def shape(self, operand: str) -> str:
         """Shape of an operand, given by its name or written out."""
-        name, *elements = operand.split("#")
-        found = self.computation.get(name)
-        shape = operand if found is None else found.shape
-        for element in elements:
-            shape = _elements(shape)[int(element)]
-        return shape
+        return shape_in(self.computation, operand)
 
     @property
     def shapes(self) -> list[str]:
@@ -135,6 +130,15 @@ class Program:
 def result(computation: dict[str, Instruction]) -> Instruction:
     """The root instruction of a computation, whose result it returns."""
     return next(instruction for instruction in computation.values() if instruction.root)
+
+
+def shape_in(computation: dict[str, Instruction], operand: str) -> str:
+    """Shape of an operand in a computation, given by its name or written out."""
+    name, *elements = operand.split("#")
+    shape = computation[name].shape if name in computation else operand
+    for element in elements:
+        shape = _elements(shape)[int(element)]
+    return shape
 
 
 def size(shape: str) -> int:

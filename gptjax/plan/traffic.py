@@ -78,13 +78,15 @@ def _written(program: hlo.Program, computation: dict[str, hlo.Instruction], inst
     if instruction.opcode in ("bitcast", "reshape"):
         return _written(program, computation, computation[instruction.names[0]])
     if instruction.opcode == "tuple":
-        parts = (
-            min(_written(program, computation, computation[inner]), hlo.size_in_hbm(computation[inner].shape))
-            for inner in instruction.names
-        )
-        return sum(parts)
+        return sum(_written_of(program, computation, inner) for inner in instruction.names)
     if instruction.opcode == "fusion":
         (called,) = program.called(instruction)
         inner = program.computations[called]
         return _written(program, inner, hlo.result(inner))
     return float("inf")
+
+
+def _written_of(program: hlo.Program, computation: dict[str, hlo.Instruction], name: str) -> float:
+    """Bytes that a fusion writes of an element of its result. An element of a kernel's results, `call#1`: all of it."""
+    size = hlo.size_in_hbm(hlo.shape_in(computation, name))
+    return min(_written(program, computation, computation[name]), size) if name in computation else size

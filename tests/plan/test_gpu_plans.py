@@ -98,6 +98,37 @@ def test_calls_of_cudnn_and_cublas_count_their_products_and_bytes():
     assert attention(hlo.Program.parse(text)) == {"Pallas": 1}
 
 
+IN_PLACE = """\
+%fused (x: bf16[256,512], w: bf16[512,128], all: bf16[7,256,128], i: s32[]) -> (bf16[7,256,128], s8[1024]) {
+  %x = bf16[256,512]{1,0} parameter(0)
+  %w = bf16[512,128]{1,0} parameter(1)
+  %all = bf16[7,256,128]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %call = (bf16[256,128]{1,0}, s8[1024]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  %one = bf16[1,256,128]{2,1,0} bitcast(%call#0)
+  %zero = s32[] constant(0)
+  %into = bf16[7,256,128]{2,1,0} dynamic-update-slice(%all, %one, %i, %zero, %zero)
+  ROOT %both = (bf16[7,256,128]{2,1,0}, s8[1024]{0}) tuple(%into, %call#1)
+}
+
+ENTRY %main (x: bf16[256,512], w: bf16[512,128], all: bf16[7,256,128], i: s32[]) -> (bf16[7,256,128], s8[1024]) {
+  %x = bf16[256,512]{1,0} parameter(0)
+  %w = bf16[512,128]{1,0} parameter(1)
+  %all = bf16[7,256,128]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+  ROOT %y = (bf16[7,256,128]{2,1,0}, s8[1024]{0}) fusion(%x, %w, %all, %i), kind=kCustom, calls=%fused
+}
+"""
+"""cuBLAS writes into a chunk of a larger array; its second result is the memory that it works in."""
+
+
+def test_a_product_written_in_place_counts_its_own_bytes():
+    (product,) = kernels(hlo.Program.parse(IN_PLACE))
+    assert product.flops == 2 * 256 * 512 * 128
+    assert product.moved == 2 * (256 * 512 + 512 * 128 + 256 * 128) + 1024 + 4
+
+
 def test_kernels_run_one_after_the_other():
     """One bound by products, one by memory: the sum of their times, between the best and the worst case."""
     chip, target = CHIPS["h100"], Target.parse("h100:1")
