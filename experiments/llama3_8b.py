@@ -4,16 +4,16 @@ Parameters are sharded over 16 chips. Not run. 2 million tokens per step; 1.21e1
 executed. `gptjax plan llama3_8b --on ...`, from best case (everything overlaps) to worst (nothing does):
 
                                       v5p:4x4x4                     v6e:16x16
-    memory per chip                   74.2 of 95 GiB                25.9 of 32 GiB
+    memory per chip                   74.1 of 95 GiB                25.9 of 32 GiB
     sent per chip                     45 GiB                        46 GiB
-    time per step                     4.9 to 6.2 s                  0.62 to 1.32 s
-    MFU                               67 to 84 %                    39 to 84 %
-    tokens per day                    29 to 37 billion              137 to 293 billion
-    100,000 steps                     5.7 to 7.1 days               17.2 to 36.7 hours
-    price ($4.20, $2.70 an hour)      $37,000 to $46,000            $11,900 to $25,300
+    time per step                     4.9 to 5.8 s                  0.62 to 1.18 s
+    MFU                               71 to 84 %                    44 to 84 %
+    tokens per day                    31 to 37 billion              153 to 293 billion
+    100,000 steps                     5.7 to 6.7 days               17.2 to 32.8 hours
+    price ($4.20, $2.70 an hour)      $36,900 to $43,400            $11,900 to $22,700
 
-With parameters sharded over all chips and `--model.remat nothing_saveable` the MFU is 58 to 73 % on v5p, in 18 GiB, and
-88 GiB are sent, as every collective over the whole slice becomes an all-reduce; on v6e 35 to 73 %, in 6 GiB.
+With parameters sharded over all chips and `--model.remat nothing_saveable` the MFU is 61 to 73 % on v5p, in 18 GiB, and
+88 GiB are sent, as every collective over the whole slice becomes an all-reduce; on v6e 38 to 73 %, in 6 GiB.
 """
 
 from gptjax import Experiment, MeshConfig, Stage, data, objectives, optim

@@ -6,11 +6,11 @@ step, four fifths of them in attention; 3.8e17 executed. The plan, from best cas
 
     gptjax plan long_context --on v5p:4x4x4
 
-    memory per chip                   63.2 of 95 GiB
-    time per step                     13.0 to 15.0 s
-    MFU                               60 to 69 %
+    memory per chip                   49.5 of 95 GiB
+    time per step                     13.0 to 14.8 s
+    MFU                               61 to 69 %
     tokens per day                    6.1 to 7.0 billion
-    100,000 steps                     15 to 17 days, $97,000 to $112,000 ($4.20 per chip-hour)
+    100,000 steps                     15 to 17 days, $97,000 to $110,000 ($4.20 per chip-hour)
 
 The plan counts scores that the causal mask hides. Splash skips half of them, so a step may be faster.
 """

@@ -14,7 +14,7 @@ devices. Not run. The plan, from best case (everything overlaps) to worst (nothi
     tokens per day                    70 to 139 billion
     100,000 steps                     3.0 to 6.0 days, $39,000 to $78,000 ($4.20 per chip-hour, not verified)
 
-With parameters sharded over all 128 chips and `--model.remat nothing_saveable` the MFU is 28 to 67 %, in 20.5 GiB, and
+With parameters sharded over all 128 chips and `--model.remat nothing_saveable` the MFU is 30 to 67 %, in 21.1 GiB, and
 341 GiB are sent. With `--mesh.data 1 --mesh.fsdp 8 --mesh.expert 16 --pretrain.accumulate 4 --model.remat
 nothing_saveable` a step takes 18.6 to 25 s, bound by HBM: as no token is dropped, each of the 16 devices over which the
 experts are sharded has room for the rows of all 16.
