@@ -43,7 +43,7 @@ def flops(run: hlo.Run, expert_shards: int = 1) -> float:
     if instruction.target.startswith("__cublas$"):
         return _product(run)
     if instruction.opcode == "custom-call":
-        cost = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
+        cost = re.search(r'"cost_estimate":\{[^}]*"flops":"(\d+)"', instruction.rest)
         grouped = instruction.name.startswith("ragged-dot") or "tgmm" in instruction.name  # of kernels/experts.py
         return float(cost[1]) / (expert_shards if grouped else 1) if cost else 0.0
     if instruction.opcode == "dot":
