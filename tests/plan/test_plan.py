@@ -73,11 +73,13 @@ def test_an_fsdp_product_gathers_its_weights_and_no_more():
 @pytest.mark.parametrize("cost", ['"flops":"96","transcendentals":"0"', '"bytes_accessed":"8","flops":"96"'])
 def test_a_kernel_counts_what_it_estimates(cost):
     """libtpu 0.0.42 writes the FLOPs first, 0.0.52 in alphabetical order."""
-    config = (
-        f'custom_call_target="tpu_custom_call", backend_config={{"custom_call_config":{{"cost_estimate":{{{cost}}}}}}}'
-    )
-    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n"
-    text += f"  ROOT %y = f32[8]{{0}} custom-call(%x), {config}\n}}\n"
+    config = f'backend_config={{"custom_call_config":{{"cost_estimate":{{{cost}}}}}}}'
+    text = f"""\
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %y = f32[8]{{0}} custom-call(%x), custom_call_target="tpu_custom_call", {config}
+}}
+"""
     assert product_flops(hlo.Program.parse(text)) == 96
 
 
