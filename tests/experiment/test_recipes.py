@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from gptjax import tasks
+from gptjax import LanguageModel, data, nn, tasks
+from gptjax.protocols import Reward
 from gptjax.tasks import Reply
 from gptjax.tasks.stress import stress
 from gptjax.types import UserError
@@ -53,6 +57,37 @@ def test_a_case_without_history_cannot_be_answered():
         order = case.facts(i)["order"]
         assert any(order in message.text for message in case.prompt(i))
         assert not any(order in message.text for message in forgotten.prompt(i))
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters(Reward):
+    """A reward that is known: the letters of a reply."""
+
+    def __call__(self, conversations):
+        return [float(sum(letter.isalpha() for letter in messages[-1].text)) for messages in conversations]
+
+    def fingerprint(self) -> str:
+        return "letters"
+
+
+def test_reward_is_shown_against_the_divergence_from_the_policy_at_the_start(tmp_path):
+    recipe, tokenizer = module("reward_kl"), data.Bytes().build(iter(()))
+    config = nn.TransformerConfig(vocab=tokenizer.vocab, layers=1, width=16, heads=2)
+    params = config.build().init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    policy = LanguageModel(config, params, tokenizer, context=128)
+    policy.save(tmp_path / "policy")
+    start = recipe.RewardAndDivergence(None, Letters(), count=64)(policy).values
+    best = [start["reward"], *(start[f"reward_best_of_{n}"] for n in recipe.BEST)]
+    assert best == sorted(best)
+    assert best[0] < best[-1]
+    measure = recipe.RewardAndDivergence(str(tmp_path / "policy"), Letters(), count=64)
+    assert measure(policy).values["kl"] == pytest.approx(0, abs=1e-4)
+    sharper = dataclasses.replace(policy, params={**params, "embedding": 3 * params["embedding"]})
+    assert measure(sharper).values["kl_low"] > 0
+    source = recipe.RewardedPairs(str(tmp_path / "policy"), Letters(), count=40)
+    pairs = [*source.documents("train"), *source.documents("validation")]
+    gaps = [Letters()([(pair.chosen,)])[0] - Letters()([(pair.rejected,)])[0] for pair in pairs]
+    assert sum(gap > 0 for gap in gaps) > 2 * sum(gap < 0 for gap in gaps)
 
 
 def test_sentences_are_german():
