@@ -41,6 +41,7 @@ BASE = Stage(
     steps=2,
     save_every=2,
     eval_sequences=8,
+    prompts=(),
 )
 LORA = LoRA(rank=2, match=("q", "down"))
 EXPERIMENT = Experiment(

@@ -31,6 +31,7 @@ def experiment(tmp_path, monkeypatch) -> Experiment:
         optimizer=optim.AdamW(learning_rate=1e-2, schedule=optim.Constant()),
         steps=2,
         eval_sequences=4,
+        prompts=(),
         evaluations=(evals.BitsPerByte(source, documents=4, length=16),),
     )
     model = TransformerConfig(vocab=261, layers=1, width=8, heads=2)

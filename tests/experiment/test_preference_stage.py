@@ -59,6 +59,7 @@ TUNE = Stage(
     steps=20,
     save_every=20,
     eval_sequences=8,
+    prompts=(),
 )
 PREFER = dataclasses.replace(
     TUNE,
