@@ -280,4 +280,6 @@ def named(run: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python -m experiments.reward_kl POLICY_RUN STUDY PICTURE.png")
     plot(*map(Path, sys.argv[1:]))
