@@ -34,11 +34,9 @@ def small_blocks(monkeypatch):
 def parameters(part: MixtureOfExperts, bias: bool = False):
     """Everything of size 1 or so: the router too, so that experts are used unequally and gates differ."""
     shapes = jax.eval_shape(lambda: part.init(jax.random.key(1), X, F, bias))["params"]
-    random = np.random.default_rng(2)
-    return {
-        name: jnp.asarray(0.3 * random.normal(size=leaf.shape) * (name != "router_balance"), jnp.float32)
-        for name, leaf in shapes.items()
-    }
+    random, scales = np.random.default_rng(2), {"router_balance": 0.0}
+    draw = lambda name, shape: jnp.asarray(scales.get(name, 0.3) * random.normal(size=shape), jnp.float32)  # noqa: E731
+    return {name: draw(name, leaf.shape) for name, leaf in shapes.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -275,9 +273,8 @@ def test_tokens_go_to_the_best_groups_only():
     best = np.argsort(np.sort(scores, -1)[..., -2:].sum(-1), -1)[..., -2:]
     kept = np.take_along_axis(scores, best[..., None], -2)
     expected = np.sort(kept.reshape(*X.shape[:2], 8), -1)[..., ::-1][..., :6]
-    np.testing.assert_allclose(
-        np.take_along_axis(scores.reshape(*X.shape[:2], 16), np.asarray(ids), -1), expected, rtol=1e-5
-    )
+    chosen = np.take_along_axis(scores.reshape(*X.shape[:2], 16), np.asarray(ids), -1)
+    np.testing.assert_allclose(chosen, expected, rtol=1e-5)
 
 
 def test_the_balance_bias_evens_out_the_loads():
