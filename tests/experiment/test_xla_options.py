@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 
 import jax
@@ -28,6 +29,8 @@ TINY = dataclasses.replace(EXPERIMENT, stages={"pretrain": PRETRAIN}, mesh=MeshC
 def table(monkeypatch):
     options = (xla.Option(KNOWN, 128, ""), xla.Option("xla_of_another_version", True, ""))
     monkeypatch.setattr(xla, "OPTIONS", {"cpu": options})
+    # A command that ran in this process before may have left its own.
+    monkeypatch.setenv("XLA_FLAGS", re.sub(rf"--{KNOWN}=\S+", "", os.environ["XLA_FLAGS"]))
 
 
 def test_an_option_given_wins_over_the_environment_and_that_over_the_table(table, monkeypatch):
