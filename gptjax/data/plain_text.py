@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from gptjax.data.chat import Conversation, Message
 from gptjax.protocols import Tokenizer
 from gptjax.types import UserError
+
+NO_TOOLS = "template: got a call of a tool, must be a template with tools: PlainText has none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +20,6 @@ class PlainText:
     `PlainText()` continues a text. `PlainText("\\n\\nHuman: ", "\\n\\nAssistant: ")` writes dialogues. `bos` comes
     first if the tokenizer has one. The whole is encoded as one text."""
 
-    source: ClassVar[str] = ""
-    """Text of the template: there is none."""
-
     user: str = ""
     """Text before each message of the user."""
     assistant: str = ""
@@ -29,6 +28,11 @@ class PlainText:
     """Text before the system's message."""
     append_eos: bool = False
     """True: `eos` ends a conversation whose last message is the assistant's, and is a target."""
+
+    @property
+    def source(self) -> str:
+        """Jinja of the template: there is none."""
+        return ""
 
     def rows(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Conversation]:
         """The conversation alone."""
@@ -63,9 +67,13 @@ class PlainText:
         text = "".join(self._prefix(message) + message.text for message in messages) + self.assistant.rstrip()
         return [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode(text)]
 
+    def results(self, messages: Conversation, tokenizer: Tokenizer, before: Conversation = ()) -> list[int]:
+        """Raises UserError: there are no calls of tools."""
+        raise UserError(NO_TOOLS)
+
     def _prefix(self, message: Message) -> str:
         if message.role == "tool" or message.tool_calls:
-            raise UserError("template: got a call of a tool, must be a template with tools: PlainText has none")
+            raise UserError(NO_TOOLS)
         return {"user": self.user, "assistant": self.assistant, "system": self.system}[message.role]
 
 

@@ -87,3 +87,5 @@ def test_plain_text_is_encoded_as_one_and_weighs_replies():
     assert start == ids[: len(start)]
     with pytest.raises(UserError, match="PlainText has none"):
         template.render((Message("tool", "4"),), tokenizer)
+    with pytest.raises(UserError, match="PlainText has none"):
+        template.results((Message("tool", "4"),), tokenizer)
