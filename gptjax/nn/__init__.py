@@ -75,8 +75,7 @@ if TYPE_CHECKING:
     from gptjax.nn.router import Router, Sigmoid, Softmax
     from gptjax.nn.stack import Stack
     from gptjax.nn.transformer import Transformer, TransformerConfig, count, make_cache, unstack
-    from gptjax.nn.value_embedding import ValueEmbedding
-    from gptjax.nn.value_residual import ValueResidual
+    from gptjax.nn.values import ValueEmbedding, ValueResidual
 
 __all__ = [
     "GELU",
@@ -206,8 +205,7 @@ _NAMES = {
     "gptjax.nn.router": "Router Sigmoid Softmax",
     "gptjax.nn.stack": "Stack",
     "gptjax.nn.transformer": "Transformer TransformerConfig count make_cache unstack",
-    "gptjax.nn.value_embedding": "ValueEmbedding",
-    "gptjax.nn.value_residual": "ValueResidual",
+    "gptjax.nn.values": "ValueEmbedding ValueResidual",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

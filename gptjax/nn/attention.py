@@ -18,8 +18,7 @@ from gptjax.nn.module import ParamFactory, normal, zeros
 from gptjax.nn.norms import Norm
 from gptjax.nn.positions import Positions
 from gptjax.nn.remat import named
-from gptjax.nn.value_embedding import ValueEmbedding
-from gptjax.nn.value_residual import ValueResidual
+from gptjax.nn.values import ValueEmbedding, ValueResidual
 from gptjax.types import Array, Key, UserError
 
 
