@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from gptjax.data.encoding import Encode, encode_texts, expect
-from gptjax.data.mix import Mix, epochs, longest_epoch, order
+from gptjax.data.mix import Mix, epochs, longest_epoch, order, poisson
 from gptjax.data.packing import Concatenate, Packing, Plan, fill
 from gptjax.data.shards import tokenize
 from gptjax.data.store import Store, Tokens, combine
@@ -211,6 +211,8 @@ class Dataset(abc.ABC):
     """Class of the batches."""
     separator: ClassVar[str] = ""
     """Shown between a prompt and the model's output."""
+    can_sample: ClassVar[bool] = True
+    """True: `batches` takes a `rate`."""
     document_type: ClassVar[type | tuple[type, ...]] = str
     """Class of the source's documents."""
 
@@ -289,8 +291,11 @@ class Dataset(abc.ABC):
         cache_dir: str | Path,
         shard: int = 0,
         num_shards: int = 1,
+        rate: Callable[[int], float] | None = None,
     ) -> Batches:
         """Endless training batches: sequences [B / num_shards, T] of the data shard `shard`.
+
+        rate  number of sequences -> probability of each to be in a step, for Poisson sampling. None: epochs
 
         Raises UserError for an empty split, or for a batch that is not a multiple of `num_shards`.
         """
@@ -302,13 +307,19 @@ class Dataset(abc.ABC):
         rows = [self.packed(of_source, tokenizer) for of_source in stores]
         sizes, phases = list(map(len, rows)), mix.phases(self.batch)
         ordered = order(sizes, phases, seed if self.shuffle else None)
+        read = functools.partial(epochs, sizes, phases), longest_epoch(sizes, phases)
+        if rate is not None:
+            if len(sizes) > 1:
+                raise UserError("source: got a mixture, must be a single source to draw sequences from")
+            each = rate(sizes[0])
+            ordered = poisson(sizes[0], each, self.batch, seed)
+            read = lambda count: [each * count / self.batch], sizes[0]
 
         def make(first: np.ndarray) -> Batch:
             position = first[:, None] + shard * local + np.arange(local)
             return self._make(rows, *ordered(position.reshape(-1)), position.size)
 
         steps = max(1, 2**14 // (local * self.length))
-        read = functools.partial(epochs, sizes, phases), longest_epoch(sizes, phases)
         fingerprint, tokens = combine(*(row.fingerprint for row in rows)), sum(row.tokens for row in rows)
         places = " and ".join(sorted({store.place for of_source in stores for store in of_source}))
         return Batches(make, self.batch, local, steps, fingerprint, tokens, *read, places)

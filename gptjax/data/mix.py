@@ -106,6 +106,27 @@ def order(sizes: Sequence[int], phases: Sequence[Phase], seed: int | None) -> Or
     return of_mixture
 
 
+def poisson(sequences: int, rate: float, batch: int, seed: int) -> Order:
+    """Poisson sampling of one source: each of its sequences is in a step with probability `rate`, independently of all
+    others and of other steps, as differential privacy counts on (arXiv:1607.00133).
+
+    Position p is slot p % batch of step p // batch, and a pure function of seed and step. An empty slot has the source
+    -1. Of more sequences than slots, random ones are left out.
+    """
+
+    def slots(step: int) -> np.ndarray:
+        random = np.random.default_rng([seed, step])
+        drawn = random.choice(sequences, random.binomial(sequences, rate), replace=False)[:batch]
+        return np.pad(drawn, (0, batch - len(drawn)), constant_values=-1)
+
+    def of_steps(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        steps, at = np.unique(position // batch, return_inverse=True)
+        sequence = np.stack([slots(int(step)) for step in steps])[at, position % batch]
+        return np.where(sequence < 0, -1, 0), sequence
+
+    return of_steps
+
+
 Pattern = Callable[[int], tuple[int, int]]
 """Position -> (index of the source, number of its sequences before)."""
 

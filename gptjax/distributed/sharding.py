@@ -78,6 +78,11 @@ class ShardingRules:
         batch = self.batch if self.axis_if_divisible("batch", rows) else None
         return dataclasses.replace(self, batch=batch, sequence=None)
 
+    def without(self, names: Sequence[str]) -> ShardingRules:
+        """The rules without these mesh axes."""
+        own = {field.name: axes_of(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return ShardingRules(**{axis: tuple(n for n in axes if n not in names) for axis, axes in own.items()})
+
     def num_shards(self, axis: str, sizes: dict[str, int]) -> int:
         """Number of shards of a logical axis on a mesh with these axis sizes."""
         return math.prod(sizes.get(name, 1) for name in axes_of(getattr(self, axis)))

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import secrets
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,21 @@ def ended(stage: Stage, saved: Checkpoints) -> int | None:
         return None
     content = saved.content(last) or {}
     return last if stage.ends(last, validation_losses(last, content.get("loss"), content.get("extra", {}))) else None
+
+
+def seed_of(stage: Stage, folder: Path, seed: int) -> int:
+    """Random seed of a stage: the run's, or, of a private stage, one that nobody can guess, kept in the folder."""
+    if stage.privacy is None:
+        return seed
+    path = folder / "secret_seed"
+    if jax.process_index() == 0 and not path.exists():
+        atomic.write_text(path, f"{secrets.randbits(63)}\n")
+        path.chmod(0o600)
+    processes.barrier("the secret seed is there")
+    try:
+        return int(path.read_text())
+    except ValueError:
+        raise UserError(f"{path}: is damaged; restore it, or choose another folder with --out") from None
 
 
 Identity = dict[str, Any]

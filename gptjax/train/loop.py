@@ -83,22 +83,24 @@ def train(
     cannot recover. Numbers that are not finite are never saved. With early stopping, the last checkpoint and the
     parameters are those of the lowest validation loss.
     """
-    functions, frozen = program(stage, model, seed, compiler_options), frozen_models
-    if stage.has_frozen:
-        assert init is not None, "a stage with frozen parameters needs those of another"
-        frozen, init = (jax.jit(functions.freeze)(init(jax.eval_shape(functions.init_params))), *frozen), None
-
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(_display(name, stage, model))
         if reading is None:
             with display.phase("reading the data"):
                 reading = stage.read(name, tokenizer, model.rules, seed, cache)
-        checkpoints = stack.enter_context(Checkpoints(folder, max_to_keep=stage.max_to_keep))
         stack.callback(reading.batches.close)
+        functions, frozen = (
+            program(stage, model, seed, compiler_options, stage.mechanism(reading.batches)),
+            frozen_models,
+        )
+        if stage.has_frozen:
+            assert init is not None, "a stage with frozen parameters needs those of another"
+            frozen, init = (jax.jit(functions.freeze)(init(jax.eval_shape(functions.init_params))), *frozen), None
+        checkpoints = stack.enter_context(Checkpoints(folder, max_to_keep=stage.max_to_keep))
         abstract = jax.eval_shape(functions.init_state, *frozen)
         if checkpoints.steps():
             restored = checkpoints.restore(abstract)
-            check_same(restored, name, tokenizer, reading, folder, accept_changes)
+            check_same(restored, stage, name, tokenizer, reading, folder, accept_changes)
             reading.batches.restore(restored.extra["input"])
             progress = Progress.resumed(stage, restored, reading.validation is not None)
             start = f"step {progress.done:,} of {folder}"
@@ -110,6 +112,8 @@ def train(
             return functions.merge(keep().eval_params, *frozen)
 
         extra = (description or {}) | {"stage": name, "tokenizer": tokenizer.fingerprint, "data": reading.fingerprints}
+        if stage.privacy is not None:
+            extra["privacy"] = stage.promise(reading.batches)
         run = _Run(
             *(stage, name, model, functions, frozen, reading, progress),
             *(checkpoints, records, display, sample, extra),

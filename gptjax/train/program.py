@@ -15,6 +15,7 @@ from gptjax.distributed.parameters import ParamInfo, parameter_info
 from gptjax.distributed.xla import Value
 from gptjax.protocols import Module
 from gptjax.train import state as train_state
+from gptjax.train.privacy import UNKNOWN, Mechanism
 from gptjax.train.stage import Stage
 from gptjax.train.state import State
 from gptjax.train.step import make_step, sum_microbatches
@@ -48,12 +49,23 @@ class Program:
         return self.create_state(self.init_trainable(*frozen))
 
 
-def program(stage: Stage, model: Module, seed: int = 0, compiler_options: Mapping[str, Value] | None = None) -> Program:
+def program(
+    stage: Stage,
+    model: Module,
+    seed: int = 0,
+    compiler_options: Mapping[str, Value] | None = None,
+    mechanism: Mechanism | None = None,
+) -> Program:
     """Program of a stage for a module built by a `ModelConfig`. Call its functions with the mesh set.
 
-    seed              of initialisation and dropout
+    seed              of initialisation, dropout and noise
     compiler_options  of XLA, for the step and the validation loss; see `distributed/xla.py`
+    mechanism         of `stage.privacy`. None: unknown, for a program that is not run
     """
+    private = None if stage.privacy is None else mechanism or UNKNOWN
+    apply = model.apply
+    if private is not None:
+        apply = model.clone(rules=model.rules.without(model.rules.mesh_axes("batch"))).apply
     info = parameter_info(model)
     trained = info if stage.adapter is None else stage.adapter.info(info)
     beside = stage.objective.parameters(model.config)
@@ -61,12 +73,12 @@ def program(stage: Stage, model: Module, seed: int = 0, compiler_options: Mappin
     optimizer = stage.optimizer.build(stage.last_step, trained, model.config.width_multiplier)
 
     def init_params() -> Params:
-        _, key = jax.random.split(jax.random.key(seed))
+        _, key = jax.random.split(train_state.random_key(seed))
         shape, spec = (stage.data.batch, stage.data.length), model.rules("batch", "sequence")
         return model.init(key, jnp.zeros(shape, jnp.int32, out_sharding=spec))["params"]
 
     def create_state(params: Params) -> State:
-        key, _ = jax.random.split(jax.random.key(seed))
+        key, _ = jax.random.split(train_state.random_key(seed))
         if beside:
             params = {**params, BESIDE: {name: _zeros(info, model) for name, info in beside.items()}}
         return train_state.create(params, optimizer, key, stage.ema is not None, stage.divergence.statistics())
@@ -78,7 +90,7 @@ def program(stage: Stage, model: Module, seed: int = 0, compiler_options: Mappin
         init_trainable = lambda reference, *_: reference  # noqa: E731
     if (adapter := stage.adapter) is not None:
         freeze = lambda params: adapter.freeze(params, info)  # noqa: E731
-        init_trainable = lambda params, *_: adapter.init(jax.random.key(seed), params, info)  # noqa: E731
+        init_trainable = lambda params, *_: adapter.init(train_state.random_key(seed), params, info)  # noqa: E731
         merged = jax.jit(adapter.merge)
         merge = lambda adapters, params, *_: merged(params, _model_params(adapters))  # noqa: E731
 
@@ -114,7 +126,7 @@ def program(stage: Stage, model: Module, seed: int = 0, compiler_options: Mappin
         create_state,
         jax.jit(prepare),
         make_step(
-            *(objective, model.apply, optimizer, stage.accumulate, stage.ema, stage.divergence, prepare),
+            *(objective, apply, optimizer, stage.accumulate, stage.ema, stage.divergence, prepare, private),
             compiler_options=compiler_options,
         ),
         jax.jit(evaluate, compiler_options=dict(compiler_options or {})),

@@ -67,14 +67,20 @@ def validation_losses(step: int, loss: float | None, extra: Mapping[str, Any]) -
 
 
 def check_same(
-    restored: Restored, name: str, tokenizer: Tokenizer, reading: Reading, folder: Path, accept_changes: bool
+    restored: Restored, stage: Stage, name: str, tokenizer: Tokenizer, reading: Reading, folder: Path, accept: bool
 ) -> None:
-    """Raise UserError if a checkpoint was trained with another tokenizer or, unless accepted, on other data."""
+    """Raise UserError if a checkpoint was trained with another tokenizer, for another promise of privacy or, unless
+    accepted, on other data."""
     if restored.extra["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"tokenizer: the checkpoint in {folder} was trained with another one; restore that one")
+    if restored.extra.get("privacy") != stage.promise(reading.batches):
+        raise UserError(
+            f"{name}.privacy: the steps of the checkpoint in {folder} were made for another promise, number of steps, "
+            "batch size or number of sequences, and together with others keep none; choose another folder with --out"
+        )
     data = reading.fingerprints
     others = [split for split in data if data[split] != restored.extra["data"][split]]
-    if others and not accept_changes:
+    if others and not accept:
         raise UserError(
             f"{name}.data: the {' and '.join(others)} documents are not those of the checkpoint in {folder}; "
             "restore the files of the source, or resume anyway with --accept_changes"

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 
@@ -26,8 +26,9 @@ from gptjax.protocols import (
     Tokenizer,
 )
 from gptjax.train.divergence import RollBack, Stop
+from gptjax.train.privacy import DifferentialPrivacy, Mechanism
 from gptjax.train.state import State, device_bytes, parameter_count
-from gptjax.types import Batch, Params, UserError
+from gptjax.types import Batch, Json, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,8 @@ class Stage:
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, which is evaluated and deployed instead of them. None:
     no average."""
+    privacy: DifferentialPrivacy | None = None
+    """Differential privacy of the training sequences (DP-SGD): `DifferentialPrivacy(epsilon=8)`. None: none."""
     divergence: Stop = Stop()
     """Policy for a loss that is not finite or spikes: `Stop`, `Skip` the step, `RollBack` to a checkpoint."""
     evaluate_every: int = 250
@@ -147,8 +150,25 @@ class Stage:
             for field, value in {"steps": self.steps, "save_every": self.save_every, **early}.items():
                 if value is not None and value % self.round:
                     raise UserError(f"{field}: got {value}, must be a multiple of {self.round}, the steps of a round")
+        if self.privacy is not None:
+            self._check_privacy()
         if self.writes and isinstance(self.divergence, RollBack):
             raise UserError("divergence: got RollBack, must be Stop or Skip: rollouts cannot be skipped")
+
+    def _check_privacy(self) -> None:
+        """Raise UserError for what the guarantee does not hold with, or nobody has shown that it does."""
+        objective, data = type(self.objective).__name__, type(self.data).__name__
+        if self.epochs is not None:
+            raise UserError(f"epochs: got {self.epochs}, must be None with privacy, which draws at random; give steps")
+        if type(self.divergence) is not Stop:
+            raise UserError(
+                f"divergence: got {type(self.divergence).__name__}, must be Stop with privacy: it depends on losses, "
+                "which are not private"
+            )
+        if self.objective.whole_batch or self.objective.prepares:
+            raise UserError(f"objective: got {objective}, must be one without a common term of several sequences")
+        if not getattr(self.data, "can_sample", False):
+            raise UserError(f"data: got {data}, must be a Dataset with privacy, which draws sequences at random")
 
     def check(self, model: ModelConfig) -> None:
         """Raise UserError, naming the field, if data, objective, evaluations and model do not match."""
@@ -174,8 +194,11 @@ class Stage:
         mesh. Texts are tokenised unless the folder `cache` has them. Raises UserError that names the field of the stage
         `name`."""
         shard, num_shards = data_shard(rules)
+        rate: dict[str, Any] = {}
+        if (privacy := self.privacy) is not None:
+            rate["rate"] = lambda sequences: privacy.rate(sequences, self.data.batch, self.last_step)
         try:
-            batches = self.data.batches(tokenizer, "train", seed, cache, shard, num_shards)
+            batches = self.data.batches(tokenizer, "train", seed, cache, shard, num_shards, **rate)
             held_out = self.data.evaluation(tokenizer, "validation", cache, shard, num_shards, self.eval_sequences)
         except UserError as error:
             field, _, reason = str(error).partition(":")
@@ -184,6 +207,18 @@ class Stage:
         if held_out is None and self.early_stopping is not None:
             raise UserError(f"{name}.early_stopping: got one, must be None: the data have no validation split")
         return Reading(batches, held_out)
+
+    def mechanism(self, batches: BatchIterator) -> Mechanism | None:
+        """Mechanism of `privacy` for these batches, which takes some seconds the first time. None: no privacy."""
+        return None if self.privacy is None else self.privacy.mechanism(**self._sizes(batches))
+
+    def promise(self, batches: BatchIterator) -> Json:
+        """`privacy` with the sizes that its noise depends on. None: no privacy."""
+        return None if self.privacy is None else dataclasses.asdict(self.privacy) | self._sizes(batches)
+
+    def _sizes(self, batches: BatchIterator) -> dict[str, int]:
+        sequences: Any = getattr(batches, "epoch", 0)
+        return {"sequences": int(sequences), "batch": self.data.batch, "steps": self.last_step}
 
     def with_steps(self, name: str, batches: BatchIterator) -> Self:
         """The stage `name` with `steps` in place of `epochs` of these batches. Raises UserError if they do not know the
@@ -267,7 +302,7 @@ def summary(
     parts = ", ".join(f"{part} {size / divisor:.1f}" for part, size in memory.items() if size)
     describe = getattr(batches, "describe", None)
     data = "" if describe is None else f": {describe(stage.last_step * stage.data.batch)}"
-    early = ""
+    mechanism, early = stage.mechanism(batches), ""
     if (rule := stage.early_stopping) is not None:
         delta = f" by more than {rule.min_delta:g}" if rule.min_delta else ""
         early = f"; or until {rule.patience} evaluations in a row do not lower the validation loss{delta}"
@@ -278,4 +313,5 @@ def summary(
         f"activations: {parts}",
         f"  data     {stage.last_step:,} steps of {stage.data.batch * stage.data.length:,} tokens{data}{early}",
         f"  start    {start}",
+        *([] if mechanism is None else [f"  privacy  {mechanism.describe(stage.data.batch)}"]),
     ]

@@ -36,6 +36,12 @@ class State:
         return self.params if self.ema is None else self.ema
 
 
+def random_key(seed: int) -> Key:
+    """`jax.random.key(seed)`, and another key for every seed of up to 64 bits, of which that takes 32."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    return jax.random.fold_in(jax.random.key(low), high) if high else jax.random.key(low)
+
+
 def create(
     params: Params,
     optimizer: optax.GradientTransformation,

@@ -15,6 +15,7 @@ from jax import lax
 from gptjax.distributed.sharding import split_microbatches
 from gptjax.distributed.xla import Value
 from gptjax.train.divergence import Skip, Stop
+from gptjax.train.privacy import Mechanism
 from gptjax.train.state import State
 from gptjax.types import Array, Batch, Key, Metrics, Params, PyTree
 
@@ -31,6 +32,7 @@ def make_step(
     ema: float | None = None,
     divergence: Stop = Stop(),
     prepare: Callable[..., Batch] = lambda params, batch, *frozen: batch,
+    mechanism: Mechanism | None = None,
     compiler_options: Mapping[str, Value] | None = None,
 ) -> jax.stages.Wrapped:
     """Make the jitted function (state, batch, *frozen) -> (state, metrics). It donates the state.
@@ -42,6 +44,7 @@ def make_step(
     ema               decay of the parameter average in the state. None: no average
     divergence        a `Skip` checks each step: a bad one changes neither parameters, optimizer state nor average
     prepare           (params, batch, *frozen) -> batch: what is computed once from the whole batch, without a gradient
+    mechanism         clips the gradient of each sequence and adds noise, for privacy. None: does not
     compiler_options  of XLA; see `distributed/xla.py`
 
     The loss is a weighted sum: microbatches are summed, and the gradient is divided by the total weight once.
@@ -59,6 +62,8 @@ def make_step(
         return metrics["loss"][0], (metrics, functools.reduce(_added, reported) if reported else {})
 
     gradient = jax.grad(loss, has_aux=True)
+    if mechanism is not None:
+        gradient = mechanism.clipped(gradient)
 
     def accumulated(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, tuple[Metrics, Updates]]:
         keys = jax.random.split(key, accumulate)
@@ -66,10 +71,11 @@ def make_step(
 
     def step(state: State, batch: Batch, *frozen: Params) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
+        key, of_noise = (key, key) if mechanism is None else jax.random.split(key)
         batch = prepare(state.params, batch, *frozen)
         grads, (metrics, reported) = (accumulated if accumulate > 1 else gradient)(state.params, batch, key, *frozen)
         weight = jnp.maximum(metrics["loss"][1], 1e-8)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        grads = jax.tree.map(lambda g: g / weight, grads) if mechanism is None else mechanism.noisy(grads, of_noise)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params = _updated(params, reported) if reported else params

@@ -1,0 +1,83 @@
+"""Fine-tuning on private text with differential privacy, and what the model remembers with and without it.
+
+    python -m experiments private
+    python -m experiments private --variant open
+
+A small GPT is pretrained on one half of Python's documentation, which stands for public text, and then trained on the
+other half, the private text, where random numbers are hidden: nine canaries, three of them once, three 4 times and
+three 16 times. `private` trains with (epsilon 8, delta 1e-5)-differential privacy of each page, `open` without. The
+exposure of a canary is about 1.44 bits if the model knows nothing of it, and 9 at most.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from gptjax import Experiment, Stage, data, evals, objectives, optim
+from gptjax.data.sources import fingerprint
+from gptjax.experiment.report import Expect
+from gptjax.nn import LoRA, TransformerConfig
+from gptjax.protocols import Split
+from gptjax.train.privacy import DifferentialPrivacy
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    """Every other page of Python's documentation."""
+
+    private: bool
+    """The pages of odd number. False: the others."""
+
+    def documents(self, split: Split) -> Iterator[str]:
+        pages = enumerate(data.PyDocs().documents(split))
+        return (page for number, page in pages if number % 2 == self.private)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self, data.PyDocs().fingerprint())
+
+
+CANARIES = data.WithCanaries(Half(private=True))
+PUBLIC = Stage(
+    data=data.Pretrain(Half(private=False), length=128, batch=16),
+    objective=objectives.NextToken(),
+    optimizer=optim.AdamW(learning_rate=3e-3, schedule=optim.Linear(warmup=20)),
+    steps=400,
+    evaluate_every=100,
+    eval_sequences=64,
+    save_every=200,
+    prompts=("# textwrap.dedent",),
+    evaluations=(evals.BitsPerByte(Half(private=True)), evals.Exposure(CANARIES)),
+)
+PRIVATE = Stage(
+    data=data.Pretrain(CANARIES, length=64, batch=256, packing=data.NoPacking()),
+    objective=objectives.NextToken(),
+    optimizer=optim.AdamW(learning_rate=5e-3, schedule=optim.Linear(warmup=5), weight_decay=0.0),
+    steps=80,
+    accumulate=8,
+    adapter=LoRA(rank=8),
+    evaluate_every=20,
+    eval_sequences=64,
+    save_every=40,
+    prompts=("# textwrap.dedent",),
+    evaluations=(evals.BitsPerByte(Half(private=True)), evals.Exposure(CANARIES)),
+    privacy=DifferentialPrivacy(epsilon=8.0, delta=1e-5),
+)
+
+
+def trained(private: Stage) -> Experiment:
+    """Public pretraining, then this stage."""
+    return Experiment(
+        model=TransformerConfig(vocab=2_048, layers=2, width=128, heads=4),
+        tokenizer=data.TrainSentencePiece(vocab=2_048),
+        stages={"public": PUBLIC, "private": private},
+    )
+
+
+variants = {
+    "private": trained(PRIVATE),
+    "open": trained(dataclasses.replace(PRIVATE, privacy=None)),
+}
+EXPECT = (
+    Expect("private/Held-out text/bits_per_byte", below=2.2),
+    Expect("private/Exposure of canaries/exposure_bits_16x", below=3.0),
+)
+experiment = dataclasses.replace(variants["private"], expect=EXPECT)
