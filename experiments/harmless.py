@@ -9,7 +9,8 @@ model this small promises no more, and no bound is set: a fold of 230 pairs has 
 The ten folds were not yet trained to the end.
 """
 
-from experiments.preferences import CONFIG, MODEL
+from gptjax.experiments.preferences import CONFIG, MODEL  # pyright: ignore[reportMissingImports]
+
 from gptjax import Experiment, Stage, data, evals, objectives, optim
 
 PAIRS = data.PreferencesJsonl("https://github.com/anthropics/hh-rlhf/raw/master/harmless-base/test.jsonl.gz")

@@ -17,7 +17,8 @@ The plan counts scores that the causal mask hides. Splash skips half of them, so
 
 import dataclasses
 
-from experiments.llama3_8b import experiment as llama
+from gptjax.experiments.llama3_8b import experiment as llama  # pyright: ignore[reportMissingImports]
+
 from gptjax import MeshConfig
 from gptjax.nn import RoPE, TransformerConfig
 

@@ -58,6 +58,8 @@ def test_an_installed_wheel_runs_its_commands_and_finds_its_files(environment):
     assert run(environment, "python", "-c", here).startswith(str(environment))
     names = {path.stem for path in ROOT.glob("experiments/[!_]*.py")}
     assert names <= set(run(environment, "gptjax", "run", "--help").replace(",", " ").split())
+    every = "; ".join(f"import gptjax.experiments.{name}" for name in sorted(names))
+    run(environment, "python", "-c", every)  # each file of them, and those that it imports
     assert "From raw text to a chat model" in run(environment, "gptjax", "run", "quickstart", "--help")
     assert "From raw text to a chat model" in run(
         environment, "python", "-m", "gptjax.experiments", "quickstart", "--help"
