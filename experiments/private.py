@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from gptjax import Experiment, Stage, data, evals, objectives, optim
 from gptjax.data.sources import fingerprint
 from gptjax.experiment.report import Expect
-from gptjax.nn import LoRA, TransformerConfig
+from gptjax.nn import TransformerConfig
 from gptjax.protocols import Split
 from gptjax.train.privacy import DifferentialPrivacy
 
@@ -40,23 +40,22 @@ PUBLIC = Stage(
     data=data.Pretrain(Half(private=False), length=128, batch=16),
     objective=objectives.NextToken(),
     optimizer=optim.AdamW(learning_rate=3e-3, schedule=optim.Linear(warmup=20)),
-    steps=400,
-    evaluate_every=100,
+    steps=150,
+    evaluate_every=50,
     eval_sequences=64,
-    save_every=200,
+    save_every=150,
     prompts=("# textwrap.dedent",),
     evaluations=(evals.BitsPerByte(Half(private=True)), evals.Exposure(CANARIES)),
 )
 PRIVATE = Stage(
     data=data.Pretrain(CANARIES, length=64, batch=256, packing=data.NoPacking()),
     objective=objectives.NextToken(),
-    optimizer=optim.AdamW(learning_rate=5e-3, schedule=optim.Linear(warmup=5), weight_decay=0.0),
-    steps=80,
+    optimizer=optim.AdamW(learning_rate=2e-3, schedule=optim.Linear(warmup=5), weight_decay=0.0),
+    steps=100,
     accumulate=8,
-    adapter=LoRA(rank=8),
-    evaluate_every=20,
+    evaluate_every=25,
     eval_sequences=64,
-    save_every=40,
+    save_every=50,
     prompts=("# textwrap.dedent",),
     evaluations=(evals.BitsPerByte(Half(private=True)), evals.Exposure(CANARIES)),
     privacy=DifferentialPrivacy(epsilon=8.0, delta=1e-5),

@@ -35,6 +35,7 @@ EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax.inference": ("Sampling",),
     "gptjax.tasks": None,
     "gptjax.train.divergence": ("RollBack", "Skip", "Stop"),
+    "gptjax.train.privacy": ("DifferentialPrivacy",),
     "gptjax.train.rollouts": ("Rollouts",),
     "gptjax.train.stage": ("EarlyStopping",),
 }

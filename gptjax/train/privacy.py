@@ -197,8 +197,10 @@ def least_noise(rate: float, steps: int, epsilon: float, delta: float) -> float:
         step = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
         return accounting.SelfComposedDpEvent(step, steps)
 
-    # Renyi privacy is fast and at most about twice too careful: it says where to look.
-    upper: float = accounting.calibrate_dp_mechanism(rdp.RdpAccountant, event, epsilon, delta, tol=1e-3)
+    # Renyi privacy is fast and at most about twice too careful: it says where to look. Sums of other than whole orders
+    # may not converge.
+    fast = functools.partial(rdp.RdpAccountant, orders=[*range(2, 65), 128, 256, 512])
+    upper: float = accounting.calibrate_dp_mechanism(fast, event, epsilon, delta, tol=1e-3)
     try:
         bracket = accounting.ExplicitBracketInterval(upper / 2, upper)
         return float(accounting.calibrate_dp_mechanism(pld.PLDAccountant, event, epsilon, delta, bracket, tol=1e-3))
