@@ -18,8 +18,8 @@ Queries are recomputed: if they are saved too, a step does not fit with libtpu 0
 
 With parameters sharded over all 128 chips and `--model.remat nothing_saveable` the MFU is 30 to 67 %, in 21.1 GiB, and
 341 GiB are sent. With `--mesh.data 1 --mesh.fsdp 8 --mesh.expert 16 --pretrain.accumulate 4 --model.remat
-nothing_saveable` a step takes 18.6 to 25 s, bound by HBM: as no token is dropped, each of the 16 devices over which the
-experts are sharded has room for the rows of all 16.
+nothing_saveable` a step took 18.6 to 25 s in an older plan, bound by HBM: as no token is dropped, each of the 16
+devices over which the experts are sharded has room for the rows of all 16.
 """
 
 from gptjax import Experiment, MeshConfig, Stage, data, objectives, optim
