@@ -141,13 +141,14 @@ def seed_of(stage: Stage, folder: Path, seed: int) -> int:
     """Random seed of a stage: the run's, or, of a private stage, one that nobody can guess, kept in the folder."""
     if stage.privacy is None:
         return seed
-    path = folder / "secret_seed"
-    if jax.process_index() == 0 and not path.exists():
-        atomic.write_text(path, f"{secrets.randbits(63)}\n")
-        path.chmod(0o600)
-    processes.barrier("the secret seed is there")
+    path, text = folder / "secret_seed", ""
+    if jax.process_index() == 0:
+        if not path.exists():
+            atomic.write_text(path, f"{secrets.randbits(63)}\n")
+            path.chmod(0o600)
+        text = path.read_text()
     try:
-        return int(path.read_text())
+        return int(processes.allgather(text)[0])
     except ValueError:
         raise UserError(f"{path}: is damaged; restore it, or choose another folder with --out") from None
 

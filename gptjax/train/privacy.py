@@ -127,8 +127,8 @@ UNKNOWN = Mechanism(math.nan, math.nan, math.nan, 0, math.nan, math.nan)
 class DifferentialPrivacy:
     """(epsilon, delta)-differential privacy of a stage's training sequences, for adding or removing one of them.
 
-    A sequence is a document with `NoPacking`, else a row of a batch: then a document may be in several, which share the
-    guarantee less well. It covers the parameters alone: not the tokenizer, which may have been trained on the same
+    With `NoPacking` a sequence is a document. With other packings documents are spread over several sequences, and are
+    protected less. The promise covers the parameters alone: not the tokenizer, which may have been trained on the same
     texts, nor losses and other metrics, nor other stages. It holds while the run's folder, which has the random seed,
     is kept secret: publish what `gptjax convert` writes.
     """
