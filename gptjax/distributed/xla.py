@@ -19,8 +19,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gptjax.types import UserError, one_line
-
 Value = bool | int | float | str
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """Environment variables with options that XLA and libtpu read themselves."""
@@ -74,6 +72,8 @@ def options(device: Any, changes: Sequence[str] = ()) -> dict[str, Value]:
     """Options for programs of a device, which may be a description of one: those of `OPTIONS` but for the ones to which
     an environment variable gives another value, and the changes, `NAME=VALUE` each. An option of the table that this
     XLA does not know is left out. Raises UserError for a change that it does not know, or with a bad value."""
+    from gptjax.types import UserError  # it imports jax, which must not be imported before `processes.configure`
+
     given = dict(map(_parse, changes))
     table = (option for key in (device.platform, device.device_kind) for option in OPTIONS.get(key, ()))
     found = {option.name: option.value for option in table if _in_environment(option) in (None, option.text)} | given
@@ -100,6 +100,8 @@ def flags(options: Iterable[Option]) -> list[str]:
 
 
 def _parse(change: str) -> tuple[str, Value]:
+    from gptjax.types import UserError
+
     name, equals, text = change.removeprefix("--").partition("=")
     if not equals or not re.fullmatch(r"\w+", name):
         raise UserError(f"xla: got {change}, must be NAME=VALUE, such as xla_tpu_scoped_vmem_limit_kib=65536")
@@ -128,6 +130,8 @@ def _refusal(device: Any, options: Mapping[str, Value]) -> str | None:
     """The compiler's message if it refuses an option. None: it takes all of them."""
     import jax
     from jax.sharding import SingleDeviceSharding
+
+    from gptjax.types import one_line
 
     nothing: Any = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
     try:

@@ -17,7 +17,7 @@ from gptjax import Experiment, Stage, data, optim
 from gptjax.cli import run as launcher
 from gptjax.data import TrainSentencePiece
 from gptjax.distributed.parameters import declared, nested, parameter_info
-from gptjax.interop import huggingface, peft
+from gptjax.interop import heads, huggingface, peft
 from gptjax.interop.huggingface import save_hf, to_tensors
 from gptjax.interop.safetensors import write
 from gptjax.models.loading import load
@@ -157,7 +157,7 @@ def folders(tmp_path_factory) -> list[Path]:
     write(place / "shards", tensors.shapes, tensors.__getitem__, max_shard=20_000)
     load(place / "llama").save(place / "ours")
     for name, fields in OTHERS.items():
-        config = huggingface._read(huggingface._family(name), {"model_type": name, "vocab_size": 300, **fields})
+        config = heads.read(huggingface._family(name), {"model_type": name, "vocab_size": 300, **fields})
         save_hf(place / name, config, random_params(config), tokenizer, model_type=name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPTJAX_CACHE", str(place.with_name("cache")))
