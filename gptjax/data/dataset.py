@@ -306,11 +306,12 @@ class Dataset(abc.ABC):
         stores = [self.stores(source, tokenizer, split, cache_dir) for source in mix.sources]
         rows = [self.packed(of_source, tokenizer) for of_source in stores]
         sizes, phases = list(map(len, rows)), mix.phases(self.batch)
-        ordered = order(sizes, phases, seed if self.shuffle else None)
-        read = functools.partial(epochs, sizes, phases), longest_epoch(sizes, phases)
-        if rate is not None:
-            if len(sizes) > 1:
-                raise UserError("source: got a mixture, must be a single source to draw sequences from")
+        if rate is None:
+            ordered = order(sizes, phases, seed if self.shuffle else None)
+            read = functools.partial(epochs, sizes, phases), longest_epoch(sizes, phases)
+        elif len(sizes) > 1:
+            raise UserError("source: got a mixture, must be a single source to draw sequences from")
+        else:
             each = rate(sizes[0])
             ordered = poisson(sizes[0], each, self.batch, seed)
             read = lambda count: [each * count / self.batch], sizes[0]

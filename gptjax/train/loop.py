@@ -89,10 +89,8 @@ def train(
             with display.phase("reading the data"):
                 reading = stage.read(name, tokenizer, model.rules, seed, cache)
         stack.callback(reading.batches.close)
-        functions, frozen = (
-            program(stage, model, seed, compiler_options, stage.mechanism(reading.batches)),
-            frozen_models,
-        )
+        frozen: Frozen = frozen_models
+        functions = program(stage, model, seed, compiler_options, stage.mechanism(reading.batches))
         if stage.has_frozen:
             assert init is not None, "a stage with frozen parameters needs those of another"
             frozen, init = (jax.jit(functions.freeze)(init(jax.eval_shape(functions.init_params))), *frozen), None

@@ -63,9 +63,7 @@ def program(
     mechanism         of `stage.privacy`. None: unknown, for a program that is not run
     """
     private = None if stage.privacy is None else mechanism or UNKNOWN
-    apply = model.apply
-    if private is not None:
-        apply = model.clone(rules=model.rules.without(model.rules.mesh_axes("batch"))).apply
+    apply = (model if private is None else _for_single_sequences(model)).apply
     info = parameter_info(model)
     trained = info if stage.adapter is None else stage.adapter.info(info)
     beside = stage.objective.parameters(model.config)
@@ -137,6 +135,11 @@ def program(
 def _model_params(params: Params, *frozen: Params) -> Params:
     """Trained parameters without those that the objective trains beside them."""
     return {name: branch for name, branch in params.items() if name != BESIDE}
+
+
+def _for_single_sequences(model: Module) -> Module:
+    """The model for sequences that are mapped over one by one: their axis is sharded, and not the model's to see."""
+    return model.clone(rules=model.rules.without(model.rules.mesh_axes("batch")))
 
 
 def _zeros(info: ParamInfo, model: Module) -> Array:
