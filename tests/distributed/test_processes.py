@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from gptjax.distributed import processes
+from gptjax.monitor import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 HEARTBEAT = 20  # seconds
@@ -130,9 +131,8 @@ class Job:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    """The losses of the run so far: of whole lines, since the last may be seen while it is written."""
+    found = [(line["step"], line["loss"]) for line in metrics.read(folder) if "loss" in line]
     assert len(dict(found)) == len(found), "a step was written twice"
     return dict(found)
 
@@ -391,8 +391,8 @@ def test_processes_roll_back_together(tmp_path):
             ended = job.end()
             assert [code for code, _ in ended] == [0] * count, ended
         folder = tmp_path / "runs" / str(count)
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        bad = [(x["step"], x["rolled_back_from"], x["batches_skipped"]) for x in lines if "rolled_back_from" in x]
+        lines = [line for line in metrics.read(folder) if "rolled_back_from" in line]
+        bad = [(line["step"], line["rolled_back_from"], line["batches_skipped"]) for line in lines]
         found.append((bad, losses(folder)))
     (bad, one), (bad_of_two, two) = found
     assert bad == bad_of_two != []
