@@ -182,7 +182,7 @@ class Experiment:
                                 checkpoints,
                                 records,
                                 cache=cache,
-                                seed=run_folder.seed_of(stage, folder, self.seed),
+                                seed=run_folder.seed_of(name, stage, folder, self.seed),
                                 init=init,
                                 frozen_models=load_frozen_models(name, stage, tokenizer, self.rules),
                                 reading=readings.pop(name, None),

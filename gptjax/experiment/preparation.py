@@ -70,7 +70,7 @@ def read_data(
             if not unfinished or waiting == 1:  # the data of the first one that is unfinished are read next
                 continue
         with console.status(f"reading the data of {name} ..."):
-            seed_of_stage = run_folder.seed_of(stage, folder, seed)
+            seed_of_stage = run_folder.seed_of(name, stage, folder, seed)
             readings[name] = stage.read(name, tokenizer, model.rules, seed_of_stage, cache)
         ending.callback(readings[name].batches.close)
         known[name] = stage.with_steps(name, readings[name].batches)

@@ -137,20 +137,26 @@ def ended(stage: Stage, saved: Checkpoints) -> int | None:
     return last if stage.ends(last, validation_losses(last, content.get("loss"), content.get("extra", {}))) else None
 
 
-def seed_of(stage: Stage, folder: Path, seed: int) -> int:
-    """Random seed of a stage: the run's, or, of a private stage, one that nobody can guess, kept in the folder."""
+def seed_of(name: str, stage: Stage, folder: Path, seed: int) -> int:
+    """Random seed of a stage: the run's, or, of a private stage, one that nobody can guess, kept in the folder. Raises
+    UserError if it is gone and the stage has checkpoints: draws of a second seed would keep no promise."""
     if stage.privacy is None:
         return seed
     path, text = folder / "secret_seed", ""
+    with Checkpoints(folder / "checkpoints" / name) as saved:
+        trained = saved.latest_step() is not None
     if jax.process_index() == 0:
-        if not path.exists():
+        if not path.exists() and not trained:
             atomic.write_text(path, f"{secrets.randbits(63)}\n")
             path.chmod(0o600)
-        text = path.read_text()
+        text = path.read_text() if path.exists() else ""
     try:
         return int(processes.allgather(text)[0])
     except ValueError:
-        raise UserError(f"{path}: is damaged; restore it, or choose another folder with --out") from None
+        raise UserError(
+            f"{path}: is missing or damaged, and {name} cannot be resumed without it; restore it, or choose another "
+            "folder with --out"
+        ) from None
 
 
 Identity = dict[str, Any]

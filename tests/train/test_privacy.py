@@ -216,17 +216,23 @@ def test_a_private_stage_resumes_to_the_same_bits_and_keeps_its_promise(tmp_path
 
 def test_the_seed_of_a_private_stage_is_secret_and_stays_with_the_run(tmp_path):
     public = dataclasses.replace(STAGE, privacy=None)
-    assert seed_of(public, tmp_path, 3) == 3
+    assert seed_of("s", public, tmp_path, 3) == 3
     assert not list(tmp_path.iterdir())
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    seed = seed_of(STAGE, tmp_path / "a", 3)
-    assert seed == seed_of(STAGE, tmp_path / "a", 3) != seed_of(STAGE, tmp_path / "b", 3)
+    seed = seed_of("s", STAGE, tmp_path / "a", 3)
+    assert seed == seed_of("s", STAGE, tmp_path / "a", 3) != seed_of("s", STAGE, tmp_path / "b", 3)
     assert (tmp_path / "a" / "secret_seed").stat().st_mode & 0o077 == 0
     experiment = Experiment(stages={"s": STAGE}, tokenizer=data.TrainCharacters(), model=CONFIG)
     assert experiment.run(tmp_path / "run") == 0
-    content = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (tmp_path / "run" / "secret_seed").read_text().strip() not in json.dumps(content)
+    content, secret = json.loads((tmp_path / "run" / "config.json").read_text()), tmp_path / "run" / "secret_seed"
+    assert secret.read_text().strip() not in json.dumps(content)
+    secret.unlink()
+    assert experiment.run(tmp_path / "run") == 0  # no step is left
+    longer = dataclasses.replace(experiment, stages={"s": dataclasses.replace(STAGE, steps=8)})
+    with pytest.raises(UserError, match="secret_seed: is missing or damaged, and s cannot be resumed without it"):
+        longer.run(tmp_path / "run", accept_changes=True)
+    assert not secret.exists()
 
 
 def test_what_the_promise_does_not_hold_with_is_refused(tmp_path):
