@@ -33,7 +33,7 @@ class Scorers:
     """Processes that score replies of a task.
 
     workers  number of processes
-    timeout  seconds that a score may take
+    timeout  seconds that a score may take, once a process has scored an item's own reply to get ready
 
     Raises UserError for a task that cannot be sent to another process."""
 

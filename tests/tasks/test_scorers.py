@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 
 import pytest
 
+from gptjax.data import Message
 from gptjax.tasks import Reply, Score, Task
 from gptjax.tasks.scorers import Scorers
 from gptjax.types import UserError
@@ -44,6 +46,30 @@ def test_time_errors_death_and_zero_are_told_apart():
     assert [score.outcome for score in scores] == [1, 0, 0, 1, 0, 1, 0, 1]
     assert scores[2].note.startswith("ZeroDivisionError: by nothing (test_scorers.py:")
     assert scores[4].note == "the process ended with exit code 3"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slow(Odd):
+    """A task that takes two seconds to be ready in a new process, as imports do on a busy machine."""
+
+    def example(self, i):
+        return (Message("assistant", "1"),)
+
+    def score(self, i, reply):
+        if not _ready:
+            time.sleep(2)
+            _ready.append(True)
+        return super().score(i, reply)
+
+
+_ready: list[bool] = []
+
+
+def test_the_time_to_get_ready_is_no_reply_s():
+    with Scorers(Slow(), workers=1, timeout=1) as scorers:
+        said = ["1", "hang", "0"]
+        scores = [future.result() for future in [scorers.submit(0, Reply(text)) for text in said]]
+    assert [score.status for score in scores] == ["scored", "timed out", "scored"]
 
 
 def test_a_task_that_cannot_be_sent_is_refused():
