@@ -13,12 +13,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Self
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from gptjax.distributed.sharding import ShardingRules
+from gptjax.distributed.sharding import ShardingRules, reshard
 from gptjax.kernels.linear import linear
 from gptjax.nn.backbone import Backbone
 from gptjax.nn.block import Context
@@ -37,15 +35,15 @@ class Pooling:
         """inside bool [B, M, T], True if token t is of text m -> weights float [B, M, T]."""
         raise NotImplementedError
 
-    def __call__(self, x: Array, segments: Array | None, documents: int) -> Array:
+    def __call__(
+        self, x: Array, segments: Array | None, documents: int, rules: ShardingRules = ShardingRules()
+    ) -> Array:
         """x [B, T, D], segments int32 [B, T] (None: all 1) -> [B, M, D]; 0 for missing texts."""
         segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else jnp.asarray(segments)
-        inside = segments[:, None, :] == jnp.arange(1, documents + 1)[:, None]
-        weights = self.weights(inside).astype(x.dtype)
-        if not jax.sharding.get_abstract_mesh().empty:  # segments that were made here are not sharded
-            batch, sequence, _ = jax.typeof(x).sharding.spec
-            weights = jax.reshard(weights, PartitionSpec(batch, None, sequence))
-        return lax.dot_general(weights, x, (((2,), (1,)), ((0,), (0,))))
+        whole = reshard(segments, rules("batch", None))  # `weights` counts along sequences
+        inside = whole[:, None, :] == jnp.arange(1, documents + 1)[:, None]
+        weights = reshard(self.weights(inside).astype(x.dtype), rules("batch", None, "sequence"))
+        return lax.dot_general(weights, x, (((2,), (1,)), ((0,), (0,))), out_sharding=rules("batch", None, None))
 
 
 class Mean(Pooling):
@@ -238,7 +236,7 @@ class Classifier(Backbone):
         c = self.config
         scale = c.backbone.parametrisation.hidden_init_scale(c.backbone.width)
         param = ParamFactory.for_module(self, self.rules, c.backbone.dtype, scale)
-        x = c.pooling(x, context.mask.query_segments, documents)
+        x = c.pooling(x, context.mask.query_segments, documents, self.rules)
         if c.pooler is not None:
             x = c.pooler(param.child("pooler"), x)
         w = param("classifier", (c.backbone.width, c.classes), ("embed", None), kind="head")
@@ -284,6 +282,6 @@ class Embedder(Backbone):
 
     def head(self, x: Array, table: Array, context: Context, documents: int = 1) -> Array:
         """float32 [B, M, D], one vector for each of the M = `documents` texts of a sequence."""
-        x = self.pooling(x, context.mask.query_segments, documents).astype(jnp.float32)
+        x = self.pooling(x, context.mask.query_segments, documents, self.rules).astype(jnp.float32)
         # The norm of a missing text, 0, has no gradient; its square has.
         return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24)) if self.normalise else x

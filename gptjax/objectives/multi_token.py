@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from gptjax.kernels.cross_entropy import cross_entropy
@@ -60,5 +61,6 @@ def _nll(logits: Array, targets: Array) -> tuple[Array]:
 
 
 def _shifted(x: Array, k: int) -> Array:
-    """x[:, k:], with k columns of 0 behind."""
-    return jnp.pad(x[:, k:], ((0, 0), (0, k)))
+    """x[:, k:], with k columns of 0 behind: a gather, because jax slices no axis that is sharded."""
+    columns = jnp.arange(k, k + x.shape[1])
+    return x.at[:, columns].get(mode="fill", fill_value=0, out_sharding=jax.typeof(x).sharding)

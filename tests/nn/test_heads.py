@@ -77,7 +77,7 @@ def test_a_mesh_changes_nothing():
     model = Classifier(config)
     params = drawn(model)
     expected, _ = apply(model, params, TOKENS)
-    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+    with sharding.use(MeshConfig(fsdp=2, context=2, tensor=2).make()):
         sharded = Classifier(config, DEFAULT_RULES)
         tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
         params = placed(sharded, params, tokens)

@@ -37,7 +37,7 @@ def test_a_mesh_changes_nothing():
     run = jax.jit(lambda model, p, t: model.apply({"params": p}, t, mutable=["ahead"])[1]["ahead"], static_argnums=0)
     params = drawn(model)
     expected = run(model, params, TOKENS)
-    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+    with sharding.use(MeshConfig(fsdp=2, context=2, tensor=2).make()):
         tokens = sharding.global_array(np.asarray(TOKENS), DEFAULT_RULES)
         sharded = CONFIG.build(DEFAULT_RULES)
         heads = run(sharded, placed(sharded, params, tokens), tokens)

@@ -109,7 +109,7 @@ def test_a_step_in_parts_or_on_a_mesh_has_the_same_gradient():
         found = [of(params, part, FrozenModel(theirs, teacher))[0] for part in parts]
         summed = jax.tree.map(lambda *x: sum(x), *found)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), summed, whole)
-    with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+    with sharding.use(MeshConfig(fsdp=2, context=2, tensor=2).make()):
         of, model, teacher = gradient(dataclasses.replace(objective, chunk=5), DEFAULT_RULES)
         given = sharding.global_array(batch(), DEFAULT_RULES)
         places = (jax.jit(m.init)(jax.random.key(0), given.tokens)["params"] for m in (model, teacher))

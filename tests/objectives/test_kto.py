@@ -106,7 +106,7 @@ def test_a_step_in_parts_and_on_a_mesh_has_the_same_gradient(params):
         assert sum(float(part[0][1]) for part in made) == float(weight) == 6
         added = jax.tree.map(lambda *g: sum(g), *(part[1] for part in made))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), added, expected)
-    with use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+    with use(MeshConfig(fsdp=2, context=2, tensor=2).make()):
         sharded = Transformer(CONFIG)
         spread = jax.tree.map(lambda x: jax.device_put(x, sharded.rules(*["batch", None][: x.ndim])), whole)
         there = prepared(spread, sharded)

@@ -57,7 +57,7 @@ def test_sharded_vocabulary():
     logits, targets = draw()
     both = jax.value_and_grad(lambda logits, targets: jnp.sum(cross_entropy(logits, targets)[0]))
     alone = jax.device_get(jax.jit(both)(logits, targets))
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2).make()
+    mesh = MeshConfig(fsdp=2, context=2, tensor=2).make()
     spec = PartitionSpec(("data", "fsdp"), None, "tensor")
     with use(mesh):
         logits = jax.device_put(logits, NamedSharding(mesh, spec))

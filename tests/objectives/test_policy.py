@@ -104,7 +104,7 @@ def test_a_step_on_a_mesh_has_the_same_gradient(objective, params):
     whole = prepared(objective, params, episodes())
     moved = jax.tree.map(lambda a, b: a + 0.1 * b, *params)
     _, expected = gradient(objective)(moved, whole)
-    with use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+    with use(MeshConfig(fsdp=2, context=2, tensor=2).make()):
         sharded = Transformer(CONFIG)
         batch = global_array(episodes(), sharded.rules)
         there = prepared(objective, params, batch, sharded, parts=2)

@@ -150,7 +150,7 @@ def test_a_step_in_parts_and_on_a_mesh_has_the_same_gradient(objective, params):
         assert sum(float(part[0][0]) for part in made) == pytest.approx(float(total), rel=1e-5)
         added = jax.tree.map(lambda *g: sum(g), *(part[1] for part in made))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), added, expected)
-    with use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+    with use(MeshConfig(fsdp=2, context=2, tensor=2).make()):
         sharded = Transformer(CONFIG)
         (there, count), grads = gradient(whole, sharded)
     assert (float(there), float(count)) == (pytest.approx(float(total), rel=1e-5), float(weight))
