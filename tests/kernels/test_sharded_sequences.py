@@ -78,7 +78,7 @@ def assert_equals(expected, form, mesh, mask, options, length=T):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
 
 
-@pytest.mark.parametrize("form", ["ring", "gathered"])
+@pytest.mark.parametrize("form", ["ring", "gathered", "ulysses"])
 @pytest.mark.parametrize(
     ("mesh", "mask", "options"),
     [
@@ -160,6 +160,9 @@ def test_what_is_sent():
     assert sent(near) == {"collective-permute": 2 * block}, "a window of one block reaches the next one alone"
     assert sent(program("gathered", 64, gradient=False)) == {"all-gather": 3 * 2 * block}
     assert sent(program("gathered", 64)) == {"all-gather": 3 * 2 * block, "reduce-scatter": 3 * 2 * block}
+    # A device has a key head of its own, of a quarter of a sequence, and sends three quarters of it and of the rest.
+    assert sent(program("ulysses", 64, gradient=False)) == {"all-to-all": 3 / 4 * 4 * queries}
+    assert sent(program("ulysses", 64)) == {"all-to-all": 3 / 4 * 8 * queries}
     block, queries = 8 * block, 8 * queries
     expected = {"all-gather": 3 * 2 * block, "reduce-scatter": 3 * 2 * block, "collective-permute": 4 * queries}
     assert sent(program("splash", 512)) == expected
@@ -222,6 +225,13 @@ def test_a_model_trains_as_on_one_device(name):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), actual, expected)
 
 
+def test_dropped_probabilities_are_those_of_one_device():
+    """By all-to-all alone, whose kernels are those for whole sequences."""
+    options = {"dropout": 0.4, "key": jax.random.key(5)}
+    expected = value_and_gradients("plain", Mask(), options, *inputs())
+    assert_equals(expected, None, "context 2, tensor 2", Mask(), options)
+
+
 def test_what_it_cannot_do_is_refused():
     with sharding.use(MeshConfig(context=8).make()):
         q = jax.device_put(
@@ -232,5 +242,5 @@ def test_what_it_cannot_do_is_refused():
             attention(q, q, q, Mask(), bias=bias, implementation="ring")
         with pytest.raises(UserError, match="'plain', which cannot do this: it needs sequences that are not sharded"):
             attention(q, q, q, Mask(), implementation="plain")
-        with pytest.raises(UserError, match=r"inputs sharded over mesh.context: ring has no bias or dropout; gathered"):
+        with pytest.raises(UserError, match=r"mesh.context: ring has .*; gathered has .*; ulysses needs .* 8"):
             attention(q, q, q, Mask(), dropout=0.1, key=jax.random.key(0))

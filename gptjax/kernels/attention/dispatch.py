@@ -14,7 +14,7 @@ from gptjax.kernels.attention import sharding
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array, Key, UserError
 
-IMPLEMENTATIONS = "plain", "chunked", "xla", "cudnn", "flash", "splash", "ring", "gathered", "paged"
+IMPLEMENTATIONS = "plain", "chunked", "xla", "cudnn", "flash", "splash", "ring", "gathered", "ulysses", "paged"
 """Modules of this package, imported when they are first used. Each has
 
 attention(q, k, v, mask, options) -> Array
@@ -22,9 +22,10 @@ unsupported_reason(q, k, v, mask, options) -> str | None    reason it cannot han
 """
 CHOICE = {"cpu": (), "gpu": ("flash", "cudnn"), "tpu": ("splash",)}
 """Platform -> implementations tried first; then "chunked" for long sequences, then "plain"."""
-CONTEXT_PARALLEL = ("ring", "gathered")
-"""Implementations for sequences sharded over the mesh, tried instead of those: "ring" first, which needs less
-memory."""
+CONTEXT_PARALLEL = ("ring", "gathered", "ulysses")
+"""Implementations for sequences sharded over the mesh, in the order in which they are tried."""
+CONTEXT_CHOICE = {"gpu": ("ulysses", *CONTEXT_PARALLEL), "tpu": ("splash", *CONTEXT_PARALLEL)}
+"""Platform -> the same, where kernels of the platform come first: "ulysses" alone runs those of GPUs."""
 LONG = 2_048
 """Number of queries from which "chunked" is faster than "plain", with an eighth of its memory
 (benchmarks/README.md)."""
@@ -58,8 +59,9 @@ def attention(
     softcap  bounds the scores (Gemma 2, arXiv:2408.00118)
     dropout  rate at which probabilities are dropped; no dropout without a key
 
-    implementation  one of `IMPLEMENTATIONS`. None: chosen by platform, mask and options. "ring" and "gathered" are for
-                    sequences sharded over the mesh; for other sequences they mean None. With `mask.pages` it is "paged"
+    implementation  one of `IMPLEMENTATIONS`. None: chosen by platform, mask and options. Those in `CONTEXT_PARALLEL`
+                    are for sequences sharded over the mesh; for other sequences they mean None. With `mask.pages` it is
+                    "paged"
 
     Raises UserError if the named implementation does not exist or does not support the inputs.
     """
@@ -83,8 +85,10 @@ def _module(name: str) -> Any:
 
 
 def _choose(q: Array, *case: Any) -> str:
-    rest = CONTEXT_PARALLEL if sharding.sequence_axes(q) else ("chunked", "plain") if q.shape[1] >= LONG else ("plain",)
-    names = *CHOICE.get(target.backend(), ()), *rest
+    if sharding.sequence_axes(q):
+        names = CONTEXT_CHOICE.get(target.backend(), CONTEXT_PARALLEL)
+    else:
+        names = *CHOICE.get(target.backend(), ()), *(("chunked", "plain") if q.shape[1] >= LONG else ("plain",))
     reasons = {name: _module(name).unsupported_reason(q, *case) for name in names}
     for name, reason in reasons.items():
         if reason is None:
