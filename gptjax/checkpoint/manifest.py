@@ -5,8 +5,9 @@ atomically, so that its presence marks the folder as finished.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,12 +20,20 @@ from gptjax.types import Json
 NAME = "manifest.json"
 Files = dict[str, list[Any]]
 """File name -> [size, SHA-256]."""
+_OWN = "ocdbt.process_{}"
+"""Folder in which Orbax stores what a process writes."""
 
 
 def digests(folder: epath.Path, process: int = 0, processes: int = 1) -> Files:
-    """Size and SHA-256 of this process's share of the folder's files."""
-    sizes = {name: (folder / name).stat().length for name in _files(folder)}
-    return _digests(folder, _share(sizes, process, processes))
+    """Size and SHA-256 of the files that this process wrote, which Orbax says in the names of folders, and for the
+    first process of all others. Each looks at its own files alone: what a checkpoint of many processes costs grows with
+    its files, not with their product with the processes."""
+    if process == 0:
+        others = {_OWN.format(i) for i in range(1, processes)}
+        return _digests(folder, list(_files(folder, without=others)))
+    own = {item.name: item / _OWN.format(process) for item in folder.iterdir()}
+    parts = (_files(path, f"{name}/{path.name}/") for name, path in own.items() if path.exists())
+    return _digests(folder, list(itertools.chain.from_iterable(parts)))
 
 
 def write_digests(folder: epath.Path, process: int, files: Files) -> None:
@@ -105,12 +114,14 @@ def delete(folder: epath.Path) -> None:
     folder.rmtree()
 
 
-def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Names of all files except the manifest."""
+def _files(folder: epath.Path, prefix: str = "", without: Collection[str] = ()) -> Iterator[str]:
+    """Names of all files except the manifest, and those in folders of these names."""
     for path in sorted(folder.iterdir()):
         name = prefix + path.name
+        if path.name in without:
+            continue
         if path.is_dir():
-            yield from _files(path, f"{name}/")
+            yield from _files(path, f"{name}/", without)
         elif not name.startswith(NAME):
             yield name
 
