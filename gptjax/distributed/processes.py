@@ -10,14 +10,16 @@ import json
 import os
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from gptjax.distributed import xla
 
 if TYPE_CHECKING:  # it imports jax, which `--help` does not wait for
     from gptjax.types import PyTree
 
+Value = TypeVar("Value")
 VECTORS = "xla_cpu_prefer_vector_width"
 HEARTBEAT = 60  # seconds
 LOST = 134  # SIGABRT, to a shell
@@ -114,6 +116,33 @@ def allgather(value: PyTree) -> list[Any]:
     length = -(-int(sizes.max()) // 256) * 256  # few distinct lengths, as each one compiles
     texts = multihost_utils.process_allgather(np.pad(text, (0, length - len(text))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
+
+
+def on_first(function: Callable[[], Value]) -> Value:
+    """The value of JSON types that a function has on the first process, which alone calls it. A collective call.
+    Raises the function's UserError on every process."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    from gptjax.types import UserError
+
+    if jax.process_count() == 1:
+        return function()
+    value = wrong = None
+    if jax.process_index() == 0:
+        try:
+            value = function()
+        except UserError as error:
+            wrong = str(error)
+    text = np.frombuffer(json.dumps([value, wrong]).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    length = -(-size // 256) * 256  # few distinct lengths, as each one compiles
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
+    value, wrong = json.loads(text[:size].tobytes())
+    if wrong is not None:
+        raise UserError(wrong)
+    return value
 
 
 def process_lost(error: Exception) -> bool:

@@ -20,10 +20,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
+import jax
 import numpy as np
 
 from gptjax.config import digest, to_json
 from gptjax.data import chat
+from gptjax.distributed import processes
 from gptjax.evals import intervals
 from gptjax.evals.best_of import expected_outcome, kl_bound
 from gptjax.evals.replies import Form, Prompt, Written, form_of, prompts, write
@@ -106,7 +108,6 @@ class Generative(Evaluation):
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise UserError for a task without items, one whose own right replies do not score 1, and a tokenizer that
         cannot write the prompts."""
-        _check_one_process()
         chosen = self._chosen()
         some = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, min(CHECKED, len(chosen)), dtype=int))]
         with Scorers(self.task, 1, self.timeout) as scorers:
@@ -141,23 +142,20 @@ class Generative(Evaluation):
         progress  called after every reply
         of        identity of the model, for the file
         """
-        _check_one_process()
         form = self.form or form_of(model)
         check_tools(self.tools, form)
         asked = prompts(model, self.task, self._chosen(), form, self.tools)
         signature = self.signature(form, asked)
         store = _Store(None if path is None else Path(path), {"signature": signature, "model": of})
-        records = store.read()
+        records = _by_reply(processes.on_first(store.read))
         left = [(p, s) for p in asked for s in range(self.samples) if (p.item, s) not in records]
-        total = 0.0 + sum(record["outcome"] for record in records.values())
         if left:
-            with store, Scorers(self.task, self.workers, self.timeout) as scorers:
-                for record in self._records(model, left, form, scorers):
-                    records[record["item"], record["sample"]] = record
-                    store.add(record)
-                    total += record["outcome"]
-                    if progress is not None:
-                        progress(len(records), len(asked) * self.samples, total / len(records))
+            written = write(model, left, self._generation(), self.sampling, form, self.seed, self.rows, self.tools)
+            if jax.process_index() == 0:
+                self._score(written, store, records, len(asked) * self.samples, progress)
+            else:
+                collections.deque(written, maxlen=0)  # all processes of a job run the engine's programs
+            records = _by_reply(processes.on_first(lambda: [*records.values()]))
         return self._result([records[p.item, s] for p in asked for s in range(self.samples)], signature, form)
 
     def signature(self, form: Form, asked: Sequence[Prompt]) -> str:
@@ -200,10 +198,28 @@ class Generative(Evaluation):
         generation = self.task.generation
         return dataclasses.replace(generation, max_tokens=self.max_tokens or generation.max_tokens)
 
-    def _records(self, model: Any, left: list[tuple[Prompt, int]], form: Form, scorers: Scorers) -> Iterator[Record]:
+    def _score(
+        self,
+        written: Iterator[Written],
+        store: _Store,
+        records: dict[tuple[int, int], Record],
+        count: int,
+        progress: Progress | None,
+    ) -> None:
+        """Add scored replies to the records, of which there will be `count`, and to the store."""
+        total = 0.0 + sum(record["outcome"] for record in records.values())
+        with store, Scorers(self.task, self.workers, self.timeout) as scorers:
+            for record in self._records(written, scorers):
+                records[record["item"], record["sample"]] = record
+                store.add(record)
+                total += record["outcome"]
+                if progress is not None:
+                    progress(len(records), count, total / len(records))
+
+    def _records(self, replies: Iterator[Written], scorers: Scorers) -> Iterator[Record]:
         """Scored replies, as they come."""
         scoring: collections.deque[tuple[Written, Future[Score]]] = collections.deque()
-        for written in write(model, left, self._generation(), self.sampling, form, self.seed, self.rows, self.tools):
+        for written in replies:
             if written.fits:
                 scoring.append((written, scorers.submit(written.prompt.item, written.reply)))
             else:
@@ -295,14 +311,8 @@ class Generative(Evaluation):
         return [0.0 if record["status"] == "too long" else next(rewards) for record in records]
 
 
-def _check_one_process() -> None:
-    import jax
-
-    if jax.process_count() > 1:
-        raise UserError(
-            "evaluations: got Generative in a job of several processes, must be one, as the engine's rounds depend on "
-            "a clock; use gptjax eval on the trained model"
-        )
+def _by_reply(records: Sequence[Record]) -> dict[tuple[int, int], Record]:
+    return {(record["item"], record["sample"]): record for record in records}
 
 
 def pass_at(n: int, right: int, k: int) -> float:
@@ -355,16 +365,16 @@ class _Store:
         self._path, self._of = path, of
         self._file: IO[str] | None = None
 
-    def read(self) -> dict[tuple[int, int], Record]:
+    def read(self) -> list[Record]:
         """Replies so far. Raises UserError if the file is of something else. A line that was cut off is removed."""
         if self._path is None:
-            return {}
+            return []
         content = self._path.read_bytes() if self._path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(self._of) + "\n")
-            return {}
+            return []
         try:
             first, *records = map(json.loads, whole.decode().splitlines())
         except ValueError as error:
@@ -373,7 +383,7 @@ class _Store:
             raise UserError(f"out: {self._path} is of {first}, not of {self._of}; choose another folder")
         if len(whole) < len(content):
             self._path.write_bytes(whole)
-        return {(record["item"], record["sample"]): record for record in records}
+        return records
 
     def add(self, record: Record) -> None:
         if self._file is not None:

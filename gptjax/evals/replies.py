@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from gptjax.data.chat import Conversation
+from gptjax.distributed import processes
 from gptjax.inference.sampling import Sampling
 from gptjax.tasks.functions import ChatTools
 from gptjax.tasks.task import Generation, Reply, Task
 from gptjax.tasks.tools import Tool
-from gptjax.types import UserError
+from gptjax.types import Json, UserError
 
 Form = Literal["chat", "text"]
 """Form of a prompt: the model's conversation format, or a text to continue, or to be read by an encoder."""
@@ -88,7 +90,7 @@ def write(
     engine = model.engine(rows=rows, queue=2 * rows)
     stop = generation.stop if form == "chat" else generation.text_stop
     template = model.template if form == "chat" else None
-    writing = episodes.Writing.of(generation.max_tokens, sampling, stop, tools, model.tokenizer, template)
+    writing = episodes.Writing.of(generation.max_tokens, sampling, stop, _of_job(tools), model.tokenizer, template)
     writing.check(asked[0][0].messages)
     prompts = {prompt.item: prompt for prompt, _ in asked}
     wanted = [episodes.Asked(p.item, sample, p.ids, (seed + p.item) % 2**32) for p, sample in asked]
@@ -98,6 +100,31 @@ def write(
         if count and writing.turns is None:
             reply = dataclasses.replace(reply, text=_said(model, prompt, episode.text, form))
         yield Written(prompt, episode.asked.sample, reply, count, episode.calls, episode.errors, fits=count > 0)
+
+
+def _of_job(tools: tuple[Tool, ...] | ChatTools) -> tuple[Tool, ...] | ChatTools:
+    """Tools that only the first process of a job uses: what they say, such as a program's output, may differ."""
+    if isinstance(tools, ChatTools):
+        return _ChatToolsOfJob(**{field.name: getattr(tools, field.name) for field in dataclasses.fields(tools)})
+    return tuple(map(_ToolOfJob, tools))
+
+
+class _ChatToolsOfJob(ChatTools):
+    def call(self, name: str, arguments: Json) -> tuple[str, bool]:
+        text, right = processes.on_first(functools.partial(super().call, name, arguments))
+        return text, right
+
+
+@dataclasses.dataclass(frozen=True)
+class _ToolOfJob(Tool):
+    tool: Tool
+
+    @property
+    def mark(self) -> str:
+        return self.tool.mark
+
+    def answer(self, text: str) -> str | None:
+        return processes.on_first(functools.partial(self.tool.answer, text))
 
 
 def _has_encoder(model: Any) -> bool:

@@ -118,8 +118,8 @@ class Rollouts:
         bad replies are all the same, and in a job of several processes."""
         if jax.process_count() > 1:
             raise UserError(
-                "data: got Rollouts in a job of several processes, must be one process, as the rounds of its engine "
-                "depend on a clock; one process may have all devices of a machine"
+                "data: got Rollouts in a job of several processes, must be one process, as each would score the "
+                "replies; one process may have all devices of a machine"
             )
         return Rounds(self, self.prompts(tokenizer, split), tokenizer, seed)
 

@@ -54,7 +54,7 @@ class Engine:
     adapters         LoRA adapters by name, of which each request may choose one
     draft            guesses tokens, for speculative decoding: `NGram()`, or a `DraftModel`. None: no speculation
 
-    Raises UserError for a model that cannot be served so.
+    Raises UserError for a model that cannot be served so. All processes of a job must call the same methods.
     """
 
     def __init__(
@@ -107,7 +107,8 @@ class Engine:
         self._compiling = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._step_seconds = 1.0
+        self._clock = jax.process_count() == 1  # processes of a job must run the same programs
+        self._step_seconds = 1.0 if self._clock else 1e-9
         self.broken: str | None = None
         """The error after which nothing works any more."""
         self.last_round = time.monotonic()
@@ -349,7 +350,7 @@ class Engine:
         call = self._calls.popleft()
         started = time.perf_counter()
         drawn = jax.device_get(call.drawn)
-        if call.steps:
+        if call.steps and self._clock:
             seconds = max(time.perf_counter() - started, 1e-5) / call.steps
             self._step_seconds += 0.2 * (seconds - self._step_seconds)
         for text, most in call.texts:
