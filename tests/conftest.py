@@ -1,5 +1,6 @@
 """Tests run on 8 virtual CPU devices, with a compilation cache that outlives the run."""
 
+import functools
 import gc
 import os
 import sys
@@ -7,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -37,9 +39,11 @@ SHARED = Path(os.environ.get("GPTJAX_SHARED", Path(__file__).resolve().parents[2
 
 
 def pytest_collection_finish() -> None:
-    """Leave what all tests share, mostly imported modules, out of every later garbage collection."""
+    """Leave what all tests share, mostly imported modules, out of every later garbage collection; collect after 50,000
+    new objects instead of 700, of which tracing makes so many that collecting took a tenth of the CPU time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,6 +74,42 @@ def one_mlir_context() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlir, "make_ir_context", shared)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_program_per_stage() -> Iterator[None]:
+    """Make equal programs of training stages once in a file. A run that is resumed or repeated makes its own anew, and
+    most of its time is tracing and compiling it."""
+    loop = sys.modules.get("gptjax.train.loop")
+    if loop is None:
+        yield
+        return
+    make = loop.program
+    fields = ("objective", "optimizer", "adapter", "accumulate", "ema", "privacy", "divergence", "last_step")
+
+    @functools.cache
+    def once(batch, length, values, model, seed, options, mechanism, mesh):
+        """The program of a stage of which nothing is known but these arguments."""
+        stage = SimpleNamespace(
+            data=SimpleNamespace(batch=batch, length=length), **dict(zip(fields, values, strict=True))
+        )
+        made = make(stage, model, seed, dict(options), mechanism)
+        vars(made)["init_state"] = made.init_state  # one object, by which `jit` knows it; a method is new each time
+        return made
+
+    def program(stage, model, seed=0, compiler_options=None, mechanism=None):
+        values, options = tuple(getattr(stage, name) for name in fields), tuple((compiler_options or {}).items())
+        mesh = sys.modules["jax"].sharding.get_mesh()
+        arguments = stage.data.batch, stage.data.length, values, model, seed, options, mechanism, mesh
+        try:
+            hash(arguments)
+        except TypeError:  # a part with a dictionary or an array
+            return make(stage, model, seed, compiler_options, mechanism)
+        return once(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "program", program)
         yield
 
 
