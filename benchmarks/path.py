@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = tuple(str(ROOT / folder) for folder in ("gptjax", "experiments"))
 TINY = ["--model.layers=1", "--model.width=16", "--model.heads=2", "--tokenizer.vocab=400", "--model.vocab=400"]
 for stage in ("pretrain", "chat"):
+    TINY += [f"--{stage}.{source}.source.root={ROOT / 'gptjax' / 'io'}" for source in ("data", "evaluations.0")]
     values = ("steps=1", "evaluate_every=1", "eval_sequences=1", "optimizer.schedule.warmup=1", "data.length=256")
     TINY += [f"--{stage}.{value}" for value in values]
 
