@@ -37,7 +37,7 @@ from gptjax.types import UserError
 
 CONFIG = TransformerConfig(vocab=64, layers=2, width=32, heads=2)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 8), np.int32)
-WIDTHS = (32, 64, 128)
+WIDTHS = (32, 128)
 
 
 def measure(config: TransformerConfig) -> dict[str, np.ndarray]:
@@ -175,13 +175,20 @@ def test_other_widths():
         resize(TransformerConfig(64, 2, 48, 6, kv_heads=3), 40)
 
 
-def test_check_draws_and_tells(tmp_path):
-    optimizer = AdamW(learning_rate=1e-3)
-    table = check(CONFIG, optimizer, tmp_path / "check.png", widths=(16, 32), steps=2)
+def test_check_draws_and_tells(tmp_path, monkeypatch):
+    """With sizes that grow with the width in the standard parametrisation alone."""
+    names = ("positions", "layer_0", "layer_0/attention", "layer_0/mlp", "logits")
+
+    def sizes(config, optimizer, widths, steps):
+        power = 0 if isinstance(config.parametrisation, MuP) else 1
+        return {name: np.array([[float(width**power)] * (steps + 1) for width in widths]) for name in names}
+
+    monkeypatch.setattr(module, "coordinates", sizes)
+    table = check(CONFIG, AdamW(learning_rate=1e-3), tmp_path / "check.png", widths=(16, 32), steps=2)
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
-    names = [line.split()[0] for line in table.splitlines()[3:-1]]
-    assert names[0] == "layer_0"
-    assert "logits" in names
+    lines = [line.split() for line in table.splitlines()[3:-1]]
+    assert [name for name, *_ in lines] == ["layer_0", "layer_0/attention", "layer_0/mlp", "logits", "positions"]
+    assert all([power.lstrip("-") for power in powers] == ["1.00", "0.00"] * 2 for _, *powers in lines)
 
 
 TINY = """
