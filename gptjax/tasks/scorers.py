@@ -17,8 +17,9 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, Self
 
 from gptjax import config
@@ -27,6 +28,8 @@ from gptjax.types import UserError, one_line
 
 START = 120.0
 """Seconds that a process may take to start."""
+PATIENCE = 0.5
+"""Seconds to wait for a process before another one is started."""
 
 
 class Scorers:
@@ -48,29 +51,49 @@ class Scorers:
         except Exception as error:
             raise UserError(f"task: {task.name} cannot be sent to another process ({one_line(error)})") from None
         self.timeout = timeout
-        self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()  # those that were started first
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._all = [_Process(modules, content) for _ in range(workers)]
-        for process in self._all:
-            self._idle.put(process)
+        self._unused = [*self._all]
+        self._starting, self._closed = threading.Lock(), False
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="scorer")
+        self._threads.submit(lambda: self._idle.put(self._take()))  # the first one starts while replies are written
 
     def submit(self, i: int, reply: Reply) -> Future[Score]:
         """Score of a reply to item `i`, once there is one."""
         return self._threads.submit(self._score, i, reply)
 
     def _score(self, i: int, reply: Reply) -> Score:
-        process = self._idle.get()
+        process = self._take()
         try:
             return process.score(i, reply, self.timeout)
         finally:
             self._idle.put(process)
 
+    def _take(self) -> _Process:
+        """A process that is idle, or a new one if there is none for a while. One starts at a time, as it takes longer
+        than most scores do."""
+        with contextlib.suppress(queue.Empty):
+            return self._idle.get_nowait()
+        with self._starting:
+            if self._closed:
+                raise CancelledError
+            try:
+                return self._idle.get(timeout=PATIENCE if len(self._unused) < len(self._all) else 0)
+            except queue.Empty:
+                if self._unused:
+                    self._unused[-1].start()
+                    return self._unused.pop()
+        return self._idle.get()
+
     def close(self) -> None:
         """End the processes."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._all:
             process.kill()
         self._threads.shutdown()
+        for process in self._all:  # one that was being started
+            process.kill()
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +111,7 @@ class _Process:
 
     def score(self, i: int, reply: Reply, timeout: float) -> Score:
         if self._process is None or self._process.poll() is not None:
-            self._start()
+            self.start()
         found = self._ask(pickle.dumps((i, reply)), timeout)
         if isinstance(found, Score):
             return found
@@ -104,7 +127,8 @@ class _Process:
             with process:  # closes the pipes and waits
                 self._process = None
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start, or start again. Raises UserError if the process cannot read the task."""
         self.kill()
         # Never on the accelerator, which the model has.
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
