@@ -1,7 +1,8 @@
 """Tokenisation before a run, beside `datasets.map` with the same tokenizer: `python benchmarks/prepare.py`.
 
-Both read the same JSON lines and write tokens to disk, in as many processes, by turns; figures are medians. The ids are
-compared. Needs `pip install -e '.[torch]'` and a tokenizer.json (by default one is trained here).
+Both read the same JSON lines and write tokens to disk, in as many processes, by turns; figures are medians, on the
+clock and of processor time, which other work on the machine changes less. The ids are compared. Needs
+`pip install -e '.[torch]'` and a tokenizer.json (by default one is trained here).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -74,6 +76,12 @@ def theirs(lines: Path, tokenizer: Path, out: Path, processes: int) -> np.ndarra
     return mapped.with_format("numpy")["ids"]
 
 
+def processor_seconds() -> float:
+    """Processor time of this process and of those that it started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=64)
@@ -82,27 +90,27 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=16_384)
     options = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    times: dict[str, list[float]] = {"gptjax data prepare": [], "datasets.map": []}
+    times: dict[str, list[tuple[float, float]]] = {"gptjax data prepare": [], "datasets.map": []}
     with tempfile.TemporaryDirectory() as folder:
         lines, tokenizer = Path(folder) / "text.jsonl", tokenizer_json(Path(folder), options.vocab)
         corpus(lines, options.megabytes)
         found = {}
         for number in range(options.rounds):
             for name, function in (("gptjax data prepare", ours), ("datasets.map", theirs)):
-                begin = time.perf_counter()
+                begin = time.perf_counter(), processor_seconds()
                 found[name] = function(lines, tokenizer, Path(folder) / f"{name} {number}", options.processes)
-                times[name].append(time.perf_counter() - begin)
+                times[name].append((time.perf_counter() - begin[0], processor_seconds() - begin[1]))
         tokens = found["gptjax data prepare"]
         first = np.concatenate([np.asarray(ids) for ids in found["datasets.map"][:1000]])
         assert tokens[: len(first)].tolist() == first.tolist(), "the ids differ"
-    median = {name: statistics.median(values) for name, values in times.items()}
+    median = {name: [statistics.median(kind) for kind in zip(*values, strict=True)] for name, values in times.items()}
     print(f"{options.megabytes} MiB of text, {len(tokens):,} tokens, {options.processes} processes")
-    print("| | s (each round) | million tokens/s | times datasets.map |")
-    print("|---|---:|---:|---:|")
-    for name, seconds in median.items():
-        each = ", ".join(f"{value:.1f}" for value in times[name])
-        ratio = median["datasets.map"] / seconds
-        print(f"| {name} | {seconds:.1f} ({each}) | {len(tokens) / seconds / 1e6:.2f} | {ratio:.2f} |")
+    print("| | s (each round) | CPU s (each round) | times datasets.map | by CPU time |")
+    print("|---|---:|---:|---:|---:|")
+    for name, values in median.items():
+        each = [", ".join(f"{value:.1f}" for value in kind) for kind in zip(*times[name], strict=True)]
+        clock, cpu = (theirs / value for theirs, value in zip(median["datasets.map"], values, strict=True))
+        print(f"| {name} | {values[0]:.1f} ({each[0]}) | {values[1]:.1f} ({each[1]}) | {clock:.2f} | {cpu:.2f} |")
 
 
 if __name__ == "__main__":

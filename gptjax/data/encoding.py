@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -233,6 +234,7 @@ _encoder: Encoder | None = None
 def _start(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
 
 
 def _run(documents: list[Any], first: int) -> Chunk:

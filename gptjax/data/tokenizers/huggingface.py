@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from gptjax.data.tokenizers.tiktoken import byte_alphabet
 from gptjax.data.tokenizers.tokenizer import REPLACEMENT, ROLES, Tokenizer, add_roles, well_formed
+from gptjax.data.tokenizers.words import Words, splits
 from gptjax.io.json_file import FLAG, NATURAL, TEXT, check, read_object
 from gptjax.io.worker import Worker
 from gptjax.types import Json, UserError, one_line
@@ -146,8 +148,19 @@ class HuggingFaceTokenizer(Tokenizer):
             return self.library.encode(text, add_special_tokens=False).ids
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        one_thread = os.environ.get("TOKENIZERS_PARALLELISM") == "false"
+        if one_thread and self._words is not None:
+            return self._words.encode_batch(texts)
+        return self._encode_texts(texts)
+
+    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         with no_panic():
             return [encoding.ids for encoding in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @functools.cached_property
+    def _words(self) -> Words | None:
+        """Encoding of words, faster than the library's on one thread. None: texts are not split into them."""
+        return Words(self._encode_texts) if splits(json.loads(self.data)) else None
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@ encoded once and remembered.
 
     's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
 
-On one thread this takes a third to a half of the time of the `tokenizers` library, which spends most of it on the
-pattern. A text with a character whose class Unicode has changed since 3.2, or added, is left to the library.
+The `tokenizers` library spends most of its time on the pattern: on one thread it takes 2 to 3 times as long where words
+come again, and 1.4 times as long for the first 3 MB of a mixture. A text with a character that Unicode 3.2 did not
+have, or whose class has changed, is left to the library.
 """
 
 from __future__ import annotations
