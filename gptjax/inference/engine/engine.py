@@ -38,7 +38,7 @@ from gptjax.inference.engine.speculation import Draft
 from gptjax.types import Params, UserError
 
 DISPATCH = 0.03
-"""Seconds that a call of `decode` should take: text flows, and the device seldom waits for the host."""
+"""Seconds that a call of `decode` should take in a thread: text flows, and the device seldom waits for the host."""
 
 
 class Engine:
@@ -107,8 +107,8 @@ class Engine:
         self._compiling = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._clock = jax.process_count() == 1  # processes of a job must run the same programs
-        self._step_seconds = 1.0 if self._clock else 1e-9
+        # Not measured without a thread: nobody reads a text before its end, and processes of a job run the same programs.
+        self._step_seconds = DISPATCH / programs.STEPS
         self.broken: str | None = None
         """The error after which nothing works any more."""
         self.last_round = time.monotonic()
@@ -187,6 +187,7 @@ class Engine:
                     self._break(f"{type(error).__name__}: {error}")
                     raise
 
+        self._step_seconds = 1.0
         self._thread = threading.Thread(target=loop, name="engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # Python ends other threads inside of calls to the device, which aborts
@@ -350,7 +351,7 @@ class Engine:
         call = self._calls.popleft()
         started = time.perf_counter()
         drawn = jax.device_get(call.drawn)
-        if call.steps and self._clock:
+        if call.steps and self._thread is not None:
             seconds = max(time.perf_counter() - started, 1e-5) / call.steps
             self._step_seconds += 0.2 * (seconds - self._step_seconds)
         for text, most in call.texts:
