@@ -60,7 +60,7 @@ def test_a_text_is_that_of_the_merged_model(name, draft):
 
 def test_adapters_share_no_pages():
     on, prompt = engine(adapters=adapters_of(CONFIGS["rope"])), tuple(range(100))
-    for adapter, reused in ((None, 0), ("a", 0), ("b", 0), ("a", 96), (None, 96)):
+    for adapter, reused in ((None, 0), ("a", 0), ("b", 0), ("a", 99), (None, 99)):
         request = dataclasses.replace(requests(1)[0], prompt=prompt, max_tokens=2, min_tokens=0, adapter=adapter)
         (text,) = write(on, [request])
         assert text.reused == reused

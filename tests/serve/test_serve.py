@@ -75,7 +75,7 @@ def test_a_reply_is_that_of_the_model(client):
     assert reply.usage.prompt_tokens == len(ids)
     assert reply.usage.total_tokens == len(ids) + reply.usage.completion_tokens
     again = client.chat.completions.create(model="tiny", messages=TALK, max_tokens=20, temperature=0)
-    assert again.usage.prompt_tokens_details.cached_tokens == (len(ids) - 1) // 16 * 16
+    assert again.usage.prompt_tokens_details.cached_tokens == len(ids) - 1
     assert again.choices[0].message.content == said.content
 
 

@@ -129,6 +129,13 @@ class Device:
                 placed = self._chunks(chunks[i : i + programs.CHUNKS], programs.CHUNKS)
                 self._state = programs.prefill(self._models, self._state, placed)
 
+    def copy(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Copy pages, each to the one beside it: at most one for each row."""
+        padded = np.full((self.rows, 2), self.pages, np.int32)
+        padded[: len(pages)] = np.reshape(pages, (-1, 2))
+        with on_mesh_of(self._mesh_of):
+            self._state = programs.copy(self._state, padded, np.int32(len(pages)))
+
     def score(self, chunks: Sequence[Chunk], following: Sequence[int], compare: bool) -> programs.Drawn:
         """As `read`, of at most a page of one prompt, with the log-probabilities of the tokens that follow each, and
         the most likely ones if `compare`. The result is on its way to the host."""

@@ -208,6 +208,7 @@ class Engine:
         length = min(self.pages.size + 2, self.context - 1)
         for scores in (False, True):
             self.submit(Request((0,) * length, max_tokens=1, stop_token_ids=(), prompt_logprobs=scores))
+        self._device.copy(())
         self.run()
 
     @property
@@ -265,7 +266,7 @@ class Engine:
         # Not the name alone: a prefix of another client's must not show in the time to the first token.
         adapter = self._adapters[request.adapter]
         chains = list(pages.chains(pages.root(self._name, request.client, str(adapter)), before))
-        found = [] if request.prompt_logprobs else pages.find(chains)
+        found = [] if request.prompt_logprobs else pages.find(chains[: len(before) // pages.size])
         needed = -(-len(request.prompt) // pages.size) - len(found)
         if needed > pages.free:
             pages.hits -= len(found) * pages.size

@@ -5,6 +5,7 @@
     found = pages.find(chains)                 # pages that hold the first tokens of the prompt
     page = pages.take()                        # a page of one's own, or None
     pages.share(chains[len(found)], page)      # others may read it now
+    page = pages.known(chains[-1])             # a page to copy, for a prompt that ends inside of it
     pages.release(page)
 
 A page has one reader or more, or is kept for its tokens, or is free. Kept ones are taken, the longest unused first,
@@ -46,9 +47,9 @@ class Pages:
         return digest.digest()
 
     def chains(self, root: Chain, tokens: Sequence[int]) -> Iterator[Chain]:
-        """The chain of each whole page of these tokens."""
+        """The chain of each page of these tokens, the last of which they may not fill."""
         ids, chain = np.asarray(tokens, np.int64), root
-        for start in range(0, len(ids) - self.size + 1, self.size):
+        for start in range(0, len(ids), self.size):
             chain = hashlib.sha256(chain + ids[start : start + self.size].tobytes()).digest()
             yield chain
 
@@ -64,6 +65,13 @@ class Pages:
         self.hits += len(found) * self.size
         return found
 
+    def known(self, chain: Chain) -> int | None:
+        """The page that begins with this chain's last tokens, to be copied at once. None: there is none."""
+        page = self._pages.get(chain)
+        if page in self._kept:
+            self._kept.move_to_end(page)
+        return page
+
     def take(self) -> int | None:
         """A page for the caller alone. None: all have readers."""
         if not self._free:
@@ -77,7 +85,8 @@ class Pages:
         return page
 
     def share(self, chain: Chain, page: int) -> None:
-        """Let others read this page of the caller's, which holds the chain's last tokens and will not change."""
+        """Let others read this page of the caller's, which holds the chain's last tokens, or copy it if the caller
+        writes behind them. They will not change."""
         if chain not in self._pages:
             self._pages[chain], self._chains[page] = page, chain
 

@@ -12,8 +12,9 @@ from gptjax.inference.engine.running import Call, Running
 
 
 def prefill(device: Device, pages: Pages, texts: Sequence[Running]) -> list[Call]:
-    """Read chunks of these prompts, a page of each in turn. Returns calls with log-probabilities to look at."""
-    chunks, calls = [], []
+    """Read chunks of these prompts, a page of each in turn; of equal ones only the first is read, and its last page
+    copied. Returns calls with log-probabilities to look at."""
+    chunks, copies, calls = [], [], []
     turns, room = deque(texts), programs.READS * programs.CHUNKS
     while turns and room > 0:
         text = turns.popleft()
@@ -21,12 +22,15 @@ def prefill(device: Device, pages: Pages, texts: Sequence[Running]) -> list[Call
             call, count = _score(device, pages.size, text)
             calls.append(call)
         else:
+            copies += _find(pages, text)
             new = _next_chunks(device, pages, text, room)
             chunks, count = chunks + new, len(new)
         room -= count
         if text.reading:
             turns.append(text)
     device.read(chunks)
+    if copies:
+        device.copy(copies)
     return calls
 
 
@@ -39,18 +43,32 @@ def _score(device: Device, size: int, text: Running) -> tuple[Call, int]:
     return Call(device.score(chunks, following, compare), [(text, len(following))]), len(chunks)
 
 
+def _find(pages: Pages, text: Running) -> list[tuple[int, int]]:
+    """Pass over the pages of a prompt that another text has read by now. Its last one, if the prompt ends inside of it,
+    is to be copied: that page and the text's own are returned."""
+    size, copies = pages.size, []
+    while text.reading and text.read % size == 0:
+        number, end = text.read // size, min(text.read + size, len(text.prompt) - 1)
+        chain, own = text.chains[number], text.pages[number]
+        if end % size and (page := pages.known(chain)) is not None:
+            copies.append((page, own))
+            pages.hits += end - text.read
+        elif end % size == 0 and (found := pages.find([chain])):
+            pages.release(own)
+            text.pages[number] = found[0]
+        else:
+            break
+        text.read = end
+        text.generation.reused = max(text.generation.reused, end)
+    return copies
+
+
 def _next_chunks(device: Device, pages: Pages, text: Running, most: int) -> list[Chunk]:
-    """Chunks of a page of a prompt, after the pages that another text has read by now."""
-    size = pages.size
-    while text.reading and text.read % size == 0 and (found := pages.find(text.chains[text.read // size :][:1])):
-        pages.release(text.pages[text.read // size])
-        text.pages[text.read // size] = found[0]
-        text.read += size
-        text.generation.reused = max(text.generation.reused, text.read)
+    """Chunks of a page of a prompt."""
     if not text.reading:
         return []
-    number, chunks = text.read // size, text.next_chunks(most, device.chunk, size)
-    if text.read == (number + 1) * size:
-        # Whoever reads it is later on the device, or in the same call.
+    number, chunks = text.read // pages.size, text.next_chunks(most, device.chunk, pages.size)
+    if text.read % pages.size == 0 or not text.reading:
+        # Whoever reads or copies it is later on the device, or in the same call.
         pages.share(text.chains[number], text.pages[number])
     return chunks

@@ -281,6 +281,20 @@ def _read(models: Models, rows: Rows, chunks: Chunks) -> tuple[Rows, Array]:
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
+def copy(rows: Rows, pages: Array | np.ndarray, count: Array | int) -> Rows:
+    """Copy the first `count` pages of int32 [C, 2], each to the second one beside it."""
+
+    def one(i: Array, pool: Array) -> Array:
+        source, target = jnp.asarray(pages)[i]
+        return jax.lax.dynamic_update_index_in_dim(pool, pool[source], target, 0)
+
+    layers, draft = jax.lax.fori_loop(
+        0, count, lambda i, pools: jax.tree.map(functools.partial(one, i), pools), (rows.layers, rows.draft)
+    )
+    return dataclasses.replace(rows, layers=layers, draft=draft)
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
 def score(
     models: Models, rows: Rows, chunks: Chunks, following: Array | np.ndarray, compares: Array | bool
 ) -> tuple[Rows, Drawn]:

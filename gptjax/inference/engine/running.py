@@ -22,7 +22,7 @@ class Running:
     adapter: int
     """Number of its adapter, or 0."""
     chains: list[Chain]
-    """Chains of the whole pages of its prompt, without the last token."""
+    """Chains of the pages of its prompt, without the last token; it may not fill the last page."""
     pages: list[int]
     read: int
     """Number of tokens of the prompt in the cache, once all calls have ended."""
