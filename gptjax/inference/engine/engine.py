@@ -107,8 +107,7 @@ class Engine:
         self._compiling = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = False
-        # Not measured without a thread: nobody reads a text before its end, and processes of a job run the same programs.
-        self._step_seconds = DISPATCH / programs.STEPS
+        self._step_seconds = DISPATCH / programs.STEPS  # measured in a thread alone: processes of a job run in step
         self.broken: str | None = None
         """The error after which nothing works any more."""
         self.last_round = time.monotonic()
