@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from gptjax import tasks
 from gptjax.config import from_json, to_json
 from gptjax.data import Bytes
-from gptjax.tasks import Reply, gym
+from gptjax.tasks import HeldOut, Reply, gym
 from gptjax.tasks.scorers import Scorers
 from gptjax.tasks.stress import stress
 from gptjax.train.rollouts import Rollouts
@@ -114,3 +115,20 @@ def test_wrong_settings_are_one_line(monkeypatch):
         UserError, match=r"^task: ReasoningGym needs the reasoning-gym library; pip install 'gptjax\[gym\]'"
     ):
         made("chain_sum", size=7).example(0)
+
+
+def test_the_experiment_is_warmed_up_on_mostly_wrong_answers_to_words_that_are_not_asked():
+    from experiments import gym as warm
+
+    few = dataclasses.replace(warm.WORDS, size=300)
+    source = warm.Misspelled(few)
+    chats = {split: list(source.documents(split)) for split in ("train", "validation")}
+    asked = {split: {chat[0].text for chat in found} for split, found in chats.items()}
+    assert not asked["train"] & asked["validation"]
+    held = HeldOut(few)
+    assert asked["validation"] == {held.example(i)[0].text for i in range(len(held))}
+    answers = {few.cluster(i): (i, few.example(i)[-1].text) for i in range(len(few))}
+    said = [(*answers[chat[0].text], chat[1].text) for found in chats.values() for chat in found]
+    assert all(sorted(answer) == sorted(spelled) for _, answer, spelled in said)
+    right = sum(few.score(i, Reply(spelled)).outcome for i, _, spelled in said)
+    assert abs(right / len(said) - source.right) < 4 * (0.15 * 0.85 / len(said)) ** 0.5 + 0.02  # and words like "eve"

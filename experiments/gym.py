@@ -1,0 +1,97 @@
+"""Reinforcement learning on an environment of reasoning-gym: words spelled backward.
+
+    pip install 'gptjax[gym]'
+    python -m experiments gym
+
+As in `arithmetic`, `sft` fine-tunes on answers of which 15 % are right, so that the model can spell, but seldom says
+so: in the others the last two letters are exchanged. `rl` then rewards the answers that the library's verifier accepts.
+The words have three or four letters.
+
+Answers to 301 held-out questions (238 words, which are the interval's clusters), drawn at temperature 1, with 95 %
+intervals; one run:
+
+                                        right                   right but for the exchange
+    the word's letters in any order      8.3 %
+    after sft, 16 answers to each        5.8 % [ 4.7,  6.9]     64 %
+    after rl, one answer to each        56.1 % [49.6, 62.7]     10 %
+
+At least one of the 16 answers after `sft` is right in 45.8 %. The mean reward of ten steps of `rl` rises from 17 % in
+the first to 49 % in the third, and is 50 % in the last: by then most answers are without the exchange. What is left
+are other wrong letters, in 30 % of the answers after `sft` and in 34 % at the end. With twice the learning rate, half
+the batch and 80 steps, `rl` ended at 53.2 % [46.5, 59.8], from the same fine-tuning.
+
+Each stage took about three and a half CPU minutes on one core of a shared server. If any two neighbours may be
+exchanged, the letters are learnt too slowly: the validation loss of `sft` is 1.58 after 600 steps, in place of 0.62.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from gptjax import Expect, Experiment, Stage, data, evals, objectives, optim
+from gptjax.data.chat import Conversation, Message
+from gptjax.inference.sampling import Sampling
+from gptjax.nn import TransformerConfig
+from gptjax.tasks import HeldOut, ReasoningGym, TaskConversations
+from gptjax.train.rollouts import Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Misspelled(TaskConversations):
+    """Source of a task's conversations of which this share has the right answer; in the others, its last two letters
+    are exchanged."""
+
+    right: float = 0.15
+    """Share of right answers."""
+    repeats: int = 4
+    """Answers to each item."""
+
+    def keyed(self) -> Iterator[tuple[str, Conversation]]:
+        for repeat in range(self.repeats):
+            for i, (cluster, (*asked, answer)) in enumerate(super().keyed()):
+                word = answer.text
+                if np.random.default_rng([repeat, i]).random() > self.right:
+                    word = word[:-2] + word[:-3:-1]
+                yield cluster, (*asked, Message("assistant", word))
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()} {self}"
+
+
+WORDS = ReasoningGym("spell_backward", size=3_000, config={"min_word_len": 3, "max_word_len": 4})
+HELD_OUT = HeldOut(WORDS)
+SAMPLING = Sampling(temperature=1.0)
+experiment = Experiment(
+    model=TransformerConfig(vocab=280, layers=3, width=96, heads=4),
+    tokenizer=data.Bytes(),
+    stages={
+        "sft": Stage(
+            data=data.Chat(Misspelled(WORDS), length=128, batch=16),
+            objective=objectives.NextToken(),
+            optimizer=optim.AdamW(learning_rate=2e-3, schedule=optim.Linear(warmup=50), clip=1.0),
+            steps=1_200,
+            evaluate_every=200,
+            save_every=400,
+            prompts=(),
+            evaluations=(evals.Generative(HELD_OUT, samples=16, sampling=SAMPLING, rows=64, max_tokens=8),),
+        ),
+        "rl": Stage(
+            data=Rollouts(WORDS, length=72, batch=256, group=8, rows=64, max_tokens=8),
+            objective=objectives.GRPO(kl=0.0),
+            optimizer=optim.AdamW(learning_rate=5e-4, schedule=optim.Linear(warmup=5), clip=1.0),
+            steps=100,
+            evaluate_every=50,
+            eval_sequences=128,
+            save_every=50,
+            log_every=1,
+            prompts=(),
+            evaluations=(evals.Generative(HELD_OUT, sampling=SAMPLING, rows=64, max_tokens=8),),
+        ),
+    },
+    expect=(
+        Expect("sft/spell_backward/accuracy", above=0.02, below=0.2),
+        Expect("sft/spell_backward/pass@16", above=0.35),
+        Expect("rl/spell_backward/accuracy", above=0.4),
+    ),
+)
