@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from gptjax.data.dataset import Dataset, PackedSequences
+from gptjax.data.dataset import Dataset
 from gptjax.data.encoding import Encode, Encoded, encoded
-from gptjax.data.packing import NoPacking, Packing
+from gptjax.data.packing import LabelledSequences, NoPacking, Packing
 from gptjax.data.sources import Example
 from gptjax.data.store import Store
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
@@ -39,7 +39,7 @@ class Classify(Dataset):
     def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> LabelledSequences:
         (store,) = stores
         assert store.labels is not None
-        return LabelledSequences(PackedSequences(store, self.packing.plan(store.offsets, self.length)), store.labels)
+        return LabelledSequences(store, self.packing.plan(store.offsets, self.length), store.labels)
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Raises UserError: a classifier does not generate text."""
@@ -96,27 +96,3 @@ def encode_numbers(documents: Iterator[Example], tokenizer: Tokenizer) -> Iterat
     """Encode texts as in pretraining, with their numbers."""
     for example, ids in encoded(documents, lambda example: example.text, tokenizer):
         yield Encoded(add_bos_eos(ids, tokenizer), label=float(example.label))
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledSequences:
-    """Sequences of one document each, with its label or labels: sequence d is document d."""
-
-    packed: PackedSequences
-    labels: np.ndarray
-    """[D], or [D, k] of several for each."""
-
-    @property
-    def fingerprint(self) -> str:
-        return self.packed.fingerprint
-
-    @property
-    def tokens(self) -> int:
-        return self.packed.tokens
-
-    def __len__(self) -> int:
-        return len(self.packed)
-
-    def fill(self, batch: Labelled, at: np.ndarray, index: np.ndarray) -> None:
-        self.packed.fill(batch, at, index)
-        np.asarray(batch.labels)[at] = self.labels[index % len(self)].reshape(len(at), -1)

@@ -23,7 +23,7 @@ import numpy as np
 
 from gptjax.data.encoding import Encode, encode_texts, expect
 from gptjax.data.mix import Mix, epochs, longest_epoch, order, poisson
-from gptjax.data.packing import Concatenate, Packing, Plan, fill
+from gptjax.data.packing import Concatenate, PackedSequences, Packing
 from gptjax.data.shards import tokenize
 from gptjax.data.store import Store, Tokens, combine
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
@@ -179,28 +179,6 @@ class Sequences(Protocol):
     def fill(self, batch: Any, at: np.ndarray, index: np.ndarray) -> None:
         """Write sequences `index` int64 [R] into rows `at` int64 [R] of a batch that `Dataset.empty` made."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedSequences:
-    """Packed documents of one store."""
-
-    store: Store
-    plan: Plan
-
-    @property
-    def fingerprint(self) -> str:
-        return self.store.fingerprint
-
-    @property
-    def tokens(self) -> int:
-        return int(self.store.offsets[-1])
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def fill(self, batch: Batch, at: np.ndarray, index: np.ndarray) -> None:
-        fill(batch, at, self.store, self.plan.pieces(index))
 
 
 @dataclasses.dataclass(frozen=True)

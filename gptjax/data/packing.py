@@ -11,7 +11,7 @@ targets are the next tokens of the same document. No target crosses into another
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -206,3 +206,40 @@ def _best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
                     open_rows.setdefault(left, []).append(group)
                     spaces |= 1 << left
     return row
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSequences:
+    """Packed documents of one store."""
+
+    store: Store
+    plan: Plan
+
+    @property
+    def fingerprint(self) -> str:
+        return self.store.fingerprint
+
+    @property
+    def tokens(self) -> int:
+        return int(self.store.offsets[-1])
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def fill(self, batch: Any, at: np.ndarray, index: np.ndarray) -> None:
+        fill(batch, at, self.store, self.plan.pieces(index))
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSequences(PackedSequences):
+    """Sequences of one document each, with its label or labels in a field of the batch: sequence d is document d."""
+
+    labels: np.ndarray
+    """[D], or [D, k] of several for each."""
+    field: str = "labels"
+    """Field of the batch, [B] or [B, k]."""
+
+    def fill(self, batch: Any, at: np.ndarray, index: np.ndarray) -> None:
+        super().fill(batch, at, index)
+        field = np.asarray(getattr(batch, self.field))
+        field[at] = self.labels[index % len(self)].reshape(len(at), *field.shape[1:])

@@ -13,10 +13,10 @@ import numpy as np
 
 from gptjax.data import chat
 from gptjax.data.chat import Conversation, ConversationTemplate, Message, conversation
-from gptjax.data.dataset import Dataset, PackedSequences
+from gptjax.data.dataset import Dataset
 from gptjax.data.encoding import DROPPED, TRUNCATED, Encode, Encoded, RowError
 from gptjax.data.files import file_state, find_files, read_json
-from gptjax.data.packing import NoPacking, Packing, Pieces
+from gptjax.data.packing import LabelledSequences, NoPacking, Packing, Pieces
 from gptjax.data.sources import check_fraction, fingerprint, finite, of_split
 from gptjax.data.store import Store
 from gptjax.protocols import Split, Tokenizer
@@ -176,11 +176,11 @@ class Preferences(Dataset):
     def encodings(self) -> tuple[Encode, ...]:
         return (PreferenceEncoder(self.length, self.template),)
 
-    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> PairSequences:
+    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> LabelledSequences:
         (store,) = stores
         assert store.labels is not None
         chosen, margins = store.labels.T
-        return PairSequences(PackedSequences(store, TwoPieces(store.offsets, chosen.astype(np.int64))), margins)
+        return LabelledSequences(store, TwoPieces(store.offsets, chosen.astype(np.int64)), margins, "margins")
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Token ids of a conversation in which the user says `text`, up to the assistant's turn."""
@@ -236,30 +236,6 @@ def rendered(
         if sum(len(ids) for ids, _ in found) <= length:
             return found, None if start == first else TRUNCATED
     return [([], []) for _ in replies], DROPPED
-
-
-@dataclasses.dataclass(frozen=True)
-class PairSequences:
-    """Sequences of one pair each, with its margin: sequence d is document d."""
-
-    packed: PackedSequences
-    margins: np.ndarray
-    """float32 [D]."""
-
-    @property
-    def fingerprint(self) -> str:
-        return self.packed.fingerprint
-
-    @property
-    def tokens(self) -> int:
-        return self.packed.tokens
-
-    def __len__(self) -> int:
-        return len(self.packed)
-
-    def fill(self, batch: PreferencePairs, at: np.ndarray, index: np.ndarray) -> None:
-        self.packed.fill(batch, at, index)
-        np.asarray(batch.margins)[at] = self.margins[index % len(self)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from gptjax.data.dataset import Dataset, PackedSequences
+from gptjax.data.dataset import Dataset
 from gptjax.data.encoding import TRUNCATED, Encode, Encoded
-from gptjax.data.packing import NoPacking, Packing
+from gptjax.data.packing import NoPacking, PackedSequences, Packing
 from gptjax.data.pairs import TextPair
 from gptjax.data.preferences import TwoPieces
 from gptjax.data.store import Store

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from gptjax.data.classify import check_classes
-from gptjax.data.dataset import Dataset, PackedSequences
+from gptjax.data.dataset import Dataset
 from gptjax.data.encoding import DROPPED, TRUNCATED, Encode, Encoded
 from gptjax.data.files import Where
-from gptjax.data.packing import NoPacking, Packing
+from gptjax.data.packing import NoPacking, PackedSequences, Packing
 from gptjax.data.sources import JsonRows
 from gptjax.data.store import Store, combine, spread_ranges
 from gptjax.data.tokenizers.tokenizer import add_bos_eos
@@ -145,7 +145,7 @@ class ClassifyTokens(Dataset):
 
     def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> TokenLabelledSequences:
         tokens, labels = stores
-        return TokenLabelledSequences(PackedSequences(tokens, self.packing.plan(tokens.offsets, self.length)), labels)
+        return TokenLabelledSequences(tokens, self.packing.plan(tokens.offsets, self.length), labels)
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Raises UserError: a classifier does not generate text."""
@@ -223,26 +223,18 @@ class StepEncoder(TagEncoder):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenLabelledSequences:
+class TokenLabelledSequences(PackedSequences):
     """Sequences of one document each, with the labels of its tokens: sequence d is document d."""
 
-    packed: PackedSequences
     labels: Store
 
     @property
     def fingerprint(self) -> str:
-        return combine(self.packed.fingerprint, self.labels.fingerprint)
-
-    @property
-    def tokens(self) -> int:
-        return self.packed.tokens
-
-    def __len__(self) -> int:
-        return len(self.packed)
+        return combine(super().fingerprint, self.labels.fingerprint)
 
     def fill(self, batch: TokenLabelled, at: np.ndarray, index: np.ndarray) -> None:
-        self.packed.fill(batch, at, index)
-        pieces = self.packed.plan.pieces(index)
+        super().fill(batch, at, index)
+        pieces = self.plan.pieces(index)
         labels, weights = self.labels.read(pieces.start, pieces.size)
         where = spread_ranges(at[pieces.row] * batch.tokens.shape[1], pieces.size)
         assert weights is not None

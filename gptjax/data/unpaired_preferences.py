@@ -10,10 +10,10 @@ import numpy as np
 
 from gptjax.data import chat
 from gptjax.data.chat import Conversation, ConversationTemplate, Message
-from gptjax.data.dataset import Dataset, PackedSequences
+from gptjax.data.dataset import Dataset
 from gptjax.data.encoding import Encode, Encoded, RowError
 from gptjax.data.files import file_state
-from gptjax.data.packing import NoPacking, Packing
+from gptjax.data.packing import LabelledSequences, NoPacking, Packing
 from gptjax.data.preferences import Preference, first_message, is_empty, read_reply, read_rows, rendered
 from gptjax.data.sources import check_fraction, fingerprint, of_split
 from gptjax.data.store import Store
@@ -94,11 +94,11 @@ class UnpairedPreferences(Dataset):
     def encodings(self) -> tuple[Encode, ...]:
         return (LabelledReplyEncoder(self.length, self.template),)
 
-    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> LabelledReplySequences:
+    def packed(self, stores: Sequence[Store], tokenizer: Tokenizer) -> LabelledSequences:
         (store,) = stores
         assert store.labels is not None
         plan = self.packing.plan(store.offsets, self.length)
-        return LabelledReplySequences(store, plan, store.labels)
+        return LabelledSequences(store, plan, store.labels, "desirable")
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Token ids of a conversation in which the user says `text`, up to the assistant's turn."""
@@ -133,15 +133,3 @@ class LabelledReplyEncoder:
                 except UserError as error:
                     raise RowError(number, str(error), "reply") from None
                 yield Encoded(ids, weights, label=label, note=note)
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledReplySequences(PackedSequences):
-    """Sequences of one reply each, with its label: sequence d is document d."""
-
-    labels: np.ndarray
-
-    def fill(self, batch: Batch, at: np.ndarray, index: np.ndarray) -> None:
-        super().fill(batch, at, index)
-        assert isinstance(batch, LabelledReplies)
-        np.asarray(batch.desirable)[at] = self.labels[index % len(self)]
