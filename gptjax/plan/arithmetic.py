@@ -26,9 +26,9 @@ def product_flops(program: hlo.Program, expert_shards: int = 1) -> float:
 
 
 def silent_kernels(jaxpr: Jaxpr, platform: str = "tpu") -> float:
-    """FLOPs of Pallas kernels whose cost is not in the program's text: the products in their jaxpr times the size of
-    the grid. Blocks that a mask lets the kernel skip are counted; loops of unknown length count once. TPU programs
-    have the cost estimates of those that state one, GPU programs none; on CPU kernels are interpreted."""
+    """FLOPs of Pallas kernels whose cost is not in the program's text: their cost estimate, which TPU programs have and
+    GPU programs have not, or the products in their jaxpr times the size of the grid. Of the latter, blocks that a mask
+    lets the kernel skip are counted, and loops of unknown length count once. On CPU kernels are interpreted."""
     if platform == "cpu":
         return 0.0
     # An equation without results is left over from a remat policy that saves them; it is not compiled.
@@ -99,8 +99,8 @@ def _convolution(run: hlo.Run) -> float:
 def _of_kernels(equation: Any, platform: str) -> float:
     params, name = equation.params, equation.primitive.name
     if name == "pallas_call":
-        if params.get("cost_estimate") is not None and platform == "tpu":
-            return 0.0
+        if (cost := params.get("cost_estimate")) is not None:
+            return 0.0 if platform == "tpu" else float(cost.flops)
         return _products(params["jaxpr"]) * math.prod(params["grid_mapping"].grid)
     if name == "cond":
         return max(silent_kernels(branch.jaxpr, platform) for branch in params["branches"])

@@ -10,6 +10,7 @@ from gptjax.kernels import target
 from gptjax.kernels.attention import Mask, attention, flash
 from gptjax.kernels.attention.reference import reference
 from gptjax.kernels.attention.spec import Options
+from gptjax.plan.arithmetic import silent_kernels
 
 B, T, N, K, H = 2, 384, 4, 2, 16
 
@@ -60,6 +61,16 @@ def test_flash_is_the_reference(kind, causal, window):
     mask = Mask(causal, window, None, numbers, numbers)
     f = lambda q, k, v, mask: flash.attention(q, k, v, mask, Options())  # noqa: E731
     assert_equal(mask, f, inputs(), 1e-5)  # sums of up to 384 products of float32
+
+
+def test_plans_count_its_products():
+    """Two forward, seven backward, of half the scores of each head."""
+    numbers = jnp.ones((B, T), jnp.int32)
+    mask = Mask(query_segments=numbers, key_segments=numbers)
+    f = lambda *qkv: flash.attention(*qkv, mask, Options()).sum()  # noqa: E731
+    *qkv, _ = inputs()
+    for run, products in ((f, 2), (jax.grad(f, argnums=(0, 1, 2)), 9)):
+        assert silent_kernels(jax.make_jaxpr(run)(*qkv).jaxpr, "gpu") == products * 2 * B * N * H * T * T / 2
 
 
 def test_blocks_of_one_segment_are_not_compared_and_hidden_ones_not_visited():

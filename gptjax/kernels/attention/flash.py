@@ -96,6 +96,17 @@ class Seen:
             seen &= jnp.abs(rows - columns) < self.window
         return seen
 
+    def cost(self, q: Array, k: Array, count: int) -> Any:
+        """`pl.CostEstimate` of `count` products of visible scores and heads, where every row is one document."""
+        from jax.experimental import pallas as pl
+
+        (B, T, N, H), S = q.shape, k.shape[1]
+        seen = S / 2 if self.causal else S
+        if self.window is not None:
+            seen = min(seen, self.window if self.causal else 2 * self.window - 1)
+        each = int(B * N * T * seen)
+        return pl.CostEstimate(flops=2 * count * each * H, transcendentals=each, bytes_accessed=0)
+
     def of_blocks(self, rows: Array, columns: Array, row_segments: Array, column_segments: Array) -> Array:
         """bool [queries, keys], of positions and segments of a block of each."""
         return self.visible(rows[:, None], columns[None, :], row_segments[:, None], column_segments[None, :])
@@ -121,6 +132,7 @@ def _forward(seen: Seen, scale: float, *arrays: Array) -> tuple[Array, tuple[Arr
         [limits, one, whole(S), whole(S), own, others],
         [one, flat],
         [q, jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        seen.cost(q, k, 2),
     )(bounds, q, k, v, q_segments, k_segments)
     y, logsumexp = checkpoint_name(y, SAVED), checkpoint_name(logsumexp, SAVED)
     return y, (*arrays, y, logsumexp)
@@ -144,6 +156,7 @@ def _backward(seen: Seen, scale: float, saved: tuple[Array, ...], g: Array) -> t
         [limits, one, whole(S), whole(S), own, others, one, flat, flat],
         [one],
         [q],
+        seen.cost(q, k, 3),
     )(bounds, q, k, v, q_segments, k_segments, g, logsumexp, along)
 
     tiles = _tiles("keys", H)
@@ -160,6 +173,7 @@ def _backward(seen: Seen, scale: float, saved: tuple[Array, ...], g: Array) -> t
         [limits, group, one, one, others, own, group, flat, flat],
         [one, one],
         [k, v],
+        seen.cost(q, k, 4),
     )(bounds, q, k, v, q_segments, k_segments, g, logsumexp, along)
     return dq, dk, dv, None, None
 
@@ -317,7 +331,9 @@ def _positions(block: Any, size: int) -> Array:
     return block * size + jnp.arange(size)
 
 
-def _call(name: str, kernel: Callable[..., None], grid: Any, tiles: Tiles, inputs: Any, outputs: Any, like: Any) -> Any:
+def _call(
+    name: str, kernel: Callable[..., None], grid: Any, tiles: Tiles, inputs: Any, outputs: Any, like: Any, cost: Any
+) -> Any:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -328,6 +344,7 @@ def _call(name: str, kernel: Callable[..., None], grid: Any, tiles: Tiles, input
         out_specs=outputs,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        cost_estimate=cost,
         interpret=target.backend() != "gpu",
         name=name,
     )
