@@ -1,5 +1,4 @@
-"""Protocols of a run's components: tokenizer, sources, data, model configuration, objective, optimizer,
-evaluations.
+"""Protocols of a run's components: tokenizer, sources, data, model, objective, optimizer, evaluations.
 
     Source --documents--> Data --Batch [B, T]--> Objective --Metrics--> optimizer
                                                  ModelConfig.build() -> Module: tokens [B, T] -> logits [B, T, V]
@@ -390,8 +389,10 @@ class Evaluation(Config, Protocol):
     """Architectures of the models that it measures."""
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError, naming the field, if it cannot be run: its source has other documents, for example. Called
-        before the first training step."""
+        """Raise UserError, naming the field, if it cannot be run, as its source has other documents. Called first."""
+
+    def check_chat(self, tokenizer: Tokenizer, template: Any) -> None:
+        """Raise UserError if a model of this chat template cannot answer. None: our format."""
 
     @abc.abstractmethod
     def __call__(self, model: Any) -> Result:

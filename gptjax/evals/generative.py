@@ -18,17 +18,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from gptjax.config import digest, to_json
 from gptjax.data import chat
+from gptjax.data.chat import ConversationTemplate
 from gptjax.distributed import processes
 from gptjax.evals import intervals
 from gptjax.evals.best_of import expected_outcome, kl_bound
 from gptjax.evals.replies import Form, Prompt, Written, form_of, prompts, write
+from gptjax.evals.reply_file import Record, ReplyFile
 from gptjax.inference.sampling import Sampling
 from gptjax.protocols import Evaluation, Reward, Tokenizer
 from gptjax.tasks.functions import ChatTools, check_tools
@@ -37,8 +39,6 @@ from gptjax.tasks.task import Generation, Reply, Score, Task
 from gptjax.tasks.tools import Tool
 from gptjax.types import Result, UserError
 
-Record = dict[str, Any]
-"""A scored reply, of JSON types: item, sample, cluster, prompt, reply, outcome, value, parts, status, ..."""
 Progress = Callable[[int, int, float], None]
 """Function of the number of scored replies, of all, and the mean outcome so far."""
 CHECKED = 8
@@ -131,6 +131,17 @@ class Generative(Evaluation):
                 if "".join(tokenizer.decode(tokenizer.encode(text)).split()) != "".join(text.split()):
                     raise UserError(f"task: {self.task.name}: the tokenizer cannot write the prompt of item {i}")
 
+    def check_chat(self, tokenizer: Tokenizer, template: ConversationTemplate | None) -> None:
+        if self.form == "text":
+            return
+        if isinstance(self.tools, ChatTools):
+            from gptjax.train.turns import Turns
+
+            Turns.of(self.tools, tokenizer, template).check(self.tools.offered(self.task.prompt(0)))
+        if template is not None:
+            for i in self._chosen()[:CHECKED]:
+                template.prompt(self.task.prompt(i), tokenizer)
+
     def __call__(self, model: Any) -> Result:
         return self.run(model)
 
@@ -146,7 +157,7 @@ class Generative(Evaluation):
         check_tools(self.tools, form)
         asked = prompts(model, self.task, self._chosen(), form, self.tools)
         signature = self.signature(form, asked)
-        store = _Store(None if path is None else Path(path), {"signature": signature, "model": of})
+        store = ReplyFile(None if path is None else Path(path), {"signature": signature, "model": of})
         records = _by_reply(processes.on_first(store.read))
         left = [(p, s) for p in asked for s in range(self.samples) if (p.item, s) not in records]
         if left:
@@ -201,7 +212,7 @@ class Generative(Evaluation):
     def _score(
         self,
         written: Iterator[Written],
-        store: _Store,
+        store: ReplyFile,
         records: dict[tuple[int, int], Record],
         count: int,
         progress: Progress | None,
@@ -356,44 +367,3 @@ def _shown(records: Sequence[Record]) -> list[str]:
 
 def _quote(text: str) -> list[str]:
     return [f"> {line}" for line in text.strip().splitlines()]
-
-
-class _Store:
-    """File of scored replies: a line with what they are of, then one of each reply."""
-
-    def __init__(self, path: Path | None, of: dict[str, str]):
-        self._path, self._of = path, of
-        self._file: IO[str] | None = None
-
-    def read(self) -> list[Record]:
-        """Replies so far. Raises UserError if the file is of something else. A line that was cut off is removed."""
-        if self._path is None:
-            return []
-        content = self._path.read_bytes() if self._path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if not whole:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._of) + "\n")
-            return []
-        try:
-            first, *records = map(json.loads, whole.decode().splitlines())
-        except ValueError as error:
-            raise UserError(f"out: {self._path} is damaged ({error}); move it away to begin again") from None
-        if first != self._of:
-            raise UserError(f"out: {self._path} is of {first}, not of {self._of}; choose another folder")
-        if len(whole) < len(content):
-            self._path.write_bytes(whole)
-        return records
-
-    def add(self, record: Record) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-
-    def __enter__(self) -> None:
-        if self._path is not None:
-            self._file = self._path.open("a")
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()

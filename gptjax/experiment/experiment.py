@@ -222,7 +222,9 @@ class Experiment:
         if evaluations and not results:
             with sharding.use(mesh):
                 params = trained(nested(declared(model)))
-            read = {} if self._generates else self._kind.settings_of_run(to_json(self.stages[name].data))
+            read = self._kind.settings_of_run(to_json(self.stages[name].data))
+            if self._generates:
+                read.pop("context", None)  # replies may be longer than the sequences of training
             evaluated = self._kind(self.model, params, tokenizer, rules=self.rules, **read)
             results = _evaluate(name, self.stages[name], evaluated, console)
             stored.write(results)

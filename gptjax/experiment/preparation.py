@@ -31,6 +31,7 @@ def check_stages(model: ModelConfig, stages: Mapping[str, Stage], folder: Path, 
             for number, evaluation in enumerate(stage.evaluations):
                 with naming(f"{name}.evaluations.{number}"):
                     evaluation.check(tokenizer)
+                    evaluation.check_chat(tokenizer, getattr(stage.data, "template", None))
         for field, frozen in stage.frozen_models.items():
             with Checkpoints(folder / "checkpoints" / name) as saved, naming(f"{name}.objective.{field}"):
                 if not saved.steps():
