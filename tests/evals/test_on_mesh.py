@@ -99,6 +99,7 @@ def run(tmp_path_factory):
         found.append(LanguageModel(model.config, jax.device_get(model.params), model.tokenizer))
         return model
 
+    noting.settings_of_run = LanguageModel.settings_of_run
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPTJAX_CACHE", str(folder.parent / "cache"))
         patch.setattr("gptjax.experiment.experiment.model_class", lambda _: noting)
