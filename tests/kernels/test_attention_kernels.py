@@ -60,12 +60,11 @@ def inputs(options, dtype=jnp.float32, heads=(N, K), length=T, size=H):
 def values_and_gradients(function, arrays, **rest):
     """[y, *gradients by name] of a loss that gives every element of y a gradient of its own."""
 
-    @jax.jit
     def loss(arrays):
         y = function(**arrays, **rest)
         return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
-    (_, y), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
     return {"y": y} | gradients
 
 

@@ -36,10 +36,20 @@ def values_and_gradients(f, mask, arrays):
     return dict(zip(("y", "q", "k", "v"), (y, *pull(g)), strict=True))
 
 
+compiled = jax.jit(values_and_gradients, static_argnums=0)
+
+
+def ours(q, k, v, mask):
+    return flash.attention(q, k, v, mask, Options())
+
+
+def named(q, k, v, mask):
+    return attention(q, k, v, mask, implementation="flash")
+
+
 def assert_equal(mask, f, arrays, rtol):
-    exact = [x.astype(jnp.float32) for x in arrays]
-    expected, actual = values_and_gradients(reference, mask, exact), jax.jit(values_and_gradients, static_argnums=0)
-    for name, x in actual(f, mask, arrays).items():
+    expected = values_and_gradients(reference, mask, [x.astype(jnp.float32) for x in arrays])
+    for name, x in compiled(f, mask, arrays).items():
         error = jnp.abs(x.astype(jnp.float32) - expected[name]).max() / jnp.abs(expected[name]).max()
         assert error < rtol, name
 
@@ -59,8 +69,7 @@ def test_flash_is_the_reference(kind, causal, window):
     """Grouped queries, documents longer than a row, of several blocks and of a fraction of one, in any order."""
     numbers = segments(kind)
     mask = Mask(causal, window, None, numbers, numbers)
-    f = lambda q, k, v, mask: flash.attention(q, k, v, mask, Options())  # noqa: E731
-    assert_equal(mask, f, inputs(), 1e-5)  # sums of up to 384 products of float32
+    assert_equal(mask, ours, inputs(), 1e-5)  # sums of up to 384 products of float32
 
 
 def test_plans_count_its_products():
@@ -88,11 +97,7 @@ def test_on_a_mesh_each_device_takes_its_rows_and_heads():
     with jax.set_mesh(mesh):
         rows, heads = (NamedSharding(mesh, PartitionSpec("data", None, *more)) for more in ((), ("tensor",)))
         arrays, numbers = [jax.device_put(x, heads) for x in arrays], jax.device_put(numbers, rows)
-        f = lambda q, k, v, mask: flash.attention(q, k, v, mask, Options())  # noqa: E731
-        actual = jax.jit(values_and_gradients, static_argnums=0)(
-            f, Mask(query_segments=numbers, key_segments=numbers), arrays
-        )
-        actual = jax.device_get(actual)
+        actual = jax.device_get(compiled(ours, Mask(query_segments=numbers, key_segments=numbers), arrays))
     numbers = segments(100)
     expected = values_and_gradients(reference, Mask(query_segments=numbers, key_segments=numbers), inputs())
     for name, x in actual.items():
@@ -116,6 +121,5 @@ def test_it_is_chosen_for_segments_on_gpus_alone(monkeypatch):
 @pytest.mark.parametrize(("kind", "causal", "window"), CASES)
 def test_flash_is_the_reference_on_a_gpu(kind, causal, window, size):
     numbers = segments(kind)
-    named = lambda q, k, v, mask: attention(q, k, v, mask, implementation="flash")  # noqa: E731
     # bfloat16 has 8 bits; probabilities, their products and the result are rounded to it
     assert_equal(Mask(causal, window, None, numbers, numbers), named, inputs(jnp.bfloat16, size), 2**-6)

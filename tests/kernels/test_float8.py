@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from drawn import apply
 
 from gptjax.kernels.float8 import Float8Weight, rounded
 from gptjax.nn import TransformerConfig
@@ -46,10 +47,9 @@ def test_the_largest_number_is_exact_and_zeros_stay():
 def test_a_model_learns_as_in_the_compute_dtype_and_is_evaluated_in_it(dtype):
     config = TransformerConfig(vocab=17, layers=2, width=32, heads=2, dtype=dtype)
     text = jax.random.randint(jax.random.key(1), (4, 17), 0, 17)
-    final = {}
+    final, initial = {}, jax.jit(config.build().init)(jax.random.key(0), text[:, :-1])["params"]
     for float8 in (False, True):
-        model = dataclasses.replace(config, float8=float8).build()
-        params = model.init(jax.random.key(0), text[:, :-1])["params"]
+        model, params = dataclasses.replace(config, float8=float8).build(), initial
         optimizer = optax.adam(3e-3)
 
         def loss(params, model=model):
@@ -68,8 +68,7 @@ def test_a_model_learns_as_in_the_compute_dtype_and_is_evaluated_in_it(dtype):
             params, state, value = step(params, state)
             values.append(float(value))
         final[float8] = values
-        evaluated = model.apply({"params": params}, text)[0]
-        np.testing.assert_array_equal(evaluated, config.build().apply({"params": params}, text)[0])
+        np.testing.assert_array_equal(apply(model, params, text)[0], apply(config.build(), params, text)[0])
     plain, eight = (np.array(final[x]) for x in (False, True))
     assert (plain != eight).any()
     assert plain[-1] < 0.7 * plain[0]

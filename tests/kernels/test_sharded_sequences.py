@@ -120,8 +120,8 @@ def test_rows_are_dealt_evenly(n):
         place = jax.NamedSharding(jax.sharding.get_mesh(), DEFAULT_RULES(None, "sequence"))
         row = jax.device_put(np.arange(4 * n).reshape(1, -1), place)
         on_each = functools.partial(jax.shard_map, in_specs=place.spec, out_specs=place.spec)
-        dealt = on_each(functools.partial(zigzag.zigzag_split, axes=("context",)))(row)
-        back = on_each(functools.partial(zigzag.zigzag_merge, axes=("context",)))(dealt)
+        dealt = jax.jit(on_each(functools.partial(zigzag.zigzag_split, axes=("context",))))(row)
+        back = jax.jit(on_each(functools.partial(zigzag.zigzag_merge, axes=("context",))))(dealt)
     assert np.asarray(dealt).reshape(n, 2, 2).tolist() == np.arange(4 * n).reshape(-1, 2)[pieces].tolist()
     np.testing.assert_array_equal(back, row)
 
