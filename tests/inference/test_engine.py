@@ -300,7 +300,7 @@ def test_a_cancelled_text_leaves_nothing_behind():
     asked = requests(8, seed=2)
     expected = write(engine(), asked)
     for rounds in (0, 1, 2, 3, 5, 9, 14):
-        on = engine(rows=2)
+        on = engine()
         made = [on.submit(request) for request in asked]
         for _ in range(rounds):
             on.run_round()
