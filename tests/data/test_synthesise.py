@@ -183,7 +183,7 @@ def test_replies_that_a_task_rewards_are_kept():
 def model(tmp_path):
     tokenizer = Bytes().build([])
     config = TransformerConfig(vocab=tokenizer.vocab, layers=1, width=16, heads=2)
-    params = config.build().init(jax.random.key(0), jax.numpy.zeros((1, 2), int))["params"]
+    params = jax.jit(config.build().init)(jax.random.key(0), jax.numpy.zeros((1, 2), int))["params"]
     LanguageModel(config, params, tokenizer).save(tmp_path / "model")
     return tmp_path / "model"
 

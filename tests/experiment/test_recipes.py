@@ -81,7 +81,7 @@ class Letters(Reward):
 def test_reward_is_shown_against_the_divergence_from_the_policy_at_the_start(tmp_path):
     recipe, tokenizer = module("reward_kl"), data.Bytes().build(iter(()))
     config = nn.TransformerConfig(vocab=tokenizer.vocab, layers=1, width=16, heads=2)
-    params = config.build().init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    params = jax.jit(config.build().init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     policy = LanguageModel(config, params, tokenizer, context=128)
     policy.save(tmp_path / "policy")
     start = recipe.RewardAndDivergence(None, Letters(), count=64)(policy).values

@@ -19,7 +19,7 @@ TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab, (B, T))
 def gradient(remat):
     """Gradient, FLOPs and bytes of temporaries."""
     model = Transformer(dataclasses.replace(CONFIG, remat=remat))
-    params = Transformer(CONFIG).init(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), TOKENS)["params"]
     loss = lambda p: jnp.sum(jnp.square(model.apply({"params": p}, TOKENS)[0]))  # noqa: E731
     compiled = jax.jit(jax.grad(loss)).lower(params).compile()
     flops = compiled.cost_analysis()["flops"]  # pyright: ignore[reportOptionalSubscript]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -83,14 +84,14 @@ def batch(rows: int, empty: int) -> Batch:
 def test_the_gradient_is_that_of_sequences_clipped_one_by_one(accumulate):
     """With a clipping norm that some exceed; without noise, a step of SGD shows the gradient."""
     sequences, clip, expected = batch(8, empty=3), 1.5, 3.5
-    params = MODEL.init(jax.random.key(0), sequences.tokens)["params"]
+    params = jax.jit(MODEL.init)(jax.random.key(0), sequences.tokens)["params"]
     loss = objectives.NextToken()
 
     def mean(params, row):
-        total, weight = loss(MODEL.apply, params, jax.tree.map(lambda x: x[row : row + 1], sequences))["loss"]
+        total, weight = loss(MODEL.apply, params, jax.tree.map(lambda x: x[row][None], sequences))["loss"]
         return total / weight
 
-    grads = [jax.grad(mean)(params, row) for row in range(5)]
+    grads = [*map(functools.partial(jax.jit(jax.grad(mean)), params), range(5))]
     norms = [optax.tree.norm(g) for g in grads]
     assert min(norms) < clip < max(norms), norms
     clipped = [jax.tree.map(lambda g, n=n: g * min(1, clip / n), g) for g, n in zip(grads, norms, strict=True)]
@@ -257,7 +258,7 @@ def test_what_the_promise_does_not_hold_with_is_refused(tmp_path):
     )
     mechanism = Mechanism(0.1, 1.0, 1.0, 100, 1.0, 1e-5)
     model, rows = Transformer(balanced), batch(4, 0)
-    params = model.init(jax.random.key(0), rows.tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), rows.tokens)["params"]
     step = make_step(objectives.NextToken(), model.apply, optax.sgd(1.0), mechanism=mechanism)
     with pytest.raises(UserError, match=r"^privacy: got DifferentialPrivacy, must be None with a model that updates"):
         step(create(params, optax.sgd(1.0), jax.random.key(0), False, None), rows)

@@ -357,7 +357,8 @@ def test_rollouts_train_what_was_drawn_and_a_round_is_saved_with_its_turns(monke
 def test_evaluations_converse_as_rollouts_do(monkeypatch):
     tokenizer = data.Bytes().build(iter(()))
     config = TransformerConfig(vocab=261, layers=1, width=16, heads=2)
-    lm = LanguageModel(config, config.build().init(jax.random.key(0), np.zeros((1, 4), int))["params"], tokenizer)
+    params = jax.jit(config.build().init)(jax.random.key(0), np.zeros((1, 4), int))["params"]
+    lm = LanguageModel(config, params, tokenizer)
     monkeypatch.setattr(LanguageModel, "engine", lambda self, **options: Player(tokenizer))
     sampling = Sampling(temperature=1.0)
     found = Generative(Three(), items=2, samples=3, sampling=sampling, tools=TOOLS, max_tokens=500, workers=1)(lm)
