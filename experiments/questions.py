@@ -15,10 +15,13 @@ run of each on two cores of a shared server:
                                                      exact match, %       CPU seconds
     the first city or job of the passage             48.0 [42.4, 53.6]
     extractive: an encoder, 400 steps                94.0 [90.7, 96.2]    36
-    generative: an encoder-decoder, 500 steps        25.0 [20.4, 30.2]    102
+    generative: an encoder-decoder, 500 steps       100 [98.7, 100]       80
+    the same model, asked about another passage      11.0 [ 7.9, 15.0]
 
-The model that writes has not learnt to read by then: it says "unanswerable" to all 300, with another passage too. Two
-places in the passage teach more than one word to write. More steps of it have not been measured.
+The model that writes has one word to learn from in a question, and must find out how to copy, which it does in 300
+steps of Muon. With AdamW at 3e-3 it said "unanswerable" to all after 500 steps, which is right in 25.0 % [20.4, 30.2];
+after 200 steps at 2e-3 it could not copy from passages of one fact. A decoder that learnt whole texts by AdamW, with
+800 steps, had 31.7 % [26.7, 37.1].
 """
 
 import dataclasses
@@ -109,9 +112,15 @@ TASK = Facts()
 
 
 def reader(
-    model: ModelConfig, read: data.Dataset, objective: Objective, rate: float, steps: int, *evaluations: Evaluation
+    figure: str,
+    model: ModelConfig,
+    read: data.Dataset,
+    objective: Objective,
+    optimizer: optim.Optimizer,
+    steps: int,
+    *evaluations: Evaluation,
 ) -> Experiment:
-    """An experiment with either kind of model."""
+    """An experiment with either kind of model, and the figure that must get over 85 %."""
     return Experiment(
         model=model,
         tokenizer=data.TrainSentencePiece(vocab=VOCAB),
@@ -119,7 +128,7 @@ def reader(
             "read": Stage(
                 data=read,
                 objective=objective,
-                optimizer=optim.AdamW(learning_rate=rate, schedule=optim.Linear(warmup=30), weight_decay=0.0, clip=1.0),
+                optimizer=dataclasses.replace(optimizer, schedule=optim.Linear(warmup=30), weight_decay=0.0, clip=1.0),
                 steps=steps,
                 evaluate_every=100,
                 eval_sequences=128,
@@ -128,29 +137,32 @@ def reader(
                 evaluations=evaluations,
             )
         },
+        expect=(Expect(figure, above=0.85),),
     )
 
 
 variants = {
     "extractive": reader(
+        "exact_match",
         SpanExtractorConfig(EncoderConfig(vocab=VOCAB, layers=2, width=64, heads=4, token_types=2)),
         data.ExtractAnswers(Asked(), length=48, batch=32, question_length=16),
         objectives.SpanExtraction(),
-        4e-3,
+        optim.AdamW(learning_rate=4e-3),
         400,
         evals.ExtractedAnswers(Asked(), documents=300),
     ),
     "generative": reader(
+        "read/Facts/exact_match",
         EncoderDecoderConfig(
             encoder=EncoderConfig(vocab=VOCAB, layers=2, width=96, heads=4),
             decoder=TransformerConfig(vocab=VOCAB, layers=2, width=96, heads=4, cross_attention=MultiHeadAttention()),
         ),
         data.Pairs(TaskPairs(TASK), length=32, source_length=128, batch=16),
         objectives.SequenceToSequence(),
-        3e-3,
+        optim.Muon(learning_rate=5e-3),
         500,
         evals.Generative(HeldOut(TASK), items=300),
         evals.Generative(HeldOut(OtherPassage(TASK)), items=300),
     ),
 }
-experiment = dataclasses.replace(variants["extractive"], expect=(Expect("exact_match", above=0.85),))
+experiment = variants["extractive"]
