@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,8 +18,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(watchdog, "EVERY", 0.05)
 
 
-def a_step_that_hangs(seconds: float) -> None:
-    time.sleep(seconds)
+def a_step_that_hangs(path: Path) -> None:
+    """Until it is reported, and for some time in which it could be reported again."""
+    until(path.exists)
+    time.sleep(0.3)
 
 
 def until(condition) -> None:
@@ -38,7 +41,7 @@ def test_a_step_that_hangs_is_reported_once_with_every_thread(tmp_path, capfd):
     with Watchdog(tmp_path, "pretrain", seconds=0.2) as dog:
         for step in range(1, 5):
             dog.beat(step)
-        a_step_that_hangs(0.8)
+        a_step_that_hangs(path)
         dog.beat(5)
     end.set()
     other.join()
@@ -50,14 +53,14 @@ def test_a_step_that_hangs_is_reported_once_with_every_thread(tmp_path, capfd):
 
 
 def test_slow_steps_and_pauses_are_not_hangs(tmp_path, capfd):
-    with Watchdog(tmp_path, "pretrain", seconds=0.2) as dog:
-        time.sleep(0.5)  # compilation
+    with Watchdog(tmp_path, "pretrain", seconds=0.5) as dog:
+        time.sleep(0.7)  # compilation
         dog.beat(1)
-        time.sleep(0.15)
-        dog.beat(2)  # steps of 0.15 s: one of 0.4 s is none that hangs
-        time.sleep(0.4)
+        time.sleep(0.3)
+        dog.beat(2)  # steps of 0.3 s: one of 0.6 s is none that hangs
+        time.sleep(0.6)
         dog.beat(3, pause=True)
-        time.sleep(0.6)  # evaluation
+        time.sleep(0.7)  # evaluation
     assert not (tmp_path / "hang").exists()
     assert capfd.readouterr().err == ""
 

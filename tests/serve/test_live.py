@@ -1,7 +1,6 @@
 """Replies of the page live on the server: readers come, leave and come again, and get the same events."""
 
 import json
-import time
 
 import httpx
 import pytest
@@ -71,7 +70,8 @@ def test_a_reply_is_read_again_from_any_event(server, client):
 def test_it_goes_on_without_a_reader_until_it_is_stopped(server, client):
     server.engine.pause = 0.02
     reply = start(client)["id"]
-    time.sleep(0.2)
+    with client.stream("GET", f"/page/replies/{reply}") as first:  # until there is text
+        next(piece for piece in first.iter_text() if '"text"' in piece)
     assert client.post(f"/page/replies/{reply}/stop").status_code == 200
     server.engine.pause = 0.0
     events = read(client, reply)
