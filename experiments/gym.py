@@ -12,16 +12,17 @@ intervals; one run:
 
                                         right                   right but for the exchange
     the word's letters in any order      8.3 %
-    after sft, 16 answers to each        5.8 % [ 4.7,  6.9]     64 %
-    after rl, one answer to each        56.1 % [49.6, 62.7]     10 %
+    after sft, 16 answers to each       10.2 % [ 8.6, 11.8]     81 %
+    after rl, one answer to each        86.0 % [81.4, 90.7]      5 %
 
-At least one of the 16 answers after `sft` is right in 45.8 %. The mean reward of ten steps of `rl` rises from 17 % in
-the first to 49 % in the third, and is 50 % in the last: by then most answers are without the exchange. What is left
-are other wrong letters, in 30 % of the answers after `sft` and in 34 % at the end. With twice the learning rate, half
-the batch and 80 steps, `rl` ended at 53.2 % [46.5, 59.8], from the same fine-tuning.
+At least one of the 16 answers after `sft` is right in 61.8 %. The mean reward of ten steps of `rl` rises from 37 % in
+the first to 71 % in the second and 83 % in the sixth, the last. Other wrong letters are in 9 % of the answers before
+and after `rl`: it teaches the model which answer to give, not to spell.
 
-Each stage took about three and a half CPU minutes on one core of a shared server. If any two neighbours may be
-exchanged, the letters are learnt too slowly: the validation loss of `sft` is 1.58 after 600 steps, in place of 0.62.
+The run took 3.4 CPU minutes on one core of a shared server. The fine-tuning sets the limit: after 1,200 steps of
+AdamW, in place of 600 of Muon, it left 30 % of the answers with wrong letters (validation loss 0.24, in place of 0.12),
+and 100 steps of `rl` raised the right ones from 5.8 % to 56.1 % [49.6, 62.7]. If any two neighbours may be exchanged,
+AdamW has hardly begun to learn the letters after 600 steps.
 """
 
 import dataclasses
@@ -69,10 +70,10 @@ experiment = Experiment(
         "sft": Stage(
             data=data.Chat(Misspelled(WORDS), length=128, batch=16),
             objective=objectives.NextToken(),
-            optimizer=optim.AdamW(learning_rate=2e-3, schedule=optim.Linear(warmup=50), clip=1.0),
-            steps=1_200,
+            optimizer=optim.Muon(learning_rate=5e-3, schedule=optim.Linear(warmup=50), clip=1.0),
+            steps=600,
             evaluate_every=200,
-            save_every=400,
+            save_every=200,
             prompts=(),
             evaluations=(evals.Generative(HELD_OUT, samples=16, sampling=SAMPLING, rows=64, max_tokens=8),),
         ),
@@ -80,18 +81,18 @@ experiment = Experiment(
             data=Rollouts(WORDS, length=72, batch=256, group=8, rows=64, max_tokens=8),
             objective=objectives.GRPO(kl=0.0),
             optimizer=optim.AdamW(learning_rate=5e-4, schedule=optim.Linear(warmup=5), clip=1.0),
-            steps=100,
-            evaluate_every=50,
+            steps=60,
+            evaluate_every=30,
             eval_sequences=128,
-            save_every=50,
+            save_every=30,
             log_every=1,
             prompts=(),
             evaluations=(evals.Generative(HELD_OUT, sampling=SAMPLING, rows=64, max_tokens=8),),
         ),
     },
     expect=(
-        Expect("sft/spell_backward/accuracy", above=0.02, below=0.2),
-        Expect("sft/spell_backward/pass@16", above=0.35),
-        Expect("rl/spell_backward/accuracy", above=0.4),
+        Expect("sft/spell_backward/accuracy", above=0.05, below=0.2),
+        Expect("sft/spell_backward/pass@16", above=0.5),
+        Expect("rl/spell_backward/accuracy", above=0.7),
     ),
 )
