@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -141,9 +142,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, fields):
         assert len({reply["reply"] for reply in replies}) > 30
 
 
-def policy(rounds: Rounds, stage: Stage = STAGE) -> Policy:
-    functions = program(stage, MODEL)
-    params = functions.init_params()
+@functools.cache
+def start():
+    """Program of the stage, and initial parameters."""
+    functions = program(STAGE, MODEL)
+    return functions, jax.jit(functions.init_params)()
+
+
+def policy(rounds: Rounds) -> Policy:
+    functions, params = start()
     return Policy(MODEL, lambda: params, lambda batch: functions.prepare(params, batch), 0, rounds)
 
 

@@ -66,7 +66,12 @@ def make_state(rules: ShardingRules = ShardingRules()) -> State:
         return jax.device_put(value, None if mesh.empty else NamedSharding(mesh, leaf.sharding.spec))
 
     params = jax.tree.map(place, shapes)
-    return jax.jit(lambda params: train_state.create(params, OPTIMIZER, jax.random.key(1), average=True))(params)
+    return create(params)
+
+
+@jax.jit
+def create(params) -> State:
+    return train_state.create(params, OPTIMIZER, jax.random.key(1), average=True)
 
 
 @functools.cache
