@@ -1,23 +1,29 @@
-"""Summaries of match reports, by an encoder-decoder: `python -m experiments summarisation`.
+"""Summaries of match reports, by an encoder-decoder and by a decoder: `python -m experiments summarisation`.
+
+    python -m experiments summarisation
+    python -m experiments summarisation --variant decoder
 
 The reports are planted: six sentences in any order. Three have what the summary says in one (who won, against whom,
 how, where), three have not (weather, spectators, a player who was hurt), and half of the reports give the score at half
 time too. Two teams that meet in a held-out report do not meet in training. For a file of your own,
 `tasks.Summarise("news.jsonl")` takes the place of `Reports()`.
 
-On the first 300 held-out reports (13 pairs of teams, which are the interval's clusters), one run of 500 steps, 140 CPU
-seconds on two cores of a shared server:
+On the first 300 held-out reports (13 pairs of teams, which are the interval's clusters), one run of each, 140 and 119
+CPU seconds on two cores of a shared server:
 
                                                      ROUGE-Lsum, %
     the lead sentence                                17.0 [15.1, 18.9]
     the three sentences with the facts               38.9
     the sentence with the largest ROUGE of all       46.8 [45.9, 47.6]
     the summary of another report                    53.3 [52.3, 54.3]
-    encoder-decoder                                  100 [77, 100], all 300 word for word
+    encoder-decoder, 500 steps                       100 [77, 100], all 300 word for word
+    decoder, 300 steps                               83.9 [81.9, 85.8], 5 word for word
 
-The last but one shows how much of ROUGE is the wording alone. In that run 12 of the 300 scores took longer than their
-30 seconds on the loaded server, so its report has 96.0; scored again, they are right. Reports with so few wordings are
-easier than news: the figures say that the model finds and joins the facts, not that it can summarise any text.
+The summary of another report shows how much of ROUGE is the wording alone. In the encoder-decoder's run 12 of the 300
+scores took longer than their 30 seconds on the loaded server, so its report has 96.0; scored again, they are right.
+Reports with so few wordings are easier than news: the figures say that the model finds and joins the facts, not that it
+can summarise any text. The decoder has score and city right in all 300, but the winner in 114 and the loser in 50. Its
+validation loss was still falling, from 0.30 after 200 steps to 0.25; more steps have not been measured.
 """
 
 import dataclasses
@@ -27,7 +33,8 @@ import numpy as np
 
 from gptjax import Expect, Experiment, Stage, data, evals, objectives, optim
 from gptjax.nn import EncoderConfig, EncoderDecoderConfig, MultiHeadAttention, TransformerConfig
-from gptjax.tasks import Generation, HeldOut, Summaries, TaskPairs
+from gptjax.protocols import ModelConfig, Objective
+from gptjax.tasks import Generation, HeldOut, Summaries, TaskConversations, TaskPairs
 
 TEAMS = "Rovers Wanderers Rangers Albion United City Athletic Town County Villa Harriers Celtic Thistle Swifts"
 CITIES = "London Leeds Bristol Cardiff Belfast Dublin Glasgow Derby Oxford York"
@@ -92,24 +99,47 @@ VOCAB = 512
 TASK = Reports()
 
 
-experiment = Experiment(
-    model=EncoderDecoderConfig(
-        encoder=EncoderConfig(vocab=VOCAB, layers=2, width=96, heads=4),
-        decoder=TransformerConfig(vocab=VOCAB, layers=2, width=96, heads=4, cross_attention=MultiHeadAttention()),
+def writer(
+    model: ModelConfig, reports: data.Pairs | data.Chat, objective: Objective, optimizer: optim.Optimizer, steps: int
+) -> Experiment:
+    """An experiment with either kind of model."""
+    return Experiment(
+        model=model,
+        tokenizer=data.TrainSentencePiece(vocab=VOCAB),
+        stages={
+            "summarise": Stage(
+                data=reports,
+                objective=objective,
+                optimizer=dataclasses.replace(optimizer, schedule=optim.Linear(warmup=20), weight_decay=0.0, clip=1.0),
+                steps=steps,
+                evaluate_every=100,
+                eval_sequences=64,
+                save_every=100,
+                prompts=(),
+                evaluations=(evals.Generative(HeldOut(TASK), items=300),),
+            )
+        },
+        expect=(Expect("rougeLsum", above=0.8),),
+    )
+
+
+variants = {
+    "encoder_decoder": writer(
+        EncoderDecoderConfig(
+            encoder=EncoderConfig(vocab=VOCAB, layers=2, width=96, heads=4),
+            decoder=TransformerConfig(vocab=VOCAB, layers=2, width=96, heads=4, cross_attention=MultiHeadAttention()),
+        ),
+        data.Pairs(TaskPairs(TASK), length=48, source_length=192, batch=12),
+        objectives.SequenceToSequence(),
+        optim.AdamW(learning_rate=3e-3),
+        steps=500,
     ),
-    tokenizer=data.TrainSentencePiece(vocab=VOCAB),
-    stages={
-        "summarise": Stage(
-            data=data.Pairs(TaskPairs(TASK), length=48, source_length=192, batch=12),
-            objective=objectives.SequenceToSequence(),
-            optimizer=optim.AdamW(learning_rate=3e-3, schedule=optim.Linear(warmup=20), weight_decay=0.0, clip=1.0),
-            steps=500,
-            evaluate_every=100,
-            eval_sequences=64,
-            save_every=100,
-            prompts=(),
-            evaluations=(evals.Generative(HeldOut(TASK), items=300),),
-        )
-    },
-    expect=(Expect("rougeLsum", above=0.8),),
-)
+    "decoder": writer(
+        TransformerConfig(vocab=VOCAB, layers=4, width=96, heads=4),
+        data.Chat(TaskConversations(TASK), length=264, batch=12),
+        objectives.NextToken(),
+        optim.Muon(learning_rate=5e-3),
+        steps=300,
+    ),
+}
+experiment = variants["encoder_decoder"]
