@@ -32,6 +32,8 @@ ROWS = 64
 """Maximum number of rows of a batch."""
 SHAPE_COST = 4_096
 """Tokens that cost as much as one more shape: its compilation, and a last batch that is not full."""
+ROWS_COST = 2_048
+"""The same, of rows of one more size after the same prefixes."""
 
 
 class Continuation(NamedTuple):
@@ -71,10 +73,12 @@ def score(
         shards = rules.num_shards("batch", dict(jax.sharding.get_mesh().shape))
         plans = _plans(requests, batch, shards)
         # All batches are enqueued before the first result is fetched: the devices never wait for the host.
-        running = [(plan, _run(config.build(rules.for_batch_size(plan.rows)), params, plan)) for plan in plans]
+        running = [
+            (plan, _run(config.build(rules.for_batch_size(plan.shape.rows[0][0])), params, plan)) for plan in plans
+        ]
         for plan, values in running:
-            numbers = [row.request for group in plan.groups for row in group.rows]
-            found[numbers] = fetch(values)[: len(numbers)]
+            for rows, each in zip(plan.rows(), values, strict=True):
+                found[[row.request for _, row in rows]] = fetch(each)[: len(rows)]
     return [
         Likelihood(float(logprob), bool(greedy), len(request.ids))
         for (logprob, greedy), request in zip(found, requests, strict=True)
@@ -137,6 +141,11 @@ class _Row(NamedTuple):
     new: int
     """Number of tokens of the continuation."""
 
+    @property
+    def length(self) -> int:
+        """Number of tokens to read: the last is not."""
+        return len(self.ids) - 1
+
 
 class _Group(NamedTuple):
     """Rows that start from the same cached tokens."""
@@ -145,24 +154,32 @@ class _Group(NamedTuple):
     """Tokens to cache. Empty: none."""
     rows: list[_Row]
 
-    @property
-    def length(self) -> int:
-        """Tokens that the longest row reads."""
-        return max(len(row.ids) for row in self.rows) - 1
+
+class _Shape(NamedTuple):
+    """Shape of a batch, padding included."""
+
+    contexts: int
+    """C, number of prefixes."""
+    cached: int
+    """S, tokens of a prefix. 0: none."""
+    rows: tuple[tuple[int, int], ...]
+    """(N, T), number of rows and their tokens, for each size T of rows, the smallest first."""
 
 
 class _Plan(NamedTuple):
-    """A batch: groups and its shape, padding included."""
+    """A batch."""
 
+    shape: _Shape
     groups: list[_Group]
-    contexts: int
-    """C, number of prefixes."""
-    rows: int
-    """N, number of rows."""
-    cached: int
-    """S, tokens of a prefix. 0: none."""
-    length: int
-    """T, tokens of a row."""
+
+    def rows(self) -> list[list[tuple[int, _Row]]]:
+        """(number of its prefix, row) of those of each size. Rows for which there is no room go to the next size."""
+        found: list[list[tuple[int, _Row]]] = [[] for _ in self.shape.rows]
+        rows = [(c, row) for c, group in enumerate(self.groups) for row in group.rows]
+        for c, row in sorted(rows, key=lambda each: -each[1].length):
+            fits = (k for k, (N, T) in enumerate(self.shape.rows) if row.length <= T and len(found[k]) < N)
+            found[next(fits)].append((c, row))
+        return found
 
 
 def _groups(requests: Sequence[Continuation]) -> Iterator[_Group]:
@@ -185,16 +202,21 @@ def _groups(requests: Sequence[Continuation]) -> Iterator[_Group]:
 
 def _plans(requests: Sequence[Continuation], batch: int, shards: int) -> Iterator[_Plan]:
     """Batches of all requests, those of one shape one after the other."""
-    for S, members in _by_size(list(_groups(requests)), lambda group: len(group.prefix), 8):
-        for T, alike in _by_size(members, lambda group: group.length, 4):
-            yield from _batches(alike, S, T, batch, shards)
+    for S, members in _by_size(list(_groups(requests)), lambda group: len(group.prefix), 8, SHAPE_COST):
+        rows = [_Group(group.prefix, [row]) for group in members for row in group.rows]
+        sizes = _by_size(rows, lambda group: group.rows[0].length, 4, ROWS_COST if S else SHAPE_COST)
+        if S:
+            yield from _batches(members, S, [T for T, _ in sizes], batch, shards)
+        else:
+            for T, alike in sizes:
+                yield from _batches(alike, S, [T], batch, shards)
 
 
 def _by_size(
-    groups: Sequence[_Group], length: Callable[[_Group], int], step: int
+    groups: Sequence[_Group], length: Callable[[_Group], int], step: int, price: int
 ) -> Iterator[tuple[int, list[_Group]]]:
     """(size, groups that are padded to it): sizes are multiples of `step` that minimise the sum of the padded lengths
-    of all rows, and of `SHAPE_COST` for each size."""
+    of all rows, and of the price of each size."""
     by_length: dict[int, list[_Group]] = defaultdict(list)
     for group in groups:
         by_length[-(-length(group) // step) * step].append(group)
@@ -202,7 +224,7 @@ def _by_size(
     rows = np.cumsum([0, *(sum(len(group.rows) for group in by_length[n]) for n in lengths)])
     best: list[tuple[float, list[int]]] = [(0.0, [])]  # of the first k lengths: (cost, ends of the sizes)
     for k, size in enumerate(lengths, 1):
-        costs = ((best[j][0] + SHAPE_COST + size * int(rows[k] - rows[j]), j) for j in range(k))
+        costs = ((best[j][0] + price + size * int(rows[k] - rows[j]), j) for j in range(k))
         cost, j = min(costs)
         best.append((cost, [*best[j][1], k]))
     start = 0
@@ -211,54 +233,71 @@ def _by_size(
         start = end
 
 
-def _batches(groups: Sequence[_Group], S: int, T: int, batch: int, shards: int) -> Iterator[_Plan]:
-    """Batches of N rows of size T after C prefixes of size S, all of one shape."""
-    total = sum(len(group.rows) for group in groups)
-    N = max(min(batch // (S + T), ROWS, total), *(len(group.rows) for group in groups), 1)
-    N = -(-N // shards) * shards
-    C = -(-math.ceil(N * len(groups) / total) // shards) * shards if S else N
+def _batches(groups: Sequence[_Group], S: int, sizes: Sequence[int], batch: int, shards: int) -> Iterator[_Plan]:
+    """Batches of N rows of each of the sizes T after C prefixes of size S, all of one shape."""
+    of_row = np.searchsorted(sizes, [row.length for group in groups for row in group.rows])  # number of each row's size
+    owner = np.repeat(np.arange(len(groups)), [len(group.rows) for group in groups])
+    counts = np.zeros((len(groups), len(sizes)), int)
+    np.add.at(counts, (owner, of_row), 1)
+    of_size, total = counts.sum(0), int(counts.sum())
+    N = max(min(int(batch // (S + of_size @ sizes / total)), ROWS, total), int(counts.sum(1).max()), 1)
+    share = of_size / total
+    spread = np.sqrt(N * share * (1 - share))  # with room for half of it, fewer batches end before they are full
+    room = np.maximum(np.ceil(N * share + spread / 2).astype(int), counts.max(0))
+    room = -(-room // shards) * shards
+    C = -(-math.ceil(N * len(groups) / total) // shards) * shards if S else int(room[0])
+    shape = _Shape(C, S, tuple(zip(room.tolist(), sizes, strict=True)))
     held: list[_Group] = []
-    for group in groups:
-        if held and (len(held) == C or sum(len(g.rows) for g in held) + len(group.rows) > N):
-            yield _Plan(held, C, N, S, T)
-            held = []
+    used = np.zeros_like(room)
+    for group, count in zip(groups, counts, strict=True):
+        # rows of this size and longer ones, for whom there must be room
+        if held and (len(held) == C or (np.cumsum((used + count - room)[::-1]) > 0).any()):
+            yield _Plan(shape, held)
+            held, used = [], np.zeros_like(room)
         held.append(group)
-    yield _Plan(held, C, N, S, T)
+        used = used + count
+    yield _Plan(shape, held)
 
 
-def _run(model: Module, params: Params, plan: _Plan) -> Array:
-    """float32 [N, 2]: log-probability of each row's continuation, and 1 where it is greedy."""
-    tokens, targets = np.zeros((2, plan.rows, plan.length), np.int32)
-    new = np.zeros((plan.rows, plan.length), bool)
-    owner = np.zeros(plan.rows, np.int32)
-    prefix, present = np.zeros((2, plan.contexts, plan.cached), np.int32)
-    rows = ((c, row) for c, group in enumerate(plan.groups) for row in group.rows)
-    for i, (c, row) in enumerate(rows):
-        n = len(row.ids) - 1
-        tokens[i, :n], targets[i, :n] = row.ids[:-1], row.ids[1:]
-        new[i, n - row.new : n], owner[i] = True, c
-    if not plan.cached:
-        return _score(model, params, (tokens, targets, new))
+def _run(model: Module, params: Params, plan: _Plan) -> list[Array]:
+    """float32 [N, 2] for each size of rows: log-probability of each row's continuation, and 1 where it is greedy."""
+    shape, batches = plan.shape, []
+    for (N, T), of_size in zip(shape.rows, plan.rows(), strict=True):
+        tokens, targets = np.zeros((2, N, T), np.int32)
+        new, owner = np.zeros((N, T), bool), np.zeros(N, np.int32)
+        for i, (c, row) in enumerate(of_size):
+            n = row.length
+            tokens[i, :n], targets[i, :n] = row.ids[:-1], row.ids[1:]
+            new[i, n - row.new : n], owner[i] = True, c
+        batches.append((tokens, targets, new, owner))
+    if not shape.cached:
+        return _score(model, params, batches)
+    prefix, present = np.zeros((2, shape.contexts, shape.cached), np.int32)
     for c, group in enumerate(plan.groups):
         prefix[c, : len(group.prefix)], present[c, : len(group.prefix)] = group.prefix, 1
-    return _score(model, params, (tokens, targets, new), (prefix, present, owner))
+    return _score(model, params, batches, (prefix, present))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(
     model: Module,
     params: Params,
-    rows: tuple[np.ndarray, np.ndarray, np.ndarray],
-    prefixes: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
-) -> Array:
-    """`_run` of rows: tokens int32 [N, T], targets int32 [N, T], bool [N, T], True for those of the continuation;
-    prefixes: tokens and segments int32 [C, S], and the number of each row's prefix int32 [N]."""
-    tokens, targets, new = (reshard(x, model.rules("batch", None)) for x in rows)
-    cache = None if prefixes is None else _read(model, params, *prefixes, tokens.shape[1])
-    (logits, _), shown = model.apply({"params": params}, tokens, cache=cache, mutable=["deferred_logits"])
-    nll, greedy = per_token(_of_tokens, {"next": logits, **deferred_logits(shown)}["next"], targets)
-    values = jnp.stack([-jnp.sum(nll * new, -1), jnp.all((greedy > 0) | ~new, -1).astype(jnp.float32)], -1)
-    return reshard(values, model.rules(None, None))
+    batches: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
+    prefixes: tuple[np.ndarray, np.ndarray] | None = None,
+) -> list[Array]:
+    """`_run` of rows of each size: tokens int32 [N, T], targets int32 [N, T], bool [N, T], True for those of the
+    continuation, and the number of each row's prefix int32 [N]; prefixes: tokens and segments int32 [C, S]."""
+    room = max(tokens.shape[1] for tokens, *_ in batches)
+    cached = None if prefixes is None else _read(model, params, *prefixes, room)
+    found = []
+    for *rows, owner in batches:
+        tokens, targets, new = (reshard(x, model.rules("batch", None)) for x in rows)
+        cache = None if cached is None else _of_rows(model, cached, owner)
+        (logits, _), shown = model.apply({"params": params}, tokens, cache=cache, mutable=["deferred_logits"])
+        nll, greedy = per_token(_of_tokens, {"next": logits, **deferred_logits(shown)}["next"], targets)
+        values = jnp.stack([-jnp.sum(nll * new, -1), jnp.all((greedy > 0) | ~new, -1).astype(jnp.float32)], -1)
+        found.append(reshard(values, model.rules(None, None)))
+    return found
 
 
 def _of_tokens(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -271,19 +310,22 @@ def _of_tokens(logits: Array, targets: Array) -> tuple[Array, Array]:
     return nll, (top == targets).astype(jnp.float32)
 
 
-def _read(
-    model: Module, params: Params, prefix: np.ndarray, present: np.ndarray, owner: np.ndarray, room: int
-) -> Cache:
-    """Cache of each row's prefix, with room for `room` more tokens."""
-    (C, S), N = prefix.shape, len(owner)
+def _read(model: Module, params: Params, prefix: np.ndarray, present: np.ndarray, room: int) -> Cache:
+    """Cache of the prefixes, with room for `room` more tokens."""
+    C, S = prefix.shape
     rules = model.rules.for_batch_size(C)
     inputs = [reshard(x, rules("batch", None)) for x in (prefix, present)]
     cache = make_cache(model.config, C, S + room, rules)
     # These logits are unused, so the compiler drops the head, the largest matrix product.
     _, cache = model.clone(rules=rules).apply({"params": params}, inputs[0], None, inputs[1], cache)
+    return cache
+
+
+def _of_rows(model: Module, cache: Cache, owner: np.ndarray) -> Cache:
+    """Cache of each row's prefix."""
 
     def rows(x: Array, target: Array) -> Array:
         no_mesh = jax.sharding.get_abstract_mesh().empty
         return x.at[owner].get(out_sharding=None if no_mesh else jax.typeof(target).sharding.spec)
 
-    return jax.tree.map(rows, cache, make_cache(model.config, N, S + room, model.rules))
+    return jax.tree.map(rows, cache, make_cache(model.config, len(owner), cache.size, model.rules))

@@ -9,6 +9,7 @@ import pytest
 
 from gptjax.distributed.parameters import declared, flat, nested
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
+from gptjax.evals import likelihood
 from gptjax.evals.likelihood import Continuation, cut, score
 from gptjax.nn import LearnedPositions, RecurrentConfig, TransformerConfig
 from gptjax.types import UserError
@@ -72,6 +73,26 @@ def test_equals_the_forward_pass_of_each_text(params):
     np.testing.assert_allclose([x.logprob for x in small], expected[:, 0], rtol=1e-5)
 
 
+def test_rows_of_several_sizes_share_prefixes(params, monkeypatch):
+    monkeypatch.setattr(likelihood, "ROWS_COST", 0)
+    alike = [Continuation(context, ids(n)) for context in map(ids, (17, 20, 24)) for n in (1, 2, 4, 5, 7, 11)]
+    requests = [*alike, Continuation(ids(20), ids(12)), Continuation(ids(22), ids(1))]
+    plans = [*likelihood._plans(requests, 200, 1)]
+    assert [T for _, T in plans[0].shape.rows] == [4, 8, 12, 32]  # the last is a whole text
+    assert sorted(row.request for plan in plans for rows in plan.rows() for _, row in rows) == [*range(len(requests))]
+    for plan in plans:
+        assert plan.shape == plans[0].shape
+        for (N, T), rows in zip(plan.shape.rows, plan.rows(), strict=True):
+            assert len(rows) <= N
+            assert all(row.length <= T for _, row in rows)
+    assert len(plans) > 1
+    expected = one_by_one(CONFIG, params, requests)
+    for batch in (200, 4_096):
+        found = score(CONFIG, params, requests, batch=batch)
+        np.testing.assert_allclose([x.logprob for x in found], expected[:, 0], rtol=1e-5)
+        assert [x.greedy for x in found] == expected[:, 1].tolist()
+
+
 def test_a_recurrent_model_starts_from_its_state():
     config = RecurrentConfig(32, 1, 16)
     params = random_params(config)
@@ -79,7 +100,8 @@ def test_a_recurrent_model_starts_from_its_state():
     np.testing.assert_allclose([x.logprob for x in score(config, params, REQUESTS)], expected[:, 0], rtol=1e-4)
 
 
-def test_a_mesh_changes_nothing(params):
+def test_a_mesh_changes_nothing(params, monkeypatch):
+    monkeypatch.setattr(likelihood, "ROWS_COST", 0)
     with jax.set_mesh(MeshConfig(data=2, fsdp=2, tensor=2).make()):
         specs = declared(CONFIG.build(DEFAULT_RULES))
         place = {name: jax.device_put(x, specs[name].sharding) for name, x in flat(params).items()}
