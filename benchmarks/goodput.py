@@ -209,11 +209,12 @@ def closed(name: str, turns: int) -> None:
 
     def in_process(engine: Any) -> Callable[[Sequence[Load]], None]:
         engine.warm_up()
+        engine.start()  # as in the server
 
         def run(load: Sequence[Load]) -> None:
-            for one in load:
-                engine.submit(Request(one.prompt, one.tokens, Sampling(0), stop_token_ids=()))
-            engine.run()
+            texts = [engine.submit(Request(one.prompt, one.tokens, Sampling(0), stop_token_ids=())) for one in load]
+            for text in texts:
+                text.wait()
 
         return run
 

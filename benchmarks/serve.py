@@ -60,12 +60,11 @@ def prompts(count: int, length: int, vocab: int, seed: int) -> list[tuple[int, .
 
 
 def first_token(engine: Engine, prompt: Sequence[int]) -> float:
-    """Seconds to the first token of this prompt, with whatever the engine has to do."""
+    """Seconds to the first token of this prompt, with whatever the engine's thread has to do."""
     text = engine.submit(Request(tuple(prompt), 2, GREEDY))
-    start = time.perf_counter()
-    while not text.tokens:
-        engine.run_round()
-    return time.perf_counter() - start
+    text.wait()
+    assert text.first is not None
+    return text.first - text.asked
 
 
 def texts_of(engine: Engine, given: Sequence[tuple[int, ...]], new: int) -> list[Generation]:
@@ -102,9 +101,13 @@ def measure(name: str, turns: int, continuous: bool = False) -> Iterator[str]:
     def ids(texts: Sequence[Generation]) -> list[list[int]]:
         return [[token.id for token in text.tokens] for text in texts]
 
-    single, many = (Engine(model, params, tokenizer, rows=rows, context=CONTEXT) for rows in (1, 32))
+    single, many, single_live, many_live = (
+        Engine(model, params, tokenizer, rows=rows, context=CONTEXT) for rows in (1, 32, 1, 32)
+    )
     for engine in (single, many):
         engine.warm_up()
+    for engine in (single_live, many_live):
+        engine.start()
     results: dict[str, list[float]] = {}
     equal: list[float] = []
     for turn in range(turns + 1):  # the first one compiles
@@ -118,24 +121,25 @@ def measure(name: str, turns: int, continuous: bool = False) -> Iterator[str]:
         if continuous:
             times["continuous batching, 32 streams"], _ = timed(batched, all)
         (long,) = prompts(1, 961, vocab, 200 + turn)
-        times["first token of 960, cold"] = first_token(single, long)
-        single.run()
-        times["first token of 960, warm"] = first_token(single, long)
-        single.run()
+        times["first token of 960, cold"] = first_token(single_live, long)
+        times["first token of 960, warm"] = first_token(single_live, long)
         (short, again) = prompts(2, 65, vocab, 300 + turn)
-        times["first token of 64, idle"] = first_token(many, short)
-        many.run()
-        running = [many.submit(Request(prompt, 200, GREEDY)) for prompt in prompts(16, PROMPT, vocab, 400 + turn)]
+        times["first token of 64, idle"] = first_token(many_live, short)
+        running = [many_live.submit(Request(prompt, 200, GREEDY)) for prompt in prompts(16, PROMPT, vocab, 400 + turn)]
         while not all_running(running):
-            many.run_round()
-        times["first token of 64, beside 16"] = first_token(many, again)
+            time.sleep(0.001)
+        times["first token of 64, beside 16"] = first_token(many_live, again)
         for text in running:
-            many.cancel(text)
-        many.run()
+            many_live.cancel(text)
+        for text in running:
+            text.wait()
         if turn:
             for key, value in times.items():
                 results.setdefault(key, []).append(value)
             equal.append(np.mean([a == b for a, b in zip(ids(texts), expected, strict=True)]))
+
+    for engine in (single_live, many_live):
+        engine.close()
 
     def ratio(a: str, b: str) -> str:
         values = sorted(x / y for x, y in zip(results[a], results[b], strict=True))
