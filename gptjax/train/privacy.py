@@ -200,9 +200,12 @@ def least_noise(rate: float, steps: int, epsilon: float, delta: float) -> float:
     # Renyi privacy is fast and at most about twice too careful: it says where to look. Sums of other than whole orders
     # may not converge.
     fast = functools.partial(rdp.RdpAccountant, orders=[*range(2, 65), 128, 256, 512])
+    # Losses are rounded up to multiples. A tenth of the library's own time, for at most 0.2 % more noise.
+    interval = max(1e-4, min(1e-3, epsilon / 1_000)) if steps <= 1_000 else 1e-4
+    exact = functools.partial(pld.PLDAccountant, value_discretization_interval=interval)
     upper: float = accounting.calibrate_dp_mechanism(fast, event, epsilon, delta, tol=1e-3)
     try:
         bracket = accounting.ExplicitBracketInterval(upper / 2, upper)
-        return float(accounting.calibrate_dp_mechanism(pld.PLDAccountant, event, epsilon, delta, bracket, tol=1e-3))
+        return float(accounting.calibrate_dp_mechanism(exact, event, epsilon, delta, bracket, tol=1e-3))
     except ValueError:  # it is not there
         return float(upper)
