@@ -121,7 +121,7 @@ class Job:
 
     def end(self) -> list[tuple[int, str]]:
         """Exit code and standard error of all."""
-        errors = [process.communicate(timeout=180)[1] for process in self.processes]
+        errors = [process.communicate(timeout=300)[1] for process in self.processes]
         return [(process.returncode, error) for process, error in zip(self.processes, errors, strict=True)]
 
     def read(self) -> list[list[list[int]]]:
@@ -307,6 +307,36 @@ def test_processes_share_sequences_and_layers(tmp_path, axis):
     options = "--main.steps", "10", "--mesh.data", "1"
     for count in (1, 2):
         with Job(file, count, f"runs/{count}", (*options, f"--mesh.{axis}", "-1")) as job:
+            ended = job.end()
+            assert [code for code, _ in ended] == [0] * count, ended
+    one, two = losses(tmp_path / "runs" / "1"), losses(tmp_path / "runs" / "2")
+    assert list(two) == list(one) == list(range(1, 11))
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-3)
+
+
+PRIVATE = """
+import dataclasses, secrets
+from gptjax.train.privacy import DifferentialPrivacy
+
+secrets.randbits = lambda bits: 1234567890123456789
+stage = dataclasses.replace(
+    experiment.stages["main"],
+    data=dataclasses.replace(experiment.stages["main"].data, batch=32),
+    steps=10,
+    privacy=DifferentialPrivacy(epsilon=8.0, delta=1e-3, clip=1.0),
+)
+experiment = dataclasses.replace(experiment, stages={"main": stage})
+"""
+
+
+@pytest.mark.slow
+def test_processes_draw_and_clip_and_add_noise_as_one(tmp_path):
+    """Of a private stage, with the same secret seed."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    file = tmp_path / "tiny.py"
+    file.write_text((TINY + PRIVATE).replace("TEXT", str(tmp_path / "text.txt")))
+    for count in (1, 2):
+        with Job(file, count, f"runs/{count}") as job:
             ended = job.end()
             assert [code for code, _ in ended] == [0] * count, ended
     one, two = losses(tmp_path / "runs" / "1"), losses(tmp_path / "runs" / "2")
