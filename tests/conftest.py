@@ -54,6 +54,7 @@ def forget_programs() -> Iterator[None]:
     maps = Path("/proc/self/maps")
     if (jax := sys.modules.get("jax")) and maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
         jax.clear_caches()
+        gc.collect()  # programs in circles of references, which wait long for their turn
 
 
 @pytest.fixture(autouse=True, scope="module")
