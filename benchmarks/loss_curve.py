@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
@@ -137,9 +138,10 @@ def main() -> None:
         parser.add_argument(f"--{field.name}", type=int, default=default, help=f"default {default}")
     given = vars(parser.parse_args())
     exact, ours, theirs = distances(Shape(**{name: given[name] for name in vars(SHAPE)}), given["steps"])
-    print("| steps | loss, float64 | gptjax differs by at most | PyTorch by at most | ratio |\n|---|---:|---:|---:|---:|")
+    print("| steps | loss, float64 | gptjax differs by at most | PyTorch by at most | ratio |")
+    print("|---|---:|---:|---:|---:|")
     edges = [0, *(edge for edge in (1, 10, 50, 100, 200, 300, 400) if edge < len(exact)), len(exact)]
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         a, b = ours[first:last].max(), theirs[first:last].max()
         print(f"| {first + 1} to {last} | {exact[last - 1]:.4f} | {a:.1e} | {b:.1e} | {a / b:.2f} |")
 
