@@ -330,8 +330,8 @@ experiment = dataclasses.replace(experiment, stages={"main": stage})
 
 
 @pytest.mark.slow
-def test_processes_draw_and_clip_and_add_noise_as_one(tmp_path):
-    """Of a private stage, with the same secret seed."""
+def test_private_training_is_that_of_one_process(tmp_path):
+    """With the same secret seed two processes draw, clip and add noise as one."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     file = tmp_path / "tiny.py"
     file.write_text((TINY + PRIVATE).replace("TEXT", str(tmp_path / "text.txt")))
