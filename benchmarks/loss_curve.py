@@ -31,12 +31,16 @@ SHAPE = Shape(layers=4, width=128, heads=4, length=64, batch=12, vocab=256)
 OPTIMIZER = AdamW(learning_rate=1e-3, schedule=Cosine(warmup=50), decay_embeddings=True)
 
 
-def batches(shape: Shape, steps: int) -> np.ndarray:
-    """int32 [steps, B, T + 1]: bytes of the documentation from random places."""
+def documentation() -> bytes:
     docs = sorted((Path(__file__).resolve().parents[1] / "docs").rglob("*.md"))
-    text = np.frombuffer(b"".join(page.read_bytes() for page in docs), np.uint8)
-    starts = np.random.default_rng(0).integers(len(text) - shape.length, size=(steps, shape.batch, 1))
-    return text[starts + np.arange(shape.length + 1)].astype(np.int32)
+    return b"".join(page.read_bytes() for page in docs)
+
+
+def batches(text: bytes, shape: Shape, steps: int) -> np.ndarray:
+    """int32 [steps, B, T + 1]: bytes of the text from random places."""
+    ids = np.frombuffer(text, np.uint8)
+    starts = np.random.default_rng(0).integers(len(ids) - shape.length, size=(steps, shape.batch, 1))
+    return ids[starts + np.arange(shape.length + 1)].astype(np.int32)
 
 
 def model(shape: Shape) -> Transformer:
@@ -76,6 +80,7 @@ def gptjax_curve(shape: Shape, text: np.ndarray) -> np.ndarray:
 
 def torch_curve(shape: Shape, text: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """float64 [steps]: the loss before each step."""
+    torch.set_num_threads(1)  # several spin while they wait for each other, and collapse on a busy machine
     gpt = GPT(shape)
     gpt.load_state_dict(torch_parameters(initial(shape)))
     gpt = gpt.to(dtype)
@@ -121,11 +126,11 @@ def torch_parameters(params: Params) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(x)) for name, x in found.items()}
 
 
-def distances(shape: Shape = SHAPE, steps: int = 500) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def distances(text: bytes, shape: Shape, steps: int = 500) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The reference's loss before each step, and the distances of gptjax and of PyTorch in float32 from it."""
-    text = batches(shape, steps)
-    exact = torch_curve(shape, text, torch.float64)
-    curves = gptjax_curve(shape, text), torch_curve(shape, text, torch.float32)
+    rows = batches(text, shape, steps)
+    exact = torch_curve(shape, rows, torch.float64)
+    curves = gptjax_curve(shape, rows), torch_curve(shape, rows, torch.float32)
     ours, theirs = (np.abs(curve - exact) for curve in curves)
     return exact, ours, theirs
 
@@ -137,7 +142,8 @@ def main() -> None:
         default = getattr(SHAPE, field.name)
         parser.add_argument(f"--{field.name}", type=int, default=default, help=f"default {default}")
     given = vars(parser.parse_args())
-    exact, ours, theirs = distances(Shape(**{name: given[name] for name in vars(SHAPE)}), given["steps"])
+    shape = Shape(**{name: given[name] for name in vars(SHAPE)})
+    exact, ours, theirs = distances(documentation(), shape, given["steps"])
     print("| steps | loss, float64 | gptjax differs by at most | PyTorch by at most | ratio |")
     print("|---|---:|---:|---:|---:|")
     edges = [0, *(edge for edge in (1, 10, 50, 100, 200, 300, 400) if edge < len(exact)), len(exact)]
