@@ -18,9 +18,9 @@ import jax
 import numpy as np
 import torch
 from torch_gpt import GPT, Shape
+from train_step_cpu import gptjax_model
 
 from gptjax.distributed.parameters import parameter_info
-from gptjax.nn import GELU, LayerNorm, LearnedPositions, Transformer, TransformerConfig
 from gptjax.objectives import NextToken
 from gptjax.optim import AdamW, Cosine
 from gptjax.train.state import create
@@ -43,28 +43,15 @@ def batches(text: bytes, shape: Shape, steps: int) -> np.ndarray:
     return ids[starts + np.arange(shape.length + 1)].astype(np.int32)
 
 
-def model(shape: Shape) -> Transformer:
-    config = TransformerConfig(
-        vocab=shape.vocab,
-        layers=shape.layers,
-        width=shape.width,
-        heads=shape.heads,
-        positions=LearnedPositions(shape.length),
-        norm=LayerNorm(bias=False),
-        mlp=GELU(),
-    )
-    return Transformer(config)
-
-
 def initial(shape: Shape) -> Params:
     """The parameters that all begin with."""
     tokens = np.zeros((1, shape.length), np.int32)
-    return jax.tree.map(np.asarray, model(shape).init(jax.random.key(0), tokens)["params"])
+    return jax.tree.map(np.asarray, gptjax_model(shape).init(jax.random.key(0), tokens)["params"])
 
 
 def gptjax_curve(shape: Shape, text: np.ndarray) -> np.ndarray:
     """float64 [steps]: the loss before each step."""
-    transformer, objective = model(shape), NextToken()
+    transformer, objective = gptjax_model(shape), NextToken()
     optimizer = OPTIMIZER.build(len(text), parameter_info(transformer))
     state = create(jax.tree.map(jax.numpy.asarray, initial(shape)), optimizer, jax.random.key(1))
     step = make_step(lambda apply, params, batch, key: objective(apply, params, batch), transformer.apply, optimizer)

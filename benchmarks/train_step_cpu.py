@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 from torch_gpt import Shape
 
@@ -31,18 +32,9 @@ SHAPES = {
 CONTENDERS = ("gptjax", "torch eager", "torch.compile")
 
 
-def gptjax_step(shape: Shape) -> Callable[[], float]:
-    """gptjax's training step on a fixed random batch; each call returns the loss before the update."""
-    import jax
-    import numpy as np
-
-    from gptjax.distributed.parameters import parameter_info
+def gptjax_model(shape: Shape) -> Any:
+    """The `Transformer` of `torch_gpt.GPT`."""
     from gptjax.nn import GELU, LayerNorm, LearnedPositions, Transformer, TransformerConfig
-    from gptjax.objectives.next_token import NextToken
-    from gptjax.optim.optimizers import AdamW
-    from gptjax.train.state import create
-    from gptjax.train.step import make_step
-    from gptjax.types import Batch
 
     config = TransformerConfig(
         vocab=shape.vocab,
@@ -53,7 +45,22 @@ def gptjax_step(shape: Shape) -> Callable[[], float]:
         norm=LayerNorm(bias=False),
         mlp=GELU(),
     )
-    model = Transformer(config)
+    return Transformer(config)
+
+
+def gptjax_step(shape: Shape) -> Callable[[], float]:
+    """gptjax's training step on a fixed random batch; each call returns the loss before the update."""
+    import jax
+    import numpy as np
+
+    from gptjax.distributed.parameters import parameter_info
+    from gptjax.objectives.next_token import NextToken
+    from gptjax.optim.optimizers import AdamW
+    from gptjax.train.state import create
+    from gptjax.train.step import make_step
+    from gptjax.types import Batch
+
+    model = gptjax_model(shape)
     text = np.random.default_rng(0).integers(shape.vocab, size=(shape.batch, shape.length + 1), dtype=np.int32)
     tokens = text[:, :-1]
     ones = np.ones_like(tokens)
