@@ -142,21 +142,23 @@ def seed_of(name: str, stage: Stage, folder: Path, seed: int) -> int:
     UserError if it is gone and the stage has checkpoints: draws of a second seed would keep no promise."""
     if stage.privacy is None:
         return seed
-    path, text = folder / "secret_seed", ""
+    path = folder / "secret_seed"
     with Checkpoints(folder / "checkpoints" / name) as saved:
         trained = saved.latest_step() is not None
-    if jax.process_index() == 0:
+
+    def kept() -> int:
         if not path.exists() and not trained:
             atomic.write_text(path, f"{secrets.randbits(63)}\n")
             path.chmod(0o600)
-        text = path.read_text() if path.exists() else ""
-    try:
-        return int(processes.allgather(text)[0])
-    except ValueError:
-        raise UserError(
-            f"{path}: is missing or damaged, and {name} cannot be resumed without it; restore it, or choose another "
-            "folder with --out"
-        ) from None
+        try:
+            return int(path.read_text() if path.exists() else "")
+        except ValueError:
+            raise UserError(
+                f"{path}: is missing or damaged, and {name} cannot be resumed without it; restore it, or choose "
+                "another folder with --out"
+            ) from None
+
+    return processes.on_first(kept)
 
 
 Identity = dict[str, Any]
