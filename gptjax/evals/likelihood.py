@@ -73,12 +73,13 @@ def score(
         shards = rules.num_shards("batch", dict(jax.sharding.get_mesh().shape))
         plans = _plans(requests, batch, shards)
         # All batches are enqueued before the first result is fetched: the devices never wait for the host.
-        running = [
-            (plan, _run(config.build(rules.for_batch_size(plan.shape.rows[0][0])), params, plan)) for plan in plans
-        ]
-        for plan, values in running:
-            for rows, each in zip(plan.rows(), values, strict=True):
-                found[[row.request for _, row in rows]] = fetch(each)[: len(rows)]
+        running = []
+        for plan in plans:
+            model, rows = config.build(rules.for_batch_size(plan.shape.rows[0][0])), plan.rows()
+            running.append((rows, _run(model, params, plan, rows)))
+        for rows, values in running:
+            for of_size, each in zip(rows, values, strict=True):
+                found[[row.request for _, row in of_size]] = fetch(each)[: len(of_size)]
     return [
         Likelihood(float(logprob), bool(greedy), len(request.ids))
         for (logprob, greedy), request in zip(found, requests, strict=True)
@@ -259,10 +260,11 @@ def _batches(groups: Sequence[_Group], S: int, sizes: Sequence[int], batch: int,
     yield _Plan(shape, held)
 
 
-def _run(model: Module, params: Params, plan: _Plan) -> list[Array]:
-    """float32 [N, 2] for each size of rows: log-probability of each row's continuation, and 1 where it is greedy."""
+def _run(model: Module, params: Params, plan: _Plan, rows: list[list[tuple[int, _Row]]]) -> list[Array]:
+    """float32 [N, 2] for each size of rows, `plan.rows()`: log-probability of each continuation, and 1 where it is
+    greedy."""
     shape, batches = plan.shape, []
-    for (N, T), of_size in zip(shape.rows, plan.rows(), strict=True):
+    for (N, T), of_size in zip(shape.rows, rows, strict=True):
         tokens, targets = np.zeros((2, N, T), np.int32)
         new, owner = np.zeros((N, T), bool), np.zeros(N, np.int32)
         for i, (c, row) in enumerate(of_size):
