@@ -389,7 +389,7 @@ class Evaluation(Config, Protocol):
     """Architectures of the models that it measures."""
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError, naming the field, if it cannot be run, as its source has other documents. Called first."""
+        """Raise UserError, naming the field, if it cannot be run. Called before the first training step."""
 
     def check_chat(self, tokenizer: Tokenizer, template: Any) -> None:
         """Raise UserError if a model of this chat template cannot answer. None: our format."""
