@@ -37,7 +37,7 @@ EXPORTS: dict[str, tuple[str, ...] | None] = {
     "gptjax.train.divergence": ("RollBack", "Skip", "Stop"),
     "gptjax.train.privacy": ("DifferentialPrivacy",),
     "gptjax.train.rollouts": ("Rollouts",),
-    "gptjax.train.stage": ("EarlyStopping",),
+    "gptjax.train.stage": ("EarlyStopping", "QAT"),
 }
 """Package -> classes of ours that a saved configuration may name. None: every frozen dataclass that it exports."""
 allowed_modules: set[str] = set()

@@ -87,7 +87,17 @@ def one_program_per_stage() -> Iterator[None]:
         yield
         return
     make = loop.program
-    fields = ("objective", "optimizer", "adapter", "accumulate", "ema", "privacy", "divergence", "last_step")
+    fields = (
+        "objective",
+        "optimizer",
+        "adapter",
+        "accumulate",
+        "ema",
+        "privacy",
+        "quantisation",
+        "divergence",
+        "last_step",
+    )
 
     @functools.cache
     def once(batch, length, values, model, seed, options, mechanism, mesh):

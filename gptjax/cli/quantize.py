@@ -12,6 +12,7 @@ import tyro
 # Nothing heavier up here: --help must not wait for jax.
 if TYPE_CHECKING:
     from gptjax.models.language_model import LanguageModel
+    from gptjax.train.stage import QAT
 
 GROUPS = (128, 64, 32, 16)
 """Inputs per scale with 4 bits, the first that divides the inputs of every matrix."""
@@ -23,7 +24,7 @@ REPORT = "quantization.md"
 def quantize(
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
-    bits: Literal[8, 4] = 8,
+    bits: Literal[8, 4] | None = None,
     group: int | None = None,
     method: Literal["round", "gptq"] = "round",
     calibration: str | None = None,
@@ -37,9 +38,9 @@ def quantize(
     Args:
         path: Model to load: a run, a folder, a name on the Hugging Face hub, or a GGUF file.
         out: Folder to write; it must not exist.
-        bits: Size of a weight.
+        bits: Size of a weight. None: 8; of a run whose last stage trained for it (`Stage.quantisation`) that stage's.
         group: Inputs per scale. None: with 8 bits all inputs of an output; with 4 bits 128, or the largest of 64, 32
-            and 16 that divides the inputs of every matrix.
+            and 16 that divides the inputs of every matrix; of a run whose last stage trained for it that stage's.
         method: round: to the nearest. gptq: corrects each rounding in the weights that follow, with a calibration text.
         calibration: Text file for gptq. None: the training split of the run's evaluation of bits per byte.
         calibration_tokens: Number of tokens of the calibration text to use.
@@ -52,6 +53,7 @@ def quantize(
 
     from gptjax.inference.quantise import gptq_params, quantise_params
     from gptjax.models.loading import load
+    from gptjax.models.run import quantisation_of
     from gptjax.types import UserError
 
     if out.exists():
@@ -60,7 +62,12 @@ def quantize(
         raise UserError(f"calibration: got {calibration}, must not be given for the method round; use --method gptq")
     lm = load(path, step=step)
     evaluation = evaluation_of(lm, path, text)
-    group = group or (None if bits == 8 else _group(lm))
+    if (trained := quantisation_of(path)) is not None:
+        check_trained(trained, bits, group, method)
+        bits, group = trained.bits, trained.group
+    else:
+        bits = bits or 8
+        group = group or (None if bits == 8 else _group(lm))
     settings = {"bits": bits, "group": group, "embeddings": to == "gptjax", "progress": lambda name: print(name)}
     if method == "gptq":
         tokens = _tokens(lm, evaluation, calibration, calibration_tokens)
@@ -76,6 +83,19 @@ def quantize(
     report = f"# {Path(path).name}: {scheme}\n\n" + _report(lm, load(out), evaluation)
     (out / REPORT).write_text(report)
     print(f"\n{report}\n{out} is written, with this report in {REPORT}")
+
+
+def check_trained(trained: QAT, bits: int | None, group: int | None, method: str) -> None:
+    """Raise UserError for another rounding than the weights were trained for."""
+    from gptjax.types import UserError
+
+    wanted = {"bits": trained.bits, "group": trained.group, "method": "round"}
+    for name, value in {"bits": bits, "group": group, "method": method}.items():
+        if value not in (None, wanted[name]):
+            raise UserError(
+                f"{name}: got {value}, must be {wanted[name]}, as the weights were trained to be rounded (QAT): leave "
+                f"--{name} out, or train another run for it"
+            )
 
 
 def evaluation_of(lm: LanguageModel, path: str, text: str | None) -> Any:

@@ -34,7 +34,7 @@ from gptjax.data.files import cache_dir
 from gptjax.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
 from gptjax.data.tokenizers.tokenizer import decoder_start
 from gptjax.distributed import processes, sharding, xla
-from gptjax.distributed.parameters import declared, nested
+from gptjax.distributed.parameters import declared, nested, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig, ShardingRules
 from gptjax.experiment import report, run_folder
 from gptjax.experiment.preparation import GENERATING, check_stages, load_frozen_models, naming, read_data
@@ -222,6 +222,8 @@ class Experiment:
         if evaluations and not results:
             with sharding.use(mesh):
                 params = trained(nested(declared(model)))
+                if (qat := self.stages[name].quantisation) is not None:
+                    params = jax.jit(functools.partial(qat.rounded, info=parameter_info(model)))(params)
             read = self._kind.settings_of_run(to_json(self.stages[name].data))
             if self._generates:
                 read.pop("context", None)  # replies may be longer than the sequences of training

@@ -28,6 +28,7 @@ from numpy.typing import DTypeLike
 
 from gptjax.kernels import target
 from gptjax.kernels.linear import PackedWeight, linear
+from gptjax.kernels.low_rank import spec
 from gptjax.types import Array, UserError
 
 BITS = (8, 4)
@@ -143,9 +144,8 @@ class QuantisedArray(PackedWeight):
 def _product(x: Array, w: QuantisedArray) -> Array:
     """x float [M, G, K] -> float32 [M, F]."""
     M, F = len(x), w.scales.shape[-1]
-    x = x.astype(jnp.float32).swapaxes(0, 1)
-    x_scales = jnp.max(jnp.abs(x), -1, keepdims=True) / 127  # [G, M, 1]
-    x = jnp.round(x / jnp.where(x_scales > 0, x_scales, 1)).astype(jnp.int8)
+    x, x_scales = _split(x.astype(jnp.float32).swapaxes(0, 1), 8, -1)  # [G, M, K], [G, M, 1]
+    x = x.astype(jnp.int8)
     cpu = target.backend() == "cpu"
     if M == 1 and cpu:  # XLA has a fast product of int8 matrices there, and none of a single row
         x = jnp.concatenate([x, x], 1)
@@ -202,10 +202,35 @@ def quantise(
     """
     axes = w.shape[batch:]
     ins, outs = (axes[1:], axes[:1]) if table else (axes[:inputs], axes[inputs:])
-    rows = grouped(jnp.asarray(w, jnp.float32), len(ins), batch, table, group)
-    scales = jnp.max(jnp.abs(rows), -1) / (2 ** (bits - 1) - 1)
-    codes = jnp.round(rows / jnp.where(scales > 0, scales, 1)[..., None]).astype(jnp.int8)
-    return packed(codes, scales, bits, tuple(ins), tuple(outs), table)
+    codes, scales = _split(grouped(jnp.asarray(w, jnp.float32), len(ins), batch, table, group), bits, -1)
+    return packed(codes, scales[..., 0], bits, tuple(ins), tuple(outs), table)
+
+
+def rounded(
+    w: Array, bits: int = 8, group: int | None = None, inputs: int = 1, batch: int = 0, table: bool = False
+) -> Array:
+    """`quantise(...).dequantised()` on any mesh, sharded as w: inputs on several devices may share a scale."""
+    first = batch + 1 if table else batch
+    ins = w.shape[first:] if table else w.shape[first : first + inputs]
+    total = math.prod(ins)
+    size = _group_size(total, group)
+    _check_packable(bits, size)
+
+    def round_whole(w: Array) -> Array:
+        groups = w.reshape(*w.shape[:first], total // size, size, *w.shape[first + len(ins) :])
+        codes, scales = _split(groups.astype(jnp.float32), bits, first + 1)
+        return (codes * scales).reshape(w.shape).astype(w.dtype)
+
+    if (own := spec(w)) is None:
+        return round_whole(w)
+    automatic: Any = jax.sharding.auto_axes(round_whole, out_sharding=own)
+    return automatic(w)
+
+
+def _split(x: Array, bits: int, axis: int) -> tuple[Array, Array]:
+    """Integers, as floats, and scales whose product is nearest to x; `axis` is over the numbers of a scale."""
+    scales = jnp.max(jnp.abs(x), axis, keepdims=True) / (2 ** (bits - 1) - 1)
+    return jnp.round(x / jnp.where(scales > 0, scales, 1)), scales
 
 
 def grouped(w: Any, inputs: int, batch: int = 0, table: bool = False, group: int | None = None) -> Any:
@@ -213,9 +238,19 @@ def grouped(w: Any, inputs: int, batch: int = 0, table: bool = False, group: int
     lead, axes = w.shape[:batch], w.shape[batch:]
     outs = math.prod(axes[:1] if table else axes[inputs:])
     total = math.prod(axes) // outs
-    size = total if group is None or total % group else group
+    size = _group_size(total, group)
     rows = w.reshape(*lead, outs, total) if table else w.reshape(*lead, total, outs).swapaxes(-1, -2)
     return rows.reshape(*lead, outs, total // size, size).swapaxes(-3, -2)
+
+
+def _group_size(total: int, group: int | None) -> int:
+    """Number of inputs per scale, of `total`."""
+    return total if group is None or total % group else group
+
+
+def _check_packable(bits: int, size: int) -> None:
+    if bits == 4 and size % 2:
+        raise UserError(f"group: got {size}, must be even for 4 bits")
 
 
 def packed(
@@ -226,9 +261,8 @@ def packed(
     if bits not in BITS:
         raise UserError(f"bits: got {bits}, must be {' or '.join(map(str, BITS))}")
     codes = jnp.asarray(codes, jnp.int8)
+    _check_packable(bits, codes.shape[-1])
     if bits == 4:
-        if codes.shape[-1] % 2:
-            raise UserError(f"group: got {codes.shape[-1]}, must be even for 4 bits")
         low, high = jnp.split((codes + 8).astype(jnp.uint8), 2, -1)
         codes = low | high << 4
     return QuantisedArray(codes, jnp.asarray(scales, jnp.float32), inputs, outputs, table)

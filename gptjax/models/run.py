@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -13,6 +13,7 @@ from gptjax.config import check_name, differences, from_json
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.distributed.parameters import declared, nested
 from gptjax.distributed.sharding import ShardingRules
+from gptjax.io.json_file import read_object
 from gptjax.models.identity import content_digest
 from gptjax.models.loading import (
     Step,
@@ -25,6 +26,9 @@ from gptjax.models.loading import (
 from gptjax.models.model import Model
 from gptjax.types import Params, UserError
 
+if TYPE_CHECKING:
+    from gptjax.train.stage import QAT
+
 
 def load_run(
     path: Path, experiment: Any, dtype: str | None, rules: ShardingRules, kind: type[Model], step: Step
@@ -36,14 +40,10 @@ def load_run(
         raise UserError(f"path: got {path}, whose config.json is damaged (no stages); restore it")
     for name in stages:
         check_name(name, f"{path / 'config.json'}: stages")
-    name, extra, found_step = None, {}, None
-    for name in reversed(stages):
-        with Checkpoints(path / "checkpoints" / name) as checkpoints:
-            if (extra := checkpoints.extra()) is not None:
-                found_step = _step(checkpoints, step)
-                break
-    if name is None or extra is None:
+    if (name := _last(path, stages)) is None:
         raise UserError(f"path: got {path}, a run without a checkpoint; train it first")
+    with Checkpoints(path / "checkpoints" / name) as checkpoints:
+        extra, found_step = checkpoints.extra() or {}, _step(checkpoints, step)
     _check_config(path, name, experiment, extra)
     model, data = model_config(experiment["model"], dtype), stages[name]["data"]
     found = checked_class(kind, type(model), path)
@@ -78,6 +78,24 @@ def load_run(
     _check_config(path, name, experiment, restored.extra)
     tokenizer = trained_tokenizer(path, restored.extra["tokenizer"])
     return found(model, restored.state, tokenizer, rules=rules, **found.settings_of_run(data))
+
+
+def quantisation_of(path: str | Path) -> QAT | None:
+    """`Stage.quantisation` of the weights that `load` reads. None: they were not trained to be rounded, or the path is
+    no run."""
+    file = Path(path).expanduser() / "config.json"
+    stages = read_object(file).get("experiment", {}).get("stages", {}) if file.is_file() else {}
+    last = _last(file.parent, stages)
+    return None if last is None else from_json(stages[last].get("quantisation"))
+
+
+def _last(path: Path, stages: Mapping[str, Any]) -> str | None:
+    """Name of the last stage with a checkpoint. None: there is none."""
+    for name in reversed([*stages]):
+        with Checkpoints(path / "checkpoints" / name) as checkpoints:
+            if checkpoints.extra() is not None:
+                return name
+    return None
 
 
 def _step(checkpoints: Checkpoints, step: Step) -> int | None:
@@ -124,6 +142,7 @@ def _decisive(experiment: dict[str, Any], last: str, names: Sequence[str]) -> di
     return {
         **{name: experiment.get(name) for name in ("model", "seed")},
         **{f"{name}.adapter": stages[name].get("adapter") for name in names},
+        f"{last}.quantisation": stages.get(last, {}).get("quantisation"),
         **{f"{last}.data.{name}": data.get(name) for name in ("length", "template")},
         f"{last}.data.source.classes": source.get("classes") if isinstance(source, dict) else None,
     }

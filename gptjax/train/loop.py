@@ -232,7 +232,7 @@ class _Run:
             return self.program.prepare(state.params, self.to_global(batch), *self.frozen)
 
         def params() -> Params:
-            return self.program.merge(state.params, *self.frozen)
+            return self.program.deployed(state.params, *self.frozen)
 
         return Policy(self.model, params, prepare, self.progress.done, cast("Rounds", self.rounds))
 
@@ -353,7 +353,7 @@ class _Run:
                 for prompt in self.stage.prompts:
                     if self.stopping.now():
                         return None
-                    texts.append(self.sample(self.program.merge(params, *self.frozen), prompt))
+                    texts.append(self.sample(self.program.deployed(params, *self.frozen), prompt))
                     self.display.sample(done, prompt, texts[-1])
         self.records.log(done, self.name, **losses, **memory())
         for prompt, text in zip(self.stage.prompts, texts, strict=False):

@@ -6,6 +6,7 @@ It does not depend on data, disks or displays: training, and planning for other 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -43,6 +44,8 @@ class Program:
     """(params, batch, *frozen) -> metrics without dropout, jitted; in as many microbatches as a step."""
     merge: Callable[..., Params]
     """(params, *frozen) -> parameters of the model."""
+    deployed: Callable[..., Params]
+    """(params, *frozen) -> the same, rounded by `stage.quantisation`: those that write texts."""
 
     def init_state(self, *frozen: Params) -> State:
         """Initial state. Call it under jit, so that every array is created with its sharding."""
@@ -84,6 +87,9 @@ def program(
     init_trainable: Callable[..., Params] = lambda *_: init_params()  # noqa: E731
     freeze: Callable[[Params], Params] = _model_params
     merge: Callable[..., Params] = _model_params
+    rounded: Callable[[Params], Params] = lambda params: params  # noqa: E731
+    if (qat := stage.quantisation) is not None:
+        rounded = functools.partial(qat.rounded, info=info)
     if stage.objective.reference:
         init_trainable = lambda reference, *_: reference  # noqa: E731
     if (adapter := stage.adapter) is not None:
@@ -113,22 +119,25 @@ def program(
         return stage.objective.prepare(model.apply, params, batch, *frozen, parts=stage.accumulate)
 
     def evaluate(params: Params, batch: Batch, *frozen: Params) -> Metrics:
+        params = rounded(params)
         batch = prepare(params, batch, *frozen)
         measure = lambda part: objective(model.apply, params, part, None, *frozen)  # noqa: E731
         return sum_microbatches(measure, stage.accumulate, batch)
 
+    round_once = jax.jit(rounded)
     return Program(
         init_params,
         freeze,
         init_trainable,
         create_state,
-        jax.jit(prepare),
+        jax.jit(lambda params, batch, *frozen: prepare(rounded(params), batch, *frozen)),
         make_step(
-            *(objective, apply, optimizer, stage.accumulate, stage.ema, stage.divergence, prepare, private),
+            *(objective, apply, optimizer, stage.accumulate, stage.ema, stage.divergence, prepare, private, rounded),
             compiler_options=compiler_options,
         ),
         jax.jit(evaluate, compiler_options=dict(compiler_options or {})),
         merge,
+        merge if qat is None else lambda params, *frozen: round_once(merge(params, *frozen)),
     )
 
 

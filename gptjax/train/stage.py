@@ -60,6 +60,40 @@ class EarlyStopping:
 
 
 @dataclasses.dataclass(frozen=True)
+class QAT:
+    """Quantisation-aware training, for a model that is then quantised with the same `bits`, `group` and `embeddings`
+    (`gptjax quantize`, `lm.quantised`): loss and gradient are those of its rounded weights, and the gradient changes
+    the floats that they are rounded from, straight through the rounding (Jacob et al. 2018, arXiv:1712.05877; Bengio et
+    al. 2013, arXiv:1308.3432). Validation losses, samples, rollouts and the stage's evaluations are of the rounded
+    weights. Checkpoints have the floats.
+    """
+
+    bits: Literal[8, 4] = 4
+    """Bits of the integers that matrices are rounded to."""
+    group: int | None = None
+    """Inputs per scale. None, or where it does not divide their number: a scale per output."""
+    embeddings: bool = True
+    """Round the token embeddings and the head too, to 8 bits, as our own format does. Hugging Face's leaves them
+    floats."""
+
+    def __post_init__(self):
+        from gptjax.inference.quantise.weights import check_size
+
+        check_size(self.bits, self.group, "quantisation.")
+
+    def rounded(self, params: Params, info: Params) -> Params:
+        """Parameters with the values of the quantised model's, as arrays on their mesh. Trace it.
+
+        info  `parameter_info` of the model"""
+        from gptjax.inference.quantise.weights import rounded_params
+
+        return rounded_params(params, info, self.bits, self.group, self.embeddings)
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits, {f'a scale per {self.group} inputs' if self.group else 'a scale per output'}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Reading:
     """The data of a stage while they are read."""
 
@@ -104,6 +138,8 @@ class Stage:
     no average."""
     privacy: DifferentialPrivacy | None = None
     """Differential privacy of the training sequences (DP-SGD): `DifferentialPrivacy(epsilon=8)`. None: none."""
+    quantisation: QAT | None = None
+    """Quantisation-aware training: train the model for rounded weights, `QAT(bits=4, group=32)`. None: do not."""
     divergence: Stop = Stop()
     """Policy for a loss that is not finite or spikes: `Stop`, `Skip` the step, `RollBack` to a checkpoint."""
     evaluate_every: int = 250
@@ -152,6 +188,11 @@ class Stage:
                     raise UserError(f"{field}: got {value}, must be a multiple of {self.round}, the steps of a round")
         if self.privacy is not None:
             self._check_privacy()
+        if self.quantisation is not None and self.adapter is not None:
+            raise UserError(
+                "quantisation: got QAT, must be None with an adapter, whose frozen matrices `adapter.bits` rounds; or "
+                "train all parameters, with adapter None"
+            )
         if self.writes and isinstance(self.divergence, RollBack):
             raise UserError("divergence: got RollBack, must be Stop or Skip: rollouts cannot be skipped")
 
@@ -181,6 +222,10 @@ class Stage:
         if self.data.batch_type is not self.objective.batch_type:
             made, read = self.data.batch_type.__name__, self.objective.batch_type.__name__
             raise UserError(f"data: got {data}, which makes {made} batches, must make {read} for {objective}")
+        if self.quantisation is not None and model.architecture != "decoder":
+            raise UserError(
+                f"quantisation: got QAT, must be None: only decoders are quantised, and {type(model).__name__} is none"
+            )
         self.data.check(model)
         for number, evaluation in enumerate(self.evaluations):
             if model.architecture not in evaluation.architectures:
@@ -296,6 +341,7 @@ def summary(
         "gradients": device_bytes(state.params),
         "optimizer": device_bytes(state.opt_state),
         "average": device_bytes(state.ema),
+        "rounded parameters": 0 if stage.quantisation is None else device_bytes(state.params),
     }
     total, limit = sum(memory.values()), (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     unit, divisor = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
@@ -313,5 +359,6 @@ def summary(
         f"activations: {parts}",
         f"  data     {stage.last_step:,} steps of {stage.data.batch * stage.data.length:,} tokens{data}{early}",
         f"  start    {start}",
+        *([] if stage.quantisation is None else [f"  weights  rounded to {stage.quantisation}"]),
         *([] if mechanism is None else [f"  privacy  {mechanism.describe(stage.data.batch)}"]),
     ]

@@ -33,6 +33,7 @@ def make_step(
     divergence: Stop = Stop(),
     prepare: Callable[..., Batch] = lambda params, batch, *frozen: batch,
     mechanism: Mechanism | None = None,
+    rounded: Callable[[Params], Params] = lambda params: params,
     compiler_options: Mapping[str, Value] | None = None,
 ) -> jax.stages.Wrapped:
     """Make the jitted function (state, batch, *frozen) -> (state, metrics). It donates the state.
@@ -45,6 +46,8 @@ def make_step(
     divergence        a `Skip` checks each step: a bad one changes neither parameters, optimizer state nor average
     prepare           (params, batch, *frozen) -> batch: what is computed once from the whole batch, without a gradient
     mechanism         clips the gradient of each sequence and adds noise, for privacy. None: does not
+    rounded           parameters -> those whose loss and gradient are computed. The gradient changes the former,
+                      straight through the rounding (Bengio et al. 2013, arXiv:1308.3432)
     compiler_options  of XLA; see `distributed/xla.py`
 
     The loss is a weighted sum: microbatches are summed, and the gradient is divided by the total weight once.
@@ -72,8 +75,9 @@ def make_step(
     def step(state: State, batch: Batch, *frozen: Params) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         key, of_noise = (key, key) if mechanism is None else jax.random.split(key)
-        batch = prepare(state.params, batch, *frozen)
-        grads, (metrics, reported) = (accumulated if accumulate > 1 else gradient)(state.params, batch, key, *frozen)
+        seen = rounded(state.params)
+        batch = prepare(seen, batch, *frozen)
+        grads, (metrics, reported) = (accumulated if accumulate > 1 else gradient)(seen, batch, key, *frozen)
         weight = jnp.maximum(metrics["loss"][1], 1e-8)
         grads = jax.tree.map(lambda g: g / weight, grads) if mechanism is None else mechanism.noisy(grads, of_noise)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
-from gptjax.kernels.quantised import BITS, QuantisedArray, quantise
+from gptjax.kernels.quantised import BITS, QuantisedArray, quantise, rounded
 from gptjax.nn import ModelConfig
 from gptjax.types import Params, UserError
 
@@ -49,12 +49,22 @@ def quantise_params(
     return nested(found)
 
 
+def rounded_params(params: Params, info: Params, bits: int, group: int | None, embeddings: bool) -> Params:
+    """The arrays that `quantise_params` stands for, to train a model for it, on any mesh: each matrix rounded, in the
+    sharding that it has.
+
+    info  `parameter_info` of the model; parameters that it does not have are left alone
+    """
+    infos, found = flat(info), dict(flat(params))
+    for name in found.keys() & infos.keys():
+        if (arguments := _arguments(name, infos[name], bits, group, embeddings)) is not None:
+            found[name] = rounded(found[name], *arguments)
+    return nested(found)
+
+
 def check(params: Params, bits: int, group: int | None) -> None:
     """Raise UserError for parameters that cannot be quantised, and for another number of bits or group."""
-    if bits not in BITS:
-        raise UserError(f"bits: got {bits}, must be {' or '.join(map(str, BITS))}")
-    if group is not None and (group < 2 or group % 2):
-        raise UserError(f"group: got {group}, must be even and at least 2")
+    check_size(bits, group)
     found = flat(params)
     if any(isinstance(x, QuantisedArray) for x in found.values()):
         raise UserError("params: got quantised ones, must be floats; quantise the original model")
@@ -62,13 +72,29 @@ def check(params: Params, bits: int, group: int | None) -> None:
         raise UserError("mesh: got parameters on several devices, must be on one: load the model without a mesh")
 
 
+def check_size(bits: int, group: int | None, of: str = "") -> None:
+    """Raise UserError for another number of bits or group.
+
+    of  start of the names of the options"""
+    if bits not in BITS:
+        raise UserError(f"{of}bits: got {bits}, must be {' or '.join(map(str, BITS))}")
+    if group is not None and (group < 2 or group % 2):
+        raise UserError(f"{of}group: got {group}, must be even and at least 2")
+
+
 def quantised(name: str, x: Any, info: ParamInfo, bits: int, group: int | None, embeddings: bool) -> Any:
     """A parameter, rounded if it is one that is quantised."""
+    arguments = _arguments(name, info, bits, group, embeddings)
+    return x if arguments is None else _quantise(x, *arguments)
+
+
+def _arguments(name: str, info: ParamInfo, bits: int, group: int | None, embeddings: bool) -> tuple[Any, ...] | None:
+    """Arguments of `quantise` for a parameter, after its values. None: it stays as it is."""
     kind = role(name, info)
     if kind is None or (kind != "matrix" and not embeddings):
-        return x
+        return None
     size = (bits, group) if kind == "matrix" else (8, None)
-    return _quantise(x, *size, info.inputs, info.batch, kind == "embedding")
+    return *size, info.inputs, info.batch, kind == "embedding"
 
 
 def role(name: str, info: ParamInfo) -> str | None:
