@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,10 @@ if TYPE_CHECKING:  # it imports jax, which `--help` does not wait for
 
 Value = TypeVar("Value")
 VECTORS = "xla_cpu_prefer_vector_width"
-HEARTBEAT = 60  # seconds
+TIMEOUTS = {"GPTJAX_INITIALIZATION_TIMEOUT": 300, "GPTJAX_HEARTBEAT": 60}
+"""Environment variables of time limits, and their defaults in seconds."""
+PATIENCE = 30.0
+"""Seconds before a process says that it waits for the others, or half of the limit if that is less."""
 LOST = 134  # SIGABRT, to a shell
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
@@ -71,8 +75,9 @@ def initialize() -> None:
     """Initialise `jax.distributed`. jax detects TPU slices, SLURM and Open MPI; elsewhere set
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
 
-    A process without a heartbeat for `GPTJAX_HEARTBEAT` seconds (60) counts as lost, and all processes exit. The same
-    limit holds for the wait at shutdown.
+    Processes wait for one another for `GPTJAX_INITIALIZATION_TIMEOUT` seconds (300). Later, a process without a
+    heartbeat for `GPTJAX_HEARTBEAT` seconds (60) counts as lost, and all processes exit. The same limit holds for the
+    wait at shutdown.
     """
     import jax
 
@@ -82,14 +87,35 @@ def initialize() -> None:
         return
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     settings: dict[str, Any] = {field: int(os.environ[name]) for field, name in names.items() if name in os.environ}
+    start, heartbeat = map(timeout, TIMEOUTS)
+    limits = {"initialization_timeout": start, "heartbeat_timeout_seconds": heartbeat}
+    # Jax's runtime aborts after the limit, without a word about whom it waited for.
+    told = (
+        f"distributed: waiting for the other processes of the job; gives up {start} s after the start "
+        "(GPTJAX_INITIALIZATION_TIMEOUT)"
+    )
+    waiting = threading.Timer(min(PATIENCE, start / 2), print, [told], {"file": sys.stderr, "flush": True})
+    waiting.daemon = True
+    waiting.start()
     try:
-        timeout = int(os.environ.get("GPTJAX_HEARTBEAT", HEARTBEAT))
-        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=timeout, shutdown_timeout_seconds=timeout)
+        jax.distributed.initialize(**settings, **limits, shutdown_timeout_seconds=heartbeat)
     except ValueError as error:
         raise UserError(
             f"distributed: {str(error).rstrip('.')}; set JAX_COORDINATOR_ADDRESS (host:port of the first process), "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass --no-distributed"
         ) from error
+    finally:
+        waiting.cancel()
+
+
+def timeout(name: str) -> int:
+    """Seconds of a time limit in `TIMEOUTS`, as the environment says. Raises UserError."""
+    from gptjax.types import UserError
+
+    text = os.environ.get(name, str(TIMEOUTS[name]))
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{name}: got {text}, must be a whole number of seconds, at least 1")
+    return int(text)
 
 
 def barrier(where: str) -> None:
@@ -161,7 +187,8 @@ def exit_after_loss(command: str, error: Exception) -> NoReturn:
     from gptjax.types import one_line
 
     print(
-        f"error: another process of the job is gone, so this one exits too ({one_line(error)}); see the other's log. "
+        f"error: another process of the job is gone, or was silent for {timeout('GPTJAX_HEARTBEAT')} s "
+        f"(GPTJAX_HEARTBEAT), so this one exits too ({one_line(error)}); see the other's log. "
         f"Start all processes again to resume from the last checkpoint: {command}",
         file=sys.stderr,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -326,6 +327,38 @@ def test_what_lacks_to_join_is_named(tiny, tmp_path):
     assert done.returncode == 2
     message = "error: distributed: Number of processes must be defined; set JAX_COORDINATOR_ADDRESS"
     assert done.stderr.startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_time_limits_of_a_job_are_those_of_the_environment(monkeypatch, tiny, capsys):
+    import jax
+
+    given = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **limits: given.append(limits))
+    command = [tiny, "--distributed"]
+    assert launcher.main([*command, "--out", "a"]) == 0
+    monkeypatch.setenv("GPTJAX_INITIALIZATION_TIMEOUT", "900")
+    monkeypatch.setenv("GPTJAX_HEARTBEAT", "120")
+    assert launcher.main([*command, "--out", "b"]) == 0
+    names = "initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds"
+    assert [[limits[name] for name in names] for limits in given] == [[300, 60, 60], [900, 120, 120]]
+    for name in ("GPTJAX_INITIALIZATION_TIMEOUT", "GPTJAX_HEARTBEAT"):
+        for wrong in ("0", "-5", "1.5", "soon", ""):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, wrong)
+                assert launcher.main(command) == 2
+                expected = f"error: {name}: got {wrong}, must be a whole number of seconds, at least 1\n"
+                assert capsys.readouterr().err == expected
+
+
+@pytest.mark.slow
+def test_a_process_without_the_others_says_that_it_waits(tiny, tmp_path):
+    command = [sys.executable, "-m", "experiments", str(tmp_path / tiny), "--out", str(tmp_path / "out")]
+    job = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    environment = os.environ | job | {"GPTJAX_INITIALIZATION_TIMEOUT": "4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGABRT
+    assert "waiting for the other processes of the job; gives up 4 s after the start" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
