@@ -5,7 +5,7 @@ An experiment is a Python file with `experiment = Experiment(...)`; `python -m e
     runs/NAME/  config.json         resolved configuration, package versions
                 tokenizer/
                 checkpoints/STAGE/  Orbax: state and input position
-                metrics.jsonl  tensorboard/
+                metrics.jsonl  wall.jsonl  tensorboard/
                 heartbeat/          state of each process; hang/ and profile/ as needed
                 run.lock            held by the job that trains here
                 report/             report.md, curves as PNG, results of the evaluations
@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,7 +133,7 @@ class Experiment:
         tokens   folder or bucket of tokenised data, made by `gptjax data prepare`; what a folder lacks is tokenised.
                  None: `$GPTJAX_CACHE/tokens`
         """
-        cache = tokens or str(cache_dir() / "tokens")
+        cache, started = tokens or str(cache_dir() / "tokens"), time.time()
         folder = Path(folder).absolute()
         # Paths are neither wrapped nor parsed as markup, so that they can be copied.
         console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
@@ -156,7 +157,7 @@ class Experiment:
             init, origin = pretrained, run_folder.pretrained_identity(folder, next(iter(self.stages)), self.init_from)
             previous, params = None, None  # stage, and its trained parameters if they are at hand
             results: dict[str, list[Result]] = {}
-            with MetricsLogger(folder, self.wandb, to_json(self)) as records:
+            with MetricsLogger(folder, self.wandb, to_json(self), started) as records:
                 for name, stage in stages.items():
                     if previous is not None:
                         origin = run_folder.identity(folder, previous, stage.init_from)
@@ -195,7 +196,8 @@ class Experiment:
                             )
                     of = run_folder.identity(folder, name)
                     trained = self._trained(folder, name, pretrained, of["step"], params)
-                    results[name] = self._results(folder, of, mesh, model, trained, tokenizer, console)
+                    results[name] = self._results(folder, of, mesh, model, trained, tokenizer, console, records)
+                records.wall.end("evaluation")
             if jax.process_index() == 0:
                 self._report(folder, results, console)
             processes.barrier("the report is written")
@@ -210,6 +212,7 @@ class Experiment:
         trained: Callable[[Params], Params],
         tokenizer: Tokenizer,
         console: Console,
+        records: MetricsLogger,
     ) -> list[Result]:
         """Results of a stage's evaluations: those stored, or measured and stored.
 
@@ -230,6 +233,7 @@ class Experiment:
             evaluated = self._kind(self.model, params, tokenizer, rules=self.rules, **read)
             results = _evaluate(name, self.stages[name], evaluated, console)
             stored.write(results)
+            records.wall.account("evaluation")
         return results
 
     def _report(self, folder: Path, results: dict[str, list[Result]], console: Console) -> None:

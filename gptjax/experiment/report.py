@@ -114,12 +114,17 @@ def write(
     target = folder / "report"
     target.mkdir(exist_ok=True)
     lines = [f"# {folder.name}\n"]
-    all_records = metrics.read(folder)
+    all_records, time_lines = metrics.read(folder), metrics.read_wall(folder)
+    wall = times.WallTime(time_lines)
+    failures = {"a failure an hour": 3_600.0, "one a day": 86_400.0, "one a week": 604_800.0}
+    if number := wall.counts["down"]:
+        failures |= {f"as many as here, one every {_duration(wall.total / number)}": wall.total / number}
     for stage, found in results.items():
         records = [record for record in all_records if record["stage"] == stage]
         curve(records, f"{folder.name}: {stage}", target / f"{stage}.png", units.get(stage, "token"))
         picture = f"\n![loss curves of {stage}]({quote(stage)}.png)\n"
-        lines += [f"## {stage}\n", _summary(records, units.get(stage, "token")), *_speed(records), picture]
+        saving = _saving(records, times.WallTime(x for x in time_lines if x.get("stage") == stage), failures)
+        lines += [f"## {stage}\n", _summary(records, units.get(stage, "token")), *_speed(records), *saving, picture]
         if any("outcome" in record for record in records):  # of replies that the model wrote
             from gptjax.experiment.rollout_curves import rollout_curves
 
@@ -130,6 +135,7 @@ def write(
         lines += _samples(records)
     if checked := check(folder, expected):
         lines += ["## Expected results\n", *(f"- {verdict(*one)}" for one in checked), ""]
+    lines += _wall_time(wall)
     (target / "report.md").write_text("\n".join(lines))
 
 
@@ -208,6 +214,49 @@ def _speed(records: Records) -> list[str]:
         if used := max((record.get(name, 0) for record in records), default=0):
             parts.append(f"at most {used / 2**30:.2f} GiB {what}")
     return [f"\nSpeed: {'; '.join(parts)}."]
+
+
+WALL_TIME = {
+    "steps": "steps that count (goodput)",
+    "lost": "steps repeated after a kill or rolled back",
+    "start": "start-up and compilation",
+    "restore": "restoring checkpoints",
+    "input": "waiting for input",
+    "evaluation": "validation, samples, evaluations",
+    "checkpoint": "saving checkpoints",
+    "commit": "waiting for the last checkpoint",
+    "down": "no process running",
+}
+
+
+def _wall_time(wall: times.WallTime) -> list[str]:
+    """Table of the wall time by part, as Markdown."""
+    rows = [("wall time", wall.total), *((what, wall.parts[part]) for part, what in WALL_TIME.items())]
+    table = [f"| {what} | {_duration(spent)} | {spent / wall.total:.1%} |" for what, spent in rows if spent >= 0.05]
+    return ["## Time\n", "| | | share |\n|---|---:|---:|", *table, ""] if wall.total else []
+
+
+def _saving(records: Records, wall: times.WallTime, failures: Mapping[str, float]) -> list[str]:
+    """Cost of a checkpoint of a stage, and the `save_every` that loses the least time, as a line of Markdown.
+
+    wall      of the stage
+    failures  rate of failures in words -> mean time between them, in seconds"""
+    speeds, saves = [record["time_step"] for record in records if record.get("time_step")], wall.counts["checkpoint"]
+    if not speeds or not saves:
+        return []
+    cost, step = wall.parts["checkpoint"] / saves, float(np.median(speeds))
+    best = (f"{max(round(times.save_interval(cost, mean) / step), 1):,} with {rate}" for rate, mean in failures.items())
+    return [
+        f"\nSaving: {saves:,} checkpoints, each of which blocked training for {_duration(cost)}. "
+        f"The `save_every` that loses the least time: {', '.join(best)}."
+    ]
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _samples(records: Records) -> list[str]:

@@ -12,6 +12,13 @@ The lines of runs/small/metrics.jsonl are
 and runs/small/tensorboard/STAGE/ has the same values as curves. Log a step before its checkpoint is saved: then each
 step is logged exactly once, whenever the run was stopped.
 Damaged lines are moved to metrics.damaged.jsonl.
+
+    metrics.wall.spend("input", 0.5)
+    metrics.wall.account("start", "pretrain", 1001)
+
+appends a line to runs/small/wall.jsonl, the wall time by part (`gptjax.monitor.times.WallTime`):
+
+    {"time": 1767225600.0, "seconds": {"input": 0.5, "start": 12.0}, "stage": "pretrain", "step": 1001}
 """
 
 from __future__ import annotations
@@ -19,12 +26,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import logging
 import math
 import os
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, SupportsFloat
@@ -32,6 +41,7 @@ from typing import Any, Self, SupportsFloat
 import jax
 
 from gptjax.io import atomic
+from gptjax.monitor.times import WallTime
 from gptjax.types import UserError
 
 _log = logging.getLogger(__name__)
@@ -57,10 +67,17 @@ class MetricsLogger:
     """Write a run's metrics to `folder`. Only the first process of a job writes; on others every call does nothing.
 
     config: the resolved configuration, shown by Weights & Biases.
+    started: when this process began with the run, in seconds since 1970. None: now.
     Raises UserError if `wandb` is given but not installed, and whenever the folder is not writable.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], wandb: WandB | None = None, config: dict | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        wandb: WandB | None = None,
+        config: dict | None = None,
+        started: float | None = None,
+    ):
         self.folder = Path(folder)
         self._writes = jax.process_index() == 0
         self._boards: dict[str, Any] = {}
@@ -74,6 +91,7 @@ class MetricsLogger:
             self._wandb = _start_wandb(wandb, self.folder, config) if wandb else None
             with _writing(self.folder):
                 self._file = self._path.open("ab", buffering=0)
+        self.wall = WallTimeLog(self.folder, time.time() if started is None else started, self._writes)
 
     def __enter__(self) -> Self:
         return self
@@ -123,13 +141,15 @@ class MetricsLogger:
                 atomic.append_line(path, "\n".join(lines))
 
     def store(self) -> None:
-        """Close and reopen metrics.jsonl: a bucket mounted as a folder stores a file only when it is closed."""
+        """Close and reopen the files: a bucket mounted as a folder stores a file only when it is closed."""
         if self._writes:
             with _writing(self.folder):
                 self._file.close()
                 self._file = self._path.open("ab", buffering=0)
+        self.wall.store()
 
     def close(self) -> None:
+        self.wall.close()
         if self._writes:
             self._file.close()
             for board in self._boards.values():
@@ -158,6 +178,104 @@ class MetricsLogger:
             suffix = f".{time.time_ns()}"  # TensorBoard names files by the second: a quick resume would overwrite one
             self._boards[stage] = SummaryWriter(folder, purge_step=purge, flush_secs=10, filename_suffix=suffix)
         return self._boards[stage]
+
+
+class WallTimeLog:
+    """Write a run's wall time by part to `folder`/wall.jsonl, as lines for `WallTime`.
+
+    started: when this process began with the run, in seconds since 1970
+    writes:  False: every call does nothing, as on all processes of a job but the first
+    """
+
+    def __init__(self, folder: Path, started: float, writes: bool = True):
+        self._folder, self._path, self._started, self._writes = folder, folder / "wall.jsonl", started, writes
+        self._wall, self._spent = WallTime(read_wall(folder) if writes else ()), defaultdict[str, float](float)
+        self._at = time.perf_counter() - max(time.time() - started, 0.0)
+        self._file: io.FileIO | None = None
+        self._before, self._open = self._seconds_before(), False
+
+    def spend(self, part: str, seconds: float) -> None:
+        """Note that so much of the time since the last line was of this part."""
+        self._spent[part] += seconds
+
+    def lap(self, part: str) -> None:
+        """Assign to this part all time since the last line that was not assigned yet."""
+        seconds = time.perf_counter() - self._at - sum(self._spent.values())
+        self._spent[part] += max(seconds, 0.0)
+
+    def account(
+        self, rest: str, stage: str | None = None, step: int | None = None, *, ended: bool = False
+    ) -> dict[str, float]:
+        """Write a line, with the steps of a stage that are done. Returns the goodput so far, 0 to 1, as a metric.
+
+        rest: part of the time since the last line that was not `spend`'s"""
+        if not self._writes:
+            return {}
+        if not self._open:
+            with contextlib.suppress(FileNotFoundError):
+                atomic.drop_partial_line(self._path)
+            self._write({"time": self._started, "seconds": self._before})
+            self._open = True
+        self.lap(rest)
+        line = {"time": time.time(), "seconds": {part: s for part, s in self._spent.items() if s >= 1e-6}}
+        self._at, self._spent = self._at + sum(self._spent.values()), defaultdict(float)
+        line |= {} if stage is None else {"stage": stage, "step": step}
+        self._write(line | ({"ended": True} if ended else {}))
+        self._open = not ended
+        return {"goodput": self._wall.goodput}
+
+    def end(self, rest: str) -> None:
+        """Write the last line of a run that is at its end, unless nothing was done: until it is extended, the time is
+        nobody's."""
+        if self._open:
+            self.account(rest, ended=True)
+
+    def store(self) -> None:
+        """Close the file until the next line."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def close(self) -> None:
+        """Close the file. The time since the last line is lost, unless the run is at its end."""
+        if self._open:
+            with contextlib.suppress(UserError):  # another error is on its way
+                self.account("lost")
+        self.store()
+
+    def _seconds_before(self) -> dict[str, float]:
+        """Seconds from the last line to the start of this process, of a run that is not at its end."""
+        last = self._wall.last
+        if last is None or last.get("ended"):
+            return {}
+        alive = last["time"]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            beat = json.loads((self._folder / "heartbeat" / "0.json").read_bytes())
+            alive = max(alive, min(float(beat["time"]), self._started))
+        return {"lost": alive - last["time"], "down": max(self._started - alive, 0.0)}
+
+    def _write(self, line: dict[str, Any]) -> None:
+        line["time"] = round(line["time"], 3)
+        line["seconds"] = {part: round(seconds, 6) for part, seconds in line["seconds"].items()}
+        with _writing(self._folder):
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+            self._file.write(json.dumps(line).encode() + b"\n")
+        self._wall.add(line)
+
+
+def read_wall(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Sound lines of a run's wall.jsonl, in the order of writing. A warning tells of others."""
+    path, found = Path(folder) / "wall.jsonl", []
+    lines = _lines(path)
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
+            values = json.loads(line)
+            WallTime([{**values, "time": float(values["time"])}])  # raises an error for what is no line of it
+            found.append(values)
+    if damaged := len(lines) - len(found):
+        _log.warning("%s: damaged in %d lines, whose time is not counted", path, damaged)
+    return found
 
 
 def read(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from gptjax.train.divergence import Diverged, Skip
 from gptjax.train.preemption import signals
 from gptjax.train.program import Program, program
 from gptjax.train.progress import Frozen, Progress, check_same, keep_best
-from gptjax.train.stage import Reading, Stage, summary
+from gptjax.train.stage import Reading, Stage, step_size, summary
 from gptjax.train.state import State
 from gptjax.train.step import divide
 from gptjax.types import Batch, FrozenModel, Json, Metrics, Params
@@ -97,6 +97,7 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(folder, max_to_keep=stage.max_to_keep))
         abstract = jax.eval_shape(functions.init_state, *frozen)
         if checkpoints.steps():
+            records.wall.lap("start")
             restored = checkpoints.restore(abstract)
             check_same(restored, stage, name, tokenizer, reading, folder, accept_changes)
             reading.batches.restore(restored.extra["input"])
@@ -135,18 +136,14 @@ def train(
             run.roll_back(abstract, bad)
         with display.phase("saving"):
             checkpoints.wait()
+        records.wall.account("commit", name, progress.done)
         return functions.merge(keep().eval_params, *frozen)
 
 
 def _display(name: str, stage: Stage, model: Module) -> Display:
     saves, samples = (stage.save_every,), (stage.evaluate_every,)
     pauses = {"evaluating": saves + samples, "sampling": samples, "saving": saves}
-    return Display(name, stage.last_step, *_size(stage, model), pauses)
-
-
-def _size(stage: Stage, model: Module) -> tuple[int, int]:
-    """Tokens of a step, and FLOPs of training on one of them."""
-    return stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
+    return Display(name, stage.last_step, *step_size(stage, model), pauses)
 
 
 @dataclasses.dataclass
@@ -182,7 +179,8 @@ class _Run:
         folder = records.folder / "profile" / self.name
         self.tracing = stack.enter_context(Profile(profile, folder, progress.done, self.display.note))
         self.watchdog = stack.enter_context(Watchdog(records.folder, self.name, stage.hang_timeout, progress.done))
-        self.clock = Clock(progress.done, *_size(stage, self.model))
+        records.wall.account("restore" if progress.done else "start", self.name, progress.done)
+        self.clock = Clock(progress.done, *step_size(stage, self.model), records.wall.spend)
         schedule = stage.optimizer.learning_rate_schedule(stage.last_step)
         self.to_global = functools.partial(sharding.global_array, rules=self.model.rules)
         self.rates = np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(stage.last_step)))
@@ -272,6 +270,7 @@ class _Run:
             known = {"input": self.reading.batches.state(), "losses": progress.losses, "rollbacks": progress.rollbacks}
             self.checkpoints.save(progress.done, progress.state, self.extra | known, loss)
         self.clock.lap("checkpoint")
+        self.records.wall.account("checkpoint", self.name, progress.done)
 
     def stop(self) -> NoReturn:
         """End the program with a checkpoint of this step, after a signal or without a judge of replies."""
@@ -281,6 +280,7 @@ class _Run:
         if done and self.checkpoints.latest_step() != done:
             self.save()
             self.checkpoints.wait()
+        self.records.wall.account("commit", self.name, done)
         self.display.note(f"stopped and saved at step {done}" if done else "stopped before the first step")
         raise self.interruption()
 
@@ -290,7 +290,9 @@ class _Run:
 
     def roll_back(self, abstract: State, bad: int) -> None:
         """Restore the last checkpoint, and skip the batches from it to the `bad` step."""
-        progress = self.progress
+        progress, wall = self.progress, self.records.wall
+        self.clock.lap("device")
+        wall.account("device", self.name, progress.done)
         del progress.state
         self.last, progress.due = None, False
         steps = self.checkpoints.steps()
@@ -304,8 +306,8 @@ class _Run:
         progress.rollbacks = [*progress.rollbacks, [restored.step, passed]]
         for _ in range(out):
             next(self.reading.batches)
-        self.clock.lap("checkpoint")
-        self.clock.take(restored.step)  # discard the times of the steps that are repeated
+        wall.account("restore", self.name, restored.step)
+        self.clock.restart(restored.step)
         self.watchdog.beat(restored.step, pause=True)
         self.records.resume(self.name, restored.step)
         self.display.begin(restored.step, *last_losses(self.records.folder, self.name))
@@ -328,7 +330,7 @@ class _Run:
         slow, note = self.hosts.compare(times)
         if note is not None:
             self.display.note(note)
-        measured = times.values() | memory() | slow
+        measured = times.values() | memory() | slow | self.records.wall.account("host", self.name, done)
         self.records.log(done, self.name, **values, learning_rate=self.rates[max(updates - 1, 0)], **measured)
         if math.isfinite(values["loss"]):
             shown = {name: self.rounds.figures[name] for name in ("reward", "outcome")} if self.stage.writes else {}

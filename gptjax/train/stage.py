@@ -326,6 +326,11 @@ class Stage:
         return step % self.evaluate_every == 0 or step == self.last_step
 
 
+def step_size(stage: Stage, model: Module) -> tuple[int, int]:
+    """Tokens of a step, and FLOPs of training on one of them."""
+    return stage.data.batch * stage.data.length, model.config.flops(stage.data.length)
+
+
 def summary(
     name: str, stage: Stage, model: Module, state: State, frozen: tuple[Params, ...], batches: BatchIterator, start: str
 ) -> list[str]:

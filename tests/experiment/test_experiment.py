@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import shutil
 import signal
 import sys
@@ -119,8 +120,9 @@ def test_a_damaged_end_of_a_stage_is_made_again(finished, tmp_path):
         assert equal(params(folder, stage), params(finished, stage))
     for name in ("pretrain.json", "chat.json", "pretrain.png"):
         assert (folder / "report" / name).read_bytes() == (finished / "report" / name).read_bytes()
-    again, before = ((path / "report" / "report.md").read_text().splitlines() for path in (folder, finished))
-    assert [line for line in again if "Speed: " not in line] == [line for line in before if "Speed: " not in line]
+    again, before = ((path / "report" / "report.md").read_text().split("## Time")[0] for path in (folder, finished))
+    timed = re.compile(r"(Speed|Saving): .*")
+    assert timed.sub("", again) == timed.sub("", before)
 
 
 def test_another_configuration_is_refused_until_it_is_accepted(finished, tmp_path, monkeypatch, capsys):

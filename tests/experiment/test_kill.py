@@ -97,7 +97,7 @@ def test_kill_9_at_any_moment_changes_nothing(tmp_path):
 
     for ema in (False, True):
         assert equal(params(killed, "pretrain", ema), params(whole, "pretrain", ema)), moments
-    measured = re.compile("time|tokens_per_second|memory")
+    measured = re.compile("time|tokens_per_second|memory|goodput")
     lines = [
         [{name: value for name, value in line.items() if not measured.match(name)} for line in metrics.read(folder)]
         for folder in (killed, whole)

@@ -142,7 +142,7 @@ def test_roll_back_is_a_run_without_that_window(tmp_path, folder):
 
 def learnt(line: dict[str, Any]) -> dict[str, Any]:
     """The metrics that do not depend on the machine."""
-    return {name: value for name, value in line.items() if not re.match("time|tokens_per_second|memory", name)}
+    return {name: value for name, value in line.items() if not re.match("time|tokens_per_second|memory|goodput", name)}
 
 
 class Killed(BaseException):

@@ -32,7 +32,7 @@ from gptjax.train.stage import Stage
 from gptjax.types import UserError
 
 MODEL = Transformer(TransformerConfig(vocab=64, layers=2, width=16, heads=2, dropout=0.1))
-MEASURED = re.compile("time|tokens_per_second|memory")
+MEASURED = re.compile("time|tokens_per_second|memory|goodput")
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 TOKENIZER = data.TrainCharacters().build(iter([LETTERS]))
 BROKEN = TOKENIZER.encode("z")[0]

@@ -96,7 +96,7 @@ def outcome(folder: Path, stage: Stage):
         restored = checkpoints.restore(jax.eval_shape(functions.init_state))
     state = dataclasses.replace(restored.state, key=jax.random.key_data(restored.state.key))
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-    timed = "time", "tokens_per_second", "memory", "rollout_"
+    timed = "time", "tokens_per_second", "memory", "goodput", "rollout_"
     lines = [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics.read(folder)]
     extra = json.loads(json.dumps(restored.extra["input"]))
     if extra["ahead"] is not None:
