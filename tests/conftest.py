@@ -6,6 +6,8 @@ import os
 import sys
 import tempfile
 import threading
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +38,22 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
 import pytest
 
 SHARED = Path(os.environ.get("GPTJAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave two thirds of the cases of each `sampled` law to the slow tests, if all files are run. A hash of a case's
+    name chooses: laws of the same cases keep the same third, and a third of A times B has several of A and of B."""
+    if {Path(config.rootpath, name) for name in config.args} != {config.rootpath / "tests"}:
+        return
+    laws = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            laws[item.path, item.getparent(pytest.Class), item.originalname].append(item)
+    for cases in laws.values():
+        cases.sort(key=lambda item: zlib.crc32(item.callspec.id.encode()))
+        for item in cases[-(-len(cases) // 3) :]:
+            item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:

@@ -27,28 +27,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": programs, "PYTHONPATH": f"{ROOT}:{packages}", "XLA_FLAGS": flags}
 
 
-SLOW = {
-    "docs/tutorials/one_chip_to_many.md",  # starts several processes, and plans for other chips
-    "docs/tutorials/align.md",  # trains twice
-    "docs/tutorials/fine_tune.md",  # trains twice
-    "docs/tutorials/own_module.md",  # starts a pytest of the laws that each idea of ours has
-    "docs/tutorials/own_text.md",  # starts six processes, for what the tests of each command hold
-    "docs/tutorials/rewards.md",  # trains twice
-}
-
-
 NEEDS = {"ReasoningGym": "reasoning_gym"}
 """Word of a block -> module that it needs and `dev` does not install; CI does."""
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW))
-        for page in [*PAGES, "CONTRIBUTING.md"]
-        if blocks(page)
-    ],
-)
+@pytest.mark.slow  # they train, plan and start processes
+@pytest.mark.parametrize("page", [page for page in [*PAGES, "CONTRIBUTING.md"] if blocks(page)])
 def test_blocks_run(page, tmp_path, monkeypatch):
     """One after the other, in a folder with nothing but the checkout's `tests` and `tpu`: a block with a title is a
     file, others are run."""

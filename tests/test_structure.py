@@ -142,6 +142,7 @@ def test_functions_can_be_read_at_a_glance():
     assert {name: lines for name, lines in long.items() if lines > 80} == {}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_steps_of_an_experiment_lower_without_devices_or_data(name):
     """For TPUs, on a mesh that shares out the batch, the parameters and the layers."""

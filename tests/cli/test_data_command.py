@@ -31,6 +31,7 @@ SHOWN = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ROWS)
 def test_each_kind_of_data_is_shown_with_its_targets(folder, capsys, name):
     rows = [ROWS[name]] * 3

@@ -70,6 +70,7 @@ def recorded(model, monkeypatch) -> list:
     return found
 
 
+@pytest.mark.sampled
 def test_ids_then_likelihoods(both, monkeypatch):
     requests = asked("loglikelihood", *((context, ending) for context in CONTEXTS for ending in ENDINGS))
     ids = [recorded(model, monkeypatch) for model in both]

@@ -25,6 +25,7 @@ from gptjax.types import UserError
 PACKINGS = pytest.mark.parametrize("packing", [Concatenate(), BestFit()], ids=["concatenate", "best_fit"])
 
 
+@pytest.mark.sampled
 @PACKINGS
 @pytest.mark.parametrize("epoch", [0, 3])
 @pytest.mark.parametrize("length", [5, 16, 64, 4096])
@@ -132,6 +133,7 @@ def test_the_order_is_a_function_of_the_seed_and_differs_between_epochs(tmp_path
     assert (sorted(first) == sorted(second)) == (packing == BestFit())  # the windows are others, whole documents stay
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("step", [0, 7, 505])
 @pytest.mark.parametrize("source", [Letters(), Mix((Letters(), Letters(5, "b")), (3, 1))], ids=["one", "mixed"])
 def test_a_restored_position_goes_on_exactly_there_on_any_number_of_processes(tmp_path, source, step):

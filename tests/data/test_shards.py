@@ -48,6 +48,7 @@ def made(source, folder, processes=1, count=1):
     return store, {file.name: file.read_bytes() for file in path.iterdir()}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("source", ["one stream", "lines", "rows"], indirect=True)
 def test_workers_change_nothing(source, tmp_path):
     store, expected = made(source, tmp_path / "one")

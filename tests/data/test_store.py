@@ -42,6 +42,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
 @pytest.mark.parametrize("large", [False, True])
 def test_a_damaged_store_is_made_again(tmp_path, damage, large, caplog, monkeypatch):

@@ -42,6 +42,7 @@ def grouped(path, rows):
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("write", "name", "table"),
     [

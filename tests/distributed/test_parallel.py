@@ -108,6 +108,7 @@ def alone(config: TransformerConfig) -> tuple[list[tuple[float, float]], dict[st
     return program(config, None).run()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [

@@ -57,6 +57,7 @@ def params(folder, stage):
         return jax.device_get(checkpoints.restore_params().state)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lora", [LORA, dataclasses.replace(LORA, bits=4, group=8)], ids=["LoRA", "QLoRA"])
 def test_a_stage_of_adapters(tmp_path, monkeypatch, lora):
     """The loaded model is the validated one: the merged one, in QLoRA over the dequantised base."""

@@ -96,6 +96,7 @@ FIXED = ("values_gate", "router_logits")
 """Matrices in blocks that are not hidden ones: they read, or write, what does not grow."""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", EVERY)
 def test_every_hidden_matrix_is_scaled(name):
     """In a model 4 times as wide as the base, each hidden matrix of the blocks is initialised with half the deviation,
@@ -121,6 +122,7 @@ def test_every_hidden_matrix_is_scaled(name):
         np.testing.assert_array_equal(np.unique(np.abs(move)), [0.25 if hidden else 1], err_msg=path)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["lstm", "gru", "latent", "values"])
 def test_at_its_base_every_model_is_the_standard_one(name):
     plain = EVERY[name]

@@ -228,6 +228,7 @@ POOLS = [  # of the quick half, any two values stand together in one case
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "page", "rows", "draft"), POOLS)
 def test_no_program_copies_the_pool(name, page, rows, draft):
     """A copy would cost more than all else: a pool has the size of all texts together."""

@@ -11,6 +11,7 @@ from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.inference.engine import Engine, NGram
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "mesh", "draft"),
     [

@@ -52,6 +52,7 @@ def on_mesh(config: TransformerConfig, mesh: MeshConfig = MeshConfig(data=2, fsd
         return jax.tree.map(place, params_of(config), places)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "count", "samples", "sampling", "mesh"),
     [

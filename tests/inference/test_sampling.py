@@ -112,6 +112,7 @@ def test_tokens_of_no_probability_are_never_drawn():
     assert set(drawn.tolist()) == {131, 200}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("compile", [jax.jit, lambda f: f], ids=["jit", "eager"])
 def test_filters_and_temperatures_at_their_edges_are_greedy(compile):
     """The most likely token has a weight of exactly 1, however the quotient by the temperature is rounded."""

@@ -28,6 +28,7 @@ def long_requests():
     return [*asked, Request(tuple(b"one two three " * 5), 40, Sampling(temperature=0), stop_token_ids=())]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", cases(["rope", "window", "latent", "experts", "alibi", "bfloat16"]))
 def test_texts_are_those_without_speculation(name):
     """To the token; log-probabilities to roundings of another program. (A router, or bfloat16, may round to another
@@ -52,6 +53,7 @@ def test_texts_are_those_without_speculation(name):
             assert on.written > 1.5 * on.passes, "most guesses are right, but for limits, penalties, constraints"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["n-gram", "other"])
 def test_a_text_has_the_bits_that_it_has_alone(kind):
     """Guesses come at other places of a pass when a text is read again: that changes no bit either."""

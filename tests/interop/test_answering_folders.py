@@ -14,6 +14,7 @@ from gptjax.types import AnswerSpans, UserError
 FAMILIES = "bert", "roberta", "gpt2", "llama", "qwen3", "mistral", "falcon new"
 
 
+@pytest.mark.sampled
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 @pytest.mark.parametrize("case", FAMILIES)

@@ -115,6 +115,7 @@ def comparable(model, family):
     return found
 
 
+@pytest.mark.sampled
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (" " in case)) for case in CASES])
@@ -159,6 +160,7 @@ def error(tmp_path, transformers, torch, auto):
     return config, params, np.abs(got - expected).max() / np.abs(expected).max()
 
 
+@pytest.mark.sampled
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 @pytest.mark.parametrize(
@@ -186,6 +188,7 @@ def test_logits_of_a_setting_in_another_place(case, changes, tmp_path):
     assert error(tmp_path, transformers, torch, "AutoModelForCausalLM")[-1] < 1e-5
 
 
+@pytest.mark.sampled
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 @pytest.mark.parametrize("case", ["gpt2", "llama biased", "gemma2", "gpt_neox", "t5"])
@@ -212,6 +215,7 @@ def test_a_head_beside_a_tied_embedding(case, same, tmp_path):
     assert load_hf(tmp_path / "ours")[0] == config
 
 
+@pytest.mark.sampled
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])

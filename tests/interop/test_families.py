@@ -31,6 +31,7 @@ from gptjax.nn import (
 from gptjax.types import UserError
 
 
+@pytest.mark.sampled
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 @pytest.mark.parametrize("case", CASES)
@@ -74,6 +75,7 @@ CLASSIFIERS = (
 )  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 @pytest.mark.parametrize("case", CLASSIFIERS)
@@ -316,6 +318,7 @@ def test_parameters_come_to_lie_as_the_rules_say(tmp_path):
     assert (tmp_path / "one" / SINGLE).read_bytes() == (tmp_path / "two" / SINGLE).read_bytes()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["int8", "bool", "fp16", "f16", "float64", "complex64", "float8_e4m3fn", "", None])
 def test_a_dtype_that_holds_no_weights_is_refused(dtype, tmp_path):
     config, _, _ = tiny()
@@ -325,6 +328,7 @@ def test_a_dtype_that_holds_no_weights_is_refused(dtype, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("dtype", "largest", "beyond"),
     [("float16", 65_504.0, 66_000.0), ("bfloat16", 3.38e38, 3.4e38), ("float32", 3.4e38, None)],

@@ -124,6 +124,7 @@ def logical(tensor):
     return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", WRITTEN)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_tensors_have_llama_cpps_names_layout_and_bytes(tmp_path, tokenizer, kind, dtype):

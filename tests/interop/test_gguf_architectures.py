@@ -81,6 +81,7 @@ def asked(file, **questions):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.sampled
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="asks llama.cpp: pip install xllamacpp")
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_computes_the_same(case, tmp_path):
@@ -125,6 +126,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_llama_cpp_computes_otherwise_is_refused_by_name(case):
     family, change, message = REFUSED[case]
@@ -162,6 +164,7 @@ def test_llama_cpp_reads_blocks(dtype, tmp_path, monkeypatch):
     assert errors[1] > 5 * errors[0] or dtype == "q8_0"
 
 
+@pytest.mark.sampled
 @pytest.mark.real
 @pytest.mark.parametrize(("dtype", "least", "most"), [("f16", 0, 1e-4), ("q8_0", 0, 1e-3), ("q4_0", 0.03, 0.055)])
 def test_bits_per_byte_of_stories(shared, tmp_path, dtype, least, most):

@@ -28,6 +28,7 @@ from gptjax.types import UserError
 BLOCKS = [encoding for encoding in ENCODINGS if encoding.decode is not None]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES)
 def test_what_was_written_is_read(case, tmp_path):
     """The same parameters and ids, and the same file when it is written again. Gemma's scales are one less than the

@@ -83,6 +83,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="asks llama.cpp: pip install xllamacpp")
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_reads_and_writes_the_same(case, tmp_path):

@@ -49,6 +49,7 @@ def far(adapters):
     return jax.tree.map(lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), adapters)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("stabilised", [False, True])
 @pytest.mark.parametrize("kind", [LoRA, DoRA])
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
@@ -137,6 +138,7 @@ MATCH = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.torch
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("kind", [LoRA, DoRA])
@@ -196,6 +198,7 @@ DEEPSEEK = TransformerConfig(
 )  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "match", [("kv_latent",), ("q", "o"), ("leading_0/mlp/up",), ("shared_up", "leading_0/mlp/up")]
 )
@@ -278,6 +281,7 @@ def test_a_field_changes_what_it_changes_in_peft_or_is_refused_by_name(tmp_path,
     assert np.abs(plain - want).max() / np.abs(want).max() > 0.1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -72,6 +72,7 @@ EXPECTED: dict[str, tuple[int, int, bool, Layers]] = {
 """Parameters in all, as their authors count them; the size of a head; whether the head is tied; the layers."""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_model_is_the_one_its_authors_mean(name):
     fields = Fields(text_fields(PUBLISHED[name]))

@@ -44,6 +44,7 @@ def test_a_check_names_the_place():
             check(wrong, schema, "file")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", FILES)
 def test_every_field_of_every_file_refuses_what_is_not_of_its_type(name, folder, tmp_path):
     """Read or refused by name, never another exception."""

@@ -134,6 +134,7 @@ def test_generation_blocks_are_those_of_transformers(tokenizer, theirs, name):
     assert compared >= 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PAIRS)
 def test_prefix_differences_are_the_generation_blocks(tokenizer, theirs, name):
     """From the plain template: the same ids as `transformers`, and the mask of its copy with generation blocks, but for

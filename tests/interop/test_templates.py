@@ -44,6 +44,7 @@ NEVER_ENDING = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NEVER_ENDING)
 def test_a_template_is_limited_in_time_memory_and_output(name):
     begin = time.process_time(), time.monotonic()

@@ -156,6 +156,7 @@ def test_written_and_read(kind: str, tmp_path: Path):
     laws(MAKE[kind]().with_specials(), tmp_path)
 
 
+@pytest.mark.sampled
 @pytest.mark.torch
 @pytest.mark.parametrize("model", ["llama", "gpt2", None])
 @pytest.mark.parametrize("kind", MAKE)
@@ -334,6 +335,7 @@ def test_templates_by_name(tmp_path: Path):
         load_template(tmp_path)
 
 
+@pytest.mark.sampled
 @pytest.mark.real
 @pytest.mark.torch
 @pytest.mark.parametrize(

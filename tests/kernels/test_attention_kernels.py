@@ -73,6 +73,7 @@ def assert_close(actual, expected, **close):
         np.testing.assert_allclose(actual[name], expected[name], err_msg=name, **close)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES)
 def test_every_implementation_is_the_reference_or_refuses(case):
     """Values and gradients of grouped queries; splash is interpreted."""

@@ -64,6 +64,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("kind", "causal", "window"), CASES)
 def test_flash_is_the_reference(kind, causal, window):
     """Grouped queries, documents longer than a row, of several blocks and of a fraction of one, in any order."""

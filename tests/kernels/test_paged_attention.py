@@ -37,6 +37,7 @@ def filled(kv_heads: int, width: int = H, seed: int = 0):
     return keys, pool, table
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("T", [1, PAGE])
 def test_it_equals_the_reference_whatever_the_company(name, T):

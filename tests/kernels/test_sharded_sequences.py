@@ -78,6 +78,7 @@ def assert_equals(expected, form, mesh, mask, options, length=T):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", ["ring", "gathered", "ulysses"])
 @pytest.mark.parametrize(
     ("mesh", "mask", "options"),
@@ -92,6 +93,7 @@ def test_it_equals_the_plain_form(form, mesh, mask, options):
     assert_equals(plain(mask, options), form, mesh, MASKS[mask], OPTIONS[options])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("mesh", "mask", "options"),
     [
@@ -197,6 +199,7 @@ MODELS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name",
     # Windows and biases are those of the products above.

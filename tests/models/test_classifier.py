@@ -84,6 +84,7 @@ def stage(data, objective, **changes) -> Stage:
     return Stage(data, objective, adam, **{"steps": 2, "evaluate_every": 1000, "prompts": (), **changes})
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_backbone_is_fine_tuned(kind, reviews, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))

@@ -54,6 +54,7 @@ def folders(model, tmp_path_factory):
 KINDS = pytest.mark.parametrize("kind", ["saved", "hf", "hf bfloat16", "run"])
 
 
+@pytest.mark.sampled
 @KINDS
 def test_parameters_are_sharded_over_the_devices_and_compute_the_same(model, folders, kind):
     before, text = model.logits(TOKENS), model.generate("hello", 8, temperature=0)[0].text

@@ -71,6 +71,7 @@ def test_the_target_is_causal_and_the_source_is_not(model):
         assert (np.abs(logits - changed).max(-1) > 1e-5).all()
 
 
+@pytest.mark.sampled
 def test_cached_decoding_equals_the_full_forward(model):
     """With sources of different lengths, in pieces, without the source being read again."""
     model, params = model
@@ -116,6 +117,7 @@ def test_a_mesh_changes_nothing(model):
     np.testing.assert_allclose(cached, expected, **CLOSE)
 
 
+@pytest.mark.sampled
 def test_greedy_responses_are_those_of_the_full_forward(model):
     model, params = model
     sources = [SOURCE[row, :length].tolist() for row, length in enumerate((9, 5, 2))]

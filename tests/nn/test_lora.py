@@ -103,6 +103,7 @@ def test_merging_is_the_path_beside(stabilised, scale):
 LATENT = MultiHeadLatentAttention(q_rank=8, kv_rank=8, rope_size=4, value_size=8)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("lora", "config"),
     [

@@ -101,6 +101,7 @@ def part_and_sum(request):
     return part, bias, value_and_gradient(functools.partial(reference, part), parameters(part, bias), X)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("how", HOW)
 def test_it_is_the_sum_over_experts(part_and_sum, how):
     part, bias, expected = part_and_sum
@@ -136,6 +137,7 @@ def alone(how):
     return part, params, *with_excess(part, params, X)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("rules", "how"),
     [("standard", how) for how in HOW]
@@ -185,6 +187,7 @@ def grouped(implementation):
     return jax.jit(lambda x, w, sizes: value_and_gradient(lambda x, w: dot(x, w, sizes), x, w))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("capacity", [None, 0.6])
 @pytest.mark.parametrize("rules", [None, "standard", "experts on tensor"])
 def test_padding_is_no_token(rules, capacity):

@@ -89,6 +89,7 @@ CASES = [("plain", mesh) for mesh in ("4 stages", "2 stages, context")] + [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "mesh"), CASES)
 def test_stages_change_nothing(name, mesh):
     """Loss and every gradient, to float32's rounding in 4 layers of sums over 64 numbers."""

@@ -82,6 +82,7 @@ def close(found, expected, tolerance=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest), found, expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 def test_a_step_in_parts_has_the_same_gradient(objective, params):
     """The parameters have moved since the batch was prepared: ratios are not 1, and some are clipped."""

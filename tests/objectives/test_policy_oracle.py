@@ -93,6 +93,7 @@ def tiny():
     return model, one, other, critic
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("objective", "factor"),
     [(WHOLE, 1), (LEAVE_ONE_OUT, 1), (MEAN, (GROUP - 1) / GROUP), (CRITIC, 1)],

@@ -109,6 +109,7 @@ def test_a_reply_has_the_likelihood_that_it_has_alone(params):
             assert int(getattr(together, f"{name}_tokens")[row]) == packed.weights[row, mine].sum()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("objective", REFERENCES, ids=str)
 def test_a_stage_begins_where_nothing_is_preferred(objective, params):
     """Margin 0 to the bit, with dropout in the model and with fresh adapters: DPO's loss is log 2."""
@@ -128,6 +129,7 @@ def test_a_stage_begins_where_nothing_is_preferred(objective, params):
         assert float(metrics["loss"][0] / metrics["loss"][1]) == pytest.approx(start, rel=1e-6)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("objective", [OBJECTIVES[0], OBJECTIVES[5]], ids=str)
 def test_a_step_in_parts_and_on_a_mesh_has_the_same_gradient(objective, params):
     whole = batch(empty=3)

@@ -58,6 +58,7 @@ def direction(optimizer, name: str, p: np.ndarray, g: np.ndarray) -> np.ndarray:
     return g / (np.abs(g) + optimizer.eps)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_step_is_the_equation_layer_by_layer(name):
     info = parameter_info(ARCHITECTURES[name].build())

@@ -335,6 +335,7 @@ def test_what_goes_between_slices_takes_the_network(tiny):
     assert (times.network, times.interconnect) == (2 * 256 * 1024 / 3.125e9, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'")
 def test_a_plan_for_tpus():
     """From the command line, with overrides, in a process of its own: libtpu reads its environment once."""

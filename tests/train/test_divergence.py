@@ -123,6 +123,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("usual")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("factor", [float("nan"), 100.0])
 def test_skip_is_a_run_without_that_batch(tmp_path, folder, factor):
     """Parameters, moments and average; the learning rate goes by the updates."""
@@ -162,6 +163,7 @@ def broken_off(step: int, error: type[BaseException]) -> Any:
     return Breaking
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("policy", [Skip(window=8), RollBack(window=8)])
 def test_stopped_and_killed_in_between_is_the_same(tmp_path, policy):
     """Before the bad step, by a signal; and after it, and after the return from it, by a kill."""
@@ -174,6 +176,7 @@ def test_stopped_and_killed_in_between_is_the_same(tmp_path, policy):
     assert [learnt(line) for line in again] == [learnt(line) for line in lines]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("policy", [Skip(window=8), RollBack(window=8)])
 def test_on_a_mesh(tmp_path, policy):
     with sharding.use(MeshConfig(data=2, fsdp=2, tensor=2).make()):
@@ -183,6 +186,7 @@ def test_on_a_mesh(tmp_path, policy):
         assert same(params, run(tmp_path / "without", policy, rules=DEFAULT_RULES, **changes)[0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("policy", "step"), [(Stop(), 5), (Skip(window=8, limit=3), 7), (RollBack(window=8, limit=1), 4)]
 )

@@ -61,7 +61,8 @@ experiment = Experiment(
 """
 
 
-@pytest.mark.parametrize("interrupts", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupts", [1, 2])
 def test_an_interrupt_is_answered_while_the_devices_are_busy(tmp_path, interrupts):
     """A step lasts some seconds, or hours where there are two interrupts; an answer comes within 1 s. The process is
     blocked outside of Python."""

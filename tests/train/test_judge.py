@@ -83,6 +83,7 @@ def test_grades_are_the_rewards(server):
     assert other.prompts(TOKENIZER, "train").fingerprint != made.prompts(TOKENIZER, "train").fingerprint
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_run_whose_judge_is_lost_stops_at_a_checkpoint_and_is_resumed(server, tmp_path, ahead):
     """The judge grades right and empty replies of four items, and the replies of a few rounds of eight."""

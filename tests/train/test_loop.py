@@ -119,6 +119,7 @@ class Continued(Words):
             yield "another"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_resume_is_bound_to_its_data(tmp_path, split):
     """Unless other data are accepted; and a batch of another size begins at the next sequence."""

@@ -29,6 +29,7 @@ def episodes() -> Episodes:
     )  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("adapter", "factor"), [(None, 2), (LoRA(rank=2), 1.2)], ids=["whole", "adapters"])
 def test_a_critic_is_trained_beside_the_model_and_dropped(adapter, factor):
     stage = Stage(

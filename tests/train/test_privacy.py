@@ -80,6 +80,7 @@ def batch(rows: int, empty: int) -> Batch:
     return Batch(*(jnp.asarray(field, jnp.float32 if i == 2 else jnp.int32) for i, field in enumerate(fields)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_the_gradient_is_that_of_sequences_clipped_one_by_one(accumulate):
     """With a clipping norm that some exceed; without noise, a step of SGD shows the gradient."""
@@ -107,6 +108,7 @@ def test_the_gradient_is_that_of_sequences_clipped_one_by_one(accumulate):
     assert tuple(map(float, metrics["clipped"])) == (sum(n > clip for n in norms), 5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=2)], ids=["whole", "LoRA"])
 def test_the_gradient_is_the_same_on_a_mesh(adapter):
     """Noise included, with parameters sharded over the axes of the batch and over others."""

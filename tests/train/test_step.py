@@ -172,6 +172,7 @@ def test_the_state_passed_in_is_donated():
     assert int(after.step) == 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_batch_where_nothing_counts_changes_nothing(accumulate):
     batch = random_batch()
