@@ -255,7 +255,8 @@ class Checkpoints:
         return _orbax().metadata(self.folder / str(step)).metadata
 
     def _load(self, step: int, abstract: PyTree, saved: PyTree) -> PyTree:
-        """Restore into the abstract tree, which must match `saved`: the whole saved tree or a subtree of it."""
+        """Restore into the abstract tree, which must match `saved`: the whole saved tree or a subtree of it. Of several
+        copies of the state on the mesh, one is read."""
         folder = self.folder / str(step)
         there, here = _shapes(saved), _shapes(abstract)  # compared here because Orbax's own error is noisy
         if there != here:
@@ -264,11 +265,16 @@ class Checkpoints:
                 f"checkpoint {folder}: does not fit this configuration: {name} is {there.get(name, 'absent')} there "
                 f"and {here.get(name, 'absent')} here; use the configuration it was saved with"
             )
-        ocp = _orbax()
+        ocp, placed = _orbax(), jax.tree.map(_placed, abstract)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            return ocp.load(folder, jax.tree.map(_placed, abstract))
+            if jax.process_count() > 1:
+                from gptjax.checkpoint import replicas
+
+                if (axis := replicas.replica_axis(placed)) is not None:
+                    return replicas.restore(functools.partial(ocp.load, folder), placed, saved, axis)
+            return ocp.load(folder, placed)
 
     def _finish(self, step: int, content: dict[str, Any], response: Any) -> None:
         """Wait for Orbax's commit, write the manifest, then delete older checkpoints. Runs on the background thread.
