@@ -13,6 +13,7 @@ from job import HEARTBEAT, TINY, Job, losses
 
 from gptjax.distributed import processes
 from gptjax.monitor import metrics
+from gptjax.monitor.times import WallTime
 
 BEYOND = 11
 """Steps after a checkpoint in which two more are begun, the second of which waits for the first to be finished."""
@@ -88,6 +89,11 @@ def test_processes_stop_together_die_together_and_fewer_go_on(tmp_path):
     assert list(found) == list(expected) == list(range(1, 61))
     # Sums in another order: float32's rounding, grown by the steps that AdamW has divided by small numbers.
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)
+    lines = metrics.read_wall(folder)
+    wall = WallTime(lines)
+    assert wall.total == pytest.approx(lines[-1]["time"] - lines[0]["time"], abs=0.1)
+    assert wall.counts["down"] == 3
+    assert min(wall.parts[part] for part in ("steps", "lost", "restore", "down")) > 0
 
 
 SLOW_DISK = """
