@@ -58,7 +58,8 @@ def essence(m: ModelConfig) -> dict[str, Any]:
     }
     parts = {"attention": MultiHeadAttention(), "cross_attention": None, "mlp": SwiGLU()}
     positions = RoPE() if isinstance(m.positions, RoPE) else m.positions  # RoPE's settings are compared in the layers
-    of_training = {"dropout": 0.0, "layer_drop": 0.0, "remat": None, "dtype": "float32", "cache_dtype": None}
+    of_training: Any = {"dropout": 0.0, "layer_drop": 0.0, "remat": None, "dtype": "float32", "cache_dtype": None}
+    of_training |= {"microbatches": None, "pipeline_chunks": 1}
     scales: Any = {"logit_scale": m.logit_scale / m.width_multiplier, "parametrisation": Parametrisation()}
     rest = dataclasses.replace(m, positions=positions, **of_layers, **parts, **of_training, **scales)
     return {"model": rest, "layers": layers}

@@ -184,7 +184,7 @@ def init_from_pretrained(path: str | Path, model: Module, tokenizer: Tokenizer, 
         )
     ours: Any = getattr(model.config, "backbone", model.config)
     theirs: Any = getattr(found.config, "backbone", found.config)
-    training_fields = ("dropout", "layer_drop", "remat", "microbatches", "dtype", "cache_dtype")
+    training_fields = ("dropout", "layer_drop", "remat", "microbatches", "pipeline_chunks", "dtype", "cache_dtype")
     if type(ours) is type(theirs) and hasattr(ours, "dropout"):
         theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in training_fields})
     if other := differences(theirs, ours):

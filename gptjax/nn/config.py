@@ -103,9 +103,13 @@ class BackboneConfig(ModelConfig):
     """Dependence of initial weights, multipliers and learning rates on width and depth."""
     remat: str | tuple[str, ...] | None = None
     """Rematerialisation: a key of `gptjax.nn.remat.POLICIES`, or names of activations to save, of
-    `gptjax.nn.remat.NAMES`; NAME@host saves one in the host's memory. None: save all activations."""
+    `gptjax.nn.remat.NAMES`; NAME@host saves one in the host's memory. None: save all activations; with
+    `pipeline_chunks`, matrix products and attention's results."""
     microbatches: int | None = None
     """Number of pipeline microbatches. None: one per pipeline stage."""
+    pipeline_chunks: int = 1
+    """Chunks of layers per pipeline stage (interleaved schedule): more of them wait less and send more
+    (`gptjax.nn.pipeline`)."""
     dtype: str = "float32"
     """Compute dtype: float32 or bfloat16. Parameters are float32 and cast when used."""
     float8: bool = False
@@ -157,6 +161,12 @@ class BackboneConfig(ModelConfig):
         for field in ("dropout", "layer_drop"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"model.{field}: got {getattr(self, field)}, must be at least 0 and less than 1")
+        repeats = (self.layers - len(self.leading_layers)) // len(self.pattern)
+        if self.pipeline_chunks < 1 or repeats % self.pipeline_chunks:
+            raise UserError(
+                f"model.pipeline_chunks: got {self.pipeline_chunks}, must be at least 1 and divide {repeats}, the "
+                "repeats of the pattern of layers"
+            )
         check(self.remat)
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"model.dtype: got {self.dtype!r}, must be float32 or bfloat16")
@@ -192,12 +202,13 @@ class BackboneConfig(ModelConfig):
 
     @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
+        repeats = (self.layers - len(self.leading_layers)) // len(self.pattern) // self.pipeline_chunks
         return (
             *super().axes,
             ("embed", "model.width", self.width),
             ("heads", "model.heads", self.heads),
             ("ffn", "model.hidden", self.F),
-            ("layers", "model.layers", (self.layers - len(self.leading_layers)) // len(self.pattern)),
+            ("layers", "model.layers" if self.pipeline_chunks == 1 else "model.layers per chunk", repeats),
             *dict.fromkeys(axis for block in self.stack().blocks if block.mlp is not None for axis in block.mlp.axes),
         )
 
@@ -249,7 +260,8 @@ class BackboneConfig(ModelConfig):
         """Layers of the model."""
         leading, pattern = (tuple(self.block(v, rules) for v in side) for side in (self.leading_layers, self.pattern))
         repeats, rest = divmod(self.layers - len(leading), len(pattern))
-        return Stack(pattern, repeats, leading, pattern[:rest], self.remat, self.microbatches, rules)
+        chunks = self.pipeline_chunks
+        return Stack(pattern, repeats, leading, pattern[:rest], self.remat, self.microbatches, chunks, rules)
 
     def with_dtype(self, dtype: str) -> Self:
         return dataclasses.replace(self, dtype=dtype)

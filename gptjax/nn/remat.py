@@ -40,6 +40,8 @@ NAMES = {
     "mlp_output": "[B, T, D]",
 }
 """Names of activations that can be saved, and what they are."""
+LAYER_INPUT = "layer_input"
+"""Name of every layer's input, [B, T, D]. It is saved, also where several layers are rematerialised together."""
 _HOST = "@host"
 
 
@@ -64,13 +66,15 @@ def check(remat: Remat) -> None:
 def rematerialised(function: Callable[..., Any], remat: Remat, static: tuple[int, ...] = ()) -> Any:
     """`function` that saves for its backward pass what `remat` says. `static`: numbers of the arguments that are not
     arrays."""
-    return function if remat is None else jax.checkpoint(function, policy=_policy(remat), static_argnums=static)
+    return function if remat is None else jax.checkpoint(function, policy=policy(remat), static_argnums=static)
 
 
-def _policy(remat: str | tuple[str, ...]) -> Callable[..., Any]:
+def policy(remat: str | tuple[str, ...], also: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Policy of `jax.checkpoint`. `also`: names of further values to save."""
     if isinstance(remat, str) and remat in POLICIES:
-        return POLICIES[remat]
-    names = _listed(remat)
+        found = POLICIES[remat]
+        return _jax.save_from_both_policies(found, _jax.save_only_these_names(*also)) if also else found
+    names = (*_listed(remat), *also)
     host = [name.removesuffix(_HOST) for name in names if name.endswith(_HOST)]
     device = [name for name in names if not name.endswith(_HOST)]
     if not host:

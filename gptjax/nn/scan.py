@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.kernels import target
 from gptjax.nn.block import Block, Context
-from gptjax.nn.remat import Remat, rematerialised
+from gptjax.nn.remat import LAYER_INPUT, Remat, rematerialised
 from gptjax.nn.stack import Stack
 from gptjax.types import Array, Key, Params, PyTree
 
@@ -41,12 +41,11 @@ def scan(
     if stack.repeats:
         stacked = stack.repeated(params)
         keys = None if middle is None else jax.random.split(middle, stack.repeats)
-        if stages := stack.rules.mesh_axes("layers"):
+        if stack.rules.mesh_axes("layers"):
             from gptjax.nn.pipeline import pipeline
 
-            keys = None if keys is None else jax.reshard(keys, PartitionSpec(stages))
             run = functools.partial(_stage, pattern, unroll)
-            x, more, new = pipeline(run, stacked, keys, x, context, stages, stack.microbatches)
+            x, more, new = pipeline(run, stack, stacked, keys, x, context)
         else:
             x, (more, new) = lax.scan(functools.partial(pattern, context), x, (stacked, keys), unroll=unroll)
         losses.append(more)
@@ -65,6 +64,8 @@ def _layers(
         own = key if key is None or not name else jax.random.fold_in(key, i)
         rngs = None if own is None else {"dropout": own}
         forward = rematerialised(functools.partial(block.apply, mutable=["losses", "updates"]), remat)
+        # Under a second name, which no policy saves: jax saves a value again for every checkpoint inside that reads it.
+        x = checkpoint_name(checkpoint_name(x, LAYER_INPUT), "layer")
         (x, _), reported = forward({"params": params[name] if name else params}, x, context, rngs=rngs)
         losses.append(reported.get("losses", {}))
         new = reported.get("updates", {})
@@ -81,7 +82,7 @@ def _stage(
     keys: Key | None,
     number: Array,
 ) -> tuple[Array, dict[str, Array], dict[str, Any]]:
-    """Microbatch `number` through the layers of one pipeline stage."""
+    """Microbatch `number` through a chunk of a pipeline stage's layers."""
     keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
     x, (losses, updates) = lax.scan(functools.partial(pattern, context), x, (params, keys), unroll=unroll)
     return x, _sums(losses), updates

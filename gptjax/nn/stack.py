@@ -45,6 +45,8 @@ class Stack:
     """Activations that the backward pass saves. None: all."""
     microbatches: int | None = None
     """Number of pipeline microbatches. None: one per pipeline stage."""
+    chunks: int = 1
+    """Chunks of layers per pipeline stage."""
     rules: ShardingRules = ShardingRules()
     """Mesh axes of the logical axes. `layers` shards the repeats into the stages of a `pipeline`."""
 

@@ -60,10 +60,11 @@ def _of_few_layers(experiment: Experiment, in_use: Callable[[Experiment], float]
     few, more = FEW
     if repeats <= more:
         return in_use(experiment)
-    of_few, of_more = (
-        in_use(dataclasses.replace(experiment, model=dataclasses.replace(model, layers=model.layers - less * layers)))
+    smaller = (
+        dataclasses.replace(model, layers=model.layers - less * layers, pipeline_chunks=1)  # a sample needs none
         for less in (repeats - few, repeats - more)
     )
+    of_few, of_more = (in_use(dataclasses.replace(experiment, model=one)) for one in smaller)
     return of_few + (of_more - of_few) * (repeats - few) / (more - few)
 
 

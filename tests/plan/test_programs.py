@@ -39,7 +39,8 @@ def test_other_programs_of_a_run_are_planned():
 @pytest.mark.slow
 def test_a_text_sample_of_many_layers_is_planned_from_few():
     """To the byte where every layer needs the same."""
-    model = TransformerConfig(vocab=64, layers=11, width=32, heads=2, leading_layers=(LayerOverrides(hidden=48),) * 2)
+    leading = (LayerOverrides(hidden=48),) * 2
+    model = TransformerConfig(vocab=64, layers=11, width=32, heads=2, leading_layers=leading, pipeline_chunks=3)
     stage = dataclasses.replace(quickstart.stages["pretrain"], optimizer=AdamW(learning_rate=1e-3))
     experiment = dataclasses.replace(
         quickstart, model=model, stages={"pretrain": stage}, mesh=MeshConfig(fsdp=8, data=1)
