@@ -15,6 +15,7 @@ import pytest
 from tiny_experiment import equal, params
 
 from gptjax.monitor import metrics
+from gptjax.monitor.times import WallTime
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,3 +105,8 @@ def test_kill_9_at_any_moment_changes_nothing(tmp_path):
     ]
     assert lines[0] == lines[1], moments
     assert [line["step"] for line in lines[0] if "loss" in line] == [*range(1, steps + 1)]
+    spent = metrics.read_wall(killed)
+    wall = WallTime(spent)
+    assert wall.total == pytest.approx(spent[-1]["time"] - spent[0]["time"], abs=0.1)
+    assert 0 < wall.counts["down"] <= kills
+    assert wall.goodput < WallTime(metrics.read_wall(whole)).goodput
