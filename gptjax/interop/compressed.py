@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from gptjax.distributed.parameters import ParamInfo
+from gptjax.inference.quantise.weights import on_mesh
 from gptjax.interop.families import Piece
 from gptjax.interop.packed import Packed, pack
 from gptjax.kernels.quantised import QuantisedArray, grouped, packed
@@ -147,9 +148,9 @@ def quantised_leaf(
     pieces: Sequence[Piece], tensors: Mapping[str, Any], leaf: jax.ShapeDtypeStruct, info: ParamInfo
 ) -> QuantisedArray | None:
     """The parameter of these pieces with the files' own integers. None: they are not all integers with scales per
-    output and group of inputs, or there is a mesh."""
+    output and group of inputs, or are of experts on a mesh."""
     stack = leaf.shape[: len(pieces[0].index)]
-    if not (info.is_matrix and len(stack) == info.batch and jax.sharding.get_mesh().empty):
+    if not info.is_matrix or len(stack) != info.batch or (leaf.sharding is not None and info.batch > info.stacked):
         return None
     _, inputs, outputs = info.split(leaf.shape)
     codes, scales, bits = [], [], set()
@@ -172,4 +173,4 @@ def quantised_leaf(
     if len(bits) > 1 or len({x.shape for x in codes}) > 1 or (bits == {4} and codes[0].shape[-1] % 2):
         return None
     whole, steps = (np.stack(x).reshape(*stack, *x[0].shape) for x in (codes, scales))
-    return packed(whole, steps, bits.pop(), inputs, outputs)
+    return on_mesh(packed(whole, steps, bits.pop(), inputs, outputs), leaf.sharding, info)

@@ -15,7 +15,7 @@ def embed(table: Array | PackedWeight, ids: Array, table_sharding=None, out_shar
     would replicate the lookup in a table sharded over both axes.
     """
     if isinstance(table, PackedWeight):
-        return table.take(ids)
+        return table.take(ids, out_sharding)
     if out_sharding is None:
         return table[ids]
     return jax.reshard(table, table_sharding).at[ids].get(out_sharding=out_sharding)

@@ -31,7 +31,7 @@ class PackedWeight:
         """x [..., *C] times this weight [*C, *O] -> [..., *O]."""
         raise NotImplementedError
 
-    def take(self, ids: Array) -> Array:
+    def take(self, ids: Array, out_sharding: PartitionSpec | None = None) -> Array:
         """Rows of a table: ids int [...] -> [..., D]."""
         raise NotImplementedError
 

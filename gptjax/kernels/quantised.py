@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -123,21 +124,25 @@ class QuantisedArray(PackedWeight):
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.dequantised(), dtype)
 
-    def take(self, ids: Array) -> Array:
-        rows = dataclasses.replace(self, codes=self.codes[:, ids], scales=self.scales[:, ids])
-        x = rows.integers().astype(jnp.float32) * rows.scales[..., None]
-        return jnp.moveaxis(x, 0, -2).reshape(*ids.shape, *self.inputs).astype(self.dtype)
+    def take(self, ids: Array, out_sharding: PartitionSpec | None = None) -> Array:
+        def rows(w: QuantisedArray, ids: Array) -> Array:
+            w = dataclasses.replace(w, codes=w.codes[:, ids], scales=w.scales[:, ids])
+            x = w.integers().astype(jnp.float32) * w.scales[..., None]
+            return jnp.moveaxis(x, 0, -2).reshape(*ids.shape, *w.inputs).astype(w.dtype)
+
+        return _partitioned(rows, out_sharding)(self, ids)
 
     def linear(self, x: Array, contract: int, out_sharding: PartitionSpec | None = None) -> Array:
         if not self.rounds_inputs:  # the backward pass dequantises again
             return jax.checkpoint(lambda x, w: linear(x, w.dequantised(), out_sharding, contract))(x, self)
-        if not jax.sharding.get_abstract_mesh().empty:
-            raise UserError("mesh: got one, must be none: quantised weights are computed on one device")
         if x.shape[x.ndim - contract :] != self.inputs or self.table or self.codes.ndim != 3:
             raise ValueError(f"x {x.shape} does not fit a matrix {self.shape} with {self.inputs} inputs")
-        lead = x.shape[: x.ndim - contract]
-        y = _product(x.reshape(-1, len(self.codes), self.group), self)
-        return y.reshape(*lead, *self.outputs).astype(x.dtype)
+
+        def product(x: Array, w: QuantisedArray) -> Array:
+            y = _product(x.reshape(-1, len(w.codes), w.group), w)
+            return y.reshape(*x.shape[: x.ndim - contract], *w.outputs).astype(x.dtype)
+
+        return _partitioned(product, out_sharding)(x, self)
 
 
 @jax.custom_vjp
@@ -156,7 +161,7 @@ def _product(x: Array, w: QuantisedArray) -> Array:
     groups = x, x_scales, w.codes, w.scales
     if len(w.codes) == 1:
         return of_group(*(a[0] for a in groups))
-    if not cpu:
+    if not cpu or not jax.sharding.get_abstract_mesh().empty:  # a device of a mesh has some of the groups
         return jnp.sum(jax.vmap(of_group)(*groups), 0)
     # One group at a time: on a CPU the integers of all of them take four times as long.
     return lax.scan(lambda y, group: (y + of_group(*group), None), jnp.zeros((M, F)), groups)[0]
@@ -221,10 +226,13 @@ def rounded(
         codes, scales = _split(groups.astype(jnp.float32), bits, first + 1)
         return (codes * scales).reshape(w.shape).astype(w.dtype)
 
-    if (own := spec(w)) is None:
-        return round_whole(w)
-    automatic: Any = jax.sharding.auto_axes(round_whole, out_sharding=own)
-    return automatic(w)
+    return _partitioned(round_whole, spec(w))(w)
+
+
+def _partitioned(function: Callable[..., Array], out_sharding: PartitionSpec | None) -> Callable[..., Array]:
+    """The function, which the compiler divides among the devices of the current mesh. None: no mesh."""
+    automatic: Any = jax.sharding.auto_axes
+    return function if out_sharding is None else automatic(function, out_sharding=out_sharding)
 
 
 def _split(x: Array, bits: int, axis: int) -> tuple[Array, Array]:

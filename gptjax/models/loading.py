@@ -302,7 +302,7 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
     try:
         # Opened here: of a damaged file numpy leaves it open.
         with open(path / "params.npz", "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            params = from_arrays(model, {name: place(name, file[name]) for name in file.files})
+            params = from_arrays(model, {name: place(name, file[name]) for name in file.files}, rules)
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"path: got {path}, whose params.npz is missing or damaged ({error}); restore it") from None
     settings = {name: config[name] for name in SETTINGS if name in config}

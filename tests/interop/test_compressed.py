@@ -11,6 +11,7 @@ import pytest
 
 import gptjax
 from gptjax.data.tokenizers.bytes import Bytes
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.kernels.quantised import QuantisedArray
 from gptjax.nn import GELU, LayerNorm, LearnedPositions, RMSNorm, RoPE, TransformerConfig
 from gptjax.types import UserError
@@ -47,6 +48,17 @@ def test_a_folder_keeps_every_integer(case, folders):
     again = gptjax.load(folder)
     assert jax.tree.structure(again.params) == jax.tree.structure(lm.params)
     jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
+
+
+def test_a_mesh_shards_the_integers(folders):
+    lm, folder = folders["4 bits"]
+    with jax.set_mesh(MeshConfig(data=2, fsdp=2, tensor=2).make()):
+        shared = gptjax.load(folder, rules=dataclasses.replace(DEFAULT_RULES, vocab=None))
+    up = shared.params["blocks"]["mlp"]["up"]
+    assert up.codes.sharding.spec == jax.P(None, "fsdp", "tensor", None)
+    jax.tree.map(np.testing.assert_array_equal, shared.params, lm.params)
+    logits = np.asarray(lm.logits(np.arange(8)[None]))
+    np.testing.assert_allclose(shared.logits(np.arange(8)[None]), logits, atol=1e-4 * np.abs(logits).max())
 
 
 def test_a_dtype_asks_for_floats(folders):

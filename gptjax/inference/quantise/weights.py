@@ -6,13 +6,17 @@ Biases, norms, routers and position embeddings are left alone.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.distributed.parameters import ParamInfo, flat, nested, parameter_info
+from gptjax.distributed.parameters import ParamInfo, declared, flat, nested, parameter_info
+from gptjax.distributed.sharding import ShardingRules, axes_of
 from gptjax.kernels.quantised import BITS, QuantisedArray, quantise, rounded
 from gptjax.nn import ModelConfig
 from gptjax.types import Params, UserError
@@ -135,12 +139,15 @@ def to_arrays(params: Params) -> dict[str, Any]:
     return found
 
 
-def from_arrays(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `to_arrays`: name -> parameter."""
+def from_arrays(
+    config: ModelConfig, arrays: Mapping[str, Any], rules: ShardingRules = ShardingRules()
+) -> dict[str, Any]:
+    """Inverse of `to_arrays`: name -> parameter, sharded over the current mesh by the rules."""
     names = [name.removesuffix(CODES) for name in arrays if name.endswith(CODES)]
     halves = {name + half for name in names for half in (CODES, SCALES)}
     found = {name: x for name, x in arrays.items() if name not in halves}
-    infos = flat(parameter_info(config.build())) if names else {}
+    model = config.build(rules)
+    infos, whole = (flat(parameter_info(model)), declared(model)) if names else ({}, {})
     for name in names:
         if name not in infos or name + SCALES not in arrays:
             raise UserError(f"params: got {name + CODES}, must be of a matrix of this model, with {name + SCALES}")
@@ -148,8 +155,31 @@ def from_arrays(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any
         _, inputs, outputs = info.split(info.shape)
         if table := role(name, info) == "embedding":
             inputs, outputs = outputs, inputs
-        found[name] = QuantisedArray(arrays[name + CODES], arrays[name + SCALES], inputs, outputs, table)
+        small = QuantisedArray(arrays[name + CODES], arrays[name + SCALES], inputs, outputs, table)
+        found[name] = on_mesh(small, whole[name].sharding, info)
     return found
+
+
+def on_mesh(x: QuantisedArray, sharding: NamedSharding | None, info: ParamInfo) -> QuantisedArray:
+    """A quantised parameter with the sharding of the whole one. Of several input or output axes the first is sharded,
+    inputs by groups, or within the only one. None: unchanged. Raises UserError for experts."""
+    if sharding is None:
+        return x
+    if info.batch > info.stacked:
+        raise UserError("mesh: got one, must be none: quantised experts are computed on one device")
+    axes = [*sharding.spec, *[None] * x.ndim][: x.ndim]
+    first, second = info.batch, info.batch + len(x.outputs if x.table else x.inputs)
+    row, column = (axes[second], axes[first]) if x.table else (axes[first], axes[second])
+    shards, groups = math.prod(sharding.mesh.shape[name] for name in axes_of(row)), x.codes.shape[-3]
+    row = None if x.table else row  # a lookup reads whole rows
+    by_group = row if groups > 1 and groups % shards == 0 else None
+    within = row if groups == 1 and x.codes.shape[-1] % shards == 0 else None
+
+    def put(array: Any, *own: Any) -> jax.Array:
+        spec = PartitionSpec(*axes[:first], *own)
+        return jax.device_put(np.asarray(array), NamedSharding(sharding.mesh, spec))
+
+    return dataclasses.replace(x, codes=put(x.codes, by_group, column, within), scales=put(x.scales, by_group, column))
 
 
 _quantise = jax.jit(quantise, static_argnums=(1, 2, 3, 4, 5))
