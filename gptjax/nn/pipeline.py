@@ -23,7 +23,7 @@ several chunks, None saves matrix products and attention's results, as saving ev
 chunk's parameters for every tick.
 
 Parameters are stored in the order of the layers, contiguous per stage. With several chunks, stages exchange them before
-the first tick, and their gradients after the last, about 4 P / S bytes of float32 each.
+the first tick, and their gradients after the last: each sends at most its share of the parameters, in float32.
 
 Embedding and head, before and after the layers, are data parallel over the stages if the rules say so, as
 `DEFAULT_RULES` does. The batch is gathered before the first layer, and the last stage's output is scattered.
@@ -76,6 +76,11 @@ class Schedule:
     def ticks(self) -> int:
         """Ticks from the first stage's first microbatch to the last stage's last."""
         return self.turns + self.stages - 1
+
+    @property
+    def idle(self) -> float:
+        """Share of the ticks in which a stage computes what is discarded, the bubble."""
+        return 1 - self.chunks * self.microbatches / self.ticks
 
     def work(self, tick: Array, stage: Array) -> tuple[Array, Array, Array]:
         """Chunk and microbatch that a stage computes in a tick; False if its result is discarded, because the stage

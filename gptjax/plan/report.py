@@ -7,8 +7,11 @@ import os
 import re
 from collections.abc import Mapping
 
+from gptjax.distributed.sharding import axes_of
 from gptjax.distributed.xla import described
 from gptjax.experiment.experiment import Experiment
+from gptjax.nn.config import BackboneConfig
+from gptjax.nn.pipeline import Schedule
 from gptjax.plan.chips import PRICED
 from gptjax.plan.collectives import KINDS, sent
 from gptjax.plan.compiled import Step
@@ -75,6 +78,7 @@ def report(experiment: Experiment, name: str, step: Step, target: Target, device
         f"tokens per step      {tokens:,}",
         f"FLOPs per step       {useful:.3g} of the model"
         + (f", {step.flops * devices:.3g} executed by all devices" if step.memory else ""),
+        *_pipeline(experiment, name, sizes),
         *([f"attention kernels    {_calls(step)}"] if target.chip is not None and step.memory else []),
         *(f"{'XLA option':21}{option}" for option in described(step.options)),
     ]
@@ -118,6 +122,22 @@ def _memory(step: Step, available: float | None) -> list[str]:
         *(f"  {label:26}{_size(size):>12}" for label, size in rows.items() if size),
         f"  {'total':26}{_size(memory.total):>12} {share}".rstrip(),
     ]
+
+
+def _pipeline(experiment: Experiment, name: str, sizes: dict[str, int]) -> list[str]:
+    """Ticks of a pipeline, and the share of them that is idle. FLOPs and times include it."""
+    model, stage, rules = (
+        getattr(experiment.model, "backbone", experiment.model),
+        experiment.stages[name],
+        experiment.rules,
+    )
+    stages = rules.num_shards("layers", sizes)
+    if stages == 1 or not isinstance(model, BackboneConfig):
+        return []
+    copies = rules.without(axes_of(rules.layers)).num_shards("batch", sizes)
+    rows = stage.data.batch // stage.accumulate // copies
+    schedule = Schedule(stages, model.microbatches or math.gcd(rows, stages), model.pipeline_chunks)
+    return [f"pipeline             {stage.accumulate * schedule.ticks} ticks, {schedule.idle:.0%} idle"]
 
 
 def _groups(target: Target) -> str:

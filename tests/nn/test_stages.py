@@ -137,6 +137,7 @@ def test_what_a_stage_computes_has_just_arrived(stages, microbatches, chunks):
         assert visits == [(first + piece, piece) for piece in range(stages * chunks)]
     if microbatches % stages == 0:
         assert schedule.ticks == chunks * microbatches + stages - 1
+        assert np.isclose(schedule.idle, (stages - 1) / schedule.ticks)
     assert max(visits[-1][0] for visits in passed.values()) == schedule.ticks - 1
 
 

@@ -1,4 +1,4 @@
-"""Memory of the programs that a run has beside its training step."""
+"""Memory of the programs that a run has beside its training step, and the idle time of its pipeline."""
 
 import dataclasses
 import math
@@ -12,9 +12,9 @@ from gptjax.nn import LayerOverrides, TransformerConfig
 from gptjax.optim import AdamW
 from gptjax.plan import programs
 from gptjax.plan.chips import CHIPS
-from gptjax.plan.compiled import compile_step
+from gptjax.plan.compiled import Step, compile_step
 from gptjax.plan.programs import other_programs
-from gptjax.plan.report import other_lines
+from gptjax.plan.report import other_lines, report
 from gptjax.plan.topology import Target
 
 
@@ -65,3 +65,16 @@ def test_the_largest_of_the_other_programs_is_named_if_it_does_not_fit(monkeypat
     assert last.startswith("does not fit: the validation loss needs more than 1.00 MiB; ")
     assert "accumulate" in last
     assert "does not fit" not in "".join(other_lines({"first state": 2**20}, target, 8))
+
+
+def test_a_plan_says_how_long_a_pipeline_waits():
+    """A lap of 4 microbatches in 2 chunks of 4 stages, in each of 2 accumulated batches."""
+    model = TransformerConfig(vocab=64, layers=8, width=32, heads=2, pipeline_chunks=2)
+    stage = quickstart.stages["pretrain"]
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, batch=16), accumulate=2)
+    mesh = MeshConfig(data=2, pipeline=4)
+    experiment = dataclasses.replace(quickstart, model=model, stages={"pretrain": stage}, mesh=mesh)
+    step = Step({}, 1, None)
+    assert "22 ticks, 27% idle" in report(experiment, "pretrain", step, Target.parse("cpu:8"), 8)
+    beside = dataclasses.replace(experiment, mesh=MeshConfig(data=8))
+    assert "idle" not in report(beside, "pretrain", step, Target.parse("cpu:8"), 8)
