@@ -44,10 +44,11 @@ class Writing:
     """NAME=FOLDER: LoRA adapters in PEFT's format beside the model, without a copy of it; each is served as a model of
     that name."""
     draft: str | None = None
-    """Speculation: ngram guesses the next tokens from the text so far; the folder of a smaller model with the same
-    tokenizer lets that model guess. None: no speculation."""
-    guesses: int = 4
-    """Number of guesses at a time."""
+    """Speculation: ngram guesses the next tokens from the text so far; heads, with the model's own extra heads, which
+    objectives.MultiToken trains; the folder of a smaller model with the same tokenizer lets that model guess. None: no
+    speculation."""
+    guesses: int | None = None
+    """Number of guesses at a time. None: 4, or one of each extra head."""
     tool_format: str | None = None
     """Way in which the models write calls of tools: hermes, llama, mistral, mistral_args, deepseek, deepseek_markdown
     or harmony. None: the one that chat template and special tokens tell."""
@@ -70,7 +71,9 @@ class Writing:
 
         options: dict[str, Any] = {} if self.context is None else {"context": self.context}
         if self.draft == "ngram":
-            options["draft"] = NGram(self.guesses)
+            options["draft"] = NGram() if self.guesses is None else NGram(self.guesses)
+        elif self.draft == "heads":
+            options["draft"] = model.draft(guesses=self.guesses)
         elif self.draft is not None:
             options["draft"] = model.draft(load(self.draft), self.guesses)
         sizes = {"rows": self.rows, "pages": self.pages, "page": self.page, "queue": self.queue}

@@ -35,7 +35,8 @@ from gptjax.protocols import Module
 from gptjax.types import Array, Params, UserError
 
 if TYPE_CHECKING:
-    from gptjax.inference.engine import DraftModel, Engine
+    from gptjax.inference.engine import Engine
+    from gptjax.inference.engine.speculation import Draft
     from gptjax.inference.formats import ReplyFormat
     from gptjax.interop.templates import ChatTemplate
     from gptjax.nn import LongRoPE
@@ -273,16 +274,22 @@ class LanguageModel(TextEncoder):
         options = {"context": self.max_length or CONTEXT, "stop_token_ids": self.stop_token_ids, **options}
         return Engine(self._module, self._decode_params, self.tokenizer, **options)
 
-    def draft(self, smaller: Any, guesses: int = 4) -> DraftModel:
+    def draft(self, smaller: Any = None, guesses: int | None = None) -> Draft:
         """A smaller language model that guesses tokens for this one's engine: `lm.engine(draft=lm.draft(smaller))`.
-        Raises UserError for another tokenizer."""
-        from gptjax.inference.engine import DraftModel
+        None: this model's own extra heads, which `objectives.MultiToken` trains.
 
+        guesses  number of guesses at a time. None: 4, or one of each head
+
+        Raises UserError for another tokenizer."""
+        from gptjax.inference.engine import DraftModel, Heads
+
+        if smaller is None:
+            return Heads(getattr(self.config, "ahead", 1) if guesses is None else guesses)
         if not isinstance(smaller, LanguageModel):
             raise UserError(f"draft: got a {type(smaller).__name__}, must be a language model")
         if smaller.tokenizer.fingerprint != self.tokenizer.fingerprint:
             raise UserError("draft: got a model with another tokenizer, must have the same one")
-        return DraftModel(smaller._module, smaller._decode_params, guesses)
+        return DraftModel(smaller._module, smaller._decode_params, 4 if guesses is None else guesses)
 
     def for_context_length(self, context: int) -> LanguageModel:
         """This model for a longer context than it was loaded for, in tokens: LongRoPE (Phi-3) has other frequencies

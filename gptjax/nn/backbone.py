@@ -183,9 +183,13 @@ class Backbone(nn.Module):
 
         In the collection "deferred_logits", if it is mutable, `DeferredLogits` of this name: a loss that uses them
         instead never has all logits, because the compiler drops unused ones."""
-        c = self.backbone
-        deferred = DeferredLogits(x, unembedding, bias, c.logit_scale / c.width_multiplier, c.logit_softcap)
+        deferred = self.deferred_logits(x, unembedding, bias)
         wanted = self.is_mutable_collection("deferred_logits") and not self.is_initializing()
         if wanted and not isinstance(unembedding, PackedWeight):
             self.sow("deferred_logits", name, deferred, lambda _, new: new, lambda: deferred)
         return deferred.logits(self.rules("batch", "sequence", "vocab"))
+
+    def deferred_logits(self, x: Array, unembedding: Array, bias: Array | None = None) -> DeferredLogits:
+        """`logits`, not yet computed."""
+        c = self.backbone
+        return DeferredLogits(x, unembedding, bias, c.logit_scale / c.width_multiplier, c.logit_softcap)

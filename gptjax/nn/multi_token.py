@@ -1,6 +1,7 @@
 """Decoder with extra heads for later tokens (Gloeckle et al. 2024, arXiv:2404.19737). Each head is a block on the
 backbone's hidden states, with the embeddings of the first head. They are used in training, by the objective
-`MultiToken`. Otherwise they are not computed, and the model equals its `Transformer`."""
+`MultiToken`, and as the draft of speculative decoding. Otherwise they are not computed, and the model equals its
+`Transformer`."""
 
 from __future__ import annotations
 
@@ -38,6 +39,11 @@ class MultiTokenConfig(TransformerConfig):
     def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return MultiTokenTransformer(self, rules)
 
+    def init_ahead_cache(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
+        """Empty cache entries of the extra heads, as `init_cache` makes those of the layers."""
+        heads = dataclasses.replace(self, layers=self.ahead, leading_layers=(), pattern=self.pattern[:1])
+        return heads.init_cache(batch, size, rules)
+
     def flops(self, length: int) -> int:
         """FLOPs with the extra heads, as in training."""
         block = dataclasses.replace(self, layers=1, leading_layers=(), pattern=self.pattern[:1])
@@ -48,22 +54,37 @@ class MultiTokenTransformer(Backbone):
     """`Transformer` with extra heads. In the collection "ahead", if it is mutable, logits [B, T, V] named "0", "1", ...
     of the token after the next one, the one after that, ...
 
-    (logits, cache), sown = model.apply({"params": params}, tokens, mutable=["ahead"])
+        (logits, cache), sown = model.apply({"params": params}, tokens, mutable=["ahead"])
+
+    With a cache, an argument `ahead` has the heads' own entries, and the output is a triple with the new ones:
+
+        (logits, heads, entries), cache = model.apply({"params": params}, tokens, cache=cache, ahead=entries)
     """
 
     config: MultiTokenConfig
 
-    def head(self, x: Array, table: Array, context: Context) -> Array:
+    def head(self, x: Array, table: Array, context: Context, ahead: tuple[Any, ...] | None = None) -> Any:
+        """Logits [B, T, V]. With `ahead`, cache entries of `MultiTokenConfig.init_ahead_cache`, a triple: these, the
+        `DeferredLogits` [B, T, A, V] of the A extra heads, and their entries with the new tokens."""
         c, unembedding = self.config, self.unembedding(table)
+        logits = self.logits(x, unembedding)
+        if ahead is not None:
+            heads, entries = self._ahead(x, context, ahead)
+            return logits, self.deferred_logits(jnp.stack(heads, axis=2), unembedding), entries
         decodes = context.mask.offset is not None
         if self.is_initializing() or (self.is_mutable_collection("ahead") and not decodes):
-            param = ParamFactory.for_module(self, self.rules, c.dtype)
-            for i in range(c.ahead):
-                block = c.block(c.pattern[0], self.rules).clone(name=f"ahead_{i}", parent=self)
-                y, _ = block(x, context)
-                y = c.norm(param.child(f"ahead_norm_{i}"), y)
+            for i, y in enumerate(self._ahead(x, context, (None,) * c.ahead)[0]):
                 if not self.is_initializing():
                     nothing = functools.partial(jnp.zeros, ())
-                    logits = self.logits(y, unembedding, name=str(i))
-                    self.sow("ahead", str(i), logits, reduce_fn=jnp.add, init_fn=nothing)
-        return self.logits(x, unembedding)
+                    later = self.logits(y, unembedding, name=str(i))
+                    self.sow("ahead", str(i), later, reduce_fn=jnp.add, init_fn=nothing)
+        return logits
+
+    def _ahead(self, x: Array, context: Context, entries: tuple[Any, ...]) -> tuple[list[Array], tuple[Any, ...]]:
+        """Hidden states [B, T, D] of each extra head, and their cache entries with the new tokens."""
+        c, param, found, new = self.config, ParamFactory.for_module(self, self.rules, self.config.dtype), [], []
+        for i, entry in enumerate(entries):
+            y, entry = c.block(c.pattern[0], self.rules).clone(name=f"ahead_{i}", parent=self)(x, context, entry)
+            found.append(c.norm(param.child(f"ahead_norm_{i}"), y))
+            new.append(entry)
+        return found, tuple(new)

@@ -28,6 +28,7 @@ from gptjax.nn import (
     MixtureOfExperts,
     MultiHeadAttention,
     MultiHeadLatentAttention,
+    MultiTokenConfig,
     RecurrentConfig,
     RMSNorm,
     RoPE,
@@ -52,6 +53,7 @@ CONFIGS = {
     ),
     "experts": dataclasses.replace(BASE, mlp=MixtureOfExperts(experts=4, top_k=2, shared=1)),
     "bfloat16": dataclasses.replace(BASE, dtype="bfloat16"),
+    "heads": MultiTokenConfig(**SIZES, positions=RoPE(), ahead=3),
 }
 CONTEXT, PAGE = 128, 16
 GREEDY = Sampling(temperature=0)

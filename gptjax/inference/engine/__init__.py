@@ -6,4 +6,5 @@ from gptjax.inference.engine.request import Generation as Generation
 from gptjax.inference.engine.request import Request as Request
 from gptjax.inference.engine.request import Token as Token
 from gptjax.inference.engine.speculation import DraftModel as DraftModel
+from gptjax.inference.engine.speculation import Heads as Heads
 from gptjax.inference.engine.speculation import NGram as NGram

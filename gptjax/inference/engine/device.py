@@ -15,6 +15,7 @@ import numpy as np
 from gptjax.distributed.sharding import on_mesh_of
 from gptjax.inference.engine import programs
 from gptjax.inference.engine.adapters import Adapter, attach
+from gptjax.inference.engine.drawn import Drawn
 from gptjax.inference.engine.request import Request
 from gptjax.inference.engine.speculation import Draft
 from gptjax.inference.sampling import SamplingRows
@@ -89,8 +90,8 @@ class Device:
         """Replace the model's parameters, in calls from now on."""
         self._mesh_of, draft = params, self._draft
         with on_mesh_of(params):
-            own, draft_params = attach(self.model.config, params, self._adapters), {} if draft is None else draft.params
-            self._models = programs.Models(self.model, own, draft, draft_params)
+            own, guessing = attach(self.model.config, params, self._adapters), {} if draft is None else draft.weights
+            self._models = programs.Models(self.model, own, draft, guessing)
 
     def admit(self, row: int, request: Request, ends: Iterable[int], adapter: int) -> None:
         """Give a row to a text, of whose prompt all but the last token will be in its pages when it is decoded.
@@ -98,7 +99,7 @@ class Device:
         ends     tokens that end the text
         adapter  number of its adapter, or 0"""
         prompt, bias = np.zeros(self.vocab, bool), np.zeros(self.vocab, np.float32)
-        known, history = np.asarray(request.prompt), np.zeros(self._state.history.shape[1], np.int32)
+        known, history = np.asarray(request.prompt), np.full(self._state.history.shape[1], -1, np.int32)
         history[: len(known)] = known[: len(history)]
         prompt[known[known < self.vocab]] = True
         for token, value in request.bias.items():
@@ -136,7 +137,7 @@ class Device:
         with on_mesh_of(self._mesh_of):
             self._state = programs.copy(self._state, padded, np.int32(len(pages)))
 
-    def score(self, chunks: Sequence[Chunk], following: Sequence[int], compare: bool) -> programs.Drawn:
+    def score(self, chunks: Sequence[Chunk], following: Sequence[int], compare: bool) -> Drawn:
         """As `read`, of at most a page of one prompt, with the log-probabilities of the tokens that follow each, and
         the most likely ones if `compare`. The result is on its way to the host."""
         padded = np.full(self.page, -1, np.int32)
@@ -147,7 +148,7 @@ class Device:
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         return drawn
 
-    def decode(self, tasks: Sequence[Task], steps: int) -> programs.Drawn:
+    def decode(self, tasks: Sequence[Task], steps: int) -> Drawn:
         """Decode up to `steps` tokens of these rows, and their guesses. The result is on its way to the host."""
         table: list[Sequence[int]] = [()] * self.rows
         most = programs.STEPS * (1 + self.guesses)

@@ -52,7 +52,7 @@ class Engine:
     stop_token_ids   tokens that end a text. None: all special tokens
     name             of the weights: prefixes are shared among texts of one name
     adapters         LoRA adapters by name, of which each request may choose one
-    draft            guesses tokens, for speculative decoding: `NGram()`, or a `DraftModel`. None: no speculation
+    draft            guesses tokens, for speculative decoding: `NGram()`, `DraftModel` or `Heads`. None: no speculation
 
     Raises UserError for a model that cannot be served so. All processes of a job must call the same methods.
     """
@@ -91,7 +91,7 @@ class Engine:
             raise UserError(f"pages: got {count}, must be at least {width}, for one text of {self.context} tokens")
         self.vocab = min(tokenizer.vocab, config.vocab)
         if draft is not None:
-            draft.check(self.vocab, self.context)
+            draft.check(config, self.vocab, self.context)
         self.pages = Pages(count, page)
         self.queue_limit, self._name = queue, name
         self._device = Device(model, params, rows, count, page, width, self.vocab, draft, adapters)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.distributed.sharding import reshard
-from gptjax.inference.engine.speculation import Draft
+from gptjax.inference.engine.drawn import Drawn, most_likely
+from gptjax.inference.engine.speculation import Draft, Heads
 from gptjax.inference.sampling import Sampling, SamplingRows, Seen, sample, unseen
 from gptjax.kernels.adapted import with_rows
+from gptjax.kernels.cross_entropy import DeferredLogits
 from gptjax.nn import Cache, make_cache
 from gptjax.protocols import Module
 from gptjax.types import Array, Key, Params
@@ -30,8 +32,6 @@ CHUNKS = 4
 """C, number of chunks per call of `prefill`: of one prompt or of several."""
 READS = 4
 """Maximum number of calls of `prefill` between two calls of `decode`, which takes as long for one row as for all."""
-ALTERNATIVES = 20
-"""Number of most likely tokens that can be returned with each token."""
 
 
 @jax.tree_util.register_dataclass
@@ -77,9 +77,10 @@ class Rows:
     earliest: Array
     """int32 [R]: none of them is drawn before this many tokens are in the cache."""
     history: Array
-    """int32 [R, S], tokens of prompt and text up to `token`, for speculation; without it S is 0."""
+    """int32 [R, S], tokens of prompt and text up to `token`, and the guesses of `Heads` after it, for speculation;
+    -1: none. Without speculation S is 0."""
     draft: tuple[Any, ...]
-    """Cache entries of the draft model, in the same pages."""
+    """Cache entries of the draft, in the same pages."""
     adapter: Array
     """int32 [R], number of the adapter of each row; 0: none."""
     scale: Array
@@ -112,59 +113,6 @@ class Chunks:
     """int32 [C], number of the text's adapter."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """Tokens of one call of `decode`: N = STEPS (1 + K) of each row at most, with K guesses at a time."""
-
-    tokens: Array
-    """int32 [R, N]."""
-    logprobs: Array
-    """float32 [R, N], under the model itself: before bias, penalties, filters and, unless the row wants it,
-    temperature."""
-    likely: Array
-    """int32 [R, N, ALTERNATIVES], the most likely tokens, where they are wanted."""
-    likely_logprobs: Array
-    """float32 [R, N, ALTERNATIVES]."""
-    count: Array
-    """int32 [R], number of tokens."""
-    passes: Array
-    """int32 [R], number of times that the model ran for them."""
-
-    @classmethod
-    def nothing(cls, rows: int, tokens: int) -> Drawn:
-        """Room for `tokens` tokens of each row."""
-        return cls(
-            tokens=jnp.zeros((rows, tokens), jnp.int32),
-            logprobs=jnp.zeros((rows, tokens), jnp.float32),
-            likely=jnp.zeros((rows, tokens, ALTERNATIVES), jnp.int32),
-            likely_logprobs=jnp.zeros((rows, tokens, ALTERNATIVES), jnp.float32),
-            count=jnp.zeros(rows, jnp.int32),
-            passes=jnp.zeros(rows, jnp.int32),
-        )
-
-    def add(self, token: Array, logprobs: Array, wanted: Array, alive: Array) -> Drawn:
-        """With one token more, int32 [R], of the rows that are `alive`, bool [R].
-
-        logprobs  float32 [R, V]
-        wanted    bool, the most likely tokens are wanted too
-        """
-        values, ids = _most_likely(logprobs, wanted)
-        row, place = jnp.arange(len(token)), jnp.where(alive, self.count, self.tokens.shape[1])
-
-        def put(all: Array, one: Array) -> Array:
-            return all.at[row, place].set(one, mode="drop")
-
-        return dataclasses.replace(
-            self,
-            tokens=put(self.tokens, token),
-            logprobs=put(self.logprobs, jnp.take_along_axis(logprobs, token[:, None], 1)[:, 0]),
-            likely=put(self.likely, ids),
-            likely_logprobs=put(self.likely_logprobs, values),
-            count=self.count + alive,
-        )
-
-
 def idle(models: Models, rows: int, pages: int, page: int, vocab: int, context: int = 0) -> Rows:
     """Rows without texts, and an empty pool of pages, the last of them nobody's.
 
@@ -185,7 +133,7 @@ def idle(models: Models, rows: int, pages: int, page: int, vocab: int, context: 
         ends=jnp.zeros((rows, -(-vocab // 32)), jnp.uint32),
         earliest=jnp.zeros(rows, jnp.int32),
         history=jnp.zeros((rows, 0 if draft is None else context), jnp.int32),
-        draft=() if draft is None else draft.init_cache(pages, page),
+        draft=() if draft is None else draft.init_cache(models.model, pages, page),
         adapter=jnp.zeros(rows, jnp.int32),
         scale=jnp.ones(rows, jnp.float32),
         page=page,
@@ -272,12 +220,23 @@ def _read(models: Models, rows: Rows, chunks: Chunks) -> tuple[Rows, Array]:
     """`prefill`, and the logits [C, T, V]."""
     tokens, start, pages = jnp.asarray(chunks.tokens), jnp.asarray(chunks.start), jnp.asarray(chunks.pages)
     real, params = (tokens >= 0).astype(jnp.int32), with_rows(models.params, jnp.asarray(chunks.adapter))
-    cache = Cache(rows.layers, start, pages.shape[1] * rows.page, pages)
-    logits, cache = models.model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
-    entries = rows.draft
+    rows, logits, _ = _forward(models, params, rows, tokens, real, start, pages)
     if models.draft is not None:
-        entries = models.draft.read(models.draft_params, rows, chunks)
-    return dataclasses.replace(rows, layers=cast(Cache, cache).layers, draft=entries), logits
+        rows = dataclasses.replace(rows, draft=models.draft.read(models.draft_params, rows, chunks))
+    return rows, logits
+
+
+def _forward(
+    models: Models, params: Params, rows: Rows, tokens: Array, real: Array, start: Array, pages: Array
+) -> tuple[Rows, Array, DeferredLogits | None]:
+    """Read tokens int32 [B, T] of texts after the `start` [B] that are in the cache. real: 0 for padding, at the end.
+
+    Returns rows with the new cache entries, logits [B, T, V], and with `Heads` those of the model's extra heads."""
+    cache, heads = Cache(rows.layers, start, pages.shape[1] * rows.page, pages), isinstance(models.draft, Heads)
+    options = {"ahead": rows.draft} if heads else {}
+    output, cache = models.model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache, **options)
+    logits, ahead, draft = output if heads else (output, None, rows.draft)
+    return dataclasses.replace(rows, layers=cast(Cache, cache).layers, draft=draft), logits, ahead
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
@@ -304,25 +263,10 @@ def score(
     logits = reshard(logits, models.model.rules(None, None, None))
     logits, following = logits.reshape(1, -1, logits.shape[-1]), jnp.asarray(following)[None]
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))[..., : rows.bias.shape[1]]
-    values, ids = _most_likely(logprobs, compares)
+    values, ids = most_likely(logprobs, compares)
     chosen = jnp.take_along_axis(logprobs, jnp.maximum(following, 0)[..., None], -1)[..., 0]
     count = (following >= 0).sum(1)
     return rows, Drawn(following, chosen, ids, values, count, jnp.ones_like(count))
-
-
-def _most_likely(logprobs: Array, wanted: Array | bool) -> tuple[Array, Array]:
-    """The ALTERNATIVES largest log-probabilities of [..., V], and their tokens; zeros if they are not wanted."""
-    *before, vocab = logprobs.shape
-    room = [(0, 0)] * len(before) + [(0, max(ALTERNATIVES - vocab, 0))]
-
-    def find(x: Array) -> tuple[Array, Array]:
-        values, ids = jax.lax.top_k(x, min(ALTERNATIVES, vocab))
-        return jnp.pad(values, room, constant_values=-jnp.inf), jnp.pad(ids, room)
-
-    def none(x: Array) -> tuple[Array, Array]:
-        return jnp.zeros((*before, ALTERNATIVES)), jnp.zeros((*before, ALTERNATIVES), jnp.int32)
-
-    return jax.lax.cond(wanted, find, none, logprobs)
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
@@ -347,7 +291,7 @@ def decode(
     pages, limit, replayed = jnp.asarray(pages), jnp.asarray(limit), jnp.asarray(replayed)
     model, draft, params = models.model, models.draft, with_rows(models.params, rows.adapter)
     R, vocab = rows.bias.shape
-    T, size, row = 1 if draft is None else 1 + draft.tokens, pages.shape[1] * rows.page, jnp.arange(len(rows.length))
+    T, row = 1 if draft is None else 1 + draft.tokens, jnp.arange(len(rows.length))
 
     def step(_: Array, carry: tuple[Rows, Drawn]) -> tuple[Rows, Drawn]:
         rows, drawn = carry
@@ -357,8 +301,7 @@ def decode(
             rows, tokens = dataclasses.replace(rows, draft=entries), jnp.concatenate([tokens, guesses], axis=1)
         real = (tokens >= 0) & (rows.length[:, None] + jnp.arange(T) < limit[:, None])
         real = jnp.cumprod(real.astype(jnp.int32), axis=1)  # padding is at the end
-        cache = Cache(rows.layers, rows.length, size, pages)
-        logits, cache = model.apply({"params": params}, jnp.maximum(tokens, 0), None, real, cache)
+        rows, logits, ahead = _forward(models, params, rows, tokens, real, rows.length, pages)
         logits = reshard(logits, model.rules(None, None, None)).astype(jnp.float32)
         scale = rows.scale[:, None]
         totals = jax.nn.logsumexp(logits * scale[:, None], axis=-1, keepdims=True)
@@ -390,8 +333,9 @@ def decode(
             written = jnp.take_along_axis(drawn.tokens, before[:, None] + j, 1, mode="clip")
             place = jnp.where(j < new[:, None], rows.length[:, None] + 1 + j, history.shape[1])
             history = history.at[row[:, None], place].set(written, mode="drop")
-        layers, length = cast(Cache, cache).layers, rows.length + new
-        rows = dataclasses.replace(rows, layers=layers, length=length, token=last, seen=seen, history=history)
+        rows = dataclasses.replace(rows, length=rows.length + new, token=last, seen=seen, history=history)
+        if isinstance(draft, Heads) and ahead is not None:
+            rows = draft.guess(model, rows, ahead, new)
         return rows, drawn
 
     return jax.lax.fori_loop(0, steps, step, (rows, Drawn.nothing(R, STEPS * T)))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.constraints.constraint import Constraint
-from gptjax.inference.engine.programs import ALTERNATIVES
+from gptjax.inference.engine.drawn import ALTERNATIVES
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.text import TextStream
 from gptjax.types import UserError
@@ -44,7 +44,7 @@ class Request:
     bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     """Token -> addition to its logit."""
     alternatives: int = 0
-    """Number of most likely tokens to return with each token, at most `programs.ALTERNATIVES`."""
+    """Number of most likely tokens to return with each token, at most `drawn.ALTERNATIVES`."""
     min_tokens: int = 0
     """Number of tokens before one may be drawn that ends the text. A stop string, or a constraint that allows nothing
     more, ends it all the same."""

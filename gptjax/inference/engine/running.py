@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from gptjax.inference.engine import programs
 from gptjax.inference.engine.device import Chunk, token_set
+from gptjax.inference.engine.drawn import Drawn
 from gptjax.inference.engine.pages import Chain
 from gptjax.inference.engine.request import Generation, Token
 from gptjax.types import UserError
@@ -88,14 +88,14 @@ class Running:
 class Call:
     """A call of `decode` or `score` whose tokens were not looked at."""
 
-    drawn: programs.Drawn
+    drawn: Drawn
     texts: list[tuple[Running, int]]
     """Each with the maximum number of its tokens."""
     steps: int = 0
     """Number of passes. 0: a call of `score`."""
 
 
-def tokens_of(drawn: programs.Drawn, row: int, places: range, alternatives: int) -> list[Token]:
+def tokens_of(drawn: Drawn, row: int, places: range, alternatives: int) -> list[Token]:
     """These tokens of a row, each with so many of the most likely ones."""
     made = []
     for i in places:

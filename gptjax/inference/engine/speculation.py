@@ -9,51 +9,49 @@ up to the rounding of another program; a good guess saves a pass, and a bad one 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.distributed.sharding import on_mesh_of, reshard
-from gptjax.nn import Cache, make_cache, unstack
+from gptjax.kernels.cross_entropy import DeferredLogits
+from gptjax.nn import Cache, ModelConfig, make_cache, unstack
 from gptjax.types import Array, Params, UserError
 
 if TYPE_CHECKING:
     from gptjax.inference.engine.programs import Chunks, Rows
 
 
-class Draft(Protocol):
-    """Guesses of the next tokens. Hashed by the compiled programs, so its parameters are an argument."""
+class Draft:
+    """Base class of guesses of the next tokens. Hashed by the compiled programs, so its parameters are an argument."""
+
+    tokens: int
+    """K, number of guesses at a time."""
 
     @property
-    def tokens(self) -> int:
-        """K, number of guesses at a time."""
-        ...
-
-    @property
-    def params(self) -> Params:
+    def weights(self) -> Params:
         """Parameters, of which the methods get those on the device."""
-        ...
+        return {}
 
-    def check(self, vocab: int, context: int) -> None:
-        """Raise UserError if it cannot guess for a model with this vocabulary and context."""
-        ...
+    def check(self, config: ModelConfig, vocab: int, context: int) -> None:
+        """Raise UserError if it cannot guess for a model of this configuration, with this vocabulary and context."""
 
-    def init_cache(self, pages: int, page: int) -> tuple[Any, ...]:
+    def init_cache(self, model: Any, pages: int, page: int) -> tuple[Any, ...]:
         """Empty cache entries, in as many pages as the model's."""
-        ...
+        return ()
 
     def read(self, params: Params, rows: Rows, chunks: Chunks) -> tuple[Any, ...]:
         """Cache entries after chunks of prompts, as `programs.prefill` has them."""
-        ...
+        return rows.draft
 
     def propose(self, params: Params, rows: Rows, pages: Array, limit: Array) -> tuple[Any, Array]:
         """Cache entries after the guesses, and these, int32 [R, K]; -1: none. Arguments as of `programs.decode`."""
-        ...
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class NGram:
+class NGram(Draft):
     """Guess that the text goes on as after the last earlier place with the same tokens (prompt lookup decoding, Saxena
     2023). Costs next to nothing, and helps where texts repeat their prompt: summaries, edits, code, extraction."""
 
@@ -66,19 +64,6 @@ class NGram:
         for name in ("tokens", "longest"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, must be at least 1")
-
-    @property
-    def params(self) -> Params:
-        return {}
-
-    def check(self, vocab: int, context: int) -> None:
-        pass
-
-    def init_cache(self, pages: int, page: int) -> tuple[Any, ...]:
-        return ()
-
-    def read(self, params: Params, rows: Rows, chunks: Chunks) -> tuple[Any, ...]:
-        return rows.draft
 
     def propose(self, params: Params, rows: Rows, pages: Array, limit: Array) -> tuple[Any, Array]:
         text, last = rows.history, rows.length[:, None]  # the next input token is at `last`
@@ -96,7 +81,7 @@ class NGram:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DraftModel:
+class DraftModel(Draft):
     """Guesses of a smaller model with the same tokenizer. It draws with the model's own keys and settings, so that the
     guesses of a similar distribution are mostly the same tokens."""
 
@@ -115,18 +100,22 @@ class DraftModel:
         rules = dataclasses.replace(self.model.rules, batch=None, sequence=None)
         object.__setattr__(self, "model", self.model.clone(rules=rules))
 
-    def check(self, vocab: int, context: int) -> None:
-        config = self.model.config
-        if config.vocab < vocab:
-            raise UserError(f"draft: got a model of {config.vocab} tokens, must have the tokenizer's {vocab}")
-        if (config.max_positions or context) < context:
+    @property
+    def weights(self) -> Params:
+        return self.params
+
+    def check(self, config: ModelConfig, vocab: int, context: int) -> None:
+        own = self.model.config
+        if own.vocab < vocab:
+            raise UserError(f"draft: got a model of {own.vocab} tokens, must have the tokenizer's {vocab}")
+        if (own.max_positions or context) < context:
             raise UserError(
-                f"draft: got a model of {config.max_positions} positions, must have at least {context}, the context"
+                f"draft: got a model of {own.max_positions} positions, must have at least {context}, the context"
             )
-        if not all(block.attention.paged for block in config.stack().blocks):
+        if not all(block.attention.paged for block in own.stack().blocks):
             raise UserError("draft: got recurrent layers, must have none: their state is not in pages")
 
-    def init_cache(self, pages: int, page: int) -> tuple[Any, ...]:
+    def init_cache(self, model: Any, pages: int, page: int) -> tuple[Any, ...]:
         return make_cache(self.model.config, pages, page, self.model.rules).layers
 
     def read(self, params: Params, rows: Rows, chunks: Chunks) -> tuple[Any, ...]:
@@ -152,3 +141,46 @@ class DraftModel:
         guesses = jnp.zeros((len(rows.length), self.tokens + 1), jnp.int32)
         layers, _, guesses = jax.lax.fori_loop(0, self.tokens + 1, step, (rows.draft, rows.token, guesses))
         return layers, guesses[:, :-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads(Draft):
+    """Guesses of the model's own extra heads (`MultiTokenConfig`), of which the pass that draws a token is a part. They
+    draw with the model's keys and settings too."""
+
+    tokens: int = 1
+    """Number of guesses at a time, at most the number of heads."""
+
+    def __post_init__(self):
+        if self.tokens < 1:
+            raise UserError(f"tokens: got {self.tokens}, must be at least 1")
+
+    def check(self, config: ModelConfig, vocab: int, context: int) -> None:
+        from gptjax.nn import MultiTokenConfig
+
+        if not isinstance(config, MultiTokenConfig):
+            raise UserError(
+                f"draft: got heads with a {type(config).__name__}, must be with a MultiTokenConfig, trained by "
+                "objectives.MultiToken; or let NGram() or a smaller model guess"
+            )
+        if self.tokens > config.ahead:
+            raise UserError(f"guesses: got {self.tokens}, must be at most {config.ahead}, the number of extra heads")
+
+    def init_cache(self, model: Any, pages: int, page: int) -> tuple[Any, ...]:
+        return model.config.init_ahead_cache(pages, page, model.rules)
+
+    def guess(self, model: Any, rows: Rows, heads: DeferredLogits, new: Array) -> Rows:
+        """Rows with guesses after their next input. heads: logits [R, T, A, V] after each input of the last pass, of
+        which the first `new` int32 [R] counted."""
+        row, place = jnp.arange(len(new)), jnp.arange(self.tokens)
+        hidden = heads.hidden[row, jnp.maximum(new - 1, 0), : self.tokens]
+        logits = dataclasses.replace(heads, hidden=hidden).logits(model.rules(None, None, "vocab"))
+        logits = reshard(logits, model.rules(None, None, None)).astype(jnp.float32)
+        guesses = jnp.stack([rows.draw(logits[:, k], k, rows.seen) for k in range(self.tokens)], axis=1)
+        places = jnp.where(new[:, None] > 0, rows.length[:, None] + 1 + place, rows.history.shape[1])
+        history = rows.history.at[row[:, None], places].set(guesses, mode="drop")
+        return dataclasses.replace(rows, history=history)
+
+    def propose(self, params: Params, rows: Rows, pages: Array, limit: Array) -> tuple[Any, Array]:
+        places = rows.length[:, None] + 1 + jnp.arange(self.tokens)
+        return rows.draft, jnp.take_along_axis(rows.history, places, 1, mode="fill", fill_value=-1)
