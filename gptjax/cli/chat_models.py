@@ -50,8 +50,7 @@ class ChatModel(Protocol):
 
 
 class LocalModel:
-    """A model of this machine, over the engine, which reads only what is new in a conversation. One with recurrent
-    layers, whose state is not in the engine's pages, goes through `LanguageModel.stream_chat`.
+    """A model of this machine, over the engine, which reads only what is new in a conversation.
 
     load     of a path. Raises UserError
     context  maximum number of tokens of a conversation. None: the model's, at most `CONTEXT`
@@ -66,26 +65,20 @@ class LocalModel:
         return [self.name]
 
     def choose(self, name: str) -> None:
-        model = self._load(Path(name))
+        model, context = self._load(Path(name)), self._context or CONTEXT
+        model = dataclasses.replace(model, context=min(context, model.context or context))
+        engine = model.engine(rows=1)
         if self._engine is not None:
             self._engine.close()
-        context = self._context or CONTEXT
-        self._model, self.name = dataclasses.replace(model, context=min(context, model.context or context)), name
-        try:
-            self._engine = self._model.engine(rows=1)
-            self._engine.start()
-        except UserError:
-            self._engine = None
+        self._model, self.name, self._engine = model, name, engine
+        engine.start()
 
     def reply(self, messages: Sequence[Message], options: dict[str, Any]) -> Reply:
         kept, left_out = self._model.trim(messages, options["max_tokens"], options["template"])
-        if self._engine is None:
-            return left_out, self._model.stream_chat(kept, **options)
-        return left_out, self._write(self._engine, kept, **options)
+        return left_out, self._write(kept, **options)
 
     def _write(
         self,
-        engine: Engine,
         messages: Sequence[Message],
         template: dict[str, Any],
         max_tokens: int | None,
@@ -97,7 +90,8 @@ class LocalModel:
         from gptjax.inference.generate import DEFAULT_TOKENS
         from gptjax.inference.sampling import Sampling
 
-        form = self._model.reply_format
+        engine, form = self._engine, self._model.reply_format
+        assert engine is not None, "`choose` starts one"
         ids = tuple(self._model.encode_chat(messages, template))
         reader = form.reader(False, form.thinking(ids, self._model.tokenizer))
         request = Request(

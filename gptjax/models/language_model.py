@@ -276,11 +276,8 @@ class LanguageModel(TextEncoder):
 
     def draft(self, smaller: Any = None, guesses: int | None = None) -> Draft:
         """A smaller language model that guesses tokens for this one's engine: `lm.engine(draft=lm.draft(smaller))`.
-        None: this model's own extra heads, which `objectives.MultiToken` trains.
-
-        guesses  number of guesses at a time. None: 4, or one of each head
-
-        Raises UserError for another tokenizer."""
+        None: this model's own extra heads. guesses: number at a time; None: 4, or one of each head. Raises UserError
+        for another tokenizer."""
         from gptjax.inference.engine import DraftModel, Heads
 
         if smaller is None:

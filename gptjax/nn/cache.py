@@ -24,7 +24,8 @@ class Cache:
 
     layers: tuple[Any, ...]
     """One entry per layer, as `SequenceMixer.init_cache` returns it: (keys, values) [B, K, S, H] for multi-head
-    attention, [P, K, S', H] in P pages of S' slots. Not stacked, to avoid copies at every token."""
+    attention, [P, K, S', H] in P pages of S' slots; states for recurrent layers. Not stacked, to avoid copies at every
+    token."""
     length: Array
     """int32 [B], number of tokens of each row."""
     size: int = dataclasses.field(metadata={"static": True})
@@ -70,6 +71,16 @@ def read(entry: PyTree, mask: Mask, dtype: DTypeLike) -> PyTree:
         return entry
     entry = dataclasses.replace(entry, dtype=str(jnp.dtype(dtype)))
     return entry[...] if mask.pages is None else entry
+
+
+def last(entry: Array, mask: Mask) -> Array:
+    """Vectors [B, ..., H] of the last token before `mask.start` of each row, of an entry as `write` has it. Of a row
+    without tokens they are undefined."""
+    slots = jnp.maximum(jnp.reshape(mask.start, (-1,)) - 1, 0)
+    if mask.pages is not None:
+        pages = jnp.take_along_axis(mask.pages, slots[:, None] // entry.shape[-2], axis=1)[:, 0]
+        return entry[pages, ..., slots % entry.shape[-2], :]
+    return jax.vmap(lambda row, slot: row[..., slot, :])(entry, jnp.broadcast_to(slots, len(entry)))
 
 
 def write(entry: PyTree, new: Array, mask: Mask) -> PyTree:

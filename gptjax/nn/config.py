@@ -201,6 +201,12 @@ class BackboneConfig(ModelConfig):
         return self.positions.max_positions
 
     @property
+    def sequential(self) -> bool:
+        """True if a layer reads tokens in order, as recurrent ones do."""
+        layers = (*self.leading_layers, *self.pattern)
+        return any((layer.attention or self.attention).sequential for layer in layers)
+
+    @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
         repeats = (self.layers - len(self.leading_layers)) // len(self.pattern) // self.pipeline_chunks
         return (

@@ -24,13 +24,14 @@ class SequenceMixer(Part):
     reads_encoder: ClassVar[bool] = False
     """True if it can be cross-attention, as `MultiHeadAttention` can: it has `init_cross_cache`."""
 
-    paged: ClassVar[bool] = True
-    """True if its cache entry has a slot per token, so that it can be in pages."""
+    sequential: ClassVar[bool] = False
+    """True if a token needs the output of the token before it, as in recurrent layers."""
 
     def init_cache(
         self, batch: int, size: int, width: int, dtype: str = "float32", rules: ShardingRules = ShardingRules()
     ) -> Any:
-        """An empty cache entry for `size` tokens of `batch` sequences; every array is [B, ...]."""
+        """An empty cache entry, with a slot for each of `size` tokens of `batch` sequences: every array is
+        [B, ..., S, H], see `cache.write`."""
         raise NotImplementedError
 
     def matmul_params(self, width: int, length: int) -> int:

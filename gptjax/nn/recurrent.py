@@ -3,8 +3,9 @@
     Transformer(RecurrentConfig(vocab=256, layers=2, width=512))                          a stacked LSTM
     Transformer(RecurrentConfig(vocab=256, layers=2, width=512, attention=GRU()))
 
-They train and decode like any other model: the cache is the state of each layer. A recurrent layer can be part of a
-transformer: `TransformerConfig(..., pattern=(LayerOverrides(attention=GRU()), LayerOverrides()))`.
+They train and decode like any other model: the cache has the state after each token, as that of attention has its key
+and value. A recurrent layer can be part of a transformer:
+`TransformerConfig(..., pattern=(LayerOverrides(attention=GRU()), LayerOverrides()))`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jax.typing import DTypeLike
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask
 from gptjax.kernels.linear import linear
+from gptjax.nn import cache as kv
 from gptjax.nn.mixer import SequenceMixer
 from gptjax.nn.mlp import MLP
 from gptjax.nn.module import ParamFactory, zeros
@@ -38,12 +40,13 @@ State = tuple[Array, ...]
 class Recurrent(SequenceMixer):
     """A part `cell(param, x [B, T, D], positions, mask, cache) -> (y [B, T, D], cache)`: y_t depends on x_0 .. x_t.
 
-    The state is zero at the start of each segment. The cache entry is the state after the last token.
+    The state is zero at the start of each segment. The cache entry has the state after each token, arrays [B, 1, S, D]:
+    as much memory as keys and values, but any token can be the last one.
 
     layer = LSTM() params = layer.init(key, x, positions) y, _ = layer.apply(params, x, positions)
     """
 
-    paged = False
+    sequential = True
 
     gates: ClassVar[int]
     """G, matrix products per unit."""
@@ -81,23 +84,25 @@ class Recurrent(SequenceMixer):
         again = again if (whole := rules(None, None, None)) is None else jax.reshard(again, whole)
         bias = param("recurrent_bias", (G, D), (None, None), zeros, kind="other")
         segments, begins = mask.query_segments, jnp.zeros((B, T), bool)
-        real = jnp.ones((B, T), bool) if segments is None else segments > 0
-        if cache is not None:  # a row's state may be another text's
+        before = tuple(jnp.zeros((B, D), x.dtype, out_sharding=rules("batch", None)) for _ in range(self.states))
+        if cache is not None:
+            before = tuple(kv.last(entry, mask)[:, 0] for entry in cache)  # of a row without tokens, another text's
             begins = jnp.broadcast_to(mask.distance(T, 1)[..., 0] == 0, (B, T))
         elif segments is not None:
             begins = jnp.concatenate([jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
 
-        def step(state: State, inputs: tuple[Array, Array, Array]) -> tuple[State, Array]:
-            read, begins, real = inputs
+        def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, State]:
+            read, begins = inputs
             state = tuple(jnp.where(begins[:, None], 0, part) for part in state)
             new = self.step(state, read, linear(state[0], again, rules("batch", None, None)) + bias)
-            if cache is not None:  # padding is at the end: the state after it is that before it
-                new = tuple(jnp.where(real[:, None], after, part) for after, part in zip(new, state, strict=True))
-            return new, new[0]
+            return new, new if cache is not None else new[:1]
 
-        before = self.init_cache(B, T, D, x.dtype, rules) if cache is None else cache
-        state, y = lax.scan(step, before, (read.swapaxes(0, 1), begins.T, real.T))
-        return y.swapaxes(0, 1), None if cache is None else state
+        _, states = lax.scan(step, before, (read.swapaxes(0, 1), begins.T))
+        states = tuple(part.swapaxes(0, 1) for part in states)
+        if cache is None:
+            return states[0], None
+        new = tuple(kv.write(entry, part[:, :, None], mask) for entry, part in zip(cache, states, strict=True))
+        return states[0], new
 
     def input_bias_init(
         self, key: Key, shape: tuple[int, ...], dtype: DTypeLike, out_sharding: PartitionSpec | None = None
@@ -108,8 +113,9 @@ class Recurrent(SequenceMixer):
     def init_cache(
         self, batch: int, size: int, width: int, dtype: DTypeLike = "float32", rules: ShardingRules = ShardingRules()
     ) -> State:
-        """State before the first token, [B, D] each."""
-        return tuple(jnp.zeros((batch, width), dtype, out_sharding=rules("batch", None)) for _ in range(self.states))
+        """States after each token, [B, 1, S, D] each."""
+        sharding = rules("batch", None, None, None)
+        return tuple(jnp.zeros((batch, 1, size, width), dtype, out_sharding=sharding) for _ in range(self.states))
 
     def matmul_params(self, width: int, length: int) -> int:
         return 2 * self.gates * width**2

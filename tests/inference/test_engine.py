@@ -21,7 +21,7 @@ from gptjax.inference.engine import Busy, Engine, NGram, Request, programs
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.nn import (
-    LSTM,
+    GRU,
     ALiBi,
     LayerOverrides,
     LearnedPositions,
@@ -53,10 +53,11 @@ CONFIGS = {
     ),
     "experts": dataclasses.replace(BASE, mlp=MixtureOfExperts(experts=4, top_k=2, shared=1)),
     "bfloat16": dataclasses.replace(BASE, dtype="bfloat16"),
+    "lstm": RecurrentConfig(vocab=280, layers=2, width=16),
+    "hybrid": dataclasses.replace(BASE, pattern=(LayerOverrides(), LayerOverrides(attention=GRU()))),
     "heads": MultiTokenConfig(**SIZES, positions=RoPE(), ahead=3),
 }
-CONTEXT, PAGE = 128, 16
-GREEDY = Sampling(temperature=0)
+CONTEXT, PAGE, GREEDY = 128, 16, Sampling(temperature=0)
 SETTINGS = (
     GREEDY,
     Sampling(0.9, top_k=50),
@@ -114,7 +115,7 @@ def same(a, b) -> None:
     assert (a.text, a.finish, a.tokens) == (b.text, b.finish, b.tokens)
 
 
-QUICK = "rope", "latent", "experts"
+QUICK = "rope", "latent", "experts", "hybrid"
 
 
 def cases(names, quick=QUICK):
@@ -142,7 +143,7 @@ def test_a_text_has_the_bits_that_it_has_alone(name):
     assert len({text.text for text in alone}) > 8
 
 
-@pytest.mark.parametrize("name", cases(["rope", "window", "latent", "alibi"], quick=["rope"]))
+@pytest.mark.parametrize("name", cases(["rope", "window", "latent", "alibi", "lstm", "hybrid"], quick=["rope"]))
 def test_its_texts_and_log_probabilities_are_those_of_generate(name):
     """Logits are sums of some 100 products in float32, in another order."""
     config, asked = CONFIGS[name], [dataclasses.replace(r, bias={}, constraint=None, min_tokens=0) for r in requests(4)]
@@ -156,7 +157,7 @@ def test_its_texts_and_log_probabilities_are_those_of_generate(name):
         np.testing.assert_allclose([token.logprob for token in text.tokens], done.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", cases(["rope", "window", "latent", "experts", "bfloat16"]))
+@pytest.mark.parametrize("name", cases(["rope", "window", "latent", "experts", "bfloat16", "lstm", "hybrid"]))
 def test_its_log_probabilities_are_those_of_training(name):
     """The trainer reads the whole text at once. Its logits are sums of some 100 products, in another order: eps of the
     type, times the square root of 100, of the size of logits and log-probabilities. Half of the texts want those after
@@ -178,7 +179,7 @@ def test_its_log_probabilities_are_those_of_training(name):
         np.testing.assert_allclose([token.logprob for token in text.tokens], expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", cases(["rope", "window", "experts", "bfloat16"], quick=["rope"]))
+@pytest.mark.parametrize("name", cases(["rope", "window", "experts", "bfloat16", "lstm", "hybrid"], quick=["rope"]))
 def test_log_probabilities_of_a_prompt_are_those_of_training(name):
     """To the tolerance above, alone and beside others, cold and after the same prompt, with pages taken away."""
     config = CONFIGS[name]
@@ -393,9 +394,6 @@ def test_what_it_cannot_do_is_refused():
         engine(page=20)
     with pytest.raises(UserError, match=r"^context: got none"):
         engine(context=None)
-    recurrent = RecurrentConfig(vocab=272, layers=1, width=16, attention=LSTM())
-    with pytest.raises(UserError, match="recurrent layers"):
-        engine(recurrent)
     on = engine(queue=1)
     on.submit(Request((1,), 2))
     with pytest.raises(Busy, match=r"^requests: got 1 that wait"):

@@ -5,10 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 from test_engine import TOKENIZER, requests, same, write
-from test_mesh import CONFIGS, on_mesh, params_of
+from test_mesh import CONFIGS, SIZES, on_mesh, params_of
 
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
-from gptjax.inference.engine import Engine, NGram
+from gptjax.inference.engine import Engine, Heads, NGram
+from gptjax.nn import LSTM, LayerOverrides, MultiTokenConfig
+
+HYBRID = MultiTokenConfig(
+    **{**SIZES, "layers": 2}, ahead=2, pattern=(LayerOverrides(), LayerOverrides(attention=LSTM()))
+)
 
 
 @pytest.mark.sampled
@@ -19,11 +24,15 @@ from gptjax.inference.engine import Engine, NGram
         ("grouped", MeshConfig(data=2, tensor=4), NGram(3)),  # more parts than key heads
         ("experts", MeshConfig(data=4, tensor=2), None),
         ("latent", MeshConfig(data=2, fsdp=2, tensor=2), None),
+        ("hybrid", MeshConfig(data=2, fsdp=2, tensor=2), Heads(2)),
     ],
 )
 def test_a_mesh_changes_no_token(name, mesh, draft):
     """And a text has the bits there that it has alone."""
-    config, options = CONFIGS[name], {"rows": 4, "context": 128, "page": 16, "draft": draft}
+    config, options = (
+        HYBRID if name == "hybrid" else CONFIGS[name],
+        {"rows": 4, "context": 128, "page": 16, "draft": draft},
+    )
     asked = [dataclasses.replace(request, prompt_logprobs=i == 2) for i, request in enumerate(requests(6))]
     expected = write(Engine(config.build(), params_of(config), TOKENIZER, **options), asked)
     shared = Engine(config.build(DEFAULT_RULES), on_mesh(config, mesh), TOKENIZER, **options)

@@ -20,15 +20,15 @@ from gptjax.train.step import make_step
 from gptjax.types import Batch, UserError
 
 SMALL = dataclasses.replace(CONFIGS["rope"], layers=1)
-NAMES = "rope", "window", "latent", "experts", "alibi", "bfloat16", "heads"
+NAMES = "rope", "window", "latent", "experts", "alibi", "bfloat16", "hybrid", "heads"
 
 
 def drafts(name):
     """Guesses from the text, of the model itself and, for one model as for all, of others; of a model's own heads."""
     if name == "heads":
         return {"heads": Heads(3)}
-    other, itself = (DraftModel(config.build(), params_of(config), 3) for config in (SMALL, CONFIGS[name]))
-    return {"n-gram": NGram(4), "itself": itself} | ({"other": other} if name == "rope" else {})
+    other, cell, itself = (DraftModel(c.build(), params_of(c), 3) for c in (SMALL, CONFIGS["lstm"], CONFIGS[name]))
+    return {"n-gram": NGram(4), "itself": itself} | ({"other": other, "recurrent": cell} if name == "rope" else {})
 
 
 def long_requests():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from gptjax.inference.engine.drawn import Drawn
 from gptjax.inference.engine.request import Request
 from gptjax.inference.engine.speculation import Draft
 from gptjax.inference.sampling import SamplingRows
+from gptjax.nn import BackboneConfig
 from gptjax.protocols import Module
 from gptjax.types import Array, Params
 
@@ -75,8 +77,10 @@ class Device:
         # Rows are on all devices; heads, experts and the hidden sizes are sharded as the parameters are.
         model = model.clone(rules=dataclasses.replace(model.rules, batch=None, sequence=None))
         self.model, self.rows, self.pages, self.page, self.width, self.vocab = model, rows, pages, page, width, vocab
-        self.chunk = min(page, programs.CHUNK)
-        """Maximum number of tokens of a `Chunk`."""
+        # A chunk needs the states before it, so that those of a recurrent model come one after the other, each a page.
+        sequential = cast(BackboneConfig, model.config).sequential or (draft is not None and draft.sequential)
+        self.chunk, self.chunks = (page, 1) if sequential else (min(page, programs.CHUNK), programs.CHUNKS)
+        """Maximum number of tokens of a `Chunk`, and of chunks per call of `programs.prefill`."""
         self._draft, self._adapters = draft, adapters or {}
         self.update(params)
         with on_mesh_of(params):
@@ -125,9 +129,9 @@ class Device:
 
     def read(self, chunks: Sequence[Chunk]) -> None:
         """Read chunks of prompts, in this order."""
-        for i in range(0, len(chunks), programs.CHUNKS):
+        for i in range(0, len(chunks), self.chunks):
             with on_mesh_of(self._mesh_of):
-                placed = self._chunks(chunks[i : i + programs.CHUNKS], programs.CHUNKS)
+                placed = self._chunks(chunks[i : i + self.chunks], self.chunks)
                 self._state = programs.prefill(self._models, self._state, placed)
 
     def copy(self, pages: Sequence[tuple[int, int]]) -> None:

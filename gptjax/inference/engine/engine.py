@@ -82,8 +82,6 @@ class Engine:
         self.context = min(n for n in (context, config.max_positions, 1 << 30) if n is not None)
         if context is None and config.max_positions is None:
             raise UserError("context: got none, must be given for a model without a maximum number of positions")
-        if not all(block.attention.paged for block in config.stack().blocks):
-            raise UserError("model: got recurrent layers, must have none: their state is not in pages; use generate")
         self.tokenizer, self.stop_token_ids = tokenizer, None if stop_token_ids is None else tuple(stop_token_ids)
         width = -(-self.context // page)  # pages of a text
         count = rows * width if pages is None else pages

@@ -15,7 +15,7 @@ def prefill(device: Device, pages: Pages, texts: Sequence[Running]) -> list[Call
     """Read chunks of these prompts, a page of each in turn; of equal ones only the first is read, and its last page
     copied. Returns calls with log-probabilities to look at."""
     chunks, copies, calls = [], [], []
-    turns, room = deque(texts), programs.READS * programs.CHUNKS
+    turns, room = deque(texts), programs.READS * device.chunks
     while turns and room > 0:
         text = turns.popleft()
         if text.generation.request.prompt_logprobs:

@@ -27,9 +27,9 @@ from gptjax.types import Array, Key, Params
 STEPS = 8
 """Maximum number of tokens per row and call of `decode`."""
 CHUNK = 16
-"""T, maximum number of tokens of a chunk of a prompt."""
+"""T, maximum number of tokens of a chunk of a prompt; with recurrent layers it is a page."""
 CHUNKS = 4
-"""C, number of chunks per call of `prefill`: of one prompt or of several."""
+"""C, number of chunks per call of `prefill`: of one prompt or of several; with recurrent layers 1."""
 READS = 4
 """Maximum number of calls of `prefill` between two calls of `decode`, which takes as long for one row as for all."""
 
@@ -100,8 +100,8 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """Tokens of C chunks of prompts, which are read at the same time. Every layer writes the keys and values of all
-    before it reads any, so that chunks may follow one another in one prompt."""
+    """Tokens of C chunks of prompts, which are read at the same time. Attention writes the keys and values of all
+    before it reads any, so that chunks may follow one another in one prompt; with recurrent layers C is 1."""
 
     tokens: Array | np.ndarray
     """int32 [C, T], -1 for padding at the end; a chunk may be empty."""

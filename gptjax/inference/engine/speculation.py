@@ -34,6 +34,11 @@ class Draft:
         """Parameters, of which the methods get those on the device."""
         return {}
 
+    @property
+    def sequential(self) -> bool:
+        """True if it has recurrent layers: a call has one chunk of a prompt then."""
+        return False
+
     def check(self, config: ModelConfig, vocab: int, context: int) -> None:
         """Raise UserError if it cannot guess for a model of this configuration, with this vocabulary and context."""
 
@@ -104,6 +109,10 @@ class DraftModel(Draft):
     def weights(self) -> Params:
         return self.params
 
+    @property
+    def sequential(self) -> bool:
+        return self.model.config.sequential
+
     def check(self, config: ModelConfig, vocab: int, context: int) -> None:
         own = self.model.config
         if own.vocab < vocab:
@@ -112,8 +121,6 @@ class DraftModel(Draft):
             raise UserError(
                 f"draft: got a model of {own.max_positions} positions, must have at least {context}, the context"
             )
-        if not all(block.attention.paged for block in own.stack().blocks):
-            raise UserError("draft: got recurrent layers, must have none: their state is not in pages")
 
     def init_cache(self, model: Any, pages: int, page: int) -> tuple[Any, ...]:
         return make_cache(self.model.config, pages, page, self.model.rules).layers
