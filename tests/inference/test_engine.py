@@ -292,8 +292,7 @@ def _continues(on: Engine, request: Request, ids: tuple[int, ...], n: int) -> bo
 def test_choices_differ_and_the_first_is_that_of_one():
     prompt = tuple(b"Once upon a time there was a model ")
     asked = [Request(prompt, 12, Sampling(1.5), seed=3, choice=i) for i in range(4)]
-    on = engine()
-    made = write(on, asked)
+    made = write(on := engine(), asked)
     assert len({text.text for text in made}) == 4
     same(made[0], *write(engine(), asked[:1]))
     assert on.pages.hits == 3 * (len(prompt) - 1), "the prompt is read once"
