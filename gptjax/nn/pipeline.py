@@ -150,7 +150,9 @@ def pipeline(
             return x, losses, jax.tree.map(lambda u: jnp.zeros((chunks, *u.shape), u.dtype).at[chunk].set(u), updates)
 
         if stack.remat is not None or chunks > 1:
-            saved = policy(stack.remat or "dots_saveable", (LAYER_INPUT,) if stack.remat else (LAYER_INPUT, SAVED))
+            # A layer's parameters are an input of the layer, so that layers alone would save them in every tick.
+            remat, also = ("dots_saveable", (SAVED,)) if stack.remat is None else (stack.remat, ())
+            saved = policy(remat, (LAYER_INPUT, *also))
             work = jax.checkpoint(work, policy=saved, prevent_cse=False)  # a loop shares nothing with others
         done, (losses, updates) = _run(Schedule(stages, microbatches, chunks), work, xs, here, axes)
         updates = _exchange_chunks(updates, here, axes, stages, back=True)

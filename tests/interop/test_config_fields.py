@@ -1,12 +1,14 @@
 """One setting, several spellings: config.json is read as `transformers` reads it, or refused."""
 
 import copy
+import dataclasses
 import json
 import re
 
 import jax
 import numpy as np
 import pytest
+from architectures import BASE
 from family_cases import CASES, KINDS, saved
 
 from gptjax.config import differences
@@ -288,3 +290,8 @@ def test_what_disagrees_is_refused_in_one_line():
     ):
         with pytest.raises(UserError, match=rf".*{re.escape(message)}"):
             family.read(family.named(Fields({**PLAIN, "query_pre_attn_scalar": 8, "sliding_window": 4, **changes})))
+
+
+def test_settings_of_training_are_not_what_a_model_computes():
+    settings = {"remat": "nothing_saveable", "microbatches": 4, "pipeline_chunks": BASE.layers, "dropout": 0.1}
+    assert essence(dataclasses.replace(BASE, **settings)) == essence(BASE)
