@@ -115,6 +115,7 @@ RULES = {
     "experts on fsdp": dataclasses.replace(DEFAULT_RULES, experts="fsdp"),
     "experts on two": ShardingRules(batch=("data", "fsdp"), experts=("fsdp", "tensor")),
 }
+OTHER_RULES = [rules for rules in RULES if rules != "standard"]
 
 
 def with_excess(part, params, x, rules=ShardingRules()):
@@ -141,13 +142,8 @@ def alone(how):
 @pytest.mark.parametrize(
     ("rules", "how"),
     [("standard", how) for how in HOW]
-    + [(rules, "blocks") for rules in RULES if rules != "standard"]
-    + [
-        pytest.param(rules, how, marks=pytest.mark.slow)
-        for rules in RULES
-        for how in HOW
-        if rules != "standard" and how != "blocks"
-    ],
+    + [(rules, "blocks") for rules in OTHER_RULES]
+    + [pytest.param(rules, how, marks=pytest.mark.slow) for rules in OTHER_RULES for how in HOW if how != "blocks"],
 )
 def test_a_mesh_changes_nothing(rules, how):
     part, params, expected, loads = alone(how)
