@@ -226,13 +226,14 @@ def test_the_seed_of_a_private_stage_is_secret_and_stays_with_the_run(tmp_path):
     seed = seed_of("s", STAGE, tmp_path / "a", 3)
     assert seed == seed_of("s", STAGE, tmp_path / "a", 3) != seed_of("s", STAGE, tmp_path / "b", 3)
     assert (tmp_path / "a" / "secret_seed").stat().st_mode & 0o077 == 0
-    experiment = Experiment(stages={"s": STAGE}, tokenizer=data.TrainCharacters(), model=CONFIG)
+    stage = dataclasses.replace(STAGE, prompts=())
+    experiment = Experiment(stages={"s": stage}, tokenizer=data.TrainCharacters(), model=CONFIG)
     assert experiment.run(tmp_path / "run") == 0
     content, secret = json.loads((tmp_path / "run" / "config.json").read_text()), tmp_path / "run" / "secret_seed"
     assert secret.read_text().strip() not in json.dumps(content)
     secret.unlink()
     assert experiment.run(tmp_path / "run") == 0  # no step is left
-    longer = dataclasses.replace(experiment, stages={"s": dataclasses.replace(STAGE, steps=8)})
+    longer = dataclasses.replace(experiment, stages={"s": dataclasses.replace(stage, steps=8)})
     with pytest.raises(UserError, match="secret_seed: is missing or damaged, and s cannot be resumed without it"):
         longer.run(tmp_path / "run", accept_changes=True)
     assert not secret.exists()
