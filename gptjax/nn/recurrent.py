@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -91,16 +92,27 @@ class Recurrent(SequenceMixer):
         elif segments is not None:
             begins = jnp.concatenate([jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
 
-        def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, State]:
+        def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, Array]:
             read, begins = inputs
             state = tuple(jnp.where(begins[:, None], 0, part) for part in state)
             new = self.step(state, read, linear(state[0], again, rules("batch", None, None)) + bias)
-            return new, new if cache is not None else new[:1]
+            return new, new[0]
 
-        _, states = lax.scan(step, before, (read.swapaxes(0, 1), begins.T))
-        states = tuple(part.swapaxes(0, 1) for part in states)
+        inputs = read.swapaxes(0, 1), begins.T
         if cache is None:
-            return states[0], None
+            return lax.scan(step, before, inputs)[1].swapaxes(0, 1), None
+
+        def keep(t: Array, carry: tuple[State, State]) -> tuple[State, State]:
+            at = functools.partial(lax.dynamic_index_in_dim, index=t, keepdims=False)
+            state, _ = step(carry[0], (at(inputs[0]), at(inputs[1])))
+            pairs = zip(carry[1], state, strict=True)
+            return state, tuple(lax.dynamic_update_index_in_dim(all, one, t, 0) for all, one in pairs)
+
+        # Padding is at the end: the loop does not reach it.
+        length = T if segments is None else jnp.max(jnp.sum(segments > 0, 1))
+        empty = jnp.zeros((T, B, D), x.dtype, out_sharding=rules(None, "batch", None))
+        _, states = lax.fori_loop(0, length, keep, (before, (empty,) * self.states))
+        states = tuple(part.swapaxes(0, 1) for part in states)
         new = tuple(kv.write(entry, part[:, :, None], mask) for entry, part in zip(cache, states, strict=True))
         return states[0], new
 

@@ -225,7 +225,7 @@ def test_nothing_is_compiled_while_it_runs():
 
 POOLS = [  # of the quick half, any two values stand together in one case
     pytest.param(name, page, rows, draft, marks=[pytest.mark.slow] * ((i + j + k) % 2))
-    for i, (name, page) in enumerate((("rope", 16), ("latent", 16), ("latent", 64)))
+    for i, (name, page) in enumerate((("rope", 16), ("latent", 16), ("latent", 64), ("lstm", 16)))
     for j, rows in enumerate((1, 4))
     for k, draft in enumerate((None, NGram(3)))
 ]
