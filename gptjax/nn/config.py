@@ -214,7 +214,11 @@ class BackboneConfig(ModelConfig):
             ("embed", "model.width", self.width),
             ("heads", "model.heads", self.heads),
             ("ffn", "model.hidden", self.F),
-            ("layers", "model.layers" if self.pipeline_chunks == 1 else "model.layers per chunk", repeats),
+            (
+                "layers",
+                "model.layers" if self.pipeline_chunks == 1 else "model.layers / model.pipeline_chunks",
+                repeats,
+            ),
             *dict.fromkeys(axis for block in self.stack().blocks if block.mlp is not None for axis in block.mlp.axes),
         )
 

@@ -334,6 +334,6 @@ def test_microbatches_and_chunks_that_do_not_fit_are_refused():
         _, step = program(dataclasses.replace(BASE, pipeline_chunks=2))
         with pytest.raises(UserError, match="pipeline_chunks: got 2, must divide 1, the layers' repeats per stage"):
             step(state, rows)
-    assert ("layers", "model.layers per chunk", 2) in dataclasses.replace(BASE, pipeline_chunks=2).axes
+    assert ("layers", "model.layers / model.pipeline_chunks", 2) in dataclasses.replace(BASE, pipeline_chunks=2).axes
     with pytest.raises(UserError, match="pipeline_chunks: got 3, must be at least 1 and divide 4"):
         dataclasses.replace(BASE, pipeline_chunks=3)
