@@ -44,9 +44,9 @@ class Writing:
     """NAME=FOLDER: LoRA adapters in PEFT's format beside the model, without a copy of it; each is served as a model of
     that name."""
     draft: str | None = None
-    """Speculation: ngram guesses the next tokens from the text so far; heads, with the model's own extra heads, which
-    objectives.MultiToken trains; the folder of a smaller model with the same tokenizer lets that model guess. None: no
-    speculation."""
+    """Speculation: ngram guesses the next tokens from the text so far; heads are the model's own, for later tokens,
+    trained by objectives.MultiToken; the folder of a smaller model with the same tokenizer lets that model guess. None:
+    no speculation."""
     guesses: int | None = None
     """Number of guesses at a time. None: 4, or one of each extra head."""
     tool_format: str | None = None
