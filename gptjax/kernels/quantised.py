@@ -110,13 +110,28 @@ class QuantisedArray(PackedWeight):
 
     def dequantised(self) -> Array:
         """The array, in `dtype`."""
-        rows = self.integers().astype(jnp.float32) * self.scales[..., None]
-        batch = rows.shape[:-3]
-        rows = jnp.moveaxis(rows, -3, -2).reshape(*batch, *self.outputs, *self.inputs)
-        if not self.table:
-            first, n = len(batch), len(self.outputs)
-            rows = jnp.moveaxis(rows, range(first, first + n), range(-n, 0))
-        return rows.astype(self.dtype)
+
+        def whole(w: QuantisedArray) -> Array:
+            rows = w.integers().astype(jnp.float32) * w.scales[..., None]
+            batch = rows.shape[:-3]
+            rows = jnp.moveaxis(rows, -3, -2).reshape(*batch, *w.outputs, *w.inputs)
+            if not w.table:
+                first, n = len(batch), len(w.outputs)
+                rows = jnp.moveaxis(rows, range(first, first + n), range(-n, 0))
+            return rows.astype(w.dtype)
+
+        return _partitioned(whole, self._whole_spec)(self)
+
+    @property
+    def _whole_spec(self) -> PartitionSpec | None:
+        """PartitionSpec of the whole array. None: it is not sharded."""
+        own = spec(self.codes)
+        if own is None or not any(own):
+            return None
+        *batch, groups, column, within = own
+        inputs = groups or within, *[None] * (len(self.inputs) - 1)
+        outputs = column, *[None] * (len(self.outputs) - 1)
+        return PartitionSpec(*batch, *(outputs + inputs if self.table else inputs + outputs))
 
     def __jax_array__(self) -> Array:
         return self.dequantised()

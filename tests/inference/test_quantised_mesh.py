@@ -18,7 +18,7 @@ from gptjax.types import UserError
     [
         ("grouped", 8, None, MeshConfig(data=2, fsdp=2, tensor=2)),
         ("grouped", 4, 8, MeshConfig(data=2, tensor=4)),  # more parts than key heads
-        ("one key head", 4, None, MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("latent", 4, None, MeshConfig(data=2, fsdp=2, tensor=2)),
     ],
 )
 def test_a_mesh_changes_no_token(name, bits, group, mesh, tmp_path):
