@@ -127,7 +127,10 @@ def config(exported: Exported, head: str) -> dict[str, Any] | None:
     kinds = {(leaf.bits, leaf.group if leaf.scales.shape[-2] > 1 else None): name for name, leaf in found.items()}
     if len(kinds) > 1:
         some = "; ".join(f"{bits} bits, {group or 'all'} inputs in {name}" for (bits, group), name in kinds.items())
-        raise UserError(f"group: got several ({some}), must be one that divides the inputs of every matrix")
+        raise UserError(
+            f"group: got several ({some}), must be one that divides the inputs of every matrix; or write our own "
+            "format (--to gptjax), which may have several"
+        )
     bits, group = next(iter(kinds))
     number = {"num_bits": bits, "type": "int", "symmetric": True, "observer": "minmax"}
     weights = {**number, "strategy": "group" if group else "channel", "group_size": group, "dynamic": False}
