@@ -42,12 +42,15 @@ SHARED = Path(os.environ.get("GPTJAX_SHARED", Path(__file__).resolve().parents[2
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave two thirds of the cases of each `sampled` law to the slow tests, if all files are run. A hash of a case's
-    name chooses: laws of the same cases keep the same third, and a third of A times B has several of A and of B."""
+    """Leave to the slow tests, if all files are run, what is marked `alone`, and two thirds of the cases of each
+    `sampled` law. A hash of a case's name chooses: laws of the same cases keep the same third, and a third of A times B
+    has several of A and of B."""
     if {Path(config.rootpath, name) for name in config.args} != {config.rootpath / "tests"}:
         return
     laws = defaultdict(list)
     for item in items:
+        if item.get_closest_marker("alone"):
+            item.add_marker("slow")
         if item.get_closest_marker("sampled"):
             laws[item.path, item.getparent(pytest.Class), item.originalname].append(item)
     for cases in laws.values():

@@ -99,6 +99,7 @@ def test_start_up_is_light(module, slow):
     assert run.stderr == "", f"import {module} also imports {run.stderr}"
 
 
+@pytest.mark.alone
 def test_a_run_takes_a_short_path():
     """The whole quickstart: other programs' files, other architectures and other kernels are not imported."""
     command = [sys.executable, "benchmarks/path.py", "--json"]

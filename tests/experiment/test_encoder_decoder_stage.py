@@ -62,6 +62,7 @@ STAGE = Stage(
 )
 
 
+@pytest.mark.alone
 def test_an_encoder_decoder_trains_from_an_experiment(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "run"

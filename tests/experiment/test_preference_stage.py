@@ -117,6 +117,7 @@ def test_adapters_learn_preferences_over_the_same_reference(tmp_path, monkeypatc
     assert records(tmp_path / "run", "validation_accuracy")[12] > 0.9
 
 
+@pytest.mark.alone
 def test_kto_learns_from_replies_without_pairs(tmp_path, monkeypatch):
     """With its baseline from the whole step, in microbatches and on a mesh."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))

@@ -13,6 +13,7 @@ from gptjax.inference.engine import Request
 from gptjax.types import UserError
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "bits", "group", "mesh"),
     [

@@ -86,6 +86,7 @@ def test_guesses_from_the_text_save_passes():
     assert on.passes < on.written / 2
 
 
+@pytest.mark.alone
 def test_trained_heads_save_passes():
     """Letters in turn: each head knows its own, and a guess for another place never counts."""
     config, ids = dataclasses.replace(CONFIGS["heads"], layers=1), np.frombuffer(b"abcdefgh" * 9, np.uint8)

@@ -72,6 +72,7 @@ def test_texts_and_conversations_become_the_same_ids(case, tmp_path):
     assert {key: value for key, value in keys.items() if value != again.get(key)}.keys() <= {"tokenizer.chat_template"}
 
 
+@pytest.mark.sampled
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["gpt2/tokenizer.json", "cl100k_base.tiktoken", "mistral_v1.sentencepiece.model"])
 def test_published_tokenizers_come_back(shared, name):

@@ -48,6 +48,7 @@ def test_the_loss_is_its_equation_on_a_mesh_too():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * largest), grads, expected)
 
 
+@pytest.mark.alone
 def test_similar_texts_are_found(tmp_path, monkeypatch):
     """An animal in a sentence, and its name in capitals with a number."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))

@@ -242,6 +242,7 @@ def check_folder(folders: list[Path], seed: int, place: Path) -> None:
     assert len(message) < 2_000, f"seed {seed}, {good.name}, {done}: {message}"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("seed", range(12))
 def test_a_damaged_folder_is_read_or_refused_in_one_line(folders, seed, tmp_path):
     check_folder(folders, seed, tmp_path)

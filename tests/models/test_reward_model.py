@@ -25,6 +25,7 @@ def stage(read, objective, steps: int) -> Stage:
     return Stage(read, objective, adam, steps=steps, evaluate_every=1000, prompts=())
 
 
+@pytest.mark.alone
 def test_a_reward_model_is_made_of_a_language_model(tmp_path, monkeypatch):
     """A word in capitals is preferred to one in small letters, by a margin."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))

@@ -136,6 +136,7 @@ def test_windows_cover_a_passage_and_have_the_answer_where_it_is(tmp_path):
             Windows(**{"length": 30, "stride": 8, "question_length": 10, **changes})
 
 
+@pytest.mark.alone
 def test_answers_are_found(tmp_path, monkeypatch):
     """The digits, the capitals or the letters of a text; of those that it has not, nothing."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))

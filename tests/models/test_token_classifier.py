@@ -79,6 +79,7 @@ def test_labels_lie_at_the_first_token_of_a_word_and_at_the_end_of_a_step(tmp_pa
         list(data.StepsJsonl(written(tmp_path / "bad.jsonl", rows), validation=0.0).documents("train"))
 
 
+@pytest.mark.alone
 def test_names_are_found(tmp_path, monkeypatch):
     """The word after Mr is a name."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
@@ -123,6 +124,7 @@ def test_names_are_found(tmp_path, monkeypatch):
         np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.alone
 def test_steps_are_scored(tmp_path, monkeypatch):
     """A step is right while no x has come."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))

@@ -202,6 +202,7 @@ def test_every_layer_reports_the_load_of_the_whole_batch(chunks):
     jax.tree.map(np.testing.assert_array_equal, staged, alone)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("optimizer", [AdamW(learning_rate=1e-2, clip=1.0), Muon(learning_rate=1e-2)])
 def test_steps_change_nothing(optimizer):
     def two(rows: Batch) -> list[float]:
@@ -217,6 +218,7 @@ def test_steps_change_nothing(optimizer):
         np.testing.assert_allclose(two(sharding.global_array(batch(), DEFAULT_RULES)), alone, rtol=2e-5)
 
 
+@pytest.mark.alone
 def test_a_balance_is_that_of_parts_as_in_accumulation():
     """A loss that is not a sum over tokens is computed per microbatch."""
     mlp = MixtureOfExperts(experts=4, router=Softmax(load_balance=0.5))

@@ -225,6 +225,7 @@ def test_a_plan_for_cpus(tiny, capsys):
     assert "no time estimate" in text
 
 
+@pytest.mark.alone
 def test_what_does_not_fit_is_named_with_what_would(tiny, capsys, monkeypatch):
     """On a chip that holds just less than the step takes."""
     memory = compile_step(tiny, "pretrain", jax.devices()).memory

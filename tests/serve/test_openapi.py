@@ -43,6 +43,7 @@ QUICK = settings(
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
 def test_no_request_is_the_servers_fault(server, document, mode):
     seen = set()

@@ -41,6 +41,7 @@ def test_right_replies_score_one_and_others_nothing(name, tagged):
         assert task.score(0, Reply(said.replace("answer>", "b>"))).status == "not found"
 
 
+@pytest.mark.alone
 def test_items_are_those_of_the_seed_in_every_process():
     program = (
         "import json, sys; from gptjax import tasks; from gptjax.config import from_json\n"
