@@ -17,7 +17,7 @@ import pytest
 
 from gptjax.data.tokenizers.bytes import Bytes
 from gptjax.inference.constraints import Compiler, Constraint, JsonSchema, Regex
-from gptjax.inference.engine import Busy, Engine, NGram, Request, programs
+from gptjax.inference.engine import Busy, Engine, Heads, NGram, Request, programs
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.nn import (
@@ -48,9 +48,7 @@ CONFIGS = {
     "t5": dataclasses.replace(BASE, positions=T5Bias()),
     "window": dataclasses.replace(BASE, pattern=(LayerOverrides(window=20), LayerOverrides())),
     "latent": dataclasses.replace(BASE, attention=MultiHeadLatentAttention(kv_rank=8, rope_size=4, value_size=4)),
-    "sinks": dataclasses.replace(
-        BASE, attention=MultiHeadAttention(sinks=True, softcap=5.0, qk_norm=RMSNorm(), values=None)
-    ),
+    "sinks": dataclasses.replace(BASE, attention=MultiHeadAttention(sinks=True, softcap=5.0, qk_norm=RMSNorm())),
     "experts": dataclasses.replace(BASE, mlp=MixtureOfExperts(experts=4, top_k=2, shared=1)),
     "bfloat16": dataclasses.replace(BASE, dtype="bfloat16"),
     "lstm": RecurrentConfig(vocab=280, layers=2, width=16),
@@ -213,8 +211,10 @@ def test_log_probabilities_of_a_prompt_are_those_of_training(name):
     assert not made[-1].prompt
 
 
-def test_nothing_is_compiled_while_it_runs():
-    on = engine()
+@pytest.mark.sampled
+@pytest.mark.parametrize(("name", "draft"), [("rope", None), ("hybrid", None), ("heads", Heads(2))])
+def test_nothing_is_compiled_while_it_runs(name, draft):
+    on = engine(CONFIGS[name], draft=draft)
     on.warm_up()
     names = "admit", "prefill", "copy", "score", "decode"
     before = [getattr(programs, name)._cache_size() for name in names]
