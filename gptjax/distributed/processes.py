@@ -88,7 +88,7 @@ def initialize() -> None:
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     settings: dict[str, Any] = {field: int(os.environ[name]) for field, name in names.items() if name in os.environ}
     start, heartbeat = map(timeout, TIMEOUTS)
-    limits = {"initialization_timeout": start, "heartbeat_timeout_seconds": heartbeat}
+    limits: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": heartbeat}
     # Jax's runtime aborts after the limit, without a word about whom it waited for.
     told = (
         f"distributed: waiting for the other processes of the job; gives up {start} s after the start "
@@ -98,7 +98,7 @@ def initialize() -> None:
     waiting.daemon = True
     waiting.start()
     try:
-        jax.distributed.initialize(**settings, **limits, shutdown_timeout_seconds=heartbeat)
+        jax.distributed.initialize(**settings, **limits, initialization_timeout=start)
     except ValueError as error:
         raise UserError(
             f"distributed: {str(error).rstrip('.')}; set JAX_COORDINATOR_ADDRESS (host:port of the first process), "
