@@ -161,10 +161,9 @@ class BackboneConfig(ModelConfig):
         for field in ("dropout", "layer_drop"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"model.{field}: got {getattr(self, field)}, must be at least 0 and less than 1")
-        repeats = (self.layers - len(self.leading_layers)) // len(self.pattern)
-        if self.pipeline_chunks < 1 or repeats % self.pipeline_chunks:
+        if self.pipeline_chunks < 1 or self.repeats % self.pipeline_chunks:
             raise UserError(
-                f"model.pipeline_chunks: got {self.pipeline_chunks}, must be at least 1 and divide {repeats}, the "
+                f"model.pipeline_chunks: got {self.pipeline_chunks}, must be at least 1 and divide {self.repeats}, the "
                 "repeats of the pattern of layers"
             )
         check(self.remat)
@@ -201,6 +200,11 @@ class BackboneConfig(ModelConfig):
         return self.positions.max_positions
 
     @property
+    def repeats(self) -> int:
+        """Repeats of the pattern, between the leading layers and the rest."""
+        return (self.layers - len(self.leading_layers)) // len(self.pattern)
+
+    @property
     def sequential(self) -> bool:
         """True if a layer reads tokens in order, as recurrent ones do."""
         layers = (*self.leading_layers, *self.pattern)
@@ -208,7 +212,6 @@ class BackboneConfig(ModelConfig):
 
     @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
-        repeats = (self.layers - len(self.leading_layers)) // len(self.pattern) // self.pipeline_chunks
         return (
             *super().axes,
             ("embed", "model.width", self.width),
@@ -217,7 +220,7 @@ class BackboneConfig(ModelConfig):
             (
                 "layers",
                 "model.layers" if self.pipeline_chunks == 1 else "model.layers / model.pipeline_chunks",
-                repeats,
+                self.repeats // self.pipeline_chunks,
             ),
             *dict.fromkeys(axis for block in self.stack().blocks if block.mlp is not None for axis in block.mlp.axes),
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 
@@ -41,13 +41,15 @@ class MultiTokenConfig(TransformerConfig):
 
     def init_ahead_cache(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
         """Empty cache entries of the extra heads, as `init_cache` makes those of the layers."""
-        heads = dataclasses.replace(self, layers=self.ahead, leading_layers=(), pattern=self.pattern[:1])
-        return heads.init_cache(batch, size, rules)
+        return self._of_head_blocks(self.ahead).init_cache(batch, size, rules)
 
     def flops(self, length: int) -> int:
         """FLOPs with the extra heads, as in training."""
-        block = dataclasses.replace(self, layers=1, leading_layers=(), pattern=self.pattern[:1])
-        return super().flops(length) + self.ahead * TransformerConfig.flops(block, length)
+        return super().flops(length) + self.ahead * TransformerConfig.flops(self._of_head_blocks(1), length)
+
+    def _of_head_blocks(self, layers: int) -> Self:
+        """The model with these layers, all of the kind that an extra head has."""
+        return dataclasses.replace(self, layers=layers, leading_layers=(), pattern=self.pattern[:1], pipeline_chunks=1)
 
 
 class MultiTokenTransformer(Backbone):

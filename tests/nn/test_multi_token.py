@@ -1,5 +1,7 @@
 """Laws of the heads for tokens further ahead, and of their objective."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,3 +90,6 @@ def test_flops_count_the_heads():
     blocks = sum(p.size for p in jax.tree.leaves(params["blocks"]) if p.ndim > 2)
     heads = sum(p.size for i in range(2) for p in jax.tree.leaves(params[f"ahead_{i}"]) if p.ndim > 1)
     assert CONFIG.flops(0) == 6 * (blocks + heads + 3 * params["head"].size)
+    in_chunks = dataclasses.replace(CONFIG, layers=4, pipeline_chunks=4)  # which the heads cannot be divided into
+    assert in_chunks.flops(8) == dataclasses.replace(in_chunks, pipeline_chunks=1).flops(8)
+    assert len(in_chunks.init_ahead_cache(1, 8)) == CONFIG.ahead
