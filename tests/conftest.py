@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("alone"):
             item.add_marker("slow")
         if item.get_closest_marker("sampled"):
-            laws[item.path, item.getparent(pytest.Class), item.originalname].append(item)
+            laws[item.path, item.originalname].append(item)
     for cases in laws.values():
         cases.sort(key=lambda item: zlib.crc32(item.callspec.id.encode()))
         for item in cases[-(-len(cases) // 3) :]:
