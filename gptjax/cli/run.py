@@ -12,6 +12,7 @@ python -m experiments path/to/mine.py                   an experiment outside th
 python -m experiments quickstart --folds 10             cross-validate, in runs/quickstart-folds
 python -m experiments quickstart --sweep pretrain.optimizer.learning_rate=1e-3,5e-3 --seeds 3
 python -m experiments check quickstart                  train it anew, and compare with what it promises
+python -m experiments check preferences --variant ipo   the same of one of its variants
 """
 
 from __future__ import annotations

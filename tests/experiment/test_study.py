@@ -144,6 +144,39 @@ def test_expectations_are_compared_with_a_run(tmp_path, capsys):
     assert run.main(["check", "quickstart", "--run", str(tmp_path)]) == 2
 
 
+PROMISES = """
+import dataclasses
+from gptjax import Expect
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    below: float
+
+    @property
+    def expect(self):
+        return (Expect("bits_per_byte", below=self.below),)
+
+    def run(self, folder):
+        print(f"trained in {folder}")
+
+experiment, variants = Promise(1.6), {"better": Promise(1.2)}
+"""
+
+
+def test_a_variant_is_held_to_its_own_promise(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("promises.py").write_text(PROMISES)
+    for folder in ("promises-check", "promises-better-check"):
+        finished(Path("runs") / folder, 2.0, 1.5)
+    assert run.main(["check", "promises.py"]) == 0
+    assert capsys.readouterr().out == "trained in runs/promises-check\nbits_per_byte below 1.6: holds (1.5)\n"
+    assert run.main(["check", "promises.py", "--variant", "better"]) == 1
+    better = "trained in runs/promises-better-check\nbits_per_byte below 1.2: DOES NOT HOLD (1.5)\n"
+    assert capsys.readouterr().out == better
+    assert run.main(["check", "promises.py", "--variant", "worse"]) == 2
+    assert "--variant: got worse, must be one of: better" in capsys.readouterr().err
+
+
 TINY = """
 from gptjax import Experiment, Stage, data, objectives, optim
 from gptjax.nn import TransformerConfig
