@@ -117,11 +117,10 @@ def stage(data: data.Dataset | Rollouts, steps: int, rate: float, *evaluations: 
         data=data,
         optimizer=optim.Muon(learning_rate=rate, schedule=optim.Linear(warmup=10)),
         steps=steps,
-        evaluate_every=steps // 4,
         save_every=steps,
         prompts=PROMPTS,
         evaluations=evaluations,
-        **{"objective": objectives.NextToken(), "eval_sequences": 64} | fields,
+        **{"objective": objectives.NextToken(), "evaluate_every": steps // 2, "eval_sequences": 64} | fields,
     )
 
 
@@ -141,6 +140,7 @@ laptop = Experiment(
             data.Preferences(OtherAnswers(), length=128, batch=16),
             *(40, 2e-4, TEXT, ANSWERS, REPLIES),
             objective=objectives.DPO(),
+            evaluate_every=40,
         ),
         "rl": stage(
             Rollouts(Explain(), length=112, batch=64, group=8, rows=64),
@@ -171,8 +171,8 @@ def billion() -> Experiment:
 
     def stage(data: data.Dataset | Rollouts, steps: int, rate: float, **fields) -> Stage:
         optimizer = optim.AdamW(learning_rate=rate, schedule=optim.Cosine(warmup=100), weight_decay=0.1, clip=1.0)
-        fields = {"objective": objectives.NextToken(), "eval_sequences": 512, "prompts": PROMPTS} | fields
-        return Stage(data=data, optimizer=optimizer, steps=steps, evaluate_every=steps // 10, save_every=500, **fields)
+        fields = {"objective": objectives.NextToken(), "evaluate_every": steps // 10, "prompts": PROMPTS} | fields
+        return Stage(data=data, optimizer=optimizer, steps=steps, eval_sequences=512, save_every=500, **fields)
 
     return Experiment(
         model=TransformerConfig(
@@ -193,6 +193,7 @@ def billion() -> Experiment:
                 data.Preferences(data.PreferencesJsonl("preferences.jsonl"), length=1_024, batch=64),
                 *(500, 1e-6),
                 objective=objectives.DPO(),
+                evaluate_every=250,
                 accumulate=4,
             ),
             "rl": stage(

@@ -171,7 +171,7 @@ def aligned(
                 objective=objective,
                 optimizer=optim.AdamW(learning_rate=learning_rate, schedule=optim.Linear(warmup=20), clip=1.0),
                 steps=150,
-                evaluate_every=50,
+                evaluate_every=75,
                 eval_sequences=256,
                 save_every=150,
                 prompts=(),

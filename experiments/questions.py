@@ -130,7 +130,7 @@ def reader(
                 objective=objective,
                 optimizer=dataclasses.replace(optimizer, schedule=optim.Linear(warmup=30), weight_decay=0.0, clip=1.0),
                 steps=steps,
-                evaluate_every=100,
+                evaluate_every=200,
                 eval_sequences=128,
                 save_every=200,
                 prompts=(),

@@ -63,7 +63,7 @@ experiment = Experiment(
                 clip=1.0,
             ),
             steps=600,
-            evaluate_every=100,
+            evaluate_every=300,
             eval_sequences=512,
             save_every=600,
             prompts=(),

@@ -39,9 +39,9 @@ experiment = Experiment(
                 clip=1.0,
             ),
             steps=2_000,
-            evaluate_every=250,
+            evaluate_every=1_000,
             eval_sequences=1_740,  # the whole validation text
-            save_every=500,
+            save_every=1_000,
             prompts=("\n",),
         )
     },

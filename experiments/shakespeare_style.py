@@ -52,9 +52,9 @@ def style(learning_rate: float, share: float, adapter: LoRA | None = None) -> Ex
                 ),
                 adapter=adapter,
                 steps=400,
-                evaluate_every=200,
+                evaluate_every=400,
                 eval_sequences=400,
-                save_every=200,
+                save_every=400,
                 prompts=("ROMEO:",),
             )
         },

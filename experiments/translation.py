@@ -156,9 +156,9 @@ def translator(model: ModelConfig, pairs: data.Pairs | data.Chat, objective: Obj
                 objective=objective,
                 optimizer=optim.AdamW(learning_rate=3e-3, schedule=optim.Linear(warmup=20), weight_decay=0.0, clip=1.0),
                 steps=steps,
-                evaluate_every=40,
+                evaluate_every=80,
                 eval_sequences=64,
-                save_every=40,
+                save_every=80,
                 prompts=(),
                 evaluations=(evals.Generative(HeldOut(TASK), items=300),),
             )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax import LanguageModel, data, nn, tasks
+from gptjax.experiment import catalogue
 from gptjax.protocols import Reward
 from gptjax.tasks import Reply
 from gptjax.tasks.stress import stress
@@ -38,6 +39,20 @@ def test_right_replies_score_one_and_bad_ones_nothing(name, task):
         assert held_out.score(i, Reply(held_out.example(i)[-1].text)).outcome == 1
         assert held_out.score(i, Reply("")).status == "not found"
     assert stress(found) == []
+
+
+def test_validation_while_training_costs_at_most_two_percent():
+    """A forward pass is a third of a step. The last evaluation is the result, not overhead."""
+    curves = {"polarity", "speedrun", "shakespeare_char"}  # the whole held-out text, often: the curve is the result
+    costs: dict[str, float] = {}
+    for name in catalogue.names():
+        found = catalogue.load(name)
+        for experiment in (found.experiment, *getattr(found, "variants", {}).values()):
+            for stage in experiment.stages.values():
+                read = stage.eval_sequences * sum(map(stage.evaluates, range(1, stage.last_step)))
+                cost = read / (3 * stage.last_step * stage.data.batch)
+                costs[name] = max(costs.get(name, 0.0), cost)
+    assert {name for name, cost in costs.items() if cost > 0.02} == curves
 
 
 def test_small_talk_is_divided_by_its_first_question(tmp_path):
