@@ -18,4 +18,9 @@ def embed(table: Array | PackedWeight, ids: Array, table_sharding=None, out_shar
         return table.take(ids, out_sharding)
     if out_sharding is None:
         return table[ids]
-    return jax.reshard(table, table_sharding).at[ids].get(out_sharding=out_sharding)
+
+    @jax.checkpoint  # jax 0.10 would save the ids with automatic axes, which no explicit `partial_map` can return
+    def rows(table: Array, ids: Array) -> Array:
+        return table.at[ids].get(out_sharding=out_sharding)
+
+    return rows(jax.reshard(table, table_sharding), ids)

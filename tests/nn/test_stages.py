@@ -23,6 +23,7 @@ from gptjax.nn import (
     ScaledStream,
     Softmax,
     TransformerConfig,
+    ValueEmbedding,
     ValueResidual,
 )
 from gptjax.nn.pipeline import Schedule
@@ -42,6 +43,7 @@ SHORT = dataclasses.replace(BASE, layers=2)
 MODELS = {
     "plain": BASE,
     "more parts, computed again": dataclasses.replace(SHORT, microbatches=4, remat="nothing_saveable"),
+    "value embeddings": dataclasses.replace(SHORT, attention=MultiHeadAttention(values=ValueEmbedding(48))),
     "rounds of two between others": dataclasses.replace(
         BASE, layers=6, leading_layers=(LayerOverrides(),), pattern=(LayerOverrides(window=5), LayerOverrides())
     ),
@@ -101,6 +103,7 @@ def expected(name: str):
 CASES = [("plain", mesh) for mesh in ("4 stages", "2 stages, context")] + [
     ("more parts, computed again", "2 stages, fsdp, tensor"),
     ("value residuals", "2 stages, fsdp, tensor"),
+    ("value embeddings", "2 stages, context"),
     ("experts", "2 stages, experts"),
     ("two chunks that read the first layer", "2 stages, fsdp, tensor"),
     # Rounds, leading and trailing layers are those of the loads below.
