@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 from gptjax.distributed.sharding import ShardingRules
@@ -212,18 +213,28 @@ class BackboneConfig(ModelConfig):
 
     @property
     def axes(self) -> tuple[tuple[str, str, int], ...]:
-        return (
+        layers = "model.layers" if self.pipeline_chunks == 1 else "model.layers / model.pipeline_chunks"
+        found = [
             *super().axes,
             ("embed", "model.width", self.width),
-            ("heads", "model.heads", self.heads),
-            ("ffn", "model.hidden", self.F),
-            (
-                "layers",
-                "model.layers" if self.pipeline_chunks == 1 else "model.layers / model.pipeline_chunks",
-                self.repeats // self.pipeline_chunks,
-            ),
-            *dict.fromkeys(axis for block in self.stack().blocks if block.mlp is not None for axis in block.mlp.axes),
-        )
+            ("layers", layers, self.repeats // self.pipeline_chunks),
+        ]
+        for side in ("leading_layers", "pattern"):
+            for i, overrides in enumerate(getattr(self, side)):
+                found += self._layer_axes(overrides, f"model.{side}.{i}")
+        return tuple(dict.fromkeys(found))
+
+    def _layer_axes(self, overrides: LayerOverrides, path: str) -> Iterator[tuple[str, str, int]]:
+        """`axes` of a layer, whose overrides are the field `path`."""
+        block = self.block(overrides)
+        own = "model" if overrides.attention is None else path
+        for field, part in ((f"{own}.attention", block.attention), ("model.cross_attention", block.cross_attention)):
+            if isinstance(part, Attention) and part.heads is not None:
+                yield "heads", "model.heads" if part.heads == self.heads else f"{field}.heads", part.heads
+        if block.mlp is not None:
+            yield "ffn", "model.hidden" if overrides.hidden is None else f"{path}.hidden", block.hidden
+        for part in (block.attention, block.mlp):
+            yield from () if part is None else part.axes
 
     def unstack(self, params: Params) -> Params:
         return {**params, "blocks": self.stack().unstack(params["blocks"])}

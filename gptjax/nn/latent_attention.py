@@ -52,6 +52,11 @@ class MultiHeadLatentAttention(Attention):
         if self.rope_size % 2:
             raise UserError(f"model.attention.rope_size: got {self.rope_size}, must be even: positions rotate pairs")
 
+    @property
+    def axes(self) -> tuple[tuple[str, str, int], ...]:
+        ranks = ("q_rank", self.q_rank), ("kv_rank", self.kv_rank)
+        return tuple(("embed", f"model.attention.{name}", rank) for name, rank in ranks if rank is not None)
+
     def __call__(
         self,
         param: ParamFactory,

@@ -27,6 +27,11 @@ class SequenceMixer(Part):
     sequential: ClassVar[bool] = False
     """True if a token needs the output of the token before it, as in recurrent layers."""
 
+    @property
+    def axes(self) -> tuple[tuple[str, str, int], ...]:
+        """(logical axis, field, size) of axes that a mesh may shard, besides the heads and the input's."""
+        return ()
+
     def init_cache(
         self, batch: int, size: int, width: int, dtype: str = "float32", rules: ShardingRules = ShardingRules()
     ) -> Any:

@@ -12,7 +12,7 @@ from gptjax.distributed import sharding
 from gptjax.distributed.parameters import declared, flat, parameter_info
 from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.kernels.linear import linear
-from gptjax.nn import ParamFactory
+from gptjax.nn import LayerOverrides, MultiHeadAttention, ParamFactory
 from gptjax.types import UserError
 
 TOKENS = jnp.zeros((1, 1), jnp.int32)
@@ -31,6 +31,23 @@ def test_information_is_of_every_parameter(name):
         batch, inputs, outputs = i.split(i.axes)
         assert set(batch) <= {"layers", "experts"}
         assert not i.is_matrix or (inputs and outputs)
+
+
+OWN_SIZES = LayerOverrides(attention=MultiHeadAttention(heads=6, head_size=4), hidden=20)
+ODD = {"layers of their own sizes": dataclasses.replace(ARCHITECTURES["leading layer"], layers=2, pattern=(OWN_SIZES,))}
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *ODD])
+def test_a_configuration_names_every_axis_that_a_mesh_may_shard(name):
+    """And no other, so that what a mesh cannot shard is refused by the names of its options, and nothing else is."""
+    config = (ARCHITECTURES | ODD)[name]
+    sharded = {
+        (axis, size)
+        for info in flat(parameter_info(config.build())).values()
+        for axis, size in zip(info.axes, info.shape, strict=True)
+        if axis not in (None, "kv_heads")  # too few key/value heads are replicated
+    }
+    assert sharded == {(axis, size) for axis, _, size in config.axes if size}
 
 
 @pytest.mark.parametrize("name", ["deepseek", "uneven pattern", "t5"])
