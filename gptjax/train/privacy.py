@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from gptjax.distributed.sharding import axes_of
@@ -65,8 +66,7 @@ class Mechanism:
         """Sum of the clipped gradients of each sequence's mean loss, with the batch's metrics. On a mesh each device
         has whole parameters for its sequences.
 
-        gradient  (params, batch, key, *frozen) -> gradient of the batch's summed loss, and (metrics, updates); of a
-                  model whose rules are `without` the batch's mesh axes
+        gradient  (params, batch, key, *frozen) -> gradient of the batch's summed loss, and (metrics, updates)
         """
 
         def each(
@@ -84,20 +84,25 @@ class Mechanism:
             factor = jnp.where(norm > self.clip, self.clip / norm, 1) / weight
             return jax.tree.map(lambda g: g * factor, grads), norm > self.clip, metrics
 
+        def sums(params: Params, batch: Batch, keys: Array, frozen: tuple[Params, ...]) -> tuple[Params, Metrics]:
+            grads, clipped, metrics = jax.vmap(each, (None, 0, 0, None))(params, batch, keys, frozen)
+            clipped = clipped.astype(jnp.float32), (metrics["loss"][1] > 0).astype(jnp.float32)
+            return jax.tree.map(lambda x: jnp.sum(x, 0), (grads, metrics | {"clipped": clipped}))
+
         def summed(params: Params, batch: Batch, key: Key, *frozen: Params) -> tuple[Params, tuple[Metrics, dict]]:
             rows: Array = jax.tree.leaves(batch)[0]
             keys, mesh = jax.random.split(key, len(rows)), jax.sharding.get_abstract_mesh()
-            whole = params
-            if not mesh.empty:
-                over = axes_of(jax.typeof(rows).sharding.spec[0])
-                keys = jax.reshard(keys, PartitionSpec(over or None))
-                whole, frozen = jax.tree.map(lambda x: jax.reshard(x, _without(x, over)), (params, frozen))
-            grads, clipped, metrics = jax.vmap(each, (None, 0, 0, None))(whole, batch, keys, frozen)
-            clipped = clipped, metrics["loss"][1] > 0
-            total, metrics = jax.tree.map(lambda x: jnp.sum(x, 0), (grads, metrics | {"clipped": clipped}))
-            metrics["clipped"] = tuple(count.astype(jnp.float32) for count in metrics["clipped"])
-            if not mesh.empty:
-                total = jax.tree.map(lambda g, p: jax.reshard(g, jax.typeof(p).sharding.spec), total, params)
+            over = () if mesh.empty else axes_of(jax.typeof(rows).sharding.spec[0])
+            if not over:
+                total, metrics = sums(params, batch, keys, frozen)
+                return total, (metrics, {})
+            from gptjax.distributed.partial_map import partial_map
+
+            whole, frozen = jax.tree.map(lambda x: jax.reshard(x, _without(x, over)), (params, frozen))
+            split, same = PartitionSpec(over), PartitionSpec()
+            on_each = partial_map(lambda *args: lax.psum(sums(*args), over), over, (same, split, split, same), same)
+            total, metrics = on_each(whole, batch, jax.reshard(keys, split), frozen)
+            total = jax.tree.map(lambda g, p: jax.reshard(g, jax.typeof(p).sharding.spec), total, params)
             return total, (metrics, {})
 
         return summed

@@ -66,7 +66,6 @@ def program(
     mechanism         of `stage.privacy`. None: unknown, for a program that is not run
     """
     private = None if stage.privacy is None else mechanism or UNKNOWN
-    apply = (model if private is None else _for_single_sequences(model)).apply
     info = parameter_info(model)
     trained = info if stage.adapter is None else stage.adapter.info(info)
     beside = stage.objective.parameters(model.config)
@@ -132,7 +131,8 @@ def program(
         create_state,
         jax.jit(lambda params, batch, *frozen: prepare(rounded(params), batch, *frozen)),
         make_step(
-            *(objective, apply, optimizer, stage.accumulate, stage.ema, stage.divergence, prepare, private, rounded),
+            *(objective, model.apply, optimizer, stage.accumulate, stage.ema, stage.divergence),
+            *(prepare, private, rounded),
             compiler_options=compiler_options,
         ),
         jax.jit(evaluate, compiler_options=dict(compiler_options or {})),
@@ -144,11 +144,6 @@ def program(
 def _model_params(params: Params, *frozen: Params) -> Params:
     """Trained parameters without those that the objective trains beside them."""
     return {name: branch for name, branch in params.items() if name != BESIDE}
-
-
-def _for_single_sequences(model: Module) -> Module:
-    """The model for sequences that are mapped over one by one: their axis is sharded, and not the model's to see."""
-    return model.clone(rules=model.rules.without(model.rules.mesh_axes("batch")))
 
 
 def _zeros(info: ParamInfo, model: Module) -> Array:

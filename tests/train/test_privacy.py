@@ -109,14 +109,18 @@ def test_the_gradient_is_that_of_sequences_clipped_one_by_one(accumulate):
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("adapter", [None, LoRA(rank=2)], ids=["whole", "LoRA"])
-def test_the_gradient_is_the_same_on_a_mesh(adapter):
+@pytest.mark.parametrize(
+    ("adapter", "mesh"),
+    [(None, MeshConfig(data=2, fsdp=2, tensor=2)), (LoRA(rank=2), MeshConfig(fsdp=2, context=2, tensor=2))],
+    ids=["whole", "LoRA, sharded sequences"],
+)
+def test_the_gradient_is_the_same_on_a_mesh(adapter, mesh):
     """Noise included, with parameters sharded over the axes of the batch and over others."""
     stage = dataclasses.replace(STAGE, adapter=adapter, data=dataclasses.replace(STAGE.data, length=8, batch=8))
     mechanism = Mechanism(0.1, 0.7, 0.5, 100, 1.0, 1e-5)
     sequences, found = batch(8, empty=2), []
-    for mesh in (None, MeshConfig(data=2, fsdp=2, tensor=2).make()):
-        with sharding.use(mesh):
+    for devices in (None, mesh.make()):
+        with sharding.use(devices):
             functions = program(stage, Transformer(CONFIG, DEFAULT_RULES), 3, mechanism=mechanism)
             frozen = () if adapter is None else (jax.jit(functions.init_params)(),)
             state = jax.jit(functions.init_state)(*frozen)
