@@ -156,8 +156,10 @@ def nested(flat: Mapping[str, Any]) -> Params:
 
 
 def declared(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name -> shape, dtype and sharding (None without a mesh) of each parameter of a Flax model over tokens."""
+    """Name -> shape, dtype and sharding (None without a mesh) of each parameter of a Flax model over tokens. Raises
+    UserError for sizes that the current mesh does not divide."""
     mesh = jax.sharding.get_mesh()
+    model.rules.check_sizes(model.config.axes, dict(mesh.shape))
 
     def sharded(info: ParamInfo) -> NamedSharding | None:
         return None if mesh.empty else NamedSharding(mesh, model.rules(*info.axes))

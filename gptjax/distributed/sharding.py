@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -93,6 +93,18 @@ class ShardingRules:
             for name in axes_of(getattr(self, field.name)):
                 if name not in names:
                     raise UserError(f"rules.{field.name}: got {name!r}, must be an axis of mesh: {', '.join(names)}")
+
+    def check_sizes(self, axes: Iterable[tuple[str, str, int]], sizes: dict[str, int]) -> None:
+        """Raise UserError, naming the field, for an axis that a mesh with these axis sizes cannot split evenly.
+
+        axes  (logical axis, field, size), as `ModelConfig.axes`"""
+        for axis, field, size in axes:
+            if size % (parts := self.num_shards(axis, sizes)):
+                over = ", ".join(f"mesh.{name}" for name in axes_of(getattr(self, axis)) if sizes.get(name, 1) > 1)
+                raise UserError(
+                    f"{field}: got {size}, must be a multiple of {parts}, its number of shards on the mesh; change it, "
+                    f"{over} or rules.{axis}"
+                )
 
 
 DEFAULT_RULES = ShardingRules(

@@ -104,15 +104,15 @@ class Experiment:
         """Raise UserError, naming the field, if the experiment does not fit this number of devices."""
         sizes = self.mesh.sizes(devices)
         self.rules.check(tuple(sizes))
-        axes = [
-            *self.model.axes,
-            *(("batch", f"{name}.data.batch", s.data.batch // s.accumulate) for name, s in self.stages.items()),
-            *(("sequence", f"{name}.data.length", s.data.length) for name, s in self.stages.items()),
-        ]
-        for axis, field, size in axes:
-            parts = self.rules.num_shards(axis, sizes)
-            if size % parts:
-                raise UserError(f"{field}: got {size}, must be a multiple of {parts}, its number of shards on the mesh")
+        axes = [*self.model.axes]
+        for name, stage in self.stages.items():
+            batch, parts = f"{name}.data.batch", stage.accumulate
+            field = batch if parts == 1 else f"{batch} / {name}.accumulate"
+            axes += [
+                ("batch", field, stage.data.batch // parts),
+                ("sequence", f"{name}.data.length", stage.data.length),
+            ]
+        self.rules.check_sizes(axes, sizes)
 
     def run(
         self,

@@ -53,11 +53,15 @@ def stages(prompts: tuple[str, ...] = ("a",), accumulate: int = 1, **of_data) ->
         ({"stages": {}}, "stages: got none, must be at least one"),
         ({"stages": stages(length=65)}, "x.data.length: got 65, must be at most 64"),
         ({"stages": stages(batch=6)}, "x.data.batch: got 6, must be a multiple of 4"),
-        ({"stages": stages(accumulate=4)}, "x.data.batch: got 2, must be a multiple of 4"),
+        ({"stages": stages(accumulate=4)}, "x.data.batch / x.accumulate: got 2, must be a multiple of 4"),
         ({"stages": stages(prompts=("a" * 70,))}, "x.prompts: got 'aaa.*' of 71 tokens"),
         ({"mesh": MeshConfig(data=3)}, "mesh: data 3 does not fit 8 device"),
         ({"mesh": MeshConfig(data=2, tensor=4)}, "model.heads: got 2, must be a multiple of 4"),
-        ({"model": TransformerConfig(63, 1, 16, 2)}, "model.vocab: got 63, must be a multiple of 2"),
+        (
+            {"model": TransformerConfig(63, 1, 16, 2)},
+            "model.vocab: got 63, must be a multiple of 2, its number of shards on the mesh; change it, mesh.tensor or "
+            "rules.vocab",
+        ),
         ({"model": TransformerConfig(32, 1, 16, 2)}, "model.vocab: got 32, but the tokenizer has 34 ids"),
     ],
 )

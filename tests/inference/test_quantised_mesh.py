@@ -46,11 +46,15 @@ def test_a_mesh_changes_no_token(name, bits, group, mesh, tmp_path):
     assert written(small) == written(shared)
 
 
-def test_experts_are_refused(tmp_path):
-    config = CONFIGS["experts"]
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CONFIGS["experts"], "mesh: got one, must be none: quantised experts"),
+        (dataclasses.replace(CONFIGS["grouped"], vocab=271), "model.vocab: got 271, must be a multiple of 2"),
+    ],
+    ids=["experts", "vocabulary"],
+)
+def test_what_cannot_be_sharded_is_refused(config, message, tmp_path):
     gptjax.LanguageModel(config, params_of(config), TOKENIZER).quantised().save(tmp_path / "small")
-    with (
-        jax.set_mesh(MeshConfig(data=4, tensor=2).make()),
-        pytest.raises(UserError, match="mesh: got one, must be none: quantised experts"),
-    ):
+    with jax.set_mesh(MeshConfig(data=4, tensor=2).make()), pytest.raises(UserError, match=message):
         gptjax.load(tmp_path / "small", rules=DEFAULT_RULES)
