@@ -24,6 +24,7 @@ from gptjax.nn import (
     SequenceMixer,
     SwiGLU,
 )
+from gptjax.nn.config import OF_COMPUTATION
 
 
 def essence(m: ModelConfig) -> dict[str, Any]:
@@ -58,10 +59,9 @@ def essence(m: ModelConfig) -> dict[str, Any]:
     }
     parts = {"attention": MultiHeadAttention(), "cross_attention": None, "mlp": SwiGLU()}
     positions = RoPE() if isinstance(m.positions, RoPE) else m.positions  # RoPE's settings are compared in the layers
-    of_training: Any = {"dropout": 0.0, "layer_drop": 0.0, "remat": None, "dtype": "float32", "cache_dtype": None}
-    of_training |= {"microbatches": None, "pipeline_chunks": 1}
+    of_computation: Any = {f.name: f.default for f in dataclasses.fields(BackboneConfig) if f.name in OF_COMPUTATION}
     scales: Any = {"logit_scale": m.logit_scale / m.width_multiplier, "parametrisation": Parametrisation()}
-    rest = dataclasses.replace(m, positions=positions, **of_layers, **parts, **of_training, **scales)
+    rest = dataclasses.replace(m, positions=positions, **of_layers, **parts, **of_computation, **scales)
     return {"model": rest, "layers": layers}
 
 
@@ -79,8 +79,8 @@ def _attention(part: SequenceMixer | None) -> SequenceMixer | None:
     if isinstance(part, MultiHeadAttention):
         if part.scale is None and part.head_size is not None:
             part = dataclasses.replace(part, scale=part.head_size**-0.5)
-        if part.output_bias is None:
-            part = dataclasses.replace(part, output_bias=part.bias)
+        output_bias = part.bias if part.output_bias is None else part.output_bias
+        part = dataclasses.replace(part, output_bias=output_bias, implementation=None)
     positions = part.positions if isinstance(part, Attention) else None
     if isinstance(part, Attention) and isinstance(positions, RoPE) and isinstance(positions.scaling, LongRoPE):
         scaling = dataclasses.replace(positions.scaling, length=None)  # in `transformers` it is each text's length

@@ -32,7 +32,8 @@ from gptjax.distributed.sharding import DEFAULT_RULES, ShardingRules
 from gptjax.inference.sampling import Sampling
 from gptjax.models.language_model import LanguageModel, loaded_context
 from gptjax.models.model import Model
-from gptjax.nn import LoRA, ModelConfig, TransformerConfig
+from gptjax.nn import BackboneConfig, LoRA, ModelConfig, TransformerConfig
+from gptjax.nn.config import OF_COMPUTATION
 from gptjax.protocols import Module, Pretrained
 from gptjax.types import FrozenModel, Params, UserError, one_line
 
@@ -184,9 +185,8 @@ def init_from_pretrained(path: str | Path, model: Module, tokenizer: Tokenizer, 
         )
     ours: Any = getattr(model.config, "backbone", model.config)
     theirs: Any = getattr(found.config, "backbone", found.config)
-    training_fields = ("dropout", "layer_drop", "remat", "microbatches", "pipeline_chunks", "dtype", "cache_dtype")
-    if type(ours) is type(theirs) and hasattr(ours, "dropout"):
-        theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in training_fields})
+    if type(ours) is type(theirs) and isinstance(ours, BackboneConfig):
+        theirs = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in OF_COMPUTATION})
     if other := differences(theirs, ours):
         raise UserError(f"model: differs from the pretrained model {path}: {'; '.join(other)}")
     pretrained, initialiser = flat(found.params), model.clone(rules=model.rules.for_batch_size(1))

@@ -20,6 +20,12 @@ from gptjax.nn.stack import Stack
 from gptjax.protocols import ModelConfig
 from gptjax.types import Params, UserError
 
+OF_COMPUTATION = (
+    *("dropout", "layer_drop", "remat", "microbatches", "pipeline_chunks"),
+    *("dtype", "float8", "cache_dtype"),
+)
+"""Fields of `BackboneConfig` that say how it is trained and computed, not which model it is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerOverrides:

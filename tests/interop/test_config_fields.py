@@ -16,6 +16,7 @@ from gptjax.interop.essence import essence
 from gptjax.interop.families import FAMILIES, Fields
 from gptjax.interop.huggingface import load_hf, save_hf
 from gptjax.interop.safetensors import Tensors, write
+from gptjax.nn import MultiHeadAttention
 from gptjax.types import UserError
 
 SCALINGS = (
@@ -294,4 +295,5 @@ def test_what_disagrees_is_refused_in_one_line():
 
 def test_settings_of_training_are_not_what_a_model_computes():
     settings = {"remat": "nothing_saveable", "microbatches": 4, "pipeline_chunks": BASE.layers, "dropout": 0.1}
+    settings |= {"float8": True, "attention": MultiHeadAttention(implementation="chunked")}
     assert essence(dataclasses.replace(BASE, **settings)) == essence(BASE)
