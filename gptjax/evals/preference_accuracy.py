@@ -95,7 +95,7 @@ def pair_likelihoods(
             requests += sides
     if not kept:
         raise UserError(f"length: got {limit}, must be more: no pair has replies that fit")
-    found = score(model.config, model.params, requests)
+    found = score(model.config, model.params, requests, model.rules)
     return kept, list(zip(found[::2], found[1::2], strict=True))
 
 

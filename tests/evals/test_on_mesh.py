@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gptjax import data, evals, optim
-from gptjax.distributed.sharding import MeshConfig
+from gptjax.distributed.sharding import DEFAULT_RULES, MeshConfig
 from gptjax.experiment.experiment import Experiment, Stage
 from gptjax.models.language_model import LanguageModel
 from gptjax.nn import TransformerConfig
@@ -24,15 +24,16 @@ from gptjax.types import Result
 
 @dataclasses.dataclass(frozen=True)
 class Talks:
-    """Conversations about numbers, or the texts in them."""
+    """Conversations about numbers, or the texts in them, or pairs of which the true one was chosen."""
 
-    texts: bool = False
+    kind: str = "talks"
 
     def documents(self, split):
         for i in range(24):
             question, answer = f"{split} {i * i}?", f"{i} times {i}."
             talk = data.Message("user", question), data.Message("assistant", answer)
-            yield question + answer if self.texts else talk
+            pair = data.Preference(talk[:1], talk[1], data.Message("assistant", f"{i} times {i + 1}."))
+            yield {"talks": talk, "texts": question + answer, "pairs": pair}[self.kind]
 
     def questions(self, n):
         return [(f"validation {i * i}?", f"{i} times {i}.") for i in range(n)]
@@ -67,7 +68,7 @@ class Repeat(Task):
 
 
 STAGE = Stage(
-    data=data.Chat(data.Mix((Talks(), Talks(texts=True)), (1, 1)), length=32, batch=8),
+    data=data.Chat(data.Mix((Talks(), Talks("texts")), (1, 1)), length=32, batch=8),
     objective=NextToken(),
     optimizer=optim.AdamW(learning_rate=1e-2, schedule=optim.Constant()),
     steps=4,
@@ -76,9 +77,10 @@ STAGE = Stage(
     prompts=(),
     evaluations=(
         Placement(),
-        evals.BitsPerByte(Talks(texts=True)),
+        evals.BitsPerByte(Talks("texts")),
         evals.Answers(Talks(), count=2, max_tokens=6),
         evals.Generative(Repeat(), max_tokens=6, workers=1),
+        evals.PreferenceAccuracy(Talks("pairs")),
     ),
 )
 EXPERIMENT = Experiment(
@@ -86,6 +88,7 @@ EXPERIMENT = Experiment(
     tokenizer=data.TrainCharacters(),
     stages={"chat": STAGE},
     mesh=MeshConfig(data=1, fsdp=4, tensor=2),
+    rules=dataclasses.replace(DEFAULT_RULES, vocab=None),  # not the default, which an evaluation must not assume
 )
 
 
@@ -120,13 +123,14 @@ def test_parameters_stay_sharded(run):
 
 def test_results_are_those_of_one_device(run):
     folder, one = run
-    _, bits, answers, replies = results(folder)
+    _, bits, answers, replies, pairs = results(folder)
     for name, value in STAGE.evaluations[1](one).values.items():
         # A sum of some 700 terms of 1 to 8 nats, of logits that differ by the rounding of sums of 16 to 64 products.
         np.testing.assert_allclose(bits.values[name], value, rtol=1e-5)
     assert answers == STAGE.evaluations[2](one)
     again = STAGE.evaluations[3](one)
     assert replies == dataclasses.replace(again, items=())
+    assert pairs == dataclasses.replace(STAGE.evaluations[4](one), items=())
     lines = (folder / "report" / "chat.3.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == json.loads(json.dumps(again.items))
 
