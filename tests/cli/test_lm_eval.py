@@ -90,6 +90,7 @@ def test_rolling_likelihoods_of_texts_longer_than_the_context(both, monkeypatch)
     np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.alone
 def test_replies(both):
     options = {"until": [".", "\n\n"], "max_gen_toks": 24, "do_sample": False}
     requests = asked("generate_until", *((context, dict(options)) for context in (STORY, "Hi", STORY * 12)))

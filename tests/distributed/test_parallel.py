@@ -210,6 +210,7 @@ def test_context_parallel_passes_keys_on_and_never_gathers_rows(mesh):
     assert not found
 
 
+@pytest.mark.alone
 def test_context_with_fsdp_and_tensor_parallel_sends_what_all_do():
     made = program(DENSE, MeshConfig(data=1, fsdp=2, context=2, tensor=2))
     found, shared, whole = made.operands(), made.bytes("fsdp"), made.bytes(None)
@@ -222,6 +223,7 @@ def test_context_with_fsdp_and_tensor_parallel_sends_what_all_do():
     assert not found
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -281,6 +283,7 @@ def test_expert_parallel_sends_tokens_and_never_experts(capacity):
     assert not found
 
 
+@pytest.mark.alone
 def test_experts_with_fsdp_and_tensor_parallel():
     """Experts' matrices are gathered once, as the backward pass keeps what it needs of them, and their gradients are
     reduce-scattered; the rest as without."""

@@ -89,6 +89,7 @@ def test_a_stage_of_adapters(tmp_path, monkeypatch, lora):
     jax.tree.map(np.testing.assert_array_equal, params(folder, "base"), base)
 
 
+@pytest.mark.alone
 def test_adapters_of_a_pretrained_model(tmp_path, monkeypatch):
     """A first stage adapts the model that the run starts from, the next what it made; loaded, both are merged."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))

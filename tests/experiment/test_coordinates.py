@@ -45,6 +45,7 @@ def measure(config: TransformerConfig) -> dict[str, np.ndarray]:
     return {name: width_exponents(WIDTHS, of) for name, of in sizes.items()}
 
 
+@pytest.mark.alone
 def test_coordinates_are_flat_with_mup_and_grow_without():
     """Chance is about 1/sqrt(width) of a size: 0.18 at width 32, which bends a line over a factor of 4 by 0.13."""
     mup, standard = measure(dataclasses.replace(CONFIG, parametrisation=MuP(base_width=32))), measure(CONFIG)

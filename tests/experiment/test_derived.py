@@ -57,6 +57,7 @@ def equal(a, b) -> bool:
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
+@pytest.mark.alone
 def test_a_stage_is_trained_again_after_an_earlier_one(experiment, tmp_path, capsys):
     folder = tmp_path / "run"
     experiment.run(folder)

@@ -38,6 +38,7 @@ def student(path: str) -> Experiment:
     return Experiment(STUDENT, data.TrainCharacters(), {"distil": stage}, mesh)
 
 
+@pytest.mark.alone
 def test_a_run_learns_from_its_teacher_and_no_other(tmp_path):
     tokenizer = data.TrainCharacters().build(STAGE.data.texts())
     path = save(tmp_path / "teacher", tokenizer)

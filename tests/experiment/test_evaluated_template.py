@@ -64,6 +64,7 @@ EXPERIMENT = Experiment(
 )
 
 
+@pytest.mark.alone
 def test_replies_follow_the_template_of_the_stage(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     EXPERIMENT.run(tmp_path / "run")

@@ -40,6 +40,7 @@ def test_without_noise_the_law_is_found():
     assert loss == pytest.approx(best[0], rel=1e-3)
 
 
+@pytest.mark.alone
 def test_intervals_cover_the_exponents():
     """At 95 %, of 2 x 8 intervals of series with other noise, fewer than 12 cover with a probability of 0.1 %."""
     covered = []

@@ -241,6 +241,7 @@ def test_sentencepiece_keys(tmp_path, tokenizer):
     assert merged == sorted(merged, reverse=True)  # learned first, merged first
 
 
+@pytest.mark.alone
 @pytest.mark.real
 def test_gpt2_keys_are_the_same_from_each_of_its_files(shared):
     """The merges that OpenAI published, found again from the ranks alone."""

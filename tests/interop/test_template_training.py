@@ -131,6 +131,7 @@ def test_a_run_learns_and_chats_in_the_template(tokenizer, tmp_path):
     assert changed.fingerprint != batches.fingerprint
 
 
+@pytest.mark.alone
 def test_a_trained_model_has_the_template(tmp_path):
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": TALK[-2:]}) for _ in range(3)))
     template = ChatTemplate(HERMES, {"bos_token": "<|bos|>"})

@@ -57,6 +57,7 @@ def test_a_template_is_limited_in_time_memory_and_output(name):
     assert ChatTemplate("{{ messages | length }}").text(TALK) == "3"
 
 
+@pytest.mark.alone
 def test_a_limit_is_named(monkeypatch):
     for name, limit in (("loops", "a second"), ("product", "512 MiB of memory"), ("output", "16,777,216 characters")):
         for _ in range(2):

@@ -43,6 +43,7 @@ def test_the_largest_number_is_exact_and_zeros_stay():
     assert jnp.isfinite(rounded(big)).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_learns_as_in_the_compute_dtype_and_is_evaluated_in_it(dtype):
     config = TransformerConfig(vocab=17, layers=2, width=32, heads=2, dtype=dtype)

@@ -324,6 +324,7 @@ def same(model, other):
         assert [completion.text for completion in other.generate(TEXTS, 8, temperature=0)] == texts
 
 
+@pytest.mark.sampled
 @pytest.mark.torch
 @THEIRS
 @pytest.mark.parametrize("kind", ["bert", "t5"])

@@ -30,6 +30,7 @@ def test_the_loss_is_its_equation_and_padding_does_not_count():
     assert float(found["loss"][1]) == 3
 
 
+@pytest.mark.alone
 def test_numbers_are_learned(tmp_path, monkeypatch):
     """The share of x in a text."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))

@@ -110,6 +110,7 @@ def test_a_profile_is_of_the_steps_asked_for(tmp_path, capsys):
     assert "xprof --logdir" in capsys.readouterr().out
 
 
+@pytest.mark.alone
 def test_a_profile_ends_with_the_run_and_counts_from_where_it_goes_on(tmp_path, capsys):
     run(tmp_path / "run")
     longer = dataclasses.replace(STAGE, steps=11)

@@ -244,6 +244,7 @@ def train(lora: LoRA, rules: ShardingRules = ShardingRules(), steps: int = 3):
     return state, losses
 
 
+@pytest.mark.alone
 def test_adapters_alone_are_trained_and_alike_on_a_mesh():
     dora = DoRA(rank=2, match=ALL)  # its program holds LoRA's
     state, losses = train(dora)

@@ -144,6 +144,7 @@ def test_what_a_stage_computes_has_just_arrived(stages, microbatches, chunks):
     assert max(visits[-1][0] for visits in passed.values()) == schedule.ticks - 1
 
 
+@pytest.mark.alone
 def test_chunks_compute_what_stages_compute():
     """Pieces that some stages store and others compute have the same dropout: loss bit for bit, gradients to
     rounding."""
@@ -166,6 +167,7 @@ def test_chunks_compute_what_stages_compute():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-8), chunks, whole)
 
 
+@pytest.mark.alone
 def test_stages_begin_with_the_same_parameters():
     """In rounds, with layers before and after them, as on one device."""
     config = MODELS["rounds of two between others"]
@@ -175,6 +177,7 @@ def test_stages_begin_with_the_same_parameters():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), staged, alone)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chunks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_layer_reports_the_load_of_the_whole_batch(chunks):
     """Layers of a stage and those around them, in microbatches, with data, experts and stages sharded."""

@@ -95,6 +95,7 @@ def initialised(rows: Batch, *models):
     return [jax.jit(m.init)(jax.random.key(i), rows.tokens)["params"] for i, m in enumerate(models)]
 
 
+@pytest.mark.alone
 def test_a_step_in_parts_or_on_a_mesh_has_the_same_gradient():
     """Sums over rows: of 1, 2 and 4 uneven parts. In chunks, with a vocabulary that the mesh shards."""
     objective = Distillation(TEACHER, beta=0.5, top_k=4, cross_entropy_weight=0.5)

@@ -109,6 +109,7 @@ def test_the_mean_gradient_is_that_of_the_expected_reward(objective, factor, tin
     same(found, expected, factor)
 
 
+@pytest.mark.alone
 def test_divergences_have_the_gradients_that_they_claim(tiny):
     """Replies of one token, as a batch whose weights are their probabilities."""
     model, params, reference, _ = tiny

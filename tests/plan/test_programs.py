@@ -36,6 +36,7 @@ def test_other_programs_of_a_run_are_planned():
     assert memory.state + memory.parameters < others["text sample"]  # layers are split: a copy
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_text_sample_of_many_layers_is_planned_from_few():
     """To the byte where every layer needs the same."""

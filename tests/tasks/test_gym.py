@@ -78,6 +78,7 @@ def test_the_librarys_score_is_a_figure_and_by_choice_the_reward():
     assert (paid.outcome, paid.value) == (0, score.parts["score"])
 
 
+@pytest.mark.alone
 def test_a_verifier_that_hangs_or_fails_gives_nothing(monkeypatch):
     with Scorers(SUMS, 1, timeout=30.0) as scorers:
         assert scorers.submit(0, Reply(SUMS.example(0)[-1].text)).result().outcome == 1

@@ -65,6 +65,7 @@ class Slow(Odd):
 _ready: list[bool] = []
 
 
+@pytest.mark.alone
 def test_the_time_to_get_ready_is_no_reply_s():
     with Scorers(Slow(), workers=1, timeout=1) as scorers:
         said = ["1", "hang", "0"]

@@ -99,6 +99,7 @@ def test_a_run_whose_judge_is_lost_stops_at_a_checkpoint_and_is_resumed(server, 
     assert [line["step"] for line in metrics.read(tmp_path) if "loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.alone
 def test_without_a_judge_nothing_begins(server, tmp_path):
     server.left = 0
     with pytest.raises(UserError, match=r"^rl.data.reward.url: got status 401 .*expired"):

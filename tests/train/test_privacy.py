@@ -208,6 +208,7 @@ def run(folder: Path, stage: Stage, seed: int, interrupt: int | None = None):
         )
 
 
+@pytest.mark.alone
 def test_a_private_stage_resumes_to_the_same_bits_and_keeps_its_promise(tmp_path, capsys):
     whole = run(tmp_path / "whole", STAGE, seed=2**40)
     said = " ".join(capsys.readouterr().out.split())
@@ -221,6 +222,7 @@ def test_a_private_stage_resumes_to_the_same_bits_and_keeps_its_promise(tmp_path
             run(tmp_path / "stopped", dataclasses.replace(STAGE, **changed), seed=2**40)
 
 
+@pytest.mark.alone
 def test_the_seed_of_a_private_stage_is_secret_and_stays_with_the_run(tmp_path):
     public = dataclasses.replace(STAGE, privacy=None)
     assert seed_of("s", public, tmp_path, 3) == 3

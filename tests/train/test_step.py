@@ -207,6 +207,7 @@ def test_one_batch_can_be_learned_by_heart():
     assert total / weight < 0.05
 
 
+@pytest.mark.alone
 def test_compile_time_does_not_grow_with_depth():
     """By the size of the program, which the compiler's time depends on."""
 
