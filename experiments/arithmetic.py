@@ -134,8 +134,10 @@ def arithmetic(expect: tuple[Expect, ...] = (), **stages: Stage) -> Experiment:
 
 
 def reinforcement(objective: Objective, reward: str = "right") -> Experiment:
-    """Fine-tuning, then 100 steps with this objective and reward."""
-    raises = Expect("rl/Sums/accuracy", above=0.9) if reward == "right" else Expect("rl/Sums/accuracy", below=0.3)
+    """Fine-tuning, then reinforcement with this objective and reward. Only the reward for right replies may raise their
+    share above that in the fine-tuning's data."""
+    share = "rl/Sums/accuracy"
+    expected = Expect(share, above=0.95) if reward == "right" else Expect(share, below=Answers.right)
     rl = Stage(
         data=Rollouts(Sums(reward=reward), length=32, batch=256, group=8, rows=64),
         objective=objective,
@@ -147,7 +149,7 @@ def reinforcement(objective: Objective, reward: str = "right") -> Experiment:
         prompts=(),
         evaluations=(evals.Generative(HELD_OUT, samples=4, sampling=Sampling(temperature=1.0), rows=64),),
     )
-    return arithmetic((raises,), rl=rl)
+    return arithmetic((expected,), rl=rl)
 
 
 variants = {
