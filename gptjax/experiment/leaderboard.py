@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from gptjax.experiment.report import VALIDATION_LOSS, find_figure
 from gptjax.experiment.summary import Curve, Summary
+from gptjax.monitor.times import duration
 from gptjax.types import UserError
 
 WIDTH, HEIGHT = 160, 40
@@ -96,7 +97,7 @@ def _row(run: Summary, shown: Sequence[str], best: dict[str, float], bounds: tup
     cells = [_cell(run.model, html.escape(run.model))]
     cells += [_cell(number, "" if number is None else _short(number)) for number in numbers]
     seconds = run.total("seconds")
-    cells.append(_cell(seconds, _duration(seconds or 0.0)))
+    cells.append(_cell(seconds, "" if seconds is None else duration(seconds)))
     for name in shown:
         value = run.figures.get(name)
         kind = ' class="best"' if value is not None and best.get(name) == value else ""
@@ -158,8 +159,3 @@ def _short(number: float) -> str:
         if number >= size:
             return f"{number:.2e}" if unit is None else f"{number / size:.3g} {unit}"
     return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3_600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -118,7 +118,7 @@ def write(
     wall = times.WallTime(time_lines)
     failures = {"a failure an hour": 3_600.0, "one a day": 86_400.0, "one a week": 604_800.0}
     if number := wall.counts["down"]:
-        failures |= {f"as many as here, one every {_duration(wall.total / number)}": wall.total / number}
+        failures |= {f"as many as here, one every {times.duration(wall.total / number)}": wall.total / number}
     for stage, found in results.items():
         records = [record for record in all_records if record["stage"] == stage]
         curve(records, f"{folder.name}: {stage}", target / f"{stage}.png", units.get(stage, "token"))
@@ -232,7 +232,9 @@ WALL_TIME = {
 def _wall_time(wall: times.WallTime) -> list[str]:
     """Table of the wall time by part, as Markdown."""
     rows = [("wall time", wall.total), *((what, wall.parts[part]) for part, what in WALL_TIME.items())]
-    table = [f"| {what} | {_duration(spent)} | {spent / wall.total:.1%} |" for what, spent in rows if spent >= 0.05]
+    table = [
+        f"| {what} | {times.duration(spent)} | {spent / wall.total:.1%} |" for what, spent in rows if spent >= 0.05
+    ]
     return ["## Time\n", "| | | share |\n|---|---:|---:|", *table, ""] if wall.total else []
 
 
@@ -247,16 +249,9 @@ def _saving(records: Records, wall: times.WallTime, failures: Mapping[str, float
     cost, step = wall.parts["checkpoint"] / saves, float(np.median(speeds))
     best = (f"{max(round(times.save_interval(cost, mean) / step), 1):,} with {rate}" for rate, mean in failures.items())
     return [
-        f"\nSaving: {saves:,} checkpoints, each of which blocked training for {_duration(cost)}. "
+        f"\nSaving: {saves:,} checkpoints, each of which blocked training for {times.duration(cost)}. "
         f"The `save_every` that loses the least time: {', '.join(best)}."
     ]
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def _samples(records: Records) -> list[str]:

@@ -206,6 +206,14 @@ def save_interval(cost: float, failure: float) -> float:
     return math.sqrt(2 * cost * failure)
 
 
+def duration(seconds: float) -> str:
+    """A time to read: 2.5 s, 1.2 min, 3.4 h, 5.6 d."""
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def memory() -> dict[str, int]:
     """Peak memory in bytes: memory_device, of this process's fullest device, if the backend reports it; memory_process,
     the host memory of this process."""
