@@ -55,7 +55,8 @@ class Summary:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Run folders: those named, and all in folders that are none. Raises UserError for a path without any."""
+    """Run folders: those named, and all in folders that are none. Raises UserError for a path without any, and for no
+    path."""
     found: list[Path] = []
     for path in paths:
         inside = [path] if (path / "config.json").exists() else sorted(f.parent for f in path.rglob("config.json"))
@@ -63,6 +64,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         if not runs:
             raise UserError(f"runs: got {path}, must be a run folder, or a folder with some")
         found += [run for run in runs if run not in found]
+    if not found:
+        raise UserError("runs: got none, must be at least one run folder, or a folder with some")
     return found
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax.cli import run
+from gptjax.cli.main import main
 from gptjax.experiment import scaling
 from gptjax.experiment.dial import Dial
 from gptjax.types import UserError
@@ -73,13 +74,16 @@ def test_a_series_of_one_dial_has_one_exponent(tmp_path):
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
-def test_too_few_runs_are_refused():
+def test_too_few_runs_are_refused(capsys):
     values = [1e6, 2e6, 1e6], [1e7, 1e7, 3e7], [6e13, 12e13, 18e13], [3, 2.9, 2.8]
     few = scaling.Series(*map(np.array, values))
     with pytest.raises(UserError, match=r"^runs: got 3 of 3 sizes, must be at least 6 where size and tokens vary"):
         scaling.fit(few)
     with pytest.raises(UserError, match=r"^runs: got losses of nan, must be finite"):
         scaling.Series(*[np.ones(3)] * 3, np.array([1, np.nan, 2]))
+    for command in ("scaling", "leaderboard"):
+        assert main([command]) == 2
+        assert capsys.readouterr().err.startswith("error: runs: got none, must be at least one run folder")
 
 
 def test_one_dial_sets_sizes_and_rates(capsys):
