@@ -12,7 +12,6 @@ import tyro
 # Nothing heavier up here: --help must not wait for jax.
 if TYPE_CHECKING:
     from gptjax.models.language_model import LanguageModel
-    from gptjax.train.stage import QAT
 
 GROUPS = (128, 64, 32, 16)
 """Inputs per scale with 4 bits, the first that divides the inputs of every matrix."""
@@ -53,7 +52,6 @@ def quantize(
 
     from gptjax.inference.quantise import gptq_params, quantise_params
     from gptjax.models.loading import load
-    from gptjax.models.run import quantisation_of
     from gptjax.types import UserError
 
     if out.exists():
@@ -62,19 +60,20 @@ def quantize(
         raise UserError(f"calibration: got {calibration}, must not be given for the method round; use --method gptq")
     lm = load(path, step=step)
     evaluation = evaluation_of(lm, path, text)
-    if (trained := quantisation_of(path)) is not None:
-        check_trained(trained, bits, group, method)
-        bits, group = trained.bits, trained.group
+    embeddings = to == "gptjax"
+    if (trained := lm.quantisation) is not None:
+        trained.check_rounding(bits=bits, group=group, method=method)
+        bits, group, embeddings = trained.bits, trained.group, embeddings and trained.embeddings
     else:
         bits = bits or 8
         group = group or (None if bits == 8 else _group(lm))
-    settings = {"bits": bits, "group": group, "embeddings": to == "gptjax", "progress": lambda name: print(name)}
+    settings = {"bits": bits, "group": group, "embeddings": embeddings, "progress": lambda name: print(name)}
     if method == "gptq":
         tokens = _tokens(lm, evaluation, calibration, calibration_tokens)
         params = gptq_params(lm.config, lm.params, tokens, **settings)
     else:
         params = quantise_params(lm.config, lm.params, **settings)
-    small = dataclasses.replace(lm, params=params)
+    small = dataclasses.replace(lm, params=params, quantisation=None)
     if to == "hf":
         small.save_hf(out)
     else:
@@ -83,19 +82,6 @@ def quantize(
     report = f"# {Path(path).name}: {scheme}\n\n" + _report(lm, load(out), evaluation)
     (out / REPORT).write_text(report)
     print(f"\n{report}\n{out} is written, with this report in {REPORT}")
-
-
-def check_trained(trained: QAT, bits: int | None, group: int | None, method: str) -> None:
-    """Raise UserError for another rounding than the weights were trained for."""
-    from gptjax.types import UserError
-
-    wanted = {"bits": trained.bits, "group": trained.group, "method": "round"}
-    for name, value in {"bits": bits, "group": group, "method": method}.items():
-        if value not in (None, wanted[name]):
-            raise UserError(
-                f"{name}: got {value}, must be {wanted[name]}, as the weights were trained to be rounded (QAT): leave "
-                f"--{name} out, or train another run for it"
-            )
 
 
 def evaluation_of(lm: LanguageModel, path: str, text: str | None) -> Any:

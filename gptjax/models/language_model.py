@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gptjax.inference.formats import ReplyFormat
     from gptjax.interop.templates import ChatTemplate
     from gptjax.nn import LongRoPE
+    from gptjax.train.stage import QAT
 
 CONTEXT = 2_048
 """Context of an engine in tokens, if the model says none."""
@@ -63,6 +64,8 @@ class LanguageModel(TextEncoder):
     """Tokens that end a text. None: all special tokens."""
     sampling: Sampling | None = None
     """Sampling settings recommended by the model's authors, or None."""
+    quantisation: QAT | None = None
+    """Rounding that the weights were trained for. None: for none."""
 
     def logits(self, tokens: Array | np.ndarray | Sequence[Sequence[int]]) -> Array:
         """tokens int [B, T] -> logits [B, T, V] of the next token, in the compute dtype."""
@@ -100,15 +103,7 @@ class LanguageModel(TextEncoder):
         sampling = self._sampling(sampling, **fields)
         ids = [self.encode_prompt(prompt) for prompt in prompts]
         return generate(
-            self._module,
-            self._decode_params,
-            self.tokenizer,
-            ids,
-            max_tokens,
-            sampling,
-            samples,
-            seed,
-            stop,
+            *(self._module, self._decode_params, self.tokenizer, ids, max_tokens, sampling, samples, seed, stop),
             stop_token_ids=self.stop_token_ids,
         )
 
@@ -186,14 +181,7 @@ class LanguageModel(TextEncoder):
         self, ids: Sequence[int], max_tokens: int | None, seed: int, stop: Sequence[str], sampling: Sampling
     ) -> Generator[str, None, Completion]:
         return stream(
-            self._module,
-            self._decode_params,
-            self.tokenizer,
-            ids,
-            max_tokens,
-            sampling,
-            seed,
-            stop,
+            *(self._module, self._decode_params, self.tokenizer, ids, max_tokens, sampling, seed, stop),
             self.stop_token_ids,
         )
 
@@ -299,11 +287,20 @@ class LanguageModel(TextEncoder):
             raise UserError(f"model: got {type(self.config).__name__}, must be TransformerConfig to {use}")
         return self.config
 
-    def quantised(self, bits: int = 8, group: int | None = None, embeddings: bool = True) -> LanguageModel:
-        """This model with quantised weights; see `gptjax.inference.quantise.quantise_params`."""
+    def quantised(
+        self, bits: int | None = None, group: int | None = None, embeddings: bool | None = None
+    ) -> LanguageModel:
+        """This model with quantised weights; see `gptjax.inference.quantise.quantise_params`. None: what the weights
+        were trained for, else 8 bits, a scale per output, and embeddings too. Raises UserError for another rounding
+        than they were trained for."""
         from gptjax.inference.quantise import quantise_params
 
-        return dataclasses.replace(self, params=quantise_params(self.config, self.params, bits, group, embeddings))
+        if (trained := self.quantisation) is not None:
+            trained.check_rounding(bits=bits, group=group, embeddings=embeddings)
+            bits, group, embeddings = trained.bits, trained.group, trained.embeddings
+        bits = 8 if bits is None else bits
+        params = quantise_params(self.config, self.params, bits, group, embeddings is not False)
+        return dataclasses.replace(self, params=params, quantisation=None)
 
     def with_cache_dtype(self, dtype: str | None) -> LanguageModel:
         """This model with keys and values cached in int8 or float8_e4m3fn. None: in the compute dtype."""
@@ -337,6 +334,10 @@ class LanguageModel(TextEncoder):
 
     @property
     def _settings(self) -> dict[str, Any]:
+        return {"quantisation": self.quantisation, **self._hf_settings}
+
+    @property
+    def _hf_settings(self) -> dict[str, Any]:
         names = ("context", "template", "stop_token_ids", "sampling")
         return {name: getattr(self, name) for name in names}
 

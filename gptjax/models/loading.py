@@ -284,6 +284,7 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
     from gptjax.inference.quantise import from_arrays
     from gptjax.interop import safetensors
     from gptjax.interop.templates import ChatTemplate
+    from gptjax.train.stage import QAT
 
     if config.pop("sha256", None) != digest(config):
         raise UserError(f"path: got {path}, whose config.json is not as it was saved; restore it")
@@ -310,6 +311,8 @@ def _saved(path: Path, config: dict[str, Any], dtype: str | None, rules: Shardin
         settings["template"] = ChatTemplate(**config["template"])
     if config.get("sampling") is not None:
         settings["sampling"] = Sampling(**config["sampling"])
+    if config.get("quantisation") is not None:
+        settings["quantisation"] = QAT(**config["quantisation"])
     settings |= {name: tuple(config[name]) for name in ("stop_token_ids", "labels") if config.get(name) is not None}
     return found(model, nested(params), tokenizer, rules=rules, **settings)
 

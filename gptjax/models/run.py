@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -13,7 +13,6 @@ from gptjax.config import check_name, differences, from_json
 from gptjax.data.tokenizers import load_tokenizer
 from gptjax.distributed.parameters import declared, nested
 from gptjax.distributed.sharding import ShardingRules
-from gptjax.io.json_file import read_object
 from gptjax.models.identity import content_digest
 from gptjax.models.loading import (
     Step,
@@ -25,9 +24,6 @@ from gptjax.models.loading import (
 )
 from gptjax.models.model import Model
 from gptjax.types import Params, UserError
-
-if TYPE_CHECKING:
-    from gptjax.train.stage import QAT
 
 
 def load_run(
@@ -77,16 +73,10 @@ def load_run(
     )
     _check_config(path, name, experiment, restored.extra)
     tokenizer = trained_tokenizer(path, restored.extra["tokenizer"])
-    return found(model, restored.state, tokenizer, rules=rules, **found.settings_of_run(data))
-
-
-def quantisation_of(path: str | Path) -> QAT | None:
-    """`Stage.quantisation` of the weights that `load` reads. None: they were not trained to be rounded, or the path is
-    no run."""
-    file = Path(path).expanduser() / "config.json"
-    stages = read_object(file).get("experiment", {}).get("stages", {}) if file.is_file() else {}
-    last = _last(file.parent, stages)
-    return None if last is None else from_json(stages[last].get("quantisation"))
+    settings = found.settings_of_run(data)
+    if (trained := from_json(stages[name].get("quantisation"))) is not None:
+        settings["quantisation"] = trained
+    return found(model, restored.state, tokenizer, rules=rules, **settings)
 
 
 def _last(path: Path, stages: Mapping[str, Any]) -> str | None:

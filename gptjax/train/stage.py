@@ -89,6 +89,18 @@ class QAT:
 
         return rounded_params(params, info, self.bits, self.group, self.embeddings)
 
+    def check_rounding(self, **settings: Any) -> None:
+        """Raise UserError for another rounding of weights that were trained for this one.
+
+        settings  fields of this class, and the method. None: this one's"""
+        trained = {**dataclasses.asdict(self), "method": "round"}
+        for name, value in settings.items():
+            if value not in (None, trained[name]):
+                raise UserError(
+                    f"{name}: got {value}, must be {trained[name]}, as the weights were trained to be rounded (QAT): "
+                    "leave it out, or train another run for it"
+                )
+
     def __str__(self) -> str:
         return f"{self.bits} bits, {f'a scale per {self.group} inputs' if self.group else 'a scale per output'}"
 

@@ -153,8 +153,14 @@ def test_the_model_is_quantised_as_it_was_trained(folder, tmp_path, capsys):
         assert main(["quantize", run, str(tmp_path / "other"), *options, *wrong]) == 2
         assert f"{wrong[0][2:]}: got {wrong[1]}, must be" in capsys.readouterr().err
     assert main(["quantize", run, str(tmp_path / "small"), *options]) == 0
-    small, wanted = load(tmp_path / "small").params, load(run).quantised(bits=4, group=8).params
-    jax.tree.map(np.testing.assert_array_equal, small, wanted)
+    lm = load(run)
+    lm.save(tmp_path / "floats")
+    for same in (lm, load(tmp_path / "floats")):
+        jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "small").params, same.quantised().params)
+        others: tuple[dict, ...] = {"bits": 8}, {"group": 16}, {"embeddings": False}
+        for other in others:
+            with pytest.raises(UserError, match=r"got (8|16|False), must be (4|8|True), as the weights were trained"):
+                same.quantised(**other)
 
 
 def test_the_option_is_chosen_and_saved():
