@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 # Nothing heavier up here: --help must not wait for jax.
+
+
+def exportable(model: Any, to: str) -> Any:
+    """The model as a file of this format can hold it: without extra heads, which is printed. Raises UserError for one
+    that it cannot hold."""
+    from gptjax.interop.huggingface import expressing
+    from gptjax.models.language_model import LanguageModel
+
+    if to == "gptjax":
+        return model
+    if isinstance(model, LanguageModel) and (ahead := getattr(model.config, "ahead", 0)):
+        print(f"without its extra heads ({ahead}), which {to} does not have")
+        model = model.without_extra_heads()
+    expressing(model.config)
+    return model
 
 
 def convert(
@@ -48,13 +63,14 @@ def convert(
                 f"adapter: got one for a {type(model).__name__}, must not be given: only decoders take them"
             )
         model = model.with_adapter(adapter)
+    if to == "gguf" and not isinstance(model, LanguageModel):
+        raise UserError(
+            f"to: got gguf for a {type(model).__name__}, must be hf or gptjax: GGUF files hold only decoders"
+        )
+    model = exportable(model, to)
     if to == "hf":
         model.save_hf(destination, dtype or "float32")
     elif to == "gguf":
-        if not isinstance(model, LanguageModel):
-            raise UserError(
-                f"to: got gguf for a {type(model).__name__}, must be hf or gptjax: GGUF files hold only decoders"
-            )
         model.save_gguf(destination, dtype or "f16")
     else:
         model.save(destination)

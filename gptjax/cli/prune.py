@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gptjax.cli.convert import exportable
 from gptjax.cli.quantize import evaluation_of
 
 REPORT = "pruning.md"
@@ -48,10 +49,11 @@ def prune(
     lm = load(path, step=step)
     if not isinstance(lm, LanguageModel):
         raise UserError(f"path: got {path}, a {type(lm).__name__}, must be a language model")
+    lm, measure = exportable(lm, to), evaluation_of(lm, path, text)
     params = prune_params(lm.config, lm.params, fraction, (int(n), int(m)) if pattern else None)
     small = dataclasses.replace(lm, params=params)
     small.save_hf(out) if to == "hf" else small.save(out)
-    measure, again = evaluation_of(lm, path, text), load(out)
+    again = load(out)
     lines = [f"# {Path(path).name}: {pattern or fraction} pruned", ""]
     lines += ["| weights | zeros in matrices | bits per byte |", "|---|---|---|"]
     for name, model in (("before", lm), ("pruned", again)):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gptjax.cli.convert import exportable
+
 # Nothing heavier up here: --help must not wait for jax.
 if TYPE_CHECKING:
     from gptjax.models.language_model import LanguageModel
@@ -58,7 +60,7 @@ def quantize(
         raise UserError(f"out: got {out}, which exists already; choose another or delete it")
     if method == "round" and calibration is not None:
         raise UserError(f"calibration: got {calibration}, must not be given for the method round; use --method gptq")
-    lm = load(path, step=step)
+    lm = exportable(load(path, step=step), to)
     evaluation = evaluation_of(lm, path, text)
     embeddings = to == "gptjax"
     if (trained := lm.quantisation) is not None:
@@ -85,7 +87,8 @@ def quantize(
 
 
 def evaluation_of(lm: LanguageModel, path: str, text: str | None) -> Any:
-    """The evaluation of bits per byte. None: there is neither a text nor a run's evaluation."""
+    """The evaluation of bits per byte. None: there is neither a text nor a run's evaluation. Raises UserError for a
+    text that cannot be read."""
     import json
 
     from gptjax.config import from_json
@@ -93,7 +96,9 @@ def evaluation_of(lm: LanguageModel, path: str, text: str | None) -> Any:
     from gptjax.evals import BitsPerByte
 
     if text is not None:
-        return BitsPerByte(Text(text, validation=0.0), split="train", length=lm.context or 256)
+        evaluation = BitsPerByte(Text(text, validation=0.0), split="train", length=lm.context or 256)
+        evaluation.check(lm.tokenizer)
+        return evaluation
     file = Path(path) / "config.json"
     experiment = json.loads(file.read_text()).get("experiment") if file.is_file() else None
     stages = experiment["stages"].values() if experiment else ()

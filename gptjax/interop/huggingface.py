@@ -256,7 +256,8 @@ def _expressed(config: ModelConfig, model_type: str | None) -> tuple[Family, dic
         reasons[family.model_type] = changed
     if not reasons:
         known = ", ".join(sorted({family.kind.__name__ for family in families}))
-        raise UserError(f"model: got {type(config).__name__}, must be {known} for a published family")
+        fix = "; lm.without_extra_heads() may be one" if hasattr(config, "without_extra_heads") else ""
+        raise UserError(f"model: got {type(config).__name__}, must be {known} for a published family{fix}")
     nearest = min(reasons, key=lambda name: (MORE in reasons[name], len(reasons[name])))
     changed = reasons[nearest]
     more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""

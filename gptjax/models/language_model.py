@@ -140,14 +140,7 @@ class LanguageModel(TextEncoder):
         ids, max_tokens = self._chat_prompt(conversation(messages, tools), max_tokens, template)
         sampling, plain = self._sampling(sampling, **fields), self.template is None and not tools
         (done,) = generate(
-            self._module,
-            self._decode_params,
-            self.tokenizer,
-            [ids],
-            max_tokens,
-            sampling,
-            seed=seed,
-            stop=stop,
+            *(self._module, self._decode_params, self.tokenizer, [ids], max_tokens, sampling, 1, seed, stop),
             stop_token_ids=self.stop_token_ids,
             marks=None if plain else self.reply_format.marks,
         )
@@ -301,6 +294,13 @@ class LanguageModel(TextEncoder):
         bits = 8 if bits is None else bits
         params = quantise_params(self.config, self.params, bits, group, embeddings is not False)
         return dataclasses.replace(self, params=params, quantisation=None)
+
+    def without_extra_heads(self) -> LanguageModel:
+        """This model without the extra heads of a `MultiTokenConfig`, which writes the same texts."""
+        if (remove := getattr(self.config, "without_extra_heads", None)) is None:
+            return self
+        config, params = remove(self.params)
+        return dataclasses.replace(self, config=config, params=params)
 
     def with_cache_dtype(self, dtype: str | None) -> LanguageModel:
         """This model with keys and values cached in int8 or float8_e4m3fn. None: in the compute dtype."""

@@ -16,7 +16,7 @@ from gptjax.nn.backbone import Backbone
 from gptjax.nn.block import Context
 from gptjax.nn.module import ParamFactory
 from gptjax.nn.transformer import TransformerConfig
-from gptjax.types import Array, UserError
+from gptjax.types import Array, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,12 @@ class MultiTokenConfig(TransformerConfig):
 
     def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return MultiTokenTransformer(self, rules)
+
+    def without_extra_heads(self, params: Params) -> tuple[TransformerConfig, Params]:
+        """The decoder alone, which predicts the same, and its parameters."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(TransformerConfig)}
+        own = {name: branch for name, branch in params.items() if not name.startswith("ahead_")}
+        return TransformerConfig(**fields), own
 
     def init_ahead_cache(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
         """Empty cache entries of the extra heads, as `init_cache` makes those of the layers."""

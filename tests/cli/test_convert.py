@@ -12,7 +12,8 @@ from gptjax.data import TrainSentencePiece
 from gptjax.distributed.parameters import flat, parameter_info
 from gptjax.interop import peft
 from gptjax.models.language_model import LanguageModel
-from gptjax.nn import GELU, LayerNorm, LearnedPositions, LoRA, TransformerConfig
+from gptjax.nn import GELU, LayerNorm, LearnedPositions, LoRA, MultiTokenConfig, TransformerConfig
+from gptjax.types import UserError
 
 GPT2 = TransformerConfig(
     320, 2, 32, 4, hidden=64, positions=LearnedPositions(48), norm=LayerNorm(), mlp=GELU(), bias=True
@@ -51,6 +52,18 @@ def test_to_transformers_and_back(config, tokenizer, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == f"{size:,} parameters in {tmp_path / 'hf'}"
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "back"), "--to", "gptjax"]) == 2
     assert "which exists" in capsys.readouterr().err
+
+
+def test_extra_heads_are_left_out_and_named(tokenizer, tmp_path, capsys):
+    lm = make(MultiTokenConfig(320, 2, 32, 4, kv_heads=2, hidden=64, ahead=2), tokenizer)
+    lm.save(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "hf")
+    assert capsys.readouterr().out.startswith("without its extra heads (2), which hf does not have\n")
+    alone, back = lm.without_extra_heads(), gptjax.load(tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, back.params, alone.params)
+    np.testing.assert_allclose(back.logits([[1, 2, 3]]), lm.logits([[1, 2, 3]]), rtol=1e-6)
+    with pytest.raises(UserError, match=r"^model: got MultiTokenConfig, must be .*without_extra_heads\(\) may be one"):
+        lm.save_hf(tmp_path / "other")
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("f32", "F32"), ("q8_0", "Q8_0")])

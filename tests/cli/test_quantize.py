@@ -41,6 +41,7 @@ def test_a_model_is_written_and_reported(folder, capsys):
     [
         (["--calibration", "x"], "calibration: got x"),
         (["--method", "gptq"], "calibration: got none"),
+        (["--text", "nowhere", "--to", "gptjax"], "path: got nowhere, which does not exist"),
     ],
 )
 def test_mistakes_are_named(folder, capsys, options, message):
