@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
-from test_serve import model
+from test_serve import model, port_of, until
 
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.inference.engine import Generation, Request, Token
@@ -76,11 +75,7 @@ class ScriptedServer:
         lm = lm or LanguageModel(model().config, model().params, model().tokenizer, context=context)
         self.engine = ScriptedEngine(lm.tokenizer, script, context)
         self.models = {name: Served(lm, self.engine) for name in names}  # type: ignore
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.policy = Policy(Keys(others=keys))
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.port, self.policy = 0, Policy(Keys(others=keys))
         self.start()
 
     def start(self) -> None:
@@ -89,8 +84,9 @@ class ScriptedServer:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
+        until(lambda: self.server.started)
+        self.port = port_of(self.server)  # kept when it is started again
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def cut(self) -> None:
         """Close all connections, as a bad network does."""

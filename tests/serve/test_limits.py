@@ -12,7 +12,7 @@ import time
 
 import httpx
 import pytest
-from test_serve import TALK, Server
+from test_serve import TALK, Server, until
 
 from gptjax.cli.main import main
 from gptjax.serve import server as http_server
@@ -105,17 +105,19 @@ def test_values_without_end_are_the_clients_fault(server):
 
 
 def test_connections_and_requests_are_limited(server):
+    there = server.server.server_state.connections
+    until(lambda: not there)
     opened = [connect(server) for _ in range(20)]
-    time.sleep(0.2)
+    until(lambda: len(there) == 20)
     with connect(server) as one_more:
         assert answer(one_more)[0] == 503
     for connection in opened:
         connection.close()
-    time.sleep(0.2)
+    until(lambda: not there)
     with connect(server) as first, connect(server) as second:
         for connection in (first, second):
             connection.sendall(BODY)
-        time.sleep(0.2)
+        until(lambda: server.app.state.service.active == 2)
         refused = httpx.post(server.url + CHAT, json=LONG)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "server_busy")
         assert httpx.get(f"{server.url}/health").status_code == 200, "probes are always answered"
@@ -136,10 +138,7 @@ def test_a_request_has_its_time():
         assert (reply.status_code, reply.headers["x-should-retry"]) == (504, "false")
         lines = httpx.post(server.url + CHAT, json={**LONG, "n": 16, "stream": True}, timeout=60).text.split("\n\n")
         assert "longer than 0.05 s" in json.loads(lines[-2][6:])["error"]["message"]
-        deadline = time.monotonic() + 20
-        while server.engine.active or server.engine.waiting:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: not (server.engine.active or server.engine.waiting))
     finally:
         server.close()
 
@@ -172,8 +171,7 @@ def test_a_server_does_not_wait_for_ever():
     body = {**LONG, "n": 60}
     thread = threading.Thread(target=lambda: found.append(httpx.post(server.url + CHAT, json=body, timeout=60)))
     thread.start()
-    while not server.engine.active:
-        time.sleep(0.01)
+    until(lambda: server.engine.active)
     server.server.handle_exit(signal.SIGTERM, None)
     server.thread.join(20)
     thread.join(20)

@@ -3,9 +3,9 @@
 import asyncio
 import functools
 import json
-import socket
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
+import uvicorn
 
 from gptjax.data.chat import Message, conversation
 from gptjax.data.tokenizers.bytes import Bytes
@@ -37,6 +38,19 @@ def model(seed: int = 0) -> LanguageModel:
     return LanguageModel(config, params, Bytes().build(iter(())), context=CONTEXT)
 
 
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def port_of(server: uvicorn.Server) -> int:
+    """The port that the system chose for a server of port 0."""
+    return server.servers[0].sockets[0].getsockname()[1]
+
+
 class Server:
     """The application on a free port, in a thread."""
 
@@ -47,15 +61,11 @@ class Server:
         self.engine.start()
         parts = {name: options.pop(name) for name in ("policy", "encoders", "load") if name in options}
         self.app = make_app({"tiny": Served(lm, self.engine)}, **parts)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http{'s' if 'tls' in options else ''}://127.0.0.1:{port}"
-        self.server = HttpServer(self.app, port=port, **options)
+        self.server = HttpServer(self.app, port=0, **options)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
+        until(lambda: self.server.started)
+        self.url = f"http{'s' if 'tls' in options else ''}://127.0.0.1:{port_of(self.server)}"
 
     def close(self):
         self.server.should_exit = True
@@ -236,10 +246,7 @@ def test_a_client_that_leaves_takes_its_text_along(server):
         next(reply.iter_text())
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(5, read=0.001))
-    deadline = time.monotonic() + 20
-    while server.engine.active or server.engine.waiting:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not (server.engine.active or server.engine.waiting))
     assert server.engine.pages.free == server.engine.pages.count
     written = server.engine.written
     time.sleep(0.1)
