@@ -83,6 +83,8 @@ def test_mistakes_are_named(rows, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"^samples: got 0"):
         Synthesis("", samples=0)
+    with pytest.raises(UserError, match=r"^prompt: got '\{text', must have columns in braces"):
+        Synthesis("{text")
     for arguments, words in [
         (["--prompt", "{text}"], "model: got none"),
         (["--prompt", "{text}", "--url", "http://x"], "name: got none"),

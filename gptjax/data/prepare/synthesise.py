@@ -54,6 +54,10 @@ Write = Callable[[Sequence[Asked]], Iterable[Replied]]
 """The model: replies to prompts, in any order."""
 
 
+COLUMN = re.compile(r"\{(\w+)\}")
+"""A column in a template."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Synthesis:
     """Prompts of rows, and the treatment of the replies."""
@@ -71,6 +75,10 @@ class Synthesis:
         for name in ("samples", "most"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name}: got {value}, must be at least 1")
+        if not COLUMN.search(self.prompt):
+            raise UserError(
+                f"prompt: got {self.prompt!r}, must have columns in braces, such as {{text}}: else all rows are alike"
+            )
 
     def fill(self, row: Mapping[str, Any]) -> str:
         """The prompt of a row. Raises UserError for a column that it does not have."""
@@ -81,7 +89,7 @@ class Synthesis:
             found = row[match[1]]
             return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
-        return re.sub(r"\{(\w+)\}", value, self.prompt)
+        return COLUMN.sub(value, self.prompt)
 
 
 def synthesise(
