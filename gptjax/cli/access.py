@@ -129,6 +129,23 @@ class Access:
         return files
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise UserError for an address that a server cannot listen on: now, not after models are loaded."""
+    import socket
+
+    from gptjax.types import UserError
+
+    if not 1 <= port <= 65_535:
+        raise UserError(f"port: got {port}, must be 1 to 65535")
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        field, value = ("host", host) if isinstance(error, socket.gaierror) else ("port", port)
+        raise UserError(f"{field}: got {value}, where nothing can listen ({error.strerror}); choose another") from None
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback

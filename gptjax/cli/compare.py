@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from gptjax.cli.access import check_address
 from gptjax.io import API_KEY
 
 # Nothing heavier up here: --help must not wait for jax.
@@ -64,6 +65,8 @@ def compare(
         raise UserError(f"models: got {' '.join(models)}, must have different names; give them as NAME=PATH")
     if not prompts.is_file():
         raise UserError(f"prompts: got {prompts}, which is no file")
+    if not report and judge is None:
+        check_address(host, port)
     settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     asked = read_prompts(prompts)
     out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 # Nothing heavier up here: --help must not wait for jax.
-from gptjax.cli.access import Access, Limits
+from gptjax.cli.access import Access, Limits, check_address
 
 if TYPE_CHECKING:
     from gptjax.inference.engine import Engine
@@ -111,6 +111,7 @@ def serve(
         raise UserError(f"paths: got two folders named {twice}, must have different names")
     if not paths:
         raise UserError("paths: got none, must be at least one")
+    check_address(host, port)
     load_all = functools.partial(_load, dict(zip(names, paths, strict=True)), writing, writing.adapters(names))
     models, encoders = load_all()
     app = make_app(models, policy, encoders, load_all)

@@ -211,9 +211,18 @@ def certificate(folder) -> tuple[str, str]:
         (["--cors-origin", "*"], "--cors-origin: got *, must be a scheme and a host"),
         (["--requests", "0"], "--requests: got 0, must be at least 1"),
         (["--keys", "nowhere.json"], "--keys: got nowhere.json, which cannot be read"),
+        (["--port", "65536"], "--port: got 65536, must be 1 to 65535"),
+        (["--host", "nowhere.invalid", "--without-keys"], "--host: got nowhere.invalid, where nothing can listen"),
     ],
 )
 def test_mistakes_are_named_before_a_model_is_loaded(arguments, message, capsys, monkeypatch):
     monkeypatch.delenv("GPTJAX_API_KEY", raising=False)
     assert main(["serve", "nowhere", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named_before_a_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "nowhere", "--port", str(port)]) == 2
+    assert f"--port: got {port}, where nothing can listen (Address already in use)" in capsys.readouterr().err
