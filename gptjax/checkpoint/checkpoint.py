@@ -28,7 +28,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from etils import epath  # pathlib that also knows gs://
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptjax.checkpoint import manifest
 from gptjax.distributed import processes
@@ -265,16 +265,16 @@ class Checkpoints:
                 f"checkpoint {folder}: does not fit this configuration: {name} is {there.get(name, 'absent')} there "
                 f"and {here.get(name, 'absent')} here; use the configuration it was saved with"
             )
-        ocp, placed = _orbax(), jax.tree.map(_placed, abstract)
+        ocp, wanted = _orbax(), jax.tree.map(placed, abstract)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
             if jax.process_count() > 1:
                 from gptjax.checkpoint import replicas
 
-                if (axis := replicas.replica_axis(placed)) is not None:
-                    return replicas.restore(functools.partial(ocp.load, folder), placed, saved, axis)
-            return ocp.load(folder, placed)
+                if (axis := replicas.replica_axis(wanted)) is not None:
+                    return replicas.restore(functools.partial(ocp.load, folder), wanted, saved, axis)
+            return ocp.load(folder, wanted)
 
     def _finish(self, step: int, content: dict[str, Any], response: Any) -> None:
         """Wait for Orbax's commit, write the manifest, then delete older checkpoints. Runs on the background thread.
@@ -345,11 +345,14 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): shape(leaf) for path, leaf in leaves}
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Give the leaf a sharding: without one, Orbax would use the sharding it was saved with."""
+def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The abstract array with a sharding on devices: Orbax would use the sharding that one without was saved with.
+    Those that `jax.eval_shape` returns have an abstract mesh, of the current one's shape."""
     sharding, mesh = leaf.sharding, jax.sharding.get_mesh()
     if sharding is None:
         sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    elif isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
+        sharding = NamedSharding(mesh, sharding.spec)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.checkpoint import replicas
+from gptjax.checkpoint import checkpoint, replicas
 from gptjax.distributed.sharding import MeshConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +96,15 @@ def test_the_fewest_processes_read(owners, free, axis):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_one_process_reads_for_itself(mesh):
     assert replicas.replica_axis(abstract(mesh.make())) is None
+
+
+def test_the_copies_in_an_abstract_state_are_found():
+    """`jax.eval_shape` under a mesh gives arrays without a sharding, and others on an abstract mesh."""
+    mesh = MeshConfig(data=2, fsdp=4).make()
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda: (jnp.zeros(()), jax.reshard(jnp.zeros((8, 8)), PartitionSpec("fsdp"))))
+        found = [checkpoint.placed(leaf).sharding for leaf in state]
+    assert found == [NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("fsdp", None))]
 
 
 JOB = """
