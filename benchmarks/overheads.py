@@ -5,6 +5,7 @@
 
 checkpoint  runs with and without a save every 50 steps, in turns: the cost of one save, including background work, over
             the time of 50 steps
+local       a checkpoint and a local checkpoint, in turns: until training could go on, and CPU time until it is written
 metrics     runs with metrics logged and shown every 10 steps (the default) and never, in turns
 report      CPU time of logging and showing metrics in the loop's own thread, over the time of 10 steps: an upper bound
             of the devices' wait, without the noise of two runs
@@ -18,6 +19,7 @@ restart     from `python -m experiments` to the end of the first step, resumed f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -40,6 +42,8 @@ processes.configure()
 import jax
 
 from gptjax import data, optim
+from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.checkpoint.local import LocalCheckpoints
 from gptjax.monitor.metrics import MetricsLogger
 from gptjax.monitor.times import Clock
 from gptjax.monitor.watchdog import Watchdog
@@ -154,6 +158,36 @@ def checkpoint(repeats: int, steps: int) -> None:
         )
 
 
+def local(repeats: int, steps: int) -> None:
+    shape = model(6, 384)
+    tree = jax.eval_shape(shape.build().init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    keys = jax.random.split(jax.random.key(0), 3)  # parameters, and AdamW's moments
+    copies = jax.tree.map(lambda leaf: [jax.random.normal(key, leaf.shape) for key in keys], tree)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(copies)) / 2**20
+    blocked, spent = [], []
+    with contextlib.ExitStack() as stack:
+        disk, memory = (stack.enter_context(tempfile.TemporaryDirectory(dir=at)) for at in (None, "/dev/shm"))
+        both = Checkpoints(disk), LocalCheckpoints(memory, "overheads", 1)
+        for checkpoints in both:
+            stack.enter_context(checkpoints)
+        for step in range(repeats + 1):
+            took, used = zip(*(_saved(checkpoints, step, copies) for checkpoints in both), strict=True)
+            blocked, spent = [*blocked, took], [*spent, used]
+    for what, rows in {"blocking, wall": blocked[1:], "in all, CPU": spent[1:]}.items():  # the first imports
+        for name, values in zip(("a checkpoint", "a local checkpoint"), zip(*rows, strict=True), strict=True):
+            low, middle, high = min(values), statistics.median(values), max(values)
+            print(f"| {name} of {size:.0f} MB, {what} | {middle:.3f} s | {low:.3f} to {high:.3f} s | |", flush=True)
+
+
+def _saved(checkpoints: Checkpoints | LocalCheckpoints, step: int, state: Any) -> tuple[float, float]:
+    """Seconds until training could go on, and of CPU time until the checkpoint is written."""
+    begin, used = time.perf_counter(), time.process_time()
+    checkpoints.save(step, state, {})
+    seconds = time.perf_counter() - begin
+    checkpoints.wait()
+    return seconds, time.process_time() - used
+
+
 def metrics(repeats: int, steps: int) -> None:
     for layers, width, batch, length in ((4, 128, 12, 64), (6, 384, 4, 256)):
 
@@ -213,6 +247,8 @@ def clock(repeats: int, steps: int) -> None:
 
 RESTARTED = """
 from gptjax import data, optim
+from gptjax.checkpoint.checkpoint import Checkpoints
+from gptjax.checkpoint.local import LocalCheckpoints
 from gptjax.experiment.experiment import Experiment
 from gptjax.nn import LearnedPositions, TransformerConfig
 from gptjax.objectives import NextToken
@@ -273,7 +309,14 @@ def recorded(metrics: Path) -> list[float]:
     return [line["time"] for line in map(json.loads, lines) if "loss" in line]
 
 
-PARTS = {"checkpoint": checkpoint, "metrics": metrics, "report": reporting, "clock": clock, "restart": restart}
+PARTS = {
+    "checkpoint": checkpoint,
+    "local": local,
+    "metrics": metrics,
+    "report": reporting,
+    "clock": clock,
+    "restart": restart,
+}
 
 
 def main() -> None:

@@ -84,8 +84,15 @@ def _first(mesh: Mesh, axis: str) -> Mesh:
 
 def _send(array: jax.Array | None, leaf: jax.ShapeDtypeStruct, axis: str) -> jax.Array:
     """An array on its whole mesh, from that at the first position of an axis; None: it is not on this process."""
-    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return _send_bits(array, leaf, axis)
+    abstract, restored = numbers(leaf)
+    return restored(_send_bits(None if array is None else key_data(array), abstract, axis))
+
+
+def numbers(leaf: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, Callable[[jax.Array], jax.Array]]:
+    """The abstract array of the numbers that an array is stored as, which are those of typed keys or its own; and the
+    array of such numbers."""
+    if not _has_keys(leaf):
+        return leaf, lambda array: array
     implementation: list[Any] = []
 
     def data(key: jax.Array) -> jax.Array:
@@ -93,9 +100,17 @@ def _send(array: jax.Array | None, leaf: jax.ShapeDtypeStruct, axis: str) -> jax
         return jax.random.key_data(key)
 
     bits = jax.eval_shape(data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    bits = jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=leaf.sharding)
-    sent = _send_bits(None if array is None else jax.random.key_data(array), bits, axis)
-    return jax.random.wrap_key_data(sent, impl=implementation[0])
+    abstract = jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=leaf.sharding)
+    return abstract, lambda array: jax.random.wrap_key_data(array, impl=implementation[0])
+
+
+def key_data(array: jax.Array) -> jax.Array:
+    """The numbers of an array, or of typed keys."""
+    return jax.random.key_data(array) if _has_keys(array) else array
+
+
+def _has_keys(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 def _send_bits(array: jax.Array | None, leaf: jax.ShapeDtypeStruct, axis: str) -> jax.Array:

@@ -49,6 +49,11 @@ class Options:
     """Run folder, created or resumed."""
     mirror: Annotated[str | None, tyro.conf.arg(metavar="gs://BUCKET/NAME")] = None
     """Copy the run folder there, behind the training, and resume from there what is newer than here."""
+    local_checkpoints: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of each host, in memory (/dev/shm/gptjax) or on a local disk, where every process often saves its share of
+    the state beside the checkpoints in the run folder."""
+    save_local_every: int | None = None
+    """Steps between local checkpoints. None: 50."""
     tokens: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder or bucket of tokenised data, as gptjax data prepare --out makes. None: $GPTJAX_CACHE/tokens."""
     print: Flag = False
@@ -158,7 +163,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
             if options.distributed:
                 processes.initialize()
             given = {"profile": options.steps, "mirror": options.mirror, "tokens": options.tokens}
-            given = {name: value for name, value in given.items() if value}
+            given |= {name: getattr(options, name) for name in ("local_checkpoints", "save_local_every")}
+            given = {name: value for name, value in given.items() if value is not None}
             return experiment.run(options.folder, accept_changes=options.accept_changes, **given) or 0
         except Diverged as error:
             return fail(str(error), code=3)

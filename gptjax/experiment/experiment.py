@@ -121,6 +121,8 @@ class Experiment:
         profile: range | None = None,
         mirror: str | None = None,
         tokens: str | None = None,
+        local_checkpoints: str | None = None,
+        save_local_every: int | None = None,
     ) -> int:
         """Train every stage, or resume the folder's run; evaluate; write the report.
 
@@ -132,12 +134,16 @@ class Experiment:
         mirror   bucket, gs:// or a path, that the folder is copied to, and first copied back from if that is newer
         tokens   folder or bucket of tokenised data, made by `gptjax data prepare`; what a folder lacks is tokenised.
                  None: `$GPTJAX_CACHE/tokens`
+        local_checkpoints  folder of each host for further checkpoints, from which the run is resumed if they are newer
+                 than those in `folder`. None: none
+        save_local_every  steps between them. None: 50
         """
         cache, started = tokens or str(cache_dir() / "tokens"), time.time()
         folder = Path(folder).absolute()
         # Paths are neither wrapped nor parsed as markup, so that they can be copied.
         console = Console(soft_wrap=True, highlight=False, markup=False, quiet=jax.process_index() != 0)
         self.check(jax.device_count())
+        every = run_folder.check_local(self.stages, local_checkpoints, save_local_every)
         options = xla.options(jax.local_devices()[0], self.xla)
         with contextlib.ExitStack() as ending:
             ending.enter_context(run_folder.lock(folder))
@@ -193,6 +199,7 @@ class Experiment:
                                 profile=profile,
                                 accept_changes=accept_changes,
                                 compiler_options=options,
+                                local=run_folder.local_checkpoints(folder, name, origin, local_checkpoints, every),
                             )
                     of = run_folder.identity(folder, name)
                     trained = self._trained(folder, name, pretrained, of["step"], params)

@@ -224,6 +224,7 @@ WALL_TIME = {
     "input": "waiting for input",
     "evaluation": "validation, samples, evaluations",
     "checkpoint": "saving checkpoints",
+    "local_checkpoint": "saving local checkpoints",
     "commit": "waiting for the last checkpoint",
     "down": "no process running",
 }
@@ -239,19 +240,25 @@ def _wall_time(wall: times.WallTime) -> list[str]:
 
 
 def _saving(records: Records, wall: times.WallTime, failures: Mapping[str, float]) -> list[str]:
-    """Cost of a checkpoint of a stage, and the `save_every` that loses the least time, as a line of Markdown.
+    """Cost of a checkpoint of a stage, and the `save_every` that loses the least time, as a line of Markdown; and of a
+    local one.
 
     wall      of the stage
     failures  rate of failures in words -> mean time between them, in seconds"""
-    speeds, saves = [record["time_step"] for record in records if record.get("time_step")], wall.counts["checkpoint"]
-    if not speeds or not saves:
-        return []
-    cost, step = wall.parts["checkpoint"] / saves, float(np.median(speeds))
-    best = (f"{max(round(times.save_interval(cost, mean) / step), 1):,} with {rate}" for rate, mean in failures.items())
-    return [
-        f"\nSaving: {saves:,} checkpoints, each of which blocked training for {times.duration(cost)}. "
-        f"The `save_every` that loses the least time: {', '.join(best)}."
-    ]
+    speeds, lines = [record["time_step"] for record in records if record.get("time_step")], []
+    step = float(np.median(speeds or [1.0]))
+    for part, option in {"checkpoint": "save_every", "local_checkpoint": "save_local_every"}.items():
+        if not (saves := wall.counts[part]) or not speeds:
+            continue
+        cost, what = wall.parts[part] / saves, part.replace("_", " ")
+        best = ", ".join(
+            f"{max(round(times.save_interval(cost, mean) / step), 1):,} with {rate}" for rate, mean in failures.items()
+        )
+        lines.append(
+            f"\nSaving: {saves:,} {what}s, each of which blocked training for {times.duration(cost)}. "
+            f"The `{option}` that loses the least time: {best}."
+        )
+    return lines
 
 
 def _samples(records: Records) -> list[str]:

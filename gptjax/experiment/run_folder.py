@@ -28,6 +28,7 @@ from gptjax.train.progress import validation_losses
 from gptjax.types import Result, UserError, one_line
 
 if TYPE_CHECKING:
+    from gptjax.checkpoint.local import LocalCheckpoints
     from gptjax.experiment.experiment import Experiment
     from gptjax.train.stage import Stage
 
@@ -39,6 +40,9 @@ CHANGEABLE = ("mesh", "rules", "xla", "wandb", "init_from", "expect")
 model of `init_from` is known by its content.)"""
 CHANGEABLE_OF_STAGES = ("max_to_keep", "evaluate_every", "log_every", "hang_timeout", "prompts")
 """The same, of a stage."""
+
+SAVE_LOCAL_EVERY = 50
+"""Default number of steps between local checkpoints."""
 
 
 @contextlib.contextmanager
@@ -213,6 +217,37 @@ def with_frozen(folder: Path, stage: str, origin: Identity | None, models: Mappi
         if found is None:
             raise
     return (origin or {}) | {"frozen": found}
+
+
+def check_local(stages: Mapping[str, Stage], local: str | None, every: int | None) -> int:
+    """Steps between local checkpoints. Raises UserError for what does not fit the stages."""
+    if local is None and every is not None:
+        raise UserError(f"save_local_every: got {every}, must be None without local_checkpoints, the folder for them")
+    every = SAVE_LOCAL_EVERY if every is None else every
+    for name, stage in stages.items():
+        if local is not None and (every < 1 or every % stage.round):
+            must = f"a multiple of {stage.round}, the steps of a round of {name}" if stage.round > 1 else "at least 1"
+            raise UserError(f"save_local_every: got {every}, must be {must}")
+    return every
+
+
+def local_checkpoints(
+    folder: Path, stage: str, origin: Identity | None, local: str | None, every: int
+) -> LocalCheckpoints | None:
+    """Checkpoints of a stage in the folder `local` of each host. They are bound to the stage's folder, by a file in it,
+    and to its origin. None: none."""
+    if local is None:
+        return None
+    path = folder / "checkpoints" / stage / "local_id"
+
+    def kept() -> list[str]:
+        if not path.exists():
+            atomic.write_text(path, secrets.token_hex(8))
+        return [path.read_text(), str(folder)]
+
+    from gptjax.checkpoint.local import LocalCheckpoints
+
+    return LocalCheckpoints(local, [*processes.on_first(kept), stage, origin], every)
 
 
 def describe(origin: Identity | None) -> str:

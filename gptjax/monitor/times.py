@@ -33,7 +33,7 @@ from gptjax.types import PyTree
 
 TRAINING: tuple[str, ...] = ("input", "host", "device")
 """Parts of a training step."""
-BESIDE: tuple[str, ...] = ("start", "rollouts", "checkpoint", "evaluation")
+BESIDE: tuple[str, ...] = ("start", "rollouts", "checkpoint", "local_checkpoint", "evaluation")
 """Parts outside the training steps."""
 USEFUL: tuple[str, ...] = ("device", "host", "rollouts")
 """Parts of a step that are useful if the step counts in the result."""
@@ -49,6 +49,7 @@ class Times:
     device      devices computing, or waiting for those of other processes
     rollouts    writing and scoring replies to train on
     checkpoint  copying the state to the host, and waiting for the previous save
+    local_checkpoint  the same, of a local checkpoint
     evaluation  validation and samples
     """
 

@@ -12,6 +12,8 @@ bad step changes no parameter. Its statistics are part of the state, so that a r
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,11 @@ class Stop:
         """Initial statistics in the training state. None: none needed."""
         return None
 
+    def fault(self, values: Mapping[str, float]) -> str | None:
+        """Name of the metric of a step that ends the run. None: the run goes on."""
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        return "loss" if "loss" in bad else next(iter(bad), None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Skip(Stop):
@@ -73,6 +80,11 @@ class Skip(Stop):
     def statistics(self) -> StepStatistics:
         zero = jnp.zeros((), jnp.int32)
         return StepStatistics(jnp.zeros((2, self.window), jnp.float32), zero, zero, zero)
+
+    def fault(self, values: Mapping[str, float]) -> str | None:
+        if skipped := int(values.get("consecutive_skipped", 0)):
+            return "loss" if skipped >= self.patience else None
+        return super().fault(values)
 
     def check(self, statistics: StepStatistics, loss: Array, norm: Array) -> tuple[Array, StepStatistics, Metrics]:
         """(True if the step is good, new statistics, metrics). Part of the jitted step."""

@@ -24,16 +24,17 @@ from gptjax.monitor.stragglers import StragglerDetector
 from gptjax.monitor.times import Clock, memory
 from gptjax.monitor.watchdog import Watchdog
 from gptjax.protocols import Answers, Module, Tokenizer, WrittenBatches
-from gptjax.train.divergence import Diverged, Skip
+from gptjax.train.divergence import Diverged
 from gptjax.train.preemption import signals
 from gptjax.train.program import Program, program
-from gptjax.train.progress import Frozen, Progress, check_same, keep_best
+from gptjax.train.progress import Frozen, Progress, check_same, keep_best, restore_newest
 from gptjax.train.stage import Reading, Stage, step_size, summary
 from gptjax.train.state import State
 from gptjax.train.step import divide
 from gptjax.types import Batch, FrozenModel, Json, Metrics, Params
 
 if TYPE_CHECKING:
+    from gptjax.checkpoint.local import LocalCheckpoints
     from gptjax.train.rounds import Policy, Rounds
 
 Sampler = Callable[[Params, str], str]
@@ -59,6 +60,7 @@ def train(
     profile: range | None = None,
     accept_changes: bool = False,
     compiler_options: Mapping[str, Value] | None = None,
+    local: LocalCheckpoints | None = None,
 ) -> Params:
     """Run one stage to its end, resuming from its newest checkpoint in `folder`, if any. Returns the trained
     parameters.
@@ -76,6 +78,7 @@ def train(
     profile         steps to trace, counted from 1 at the start of this process
     accept_changes  resume with other data than the checkpoint's
     compiler_options  of XLA; see `distributed/xla.py`
+    local           the stage's checkpoints on the hosts, beside those in `folder`. None: none
 
     Ctrl-C or SIGTERM finishes the step, or aborts the evaluation, saves a checkpoint, and raises KeyboardInterrupt. The
     resumed run has bitwise the same results and records as an uninterrupted one. In a multi-process job any process may
@@ -95,16 +98,16 @@ def train(
             assert init is not None, "a stage with frozen parameters needs those of another"
             frozen, init = (jax.jit(functions.freeze)(init(jax.eval_shape(functions.init_params))), *frozen), None
         checkpoints = stack.enter_context(Checkpoints(folder, max_to_keep=stage.max_to_keep))
+        stack.enter_context(local or contextlib.nullcontext())
         abstract = jax.eval_shape(functions.init_state, *frozen)
-        if checkpoints.steps():
-            records.wall.lap("start")
-            restored = checkpoints.restore(abstract)
+        records.wall.lap("start")
+        restored, start = restore_newest(checkpoints, local, abstract, start)
+        if restored is None:
+            progress = Progress.new(functions, frozen, init)
+        else:
             check_same(restored, stage, name, tokenizer, reading, folder, accept_changes)
             reading.batches.restore(restored.extra["input"])
             progress = Progress.resumed(stage, restored, reading.validation is not None)
-            start = f"step {progress.done:,} of {folder}"
-        else:
-            progress = Progress.new(functions, frozen, init)
         keep = functools.partial(keep_best, stage, checkpoints, abstract, display.note, progress)
         if progress.ended(stage):
             records.resume(name, max([progress.done, *dict(progress.losses)]))  # those after the best checkpoint too
@@ -115,7 +118,7 @@ def train(
             extra["privacy"] = stage.promise(reading.batches)
         run = _Run(
             *(stage, name, model, functions, frozen, reading, progress),
-            *(checkpoints, records, display, sample, extra),
+            *(checkpoints, local, records, display, sample, extra),
         )
         display.note("\n".join(summary(name, stage, model, abstract, frozen, reading.batches, start)))
         run.begin(stack, profile)
@@ -134,9 +137,7 @@ def train(
                     raise
                 bad = error.step  # a traceback would keep arrays in device memory
             run.roll_back(abstract, bad)
-        with display.phase("saving"):
-            checkpoints.wait()
-        records.wall.account("commit", name, progress.done)
+        run.commit()
         return functions.merge(keep().eval_params, *frozen)
 
 
@@ -158,6 +159,7 @@ class _Run:
     reading: Reading
     progress: Progress
     checkpoints: Checkpoints
+    local: LocalCheckpoints | None
     records: MetricsLogger
     display: Display
     sample: Sampler | None
@@ -247,40 +249,46 @@ class _Run:
         # Once per step: a signal may arrive at any time.
         stopped = self.stopping.now() and done % stage.round == 0
         evaluating = stage.evaluates(done) and not stopped  # a preemption notice is short
+        local = self.local is not None and done % self.local.every == 0
         saving = stage.saves(done) or stopped
-        self.watchdog.beat(done, pause=evaluating or saving)
-        if evaluating or saving:
+        self.watchdog.beat(done, pause=evaluating or saving or local)
+        if evaluating or saving or local:
             self.report_last()
             self.check(divide(metrics))
         losses = self.evaluate() if evaluating else {}
         stopped |= losses is None
         loss = (losses or {}).get("validation_loss")
-        if saving or stopped:
-            self.save(loss)
+        if saving or stopped or local:
+            self.save(loss, local=not (saving or stopped))
         if loss is not None:
             progress.losses.append((done, loss))
         if stopped:
             self.stop()
 
-    def save(self, loss: float | None = None) -> None:
-        """Save a checkpoint of this step, with its validation loss if there is one."""
-        progress = self.progress
-        with self.display.phase("saving"):
+    def save(self, loss: float | None = None, local: bool = False) -> None:
+        """Save a checkpoint of this step, with its validation loss if there is one. local: on the hosts."""
+        progress, part = self.progress, "local_checkpoint" if local else "checkpoint"
+        checkpoints = self.local if self.local is not None and local else self.checkpoints
+        with self.display.phase("saving on the hosts" if local else "saving"):
             self.records.store()
-            known = {"input": self.reading.batches.state(), "losses": progress.losses, "rollbacks": progress.rollbacks}
-            self.checkpoints.save(progress.done, progress.state, self.extra | known, loss)
-        self.clock.lap("checkpoint")
-        self.records.wall.account("checkpoint", self.name, progress.done)
+            checkpoints.save(progress.done, progress.state, self.extra | progress.extra(self.reading.batches), loss)
+        self.clock.lap(part)
+        self.records.wall.account(part, self.name, progress.done)
+
+    def commit(self) -> None:
+        """Wait for the last checkpoint, which those on the hosts are no use beside."""
+        with self.display.phase("saving"):
+            self.checkpoints.wait()
+        if self.local is not None:
+            self.local.clear()
+        self.records.wall.account("commit", self.name, self.progress.done)
 
     def stop(self) -> NoReturn:
         """End the program with a checkpoint of this step, after a signal or without a judge of replies."""
         done = self.progress.done
-        with self.display.phase("saving"):
-            self.checkpoints.wait()
         if done and self.checkpoints.latest_step() != done:
             self.save()
-            self.checkpoints.wait()
-        self.records.wall.account("commit", self.name, done)
+        self.commit()
         self.display.note(f"stopped and saved at step {done}" if done else "stopped before the first step")
         raise self.interruption()
 
@@ -298,12 +306,10 @@ class _Run:
         steps = self.checkpoints.steps()
         regular = [step for step in steps if step % self.stage.save_every == 0]  # excludes checkpoints of interruptions
         restored = self.checkpoints.restore(abstract, max(regular or steps))
+        if self.local is not None:
+            self.local.clear()
         self.reading.batches.restore(restored.extra["input"])
-        progress.state, progress.done = restored.state, restored.step
-        progress.losses[:] = [entry for entry in progress.losses if entry[0] <= restored.step]
-        passed = bad - restored.step
-        out = passed + sum(count for step, count in progress.rollbacks if step == restored.step)
-        progress.rollbacks = [*progress.rollbacks, [restored.step, passed]]
+        out = progress.roll_back(restored, bad)
         for _ in range(out):
             next(self.reading.batches)
         wall.account("restore", self.name, restored.step)
@@ -381,13 +387,8 @@ class _Run:
     def check(self, values: dict[str, float], step: int | None = None) -> None:
         """Raise `Diverged` if a value is not finite. step: None: the last."""
         done = self.progress.done if step is None else step
-        policy, skipped = self.stage.divergence, int(values.get("consecutive_skipped", 0))
-        if isinstance(policy, Skip) and skipped:
-            wrong = "loss" if skipped >= policy.patience else None
-        else:
-            bad = [name for name, value in values.items() if not math.isfinite(value)]
-            wrong = "loss" if "loss" in bad else next(iter(bad), None)
-        if wrong:
+        if wrong := self.stage.divergence.fault(values):
+            skipped = int(values.get("consecutive_skipped", 0))
             last, folder = self.checkpoints.latest_step(), self.checkpoints.folder
             good = f"the last good checkpoint is step {last} in {folder}" if last else "no checkpoint was saved yet"
             many = f", after {skipped} consecutive bad steps" if skipped else ""

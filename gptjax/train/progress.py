@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 
 from gptjax.checkpoint.checkpoint import Checkpoints, Restored
-from gptjax.protocols import Tokenizer
+from gptjax.protocols import BatchIterator, Tokenizer
 from gptjax.train.program import Program
 from gptjax.train.stage import Reading, Stage
 from gptjax.train.state import State
 from gptjax.types import FrozenModel, Params, UserError
+
+if TYPE_CHECKING:  # few runs have them
+    from gptjax.checkpoint.local import LocalCheckpoints
 
 Frozen = tuple[Params | FrozenModel, ...]
 """Arguments of a stage's program that are not trained, see `Program`."""
@@ -54,9 +57,37 @@ class Progress:
         due = restored.loss is None and validates and stage.evaluates(done)
         return cls(restored.state, done, losses, restored.extra.get("rollbacks", []), due)
 
+    def roll_back(self, restored: Restored, bad: int) -> int:
+        """Return to a checkpoint before a bad step. Returns the number of batches after it to leave out."""
+        self.state, self.done = restored.state, restored.step
+        self.losses[:] = [entry for entry in self.losses if entry[0] <= restored.step]
+        passed = bad - restored.step
+        before = sum(count for step, count in self.rollbacks if step == restored.step)
+        self.rollbacks = [*self.rollbacks, [restored.step, passed]]
+        return passed + before
+
+    def extra(self, batches: BatchIterator) -> dict[str, Any]:
+        """All but the state that a checkpoint has of it, of JSON types."""
+        return {"input": batches.state(), "losses": self.losses, "rollbacks": self.rollbacks}
+
     def ended(self, stage: Stage) -> bool:
         """True if there is nothing left to do."""
         return stage.ends(self.done, self.losses) and not self.due
+
+
+def restore_newest(
+    checkpoints: Checkpoints, local: LocalCheckpoints | None, abstract: State, start: str
+) -> tuple[Restored | None, str]:
+    """The newest checkpoint, of the run folder or of its hosts, and where it is from in words; `start` if there is
+    none."""
+    steps = checkpoints.steps()
+    if local is not None:
+        restored = local.restore(abstract, max(steps, default=-1))
+        if restored is not None:
+            return restored, local.found
+    restored = checkpoints.restore(abstract) if steps else None
+    start = start if restored is None else f"step {restored.step:,} of {checkpoints.folder}"
+    return restored, f"{start}; {local.found}" if local is not None and local.found else start
 
 
 def validation_losses(step: int, loss: float | None, extra: Mapping[str, Any]) -> list[tuple[int, float]]:

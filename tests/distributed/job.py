@@ -60,7 +60,7 @@ sharding.global_array = noted
 
 
 class Job:
-    """The experiment on so many processes of one device each."""
+    """The experiment on so many processes of one device each. PROCESS in an option is the number of the process."""
 
     def __init__(
         self,
@@ -84,7 +84,10 @@ class Job:
             rows.unlink(missing_ok=True)
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "experiments", file.name, "--out", out, *options],
+                [
+                    *(sys.executable, "-m", "experiments", file.name, "--out", out),
+                    *(option.replace("PROCESS", str(number)) for option in options),
+                ],
                 cwd=file.parent,
                 env={**os.environ, **common, "JAX_PROCESS_ID": str(number)},
                 stderr=subprocess.PIPE,

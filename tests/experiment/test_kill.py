@@ -60,9 +60,10 @@ experiment = Experiment(
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_changes_nothing(tmp_path):
+@pytest.mark.parametrize(("kills", "local"), [(20, False), (10, True)], ids=["shared", "local"])
+def test_kill_9_at_any_moment_changes_nothing(tmp_path, kills, local):
     """Killed at random, every other time amid a checkpoint, a run ends with the bits of one left alone."""
-    kills, steps = 20, 40
+    steps, hosts = 40, tmp_path / "local"
     (tmp_path / "tiny.py").write_text(TINY)
     (tmp_path / "torch.py").write_text("raise ImportError")  # TensorBoard's writer would import it, for seconds
     environment = {
@@ -74,14 +75,16 @@ def test_kill_9_at_any_moment_changes_nothing(tmp_path):
 
     def start(folder: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "experiments", str(tmp_path / "tiny.py"), "--out", str(folder)]
-        command += ["--pretrain.steps", str(steps)]
+        command += ["--pretrain.steps", str(steps), "--pretrain.save_every", "15" if local else "1"]
+        command += ["--local_checkpoints", str(hosts), "--save_local_every", "1"] if local and folder == killed else []
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
     def recorded(folder: Path) -> int:
         return sum("loss" in line for line in metrics.read(folder))
 
     def writing(folder: Path) -> bool:
-        return any("tmp" in path.name for path in folder.glob("checkpoints/*/*"))
+        found = hosts.glob("*/*-*.partial") if local else folder.glob("checkpoints/*/*tmp*")
+        return any(found)
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     moments = sorted(random.sample(range(1, steps - 2), kills))
