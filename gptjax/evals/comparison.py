@@ -61,7 +61,10 @@ def read_replies(path: Path) -> dict[str, str]:
 def _prompts(path: Path) -> Iterator[tuple[Conversation, Any]]:
     """Each prompt and the row that it was in."""
     if path.suffix not in (".jsonl", ".json"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"prompts: got {path}, which is not UTF-8, must be text") from None
         yield from ((conversation([{"role": "user", "content": line}]), line) for line in lines if line.strip())
         return
     for where, row in read_json(path, "error"):

@@ -93,6 +93,9 @@ def test_prompts_of_all_forms_and_their_faults(tmp_path):
         path.write_text(line)
         with pytest.raises(UserError, match=r"p\.jsonl:1"):
             read_prompts(path)
+    (tmp_path / "p.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"^prompts: got .*p\.txt, which is not UTF-8"):
+        read_prompts(tmp_path / "p.txt")
 
 
 def test_a_models_verdict_is_its_last_word():

@@ -391,6 +391,8 @@ def test_what_it_cannot_do_is_refused():
         engine(pages=7)
     with pytest.raises(UserError, match=r"^page: got 20, must be at most 8 or a multiple of it"):
         engine(page=20)
+    with pytest.raises(UserError, match=r"^context: got 0, must be at least 1"):
+        engine(context=0)
     with pytest.raises(UserError, match=r"^context: got none"):
         engine(context=None)
     on = engine(queue=1)

@@ -74,8 +74,8 @@ class Engine:
         adapters: Mapping[str, Adapter] | None = None,
     ):
         config = model.config
-        for option, value in (("rows", rows), ("page", page), ("queue", queue)):
-            if value < 1:
+        for option, value in (("rows", rows), ("page", page), ("queue", queue), ("context", context)):
+            if value is not None and value < 1:
                 raise UserError(f"{option}: got {value}, must be at least 1")
         if page > programs.CHUNK and page % programs.CHUNK:
             raise UserError(f"page: got {page}, must be at most {programs.CHUNK} or a multiple of it")
