@@ -387,12 +387,9 @@ def test_bad_requests_name_the_field(fields, field):
 
 
 def test_what_it_cannot_do_is_refused():
-    with pytest.raises(UserError, match=r"^pages: got 7, must be at least 8"):
-        engine(pages=7)
-    with pytest.raises(UserError, match=r"^page: got 20, must be at most 8 or a multiple of it"):
-        engine(page=20)
-    with pytest.raises(UserError, match=r"^context: got 0, must be at least 1"):
-        engine(context=0)
+    for option, value, limit in (("pages", 7, "least 8"), ("page", 20, "most 8"), ("context", 0, "least 1")):
+        with pytest.raises(UserError, match=f"^{option}: got {value}, must be at {limit}"):
+            engine(**{option: value})
     with pytest.raises(UserError, match=r"^context: got none"):
         engine(context=None)
     on = engine(queue=1)
