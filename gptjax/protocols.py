@@ -287,8 +287,8 @@ class ModelConfig(Config, Protocol):
         """(logical axis, field, size) of the parameters' axes that a mesh may shard."""
         return (("vocab", "model.vocab", self.vocab),)
 
-    def init_cache(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
-        """Empty cache entries of each layer, for `size` positions."""
+    def init_cache(self, batch: int, size: int, rules: ShardingRules = ShardingRules(), paged=False) -> tuple[Any, ...]:
+        """Empty cache entries of each layer, for `size` positions of `batch` rows; of pages if `paged`."""
         raise UserError(f"model: got {type(self).__name__}, must be a decoder to generate text")
 
     def unstack(self, params: Params) -> Params:

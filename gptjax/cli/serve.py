@@ -159,6 +159,7 @@ def _begin(
     _say(
         f"{name}: ready after {time.perf_counter() - started:.1f} s; {writing.rows} texts at a time, "
         f"{engine.pages.count * writing.page:,} tokens in memory, {engine.context:,} at most in a text; "
+        f"attention: {engine.attention}; "
         f"calls of tools: {'unknown format' if calls is None else calls.name}"
     )
     return served

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.distributed.sharding import ShardingRules
 from gptjax.kernels.attention import Mask, attention
+from gptjax.kernels.attention.spec import PairedPages
 from gptjax.kernels.linear import linear
 from gptjax.nn import cache as kv
 from gptjax.nn.mixer import SequenceMixer
@@ -87,7 +88,7 @@ class MultiHeadAttention(Attention):
         x: Array,
         positions: Array,
         mask: Mask = Mask(),
-        cache: tuple[Array, Array] | None = None,
+        cache: tuple[Array, Array] | PairedPages | None = None,
         *,
         bias: Array | None = None,
         encoder_output: Array | tuple[Array, Array] | None = None,
@@ -96,11 +97,11 @@ class MultiHeadAttention(Attention):
         output_scale: float = 1.0,
         dropout: float = 0.0,
         key: Key | None = None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    ) -> tuple[Array, tuple[Array, Array] | PairedPages | None]:
         """x [B, T, D], positions int32 [B, T] -> y [B, T, D] and the new cache entry.
 
         mask            attention mask
-        cache           (keys, values), [B, K, S, H] each, see `SequenceMixer`
+        cache           (keys, values), [B, K, S, H] each, or `PairedPages`, see `SequenceMixer`
         bias            float [N, T, S] or [B, N, T, S], added to the scores
         encoder_output  cross-attention: the source [B, S, D], or its `init_cross_cache`. None: self-attention
         tokens          int32 [B, T], for value embeddings
@@ -122,7 +123,10 @@ class MultiHeadAttention(Attention):
             if not isinstance(encoder_output, tuple):
                 encoder_output = self.init_cross_cache(param, encoder_output)
             k, v = (x.swapaxes(1, 2) for x in encoder_output)
-        if cache is not None:
+        if isinstance(cache, PairedPages):
+            cache = kv.write_pairs(cache, k, v, mask)
+            k, v = cast(Any, (cache, cache))  # the kernel's own layout
+        elif cache is not None:
             k, v = (kv.write(old, new, mask) for old, new in zip(cache, (k, v), strict=True))
             cache, (k, v) = (k, v), (kv.read(entry, mask, q.dtype).swapaxes(1, 2) for entry in (k, v))
         if self.window is not None:
@@ -164,6 +168,29 @@ class MultiHeadAttention(Attention):
         else:
             keys, values = (empty(H, dtype) for _ in range(2))
         return keys, values
+
+    def init_pages(
+        self,
+        pages: int,
+        size: int,
+        width: int,
+        dtype: str = "float32",
+        rules: ShardingRules = ShardingRules(),
+        *,
+        biased: bool = False,
+    ) -> Any:
+        """On a TPU `PairedPages` if the kernel "ragged" supports them, else as `init_cache`. `implementation`, if it is
+        one for pages, decides."""
+        from gptjax.kernels.attention import ragged
+
+        _, K, H = self._sizes()
+        shards = rules.num_shards("heads", dict(jax.sharding.get_abstract_mesh().shape))
+        reason = ragged.unsupported_pages(H, dtype, shards, biased or self.sinks)
+        if self.implementation == "ragged" and reason is not None:
+            raise UserError(f"attention.implementation: got 'ragged', which cannot do this: it {reason}")
+        if self.implementation == "paged" or reason is not None:
+            return self.init_cache(pages, size, width, dtype, rules)
+        return PairedPages.empty(pages, size, K, H, dtype)
 
     def init_cross_cache(self, param: ParamFactory, encoder_output: Array) -> tuple[Array, Array]:
         """Keys and values, [B, K, S, H] each."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.kernels.attention import Mask
+from gptjax.kernels.attention.spec import PairedPages
 from gptjax.types import Array, PyTree
 
 
@@ -24,8 +25,8 @@ class Cache:
 
     layers: tuple[Any, ...]
     """One entry per layer, as `SequenceMixer.init_cache` returns it: (keys, values) [B, K, S, H] for multi-head
-    attention, [P, K, S', H] in P pages of S' slots; states for recurrent layers. Not stacked, to avoid copies at every
-    token."""
+    attention, [P, K, S', H] in P pages of S' slots, or `PairedPages`; states for recurrent layers. Not stacked, to
+    avoid copies at every token."""
     length: Array
     """int32 [B], number of tokens of each row."""
     size: int = dataclasses.field(metadata={"static": True})
@@ -99,14 +100,10 @@ def write(entry: PyTree, new: Array, mask: Mask) -> PyTree:
         codes = (jnp.round(codes) if dtype == jnp.int8 else codes).astype(dtype)
         return ScaledEntry(write(entry.codes, codes, mask), write(entry.scales, scales, mask), entry.dtype)
     B, T = new.shape[:2]
-    slots = jnp.broadcast_to(jnp.reshape(mask.start, (-1, 1)) + jnp.arange(T), (B, T))
-    size = entry.shape[-2]
+    slots, size = _slots(mask, B, T), entry.shape[-2]
     new = new.astype(entry.dtype)
     if mask.pages is not None:
-        nobody = entry.shape[0] - 1
-        page = mask.pages.at[jnp.arange(B)[:, None], slots // size].get(mode="fill", fill_value=nobody)
-        if mask.query_segments is not None:
-            page = jnp.where(mask.query_segments > 0, page, nobody)
+        page = _pages(mask, slots // size, nobody=entry.shape[0] - 1)
         if B == T == 1:  # a plain update, of which XLA's CPU backend makes no copy
             start = page[0, 0], *(0,) * (entry.ndim - 3), slots[0, 0] % size, 0
             return jax.lax.dynamic_update_slice(entry, jnp.moveaxis(new, 1, -2), start)
@@ -123,6 +120,26 @@ def write(entry: PyTree, new: Array, mask: Mask) -> PyTree:
         return entry.at[..., slots, :].set(jnp.moveaxis(new, 0, -2), mode="drop")
 
     return jax.vmap(row)(entry, new, slots)
+
+
+def write_pairs(entry: PairedPages, k: Array, v: Array, mask: Mask) -> PairedPages:
+    """As `write`, of keys and values [B, T, K, H]."""
+    nobody, size = entry.pairs.shape[0] - 1, entry.pairs.shape[1]
+    new, slots = entry.pair(k, v).astype(entry.pairs.dtype), _slots(mask, *k.shape[:2])
+    index = _pages(mask, slots // size, nobody), slots % size
+    return dataclasses.replace(entry, pairs=entry.pairs.at[index].set(new, mode="promise_in_bounds"))
+
+
+def _slots(mask: Mask, B: int, T: int) -> Array:
+    """int32 [B, T], slots of T new tokens per row."""
+    return jnp.broadcast_to(jnp.reshape(mask.start, (-1, 1)) + jnp.arange(T), (B, T))
+
+
+def _pages(mask: Mask, number: Array, nobody: int) -> Array:
+    """The page of each new token, the `number`th int32 [B, T] of its row; `nobody` for what is not to be written."""
+    assert mask.pages is not None
+    page = mask.pages.at[jnp.arange(len(number))[:, None], number].get(mode="fill", fill_value=nobody)
+    return page if mask.query_segments is None else jnp.where(mask.query_segments > 0, page, nobody)
 
 
 def empty(layers: tuple[Any, ...], batch: int, size: int, sharding=None) -> Cache:

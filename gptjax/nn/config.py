@@ -160,7 +160,7 @@ class BackboneConfig(ModelConfig):
                 raise UserError(
                     f"model.pattern: got {positions} for a layer, must be model.positions, which all layers share"
                 )
-            if type(self.positions).bias is not Positions.bias and (attention.heads or self.heads) != self.heads:
+            if self.positions.biased and (attention.heads or self.heads) != self.heads:
                 raise UserError(
                     f"model.attention.heads: got {attention.heads} for a layer, must be model.heads {self.heads} with "
                     f"{type(self.positions).__name__}, whose bias all layers share; or choose other model.positions"

@@ -39,6 +39,20 @@ class SequenceMixer(Part):
         [B, ..., S, H], see `cache.write`."""
         raise NotImplementedError
 
+    def init_pages(
+        self,
+        pages: int,
+        size: int,
+        width: int,
+        dtype: str = "float32",
+        rules: ShardingRules = ShardingRules(),
+        *,
+        biased: bool = False,
+    ) -> Any:
+        """An empty cache entry of `pages` pages that sequences share, with `size` slots each, see `cache.write`.
+        biased: the scores have a bias (`Positions.bias`)."""
+        return self.init_cache(pages, size, width, dtype, rules)
+
     def matmul_params(self, width: int, length: int) -> int:
         """Multiplications per token that attends to `length` tokens: weights of matrix products, scores and sums."""
         raise NotImplementedError

@@ -45,9 +45,9 @@ class MultiTokenConfig(TransformerConfig):
         own = {name: branch for name, branch in params.items() if not name.startswith("ahead_")}
         return TransformerConfig(**fields), own
 
-    def init_ahead_cache(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
-        """Empty cache entries of the extra heads, as `init_cache` makes those of the layers."""
-        return self._of_head_blocks(self.ahead).init_cache(batch, size, rules)
+    def init_ahead_cache(self, pages: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
+        """Empty pages of the extra heads, as `init_cache` makes those of the layers."""
+        return self._of_head_blocks(self.ahead).init_cache(pages, size, rules, paged=True)
 
     def flops(self, length: int) -> int:
         """FLOPs with the extra heads, as in training."""

@@ -26,7 +26,9 @@ class TransformerConfig(BackboneConfig):
     def build(self, rules: ShardingRules = ShardingRules()) -> Any:
         return Transformer(self, rules)
 
-    def init_cache(self, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> tuple[Any, ...]:
+    def init_cache(
+        self, batch: int, size: int, rules: ShardingRules = ShardingRules(), paged: bool = False
+    ) -> tuple[Any, ...]:
         parts = [block.attention for block in self.stack(rules).blocks]
         other = next((type(part).__name__ for part in parts if not isinstance(part, MultiHeadAttention)), None)
         if self.cache_dtype is not None and other:
@@ -34,7 +36,10 @@ class TransformerConfig(BackboneConfig):
         if self.cache_dtype is not None and not jax.sharding.get_abstract_mesh().empty:
             raise UserError(f"model.cache_dtype: got {self.cache_dtype}, must be none on a mesh")
         dtype = self.cache_dtype or self.dtype
-        return tuple(part.init_cache(batch, size, self.width, dtype, rules) for part in parts)
+        shape = batch, size, self.width, dtype, rules
+        if paged:
+            return tuple(part.init_pages(*shape, biased=self.positions.biased) for part in parts)
+        return tuple(part.init_cache(*shape) for part in parts)
 
 
 class Transformer(Backbone):
@@ -56,9 +61,11 @@ def unstack(config: ModelConfig, params: Params) -> Params:
     return config.unstack(params)
 
 
-def make_cache(config: ModelConfig, batch: int, size: int, rules: ShardingRules = ShardingRules()) -> Cache:
-    """Empty cache of `batch` rows of at most `size` tokens for this model."""
-    return kv.empty(config.init_cache(batch, size, rules), batch, size, rules("batch"))
+def make_cache(
+    config: ModelConfig, batch: int, size: int, rules: ShardingRules = ShardingRules(), *, paged: bool = False
+) -> Cache:
+    """Empty cache of `batch` rows of at most `size` tokens for this model, or of pages that rows share."""
+    return kv.empty(config.init_cache(batch, size, rules, paged=paged), batch, size, rules("batch"))
 
 
 def count(params: Params) -> int:

@@ -20,6 +20,7 @@ from gptjax.inference.engine.drawn import Drawn
 from gptjax.inference.engine.request import Request
 from gptjax.inference.engine.speculation import Draft
 from gptjax.inference.sampling import SamplingRows
+from gptjax.kernels.attention.spec import PairedPages
 from gptjax.nn import BackboneConfig
 from gptjax.protocols import Module
 from gptjax.types import Array, Params
@@ -96,6 +97,11 @@ class Device:
         with on_mesh_of(params):
             own, guessing = attach(self.model.config, params, self._adapters), {} if draft is None else draft.weights
             self._models = programs.Models(self.model, own, draft, guessing)
+
+    @property
+    def attention(self) -> str:
+        """Implementation of attention to the model's pages, of `kernels.attention.PAGED`; all, if layers differ."""
+        return ", ".join(sorted({"ragged" if isinstance(x, PairedPages) else "paged" for x in self._state.layers}))
 
     def admit(self, row: int, request: Request, ends: Iterable[int], adapter: int) -> None:
         """Give a row to a text, of whose prompt all but the last token will be in its pages when it is decoded.

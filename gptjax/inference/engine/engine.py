@@ -94,6 +94,8 @@ class Engine:
         self.queue_limit, self._name = queue, name
         self._device = Device(model, params, rows, count, page, width, self.vocab, draft, adapters)
         self._adapters = {None: 0, **{name: i for i, name in enumerate(adapters or {}, 1)}}
+        self.attention = self._device.attention
+        """Implementation of attention to the pages, of `kernels.attention.PAGED`."""
         self._queue: FairQueue[Generation] = FairQueue()
         self._running: list[Running] = []  # in the order in which they joined
         self._free = list(range(rows - 1, -1, -1))

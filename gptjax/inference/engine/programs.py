@@ -119,7 +119,7 @@ def idle(models: Models, rows: int, pages: int, page: int, vocab: int, context: 
     vocab    tokens from this one on are never sampled
     context  maximum number of tokens of a row, for the draft
     """
-    draft, cache = models.draft, make_cache(models.model.config, pages, page, models.model.rules)
+    draft, cache = models.draft, make_cache(models.model.config, pages, page, models.model.rules, paged=True)
     return Rows(
         layers=cache.layers,
         length=jnp.zeros(rows, jnp.int32),

@@ -123,7 +123,7 @@ class DraftModel(Draft):
             )
 
     def init_cache(self, model: Any, pages: int, page: int) -> tuple[Any, ...]:
-        return make_cache(self.model.config, pages, page, self.model.rules).layers
+        return make_cache(self.model.config, pages, page, self.model.rules, paged=True).layers
 
     def read(self, params: Params, rows: Rows, chunks: Chunks) -> tuple[Any, ...]:
         tokens, pages = jnp.asarray(chunks.tokens), jnp.asarray(chunks.pages)

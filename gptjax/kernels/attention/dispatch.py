@@ -14,7 +14,11 @@ from gptjax.kernels.attention import sharding
 from gptjax.kernels.attention.spec import Mask, Options
 from gptjax.types import Array, Key, UserError
 
-IMPLEMENTATIONS = "plain", "chunked", "xla", "cudnn", "flash", "splash", "ring", "gathered", "ulysses", "paged"
+CONTEXT_PARALLEL = ("ring", "gathered", "ulysses")
+"""Implementations for sequences sharded over the mesh, in the order in which they are tried."""
+PAGED = ("ragged", "paged")
+"""Implementations for keys and values in pages, in the order in which they are tried."""
+IMPLEMENTATIONS = "plain", "chunked", "xla", "cudnn", "flash", "splash", *CONTEXT_PARALLEL, *PAGED
 """Modules of this package, imported when they are first used. Each has
 
 attention(q, k, v, mask, options) -> Array
@@ -22,8 +26,6 @@ unsupported_reason(q, k, v, mask, options) -> str | None    reason it cannot han
 """
 CHOICE = {"cpu": (), "gpu": ("flash", "cudnn"), "tpu": ("splash",)}
 """Platform -> implementations tried first; then "chunked" for long sequences, then "plain"."""
-CONTEXT_PARALLEL = ("ring", "gathered", "ulysses")
-"""Implementations for sequences sharded over the mesh, in the order in which they are tried."""
 CONTEXT_CHOICE = {"gpu": ("ulysses", *CONTEXT_PARALLEL), "tpu": ("splash", *CONTEXT_PARALLEL)}
 """Platform -> the same, where kernels of the platform come first: "ulysses" alone runs those of GPUs."""
 LONG = 2_048
@@ -60,14 +62,14 @@ def attention(
     dropout  rate at which probabilities are dropped; no dropout without a key
 
     implementation  one of `IMPLEMENTATIONS`. None: chosen by platform, mask and options. Those in `CONTEXT_PARALLEL`
-                    are for sequences sharded over the mesh; for other sequences they mean None. With `mask.pages` it is
-                    "paged"
+                    are for sequences sharded over the mesh; for other sequences they mean None. Those in `PAGED` are
+                    for keys and values in pages: there the others mean None, and elsewhere these do
 
     Raises UserError if the named implementation does not exist or does not support the inputs.
     """
-    if mask.pages is not None:
-        implementation = "paged"  # the named one is for whole sequences
-    else:
+    if (implementation in PAGED) != (mask.pages is not None):
+        implementation = None
+    if mask.pages is None:
         k, v = sharding.with_heads_of(q, k, v)
     case = q, k, v, mask, Options(bias, sinks, scale, softcap, dropout if key is not None else 0.0, key)
     if implementation is None or (implementation in CONTEXT_PARALLEL and not sharding.sequence_axes(q)):
@@ -84,14 +86,17 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"gptjax.kernels.attention.{name}")
 
 
-def _choose(q: Array, *case: Any) -> str:
-    if sharding.sequence_axes(q):
+def _choose(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> str:
+    where = "in pages" if mask.pages is not None else "sharded over mesh.context"
+    if mask.pages is not None:
+        names = PAGED
+    elif sharding.sequence_axes(q):
         names = CONTEXT_CHOICE.get(target.backend(), CONTEXT_PARALLEL)
     else:
         names = *CHOICE.get(target.backend(), ()), *(("chunked", "plain") if q.shape[1] >= LONG else ("plain",))
-    reasons = {name: _module(name).unsupported_reason(q, *case) for name in names}
+    reasons = {name: _module(name).unsupported_reason(q, k, v, mask, options) for name in names}
     for name, reason in reasons.items():
         if reason is None:
             return name
     listed = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
-    raise UserError(f"attention: no implementation supports these inputs sharded over mesh.context: {listed}")
+    raise UserError(f"attention: no implementation supports these inputs {where}: {listed}")

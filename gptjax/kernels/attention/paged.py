@@ -12,7 +12,7 @@ from jax import lax
 
 from gptjax.kernels.attention import sharding
 from gptjax.kernels.attention.plain import dot
-from gptjax.kernels.attention.spec import Mask, Options
+from gptjax.kernels.attention.spec import Mask, Options, PairedPages
 from gptjax.types import Array
 
 BLOCK = 64
@@ -23,6 +23,8 @@ def unsupported_reason(q: Array, k: Array, v: Array, mask: Mask, options: Option
     """Reason this implementation cannot handle the inputs (completes "it ..."), or None."""
     if mask.pages is None:
         return "needs a page table"
+    if isinstance(k, PairedPages):
+        return "needs keys and values apart"
     if not mask.causal or mask.prefix is not None or mask.key_segments is not None:
         return "needs a causal mask without prefix and segments of keys"
     return "has no dropout" if options.dropout else None

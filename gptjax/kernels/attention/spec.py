@@ -1,4 +1,4 @@
-"""Specification of attention: the mask and the options of scores and probabilities.
+"""Specification of attention: the mask, the options of scores and probabilities, and pages as a kernel wants them.
 
 The mask is a specification, not an array, so that kernels can use its structure.
 """
@@ -15,6 +15,9 @@ from gptjax.types import Array, Key
 
 SAVED = "attention"
 """Checkpoint name of the results that kernels' backward passes need, for `jax.checkpoint` policies to save."""
+
+HEAD_SIZE = 128
+"""Size of the heads in `PairedPages`, the width of a TPU's tiles."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,3 +85,36 @@ class Options:
     def scale_of(self, q: Array) -> float:
         """Factor of the scores: `scale`, or 1 / sqrt(H)."""
         return q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairedPages:
+    """Keys and values of P pages of S' slots, as the kernel "ragged" reads them: in heads of 128 numbers, each of which
+    is made of smaller heads side by side. What is missing, of size or number, is padded with zeros."""
+
+    pairs: Array
+    """[P, S', 2 K', 128]: a slot has k_0, v_0, k_1, v_1, ..."""
+    heads: int = dataclasses.field(metadata={"static": True})
+    """K, number of key heads."""
+
+    @staticmethod
+    def empty(pages: int, slots: int, heads: int, size: int, dtype: str) -> PairedPages:
+        """Pages for key heads of this number and size."""
+        whole = heads // side_by_side(heads, size)
+        whole = min(1 << (whole - 1).bit_length(), -(-whole // 8) * 8)  # 1, 2, 4, or a multiple of 8
+        return PairedPages(jnp.zeros((pages, slots, 2 * whole, HEAD_SIZE), dtype), heads)
+
+    def pair(self, k: Array, v: Array) -> Array:
+        """Keys and values [B, T, K, H] as slots have them, [B, T, 2 K', 128]."""
+        (B, T, K, H), whole = k.shape, self.pairs.shape[2] // 2
+        together = side_by_side(K, H)
+        pairs = jnp.stack([x.reshape(B, T, K // together, together * H) for x in (k, v)], axis=3)
+        padding = (0, 0), (0, 0), (0, whole - pairs.shape[2]), (0, 0), (0, HEAD_SIZE - pairs.shape[4])
+        return jnp.pad(pairs, padding).reshape(B, T, 2 * whole, HEAD_SIZE)
+
+
+def side_by_side(heads: int, size: int) -> int:
+    """Number of key heads that one of 128 numbers is made of."""
+    count = HEAD_SIZE // size
+    return count if count * size == HEAD_SIZE and heads % count == 0 else 1

@@ -25,8 +25,12 @@ class Positions(Part):
     def shared(self) -> bool:
         """True if it is computed once for all layers, so that a layer cannot have another: all but those with `rotate`
         alone."""
-        kind = type(self)
-        return kind.__call__ is not Positions.__call__ or kind.bias is not Positions.bias
+        return type(self).__call__ is not Positions.__call__ or self.biased
+
+    @property
+    def biased(self) -> bool:
+        """True if it adds to the attention scores."""
+        return type(self).bias is not Positions.bias
 
     def for_context_length(self, length: int) -> Self:
         """This encoding for texts of up to `length` tokens."""
