@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVa
 
 from gptjax.distributed.parameters import ParamInfo
 from gptjax.distributed.sharding import ShardingRules
-from gptjax.types import Batch, Json, Key, Metrics, Params, Result, Unavailable, UserError
+from gptjax.types import Batch, Json, Key, Metrics, Params, Result, UserError
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -114,6 +114,9 @@ class BatchIterator(Protocol):
 class Reward(Config, Protocol):
     """A judge of replies: `gptjax.models.reward.RewardModel`. Base class of frozen dataclasses."""
 
+    collective: ClassVar[bool] = False
+    """True: all processes of a job call it with the same conversations, as its model is on all their devices."""
+
     @abc.abstractmethod
     def __call__(self, conversations: Sequence[Any]) -> Sequence[float]:
         """Reward of the reply that ends each `data.chat.Conversation`."""
@@ -135,11 +138,6 @@ class WrittenBatches(BatchIterator, Protocol):
     """Replies of the last round, of JSON types."""
     warning: str
     """Fault of it, in words, or ""."""
-
-    @property
-    def failure(self) -> Unavailable | None:
-        """Error of a judge that does not answer, for which the run has to stop."""
-        ...
 
     def next_batch(self, policy: Any, stopped: Callable[[], bool] = ...) -> Any:
         """The batch of the next step, on the devices; of a new round, written by this `gptjax.train.rounds.Policy`.

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import traceback
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +140,7 @@ def allgather(value: PyTree) -> list[Any]:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    length = -(-int(sizes.max()) // 256) * 256  # few distinct lengths, as each one compiles
+    length = max(256, 1 << (int(sizes.max()) - 1).bit_length())  # few distinct lengths, as each one compiles
     texts = multihost_utils.process_allgather(np.pad(text, (0, length - len(text))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
 
@@ -169,6 +170,31 @@ def on_first(function: Callable[[], Value]) -> Value:
     if wrong is not None:
         raise UserError(wrong)
     return value
+
+
+def on_each(function: Callable[[], Value]) -> list[Value]:
+    """The values of JSON types that a function has on each process, in process order. A collective call. If it raises
+    on one of several processes, all raise a UserError: its own there, or after the traceback one with its message."""
+    import jax
+
+    from gptjax.types import UserError, one_line
+
+    if jax.process_count() == 1:
+        return [function()]
+    value = wrong = None
+    try:
+        value = function()
+    except UserError as error:
+        wrong = error
+    except Exception as error:
+        traceback.print_exception(error)
+        wrong = UserError(f"process {jax.process_index()}: {type(error).__name__}: {one_line(error)}")
+    found = allgather([value, None if wrong is None else str(wrong)])
+    if wrong is None:
+        wrong = next((UserError(words) for _, words in found if words is not None), None)
+    if wrong is not None:
+        raise wrong
+    return [value for value, _ in found]
 
 
 def process_lost(error: Exception) -> bool:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -25,6 +27,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from gptjax.distributed import processes
 from gptjax.types import PyTree, UserError
 
 Axis = str | tuple[str, ...] | None
@@ -274,6 +277,67 @@ def global_array(local, rules: ShardingRules):
 def fetch(x: jax.Array) -> np.ndarray:
     """Fetch all of an array to the host, on every process."""
     return np.asarray(x) if x.is_fully_addressable else np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def on_own_devices(tree: Tree) -> Tree:
+    """A copy of a tree of global arrays on this process's devices, which it may use without the other processes. A
+    collective call. In a job of one process: the tree.
+
+    The devices have the axes of the arrays' mesh, along each as many as are this process's, and the same specs. Raises
+    UserError if they are no such part of the mesh, or have no room."""
+    if jax.process_count() == 1:
+        return tree
+    processes.on_each(lambda: check_room(tree, _own_sharding, jax.local_devices()[0].memory_stats() or {}))
+    return jax.tree.map(_on_own_devices, tree)
+
+
+def _on_own_devices(x: jax.Array) -> jax.Array:
+    _, all_processes = _process_meshes(x)
+    own = _own_sharding(x)
+    with jax.set_mesh(all_processes):  # in which devices may have another order
+        copies = jax.device_put(x, NamedSharding(all_processes, own.spec))
+    shards = [shard.data for shard in copies.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, own, shards)
+
+
+def check_room(tree: PyTree, sharding: Callable[[jax.Array], NamedSharding], memory: Mapping[str, int]) -> None:
+    """Raise UserError if a device with these `memory_stats` has no room for its part of a copy of the tree."""
+    free = memory.get("bytes_limit", sys.maxsize) - memory.get("bytes_in_use", 0)
+    needed = sum(math.prod(sharding(x).shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    if needed > free:
+        raise UserError(
+            f"mesh: each process writes replies with a copy of all parameters on its own devices, which takes "
+            f"{needed / 2**30:.1f} GiB of each, where {free / 2**30:.1f} are free; use hosts with more memory"
+        )
+
+
+def _own_sharding(x: jax.Array) -> NamedSharding:
+    return NamedSharding(_process_meshes(x)[0], cast(NamedSharding, x.sharding).spec)
+
+
+def _process_meshes(x: jax.Array) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+    """This process's part of the array's mesh, and the parts of all processes, whose first axis is "process"."""
+    return _parts_of(cast(jax.sharding.Mesh, cast(NamedSharding, x.sharding).mesh))
+
+
+@functools.cache
+def _parts_of(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+    parts = [_part_of_process(mesh.devices, process) for process in range(jax.process_count())]
+    if len({part.shape for part in parts}) > 1:
+        raise UserError("mesh: got one whose processes hold different parts of its axes; rollouts need equal ones")
+    types = {"axis_types": mesh.axis_types}
+    own = jax.sharding.Mesh(parts[jax.process_index()], mesh.axis_names, **types)
+    types = {"axis_types": (AxisType.Explicit, *mesh.axis_types)}
+    return own, jax.sharding.Mesh(np.stack(parts), ("process", *mesh.axis_names), **types)
+
+
+def _part_of_process(devices: np.ndarray, process: int) -> np.ndarray:
+    """The devices of a process, along each axis those places that it has."""
+    held = np.argwhere(np.vectorize(lambda device: device.process_index == process)(devices))
+    part = devices[np.ix_(*(np.unique(places) for places in held.T))]
+    if part.size != len(held):
+        raise UserError("mesh: got one of whose axes a process holds no whole part; rollouts need one")
+    return part
 
 
 def abstract_array(batch: Tree, rules: ShardingRules, mesh: jax.sharding.Mesh | AbstractMesh) -> Tree:

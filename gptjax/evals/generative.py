@@ -313,12 +313,13 @@ class Generative(Evaluation):
 
     def _rewards(self, records: Sequence[Record]) -> Sequence[float]:
         """Reward of each reply; 0 if there is none, as the prompt is too long."""
-        if self.chooser is None:
+        if (chooser := self.chooser) is None:
             return [record["value"] for record in records]
         told = [record for record in records if record["status"] != "too long"]
         turns = [(*r.get("turns", ()), {"role": "assistant", "content": r["reply"]}) for r in told]
         said = [(*self.task.prompt(r["item"]), *chat.conversation(t)) for r, t in zip(told, turns, strict=True)]
-        rewards = iter(self.chooser(said))
+        found = chooser(said) if chooser.collective else processes.on_first(lambda: [*chooser(said)])
+        rewards = iter(found)
         return [0.0 if record["status"] == "too long" else next(rewards) for record in records]
 
 

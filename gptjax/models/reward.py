@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import ClassVar
 
 from gptjax.data.chat import Conversation
 from gptjax.models import loading
@@ -16,6 +17,8 @@ from gptjax.protocols import Reward
 @dataclasses.dataclass(frozen=True)
 class RewardModel(Reward):
     """A reward model, on the mesh of the policy that it rewards. It reads texts, so it may have another tokenizer."""
+
+    collective: ClassVar[bool] = True
 
     path: str
     """Run, folder or repository of the hub, as `gptjax.load` takes it."""

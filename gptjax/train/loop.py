@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from gptjax.train.progress import Frozen, Progress, check_same, keep_best, resto
 from gptjax.train.stage import Reading, Stage, step_size, summary
 from gptjax.train.state import State
 from gptjax.train.step import divide
-from gptjax.types import Batch, FrozenModel, Json, Metrics, Params
+from gptjax.types import Batch, FrozenModel, Json, Metrics, Params, UserError
 
 if TYPE_CHECKING:
     from gptjax.checkpoint.local import LocalCheckpoints
@@ -80,14 +80,15 @@ def train(
     compiler_options  of XLA; see `distributed/xla.py`
     local           the stage's checkpoints on the hosts, beside those in `folder`. None: none
 
-    Ctrl-C or SIGTERM finishes the step, or aborts the evaluation, saves a checkpoint, and raises KeyboardInterrupt. The
-    resumed run has bitwise the same results and records as an uninterrupted one. In a multi-process job any process may
-    get the signal: all stop after the same step. Raises `Diverged` if the loss is not finite and the stage's policy
-    cannot recover. Numbers that are not finite are never saved. With early stopping, the last checkpoint and the
-    parameters are those of the lowest validation loss.
+    Ctrl-C or SIGTERM finishes the step, or aborts the evaluation, saves a checkpoint, and raises KeyboardInterrupt. An
+    error of writing or scoring replies is raised after a checkpoint too. The resumed run has bitwise the same results
+    and records as an uninterrupted one. In a multi-process job any process may get the signal: all stop after the same
+    step. Raises `Diverged` if the loss is not finite and the stage's policy cannot recover. Numbers that are not finite
+    are never saved. With early stopping, the last checkpoint and the parameters are those of the lowest validation
+    loss.
     """
     with contextlib.ExitStack() as stack:
-        display = stack.enter_context(_display(name, stage, model))
+        display = stack.enter_context(Display(name, stage.last_step, *step_size(stage, model), stage.pauses))
         if reading is None:
             with display.phase("reading the data"):
                 reading = stage.read(name, tokenizer, model.rules, seed, cache)
@@ -141,12 +142,6 @@ def train(
         return functions.merge(keep().eval_params, *frozen)
 
 
-def _display(name: str, stage: Stage, model: Module) -> Display:
-    saves, samples = (stage.save_every,), (stage.evaluate_every,)
-    pauses = {"evaluating": saves + samples, "sampling": samples, "saving": saves}
-    return Display(name, stage.last_step, *step_size(stage, model), pauses)
-
-
 @dataclasses.dataclass
 class _Run:
     """A stage in progress: its steps, evaluations, checkpoints and metrics."""
@@ -165,6 +160,8 @@ class _Run:
     sample: Sampler | None
     extra: dict[str, Json]
     """Stored in every checkpoint."""
+    failure: UserError | None = None
+    """Error of writing or scoring replies."""
     last: tuple[int, Metrics] | None = None
     """Step and metrics that are not yet reported, on the devices."""
     hosts: StragglerDetector = dataclasses.field(default_factory=StragglerDetector)
@@ -192,7 +189,7 @@ class _Run:
         progress, progress.due = self.progress, False
         losses = self.evaluate()
         if losses is None:
-            raise self.interruption()
+            raise self.failure or KeyboardInterrupt()
         self.checkpoints.rank(progress.done, losses["validation_loss"])
         progress.losses.append((progress.done, losses["validation_loss"]))
 
@@ -206,7 +203,7 @@ class _Run:
             return batch
         self.watchdog.beat(done, pause=first)
         with self.display.phase("writing replies") if first else contextlib.nullcontext():
-            batch = self.rounds.next_batch(self.policy(self.progress.state), self.stopping.now)
+            batch = self.written(self.rounds.next_batch, self.progress.state)
         self.clock.lap("rollouts")
         self.watchdog.beat(done)
         if batch is None:
@@ -232,9 +229,17 @@ class _Run:
             return self.program.prepare(state.params, self.to_global(batch), *self.frozen)
 
         def params() -> Params:
-            return self.program.deployed(state.params, *self.frozen)
+            return sharding.on_own_devices(self.program.deployed(state.params, *self.frozen))
 
         return Policy(self.model, params, prepare, self.progress.done, cast("Rounds", self.rounds))
+
+    def written(self, function: Callable[[Policy, Callable[[], bool]], Any], state: State) -> Any:
+        """Result of a function that lets the model write. None: a stop was asked for, or it failed."""
+        try:
+            return function(self.policy(state), self.stopping.now)
+        except UserError as error:
+            self.failure = error
+            return None
 
     def after_step(self, metrics: Metrics) -> None:
         """Report the step before this one while the devices run it, then evaluate and save what is due. Raises
@@ -284,17 +289,13 @@ class _Run:
         self.records.wall.account("commit", self.name, self.progress.done)
 
     def stop(self) -> NoReturn:
-        """End the program with a checkpoint of this step, after a signal or without a judge of replies."""
+        """End the program with a checkpoint of this step, after a signal or a failure to write replies."""
         done = self.progress.done
         if done and self.checkpoints.latest_step() != done:
             self.save()
         self.commit()
         self.display.note(f"stopped and saved at step {done}" if done else "stopped before the first step")
-        raise self.interruption()
-
-    def interruption(self) -> BaseException:
-        """The error to stop with."""
-        return (self.rounds.failure if self.stage.writes else None) or KeyboardInterrupt()
+        raise self.failure or KeyboardInterrupt()
 
     def roll_back(self, abstract: State, bad: int) -> None:
         """Restore the last checkpoint, and skip the batches from it to the `bad` step."""
@@ -373,8 +374,7 @@ class _Run:
         """Validation losses by name. None, if interrupted."""
         state, validation = self.progress.state, self.reading.validation
         if self.stage.writes and validation is not None:
-            policy = self.policy(dataclasses.replace(state, params=state.eval_params))
-            return cast(Answers, validation).measure(policy, self.stopping.now)
+            return self.written(cast(Answers, validation).measure, dataclasses.replace(state, params=state.eval_params))
         total = None
         for batch in cast(Iterable[Batch], validation or ()):
             if self.stopping.now():

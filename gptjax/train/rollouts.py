@@ -74,9 +74,9 @@ class Rollouts:
     validation: float = 0.1
     """Fraction of the items held out for validation, chosen by a hash of the item's cluster. 0: none."""
     rows: int = 32
-    """Replies that are written at a time."""
+    """Replies that are written at a time, by each process of a job."""
     workers: int = 2
-    """Number of processes that score."""
+    """Number of processes that score, for each process of a job."""
     timeout: float = 30.0
     """Seconds that a score may take; a reply whose score takes longer has no reward."""
 
@@ -115,13 +115,10 @@ class Rollouts:
         self, tokenizer: Tokenizer, split: Split, seed: int, cache_dir: str | Path, shard: int = 0, num_shards: int = 1
     ) -> Rounds:
         """Rounds of the items of a split. Raises UserError if there are none, if the task's rewards of a right and of
-        bad replies are all the same, and in a job of several processes."""
-        if jax.process_count() > 1:
-            raise UserError(
-                "data: got Rollouts in a job of several processes, must be one process, as each would score the "
-                "replies; one process may have all devices of a machine"
-            )
-        return Rounds(self, self.prompts(tokenizer, split), tokenizer, seed)
+        bad replies are all the same, and for a batch that is not a multiple of `num_shards`."""
+        if self.batch % num_shards:
+            raise UserError(f"batch: got {self.batch}, must be a multiple of the number of data shards, {num_shards}")
+        return Rounds(self, self.prompts(tokenizer, split), tokenizer, seed, shard, num_shards)
 
     def evaluation(
         self,

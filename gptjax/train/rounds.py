@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.distributed.sharding import fetch, on_mesh_of
 from gptjax.protocols import Module, Tokenizer
 from gptjax.train.episodes import Asked
-from gptjax.train.writer import Scored, Writer
-from gptjax.types import Batch, Episodes, Params, Unavailable, UserError
+from gptjax.train.writer import Scored, Share, Writer
+from gptjax.types import Batch, Episodes, Params, UserError
 
 if TYPE_CHECKING:
     from gptjax.train.rollouts import Rollouts
@@ -48,7 +49,7 @@ class Policy:
 
     model: Module
     params: Callable[[], Params]
-    """Its parameters, merged."""
+    """Its parameters, merged, on this process's devices."""
     prepare: Callable[[Batch], Batch]
     """A batch on the host -> that which the step reads, on the devices."""
     step: int
@@ -115,7 +116,9 @@ class Rounds(Iterator[Batch]):
 
     The scores of right and of empty replies are compared first. Raises UserError if they are all the same."""
 
-    def __init__(self, data: Rollouts, prompts: Prompts, tokenizer: Tokenizer, seed: int):
+    def __init__(
+        self, data: Rollouts, prompts: Prompts, tokenizer: Tokenizer, seed: int, shard: int = 0, num_shards: int = 1
+    ):
         self.fingerprint = prompts.fingerprint
         self.figures: dict[str, float] = {}
         """Figures of the last round, by name."""
@@ -134,34 +137,32 @@ class Rounds(Iterator[Batch]):
             raise
         self._groups = self._step = 0  # groups asked for, steps begun
         self._last_order: tuple[int, np.ndarray] | None = None  # epoch, and order of its items
+        self._rows = slice(shard * data.batch // num_shards, (shard + 1) * data.batch // num_shards)
         self._prepared: list[Batch] = []
-        self._ahead: Future[Round | None] | None = None
+        self._ahead: Future[Callable[[], Round | None]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "rollouts")
 
     def __next__(self) -> Batch:
         raise UserError("divergence: got RollBack, must be Stop or Skip: rollouts cannot be skipped, only written anew")
 
-    @property
-    def failure(self) -> Unavailable | None:
-        """Error of a judge that does not answer."""
-        return self.writer.failure
-
     def next_batch(self, policy: Policy, stopped: Callable[[], bool] = lambda: False) -> Batch | None:
-        """The batch of the next step, on the devices. None: a stop was asked for while a round was being written, or
-        its judge does not answer (`failure`): it is given up, and the position is still before it."""
+        """The batch of the next step, on the devices. A collective call. None: a stop was asked for while a round was
+        being written: it is given up, and the position is still before it, as it is after an error of the writer."""
         data, place, self.warning = self._data, self._step % self._data.round, ""
         if place == 0:
             ahead, self._ahead = self._ahead, None
-            written = self._write(policy, self._groups, stopped) if ahead is None else ahead.result()
+            written = self._write(policy, self._groups, stopped) if ahead is None else ahead.result()()
             if written is None:
                 return None
             self._groups = written.groups
             if data.ahead:
-                copied = jax.tree.map(jnp.copy, policy.params())  # the step donates its own
+                params = policy.params()
+                with on_mesh_of(params):
+                    copied = jax.tree.map(jnp.copy, params)  # the step donates its own
                 later = dataclasses.replace(policy, params=lambda: copied)
-                self._ahead = self._thread.submit(self._write, later, self._groups, lambda: False)
+                self._ahead = self._thread.submit(self._write_ahead, later, self._groups)
             batches = [_batch(data, groups, written.step) for groups in self._minibatches(written)]
-            self._prepared = [policy.prepare(batch) for batch in batches]
+            self._prepared = [policy.prepare(jax.tree.map(lambda x: x[self._rows], batch)) for batch in batches]
             self.figures = written.figures() | mismatch(batches, self._prepared)
             if (outside := self.figures.get("mismatch_outside", 0)) > DISAGREE:
                 self.warning = (
@@ -173,17 +174,18 @@ class Rounds(Iterator[Batch]):
         return self._prepared[place % data.minibatches]
 
     def state(self) -> dict[str, Any]:
-        """Position at the end of a round, with the replies that were written ahead."""
+        """Position at the end of a round, with the replies that were written ahead. A collective call."""
         assert self._step % self._data.round == 0, "checkpoints are saved between rounds"
-        ahead = None if self._ahead is None else self._ahead.result()
+        ahead = None if self._ahead is None else self._end_ahead(self._ahead)
         return {"step": self._step, "groups": self._groups, "ahead": None if ahead is None else ahead.as_json()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go to a position that `state()` returned."""
         self._step, self._groups, self._prepared, self._ahead = int(state["step"]), int(state["groups"]), [], None
         if state["ahead"] is not None:
+            written = Round.from_json(state["ahead"], self._prompts.ids)
             self._ahead = Future()
-            self._ahead.set_result(Round.from_json(state["ahead"], self._prompts.ids))
+            self._ahead.set_result(lambda: written)
 
     def close(self) -> None:
         """End the processes that score."""
@@ -196,25 +198,58 @@ class Rounds(Iterator[Batch]):
         of = f"{len(self._items):,} prompts of {self._data.task.name}"
         return f"{sequences // self._data.passes:,} replies to {of}, {self._data.group} each{left_out}"
 
-    def _write(self, policy: Policy, first: int, stopped: Callable[[], bool]) -> Round | None:
-        """Write and score the replies of a round: of group number `first` and those after it."""
-        data, begun = self._data, time.monotonic()
-        wanted = data.batch * data.minibatches // data.group
+    def _write(
+        self, policy: Policy, first: int, stopped: Callable[[], bool] = lambda: False, share: Share | None = None
+    ) -> Round | None:
+        """Write and score the replies of a round: of group number `first` and those after it. A collective call.
+
+        share  this process's, of the first groups, if it is written"""
+        data, seconds = self._data, 0.0
         groups: dict[bool, list[list[Scored]]] = {True: [], False: []}  # by whether they count
         for _ in range(1 + data.refill):
-            missing = wanted - len(groups[True])
-            numbers = range(first, first + missing)
-            asked = [self._asked(number, sample) for number in numbers for sample in range(data.group)]
-            if (scored := policy.rounds.writer.write(policy, asked, stopped)) is None:
+            asked = self._asked_of(first, self._wanted - len(groups[True]))
+            share, begun = share or self.writer.begin(policy, asked, stopped), time.monotonic()
+            if (scored := self.writer.gather(asked, share)) is None:
                 return None
-            first += missing
+            seconds += share.seconds + time.monotonic() - begun
+            first, share = first + len(asked) // data.group, None
             for at in range(0, len(scored), data.group):
                 group = scored[at : at + data.group]
                 equal = len({one.score.outcome for one in group}) == 1
                 groups[data.equal_groups == "keep" or not equal].append(group)
-            if len(groups[True]) == wanted:
+            if len(groups[True]) == self._wanted:
                 break
-        return Round(groups[True], groups[False], first, policy.step, time.monotonic() - begun)
+        return Round(groups[True], groups[False], first, policy.step, seconds)
+
+    def _write_ahead(self, policy: Policy, first: int) -> Callable[[], Round | None]:
+        """A function that returns the round. What is done before it is called may run in another thread: all of it in a
+        job of one process; this process's share in one of several, as collective calls have one order."""
+        if jax.process_count() == 1:
+            written = self._write(policy, first)
+            return lambda: written
+        share = self.writer.begin(policy, self._asked_of(first, self._wanted), lambda: False)
+        return lambda: self._write(policy, first, share=share)
+
+    def _end_ahead(self, ahead: Future[Callable[[], Round | None]]) -> Round | None:
+        """The round ahead, written to its end. None: it failed, as `next_batch` will say."""
+        written, self._ahead = None, Future()
+        try:
+            written = ahead.result()()
+            self._ahead.set_result(lambda: written)
+        except UserError as error:
+            self._ahead.set_exception(error)
+        return written
+
+    @property
+    def _wanted(self) -> int:
+        """Number of groups of a round."""
+        return self._data.batch * self._data.minibatches // self._data.group
+
+    def _asked_of(self, first: int, count: int) -> list[Asked]:
+        """All samples of so many groups."""
+        return [
+            self._asked(group, sample) for group in range(first, first + count) for sample in range(self._data.group)
+        ]
 
     def _asked(self, group: int, sample: int) -> Asked:
         """Sample of a group: its item, in a random order of all items in each epoch, and the seed of its draws."""
@@ -243,8 +278,7 @@ class HeldOut:
         self._asked = [Asked(item, 0, prompts.ids[item], item % 2**32) for item in chosen]
 
     def measure(self, policy: Policy, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        """Figures of the replies, by name; "validation_loss" is 1 less the mean outcome. None: stopped, or the judge
-        does not answer."""
+        """Figures of the replies, by name; "validation_loss" is 1 less the mean outcome. None: stopped."""
         if (scored := policy.rounds.writer.write(policy, self._asked, stopped)) is None:
             return None
         figures = Round([[one] for one in scored], [], 0, policy.step, 0.0).figures()
@@ -259,7 +293,7 @@ def mismatch(batches: Sequence[Episodes], prepared: Sequence[Batch]) -> dict[str
     found = []
     for batch, ready in zip(batches, prepared, strict=True):
         if (old := getattr(ready, "old_logprobs", None)) is not None:
-            found.append((np.asarray(jax.device_get(old)) - batch.logprobs)[np.asarray(batch.weights) > 0])
+            found.append((fetch(old) - batch.logprobs)[np.asarray(batch.weights) > 0])
     if not found or not (difference := np.concatenate(found)).size:
         return {}
     size, ratio = np.abs(difference), np.exp(np.clip(difference, -20, 20))

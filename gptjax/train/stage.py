@@ -333,6 +333,12 @@ class Stage:
         """True if there is a validation loss after this step."""
         return self.samples(step) or step % self.save_every == 0
 
+    @property
+    def pauses(self) -> dict[str, tuple[int, ...]]:
+        """Numbers of steps after which training pauses, by the reason."""
+        saves, samples = (self.save_every,), (self.evaluate_every,)
+        return {"evaluating": saves + samples, "sampling": samples, "saving": saves}
+
     def samples(self, step: int) -> bool:
         """True if there are text samples after this step."""
         return step % self.evaluate_every == 0 or step == self.last_step

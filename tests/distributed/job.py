@@ -107,7 +107,7 @@ class Job:
 
     def reach(self, folder: Path, step: int) -> None:
         """Waits until that step is recorded."""
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 300
         while max(losses(folder), default=0) < step and time.monotonic() < limit:
             assert all(process.poll() is None for process in self.processes), self.end()
             time.sleep(0.02)
