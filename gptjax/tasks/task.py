@@ -45,13 +45,17 @@ class Reply:
     """Messages between prompt and text: calls of tools and their results."""
 
 
+_OUTCOME = float("nan")
+"""Default of `Score.value`, known by its identity: another NaN is a task's mistake, which training names."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """Score of a reply. Raises UserError for an outcome that is not in [0, 1]."""
 
     outcome: float
     """The task's figure for this item, from 0 to 1: 1 for a right answer."""
-    value: float = dataclasses.field(default=float("nan"), kw_only=True)
+    value: float = dataclasses.field(default=_OUTCOME, kw_only=True)
     """Reward: the outcome, unless the task adds something, for the form of a reply say."""
     parts: Mapping[str, float] = dataclasses.field(default_factory=dict, kw_only=True, hash=False)
     """Further figures by name."""
@@ -65,7 +69,7 @@ class Score:
     def __post_init__(self) -> None:
         if not 0 <= self.outcome <= 1:
             raise UserError(f"outcome: got {self.outcome}, must be from 0 to 1")
-        if self.value != self.value:
+        if self.value is _OUTCOME:
             object.__setattr__(self, "value", float(self.outcome))
 
 

@@ -60,7 +60,7 @@ class Vowels(Task):
 
     def score(self, i: int, reply: Reply) -> Score:
         if self.broken == "nan" and reply.text != "aeiou":
-            return Score(0.0, value=math.inf)
+            return Score(0.0, value=math.nan)
         if self.broken == "raise" and reply.text not in ("aeiou", ""):
             raise ValueError("I cannot read this")
         share = sum(c in "aeiou" for c in reply.text) / max(len(reply.text), 1)
@@ -206,7 +206,7 @@ def test_a_reward_is_learnt(tmp_path):
     ("fields", "message"),
     [
         ({"constant": True}, "one reward for right and for empty replies to Vowels, 0"),
-        ({"broken": "nan"}, "reward: got inf for .* must be finite"),
+        ({"broken": "nan"}, "reward: got nan for .* must be finite"),
         ({"broken": "raise"}, "failed to score"),
     ],
 )
