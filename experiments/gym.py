@@ -7,22 +7,25 @@ As in `arithmetic`, `sft` fine-tunes on answers of which 15 % are right, so that
 so: in the others the last two letters are exchanged. `rl` then rewards the answers that the library's verifier accepts.
 The words have three or four letters.
 
-Answers to 301 held-out questions (238 words, which are the interval's clusters), drawn at temperature 1, with 95 %
-intervals; one run:
+Answers to the first 300 held-out questions (237 words, which are the interval's clusters), drawn at temperature 1, with
+95 % intervals; one run:
 
                                         right                   right but for the exchange
     the word's letters in any order      8.3 %
-    after sft, 16 answers to each       10.2 % [ 8.6, 11.8]     81 %
-    after rl, one answer to each        86.0 % [81.4, 90.7]      5 %
+    after sft, 16 answers to each       12.1 % [10.5, 13.8]     85 %
+    after rl, one answer to each        98.7 % [97.4, 100 ]      0 %
 
-At least one of the 16 answers after `sft` is right in 61.8 %. The mean reward of ten steps of `rl` rises from 37 % in
-the first to 71 % in the second and 83 % in the sixth, the last. Other wrong letters are in 9 % of the answers before
-and after `rl`: it teaches the model which answer to give, not to spell.
+At least one of the 16 answers after `sft` is right in 73.3 %. The mean reward of ten steps of `rl` rises from 37 % in
+the first to 79 % in the second and 97 % in the tenth, the last. Other wrong letters are in 3 % of the answers before
+`rl` and in 1 % after it: it teaches the model which answer to give, not to spell. 11 % of the questions differ from a
+trained word by the case of a letter alone.
 
-The run took 3.4 CPU minutes on one core of a shared server. The fine-tuning sets the limit: after 1,200 steps of
-AdamW, in place of 600 of Muon, it left 30 % of the answers with wrong letters (validation loss 0.24, in place of 0.12),
-and 100 steps of `rl` raised the right ones from 5.8 % to 56.1 % [49.6, 62.7]. If any two neighbours may be exchanged,
-AdamW has hardly begun to learn the letters after 600 steps.
+The run took 5.6 CPU minutes on one core of a shared server. The fine-tuning sets the limit: with 3,000 items, of
+2,400 words in place of 5,543, and 600 steps it left 9 % of the answers with wrong letters, and 60 steps of `rl`
+raised the right ones from 10.2 % to 86.0 % [81.4, 90.7]; with the items of now and 700 steps, 5 % and, again with 60
+steps, 91.3 % [87.6, 95.0]. After 1,200 steps of AdamW, in place of 600 of Muon, it left 30 %, and 100 steps of `rl`
+ended at 56.1 % [49.6, 62.7]. If any two neighbours may be exchanged, AdamW has hardly begun to learn the letters after
+600 steps.
 """
 
 import dataclasses
@@ -45,7 +48,7 @@ class Misspelled(TaskConversations):
 
     right: float = 0.15
     """Share of right answers."""
-    repeats: int = 4
+    repeats: int = 2
     """Answers to each item."""
 
     def keyed(self) -> Iterator[tuple[str, Conversation]]:
@@ -60,7 +63,7 @@ class Misspelled(TaskConversations):
         return f"{super().fingerprint()} {self}"
 
 
-WORDS = ReasoningGym("spell_backward", size=3_000, config={"min_word_len": 3, "max_word_len": 4})
+WORDS = ReasoningGym("spell_backward", size=12_000, config={"min_word_len": 3, "max_word_len": 4})
 HELD_OUT = HeldOut(WORDS)
 SAMPLING = Sampling(temperature=1.0)
 experiment = Experiment(
@@ -71,28 +74,28 @@ experiment = Experiment(
             data=data.Chat(Misspelled(WORDS), length=128, batch=16),
             objective=objectives.NextToken(),
             optimizer=optim.Muon(learning_rate=5e-3, schedule=optim.Linear(warmup=50), clip=1.0),
-            steps=600,
-            evaluate_every=200,
-            save_every=200,
+            steps=1_000,
+            evaluate_every=500,
+            save_every=500,
             prompts=(),
-            evaluations=(evals.Generative(HELD_OUT, samples=16, sampling=SAMPLING, rows=64, max_tokens=8),),
+            evaluations=(evals.Generative(HELD_OUT, items=300, samples=16, sampling=SAMPLING, rows=64, max_tokens=8),),
         ),
         "rl": Stage(
             data=Rollouts(WORDS, length=72, batch=256, group=8, rows=64, max_tokens=8),
             objective=objectives.GRPO(kl=0.0),
             optimizer=optim.AdamW(learning_rate=5e-4, schedule=optim.Linear(warmup=5), clip=1.0),
-            steps=60,
-            evaluate_every=30,
+            steps=100,
+            evaluate_every=50,
             eval_sequences=128,
-            save_every=30,
+            save_every=50,
             log_every=1,
             prompts=(),
-            evaluations=(evals.Generative(HELD_OUT, sampling=SAMPLING, rows=64, max_tokens=8),),
+            evaluations=(evals.Generative(HELD_OUT, items=300, sampling=SAMPLING, rows=64, max_tokens=8),),
         ),
     },
     expect=(
         Expect("sft/spell_backward/accuracy", above=0.05, below=0.2),
         Expect("sft/spell_backward/pass@16", above=0.5),
-        Expect("rl/spell_backward/accuracy", above=0.7),
+        Expect("rl/spell_backward/accuracy", above=0.95),
     ),
 )
