@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -16,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_replicas import MESHES, abstract, bits, state
+from two_processes import run_on_two
 
 from gptjax.checkpoint import placement, shard_file
 from gptjax.checkpoint.local import LocalCheckpoints
 from gptjax.checkpoint.shard_file import Shard, ShardFile, write
 from gptjax.distributed.sharding import MeshConfig
 from gptjax.types import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def files(folder: Path) -> list[Path]:
@@ -293,21 +289,4 @@ print("done")
 @pytest.mark.slow
 def test_a_host_may_be_lost(tmp_path):
     """Two hosts of two devices each; parameters sharded over both, or a copy on each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOB, str(number), port, str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    ended = [job.communicate(timeout=300) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], ended
+    run_on_two(JOB, tmp_path)

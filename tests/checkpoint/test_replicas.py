@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -14,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from two_processes import run_on_two
 
 from gptjax.checkpoint import checkpoint, replicas
 from gptjax.distributed.sharding import MeshConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 SPECS = {"matrix": ("fsdp", "tensor"), "bias": (None,), "half": (None, "fsdp")}
 MESHES = [
     MeshConfig(data=8),
@@ -149,25 +145,7 @@ for number, config in enumerate((MeshConfig(data=2, fsdp=2), MeshConfig(data=1, 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc")
 def test_bytes_are_read_once_by_two_processes(tmp_path):
     """One of two copies is read. Each process reads its half of a state without copies."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOB, str(number), port, str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    ended = [job.communicate(timeout=300) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], ended
-    first, second = ([int(count) for count in re.findall(r"read (\d+)", out)] for out, _ in ended)
+    first, second = ([int(count) for count in re.findall(r"read (\d+)", out)] for out in run_on_two(JOB, tmp_path))
     for number in (0, 2):
         size = sum(x.stat().st_size for x in (tmp_path / str(number) / "1").rglob("*") if x.parent.name == "d")
         assert size > 2**20

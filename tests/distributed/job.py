@@ -106,9 +106,10 @@ class Job:
             process.communicate()
 
     def reach(self, folder: Path, step: int) -> None:
-        """Waits until that step is recorded."""
+        """Waits until that step is recorded. Fails after five minutes."""
         limit = time.monotonic() + 300
-        while max(losses(folder), default=0) < step and time.monotonic() < limit:
+        while max(losses(folder), default=0) < step:
+            assert time.monotonic() < limit, f"step {step} is not reached"
             assert all(process.poll() is None for process in self.processes), self.end()
             time.sleep(0.02)
 
