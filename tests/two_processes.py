@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_on_two(script: str, folder: Path) -> list[str]:
-    """What a script prints in each of two processes of two devices. Its arguments are the number of the process, a free
+    """Output of a script in each of two processes of two devices. Its arguments are the number of the process, a free
     port and the folder."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
